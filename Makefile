@@ -1,0 +1,45 @@
+# One command each. Everything is installed into .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEEDS ?= 1
+
+.PHONY: help install demo test lint bench ui clean
+
+help:
+	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
+	@echo "make test     install, then the tests"
+	@echo "make lint     ruff and mypy"
+	@echo "make bench    speed and memory"
+	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
+	@echo "make install  only the virtual environment"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "error: Python %d.%d; 3.11 or 3.12 is needed: make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/installed
+
+demo: install
+	$(BIN)/python pipelines/demo.py --config conf/demo.yaml --seeds $(SEEDS)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m tests.benchmarks
+
+PORT ?= 5000
+GARE_ROOT ?= $(HOME)/.gare
+ui: install
+	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(abspath $(GARE_ROOT))/mlflow.db
+
+clean:
+	rm -rf $(VENV) build *.egg-info

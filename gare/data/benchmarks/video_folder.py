@@ -1,0 +1,150 @@
+"""The videos in a folder: which files they are, how captions may name them, and the ids they get."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+VIDEO_ENDINGS = frozenset(
+    f".{ending}"
+    for ending in (
+        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "gif", "mpg", "mpeg"),
+        *("3gp", "3g2", "wmv", "flv", "ts", "mts", "m2ts", "ogv"),
+    )
+)
+
+
+class NoSuchVideoError(Exception):
+    """A name that stands for no file of the folder, for several, or for one outside.
+
+    Attributes:
+        kind: which of these, in words.
+        hint: files that come near.
+    """
+
+    def __init__(self, kind: str, hint: str = "") -> None:
+        super().__init__(kind, hint)
+        self.kind = kind
+        self.hint = hint
+
+
+class VideoFolder:
+    """The files below a folder, by the names that captions may use for them.
+
+    A file is named by its path relative to the folder or by its file name alone where no other file has it,
+    each with or without the ending; an absolute path has to be inside the folder. Links that lie in the
+    folder are followed (download caches are made of them); a name never leads out of it.
+
+    Attributes:
+        root: the folder, absolute and with links resolved.
+        files: all files, relative to it with '/' between the parts, sorted.
+        videos: those of them with the ending of a video.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.realpath(root)
+        self._roots = (self.root, posixpath.normpath(root))
+        self.files = sorted(_walk(self.root))
+        self.videos = [file for file in self.files if _is_video(file)]
+        self._exact = set(self.files)
+        # One table for each way to name a file, the most exact first.
+        self._tables: list[dict[str, list[str]]] = [{}, {}, {}, {}]
+        for file in self.files:
+            names = [file, _stem(file), posixpath.basename(file), _stem(posixpath.basename(file))]
+            for table, name in zip(self._tables, names, strict=True):
+                table.setdefault(_composed(name), []).append(file)
+
+    def find(self, name: str) -> str:
+        """The file that a captions file means by a name.
+
+        Raises:
+            NoSuchVideoError: if it means none, several or one outside the folder.
+        """
+        written = dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/")))
+        relatives = [self._relative(form) for form in written]
+        for relative in relatives:
+            if relative in self._exact:
+                return self._checked(relative)
+        for relative in relatives:
+            tables = self._tables if "/" not in relative else self._tables[:2]
+            for table in tables:
+                found = table.get(_composed(relative), [])
+                if len(found) == 1:
+                    return self._checked(found[0])
+                if found:
+                    raise NoSuchVideoError("several files of that name", " or ".join(map(repr, found[:3])))
+        raise NoSuchVideoError("caption without video file")
+
+    def nearest(self, name: str) -> str:
+        """The name among the files that is most like this one; empty if none is."""
+        near = difflib.get_close_matches(posixpath.basename(name), self._tables[2], n=1)
+        return self._tables[2][near[0]][0] if near else ""
+
+    def path(self, file: str) -> str:
+        """The absolute path of one of the files."""
+        return f"{self.root.rstrip('/')}/{file}"
+
+    def ids(self, named: Iterable[str]) -> dict[str, str]:
+        """The id of each video and of each other file that captions name.
+
+        It is the relative path without the ending, or with it where several files would share the id. Only
+        the endings of videos are cut: what follows the last dot of an id may be a part of it.
+        """
+        ids = {file: _stem(_composed(file)) for file in {*self.videos, *named}}
+        while repeated := {name for name, times in Counter(ids.values()).items() if times > 1}:
+            whole = {file: _composed(file) for file, name in ids.items() if name in repeated}
+            if all(ids[file] == name for file, name in whole.items()):
+                break  # names that differ in their Unicode form alone; the manifest refuses them
+            ids.update(whole)
+        return ids
+
+    def _relative(self, name: str) -> str:
+        name = posixpath.normpath(name)
+        if name.startswith("/"):
+            for root in self._roots:
+                if name.startswith(root.rstrip("/") + "/"):
+                    return name.removeprefix(root.rstrip("/") + "/")
+            raise NoSuchVideoError("video outside the folder")
+        if name == ".." or name.startswith("../"):
+            raise NoSuchVideoError("video outside the folder")
+        return name
+
+    def _checked(self, file: str) -> str:
+        if not Path(self.path(file)).exists():
+            raise NoSuchVideoError("caption without video file", "a link that leads nowhere")
+        return file
+
+
+def _walk(root: str) -> Iterator[str]:
+    seen = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to a folder above
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        relative = os.path.relpath(folder, root)
+        for name in names:
+            yield name if relative == "." else f"{relative}/{name}"
+
+
+def _composed(name: str) -> str:
+    # A Mac stores é as e and an accent; a captions file from elsewhere has one character.
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_video(file: str) -> bool:
+    # Hidden files are not meant: a Mac leaves ._clip.mp4 beside clip.mp4 on other disks.
+    return posixpath.splitext(file)[1].lower() in VIDEO_ENDINGS and not posixpath.basename(file).startswith(
+        "."
+    )
+
+
+def _stem(file: str) -> str:
+    return posixpath.splitext(file)[0] if _is_video(file) else file

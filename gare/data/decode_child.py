@@ -1,0 +1,81 @@
+"""The killable half of ``gare.data.decode_process``: decodes what it is asked for until the parent goes.
+
+Started as ``python -m gare.data.decode_child``. It imports numpy, Pillow and the decoders, nothing heavier.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+from gare.data.decode import DecodedClip, decode_clip
+from gare.data.decode_process import LENGTH_BYTES
+from gare.data.images import encode_jpeg, prepare_frame
+from gare.errors import DataError
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """The child's life: one answer a request, until the parent closes its end."""
+    _answer(answers, {"ready": True})
+    while len(prefix := requests.read(LENGTH_BYTES)) == LENGTH_BYTES:
+        request = json.loads(requests.read(int.from_bytes(prefix, "big")))
+        try:
+            clip, frames = _extract(request)
+        except DataError as error:
+            fault = {"error": error.what, "where": error.where, "accepted": error.accepted}
+            _answer(answers, fault)
+        except Exception as error:  # whatever one video brings about, the next one gets its turn
+            text = f"{type(error).__name__}: {error}"[:500]
+            _answer(answers, {"error": text, "where": request["path"], "accepted": ""})
+        else:
+            header = {name: value for name, value in vars(clip).items() if name != "frames"}
+            _answer(
+                answers,
+                {**header, "frame_idx": clip.frame_idx.tolist(), "time_s": clip.time_s.tolist()},
+                frames,
+            )
+
+
+def _extract(request: dict[str, Any]) -> tuple[DecodedClip, list[bytes]]:
+    size, quality = request["image_size"], request["jpeg_quality"]
+    clip = decode_clip(request["path"], prepare=lambda rgb: prepare_frame(rgb, size), **request["clip"])
+    if request["encoding"] == "raw":
+        return clip, [rgb.tobytes() for rgb in clip.frames]
+    return clip, [encode_jpeg(rgb, quality) for rgb in clip.frames]
+
+
+def _answer(answers: BinaryIO, header: dict[str, Any], payload: Sequence[bytes] = ()) -> None:
+    data = json.dumps({**header, "sizes": [len(part) for part in payload]}).encode()
+    answers.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
+    for part in payload:
+        answers.write(part)
+    answers.flush()
+
+
+def _die_with_parent(parent: int) -> None:
+    """A parent that is killed closes the pipe, which a child that hangs does not see; Linux can signal it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+def main() -> None:
+    """Entry of the child: file descriptors of requests and answers, process id of the parent."""
+    requests, answers, parent = map(int, sys.argv[1:4])
+    _die_with_parent(parent)
+    # Ctrl-C reaches the whole terminal group; the parent decides. A crash leaves no core file behind.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with os.fdopen(requests, "rb") as reader, os.fdopen(answers, "wb") as writer:
+        _serve(reader, writer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Faults in data, collected by kind and raised together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gare.errors import DataError
+
+#: So many faults of a kind are written out; the rest is a count.
+SHOWN = 10
+
+
+def first_of(items: Iterable[str]) -> str:
+    """The first ten items and how many more there are, as one line."""
+    items = list(items)
+    more = f" … and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return "; ".join(items[:SHOWN]) + more
+
+
+class Faults:
+    """A collection of faults by kind, in the order in which kinds first occur."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[str, list[str]] = {}
+
+    def add(self, kind: str, item: str) -> None:
+        """Notes one fault: what kind, and which row, id or file it is, as a person would look it up."""
+        self._by_kind.setdefault(kind, []).append(item)
+
+    def update(self, other: Faults) -> None:
+        """Takes over all faults of another collection."""
+        for kind, items in other._by_kind.items():
+            self._by_kind.setdefault(kind, []).extend(items)
+
+    def __len__(self) -> int:
+        return sum(len(items) for items in self._by_kind.values())
+
+    def raise_if_any(self, where: str, *, accepted: str = "") -> None:
+        """Raises all faults as one error.
+
+        Raises:
+            DataError: if there is any fault; each kind with its count and its first ten.
+        """
+        if not self._by_kind:
+            return
+        lines = [f"{kind} ({len(items)}): {first_of(items)}" for kind, items in self._by_kind.items()]
+        what = (
+            lines[0] if len(lines) == 1 else "several faults:\n" + "\n".join(f"  - {line}" for line in lines)
+        )
+        raise DataError(what, where=where, accepted=accepted)

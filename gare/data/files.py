@@ -1,0 +1,249 @@
+"""Locations: local paths and URIs such as s3://bucket/key, opened with pyarrow.fs alone.
+
+A location without ``scheme://`` is a local path and is taken literally: spaces, '#', '%' and '@' are
+ordinary characters there. In a URI they are percent-encoded, which ``join`` and ``list_files`` see to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from gare.errors import DataError
+
+ACCEPTED = "a local path, file:///… or an object store's URI such as s3://bucket/key"
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_TEMPORARY = ".gare-"
+
+
+def open_fs(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Opens the file system of a location.
+
+    Args:
+        uri: a local path (absolute, relative to the working directory or below ``~``) or a URI.
+
+    Returns:
+        The file system and the path inside it; local paths come back absolute.
+
+    Raises:
+        DataError: for an empty location or a URI that pyarrow cannot open.
+    """
+    if not uri or "\0" in uri:
+        raise DataError(f"{uri!r} is not a location", accepted=ACCEPTED)
+    if not _is_uri(uri):
+        return pafs.LocalFileSystem(), _absolute(uri)
+    with _faults_of(uri, "cannot be opened"):
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+        return filesystem, path
+
+
+def join(uri: str, *names: str) -> str:
+    """Appends single names to a location.
+
+    Raises:
+        DataError: for a name that is empty, '.', '..' or holds a separator or NUL, so that a name read
+            from data never leads out of the folder.
+    """
+    for name in names:
+        if name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+            raise DataError(
+                f"{name!r} is not the name of a file or folder", where=uri, accepted="no separator, not '..'"
+            )
+    return _append(uri, "/".join(names)) if names else uri
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        DataError: if that cannot be found out.
+    """
+    filesystem, path = open_fs(uri)
+    with _faults_of(uri, "cannot be looked up"):
+        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a file, as it is stored: a .gz file stays compressed.
+
+    Raises:
+        DataError: if the file is missing or cannot be read.
+    """
+    filesystem, path = open_fs(uri)
+    with _faults_of(uri, "cannot be read"), filesystem.open_input_file(path) as stream:
+        return bytes(stream.read())
+
+
+def write_atomically(uri: str, data: bytes) -> None:
+    """Writes a file that appears whole or not at all; creates its folder, replaces an older file.
+
+    Locally a temporary file beside it is synced to disk and renamed; an object store gets one PUT.
+
+    Raises:
+        DataError: if it cannot be written; an older file is then as it was.
+    """
+    filesystem, path = open_fs(uri)
+    with _faults_of(uri, "cannot be written"):
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            _replace_local(Path(path), data)
+            return
+        # compression=None: by default pyarrow compresses again what is named .gz.
+        stream = filesystem.open_output_stream(path, compression=None)
+        stream.write(data)
+        stream.close()
+
+
+def list_files(uri: str, suffix: str = "", *, recursive: bool = False) -> list[str]:
+    """The locations of the files in a folder, sorted.
+
+    Args:
+        uri: the folder; one that is missing has no files.
+        suffix: only names that end so.
+        recursive: also those of its subfolders.
+
+    Raises:
+        DataError: if the folder cannot be listed.
+    """
+    filesystem, path = open_fs(uri)
+    selector = pafs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    with _faults_of(uri, "cannot be listed"):
+        infos = filesystem.get_file_info(selector)
+    prefix = path.rstrip("/") + "/"
+    return sorted(
+        _append(uri, info.path.removeprefix(prefix))
+        for info in infos
+        if info.type == pafs.FileType.File
+        and info.base_name.endswith(suffix)
+        and not _is_temporary(info.base_name)
+    )
+
+
+def delete_tree(uri: str) -> None:
+    """Deletes a folder and all in it; does nothing if there is none.
+
+    Raises:
+        DataError: for the root of a file system, a bucket or the home folder, for what is not a folder,
+            and if something cannot be deleted.
+    """
+    filesystem, path = open_fs(uri)
+    is_local = isinstance(filesystem, pafs.LocalFileSystem)
+    depth = len([part for part in path.split("/") if part])
+    if depth < (1 if is_local else 2) or (is_local and Path(path).resolve() in (Path.home(), Path("/"))):
+        raise DataError("is not deleted: it is a whole file system, bucket or home", where=uri)
+    if is_local and Path(path).is_symlink():
+        raise DataError("is not deleted: it is a link", where=uri, accepted="the folder that it points to")
+    with _faults_of(uri, "cannot be deleted"):
+        if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+            filesystem.delete_dir(path)
+
+
+def _is_uri(uri: str) -> bool:
+    return _SCHEME.match(uri) is not None
+
+
+def _absolute(path: str) -> str:
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:  # ~name of nobody on this machine
+        raise DataError(f"has no home folder: {error}", where=path, accepted=ACCEPTED) from error
+
+
+def _append(uri: str, relative: str) -> str:
+    if not _is_uri(uri):
+        return f"{uri.rstrip('/')}/{relative}"
+    # A URI's query (s3://bucket/key?region=…) has to stay behind the path.
+    base, mark, query = uri.partition("?")
+    return f"{base.rstrip('/')}/{urllib.parse.quote(relative, safe='/')}{mark}{query}"
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(_TEMPORARY) and name.endswith(".tmp")
+
+
+def _replace_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}.tmp"
+    try:
+        # Not tempfile: its files are readable by their owner alone, and stores are shared.
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The rename itself is durable only once the folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _faults_of(uri: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise DataError(f"{what}: {_reason(error)}", where=uri, accepted=_next_step(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    # pyarrow's own words repeat the path and the call.
+    for kind, number in ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES)):
+        if isinstance(error, kind):
+            return os.strerror(number)
+    return str(error.strerror if isinstance(error, OSError) and error.strerror else error).strip()
+
+
+def _next_step(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "a location that exists"
+    if isinstance(error, PermissionError):
+        return "a location that you may read and write"
+    return "" if isinstance(error, OSError) else ACCEPTED
+
+
+def write_json(uri: str, content: object) -> None:
+    """Writes JSON that appears whole or not at all.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    write_atomically(uri, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode())
+
+
+def read_json(uri: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: if it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise DataError(f"is not JSON: {error}", where=uri) from error
+
+
+def copy_files(source: str, target: str) -> None:
+    """Copies the files of a folder, not of its subfolders, each whole or not at all.
+
+    Raises:
+        DataError: if one cannot be read or written.
+    """
+    for file in list_files(source):
+        name = urllib.parse.unquote(file.partition("?")[0]) if _is_uri(file) else file
+        write_atomically(join(target, name.rsplit("/", 1)[-1]), read_bytes(file))

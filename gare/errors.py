@@ -1,0 +1,52 @@
+"""Errors a person can act on: what is wrong, where, and what would be accepted."""
+
+from __future__ import annotations
+
+
+class GareError(Exception):
+    """A fault with one clear message.
+
+    Attributes:
+        what: what is wrong, with the offending value.
+        where: the file, key or row id that holds it; empty where there is none.
+        accepted: what would be accepted instead, or the next step to take.
+    """
+
+    #: Process exit status of a pipeline that ends with this error.
+    exit_code = 4
+
+    def __init__(self, what: str, *, where: str = "", accepted: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.accepted = accepted
+        message = f"{where}: {what}" if where else what
+        if accepted:
+            message = f"{message} ({accepted})"
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exception pickles its positional arguments only, which would lose where and accepted on the
+        # way from a worker to the driver.
+        return _rebuild, (type(self), self.what, self.where, self.accepted)
+
+
+def _rebuild(kind: type[GareError], what: str, where: str, accepted: str) -> GareError:
+    return kind(what, where=where, accepted=accepted)
+
+
+class ConfigError(GareError):
+    """A configuration or command line that cannot be run as it stands."""
+
+    exit_code = 2
+
+
+class DataError(GareError):
+    """Annotations, videos or stores that are missing, malformed or do not belong together."""
+
+    exit_code = 3
+
+
+class CheckpointError(GareError):
+    """A checkpoint or weight file that is missing, truncated or of another model."""
+
+    exit_code = 3

@@ -1,0 +1,52 @@
+"""What the encoders hand to the score.
+
+N texts, M videos, F frames, W words, D embedding width. Nothing here is normalised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Encoded captions.
+
+    Attributes:
+        embedding: (N, D), the end-of-text token after the text projection.
+        words: (N, W, D), every token after the projection, or None where no one attends to words.
+        mask: (N, W) bool, true for real tokens.
+    """
+
+    embedding: Tensor
+    words: Tensor | None
+    mask: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> TextFeatures:
+        words = None if self.words is None else self.words[rows]
+        return TextFeatures(self.embedding[rows], words, self.mask[rows])
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """Encoded clips.
+
+    Attributes:
+        frames: (M, F, D), frame features after the temporal transformer, zero at padded frames.
+        mask: (M, F) bool, true for real frames; every video has at least one.
+    """
+
+    frames: Tensor
+    mask: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> VideoFeatures:
+        return VideoFeatures(self.frames[rows], self.mask[rows])
+
+    @property
+    def mean(self) -> Tensor:
+        """v̄ (M, D), the mean over the real frames."""
+        weights_MF = self.mask.to(self.frames.dtype)
+        total_MD = (self.frames * weights_MF.unsqueeze(-1)).sum(dim=1)
+        return total_MD / weights_MF.sum(dim=1, keepdim=True)

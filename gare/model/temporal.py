@@ -1,0 +1,63 @@
+"""The temporal transformer over frame features.
+
+M videos, F frames, D embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gare.model.clip import ClipTowers
+
+
+class TemporalTransformer(nn.Module):
+    """Frame position embeddings, pre-norm attention blocks without causal mask, and a residual around all.
+
+    out = x + Blocks(x + positions), padded frames masked as keys and zero in the output.
+
+    Source: released code; its LayerNorm ε is 1e-12 where CLIP's is 1e-5.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int, max_positions: int) -> None:
+        super().__init__()
+        from transformers import CLIPTextConfig
+        from transformers.models.clip.modeling_clip import CLIPEncoder
+
+        self.positions = nn.Embedding(max_positions, width)
+        nn.init.normal_(self.positions.weight, std=0.01)
+        config = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            layer_norm_eps=1e-12,
+            attn_implementation="sdpa",
+        )
+        self.blocks: Any = CLIPEncoder(config)
+
+    def start_from_text_tower(self, towers: ClipTowers) -> None:
+        """Copies CLIP's text positions and first text blocks, where their shapes are ours.
+
+        Source: released code. A tower of another width or with fewer blocks leaves the random start.
+        """
+        text = towers.clip.text_model
+        positions = text.embeddings.position_embedding.weight
+        layers = self.blocks.layers
+        if positions.shape != self.positions.weight.shape or len(text.encoder.layers) < len(layers):
+            return
+        with torch.no_grad():
+            self.positions.weight.copy_(positions)
+        for ours, clips in zip(layers, text.encoder.layers, strict=False):
+            ours.load_state_dict(clips.state_dict())
+
+    def forward(self, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
+        """Frame features (M, F, D) and their mask (M, F) → (M, F, D), zero at padded frames."""
+        num_frames = frames_MFD.shape[1]
+        hidden = frames_MFD + self.positions.weight[:num_frames]
+        keys = mask_MF[:, None, None, :].expand(-1, 1, num_frames, -1)
+        hidden = self.blocks(inputs_embeds=hidden, attention_mask=keys).last_hidden_state
+        out: Tensor = (frames_MFD + hidden) * mask_MF.unsqueeze(-1)
+        return out

@@ -1,0 +1,58 @@
+"""Choosing queries for the retrieval picture, and their rankings.
+
+N texts, M videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gare.data.frames import FrameReader
+from gare.data.manifest import ManifestRow
+from gare.retrieval.metrics import text_to_video_ranks
+from gare.retrieval.pictures import Candidate, Example
+
+#: Candidates shown for a query.
+TOP = 5
+
+
+def choose_examples(
+    scores: Tensor,
+    video_of_text: Tensor,
+    texts: Sequence[str],
+    rows: Sequence[ManifestRow],
+    reader: FrameReader,
+    count: int,
+) -> list[Example]:
+    """Queries spread evenly over the texts, in order, so that neither hits nor misses are picked out.
+
+    Args:
+        scores: (N, M).
+        video_of_text: (N,) owner of each text.
+        texts: the N captions.
+        rows: the M videos.
+        reader: for thumbnails.
+        count: queries to show.
+    """
+    ranks = text_to_video_ranks(scores, video_of_text)
+    chosen = np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int))
+    examples = []
+    for text in chosen:
+        right = int(video_of_text[text])
+        best = scores[text].topk(min(TOP, scores.shape[1])).indices.tolist()
+        shown = best if right in best else [*best, right]
+        frames, mask = reader.read([rows[video].video_id for video in shown])
+        middle = mask.sum(axis=1) // 2
+        candidates = [
+            Candidate(
+                rows[video].video_id, frames[place, middle[place]], float(scores[text, video]), video == right
+            )
+            for place, video in enumerate(shown)
+        ]
+        rank = int(torch.ceil(ranks[text]))
+        examples.append(Example(texts[text], candidates, rank))
+    return examples

@@ -1,0 +1,219 @@
+"""The sections of the configuration: one frozen model each, every field with a default and a description."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys forbidden, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML's yes, no, on and off are booleans, which Python would take for 1 and 0.
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"got {value!r}; true and false are no value of this key")
+        return value
+
+
+class StorageConfig(Section):
+    """Where outputs go."""
+
+    root: str = Field(
+        default_factory=lambda: os.environ.get("GARE_ROOT") or "~/.gare",
+        min_length=1,
+        description="folder or s3:// URI that relative output paths resolve against; GARE_ROOT sets it too",
+    )
+
+
+class DataConfig(Section):
+    """Which videos and captions, and how they are split."""
+
+    benchmark: Literal["synthetic", "folder"] = Field(
+        "folder", description="synthetic: the generated benchmark; folder: your own videos with captions"
+    )
+    videos: str = Field("", description="folder that holds your videos (benchmark: folder)")
+    captions: str = Field(
+        "", description="CSV, JSON Lines or JSON file with their captions (benchmark: folder)"
+    )
+    seed: Seed = Field(0, description="seed of the generated benchmark and of a split made here")
+    val_fraction: Fraction = Field(0.1, description="share of the videos for val where no split is given")
+    test_fraction: Fraction = Field(0.2, description="share of the videos for test where no split is given")
+    num_train: Count = Field(700, description="videos to generate for train (benchmark: synthetic)")
+    num_val: Count = Field(60, description="videos to generate for val (benchmark: synthetic)")
+    num_test: Count = Field(256, description="videos to generate for test (benchmark: synthetic)")
+
+    @model_validator(mode="after")
+    def _fractions_leave_train(self) -> DataConfig:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction must stay below 1, so that train gets videos")
+        return self
+
+
+class ExtractConfig(Section):
+    """How videos become the frame store. What changes the values is part of the store's fingerprint."""
+
+    num_frames: Count = Field(12, description="F: frames kept of each clip; shorter ones are padded")
+    sample_fps: Positive = Field(1.0, description="frames per second sampled before F of them are taken")
+    image_size: Count = Field(224, description="pixels: short side after resizing, then centre crop")
+    encoding: Literal["jpeg", "raw"] = Field("jpeg", description="how frames are stored")
+    jpeg_quality: int = Field(95, ge=1, le=100, description="JPEG quality of stored frames")
+    deadline_s: Positive = Field(60.0, description="seconds a video may take to decode before it is given up")
+    max_failed_fraction: Fraction = Field(
+        0.1, description="share of the videos that may fail before the job ends with an error"
+    )
+    retry_failed: bool = Field(False, description="try videos again that failed before")
+    videos_per_part: Count = Field(32, description="videos a Parquet part of the store holds at most")
+    workers: int = Field(0, ge=0, description="decoding actors; 0: one for each CPU that the cluster has")
+
+
+class ClipConfig(Section):
+    """The CLIP towers, built by transformers' CLIPModel. Defaults are ViT-B/32's."""
+
+    image_size: Count = Field(224, description="pixels a side of the square input frames")
+    patch_size: Count = Field(32, description="pixels a side of a patch")
+    vision_width: Count = Field(768, description="width of the image tower")
+    vision_layers: Count = Field(12, description="blocks of the image tower")
+    vision_heads: Count = Field(12, description="attention heads of the image tower")
+    text_width: Count = Field(512, description="width of the text tower")
+    text_layers: Count = Field(12, description="blocks of the text tower")
+    text_heads: Count = Field(8, description="attention heads of the text tower")
+    vocab_size: Count = Field(49408, description="tokens in the vocabulary")
+    max_positions: Count = Field(77, description="longest token sequence of the text tower")
+    embed_dim: Count = Field(512, description="D: width of the shared embedding space")
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> ClipConfig:
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(f"{tower}_width {width} is not a multiple of {tower}_heads {heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """GARE: CLIP towers, temporal transformer, increment."""
+
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="the CLIP towers")
+    max_words: int = Field(32, ge=3, description="W: tokens of a caption, both markers included")
+    max_frames: Count = Field(12, description="F: frames of a clip")
+    temporal_layers: int = Field(4, ge=0, description="blocks of the temporal transformer")
+    temporal_heads: Count = Field(8, description="attention heads of the temporal transformer")
+    pool_temperature: Positive = Field(3.0, description="τ_pool of the text-conditioned pooling")
+    increment: bool = Field(True, description="learn Δ_ij; off is the baseline of the paper's Table 3")
+    gap_sign: Literal[1, -1] = Field(1, description="η of the semantic gap η(v̄_j − t_i)")
+    increment_heads: Count = Field(1, description="attention heads of ψ")
+    increment_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="dropout inside ψ")
+
+    @model_validator(mode="after")
+    def _fits_towers(self) -> ModelConfig:
+        if self.max_words > self.clip.max_positions:
+            raise ValueError(
+                f"max_words {self.max_words} exceeds clip.max_positions {self.clip.max_positions}"
+            )
+        if self.max_frames > self.clip.max_positions:
+            raise ValueError(
+                f"max_frames {self.max_frames} exceeds clip.max_positions {self.clip.max_positions}, "
+                "the number of frame positions"
+            )
+        for key in ("temporal_heads", "increment_heads"):
+            if self.clip.embed_dim % getattr(self, key):
+                raise ValueError(
+                    f"clip.embed_dim {self.clip.embed_dim} is not a multiple of {key} {getattr(self, key)}"
+                )
+        return self
+
+
+class LossConfig(Section):
+    """Weights and forms of the loss terms beside InfoNCE."""
+
+    bottleneck_weight: NonNegative = Field(1e-4, description="β, weight of the information bottleneck L_IB")
+    kl_reduction: Literal["sum", "mean"] = Field(
+        "sum", description="reduction of the KL over the D dimensions"
+    )
+    prior_std: Positive = Field(1.0, description="σ_prior of the bottleneck's prior")
+    radii_weight: NonNegative = Field(0.01, description="λ_ε, weight of the trust-region radii term L_ε")
+    radii_bound: NonNegative = Field(0.5, description="λ: L_ε is held at −λ from below")
+    direction_weight: NonNegative = Field(
+        0.01, description="λ_dir, weight of the directional diversity L_dir"
+    )
+    direction_alpha: Positive = Field(2.0, description="α of the directional diversity")
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    run: Name = Field("gare", description="name of the run: its output folder and its name in MLflow")
+    seed: Seed = Field(0, description="seed of the weights, the order of samples and dropout")
+    epochs: Count = Field(5, description="passes over the training captions")
+    batch_size: int = Field(128, ge=2, description="global batch: text-video pairs over all workers")
+    captions_per_video: int = Field(
+        0, ge=0, description="captions a video contributes to an epoch, drawn anew each time; 0: all of them"
+    )
+    clip_lr: NonNegative = Field(1e-7, description="peak learning rate of the CLIP towers")
+    lr: NonNegative = Field(1e-4, description="peak learning rate of everything else")
+    weight_decay: NonNegative = Field(0.2, description="decoupled weight decay, biases excepted")
+    warmup_fraction: Fraction = Field(0.1, description="share of the steps that warm up linearly")
+    max_grad_norm: Positive = Field(1.0, description="global norm that gradients are clipped to")
+    max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: run all epochs")
+    keep_checkpoints: Count = Field(2, description="checkpoints kept beside the best on val and the last")
+    max_failures: int = Field(
+        2, ge=0, description="worker failures survived by restarting from the checkpoint"
+    )
+    resume: bool = Field(True, description="continue an interrupted run of the same name")
+    overwrite: bool = Field(False, description="delete an earlier run of the same name first")
+
+
+class EvaluateConfig(Section):
+    """Scoring a split with a checkpoint."""
+
+    split: Literal["train", "val", "test"] = Field("test", description="which split to score")
+    checkpoint: str = Field("", description="checkpoint folder; empty: the best on val of train.run")
+    block: Count = Field(256, description="texts and videos scored at once")
+    num_examples: Count = Field(6, description="queries in the retrieval picture")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str = Field(
+        "sqlite:///mlflow.db", description="MLflow tracking URI; a relative SQLite path is below storage.root"
+    )
+    experiment: str = Field("gare", min_length=1, description="MLflow experiment")
+
+
+class ClusterConfig(Section):
+    """What the program asks of Ray."""
+
+    address: str = Field("", description="Ray cluster to join; empty: RAY_ADDRESS if set, else a local one")
+    num_cpus: int = Field(0, ge=0, description="CPUs of a local Ray; 0: all of this machine (at least 2)")
+    train_workers: Count = Field(2, description="training workers")
+    cpus_per_worker: Positive = Field(
+        0.5, description="CPUs of a training worker; the rest decodes and loads"
+    )
+    use_gpu: bool = Field(False, description="give each training worker a GPU")
+    wait_s: NonNegative = Field(120.0, description="seconds to wait for CPUs or GPUs that other jobs hold")
+
+
+class DemoConfig(Section):
+    """The main job on the generated benchmark."""
+
+    seeds: Count = Field(1, description="training seeds for each model")

@@ -1,0 +1,79 @@
+"""The training and validation clips of a manifest that a store holds."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from gare.config import ExtractConfig
+from gare.data.manifest import ManifestRow, read_manifest
+from gare.data.store import check_settings, frame_settings, ids_in_parts, read_failures, read_meta
+from gare.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredSplits:
+    """Rows of the manifest that can be used, by split, and what identifies the data.
+
+    Attributes:
+        train: rows of the train split that the store holds.
+        val: rows of val.
+        test: rows of test.
+        missing: ids of the manifest that failed to be extracted.
+        manifest_fingerprint: of the manifest.
+        store_fingerprint: of the store.
+        benchmark: the manifest's benchmark.
+        protocol: the manifest's protocol.
+    """
+
+    train: tuple[ManifestRow, ...]
+    val: tuple[ManifestRow, ...]
+    test: tuple[ManifestRow, ...]
+    missing: tuple[str, ...]
+    manifest_fingerprint: str
+    store_fingerprint: str
+    benchmark: str
+    protocol: str
+
+    def of_split(self, split: str) -> tuple[ManifestRow, ...]:
+        """Rows of train, val or test."""
+        rows: tuple[ManifestRow, ...] = getattr(self, split)
+        return rows
+
+
+def read_splits(manifest_uri: str, store_uri: str, extract: ExtractConfig) -> StoredSplits:
+    """Reads the manifest and finds its clips in the store.
+
+    Raises:
+        DataError: for a store that was made with other settings or that is not complete, or a missing file.
+    """
+    manifest = read_manifest(manifest_uri)
+    meta = read_meta(store_uri)
+    check_settings(store_uri, meta, frame_settings(extract))
+    held = ids_in_parts(store_uri, "data")
+    missing = tuple(row.video_id for row in manifest.rows if row.video_id not in held)
+    failed = read_failures(store_uri, held).keys() & set(missing)
+    # A manifest that has grown since: those videos were never tried.
+    if not meta.complete or len(failed) < len(missing):
+        raise DataError(
+            f"the store is not complete: of {len(manifest.rows)} videos it holds "
+            f"{len(manifest.rows) - len(missing)}, {len(failed)} failed",
+            where=store_uri,
+            accepted="run pipelines/extract.py again, it continues where it stopped",
+        )
+    if missing:
+        logger.warning("%d videos could not be extracted and are left out", len(missing))
+    splits = {
+        split: tuple(row for row in manifest.of_split(split) if row.video_id in held)
+        for split in ("train", "val", "test")
+    }
+    return StoredSplits(
+        **splits,
+        missing=missing,
+        manifest_fingerprint=manifest.fingerprint,
+        store_fingerprint=meta.fingerprint,
+        benchmark=manifest.benchmark,
+        protocol=manifest.protocol,
+    )

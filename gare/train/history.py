@@ -1,0 +1,51 @@
+"""The record of a run's steps and validations, beside its checkpoints: what curves are drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gare.data.files import exists, read_json, write_json
+
+
+@dataclass
+class History:
+    """Points by metric name: (step, value) for losses, (epochs done, value) for validations.
+
+    Attributes:
+        uri: JSON file that holds it.
+        steps: per optimiser step.
+        epochs: per validation.
+    """
+
+    uri: str
+    steps: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    epochs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, uri: str, *, step: int | None = None, epoch: int | None = None) -> History:
+        """Reads the record up to a step and an epoch; what a restarted run will do again is left out."""
+        tree = read_json(uri) if exists(uri) else {"steps": {}, "epochs": {}}
+
+        def keep(
+            points: dict[str, list[list[float]]], last: int | None
+        ) -> dict[str, list[tuple[int, float]]]:
+            return {
+                name: [(int(at), value) for at, value in rows if last is None or at <= last]
+                for name, rows in points.items()
+            }
+
+        return cls(uri, keep(tree["steps"], step), keep(tree["epochs"], epoch))
+
+    def add_step(self, step: int, values: dict[str, float]) -> None:
+        """Adds the values of an optimiser step."""
+        for name, value in values.items():
+            self.steps.setdefault(name, []).append((step, value))
+
+    def add_epoch(self, epoch: int, values: dict[str, float]) -> None:
+        """Adds the metrics of a validation."""
+        for name, value in values.items():
+            self.epochs.setdefault(name, []).append((epoch, value))
+
+    def save(self) -> None:
+        """Writes the record."""
+        write_json(self.uri, {"steps": self.steps, "epochs": self.epochs})

@@ -1,0 +1,93 @@
+"""The training loop of one worker, from a stream of clips to reports of steps and epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from gare.data.batch import Batch
+from gare.data.images import normalise
+from gare.data.manifest import ManifestRow
+from gare.errors import GareError
+from gare.model.tokenizer import tokenize
+from gare.train.plan import Plan, PlannedBatch
+from gare.train.step import Learner, train_step
+from gare.train.validation import Validation
+
+#: Called after each optimiser step: step (from 1), values by metric name.
+OnStep = Callable[[int, dict[str, float]], None]
+#: Called after each epoch: epochs done, metrics on val (empty without val).
+OnEpoch = Callable[[int, dict[str, float]], None]
+
+
+def run_loop(
+    learner: Learner,
+    plan: Plan,
+    start_epoch: int,
+    rows: Mapping[str, Sequence[ManifestRow]],
+    clips: Iterator[Mapping[str, np.ndarray]],
+    device: torch.device,
+    on_step: OnStep,
+    on_epoch: OnEpoch,
+) -> None:
+    """Trains from an epoch to the end of the plan.
+
+    Args:
+        learner: model and optimiser, already where ``start_epoch`` begins.
+        plan: of this worker.
+        start_epoch: epochs done before.
+        rows: clips of ``train`` and ``val`` in the order that the plan numbers.
+        clips: ``frames`` and ``frame_mask`` of the plan's batches from the start epoch's first on.
+        device: where to compute.
+        on_step: reports a step; ``time/step_s`` and ``time/data_wait_s`` are among its values.
+        on_epoch: reports an epoch.
+    """
+    if start_epoch >= len(plan.epoch_starts):
+        return
+    validation = Validation(learner.model, device)
+    ends = {*plan.epoch_starts[1:], len(plan.batches)}
+    first = plan.epoch_starts[start_epoch]
+    asked = time.perf_counter()
+    for position, planned in enumerate(plan.batches[first:], start=first + 1):
+        arrays = next(clips, None)
+        if arrays is None:
+            raise GareError(
+                f"ended before batch {position - first} of {len(plan.batches) - first}", where="loader"
+            )
+        arrived = time.perf_counter()
+        if planned.kind == "train":
+            values = train_step(learner, _batch(learner, planned, rows["train"], arrays).to(device))
+            values |= {"time/step_s": time.perf_counter() - arrived, "time/data_wait_s": arrived - asked}
+            on_step(learner.step, values)
+        else:
+            validation.add(
+                planned.videos.tolist(),
+                [rows["val"][video].captions for video in planned.videos],
+                torch.from_numpy(arrays["frames"]),
+                torch.from_numpy(arrays["frame_mask"]),
+            )
+        if position in ends:
+            on_epoch(planned.epoch + 1, validation.metrics())
+        asked = time.perf_counter()
+
+
+def _batch(
+    learner: Learner,
+    planned: PlannedBatch,
+    rows: Sequence[ManifestRow],
+    arrays: Mapping[str, np.ndarray],
+) -> Batch:
+    pairs = list(zip(planned.videos, planned.captions, strict=True))
+    if len(arrays["frames"]) != len(pairs):
+        raise GareError(f"{len(arrays['frames'])} clips arrived for {len(pairs)} pairs", where="loader")
+    captions = [rows[video].captions[caption] for video, caption in pairs]
+    token_ids, token_mask = tokenize(captions, learner.config.model.max_words)
+    return Batch(
+        token_ids,
+        token_mask,
+        normalise(torch.from_numpy(arrays["frames"])),
+        torch.from_numpy(arrays["frame_mask"]),
+    )

@@ -1,0 +1,71 @@
+"""Optimiser, parameter groups and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from gare.config import TrainConfig
+from gare.model.gare import GARE
+
+
+def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
+    """AdamW with one learning rate for the CLIP towers and one for everything else, no decay on biases.
+
+    β₁ 0.9, β₂ 0.98, ε 1e-6 as in the released training; the groups carry their peak rate as ``peak_lr``.
+    """
+    groups: list[dict[str, object]] = []
+    for name, parameters in _parameter_groups(model):
+        peak = config.clip_lr if name.startswith("clip") else config.lr
+        decay = 0.0 if name.endswith("bias") else config.weight_decay
+        groups.append(
+            {"name": name, "params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        )
+    return AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def _parameter_groups(model: GARE) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tower = "clip" if name.startswith("towers.") else "head"
+        kind = "bias" if name.endswith("bias") else "weight"
+        groups.setdefault(f"{tower}/{kind}", []).append(parameter)
+    yield from groups.items()
+
+
+def set_learning_rate(optimizer: Optimizer, step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Sets every group's rate for this step and returns the factor on the peak.
+
+    Args:
+        optimizer: from ``build_optimizer``.
+        step: 0 for the first step.
+        num_steps: steps of the whole run.
+        warmup_fraction: share of them that warms up linearly.
+    """
+    factor = rate_factor(step, num_steps, warmup_fraction)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return factor
+
+
+def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Linear warm-up, then 0.5(1 + cos πx), where x is the share of the whole run that is done.
+
+    The cosine is not restarted after the warm-up. Source: released training, whose first step has rate 0;
+    ours starts at the end of the first step's share, so that no step is lost.
+    """
+    done = (step + 1) / (num_steps + 1)
+    if done < warmup_fraction:
+        return done / warmup_fraction
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Clips the global gradient norm in place and returns the norm before clipping."""
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))

@@ -1,0 +1,132 @@
+"""Checkpoints: a folder with ``model.safetensors``, ``config.yaml`` and ``trainer.pt``."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from gare.config import Config, parse_config
+from gare.data.files import exists, join, read_bytes, write_atomically
+from gare.errors import CheckpointError, ConfigError, DataError
+from gare.model.gare import GARE
+from gare.train.step import Learner
+
+MODEL = "model.safetensors"
+CONFIG = "config.yaml"
+TRAINER = "trainer.pt"
+
+
+def save_checkpoint(uri: str, learner: Learner, epoch: int) -> None:
+    """Writes the model, the configuration and what training needs to go on.
+
+    Args:
+        uri: folder; ``model.safetensors`` comes last, so that a folder that has it is whole.
+        learner: what to save.
+        epoch: epochs done.
+    """
+    trainer = {
+        "optimizer": learner.optimizer.state_dict(),
+        "schedule": {"num_steps": learner.num_steps},
+        "random_state": torch.get_rng_state(),
+        "step": learner.step,
+        "epoch": epoch,
+    }
+    buffer = io.BytesIO()
+    torch.save(trainer, buffer)
+    write_atomically(join(uri, TRAINER), buffer.getvalue())
+    write_atomically(join(uri, CONFIG), learner.config.to_yaml().encode())
+    tensors = {name: tensor.contiguous() for name, tensor in learner.model.state_dict().items()}
+    write_atomically(join(uri, MODEL), save_tensors(tensors))
+
+
+def load_checkpoint(uri: str | Path) -> GARE:
+    """The model of a checkpoint, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: for a folder that is not a whole checkpoint, or tensors of another model.
+    """
+    model = GARE(read_config(str(uri)).model)
+    load_model(str(uri), model)
+    return model.eval()
+
+
+def read_config(uri: str) -> Config:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: where it is missing or cannot be used.
+    """
+    location = join(uri, CONFIG)
+    if not exists(location):
+        raise CheckpointError(
+            "is not a checkpoint", where=uri, accepted=f"a folder with {MODEL}, {CONFIG} and {TRAINER}"
+        )
+    try:
+        return parse_config(yaml.safe_load(read_bytes(location)), where=location)
+    except (ConfigError, DataError, yaml.YAMLError, ValueError) as error:
+        raise CheckpointError(f"cannot be used: {error}", where=location) from error
+
+
+def load_model(uri: str, model: GARE) -> None:
+    """Fills a model with a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: naming tensors that are missing, left over or of another shape.
+    """
+    location = join(uri, MODEL)
+    try:
+        tensors = load_tensors(read_bytes(location))
+    except Exception as error:  # safetensors has an exception of its own, not derived from ValueError
+        raise CheckpointError(f"cannot be read: {error}", where=location) from error
+    ours = model.state_dict()
+    faults = [f"{name} is missing" for name in sorted(ours.keys() - tensors.keys())]
+    faults += [f"{name} is not of this model" for name in sorted(tensors.keys() - ours.keys())]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(ours[name].shape)}"
+        for name in sorted(ours.keys() & tensors.keys())
+        if tensors[name].shape != ours[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise CheckpointError(
+            f"is of another model: {'; '.join(faults[:5])}{more}",
+            where=location,
+            accepted="the model settings that it was trained with",
+        )
+    model.load_state_dict(tensors)
+
+
+def restore_learner(uri: str, learner: Learner) -> int:
+    """Continues from a checkpoint: model, optimiser, random state and step.
+
+    Returns:
+        Epochs done.
+
+    Raises:
+        CheckpointError: for a checkpoint of another model or another length of the run.
+    """
+    load_model(uri, learner.model)
+    location = join(uri, TRAINER)
+    try:
+        trainer: dict[str, Any] = torch.load(io.BytesIO(read_bytes(location)), weights_only=True)
+        if trainer["schedule"]["num_steps"] != learner.num_steps:
+            raise CheckpointError(
+                f"belongs to a run of {trainer['schedule']['num_steps']} steps, this one has "
+                f"{learner.num_steps}",
+                where=location,
+                accepted="the same data, batch and epochs, or another train.run",
+            )
+        learner.optimizer.load_state_dict(trainer["optimizer"])
+        torch.set_rng_state(trainer["random_state"])
+        learner.step = int(trainer["step"])
+        return int(trainer["epoch"])
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"cannot be read: {error}", where=location) from error

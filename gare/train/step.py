@@ -1,0 +1,102 @@
+"""One optimiser step of the global batch, the same on one worker and on many."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from gare.config import Config
+from gare.data.batch import Batch
+from gare.errors import GareError
+from gare.model.gare import GARE
+from gare.train.gather import world_size
+from gare.train.objective import LossTerms, Objective
+from gare.train.optim import build_optimizer, clip_gradients, set_learning_rate
+
+
+@dataclass
+class Learner:
+    """Model, objective and optimiser of one worker.
+
+    Attributes:
+        model: the bare model.
+        objective: the objective around it, wrapped by DDP where there are several workers.
+        optimizer: over the model's parameters.
+        config: of the run.
+        num_steps: of the whole run, for the schedule.
+        step: optimiser steps done.
+    """
+
+    model: GARE
+    objective: nn.Module
+    optimizer: Optimizer
+    config: Config
+    num_steps: int
+    step: int = 0
+
+
+def build_learner(model: GARE, config: Config, num_steps: int, device: torch.device) -> Learner:
+    """Moves the model to the device, wraps its objective for the workers there are, builds the optimiser."""
+    objective: nn.Module = Objective(model, config.loss).to(device)
+    if world_size() > 1:
+        objective = DistributedDataParallel(
+            objective, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+    return Learner(model, objective, build_optimizer(model, config.train), config, num_steps)
+
+
+def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
+    """One step on this worker's share of the global batch.
+
+    Returns:
+        The loss terms of the global batch, κ, the gradient norm before clipping and the learning-rate factor.
+
+    Raises:
+        GareError: for a loss or a gradient that is not finite; the weights are then as before the step.
+    """
+    train = learner.config.train
+    learner.model.train()
+    factor = set_learning_rate(learner.optimizer, learner.step, learner.num_steps, train.warmup_fraction)
+    terms = compute_gradients(learner, batch)
+    norm = clip_gradients(learner.model, train.max_grad_norm)
+    if not math.isfinite(norm):
+        raise _not_finite(learner, f"the gradient's norm is {norm:g}")
+    learner.optimizer.step()
+    learner.model.towers.clamp_logit_scale()
+    learner.step += 1
+    values = {name: float(value) for name, value in terms.named().items()}
+    return values | {"train/grad_norm": norm, "train/lr_factor": factor}
+
+
+def compute_gradients(learner: Learner, batch: Batch) -> LossTerms:
+    """Forward and backward; every parameter's gradient is then that of the global batch's loss."""
+    learner.optimizer.zero_grad(set_to_none=True)
+    # Dropout is drawn from (seed, step): the same on every worker, which all hold the same pairs, and the
+    # same again after a restart.
+    torch.manual_seed(step_seed(learner.config.train.seed, learner.step))
+    terms: LossTerms = learner.objective(batch)
+    if not torch.isfinite(terms.total):
+        named = ", ".join(f"{name} {float(value):g}" for name, value in terms.named().items())
+        raise _not_finite(learner, f"the loss is not finite: {named}")
+    terms.total.backward()  # type: ignore[no-untyped-call]
+    return terms
+
+
+def _not_finite(learner: Learner, what: str) -> GareError:
+    return GareError(
+        what,
+        where=f"step {learner.step}",
+        accepted="a lower train.lr, or look at the batch's videos; the last checkpoint is untouched",
+    )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A 63-bit seed from (seed, step), without the correlations of seed + step."""
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

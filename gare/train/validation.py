@@ -1,0 +1,96 @@
+"""Retrieval metrics of a split whose clips are spread over the workers.
+
+M clips and N captions on this worker, F frames, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gare.data.images import normalise
+from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.gare import GARE
+from gare.model.tokenizer import tokenize
+from gare.retrieval.metrics import retrieval_metrics
+from gare.retrieval.scoring import score_blocks
+from gare.train.gather import gather_unequal
+
+#: Texts and videos that are scored at once.
+BLOCK = 256
+
+
+@dataclass
+class Validation:
+    """Collects this worker's encoded clips and captions, then scores those of all workers.
+
+    Attributes:
+        model: to encode and score with.
+        device: where it is.
+    """
+
+    model: GARE
+    device: torch.device
+    _frames: list[Tensor] = field(default_factory=list)
+    _masks: list[Tensor] = field(default_factory=list)
+    _videos: list[Tensor] = field(default_factory=list)
+    _texts: list[Tensor] = field(default_factory=list)
+    _owners: list[Tensor] = field(default_factory=list)
+
+    @torch.inference_mode()
+    def add(
+        self, videos: Sequence[int], captions: Sequence[Sequence[str]], frames: Tensor, mask: Tensor
+    ) -> None:
+        """Encodes clips with all their captions.
+
+        Args:
+            videos: position of each clip in the split.
+            captions: texts of each clip.
+            frames: (M, F, H, W, 3) uint8.
+            mask: (M, F) bool.
+        """
+        self.model.eval()
+        encoded = self.model.encode_video(normalise(frames.to(self.device)), mask.to(self.device))
+        self._frames.append(encoded.frames)
+        self._masks.append(encoded.mask)
+        self._videos.append(torch.tensor(videos))
+        texts = [text for group in captions for text in group]
+        token_ids, token_mask = tokenize(texts, self.model.config.max_words)
+        self._texts.append(
+            self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device)).embedding
+        )
+        counts = torch.tensor([len(group) for group in captions])
+        self._owners.append(torch.tensor(videos).repeat_interleave(counts))
+
+    @torch.inference_mode()
+    def metrics(self) -> dict[str, float]:
+        """Metrics over the clips of all workers, the same on each; then forgets them. All must call it."""
+        self.model.eval()  # a worker without clips has not called add
+        width, num_frames = self.model.config.clip.embed_dim, self.model.config.max_frames
+        nothing = torch.empty(0, device=self.device)
+        frames = _gather(self._frames, nothing.reshape(0, num_frames, width))
+        mask = _gather(self._masks, nothing.reshape(0, num_frames).bool())
+        videos = _gather(self._videos, nothing.long())
+        text = _gather(self._texts, nothing.reshape(0, width))
+        owners = _gather(self._owners, nothing.long())
+        for held in (self._frames, self._masks, self._videos, self._texts, self._owners):
+            held.clear()
+        if not len(videos):
+            return {}
+        column_of = torch.empty(int(videos.max()) + 1, dtype=torch.int64)
+        column_of[videos.cpu()] = torch.arange(len(videos))
+        scores = score_blocks(
+            self.model,
+            TextFeatures(text, None, torch.ones(len(text), 1, dtype=torch.bool)),
+            VideoFeatures(frames, mask),
+            BLOCK,
+        )
+        return retrieval_metrics(scores, column_of[owners.cpu()])
+
+
+def _gather(parts: list[Tensor], nothing: Tensor) -> Tensor:
+    local = torch.cat([part.to(nothing.device) for part in parts]) if parts else nothing
+    return gather_unequal(local)

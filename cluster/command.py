@@ -1,0 +1,118 @@
+"""The contract of every pipeline's command line: arguments, logs, exit status, result."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gare.config import Config, describe_keys, load_config
+from gare.errors import ConfigError, GareError
+
+logger = logging.getLogger(__name__)
+
+EPILOG = """exit status:
+  0 done   2 bad configuration or arguments   3 bad data   4 the run failed
+
+keys (give any of them as section.key=value):
+"""
+
+
+#: Options of one command beside ``--config``: flag → (key that it sets, meaning).
+Flags = Mapping[str, tuple[str, str]]
+
+
+def main(
+    run: Callable[[Config], Mapping[str, Any]], description: str | None, flags: Flags | None = None
+) -> None:
+    """Runs a pipeline as a command and leaves the process with its exit status.
+
+    stdout gets one line, the result as JSON, after the run has closed all it opened; logs and progress go
+    to stderr.
+    """
+    sys.exit(execute(run, description or "", sys.argv[1:], flags or {}))
+
+
+def execute(
+    run: Callable[[Config], Mapping[str, Any]], description: str, arguments: Sequence[str], flags: Flags
+) -> int:
+    """``main`` without the exit: returns the status."""
+    set_up_logging()
+    options = _parser(description, flags).parse_intermixed_args(arguments)
+    overrides = list(options.overrides)
+    for flag, (key, _) in flags.items():
+        value = getattr(options, flag.lstrip("-").replace("-", "_"))
+        overrides += [f"{key}={value}"] if value is not None else []
+    try:
+        config = load_config(options.config, overrides)
+        # Ray prints here what its workers print; stdout is for the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = run(config)
+        line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    except GareError as error:
+        if os.environ.get("GARE_DEBUG"):
+            traceback.print_exc()
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; the same command continues where this one stopped\n")
+        return 4
+    except Exception as error:
+        # Not a fault that we foresaw: the trace is what a report of it needs.
+        traceback.print_exc()
+        sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
+        return 4
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+def set_up_logging(*, replace: bool = False) -> None:
+    """One line a record on stderr; libraries from warnings up.
+
+    Args:
+        replace: take the place of what a library has set up already, as Ray Train does in its workers.
+    """
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=replace,
+    )
+    for name in ("gare", "cluster", "pipelines", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    # Ray's libraries report every step of theirs; the pipelines have one line of their own.
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        fault = ConfigError(message, where="arguments", accepted="see --help")
+        self.exit(fault.exit_code, f"error: {fault}\n")
+
+
+def _parser(description: str, flags: Flags) -> argparse.ArgumentParser:
+    lines = []
+    for key, default, meaning in describe_keys():
+        lines.append(f"  {key} = {default}\n      {meaning}")
+    parser = _Parser(
+        description=description,
+        epilog=EPILOG + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as conf/demo.yaml")
+    for flag, (key, meaning) in flags.items():
+        parser.add_argument(flag, metavar="VALUE", help=f"{meaning}; sets {key}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's"
+    )
+    return parser

@@ -1,0 +1,19 @@
+"""MLflow: runs, metrics, pictures, data sets and models. ``client`` is the only file that imports mlflow."""
+
+from cluster.tracking.location import mask_credentials, resolve_tracking_uri
+from cluster.tracking.revision import git_revision
+from cluster.tracking.run import RunHandle, check_metric_names
+from cluster.tracking.served import serve_model, use_served_model
+from cluster.tracking.tracker import Tracker, connect
+
+__all__ = [
+    "RunHandle",
+    "Tracker",
+    "check_metric_names",
+    "connect",
+    "git_revision",
+    "mask_credentials",
+    "resolve_tracking_uri",
+    "serve_model",
+    "use_served_model",
+]

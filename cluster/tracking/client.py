@@ -1,0 +1,238 @@
+"""The only file that imports mlflow: one function for each thing the project asks of it.
+
+MLflow takes seconds to import, so it is imported at first use. Nothing here sets its global tracking URI or
+active run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.tracking import outbox
+from cluster.tracking.location import check_port, json_number, scheme_of, sqlite_file
+from gare.errors import GareError
+
+#: Seconds to wait for a server's answer where something else waits for it: the start, a training step.
+ANSWER_S = 5
+
+
+class RefusedError(Exception):
+    """The store answered that it does not take this, and never will."""
+
+
+@functools.cache
+def mlflow_module() -> Any:
+    """The mlflow package, for the files beside this one."""
+    # No usage reports from clusters that are cut off or confidential; a person's own setting wins.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with warnings.catch_warnings():
+        # What it warns of while it is imported is about its own modules.
+        warnings.simplefilter("ignore")
+        import mlflow
+        import mlflow.pyfunc
+
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow
+
+
+@functools.lru_cache(maxsize=8)
+def client(uri: str) -> Any:
+    """The MlflowClient of a tracking URI; one a process."""
+    return mlflow_module().MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def is_server(uri: str) -> bool:
+    """Whether the store is behind an MLflow server, as opposed to a database used directly."""
+    return scheme_of(uri) in ("http", "https")
+
+
+def check_answers(uri: str) -> None:
+    """Asks an MLflow server for something small, once and briefly; databases are not asked.
+
+    Raises:
+        Exception: any, where there is no good answer.
+    """
+    if is_server(uri):
+        _post(uri, "experiments/search", {"max_results": 1})
+
+
+def prepare_database(uri: str, artifacts: str) -> None:
+    """Reaches a database and makes MLflow's tables in it where there are none.
+
+    Raises:
+        Exception: any, where it cannot be reached within seconds or is not MLflow's.
+    """
+    if scheme_of(uri) == "sqlite":
+        path = sqlite_file(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Two first starts at once would both run the migrations.
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _open_database(uri, artifacts)
+        return
+    check_port(uri, ANSWER_S)
+    _open_database(uri, artifacts)
+
+
+def _open_database(uri: str, artifacts: str) -> None:
+    mlflow_module()
+    import sqlalchemy
+    import sqlalchemy.orm
+
+    with warnings.catch_warnings():
+        # MLflow 3.17's tables use what SQLAlchemy 2.1 deprecates.
+        warnings.simplefilter("ignore")
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        sqlalchemy.orm.configure_mappers()
+    # MLflow retries for minutes, whatever the fault; ask once before it does.
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
+    # The first to open a database also makes the experiment "Default", with files below what it is told.
+    SqlAlchemyStore(uri, artifacts)  # type: ignore[no-untyped-call]
+
+
+def find_or_create_experiment(uri: str, name: str, artifacts: str | None) -> str:
+    """The id of the experiment of that name, new where there is none.
+
+    Raises:
+        GareError: where it has been deleted.
+        Exception: MLflow's.
+    """
+    mlflow = mlflow_module()
+    found = client(uri).get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client(uri).create_experiment(name, artifact_location=artifacts))
+        except mlflow.MlflowException as error:
+            # Another process may have made it in between.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client(uri).get_experiment_by_name(name)
+    if found.lifecycle_stage != "active":
+        raise GareError(
+            f"the MLflow experiment {name!r} has been deleted",
+            where="tracking.experiment",
+            accepted=f"another name, or `mlflow experiments restore --experiment-id {found.experiment_id}`",
+        )
+    return str(found.experiment_id)
+
+
+def open_run(uri: str, experiment_id: str, name: str, run_id: str | None) -> tuple[str, str]:
+    """Sets an earlier run back to running, or makes one; returns its (experiment id, run id)."""
+    mlflow = mlflow_module()
+    if run_id:
+        try:
+            info = client(uri).get_run(run_id).info
+        except mlflow.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        else:
+            if info.lifecycle_stage == "active":
+                client(uri).update_run(run_id, status="RUNNING")
+                return str(info.experiment_id), run_id
+    run = client(uri).create_run(experiment_id, run_name=name)
+    return experiment_id, str(run.info.run_id)
+
+
+def add_params(uri: str, run_id: str, params: Mapping[str, str]) -> dict[str, str]:
+    """Logs the parameters that are new; returns those that the run has with another value."""
+    mlflow_module()
+    from mlflow.entities import Param
+
+    known = client(uri).get_run(run_id).data.params
+    new = [Param(key, value) for key, value in params.items() if key not in known]
+    for start in range(0, len(new), 100):
+        client(uri).log_batch(run_id, params=new[start : start + 100])
+    return {key: value for key, value in params.items() if key in known and known[key] != value}
+
+
+def send(uri: str, entry: outbox.Entry) -> None:
+    """Delivers metrics, tags and the status of one entry; a server gets one short chance to answer.
+
+    Raises:
+        RefusedError: where the store will never take it.
+        Exception: any other, where it could not be reached.
+    """
+    mlflow = mlflow_module()
+    run_id, metrics, tags = entry["run_id"], entry.get("metrics", []), entry.get("tags", {})
+    if is_server(uri):
+        if metrics or tags:
+            rows = [{**row, "value": json_number(row["value"])} for row in metrics]
+            pairs = [{"key": key, "value": value} for key, value in tags.items()]
+            _post(uri, "runs/log-batch", {"run_id": run_id, "metrics": rows, "tags": pairs})
+        if "status" in entry:
+            status = {"status": entry["status"], "end_time": entry["end_time"]}
+            _post(uri, "runs/update", {"run_id": run_id, **status})
+        return
+    from mlflow.entities import Metric, RunTag
+
+    try:
+        if metrics or tags:
+            client(uri).log_batch(
+                run_id,
+                metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in metrics],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+        if "status" in entry:
+            client(uri).set_terminated(run_id, entry["status"], entry["end_time"])
+    except mlflow.MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"):
+            raise RefusedError(str(error)) from error
+        raise
+
+
+def _post(uri: str, endpoint: str, body: Mapping[str, Any]) -> None:
+    # MlflowClient waits and retries as its environment variables say, by default for minutes, and changing
+    # those would change them for everything else in this process.
+    mlflow_module()
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    answer = http_request(  # type: ignore[no-untyped-call]
+        get_default_host_creds(uri),  # type: ignore[no-untyped-call]
+        f"/api/2.0/mlflow/{endpoint}",
+        "POST",
+        max_retries=0,
+        timeout=ANSWER_S,
+        raise_on_status=False,
+        json=dict(body),
+    )
+    if answer.status_code == 200:
+        answer.json()  # a page of something that is no MLflow server
+        return
+    message = f"HTTP {answer.status_code} from {endpoint}: {answer.text[:300]}"
+    if answer.status_code in (400, 404, 422) and "error_code" in answer.text:
+        raise RefusedError(message)
+    raise ConnectionError(message)
+
+
+def link_dataset(
+    uri: str, run_id: str, *, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any]
+) -> None:
+    """Makes a data set an input of the run."""
+    mlflow_module()
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=name[:500],
+        digest=digest[:36],  # MLflow's limit
+        source_type="uri",
+        source=json.dumps({"uri": source}),
+        profile=json.dumps(dict(profile)),
+    )
+    entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+    client(uri).log_inputs(run_id, datasets=[entry])

@@ -1,0 +1,98 @@
+"""Where MLflow's records and files are: tracking URIs, with and without what must not be shown."""
+
+from __future__ import annotations
+
+import math
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gare.errors import ConfigError
+
+#: Databases that MLflow can use without a server in between.
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_ACCEPTED = "sqlite:///FILE.db, http(s)://HOST:PORT of an MLflow server, or postgresql://USER@HOST/DATABASE"
+
+
+def resolve_tracking_uri(uri: str, root: str) -> str:
+    """Makes a relative SQLite path absolute, below the storage root; leaves everything else as it is.
+
+    Args:
+        uri: the configured tracking URI, such as ``sqlite:///mlflow.db``.
+        root: the storage root, a folder or an ``s3://`` URI.
+
+    Raises:
+        ConfigError: for a store that MLflow cannot use, or a relative SQLite file below a remote root.
+    """
+    scheme = scheme_of(uri)
+    if scheme in ("http", "https"):
+        if not urlsplit(uri).hostname:
+            raise ConfigError(
+                f"{mask_credentials(uri)!r} names no host", where="tracking.uri", accepted=_ACCEPTED
+            )
+        return uri
+    if scheme not in DATABASES:
+        raise ConfigError(
+            f"{mask_credentials(uri)!r} is no MLflow store", where="tracking.uri", accepted=_ACCEPTED
+        )
+    if scheme != "sqlite":
+        return uri
+    prefix, separator, path = uri.partition(":///")
+    path, question, query = path.partition("?")
+    if not separator or not path or path == ":memory:":
+        raise ConfigError(f"{uri!r} names no file", where="tracking.uri", accepted=_ACCEPTED)
+    if not path.startswith("/"):
+        folder = local_folder(root)
+        if folder is None:
+            raise ConfigError(
+                f"{uri!r} is relative, and an SQLite file cannot lie below the remote root {root!r}",
+                where="tracking.uri",
+                accepted="an MLflow server, http://HOST:PORT, or an absolute local path, sqlite:////FOLDER/FILE.db",
+            )
+        path = str(folder / path)
+    return f"{prefix}:///{path}{question}{query}"
+
+
+def scheme_of(uri: str) -> str:
+    """``postgresql`` for ``postgresql+psycopg2://…``; empty where there is none."""
+    return uri.partition(":")[0].partition("+")[0].lower() if ":" in uri else ""
+
+
+def sqlite_file(uri: str) -> Path:
+    """The file of a resolved ``sqlite:///`` URI."""
+    return Path(uri.partition(":///")[2].partition("?")[0])
+
+
+def local_folder(root: str) -> Path | None:
+    """The storage root as an absolute folder of this machine; None for a remote one."""
+    if root.startswith("file://"):
+        root = urlsplit(root).path
+    return None if "://" in root else Path(root).expanduser().absolute()
+
+
+def artifact_root(root: str) -> str:
+    """The URI below which MLflow keeps its files where no server decides that."""
+    folder = local_folder(root)
+    return f"{root.rstrip('/')}/mlartifacts" if folder is None else (folder / "mlartifacts").as_uri()
+
+
+def check_port(uri: str, timeout_s: float) -> None:
+    """Raises OSError where nothing listens at a database's address."""
+    parts = urlsplit(uri)
+    default = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}[scheme_of(uri)]
+    with socket.create_connection((parts.hostname or "localhost", parts.port or default), timeout_s):
+        pass
+
+
+def mask_credentials(text: str) -> str:
+    """Replaces ``user:password@`` in every URI of the text, and passwords in their queries, by ``***``."""
+    text = re.sub(r"://[^/?#\s'\"]*@", "://***@", text)
+    return re.sub(r"(?i)([?&](?:password|token|secret|sslpassword)=)[^&\s'\"]+", r"\1***", text)
+
+
+def json_number(value: float) -> float | str:
+    """JSON has no infinities and no NaN; protocol buffers spell them as strings."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")

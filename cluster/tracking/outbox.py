@@ -1,0 +1,93 @@
+"""What could not be delivered to the tracking server yet, kept in a JSON-lines file.
+
+Entries are idempotent for the receiver: a metric carries its own time, a tag its value. So the file is
+emptied only once everything in it has been delivered, and sending some of it twice does no harm.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+#: MLflow's limits of one batch.
+MAX_METRICS = 1000
+MAX_TAGS = 100
+
+#: ``run_id``, and any of ``metrics`` (key, value, timestamp in ms, step), ``tags`` (key, value), ``status``.
+Entry = dict[str, Any]
+
+
+def add(path: str | Path, entry: Entry) -> None:
+    """Appends one entry; safe with other processes of this machine.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(entry) + "\n")
+
+
+def deliver(path: str | Path, send: Callable[[Entry], None]) -> int:
+    """Sends all that is in the file and empties it.
+
+    Args:
+        path: the file; nothing happens where there is none.
+        send: delivers one entry. Whatever it raises ends the delivery, and the file stays as it was.
+
+    Returns:
+        The number of lines delivered.
+    """
+    path = Path(path)
+    if not path.exists() or not path.stat().st_size:
+        return 0
+    with path.open("r+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        entries = list(_parse(file, path))
+        for entry in merge(entries):
+            send(entry)
+        # The file itself stays: another process may hold it open, waiting to append.
+        file.truncate(0)
+    return len(entries)
+
+
+def merge(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Joins neighbouring entries of a run, up to the size of a batch, so that a long gap is sent quickly."""
+    batch: Entry = {}
+    for entry in entries:
+        fits = (
+            batch.get("run_id") == entry["run_id"]
+            and "status" not in batch
+            and len(batch.get("metrics", ())) + len(entry.get("metrics", ())) <= MAX_METRICS
+            and len({**batch.get("tags", {}), **entry.get("tags", {})}) <= MAX_TAGS
+        )
+        if not fits:
+            if batch:
+                yield batch
+            batch = {"run_id": entry["run_id"]}
+        batch["metrics"] = [*batch.get("metrics", ()), *entry.get("metrics", ())]
+        batch["tags"] = {**batch.get("tags", {}), **entry.get("tags", {})}
+        if "status" in entry:
+            batch |= {"status": entry["status"], "end_time": entry["end_time"]}
+    if batch:
+        yield batch
+
+
+def _parse(lines: Iterable[str], path: Path) -> Iterator[Entry]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            entry["run_id"]
+        except (ValueError, KeyError, TypeError):
+            # The last line of a process that was killed while it wrote.
+            logger.warning("%s:%d: not a whole entry, left out", path, number)
+        else:
+            yield entry

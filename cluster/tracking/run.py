@@ -1,0 +1,257 @@
+"""A run in MLflow, written to from any process, whatever happens to the server."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cluster.tracking import client, outbox, served
+from cluster.tracking.location import mask_credentials
+from gare.errors import GareError
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+T = TypeVar("T")
+
+#: Seconds that a lost store is left alone before it is tried again: a training step must not wait for it.
+RETRY_AFTER_S = 20.0
+
+# Per process, by tracking URI: when the store was last found lost. And which warnings each run has had.
+_lost_at: dict[str, float] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """One run, to be written to from any process; small, and it can be pickled."""
+
+    tracking_uri: str = field(repr=False)  # may hold a password
+    experiment_id: str
+    run_id: str
+    pending: str = ""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Logs parameters; nested mappings become dotted keys, long values are cut.
+
+        MLflow never changes a parameter: where a resumed run has another value, the first one stays and the
+        new one becomes the tag ``resumed.KEY``.
+
+        Raises:
+            Exception: MLflow's, where the store does not take them.
+        """
+        flat = {key: str(value)[:6000] for key, value in _flatten(params)}
+        changed = client.add_params(self.tracking_uri, self.run_id, flat)
+        if changed:
+            logger.warning("MLflow keeps the first value of %s; the new ones are tags", ", ".join(changed))
+            self.set_tags({f"resumed.{key}": value for key, value in changed.items()})
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Logs metrics of a step. Where the store is lost it warns once, keeps them in ``pending``, goes on.
+
+        Raises:
+            GareError: for a metric name that MLflow does not allow.
+        """
+        check_metric_names(metrics)
+        now_ms = time.time_ns() // 1_000_000
+        rows = [
+            {"key": key, "value": float(value), "timestamp": now_ms, "step": int(step)}
+            for key, value in metrics.items()
+        ]
+        for chunk in _chunks(rows, outbox.MAX_METRICS):
+            self._deliver({"metrics": chunk})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Sets tags; a lost store is survived as in ``log_metrics``."""
+        for chunk in _chunks([(key, str(value)[:8000]) for key, value in tags.items()], outbox.MAX_TAGS):
+            self._deliver({"tags": dict(chunk)})
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Ends the run; a lost store is survived as in ``log_metrics``."""
+        _lost_at.pop(self.tracking_uri, None)  # the last chance, so try at once
+        self._deliver({"status": status, "end_time": time.time_ns() // 1_000_000})
+
+    def deliver_pending(self) -> int:
+        """Delivers what waits in ``pending``, of this and other runs; returns the number of entries.
+
+        Raises:
+            Exception: whatever keeps the store from answering; the file stays as it was.
+        """
+        return outbox.deliver(self.pending, self._send) if self.pending else 0
+
+    def log_artifact_file(self, path: str | Path, folder: str = "") -> None:
+        """Uploads a local file. Where the store is lost it warns, and the file is not there."""
+        name = Path(path).name
+        self._attempt(name, lambda mlflow: mlflow.log_artifact(self.run_id, str(path), folder or None))
+
+    def log_figure_bytes(self, name: str, png: bytes) -> None:
+        """Uploads a picture as ``figures/NAME``. Where the store is lost it warns, and it is not there."""
+        target = Path("figures") / name
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / target.name
+            path.write_bytes(png)
+            self.log_artifact_file(path, target.parent.as_posix())
+
+    def log_dataset(
+        self, name: str, digest: str, source: str, context: str, counts: Mapping[str, int] | None = None
+    ) -> None:
+        """Links a data set to the run.
+
+        Args:
+            name: its name.
+            digest: its fingerprint; MLflow keeps 36 characters, the tag ``data.NAME.CONTEXT`` all of it.
+            source: where it is.
+            context: what it was used for, such as ``train``.
+            counts: sizes to show beside it.
+        """
+        self._attempt(
+            f"data set {name}",
+            lambda _: client.link_dataset(
+                self.tracking_uri,
+                self.run_id,
+                name=name,
+                digest=digest,
+                source=mask_credentials(source),
+                context=context,
+                profile=counts or {},
+            ),
+        )
+        self.set_tags({f"data.{name}.{context}": digest})
+
+    def log_model(
+        self,
+        checkpoint: str | Path,
+        code: str | Path,
+        *,
+        embed_dim: int,
+        requirements: Sequence[str],
+        code_paths: Sequence[str | Path] = (),
+        example: Sequence[str] = ("a man plays guitar", "a red circle moves to the left"),
+        leave_out: Sequence[str] = ("trainer.pt",),
+        step: int = 0,
+    ) -> str:
+        """Logs a checkpoint as a model that ``mlflow.pyfunc.load_model`` loads; nothing of it is pickled.
+
+        Args:
+            checkpoint: local checkpoint folder.
+            code: the Python file that calls ``serve_model``.
+            embed_dim: D of the (captions, D) float32 embeddings that it returns.
+            requirements: pip requirements; given, so that MLflow does not try to find them out.
+            code_paths: packages to copy into the model, for places where they are not installed.
+            example: captions that show what it takes.
+            leave_out: file patterns of the checkpoint that serving does not need.
+            step: training step of the checkpoint.
+
+        Returns:
+            The model's URI, ``models:/…``; empty where the store was lost.
+
+        Raises:
+            GareError: where code and checkpoint make no model.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            staged, packed = Path(folder) / "checkpoint", Path(folder) / "model"
+            try:
+                shutil.copytree(checkpoint, staged, ignore=shutil.ignore_patterns(*leave_out))
+                model = served.pack_model(
+                    packed,
+                    staged,
+                    Path(code),
+                    embed_dim=embed_dim,
+                    requirements=requirements,
+                    code_paths=[str(path) for path in code_paths],
+                    example=example,
+                )
+            except Exception as error:
+                raise GareError(
+                    f"no model can be made of it: {brief(error)}", where=str(checkpoint)
+                ) from error
+            return (
+                self._attempt(
+                    "the model",
+                    lambda _: served.upload_model(
+                        self.tracking_uri, self.experiment_id, self.run_id, model, packed, step
+                    ),
+                )
+                or ""
+            )
+
+    def _send(self, entry: outbox.Entry) -> None:
+        try:
+            client.send(self.tracking_uri, entry)
+        except client.RefusedError as error:
+            # It would be refused again and again, and keep what comes after it from being delivered.
+            self._warn_once("refused", f"MLflow refuses something of run {entry['run_id']}", error)
+
+    def _deliver(self, entry: outbox.Entry) -> None:
+        entry = {"run_id": self.run_id, **entry}
+        lost_at = _lost_at.get(self.tracking_uri)
+        resting = lost_at is not None and time.monotonic() - lost_at < RETRY_AFTER_S
+        try:
+            if resting:
+                raise ConnectionError("it was lost a moment ago")
+            self.deliver_pending()
+            self._send(entry)
+            _lost_at.pop(self.tracking_uri, None)
+        except Exception as error:
+            if not resting:
+                _lost_at[self.tracking_uri] = time.monotonic()
+            kept = f"kept in {self.pending} and delivered later" if self.pending else "dropped"
+            self._warn_once("lost", f"MLflow is lost, the run goes on; what it misses is {kept}", error)
+            self._keep(entry)
+
+    def _keep(self, entry: outbox.Entry) -> None:
+        if self.pending:
+            try:
+                outbox.add(self.pending, entry)
+            except OSError as error:
+                self._warn_once("pending", f"{self.pending} cannot be written", error)
+
+    def _attempt(self, what: str, action: Callable[[Any], T]) -> T | None:
+        try:
+            client.check_answers(self.tracking_uri)  # the call itself would retry for minutes
+            return action(client.client(self.tracking_uri))
+        except Exception as error:
+            logger.warning("MLflow did not get %s, the run goes on: %s", what, brief(error))
+            return None
+
+    def _warn_once(self, kind: str, message: str, error: Exception) -> None:
+        if (self.run_id, kind) not in _warned:
+            _warned.add((self.run_id, kind))
+            logger.warning("%s: %s", message, brief(error))
+
+
+def check_metric_names(names: Iterable[str]) -> None:
+    """Raises GareError for names that MLflow does not allow, such as ``R@1``."""
+    for name in names:
+        allowed = re.fullmatch(r"[\w.: -]+(/[\w.: -]+)*", name, re.ASCII)
+        if not allowed or len(name) > 250 or {".", ".."} & set(name.split("/")):
+            raise GareError(
+                f"metric name {name!r} is not allowed in MLflow",
+                accepted="letters, digits, _ - . : space, and / between parts; 250 characters at most",
+            )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def brief(error: Exception) -> str:
+    """The error on one line, without credentials."""
+    text = " ".join(mask_credentials(str(error)).split())
+    return f"{type(error).__name__}: {text[:400]}"

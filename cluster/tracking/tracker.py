@@ -1,0 +1,84 @@
+"""The tracking store, reached at the start or not at all, and the runs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.tracking import client
+from cluster.tracking.location import artifact_root, mask_credentials, resolve_tracking_uri
+from cluster.tracking.run import RunHandle, brief
+from gare.config import TrackingConfig
+from gare.errors import GareError
+
+
+def connect(tracking: TrackingConfig, root: str) -> Tracker:
+    """Reaches the tracking store and finds or makes the experiment.
+
+    Args:
+        tracking: the store's URI and the experiment's name.
+        root: the storage root: an SQLite file and, without a server, the files of runs lie below it.
+
+    Raises:
+        ConfigError: for a URI that is no MLflow store.
+        GareError: where the store does not answer within seconds, or refuses. Credentials are masked.
+    """
+    uri = resolve_tracking_uri(tracking.uri, root)
+    artifacts = None if client.is_server(uri) else artifact_root(root)
+    try:
+        client.check_answers(uri)
+        if artifacts is not None:
+            client.prepare_database(uri, artifacts)
+        return Tracker(uri, client.find_or_create_experiment(uri, tracking.experiment, artifacts))
+    except GareError:
+        raise
+    except Exception as error:
+        # Not chained: a library's message may hold the password that this one masks.
+        raise GareError(
+            f"MLflow cannot be used there: {brief(error)}",
+            where=f"tracking.uri {mask_credentials(uri)}",
+            accepted="start the server, or check the address, its credentials and the network; "
+            "tracking.uri=sqlite:///mlflow.db needs no server",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A store that has answered, and an experiment in it."""
+
+    tracking_uri: str = field(repr=False)  # may hold a password
+    experiment_id: str
+
+    def start_run(
+        self,
+        name: str,
+        *,
+        run_id: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        pending: str = "",
+    ) -> RunHandle:
+        """Continues the run of an earlier start where it still exists, else makes a new one.
+
+        Args:
+            name: the run's name.
+            run_id: id of the run to continue.
+            params: see ``RunHandle.log_params``.
+            tags: tags.
+            pending: local file for what cannot be delivered later on; without one it is dropped.
+
+        Raises:
+            GareError: where the store refuses.
+        """
+        try:
+            experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
+            run = RunHandle(self.tracking_uri, experiment_id, run_id, pending)
+            run.log_params(params or {})
+        except Exception as error:
+            raise GareError(
+                f"the MLflow run {name!r} cannot be started: {brief(error)}",
+                where=f"tracking.uri {mask_credentials(self.tracking_uri)}",
+            ) from None
+        run.set_tags(tags or {})
+        return run

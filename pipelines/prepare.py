@@ -1,0 +1,104 @@
+"""prepare: annotations and videos → manifest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.command import main
+from cluster.storage import Layout, layout
+from gare.config import Config
+from gare.data.benchmarks.folder import read_folder
+from gare.data.files import join, write_json
+from gare.data.manifest import Manifest, ManifestRow, write_manifest
+from gare.data.synthetic import generate_benchmark
+from gare.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Writes the manifest of the configured benchmark; generates its videos where it is the embedded one.
+
+    Raises:
+        ConfigError: for settings that the benchmark needs and lacks.
+        DataError: for videos and captions that do not belong together.
+    """
+    started = time.monotonic()
+    places = layout(config)
+    manifest, extra = _BENCHMARKS[config.data.benchmark](config, places)
+    write_manifest(manifest, places.manifest)
+    result = {
+        "manifest": places.manifest,
+        "benchmark": manifest.benchmark,
+        "protocol": manifest.protocol,
+        "fingerprint": manifest.fingerprint,
+        "counts": manifest.counts,
+        **extra,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    write_json(join(places.step("prepare"), "result.json"), result)
+    counts = ", ".join(f"{split} {count['videos']}" for split, count in manifest.counts.items())
+    logger.info("prepared %s: %s videos in %s", places.manifest, counts, f"{result['seconds']:.1f} s")
+    return result
+
+
+def _synthetic(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
+    if not places.is_local:
+        raise ConfigError(
+            f"is {config.storage.root!r}",
+            where="storage.root",
+            accepted="a local folder for generated videos",
+        )
+    data = config.data
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > 5:
+            last = time.monotonic()
+            logger.info("generated %d of %d videos", done, total)
+
+    benchmark = generate_benchmark(
+        Path(places.videos),
+        num_train=data.num_train,
+        num_val=data.num_val,
+        num_test=data.num_test,
+        seed=data.seed,
+        on_progress=show,
+    )
+    rows = tuple(
+        ManifestRow(clip.video_id, str(clip.path), None, None, clip.split, clip.captions)
+        for clip in benchmark.clips
+    )
+    ambiguous = benchmark.ambiguous_test_captions
+    logger.info("test captions that are also true of another test video: %.2f %%", 100 * ambiguous)
+    protocol = f"seed {data.seed}, {data.num_train}/{data.num_val}/{data.num_test} videos"
+    return Manifest(rows, "synthetic", protocol), {"ambiguous_test_captions": ambiguous}
+
+
+def _folder(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
+    data = config.data
+    missing = [f"data.{key}" for key in ("videos", "captions") if not getattr(data, key)]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be set",
+            where="data.benchmark=folder",
+            accepted="data.videos=FOLDER data.captions=FILE.csv, or data.benchmark=synthetic",
+        )
+    manifest = read_folder(
+        data.videos,
+        data.captions,
+        seed=data.seed,
+        val_fraction=data.val_fraction,
+        test_fraction=data.test_fraction,
+    )
+    return manifest, {"left_out": len(manifest.left_out)}
+
+
+_BENCHMARKS = {"synthetic": _synthetic, "folder": _folder}
+
+if __name__ == "__main__":
+    main(run, __doc__)

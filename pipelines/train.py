@@ -1,0 +1,339 @@
+"""train: frame store → checkpoint, on Ray Train workers that gather each other's negatives."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.command import main, set_up_logging
+from cluster.session import fault_of, ray_session, require_train_resources
+from cluster.storage import Layout, layout
+from cluster.stream import stream
+from cluster.tracking import RunHandle, Tracker, connect, git_revision
+from gare.config import Config, differences
+from gare.data.files import copy_files, delete_tree, exists, join, list_files, read_json, write_json
+from gare.data.loader import ClipLoader
+from gare.errors import ConfigError, GareError
+from gare.train.data import StoredSplits, read_splits
+from gare.train.history import History
+from gare.train.plan import Plan, plan_run
+
+logger = logging.getLogger(__name__)
+
+#: What the best checkpoint is best at; always on val.
+SELECTION = "val/t2v/R1"
+PROGRESS_EVERY_S = 10.0
+#: Steps whose metrics go to MLflow together.
+LOG_EVERY = 10
+#: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
+#: What matters of data and extract is in the fingerprints.
+FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "extract"}
+FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures"}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains the configured run, or continues it, or gives its result again where it is done.
+
+    Raises:
+        ConfigError: for a run of that name with other settings, or workers that the cluster cannot hold.
+        DataError: for a store that is missing, incomplete or made with other settings.
+        GareError: where MLflow cannot be reached at the start, or training fails.
+    """
+    started = time.monotonic()
+    places = layout(config)
+    folder = places.run(config.train.run)
+    splits = read_splits(places.manifest, places.frames, config.extract)
+    _plan(config, splits, rank=0)
+    earlier = {} if config.train.overwrite else _earlier_run(config, folder, splits)
+    if earlier and exists(join(folder, "result.json")):
+        logger.info("%s is done; train.overwrite=true trains it again", folder)
+        finished: dict[str, Any] = read_json(join(folder, "result.json"))
+        return finished
+    # All that can be refused is, before anything is deleted or written.
+    tracker = connect(config.tracking, places.root)
+    with ray_session(config.cluster):
+        require_train_resources(config.cluster)
+        if config.train.overwrite:
+            delete_tree(folder)
+        handle = _start_run(tracker, config, places, splits, earlier.get("mlflow_run_id"))
+        write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
+        try:
+            best, reported = _fit(config, places, handle, validated=bool(splits.val))
+            copy_files(best, places.checkpoint(config.train.run))
+            result = _finish(config, places, handle, reported, started)
+        except BaseException:
+            handle.finish("FAILED")
+            raise
+    write_json(join(folder, "result.json"), result)
+    handle.finish()
+    return result
+
+
+def _plan(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
+    captions = [len(row.captions) for row in splits.train]
+    workers = config.cluster.train_workers
+    return plan_run(captions, len(splits.val), config.train, rank=rank, world_size=workers)
+
+
+def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
+    """What makes a run this run."""
+    settings = config.model_dump(mode="json", exclude=FREE_SECTIONS)
+    settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
+    return {
+        "settings": settings,
+        "manifest_fingerprint": splits.manifest_fingerprint,
+        "store_fingerprint": splits.store_fingerprint,
+    }
+
+
+def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str, Any]:
+    if not exists(join(folder, "run.json")):
+        return {}
+    earlier: dict[str, Any] = read_json(join(folder, "run.json"))
+    now = _identity(config, splits)
+    differing = [
+        line.removeprefix("settings.") for line in differences({key: earlier.get(key) for key in now}, now)
+    ]
+    if differing or not config.train.resume:
+        reason = (
+            f"a run of this name has other settings: {'; '.join(differing[:8])}"
+            if differing
+            else "a run of this name exists and train.resume is false"
+        )
+        raise ConfigError(reason, where=folder, accepted="another train.run, or train.overwrite=true")
+    return earlier
+
+
+def _start_run(
+    tracker: Tracker, config: Config, places: Layout, splits: StoredSplits, run_id: str | None
+) -> RunHandle:
+    pending = str(Path(places.data) / "mlflow-pending.jsonl") if places.is_local else ""
+    train = config.train
+    handle = tracker.start_run(
+        f"{config.name}/{train.run}",
+        run_id=run_id,
+        params=config.model_dump(mode="json", exclude={"storage", "tracking", "demo", "evaluate"}),
+        tags={
+            "benchmark": splits.benchmark,
+            "protocol": splits.protocol,
+            "model": "gare" if config.model.increment else "baseline",
+            "seed": train.seed,
+            "world_size": config.cluster.train_workers,
+            "manifest.fingerprint": splits.manifest_fingerprint,
+            "store.fingerprint": splits.store_fingerprint,
+            "git.revision": git_revision(Path(__file__).parent),
+        },
+        pending=pending,
+    )
+    for split in ("train", "val"):
+        rows = splits.of_split(split)
+        counts = {"videos": len(rows), "captions": sum(len(row.captions) for row in rows)}
+        handle.log_dataset(
+            f"{splits.benchmark}-{split}", splits.manifest_fingerprint, places.manifest, split, counts
+        )
+    return handle
+
+
+def _fit(config: Config, places: Layout, handle: RunHandle, *, validated: bool) -> tuple[str, dict[str, Any]]:
+    """Runs the workers; returns the checkpoint that is best on val, the last without val, and its report."""
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    cluster = config.cluster
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config, "handle": handle},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.train_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=places.run(config.train.run),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.train.keep_checkpoints,
+                checkpoint_score_attribute=SELECTION if validated else None,
+                checkpoint_score_order="max",
+            ),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise _cause(error) from error
+    if not result.best_checkpoints:
+        raise GareError("training ended without a checkpoint", where=places.run(config.train.run))
+
+    # The first of the best: Ray's order does not say which of equals comes first.
+    def rank(report: dict[str, Any]) -> tuple[float, float]:
+        return (report[SELECTION], -report["epoch"]) if validated else (report["epoch"], 0)
+
+    best, reported = max(result.best_checkpoints, key=lambda pair: rank(pair[1]))
+    return _checkpoint_uri(places, best), reported
+
+
+def _checkpoint_uri(places: Layout, checkpoint: Any) -> str:
+    scheme = "" if places.is_local else places.root.partition("://")[0] + "://"
+    return scheme + str(checkpoint.path)
+
+
+def _cause(error: Exception) -> GareError:
+    """The fault of a worker that has one of ours, else what Ray says."""
+    if fault := fault_of(error):
+        return fault
+    failures = list(getattr(error, "worker_failures", {}).values())
+    first = failures[0] if failures else error
+    lines = str(first).strip().splitlines() or ["no more is known"]
+    return GareError(f"training failed: {type(first).__name__}: {lines[-1]}")
+
+
+def train_worker(task: dict[str, Any]) -> None:
+    """One Ray Train worker: builds its learner, restores it, runs its share of the plan."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from gare.model.gare import GARE
+    from gare.train.loop import run_loop
+    from gare.train.state import restore_learner
+    from gare.train.step import build_learner
+
+    set_up_logging(replace=True)
+    config: Config = task["config"]
+    places = layout(config)
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    splits = read_splits(places.manifest, places.frames, config.extract)
+    rows = {"train": splits.train, "val": splits.val}
+    plan = _plan(config, splits, rank=rank)
+    torch.manual_seed(config.train.seed)
+    learner = build_learner(GARE(config.model), config, plan.num_steps, get_device())
+    start_epoch = 0
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            start_epoch = restore_learner(folder, learner)
+    ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
+    first = plan.epoch_starts[start_epoch] if start_epoch < len(plan.epoch_starts) else len(ids)
+    clips = stream(_loader(places.frames, ids), range(first, len(ids)))
+    report = Reporter(config, places, task["handle"], learner, rank, start_epoch)
+    run_loop(learner, plan, start_epoch, rows, clips, get_device(), report.step, report.epoch)
+
+
+def _loader(store: str, ids: list[list[str]]) -> Callable[[], ClipLoader]:
+    return lambda: ClipLoader(store, ids)
+
+
+class Reporter:
+    """Writes what the loop reports: progress, MLflow, the record and checkpoints; on rank 0 but for Ray's."""
+
+    def __init__(
+        self, config: Config, places: Layout, handle: RunHandle, learner: Any, rank: int, start_epoch: int
+    ) -> None:
+        self.config, self.handle, self.learner, self.rank = config, handle, learner, rank
+        record = join(places.run(config.train.run), "history.json")
+        self.history = History.read(record, step=learner.step, epoch=start_epoch)
+        self.shown = time.monotonic()
+        self.started, self.first_step = self.shown, learner.step
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """After an optimiser step."""
+        if self.rank:
+            return
+        self.history.add_step(step, values)
+        if step % LOG_EVERY == 0 or step == self.learner.num_steps:
+            self.handle.log_metrics(values, step)
+        now = time.monotonic()
+        if now - self.shown > PROGRESS_EVERY_S or step == self.learner.num_steps:
+            self.shown = now
+            rate = (step - self.first_step) / (now - self.started)
+            logger.info(
+                "%s: step %d of %d, loss %.3f, %.0f pairs/s, data wait %.0f %%, %.0f s left",
+                self.config.train.run,
+                step,
+                self.learner.num_steps,
+                values["loss/total"],
+                rate * self.config.train.batch_size,
+                100 * values["time/data_wait_s"] / (values["time/data_wait_s"] + values["time/step_s"]),
+                (self.learner.num_steps - step) / rate,
+            )
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        """After an epoch; all workers must call it."""
+        import ray.train
+
+        from gare.train.state import save_checkpoint
+
+        named = {f"val/{name}": value for name, value in metrics.items()}
+        report = named | {"epoch": epoch, "step": self.learner.step}
+        if self.rank:
+            ray.train.report(report)
+            return
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.history.add_epoch(epoch, named | {"memory/worker_peak_bytes": memory})
+        self.history.save()
+        self.handle.log_metrics(
+            named | {"memory/worker_peak_bytes": memory, "epoch": epoch}, self.learner.step
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(folder, self.learner, epoch)
+            ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        if named:
+            logger.info(
+                "%s: epoch %d of %d, val R@1 %.1f t2v, %.1f v2t",
+                self.config.train.run,
+                epoch,
+                self.config.train.epochs,
+                named["val/t2v/R1"],
+                named["val/v2t/R1"],
+            )
+
+
+def _finish(
+    config: Config, places: Layout, handle: RunHandle, best: dict[str, Any], started: float
+) -> dict[str, Any]:
+    """Pictures and model to MLflow; the result."""
+    from gare.retrieval.pictures import curves_picture
+
+    folder, checkpoint = places.run(config.train.run), places.checkpoint(config.train.run)
+    history = History.read(join(folder, "history.json"))
+    losses = {name: points for name, points in history.steps.items() if name.startswith("loss/")}
+    recalls = {name: points for name, points in history.epochs.items() if name.endswith("R1")}
+    png = curves_picture(losses | recalls, title=f"{config.name}/{config.train.run}", accuracy_axis="epoch")
+    handle.log_figure_bytes("curves.png", png)
+    with tempfile.TemporaryDirectory() as local:
+        copy_files(checkpoint, local)
+        for name in ("config.yaml",):
+            handle.log_artifact_file(Path(local) / name)
+        model = handle.log_model(
+            local,
+            Path(__file__).parent / "served_model.py",
+            embed_dim=config.model.clip.embed_dim,
+            requirements=["torch", "transformers", "safetensors", "instant-clip-tokenizer", "ftfy"],
+        )
+    step_seconds = [value for _, value in history.steps["time/step_s"]]
+    return {
+        "run": config.train.run,
+        "checkpoint": checkpoint,
+        "checkpoint_files": [file.rsplit("/", 1)[-1] for file in list_files(checkpoint)],
+        "steps": len(step_seconds),
+        "best_epoch": best["epoch"],
+        SELECTION: best.get(SELECTION),
+        "loss": history.steps["loss/total"][-1][1],
+        "seconds_per_step": round(statistics.median(step_seconds), 4),
+        "worker_peak_bytes": int(max(value for _, value in history.epochs["memory/worker_peak_bytes"])),
+        "mlflow_run_id": handle.run_id,
+        "mlflow_model": model,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+if __name__ == "__main__":
+    main(run, __doc__)

@@ -1,0 +1,74 @@
+"""One Ray, one MLflow database, one benchmark and one trained run for all tests of the pipelines."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.session import ray_session
+from cluster.storage import Layout, layout
+from pipelines import evaluate, extract, prepare, train
+from tests.pipelines.support import TINY, tiny
+
+#: Warnings that Ray and MLflow give about themselves; all others are errors.
+LIBRARY_WARNINGS = ("ignore::DeprecationWarning:ray.data.context",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            for warning in LIBRARY_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """GARE_ROOT of these tests, and a token, so that nothing is written to the home folder."""
+    folder = tmp_path_factory.mktemp("root")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GARE_ROOT", str(folder))
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # A report waits for the controller, which looks every two seconds by default; an epoch is less.
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        for name in ("RAY_ADDRESS", "GARE_DEBUG", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(root: Path) -> str:
+    """The tiny configuration as a file."""
+    path = root / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def ray_local(root: Path) -> Iterator[None]:
+    """A local Ray of two CPUs, which every run(config) of this process uses."""
+    with ray_session(tiny().cluster):
+        yield
+
+
+@pytest.fixture(scope="session")
+def places(root: Path) -> Layout:
+    """Where the tiny benchmark's outputs are."""
+    return layout(tiny())
+
+
+@pytest.fixture(scope="session")
+def benchmark(ray_local: None, places: Layout) -> dict[str, Any]:
+    """The tiny benchmark, prepared and extracted; results by step."""
+    return {"prepare": prepare.run(tiny()), "extract": extract.run(tiny())}
+
+
+@pytest.fixture(scope="session")
+def trained(benchmark: dict[str, Any]) -> dict[str, Any]:
+    """The result of the run ``first``: two workers, never disturbed, and evaluated."""
+    result = train.run(tiny())
+    return result | {"evaluation": evaluate.run(tiny())}

@@ -1,0 +1,107 @@
+"""Runs that end before their time: killed, finished already, or asked for with other settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+
+from cluster.storage import Layout
+from cluster.tracking import resolve_tracking_uri
+from pipelines import train
+from tests.pipelines.support import in_process, losses, tiny
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """What a machine that loses power does to a process and all that it started."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=20)
+    process.wait(20)
+
+
+def test_killed_run_continues_as_if_undisturbed(
+    trained: dict[str, Any], places: Layout, repository: Path, root: Path, tiny_yaml: str
+) -> None:
+    """Hours of training must not be lost with a machine, nor come out otherwise because of it."""
+    folder = Path(places.run("killed"))
+    log = root / "killed.log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "pipelines/train.py", "--config", tiny_yaml, "train.run=killed"],
+            cwd=repository,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            # Epochs slow enough to be killed in.
+            env=os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2"},
+        )
+        record = folder / "ray" / "checkpoint_manager_snapshot.json"
+        deadline = time.monotonic() + 240
+        while not record.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kill_tree(process)
+    assert record.exists(), log.read_text()
+    assert not (folder / "result.json").exists(), "it was done before it could be killed"
+    assert not Path(places.checkpoint("killed")).exists()
+    before = json.loads((folder / "run.json").read_text())
+    done = json.loads(record.read_text())["latest_checkpoint_result"]["metrics"]["epoch"]
+    assert 1 <= done < 8
+
+    result = train.run(tiny("train.run=killed"))
+
+    assert result["mlflow_run_id"] == before["mlflow_run_id"]
+    assert losses(folder) == losses(places.run("first"))
+    assert result["steps"] == trained["steps"]
+    for key in ("loss", "best_epoch", "val/t2v/R1"):
+        assert result[key] == trained[key]
+    client = mlflow.MlflowClient(resolve_tracking_uri("sqlite:///mlflow.db", str(root)))
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    same_name = client.search_runs([run.info.experiment_id], "attributes.run_name = 'tiny/killed'")
+    assert len(same_name) == 1
+    recalls = client.get_metric_history(run.info.run_id, "val/t2v/R1")
+    assert {entry.step for entry in recalls} == {3 * epoch for epoch in range(1, 9)}
+
+
+def test_finished_run_gives_its_result_again(trained: dict[str, Any], places: Layout) -> None:
+    """The same command twice must not train twice, with or without the tracking server."""
+    history = Path(places.run("first"), "history.json")
+    before = history.stat().st_mtime_ns
+    result = train.run(tiny("tracking.uri=http://127.0.0.1:9", "extract.workers=1"))
+    assert result == {key: value for key, value in trained.items() if key != "evaluation"}
+    assert history.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lr=0.5", ("train.lr was 0.001, is 0.5", "train.overwrite=true")),
+        ("model.increment=false", ("model.increment was True, is False",)),
+        ("train.resume=false", ("train.resume is false",)),
+    ],
+)
+def test_name_of_another_run_is_refused(
+    override: str,
+    words: tuple[str, ...],
+    trained: dict[str, Any],
+    tiny_yaml: str,
+    places: Layout,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Continuing with other settings would give a run that nobody can describe."""
+    answer = in_process(capsys, train.run, "--config", tiny_yaml, override)
+    answer.refused(2, places.run("first"), *words)
+    assert Path(trained["checkpoint"]).exists()

@@ -1,0 +1,82 @@
+"""Frame stores with random frames, written as extraction writes them.
+
+F frames, H×W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gare.config import ExtractConfig
+from gare.data.images import encode_jpeg
+from gare.data.store import StoreMeta, fingerprint, frame_schema, frame_settings, write_meta, write_part
+
+
+def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dict[str, Any]:
+    """A row of a data part with these frames (at most F, H, W, 3) uint8."""
+    count = len(frames)
+    if extract.encoding == "jpeg":
+        stored: Any = [encode_jpeg(frame, extract.jpeg_quality) for frame in frames]
+    else:
+        stored = frames.tobytes() + bytes((extract.num_frames - count) * frames[0].nbytes)
+    return {
+        "video_id": video_id,
+        "uri": f"/videos/{video_id}.mp4",
+        "start_s": None,
+        "end_s": None,
+        "num_frames": count,
+        "frames": stored,
+        "frame_idx": list(range(count)),
+        "frame_time_s": [float(index) for index in range(count)],
+        "width_px": 64,
+        "height_px": 48,
+        "fps": 25.0,
+        "duration_s": 2.0,
+        "decoder": "decord",
+        "decoder_version": "0.6.0",
+        "complete": True,
+        "note": "",
+    }
+
+
+def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
+    """A row of a failures part."""
+    return {
+        "video_id": video_id,
+        "uri": f"/videos/{video_id}.mp4",
+        "stage": "decode",
+        "error_type": "DataError",
+        "message": f"attempt {attempts}",
+        "attempts": attempts,
+    }
+
+
+def random_frames(extract: ExtractConfig, rng: np.random.Generator, count: int) -> np.ndarray:
+    """Smooth random pictures, which JPEG keeps nearly."""
+    small = rng.integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
+    side = extract.image_size // 2
+    return small.repeat(side, axis=1).repeat(side, axis=2)
+
+
+def describe_store(uri: str, extract: ExtractConfig, *, complete: bool = True) -> None:
+    """Writes ``_META.json``."""
+    settings = frame_settings(extract)
+    write_meta(uri, StoreMeta("frames", fingerprint(settings), settings, {}, complete, "", "0"))
+
+
+def write_store(
+    uri: str, extract: ExtractConfig, ids: Sequence[str], rng: np.random.Generator, *, part: int = 3
+) -> dict[str, np.ndarray]:
+    """A whole store; returns the frames of each clip."""
+    frames = {
+        video_id: random_frames(extract, rng, int(rng.integers(1, extract.num_frames + 1)))
+        for video_id in ids
+    }
+    rows = [stored_row(extract, video_id, frames[video_id]) for video_id in ids]
+    for first in range(0, len(rows), part):
+        write_part(uri, "data", rows[first : first + part], frame_schema(extract))
+    describe_store(uri, extract)
+    return frames

@@ -1,0 +1,273 @@
+"""gare/config.py: the one thing that every user edits."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gare.config import Config, Section, describe_keys, load_config, parse_config
+from gare.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text("name: mine\ntrain:\n  epochs: 3\n  clip_lr: 1e-6\n", encoding="utf-8")
+    return path
+
+
+def message_of(tree: Any, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree, overrides, where="own.yaml")
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def sections(section: type[BaseModel] = Config) -> Iterator[type[BaseModel]]:
+    yield section
+    for field in section.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from sections(field.annotation)
+
+
+def test_file_then_overrides(file: Path) -> None:
+    """A command line that does not win over the file trains something else than was asked for."""
+    config = load_config(file, ["train.epochs=7", "model.clip.text_layers=2", "data.captions=a=b.csv"])
+    assert config.name == "mine"
+    assert config.train.epochs == 7
+    assert config.train.clip_lr == 1e-6
+    assert config.model.clip.text_layers == 2
+    assert config.data.captions == "a=b.csv"
+    assert config.train.lr == Config().train.lr
+    assert load_config(str(file)).train.epochs == 3
+    assert load_config(file, ["train.epochs=7", "train.epochs=8"]).train.epochs == 8
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "{}"])
+def test_an_empty_file_is_the_defaults(tmp_path: Path, text: str) -> None:
+    """Nobody should have to copy all keys to begin."""
+    path = tmp_path / "empty.yaml"
+    path.write_text(text)
+    assert load_config(path) == Config()
+
+
+def test_an_empty_value_clears_a_text(file: Path) -> None:
+    """`tracking.uri=` in a shell script has to mean an empty text, not null."""
+    assert load_config(file, ["cluster.address="]).cluster.address == ""
+
+
+def test_overrides_leave_the_mapping_alone() -> None:
+    """A checkpoint's settings that change on being read would be saved changed."""
+    tree = {"train": {"epochs": 3}}
+    assert parse_config(tree, ["train.epochs=4"]).train.epochs == 4
+    assert tree == {"train": {"epochs": 3}}
+
+
+def test_round_trip(file: Path, rng: np.random.Generator, tmp_path: Path) -> None:
+    """The saved configuration has to repeat the run, to the last digit."""
+    overrides = [
+        f"train.lr={rng.uniform(1e-9, 1e-3)!r}",
+        f"loss.direction_alpha={rng.uniform(1e-3, 9)!r}",
+        f"train.seed={rng.integers(2**31)}",
+        "data.videos='été: #1 日本語 🎬'",
+        "data.captions='null'",
+        "train.run=2020-01-01_1",
+        "model.gap_sign=-1",
+    ]
+    config = load_config(file, overrides)
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(saved) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_storage_root_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps find each other's outputs by it; the file and the command line still win."""
+    monkeypatch.setenv("GARE_ROOT", "/mnt/shared")
+    assert parse_config({}).storage.root == "/mnt/shared"
+    assert parse_config({"storage": {"root": "/mine"}}).storage.root == "/mine"
+    assert ("storage.root", "/mnt/shared") in [(key, default) for key, default, _ in describe_keys()]
+    for unset in ("", None):
+        if unset is None:
+            monkeypatch.delenv("GARE_ROOT")
+        else:
+            monkeypatch.setenv("GARE_ROOT", unset)
+        assert parse_config({}).storage.root == "~/.gare"
+
+
+def test_configurations_are_frozen() -> None:
+    """A value changed half-way would not be the one that was logged."""
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.name = "other"
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.epochs = 1
+    for section in sections():
+        assert section.model_config["frozen"], section
+        assert section.model_config["extra"] == "forbid", section
+
+
+@pytest.mark.parametrize(
+    ("tree", "overrides", "parts"),
+    [
+        ({"trian": {}}, [], ["trian: unknown key", "nearest: train;", "known here: name, storage"]),
+        ({"train": {"epoch": 1}}, [], ["train.epoch: unknown key", "nearest: train.epochs;"]),
+        ({}, ["model.clip.text_layer=1"], ["model.clip.text_layer:", "nearest: model.clip.text_layers;"]),
+        ({"train": {"zzz": 1}}, [], ["train.zzz: unknown key (known here: run, seed, epochs"]),
+        ({1: 2}, [], ["1:", "keys should be strings"]),
+    ],
+)
+def test_unknown_keys(tree: Any, overrides: list[str], parts: list[str]) -> None:
+    """A mistyped key that is ignored costs a night's run with the wrong settings."""
+    message = message_of(tree, *overrides)
+    assert "nearest: train.zzz" not in message
+    for part in ["own.yaml", *parts]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.epochs=many", ["train.epochs: got 'many'", "valid integer"]),
+        ("train.epochs=2.5", ["train.epochs: got 2.5", "valid integer"]),
+        ("train.epochs=0", ["train.epochs: got 0", "greater than or equal to 1"]),
+        ("train.lr=-1", ["train.lr: got -1", "greater than or equal to 0"]),
+        ("train.lr=.nan", ["train.lr: got nan"]),
+        ("train.lr=.inf", ["train.lr: got inf"]),
+        ("extract.max_failed_fraction=1.5", ["got 1.5", "less than or equal to 1"]),
+        ("extract.encoding=png", ["extract.encoding: got 'png'", "'jpeg' or 'raw'"]),
+        ("evaluate.split=validate", ["evaluate.split: got 'validate'", "'train', 'val' or 'test'"]),
+        ("model.gap_sign=0", ["model.gap_sign: got 0", "1 or -1"]),
+        ("train.resume=perhaps", ["train.resume: got 'perhaps'", "valid boolean"]),
+        ("train.run=a/b", ["train.run: got 'a/b'", "should match pattern"]),
+        ("train.run=../up", ["train.run: got '../up'", "should match pattern"]),
+        ("name=2020", ["name: got 2020", "valid string"]),
+        ("train=5", ["train: got 5"]),
+        ("train.epochs.x=1", ["train.epochs: got {'x': 1}"]),
+        ("train.epochs=", ["train.epochs: got ''"]),
+    ],
+)
+def test_bad_values_say_key_value_and_what_is_accepted(override: str, parts: list[str]) -> None:
+    """Without all three a person has to read the source."""
+    message = message_of({}, override)
+    assert "1 fault:" in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["data.val_fraction=0.5", "data.test_fraction=0.5"], ["data: val_fraction + test_fraction"]),
+        (["model.clip.text_width=500"], ["model.clip: text_width 500", "text_heads 8"]),
+        (["model.clip.vision_heads=7"], ["model.clip: vision_width 768", "vision_heads 7"]),
+        (["model.clip.patch_size=30"], ["model.clip: image_size 224", "patch_size 30"]),
+        (["model.max_words=78"], ["model: max_words 78", "clip.max_positions 77"]),
+        (["model.max_frames=78", "extract.num_frames=78"], ["model: max_frames 78"]),
+        (["model.increment_heads=3"], ["model: clip.embed_dim 512", "increment_heads 3"]),
+        (["model.temporal_heads=3"], ["model: clip.embed_dim 512", "temporal_heads 3"]),
+        (["extract.num_frames=8"], ["extract.num_frames 8", "model.max_frames 12"]),
+        (["extract.image_size=64"], ["extract.image_size 64", "model.clip.image_size 224"]),
+        (["train.batch_size=5"], ["train.batch_size 5", "cluster.train_workers 2"]),
+    ],
+)
+def test_keys_that_contradict_each_other(overrides: list[str], parts: list[str]) -> None:
+    """Found here in a second, and otherwise after hours of extraction."""
+    message = message_of({}, *overrides)
+    for part in parts:
+        assert part in message
+
+
+def test_all_faults_at_once() -> None:
+    """Found one by one, these are seven runs."""
+    tree = {"nam": "x", "train": {"epochs": 0, "rnu": "x"}, "model": {"clip": {"text_width": "wide"}}}
+    message = message_of(tree, "train.lr=x", "no-equals", "data.seed=[", "=1")
+    for part in (
+        "8 faults:",
+        "nam: unknown key (nearest: name;",
+        "train.epochs: got 0",
+        "train.rnu: unknown key (nearest: train.run;",
+        "model.clip.text_width: got 'wide'",
+        "train.lr: got 'x'",
+        "override 'no-equals' is not of the form section.key=value",
+        "override 'data.seed=[': the value is not YAML",
+        "override '=1' is not of the form",
+    ):
+        assert part in message
+    both = message_of({}, "train.batch_size=5", "extract.num_frames=8")
+    assert "train.batch_size" in both
+    assert "extract.num_frames" in both
+
+
+@pytest.mark.parametrize("override", ["name=2020-13-45", "name=[", "train..epochs=1", ".name=x", "name"])
+def test_overrides_that_are_none(override: str) -> None:
+    """A slip on the command line must not end in a traceback."""
+    assert f"override {override!r}" in message_of({}, override)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: b: c", "name: 2020-13-45\n", "\ta: 1", "name: !!python/object:os.x"]
+)
+def test_files_that_are_not_yaml(tmp_path: Path, text: str) -> None:
+    """The message names the file, since several are in conf/."""
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is not YAML") as caught:
+        load_config(path)
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "5"])
+def test_files_that_are_no_mapping(tmp_path: Path, text: str) -> None:
+    """A captions file given by mistake is told apart from a configuration."""
+    path = tmp_path / "other.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="a mapping of sections"):
+        load_config(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """The most common slip of all: a wrong path."""
+    (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
+    for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "latin.yaml"):
+        with pytest.raises(ConfigError, match="cannot be read") as caught:
+            load_config(path)
+        assert caught.value.where == str(path)
+        assert "conf/demo.yaml" in caught.value.accepted
+
+
+def test_every_key_is_described() -> None:
+    """A key that --help does not explain can only be found in the source."""
+    described = list(describe_keys())
+    values = dict(leaves(Config().model_dump(mode="json")))
+    assert [key for key, _, _ in described] == list(values)
+    for key, default, description in described:
+        assert description.strip(), key
+        assert yaml.safe_load(default) == values[key], key
+        assert "\n" not in default, key
+    for section in sections():
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+            assert not field.is_required(), f"{section.__name__}.{name}"
+
+
+def test_a_described_default_can_be_given_back() -> None:
+    """What --help prints can be copied onto the command line."""
+    overrides = [f"{key}={default}" for key, default, _ in describe_keys()]
+    assert parse_config({}, overrides) == Config()

@@ -1,0 +1,183 @@
+"""The rules of the house: which room may know of which, read from the source itself."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import gare
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROOMS = ("gare", "cluster", "pipelines")
+#: What a room inside gare may import of gare, beside itself. ``train`` validates with ``retrieval``'s metrics
+#: and scores; ``retrieval`` knows nothing of training.
+INSIDE_GARE = {
+    "errors": set(),
+    "strict_yaml": set(),
+    "sections": set(),
+    "config": {"errors", "sections", "strict_yaml"},
+    "data": {"config", "errors"},
+    "model": {"config", "errors"},
+    "retrieval": {"config", "errors", "data", "model"},
+    "train": {"config", "errors", "data", "model", "retrieval"},
+}
+TOP_LEVEL = {
+    *("README.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt"),
+    *("conf", "pipelines", "gare", "cluster", "tests"),
+}
+MAX_LINES = 400
+
+SOURCES = sorted(path for room in ROOMS for path in (REPOSITORY / room).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Modules that a file imports anywhere, also in functions, for type checkers, or by name.
+
+    ``from a import b`` counts as ``a.b``, which is the module where b is one; a name that gare itself
+    hands on counts as its home.
+    """
+    return frozenset(_imports(ast.parse(path.read_text(encoding="utf-8")), path))
+
+
+def _imports(tree: ast.AST, path: Path) -> Iterator[str]:
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                name = f"{source}.{alias.name}"
+                yield (
+                    f"{gare._HOMES[alias.name]}.{alias.name}"
+                    if source == "gare" and (alias.name in gare._HOMES)
+                    else name
+                )
+        elif isinstance(node, ast.Call) and node.args:
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            first = node.args[0]
+            if called in ("import_module", "__import__") and isinstance(first, ast.Constant):
+                yield str(first.value)
+
+
+def sources_of(room: str) -> list[Path]:
+    return [path for path in SOURCES if path.relative_to(REPOSITORY).parts[0] == room]
+
+
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("def f():\n    from gare.data import files", "gare.data.files"),
+        ("from ..data.store import read_meta", "gare.data.store.read_meta"),
+        ("from . import clip", "gare.model.clip"),
+        ("import importlib\nimportlib.import_module('ray')", "ray"),
+        ("from gare import load_checkpoint", "gare.train.state.load_checkpoint"),
+        ("if TYPE_CHECKING:\n    import mlflow.entities", "mlflow.entities"),
+    ],
+)
+def test_no_import_escapes_these_rules(code: str, expected: str) -> None:
+    """A rule that overlooks a lazy or relative import holds nothing."""
+    assert expected in set(_imports(ast.parse(code), REPOSITORY / "gare" / "model" / "example.py"))
+
+
+def test_gare_knows_no_machines() -> None:
+    """Else the model could not be used without Ray, MLflow or S3 in a notebook or another project."""
+    for path in sources_of("gare"):
+        assert not tops(path) & {"ray", "mlflow", "boto3", "cluster", "pipelines", "tests"}, path
+
+
+def test_cluster_knows_configuration_and_errors_alone() -> None:
+    """Else a change of the model could break how runs are started and tracked."""
+    for path in sources_of("cluster"):
+        assert not tops(path) & {"pipelines", "tests"}, path
+        for name in imports(path):
+            if name.split(".")[0] == "gare":
+                assert name.split(".")[1:2] in (["config"], ["errors"]), f"{path} imports {name}"
+
+
+def test_pipelines_import_no_pipeline() -> None:
+    """Else one step could not be changed or run without the others; the demo composes them."""
+    for path in sources_of("pipelines"):
+        if path.name != "demo.py":
+            assert "pipelines" not in tops(path), path
+        assert "tests" not in tops(path), path
+
+
+@pytest.mark.parametrize("room", sorted(INSIDE_GARE))
+def test_arrows_inside_gare_are_one_way(room: str) -> None:
+    """Else the model could not be read, tested or shipped without data loading and training."""
+    files = [
+        path
+        for path in sources_of("gare")
+        if path.relative_to(REPOSITORY / "gare").parts[0] in (room, f"{room}.py")
+    ]
+    assert files
+    for path in files:
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "gare" and len(parts) > 1 and parts[1] in INSIDE_GARE:
+                assert parts[1] in INSIDE_GARE[room] | {room}, f"{path} imports {name}"
+
+
+def test_every_room_inside_gare_has_a_rule() -> None:
+    """A new room without a rule would be free to import anything."""
+    found = {
+        path.relative_to(REPOSITORY / "gare").parts[0].removesuffix(".py") for path in sources_of("gare")
+    }
+    assert found - {"__init__"} == set(INSIDE_GARE)
+
+
+@pytest.mark.parametrize("library", ["decord", "mlflow", "boto3"])
+def test_one_importer_each(library: str) -> None:
+    """Libraries that change under us, or that may be missing, must have one place to be mended."""
+    assert len([path for path in SOURCES if library in tops(path)]) <= 1
+
+
+def test_importing_gare_is_light(repository: Path) -> None:
+    """Else ``import gare`` in a notebook or a decoding process would cost seconds and much memory."""
+    heavy = ["ray", "mlflow", "transformers", "torch", "boto3", "decord", "av", "matplotlib", "pyarrow"]
+    code = f"import sys, gare; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_top_level_is_what_the_architecture_lists(repository: Path) -> None:
+    """A newcomer finds each thing in the one room that the architecture names for it."""
+    if not (repository / ".git").exists():
+        pytest.skip("not a git checkout, so what belongs to the project cannot be told from what lies here")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {name.split("/")[0] for name in listed.stdout.split("\0") if name}
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_files_stay_readable(path: Path) -> None:
+    """A file that nobody reads to its end is where faults stay."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES

@@ -1,0 +1,75 @@
+"""A model that is small enough for a test to train, and batches for it.
+
+B pairs, F frames, W words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from gare.config import Config, parse_config
+from gare.data.batch import Batch
+
+TREE: dict[str, Any] = {
+    "name": "tiny",
+    "extract": {"image_size": 16, "num_frames": 4, "encoding": "raw"},
+    "model": {
+        "clip": {
+            "image_size": 16,
+            "patch_size": 8,
+            "vision_width": 32,
+            "vision_layers": 2,
+            "vision_heads": 2,
+            "text_width": 32,
+            "text_layers": 2,
+            "text_heads": 2,
+            "vocab_size": 64,
+            "max_positions": 16,
+            "embed_dim": 32,
+        },
+        "max_words": 8,
+        "max_frames": 4,
+        "temporal_layers": 2,
+        "temporal_heads": 2,
+        "increment_heads": 2,
+    },
+    # Weights at which no term drowns in another, and a bound that radii do not reach.
+    "loss": {
+        "bottleneck_weight": 1e-2,
+        "radii_weight": 0.5,
+        "radii_bound": 1e6,
+        "direction_weight": 0.5,
+    },
+    "train": {"batch_size": 6, "epochs": 3, "clip_lr": 1e-3, "lr": 1e-3},
+    "cluster": {"train_workers": 1},
+}
+
+
+def tiny_config(*overrides: str) -> Config:
+    """The tiny configuration with ``section.key=value`` overrides."""
+    return parse_config(TREE, overrides)
+
+
+def tiny_batch(config: Config, rng: np.random.Generator) -> Batch:
+    """A random global batch: lengths of captions and clips vary, one clip has a single frame."""
+    size, model = config.train.batch_size, config.model
+    side = model.clip.image_size
+    lengths = rng.integers(3, model.max_words + 1, size)
+    token_mask = np.arange(model.max_words) < lengths[:, None]
+    token_ids = rng.integers(1, model.clip.vocab_size, (size, model.max_words)) * token_mask
+    num_frames = rng.integers(2, model.max_frames + 1, size)
+    num_frames[0], num_frames[-1] = 1, model.max_frames
+    frame_mask = np.arange(model.max_frames) < num_frames[:, None]
+    frames = rng.standard_normal((size, model.max_frames, 3, side, side), dtype=np.float32)
+    frames *= frame_mask[:, :, None, None, None]
+    return Batch(*map(torch.from_numpy, (token_ids, token_mask, frames, frame_mask)))
+
+
+def share(batch: Batch, rank: int, workers: int) -> Batch:
+    """The rows of a global batch that a worker gets."""
+    rows = len(batch.frames) // workers
+    mine = slice(rank * rows, (rank + 1) * rows)
+    return Batch(batch.token_ids[mine], batch.token_mask[mine], batch.frames[mine], batch.frame_mask[mine])

@@ -1,0 +1,191 @@
+"""What one worker of test_parity does; run as a process: ``python -m tests.train.parity RANK SEED FOLDER``.
+
+The test itself calls the same functions as the only worker, with the whole batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import gare.train.objective
+from gare.config import Config
+from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.gare import GARE
+from gare.train.gather import gather, gather_unequal, rank, world_size
+from gare.train.step import Learner, build_learner, compute_gradients, train_step
+from gare.train.validation import Validation
+from tests.tiny import share, tiny_batch, tiny_config
+
+WORLDS = (2, 3)
+STEPS = 2
+
+
+@dataclass
+class Outcome:
+    """What a worker found.
+
+    Attributes:
+        terms: loss terms by name.
+        gradients: by parameter name, after ``compute_gradients``.
+        weights: by parameter name, after ``STEPS`` train steps from the start.
+        moved: weights minus those at the start.
+        losses: total loss of each train step.
+        strided: whether each tensor that went into a gather, and each gradient that came back, was so.
+    """
+
+    terms: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    moved: dict[str, Tensor]
+    losses: list[float]
+    strided: list[bool]
+
+
+def config() -> Config:
+    return tiny_config()
+
+
+def run(
+    seed: int, dtype: torch.dtype = torch.float32, gatherer: Callable[[Tensor], Tensor] = gather
+) -> Outcome:
+    """Gradients of one batch, then weights after two steps, of this worker's share of the batches.
+
+    Features enter the gather transposed in memory, and their gradients come back so, as a fused kernel may
+    leave them.
+    """
+    rng = np.random.default_rng(seed)
+    batches = [share(tiny_batch(config(), rng), rank(), world_size()) for _ in range(STEPS)]
+    batches = [replace(batch, frames=batch.frames.to(dtype)) for batch in batches]
+    seen: list[bool] = []
+
+    def come_back_strided(grad: Tensor) -> Tensor:
+        grad = _transposed(grad)
+        seen.append(not grad.is_contiguous())
+        return grad
+
+    def watched(local: Tensor) -> Tensor:
+        if local.requires_grad:
+            seen.append(not local.is_contiguous())
+        gathered = gatherer(local)
+        if gathered.requires_grad:
+            gathered.register_hook(come_back_strided)
+        return gathered
+
+    original = gare.train.objective.gather
+    gare.train.objective.gather = watched
+    try:
+        learner = _learner(seed, dtype)
+        terms = compute_gradients(learner, batches[0]).named()
+        gradients = {
+            name: parameter.grad.clone()
+            for name, parameter in learner.model.named_parameters()
+            if parameter.grad is not None
+        }
+        learner = _learner(seed, dtype)
+        start = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
+        losses = [train_step(learner, batch)["loss/total"] for batch in batches]
+    finally:
+        gare.train.objective.gather = original
+    weights = {name: parameter.detach() for name, parameter in learner.model.named_parameters()}
+    moved = {name: weights[name] - start[name] for name in weights}
+    return Outcome(terms, gradients, weights, moved, losses, seen)
+
+
+def _learner(seed: int, dtype: torch.dtype) -> Learner:
+    torch.manual_seed(seed)
+    model = GARE(config().model)
+    model.to(dtype)
+    _give_strided_features(model)
+    learner = build_learner(model, config(), num_steps=10, device=torch.device("cpu"))
+    model.train()
+    return learner
+
+
+def _give_strided_features(model: GARE) -> None:
+    encode_text, encode_video = model.encode_text, model.encode_video
+
+    def strided_text(token_ids: Tensor, token_mask: Tensor) -> TextFeatures:
+        text = encode_text(token_ids, token_mask)
+        return TextFeatures(_transposed(text.embedding), None, text.mask)
+
+    def strided_video(frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
+        video = encode_video(frames, frame_mask)
+        return VideoFeatures(_transposed(video.frames), video.mask)
+
+    model.encode_text, model.encode_video = strided_text, strided_video
+
+
+def _transposed(features: Tensor) -> Tensor:
+    strided = features.transpose(0, -1).contiguous().transpose(0, -1)
+    assert not strided.is_contiguous()
+    return strided
+
+
+def torch_gather(local: Tensor) -> Tensor:
+    """PyTorch's own differentiable gather, which permutes gradients that are not contiguous (2.13, gloo)."""
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(local, group=dist.group.WORLD))
+
+
+def shared_gradient() -> Tensor:
+    """Gradient of a tensor that is added to a gathered one, so that both get one gradient tensor."""
+    local = torch.ones(2, 3, requires_grad=True)
+    other = torch.zeros(2 * world_size(), 3, requires_grad=True)
+    doubled = 2 * other  # made before the gather, so its backward runs after the gather's
+    summed = gather(local) + doubled
+    (summed * (1 + rank())).sum().backward()
+    assert other.grad is not None
+    assert local.grad is not None
+    return torch.cat([other.grad, local.grad])
+
+
+def validate(seed: int, num_videos: int) -> dict[str, float]:
+    """Metrics of clips dealt out as the plan does; the model was training when the epoch ended."""
+    torch.manual_seed(seed)
+    model = GARE(tiny_config("model.clip.vocab_size=49408", "model.increment_dropout=0.9").model).train()
+    assert model.increment is not None
+    with torch.no_grad():
+        model.increment.mean.weight.mul_(50)  # so that dropout, were it on, would change the ranks
+    validation = Validation(model, torch.device("cpu"))
+    rng = np.random.default_rng(seed)
+    frames = torch.from_numpy(rng.integers(0, 256, (num_videos, 4, 16, 16, 3), dtype=np.uint8))
+    mask = torch.arange(4) < torch.from_numpy(rng.integers(1, 5, (num_videos, 1)))
+    captions = [[f"clip {video} take {take}" for take in range(1 + video % 3)] for video in range(num_videos)]
+    for video in range(rank(), num_videos, world_size()):
+        validation.add([video], [captions[video]], frames[video : video + 1], mask[video : video + 1])
+    model.train()  # as it is on a worker that got no clip
+    return validation.metrics()
+
+
+def main() -> None:
+    own_rank, seed, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        if own_rank >= world:
+            continue
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet-{world}", rank=own_rank, world_size=world
+        )
+        found = {
+            "float32": vars(run(seed)),
+            "float64": vars(run(seed, torch.float64)),
+            "torch": vars(run(seed, gatherer=torch_gather)),
+            "shared_gradient": shared_gradient(),
+            "validation": {count: validate(seed, count) for count in (2, 7)},
+            "unequal": gather_unequal(torch.full((own_rank, 2), float(own_rank))),
+        }
+        torch.save(found, folder / f"found-{world}-{own_rank}.pt")
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

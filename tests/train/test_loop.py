@@ -1,0 +1,172 @@
+"""The loop of one worker, on a real store and real captions, from first step to last and after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gare.config import Config
+from gare.data.loader import ClipLoader
+from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
+from gare.data.store import FAILURE_SCHEMA, write_part
+from gare.errors import DataError, GareError
+from gare.model.gare import GARE
+from gare.train.data import StoredSplits, read_splits
+from gare.train.history import History
+from gare.train.loop import run_loop
+from gare.train.plan import plan_run
+from gare.train.state import restore_learner, save_checkpoint
+from gare.train.step import build_learner
+from tests.stores import describe_store, failure_row, write_store
+from tests.tiny import tiny_config
+
+COLOURS = ("red", "green", "blue", "pink")
+
+
+@dataclass
+class Places:
+    """A data set: 9 videos for training, 3 for val and 2 for test, the first of test not in the store."""
+
+    config: Config
+    manifest: str
+    store: str
+
+    def splits(self) -> StoredSplits:
+        return read_splits(self.manifest, self.store, self.config.extract)
+
+
+@pytest.fixture
+def places(tmp_path: Path, rng: np.random.Generator, seed: int) -> Places:
+    config = tiny_config("model.clip.vocab_size=49408", f"train.seed={seed}")
+    rows = tuple(
+        ManifestRow(
+            f"{split}{index}",
+            f"/videos/{split}{index}.mp4",
+            None,
+            None,
+            split,
+            tuple(f"a {COLOURS[index % 4]} thing, take {take}" for take in range(1 + index % 3)),
+        )
+        for split, count in (("train", 9), ("val", 3), ("test", 2))
+        for index in range(count)
+    )
+    manifest, store = str(tmp_path / "manifest.parquet"), str(tmp_path / "frames")
+    write_manifest(Manifest(rows, benchmark="folder", protocol="own"), manifest)
+    write_store(store, config.extract, [row.video_id for row in rows if row.video_id != "test0"], rng)
+    write_part(store, "failures", [failure_row("test0")], FAILURE_SCHEMA)
+    return Places(config, manifest, store)
+
+
+@dataclass
+class Seen:
+    """What the loop reported."""
+
+    losses: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    epochs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+
+def train(places: Places, seed: int, folder: Path, start: str = "", clips: int | None = None) -> Seen:
+    """Runs the loop; saves a checkpoint an epoch; starts from one, or stops the stream after some clips."""
+    splits, config = places.splits(), places.config
+    rows = {"train": splits.train, "val": splits.val}
+    plan = plan_run([len(row.captions) for row in splits.train], 3, config.train, rank=0, world_size=1)
+    torch.manual_seed(seed)
+    learner = build_learner(GARE(config.model), config, plan.num_steps, torch.device("cpu"))
+    epoch = restore_learner(start, learner) if start else 0
+    ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
+    loader = ClipLoader(places.store, ids)
+    seen = Seen()
+
+    def stream() -> Iterator[dict[str, np.ndarray]]:
+        first = plan.epoch_starts[epoch]
+        for number in range(first, len(ids))[:clips]:
+            yield loader(number)
+
+    def on_step(step: int, values: dict[str, float]) -> None:
+        assert {"time/step_s", "time/data_wait_s", "train/grad_norm"} <= values.keys()
+        seen.steps.append(step)
+        seen.losses.append(values["loss/total"])
+
+    def on_epoch(done: int, metrics: dict[str, float]) -> None:
+        seen.epochs.append((done, metrics))
+        save_checkpoint(str(folder / str(done)), learner, done)
+
+    run_loop(learner, plan, epoch, rows, stream(), torch.device("cpu"), on_step, on_epoch)
+    return seen
+
+
+def test_a_run_and_its_continuation(places: Places, seed: int, tmp_path: Path) -> None:
+    """A preempted job that goes on from its last epoch must end as if nothing had happened, to the bit."""
+    whole = train(places, seed, tmp_path / "whole")
+    # 18 captions in batches of 6, three epochs.
+    assert whole.steps == list(range(1, 10))
+    assert [done for done, _ in whole.epochs] == [1, 2, 3]
+    for _, metrics in whole.epochs:
+        assert metrics["t2v/R5"] == 100
+        assert 1 <= metrics["t2v/MnR"] <= 3
+    continued = train(places, seed + 1, tmp_path / "continued", start=str(tmp_path / "whole" / "1"))
+    assert continued.steps == whole.steps[3:]
+    assert continued.losses == whole.losses[3:]
+    assert continued.epochs == whole.epochs[1:]
+    assert train(places, seed, tmp_path / "again").losses == whole.losses
+
+
+def test_a_stream_that_ends_early_is_an_error(places: Places, seed: int, tmp_path: Path) -> None:
+    """A loader that loses clips must not end the training as if it were done."""
+    with pytest.raises(GareError, match="ended before batch 5 of 12"):
+        train(places, seed, tmp_path, clips=4)
+
+
+def test_splits_are_what_the_store_holds(places: Places) -> None:
+    """A video that failed to decode is left out of training, and said; the rest keeps its split."""
+    splits = places.splits()
+    assert splits.missing == ("test0",)
+    assert [len(splits.of_split(name)) for name in ("train", "val", "test")] == [9, 3, 1]
+    assert [row.video_id for row in splits.val] == ["val0", "val1", "val2"]
+
+
+def test_an_incomplete_store_is_refused(places: Places) -> None:
+    """Training on the half that an interrupted extraction left would be reported as the whole."""
+    describe_store(places.store, places.config.extract, complete=False)
+    with pytest.raises(DataError, match="of 14 videos it holds 13, 1 failed"):
+        places.splits()
+
+
+def test_a_manifest_that_has_grown_is_refused(places: Places) -> None:
+    """Videos that extraction never saw would be left out without a reason."""
+    manifest = read_manifest(places.manifest)
+    new = replace(manifest.rows[0], video_id="new")
+    write_manifest(replace(manifest, rows=(*manifest.rows, new)), places.manifest)
+    with pytest.raises(DataError, match="of 15 videos it holds 13, 1 failed"):
+        places.splits()
+
+
+def test_a_store_of_other_settings_is_refused(places: Places) -> None:
+    """The pictures would not be those that the configuration, and MLflow, say."""
+    other = places.config.extract.model_copy(update={"sample_fps": 9.0})
+    with pytest.raises(DataError, match=r"sample_fps is 1\.0 in the store and 9\.0"):
+        read_splits(places.manifest, places.store, other)
+
+
+def test_history_forgets_what_a_restart_does_again(tmp_path: Path) -> None:
+    """Else curves would run twice over the steps between the last checkpoint and the interruption."""
+    uri = str(tmp_path / "runs" / "history.json")
+    history = History.read(uri)
+    for step in range(1, 6):
+        history.add_step(step, {"loss/total": 1 / step})
+    history.add_epoch(1, {"val/t2v/R1": 10.0})
+    history.add_epoch(2, {"val/t2v/R1": 20.0})
+    history.save()
+    whole = History.read(uri)
+    assert (whole.steps, whole.epochs) == (history.steps, history.epochs)
+    resumed = History.read(uri, step=3, epoch=1)
+    assert [step for step, _ in resumed.steps["loss/total"]] == [1, 2, 3]
+    assert resumed.epochs == {"val/t2v/R1": [(1, 10.0)]}
+    started_over = History.read(uri, step=0, epoch=0)
+    assert not any(started_over.steps.values())

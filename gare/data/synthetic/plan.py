@@ -14,7 +14,7 @@ from gare.data.synthetic.scene import Scene, draw_scene
 from gare.errors import ConfigError
 
 #: Part of every file name: raise it whenever the same seed gives other videos or captions than before.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 _MAX_REDRAWS = 50
 
 

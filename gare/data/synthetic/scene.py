@@ -217,7 +217,7 @@ def _draw_look(rng: np.random.Generator, color: str, num_objects: int, staging: 
         motions = tuple(m for m in MOTIONS if m not in ("grow", "shrink"))
     motion = _pick(rng, motions)
     size = "small" if num_objects == 3 else _pick(rng, ("small", "large"))
-    small, large = float(rng.uniform(0.115, 0.135)), float(rng.uniform(0.2, 0.235))
+    small, large = float(rng.uniform(0.145, 0.165)), float(rng.uniform(0.225, 0.245))
     start, end = {"small": (small, small), "large": (large, large)}[size]
     if motion in ("grow", "shrink"):
         size = "changing"

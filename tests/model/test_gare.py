@@ -178,9 +178,9 @@ def test_temporal_transformer_sees_the_future(model: GARE) -> None:
     """A causal mask, which CLIP's text blocks use, would hide the end of a clip from its beginning."""
     frames, mask = torch.randn(2, 4, 32), torch.ones(2, 4, dtype=torch.bool)
     later = frames.clone()
-    later[:, 3] += 1
+    later[:, 3] = torch.randn(2, 32)  # not a shift of all numbers by the same, which LayerNorm takes out
     changed = (model.temporal(later, mask) - model.temporal(frames, mask)).norm(dim=-1)
-    assert (changed > 1e-6).all()
+    assert (changed > 1e-4).all()
     # Order matters too: "a then b" is not "b then a".
     turned = model.temporal(frames.flip(1), mask).flip(1)
     assert not torch.allclose(turned, model.temporal(frames, mask), atol=1e-3)

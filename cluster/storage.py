@@ -62,7 +62,12 @@ class Layout:
 
 def layout(config: Config) -> Layout:
     """The locations that a configuration means."""
-    root = config.storage.root.rstrip("/") or "/"
-    if not _SCHEME.match(root):
-        root = str(Path(root).expanduser().absolute())
+    root = absolute(config.storage.root.rstrip("/") or "/")
     return Layout(root, f"{root.rstrip('/')}/{config.name}")
+
+
+def absolute(location: str) -> str:
+    """A path as seen from here, since workers may run elsewhere; URIs and the empty string as they are."""
+    if not location or _SCHEME.match(location):
+        return location
+    return str(Path(location).expanduser().absolute())

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gare.model.features import TextFeatures, VideoFeatures
     from gare.model.gare import GARE
     from gare.model.tokenizer import tokenize
+    from gare.model.weights import import_clip, import_released
     from gare.retrieval.metrics import retrieval_metrics
     from gare.train.state import load_checkpoint
 
@@ -28,6 +29,8 @@ _HOMES = {
     "GareError": "gare.errors",
     "TextFeatures": "gare.model.features",
     "VideoFeatures": "gare.model.features",
+    "import_clip": "gare.model.weights",
+    "import_released": "gare.model.weights",
     "load_checkpoint": "gare.train.state",
     "load_config": "gare.config",
     "retrieval_metrics": "gare.retrieval.metrics",
@@ -43,6 +46,8 @@ __all__ = [
     "GareError",
     "TextFeatures",
     "VideoFeatures",
+    "import_clip",
+    "import_released",
     "load_checkpoint",
     "load_config",
     "retrieval_metrics",

@@ -22,6 +22,7 @@ from pydantic import (
 
 from gare.errors import ConfigError
 from gare.sections import (
+    AugmentConfig,
     ClipConfig,
     ClusterConfig,
     DataConfig,
@@ -39,6 +40,7 @@ from gare.sections import (
 from gare.strict_yaml import load_yaml
 
 __all__ = [
+    "AugmentConfig",
     "ClipConfig",
     "ClusterConfig",
     "Config",
@@ -69,6 +71,9 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     loss: LossConfig = Field(default_factory=LossConfig, description="the loss")
     train: TrainConfig = Field(default_factory=TrainConfig, description="training")
+    augment: AugmentConfig = Field(
+        default_factory=AugmentConfig, description="augmentation of training clips"
+    )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="evaluation")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Ray")

@@ -119,9 +119,36 @@ class ModelConfig(Section):
     temporal_heads: Count = Field(8, description="attention heads of the temporal transformer")
     pool_temperature: Positive = Field(3.0, description="τ_pool of the text-conditioned pooling")
     increment: bool = Field(True, description="learn Δ_ij; off is the baseline of the paper's Table 3")
+    corrected_side: Literal["text", "video"] = Field(
+        "text", description="what Δ_ij is added to: the text embedding, or the pooled video"
+    )
+    context: Literal["frames", "words"] = Field("frames", description="what ψ attends to")
     gap_sign: Literal[1, -1] = Field(1, description="η of the semantic gap η(v̄_j − t_i)")
+    query: Literal["gap", "text"] = Field(
+        "gap",
+        description="what ψ is asked with: the gap; or the text t_i, with Δ_ij = R_ij·unit(v̄_j − ψ(t_i))",
+    )
     increment_heads: Count = Field(1, description="attention heads of ψ")
     increment_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="dropout inside ψ")
+
+    @model_validator(mode="after")
+    def _variant_makes_sense(self) -> ModelConfig:
+        switches = ("corrected_side", "context", "gap_sign", "query")
+        changed = [name for name in switches if getattr(self, name) != type(self).model_fields[name].default]
+        if changed and not self.increment:
+            raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
+        if self.query == "text" and self.gap_sign != 1:
+            raise ValueError("gap_sign -1 would change nothing: query text does not ask with the gap")
+        if self.query == "text" and self.context == "words":
+            raise ValueError(
+                "query text with context words would not look at the frames: t*_ij would not depend on j"
+            )
+        return self
+
+    def baseline(self) -> ModelConfig:
+        """The same model without increment, and without the switches that only shape it."""
+        shared = self.model_dump(exclude={"increment", "corrected_side", "context", "gap_sign", "query"})
+        return type(self).model_validate({**shared, "increment": False})
 
     @model_validator(mode="after")
     def _fits_towers(self) -> ModelConfig:
@@ -142,6 +169,13 @@ class ModelConfig(Section):
         return self
 
 
+_SWITCHES_OF_TERM = {
+    "bottleneck": {"kl_reduction", "prior_std", "kl_normalised", "bottleneck_anchor"},
+    "radii": {"radii_bound", "radii_bound_form"},
+    "direction": {"direction_form", "direction_alpha"},
+}
+
+
 class LossConfig(Section):
     """Weights and forms of the loss terms beside InfoNCE."""
 
@@ -150,12 +184,35 @@ class LossConfig(Section):
         "sum", description="reduction of the KL over the D dimensions"
     )
     prior_std: Positive = Field(1.0, description="σ_prior of the bottleneck's prior")
+    kl_normalised: bool = Field(False, description="scale increments to length 1 before the KL")
+    bottleneck_anchor: Literal["video", "text"] = Field(
+        "video",
+        description="μ and σ of the bottleneck are of each video over texts, or of each text over videos",
+    )
     radii_weight: NonNegative = Field(0.01, description="λ_ε, weight of the trust-region radii term L_ε")
     radii_bound: NonNegative = Field(0.5, description="λ: L_ε is held at −λ from below")
+    radii_bound_form: Literal["hard", "smooth"] = Field(
+        "hard", description="max(L_ε, −λ), or log(exp L_ε + exp(−λ))"
+    )
     direction_weight: NonNegative = Field(
         0.01, description="λ_dir, weight of the directional diversity L_dir"
     )
-    direction_alpha: Positive = Field(2.0, description="α of the directional diversity")
+    direction_form: Literal["log_mean_exp", "orthogonality"] = Field(
+        "log_mean_exp", description="L_dir by a log-mean-exp of cosines, or the mean of cos² over j≠k"
+    )
+    direction_alpha: Positive = Field(2.0, description="α of the directional diversity by log-mean-exp")
+
+    @model_validator(mode="after")
+    def _switches_have_an_effect(self) -> LossConfig:
+        default = {name: field.default for name, field in type(self).model_fields.items()}
+        changed = {name for name, value in default.items() if getattr(self, name) != value}
+        if self.direction_form == "orthogonality" and "direction_alpha" in changed:
+            raise ValueError("direction_alpha would change nothing: direction_form orthogonality has no α")
+        for term, switches in _SWITCHES_OF_TERM.items():
+            idle = sorted(changed & switches)
+            if idle and not getattr(self, f"{term}_weight"):
+                raise ValueError(f"{', '.join(idle)} would change nothing: {term}_weight is 0")
+        return self
 
 
 class TrainConfig(Section):
@@ -171,6 +228,22 @@ class TrainConfig(Section):
     clip_lr: NonNegative = Field(1e-7, description="peak learning rate of the CLIP towers")
     lr: NonNegative = Field(1e-4, description="peak learning rate of everything else")
     weight_decay: NonNegative = Field(0.2, description="decoupled weight decay, biases excepted")
+    optimizer: Literal["adamw", "bert_adam"] = Field(
+        "adamw",
+        description="adamw; bert_adam: optimiser and schedule of the released training (no bias correction, "
+        "each gradient clipped to norm 1, first rate 0)",
+    )
+    clip_weights: str = Field(
+        "",
+        description="CLIP to start from: OpenAI's .pt, a state dict or a Hugging Face folder; empty: none",
+    )
+    freeze: Literal["auto", "none", "patch_conv", "image", "text", "towers"] = Field(
+        "auto",
+        description="what of CLIP does not learn; auto: patch_conv with clip_weights, as released, else none",
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="of the encoders in training; scores and losses are float32 always"
+    )
     warmup_fraction: Fraction = Field(0.1, description="share of the steps that warm up linearly")
     max_grad_norm: Positive = Field(1.0, description="global norm that gradients are clipped to")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: run all epochs")
@@ -180,6 +253,24 @@ class TrainConfig(Section):
     )
     resume: bool = Field(True, description="continue an interrupted run of the same name")
     overwrite: bool = Field(False, description="delete an earlier run of the same name first")
+
+
+class AugmentConfig(Section):
+    """Random changes of training clips, the same for all frames of a clip. Off by default."""
+
+    operations: int = Field(
+        0, ge=0, le=15, description="N: RandAugment operations on a clip; the paper's is 4"
+    )
+    magnitude: Annotated[float, Field(gt=0, lt=10)] = Field(
+        7.0, description="RandAugment's magnitude, on timm's scale of 0 to 10"
+    )
+    noise: NonNegative = Field(0.5, description="standard deviation of each operation's magnitude")
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="smallest share of the picture's area that a random crop keeps; 1: no crop"
+    )
+    flip: Fraction = Field(
+        0.0, description="share of clips that are mirrored; wrong where captions say left or right"
+    )
 
 
 class EvaluateConfig(Section):

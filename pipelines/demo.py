@@ -50,7 +50,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def _variant(config: Config, model: str, seed: int) -> Config:
     train_config = config.train.model_copy(update={"run": f"{model}-seed{seed}", "seed": seed})
-    model_config = config.model.model_copy(update={"increment": model == "gare"})
+    gare = config.model.model_copy(update={"increment": True})
+    model_config = gare if model == "gare" else gare.baseline()
     return config.model_copy(update={"train": train_config, "model": model_config})
 
 

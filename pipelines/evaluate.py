@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster.command import main
 from cluster.session import num_cpus, num_gpus, ray_session
-from cluster.storage import Layout, layout
+from cluster.storage import Layout, absolute, layout
 from cluster.tracking import RunHandle, connect
 from gare.config import Config, differences
 from gare.data.files import exists, join, read_json, write_atomically, write_json
@@ -40,7 +40,7 @@ def run(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     places = layout(config)
     split = config.evaluate.split
-    checkpoint = _absolute(config.evaluate.checkpoint) or places.checkpoint(config.train.run)
+    checkpoint = absolute(config.evaluate.checkpoint) or places.checkpoint(config.train.run)
     model = _load(config, checkpoint)
     splits = read_splits(places.manifest, places.frames, config.extract)
     rows = splits.of_split(split)
@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
     folder = places.evaluation(config.train.run, split)
     write_atomically(join(folder, "retrieval.png"), picture)
     handle.log_metrics({f"{split}/{name}": value for name, value in metrics.items()}, 0)
-    counts = {"videos": len(rows), "captions": len(features["embedding"])}
+    counts = {"videos": len(rows), "captions": len(features["text/embedding"])}
     handle.log_dataset(
         f"{splits.benchmark}-{split}", splits.manifest_fingerprint, places.manifest, split, counts
     )
@@ -88,12 +88,6 @@ def run(config: Config) -> dict[str, Any]:
         counts["videos"],
     )
     return result
-
-
-def _absolute(location: str) -> str:
-    """As seen from here: the actors may run elsewhere."""
-    local = location and "://" not in location
-    return str(Path(location).expanduser().absolute()) if local else location
 
 
 def _load(config: Config, checkpoint: str) -> GARE:
@@ -131,7 +125,7 @@ def _open_tracking(config: Config, places: Layout, checkpoint: str) -> tuple[Run
 def _encode(
     config: Config, checkpoint: str, store: str, rows: Sequence[ManifestRow]
 ) -> dict[str, np.ndarray]:
-    """Frame features and mask of the clips, embeddings of all captions, in the order of the rows."""
+    """``video/…`` of the clips and ``text/…`` of all their captions, in the order of the rows."""
     device = "cuda" if config.cluster.use_gpu else "cpu"
 
     def load() -> Any:
@@ -147,13 +141,11 @@ def _encode(
     for kind, items, size in (("clips", ids, CLIPS_PER_TASK), ("captions", captions, CAPTIONS_PER_TASK)):
         tasks += [(kind, items[first : first + size]) for first in range(0, len(items), size)]
     results = _map_in_order(load, tasks, actors=int(gpus) or min(num_cpus(), len(tasks)), gpu=bool(gpus))
-    clips = [result for (kind, _), result in zip(tasks, results, strict=True) if kind == "clips"]
-    texts = [result for (kind, _), result in zip(tasks, results, strict=True) if kind == "captions"]
-    return {
-        "frames": np.concatenate([part["frames"] for part in clips]),
-        "mask": np.concatenate([part["mask"] for part in clips]),
-        "embedding": np.concatenate([part["embedding"] for part in texts]),
-    }
+    parts: dict[str, list[np.ndarray]] = {}
+    for (kind, _), result in zip(tasks, results, strict=True):
+        for name, array in result.items():
+            parts.setdefault(f"{'video' if kind == 'clips' else 'text'}/{name}", []).append(array)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _map_in_order(
@@ -194,9 +186,9 @@ def _score(
     from gare.retrieval.pictures import retrieval_picture
     from gare.retrieval.scoring import score_blocks
 
-    embedding = torch.from_numpy(features["embedding"])
-    text = TextFeatures(embedding, None, torch.ones(len(embedding), 1, dtype=torch.bool))
-    video = VideoFeatures(torch.from_numpy(features["frames"]), torch.from_numpy(features["mask"]))
+    tensors = {name: torch.from_numpy(array) for name, array in features.items()}
+    text = TextFeatures(tensors["text/embedding"], tensors.get("text/words"), tensors["text/mask"])
+    video = VideoFeatures(tensors["video/frames"], tensors["video/mask"])
     scores = score_blocks(model, text, video, config.evaluate.block)
     owners = torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
     texts = [caption for row in rows for caption in row.captions]

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.command import main, set_up_logging
 from cluster.session import fault_of, ray_session, require_train_resources
-from cluster.storage import Layout, layout
+from cluster.storage import Layout, absolute, layout
 from cluster.stream import stream
 from cluster.tracking import RunHandle, Tracker, connect, git_revision
 from gare.config import Config, differences
@@ -46,6 +46,7 @@ def run(config: Config) -> dict[str, Any]:
         GareError: where MLflow cannot be reached at the start, or training fails.
     """
     started = time.monotonic()
+    config = _with_absolute_paths(config)
     places = layout(config)
     folder = places.run(config.train.run)
     splits = read_splits(places.manifest, places.frames, config.extract)
@@ -56,6 +57,10 @@ def run(config: Config) -> dict[str, Any]:
         finished: dict[str, Any] = read_json(join(folder, "result.json"))
         return finished
     # All that can be refused is, before anything is deleted or written.
+    if config.train.clip_weights and not earlier:
+        from gare.train.start import initial_model
+
+        initial_model(config)
     tracker = connect(config.tracking, places.root)
     with ray_session(config.cluster):
         require_train_resources(config.cluster)
@@ -73,6 +78,11 @@ def run(config: Config) -> dict[str, Any]:
     write_json(join(folder, "result.json"), result)
     handle.finish()
     return result
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    train = config.train.model_copy(update={"clip_weights": absolute(config.train.clip_weights)})
+    return config.model_copy(update={"train": train})
 
 
 def _plan(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
@@ -198,11 +208,10 @@ def _cause(error: Exception) -> GareError:
 def train_worker(task: dict[str, Any]) -> None:
     """One Ray Train worker: builds its learner, restores it, runs its share of the plan."""
     import ray.train
-    import torch
     from ray.train.torch import get_device
 
-    from gare.model.gare import GARE
     from gare.train.loop import run_loop
+    from gare.train.start import initial_model
     from gare.train.state import restore_learner
     from gare.train.step import build_learner
 
@@ -214,8 +223,7 @@ def train_worker(task: dict[str, Any]) -> None:
     splits = read_splits(places.manifest, places.frames, config.extract)
     rows = {"train": splits.train, "val": splits.val}
     plan = _plan(config, splits, rank=rank)
-    torch.manual_seed(config.train.seed)
-    learner = build_learner(GARE(config.model), config, plan.num_steps, get_device())
+    learner = build_learner(initial_model(config), config, plan.num_steps, get_device())
     start_epoch = 0
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:

@@ -24,6 +24,11 @@ class TextFeatures:
     words: Tensor | None
     mask: Tensor
 
+    def float(self) -> TextFeatures:
+        """The same in float32."""
+        words = None if self.words is None else self.words.float()
+        return TextFeatures(self.embedding.float(), words, self.mask)
+
     def __getitem__(self, rows: slice | Tensor) -> TextFeatures:
         words = None if self.words is None else self.words[rows]
         return TextFeatures(self.embedding[rows], words, self.mask[rows])
@@ -40,6 +45,10 @@ class VideoFeatures:
 
     frames: Tensor
     mask: Tensor
+
+    def float(self) -> VideoFeatures:
+        """The same in float32."""
+        return VideoFeatures(self.frames.float(), self.mask)
 
     def __getitem__(self, rows: slice | Tensor) -> VideoFeatures:
         return VideoFeatures(self.frames[rows], self.mask[rows])

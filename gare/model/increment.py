@@ -1,6 +1,6 @@
 """ψ, the learned increment Δ_ij, in the direct form: every pair computed as the paper writes it.
 
-N texts, M videos, F frames, H heads, D embedding width.
+A queries, B contexts, C positions (frames or words), H heads, N texts, M videos, F frames, D embedding width.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Increment(nn.Module):
-    """One cross-attention layer from the semantic gap of a pair to the frames of its video.
+    """One cross-attention layer from a query to the context of its pair.
 
-    For the query g_ij and the context v_j, with the same LN1 on both sides:
-        q = W_q·LN1(g_ij)+b_q,  k_f = W_k·LN1(v_jf)+b_k,  x_f = W_v·LN1(v_jf)+b_v
+    For the query g and the context c, the frames of the pair's video or the words of its text, with the same
+    LN1 on both sides:
+        q = W_q·LN1(g)+b_q,  k_f = W_k·LN1(c_f)+b_k,  x_f = W_v·LN1(c_f)+b_v
         a = softmax_f(q·k_f/√d_head),  o = W_o Σ_f a_f x_f + b_o
         y = LN2(o),  z = LN3(y + Dropout(W_1 y + b_1)),  Δ_ij = W_μ z + b_μ
 
@@ -41,23 +43,48 @@ class Increment(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, query_NMD: Tensor, context_MFD: Tensor, mask_MF: Tensor) -> Tensor:
-        """Increments (N, M, D).
+    def forward(self, query_ABD: Tensor, context_BCD: Tensor, mask_BC: Tensor) -> Tensor:
+        """ψ's outputs (A, B, D) for A queries to each of B contexts.
 
         Args:
-            query_NMD: the semantic gap g_ij of every pair.
-            context_MFD: frame features of the M videos.
-            mask_MF: bool, true for real frames; padded ones get no attention.
+            query_ABD: the query of every pair.
+            context_BCD: what is attended to: frames of B videos, or words of B texts.
+            mask_BC: bool, true for real positions; padded ones get no attention.
         """
-        d_head = context_MFD.shape[-1] // self.heads
-        normed_MFD = self.norm1(context_MFD)
-        query_NMHd = self.query(self.norm1(query_NMD)).unflatten(-1, (self.heads, d_head))
-        key_MFHd = self.key(normed_MFD).unflatten(-1, (self.heads, d_head))
-        value_MFHd = self.value(normed_MFD).unflatten(-1, (self.heads, d_head))
-        logits_NMHF = torch.einsum("nmhd,mfhd->nmhf", query_NMHd, key_MFHd) / math.sqrt(d_head)
-        logits_NMHF = logits_NMHF.masked_fill(~mask_MF[:, None, :], -torch.inf)
-        mixed_NMHd = torch.einsum("nmhf,mfhd->nmhd", logits_NMHF.softmax(dim=-1), value_MFHd)
-        y_NMD = self.norm2(self.out(mixed_NMHd.flatten(-2)))
-        z_NMD = self.norm3(y_NMD + self.dropout(self.residual(y_NMD)))
-        delta_NMD: Tensor = self.mean(z_NMD)
-        return delta_NMD
+        d_head = context_BCD.shape[-1] // self.heads
+        normed_BCD = self.norm1(context_BCD)
+        query_ABHd = self.query(self.norm1(query_ABD)).unflatten(-1, (self.heads, d_head))
+        key_BCHd = self.key(normed_BCD).unflatten(-1, (self.heads, d_head))
+        value_BCHd = self.value(normed_BCD).unflatten(-1, (self.heads, d_head))
+        logits_ABHC = torch.einsum("abhd,bchd->abhc", query_ABHd, key_BCHd) / math.sqrt(d_head)
+        logits_ABHC = logits_ABHC.masked_fill(~mask_BC[:, None, :], -torch.inf)
+        mixed_ABHd = torch.einsum("abhc,bchd->abhd", logits_ABHC.softmax(dim=-1), value_BCHd)
+        y_ABD = self.norm2(self.out(mixed_ABHd.flatten(-2)))
+        z_ABD = self.norm3(y_ABD + self.dropout(self.residual(y_ABD)))
+        output_ABD: Tensor = self.mean(z_ABD)
+        return output_ABD
+
+
+class IncrementRadius(nn.Module):
+    """How long the increment is where ψ is asked with the text itself: R_ij = exp(b + Σ_f c_f t_i·v_jf).
+
+    One learned number c_f a frame position and b, all starting at 0; padded frames count 0.
+
+    Source: the paper's Table 5.
+    """
+
+    def __init__(self, max_frames: int) -> None:
+        super().__init__()
+        self.coefficient = nn.Parameter(torch.zeros(max_frames))
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, text_ND: Tensor, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
+        """Radii (N, M) of texts (N, D) and frame features (M, F, D) with their mask (M, F)."""
+        similarity_NMF = torch.einsum("nd,mfd->nmf", text_ND, frames_MFD)
+        weight_MF = self.coefficient[: mask_MF.shape[1]] * mask_MF
+        return (self.offset + torch.einsum("nmf,mf->nm", similarity_NMF, weight_MF)).exp()
+
+
+def towards(goal_MD: Tensor, start_NMD: Tensor, radius_NM: Tensor) -> Tensor:
+    """Increments of given length from the starts towards the goals: R_ij·unit(v̄_j − t*_ij), (N, M, D)."""
+    return radius_NM.unsqueeze(-1) * functional.normalize(goal_MD - start_NMD, dim=-1)

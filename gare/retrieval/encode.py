@@ -1,6 +1,6 @@
 """Encoding captions and clips with a trained model, in whatever process has the time.
 
-N captions, M clips, F frames, D embedding width.
+N captions, M clips, F frames, W words, D embedding width.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Encoder:
 
     @torch.inference_mode()
     def captions(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """``embedding`` (N, D) float32."""
+        """``embedding`` (N, D) float32, ``mask`` (N, W) bool, ``words`` (N, W, D) where scores need them."""
         token_ids, token_mask = tokenize(captions, self.model.config.max_words)
         encoded = self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device))
-        return {"embedding": encoded.embedding.cpu().numpy()}
+        features = {"embedding": encoded.embedding.cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
+        if self.model.needs_words and encoded.words is not None:
+            features["words"] = encoded.words.cpu().numpy()
+        return features

@@ -5,6 +5,7 @@ R workers, each with its own block of rows; everyone gets all blocks in the orde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,15 @@ def gather(local: Tensor) -> Tensor:
         return local
     gathered: Tensor = _Gather.apply(local.contiguous())  # type: ignore[no-untyped-call]
     return gathered
+
+
+def gather_names(local: Sequence[str]) -> list[str]:
+    """All workers' strings, rank by rank. All must call it."""
+    if world_size() == 1:
+        return list(local)
+    parts: list[list[str]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, list(local))
+    return [name for part in parts for name in part]
 
 
 def gather_unequal(local: Tensor) -> Tensor:

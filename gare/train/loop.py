@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from gare.data.augment import augment
 from gare.data.batch import Batch
 from gare.data.images import normalise
 from gare.data.manifest import ManifestRow
 from gare.errors import GareError
 from gare.model.tokenizer import tokenize
 from gare.train.plan import Plan, PlannedBatch
-from gare.train.step import Learner, train_step
+from gare.train.step import Learner, step_seed, train_step
 from gare.train.validation import Validation
 
 #: Called after each optimiser step: step (from 1), values by metric name.
@@ -59,7 +60,8 @@ def run_loop(
             )
         arrived = time.perf_counter()
         if planned.kind == "train":
-            values = train_step(learner, _batch(learner, planned, rows["train"], arrays).to(device))
+            batch = _batch(learner, planned, rows["train"], arrays).to(device)
+            values = train_step(learner, batch, [rows["train"][video].video_id for video in planned.videos])
             values |= {"time/step_s": time.perf_counter() - arrived, "time/data_wait_s": arrived - asked}
             on_step(learner.step, values)
         else:
@@ -85,9 +87,13 @@ def _batch(
         raise GareError(f"{len(arrays['frames'])} clips arrived for {len(pairs)} pairs", where="loader")
     captions = [rows[video].captions[caption] for video, caption in pairs]
     token_ids, token_mask = tokenize(captions, learner.config.model.max_words)
+    config = learner.config
+    # Of the pair and not of its place, so that the number of workers changes nothing.
+    seeds = [step_seed(config.train.seed, planned.epoch, video, caption) for video, caption in pairs]
+    augmented = augment(torch.from_numpy(arrays["frames"]), config.augment, seeds)
     return Batch(
         token_ids,
         token_mask,
-        normalise(torch.from_numpy(arrays["frames"])),
+        normalise(augmented),
         torch.from_numpy(arrays["frame_mask"]),
     )

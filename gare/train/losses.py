@@ -30,18 +30,30 @@ def info_nce(scores_NN: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bottleneck(
-    delta_NMD: Tensor, prior_std: float = 1.0, reduction: Literal["sum", "mean"] = "sum"
+    delta_NMD: Tensor,
+    prior_std: float = 1.0,
+    reduction: Literal["sum", "mean"] = "sum",
+    *,
+    normalised: bool = False,
+    anchor: Literal["video", "text"] = "video",
 ) -> Tensor:
     """Relaxed information bottleneck L_IB = mean_j KL( N(μ_j, diag σ_j²) ‖ N(0, σ_prior² I) ).
 
     μ_j = mean_i Δ_ij and σ_j = std_i Δ_ij (unbiased) + 1e-6, over the texts of the batch. Where all Δ_ij of
-    a video are equal, σ_j is 1e-6 and carries no gradient.
+    a video are equal, σ_j is 1e-6 and carries no gradient. The KL of one video, before its reduction over d:
+    ½(σ² + μ²)/σ_prior² − ½ − log(σ/σ_prior).
 
     Args:
-        delta_NMD: increments, N ≥ 2.
+        delta_NMD: increments, at least two for each anchor.
         prior_std: σ_prior.
         reduction: over the D dimensions; ``sum`` is the released code's, ``mean`` the paper's.
+        normalised: take Δ_ij/‖Δ_ij‖ for Δ_ij (the paper's Table 6).
+        anchor: ``text`` takes μ_i and σ_i of each text over the videos (the paper's Table 9).
     """
+    if normalised:
+        delta_NMD = functional.normalize(delta_NMD, dim=-1)
+    if anchor == "text":
+        delta_NMD = delta_NMD.transpose(0, 1)
     mean_MD = delta_NMD.mean(dim=0)
     centred_NMD = delta_NMD - mean_MD
     variance_MD = centred_NMD.square().sum(dim=0) / (len(delta_NMD) - 1)
@@ -54,17 +66,21 @@ def bottleneck(
     return (kl_MD.sum(dim=1) if reduction == "sum" else kl_MD.mean(dim=1)).mean()
 
 
-def radii(delta_NMD: Tensor, bound: float = 0.5) -> Tensor:
-    """Trust-region radii L_ε = max(−mean_i Var_j ‖Δ_ij‖₂, −λ), the variance unbiased.
+def radii(delta_NMD: Tensor, bound: float = 0.5, form: Literal["hard", "smooth"] = "hard") -> Tensor:
+    """Trust-region radii L_ε = −mean_i Var_j ‖Δ_ij‖₂ (unbiased), held at the lower bound −λ.
 
-    At the bound the term is constant, so it gives no gradient.
+    Hard: max(L_ε, −λ), constant at the bound, so that it gives no gradient there. Smooth:
+    log(exp L_ε + exp(−λ)), the paper's Appendix C.3.
 
     Args:
         delta_NMD: increments, M ≥ 2.
         bound: λ.
+        form: of the bound.
     """
     norms_NM = torch.linalg.vector_norm(delta_NMD, dim=-1)
     spread: Tensor = norms_NM.var(dim=1).mean()
+    if form == "smooth":
+        return torch.logaddexp(-spread, spread.new_tensor(-bound))
     return (-spread).clamp(min=-bound)
 
 
@@ -80,3 +96,18 @@ def direction(delta_NMD: Tensor, alpha: float = 2.0) -> Tensor:
     unit_NMD = functional.normalize(delta_NMD, dim=-1)
     cosine_NMM = unit_NMD @ unit_NMD.transpose(1, 2)
     return ((-alpha * (1 - cosine_NMM)).exp().mean(dim=(1, 2)) + 1e-8).log().mean()
+
+
+def orthogonality(delta_NMD: Tensor) -> Tensor:
+    """Orthogonality form of the directional diversity: mean_i mean_{j≠k} cos²(Δ_ij, Δ_ik).
+
+    Args:
+        delta_NMD: increments, M ≥ 2.
+
+    Source: the paper's Appendix C.2.
+    """
+    unit_NMD = functional.normalize(delta_NMD, dim=-1)
+    squared_NMM = (unit_NMD @ unit_NMD.transpose(1, 2)).square()
+    num_videos = delta_NMD.shape[1]
+    others_N = squared_NMM.sum(dim=(1, 2)) - squared_NMM.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return others_N.mean() / (num_videos * (num_videos - 1))

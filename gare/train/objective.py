@@ -6,6 +6,7 @@ b pairs on this worker, N = R·b pairs over all R workers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from gare.data.batch import Batch
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.gather import gather
-from gare.train.losses import bottleneck, direction, info_nce, radii
+from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,17 @@ def loss_terms(model: GARE, text: TextFeatures, video: VideoFeatures, config: Lo
     if pairs.delta is None:
         return LossTerms(total, nce_t2v, nce_v2t, zero, zero, zero, scale)
     terms = (
-        bottleneck(pairs.delta, config.prior_std, config.kl_reduction),
-        radii(pairs.delta, config.radii_bound),
-        direction(pairs.delta, config.direction_alpha),
+        bottleneck(
+            pairs.delta,
+            config.prior_std,
+            config.kl_reduction,
+            normalised=config.kl_normalised,
+            anchor=config.bottleneck_anchor,
+        ),
+        radii(pairs.delta, config.radii_bound, config.radii_bound_form),
+        orthogonality(pairs.delta)
+        if config.direction_form == "orthogonality"
+        else direction(pairs.delta, config.direction_alpha),
     )
     weights = (config.bottleneck_weight, config.radii_weight, config.direction_weight)
     for weight, term in zip(weights, terms, strict=True):
@@ -73,17 +82,25 @@ class Objective(nn.Module):
 
     Every worker computes the loss of the whole batch from gathered features. The gather's backward sums the
     workers' gradients and DDP averages them, which is the gradient of one worker with the whole batch.
+    In bf16 the encoders run under autocast; features are float32 from there on, so scores and losses are.
     """
 
-    def __init__(self, model: GARE, config: LossConfig) -> None:
+    def __init__(
+        self, model: GARE, config: LossConfig, precision: Literal["float32", "bf16"] = "float32"
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.precision = precision
 
     def forward(self, batch: Batch) -> LossTerms:
         """Loss of the global batch; ``batch`` is this worker's share of it."""
-        text = self.model.encode_text(batch.token_ids, batch.token_mask)
-        video = self.model.encode_video(batch.frames, batch.frame_mask)
-        text = TextFeatures(gather(text.embedding), None, gather(text.mask))
+        with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            text = self.model.encode_text(batch.token_ids, batch.token_mask)
+            video = self.model.encode_video(batch.frames, batch.frame_mask)
+        text, video = text.float(), video.float()
+        # Words are large; they travel only where ψ attends to them.
+        words = gather(text.words) if text.words is not None and self.model.needs_words else None
+        text = TextFeatures(gather(text.embedding), words, gather(text.mask))
         video = VideoFeatures(gather(video.frames), gather(video.mask))
         return loss_terms(self.model, text, video, self.config)

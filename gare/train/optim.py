@@ -11,21 +11,50 @@ from torch.optim import AdamW, Optimizer
 
 from gare.config import TrainConfig
 from gare.model.gare import GARE
+from gare.train.bert_adam import BertAdam
 
 
 def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
-    """AdamW with one learning rate for the CLIP towers and one for everything else, no decay on biases.
+    """AdamW or BertAdam, groups by tower: one rate for CLIP, one for everything else, no decay on biases.
 
     β₁ 0.9, β₂ 0.98, ε 1e-6 as in the released training; the groups carry their peak rate as ``peak_lr``.
     """
     groups: list[dict[str, object]] = []
     for name, parameters in _parameter_groups(model):
-        peak = config.clip_lr if name.startswith("clip") else config.lr
+        peak = config.lr if name.startswith("head/") else config.clip_lr
         decay = 0.0 if name.endswith("bias") else config.weight_decay
         groups.append(
             {"name": name, "params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
         )
+    if config.optimizer == "bert_adam":
+        return BertAdam(groups, betas=(0.9, 0.98), eps=1e-6)
     return AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def freeze(model: GARE, config: TrainConfig) -> None:
+    """Takes gradients from the parts of CLIP that ``train.freeze`` names; the logit scale always learns."""
+    what = config.freeze
+    if what == "auto":
+        what = "patch_conv" if config.clip_weights else "none"
+    for name, parameter in model.named_parameters():
+        tower = _tower(name)
+        frozen = {
+            "none": False,
+            "patch_conv": name.endswith("patch_embedding.weight"),
+            "image": tower == "image",
+            "text": tower == "text",
+            "towers": tower in ("image", "text"),
+        }
+        if frozen[what]:
+            parameter.requires_grad_(False)
+
+
+def _tower(name: str) -> str:
+    """image, text, scale or head, of a parameter of ``GARE`` by its name."""
+    if not name.startswith("towers.clip."):
+        return "head"
+    part = name.removeprefix("towers.clip.").split(".")[0]
+    return "scale" if part == "logit_scale" else "text" if part.startswith("text") else "image"
 
 
 def _parameter_groups(model: GARE) -> Iterator[tuple[str, list[nn.Parameter]]]:
@@ -33,22 +62,22 @@ def _parameter_groups(model: GARE) -> Iterator[tuple[str, list[nn.Parameter]]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        tower = "clip" if name.startswith("towers.") else "head"
         kind = "bias" if name.endswith("bias") else "weight"
-        groups.setdefault(f"{tower}/{kind}", []).append(parameter)
+        groups.setdefault(f"{_tower(name)}/{kind}", []).append(parameter)
     yield from groups.items()
 
 
-def set_learning_rate(optimizer: Optimizer, step: int, num_steps: int, warmup_fraction: float) -> float:
+def set_learning_rate(optimizer: Optimizer, step: int, num_steps: int, config: TrainConfig) -> float:
     """Sets every group's rate for this step and returns the factor on the peak.
 
     Args:
         optimizer: from ``build_optimizer``.
         step: 0 for the first step.
         num_steps: steps of the whole run.
-        warmup_fraction: share of them that warms up linearly.
+        config: its optimiser decides between ``rate_factor`` and ``rate_factor_released``.
     """
-    factor = rate_factor(step, num_steps, warmup_fraction)
+    schedule = rate_factor_released if config.optimizer == "bert_adam" else rate_factor
+    factor = schedule(step, num_steps, config.warmup_fraction)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return factor
@@ -61,6 +90,14 @@ def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
     ours starts at the end of the first step's share, so that no step is lost.
     """
     done = (step + 1) / (num_steps + 1)
+    if done < warmup_fraction:
+        return done / warmup_fraction
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def rate_factor_released(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """The released schedule: as ``rate_factor`` with x = step / num_steps, so that the first rate is 0."""
+    done = step / num_steps
     if done < warmup_fraction:
         return done / warmup_fraction
     return 0.5 * (1 + math.cos(math.pi * done))

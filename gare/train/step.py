@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,12 @@ from gare.config import Config
 from gare.data.batch import Batch
 from gare.errors import GareError
 from gare.model.gare import GARE
-from gare.train.gather import world_size
+from gare.train.gather import gather_names, world_size
 from gare.train.objective import LossTerms, Objective
-from gare.train.optim import build_optimizer, clip_gradients, set_learning_rate
+from gare.train.optim import build_optimizer, clip_gradients, freeze, set_learning_rate
+
+#: Video ids that a failed step names at most.
+MAX_IDS_NAMED = 128
 
 
 @dataclass
@@ -42,8 +46,9 @@ class Learner:
 
 
 def build_learner(model: GARE, config: Config, num_steps: int, device: torch.device) -> Learner:
-    """Moves the model to the device, wraps its objective for the workers there are, builds the optimiser."""
-    objective: nn.Module = Objective(model, config.loss).to(device)
+    """Moves the model to the device, freezes what is to be, wraps its objective, builds the optimiser."""
+    freeze(model, config.train)
+    objective: nn.Module = Objective(model, config.loss, config.train.precision).to(device)
     if world_size() > 1:
         objective = DistributedDataParallel(
             objective, forward_sync_buffers=False, gradient_as_bucket_view=True
@@ -51,8 +56,13 @@ def build_learner(model: GARE, config: Config, num_steps: int, device: torch.dev
     return Learner(model, objective, build_optimizer(model, config.train), config, num_steps)
 
 
-def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
+def train_step(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) -> dict[str, float]:
     """One step on this worker's share of the global batch.
+
+    Args:
+        learner: what learns.
+        batch: this worker's share.
+        video_ids: of its clips, to be named where the step fails.
 
     Returns:
         The loss terms of the global batch, κ, the gradient norm before clipping and the learning-rate factor.
@@ -62,11 +72,11 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     """
     train = learner.config.train
     learner.model.train()
-    factor = set_learning_rate(learner.optimizer, learner.step, learner.num_steps, train.warmup_fraction)
-    terms = compute_gradients(learner, batch)
+    factor = set_learning_rate(learner.optimizer, learner.step, learner.num_steps, train)
+    terms = compute_gradients(learner, batch, video_ids)
     norm = clip_gradients(learner.model, train.max_grad_norm)
     if not math.isfinite(norm):
-        raise _not_finite(learner, f"the gradient's norm is {norm:g}")
+        raise _not_finite(learner, f"the gradient's norm is {norm:g} though the loss is finite", video_ids)
     learner.optimizer.step()
     learner.model.towers.clamp_logit_scale()
     learner.step += 1
@@ -74,7 +84,7 @@ def train_step(learner: Learner, batch: Batch) -> dict[str, float]:
     return values | {"train/grad_norm": norm, "train/lr_factor": factor}
 
 
-def compute_gradients(learner: Learner, batch: Batch) -> LossTerms:
+def compute_gradients(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) -> LossTerms:
     """Forward and backward; every parameter's gradient is then that of the global batch's loss."""
     learner.optimizer.zero_grad(set_to_none=True)
     # Dropout is drawn from (seed, step): the same on every worker, which all hold the same pairs, and the
@@ -82,21 +92,27 @@ def compute_gradients(learner: Learner, batch: Batch) -> LossTerms:
     torch.manual_seed(step_seed(learner.config.train.seed, learner.step))
     terms: LossTerms = learner.objective(batch)
     if not torch.isfinite(terms.total):
-        named = ", ".join(f"{name} {float(value):g}" for name, value in terms.named().items())
-        raise _not_finite(learner, f"the loss is not finite: {named}")
+        values = {name: float(value) for name, value in terms.named().items() if name != "loss/total"}
+        wrong = ", ".join(
+            f"{name} is {value:g}" for name, value in values.items() if not math.isfinite(value)
+        )
+        raise _not_finite(learner, f"the loss is not finite: {wrong or 'the sum of its terms'}", video_ids)
     terms.total.backward()  # type: ignore[no-untyped-call]
     return terms
 
 
-def _not_finite(learner: Learner, what: str) -> GareError:
+def _not_finite(learner: Learner, what: str, video_ids: Sequence[str]) -> GareError:
+    # The loss is of the global batch, so all workers come here together.
+    ids = gather_names(video_ids)
+    more = f" and {len(ids) - MAX_IDS_NAMED} more" if len(ids) > MAX_IDS_NAMED else ""
     return GareError(
-        what,
+        f"{what}; videos of the batch: {', '.join(ids[:MAX_IDS_NAMED])}{more}" if ids else what,
         where=f"step {learner.step}",
         accepted="a lower train.lr, or look at the batch's videos; the last checkpoint is untouched",
     )
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A 63-bit seed from (seed, step), without the correlations of seed + step."""
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+def step_seed(*numbers: int) -> int:
+    """A 63-bit seed from numbers such as (seed, step), without the correlations of their sum."""
+    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -38,6 +38,8 @@ class Validation:
     _masks: list[Tensor] = field(default_factory=list)
     _videos: list[Tensor] = field(default_factory=list)
     _texts: list[Tensor] = field(default_factory=list)
+    _words: list[Tensor] = field(default_factory=list)
+    _text_masks: list[Tensor] = field(default_factory=list)
     _owners: list[Tensor] = field(default_factory=list)
 
     @torch.inference_mode()
@@ -59,9 +61,11 @@ class Validation:
         self._videos.append(torch.tensor(videos))
         texts = [text for group in captions for text in group]
         token_ids, token_mask = tokenize(texts, self.model.config.max_words)
-        self._texts.append(
-            self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device)).embedding
-        )
+        text = self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device))
+        self._texts.append(text.embedding)
+        self._text_masks.append(text.mask)
+        if self.model.needs_words and text.words is not None:
+            self._words.append(text.words)
         counts = torch.tensor([len(group) for group in captions])
         self._owners.append(torch.tensor(videos).repeat_interleave(counts))
 
@@ -74,20 +78,21 @@ class Validation:
         frames = _gather(self._frames, nothing.reshape(0, num_frames, width))
         mask = _gather(self._masks, nothing.reshape(0, num_frames).bool())
         videos = _gather(self._videos, nothing.long())
-        text = _gather(self._texts, nothing.reshape(0, width))
+        num_words = self.model.config.max_words
+        text = TextFeatures(
+            _gather(self._texts, nothing.reshape(0, width)),
+            _gather(self._words, nothing.reshape(0, num_words, width)) if self.model.needs_words else None,
+            _gather(self._text_masks, nothing.reshape(0, num_words).bool()),
+        )
         owners = _gather(self._owners, nothing.long())
-        for held in (self._frames, self._masks, self._videos, self._texts, self._owners):
-            held.clear()
+        for held in vars(self).values():
+            if isinstance(held, list):
+                held.clear()
         if not len(videos):
             return {}
         column_of = torch.empty(int(videos.max()) + 1, dtype=torch.int64)
         column_of[videos.cpu()] = torch.arange(len(videos))
-        scores = score_blocks(
-            self.model,
-            TextFeatures(text, None, torch.ones(len(text), 1, dtype=torch.bool)),
-            VideoFeatures(frames, mask),
-            BLOCK,
-        )
+        scores = score_blocks(self.model, text, VideoFeatures(frames, mask), BLOCK)
         return retrieval_metrics(scores, column_of[owners.cpu()])
 
 

@@ -167,7 +167,10 @@ def test_released_state_dict_is_accounted_for(caplog: pytest.LogCaptureFixture) 
     unused = [
         name
         for name in state_dict
-        if "linear2" in name or (".mlp." in name and "psi" in name) or "log_std" in name or "weight_fc" in name
+        if "linear2" in name
+        or (".mlp." in name and "psi" in name)
+        or "log_std" in name
+        or "weight_fc" in name
     ]
     used = {
         name: tensor

@@ -98,7 +98,8 @@ class Objective(nn.Module):
         with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             text = self.model.encode_text(batch.token_ids, batch.token_mask)
             video = self.model.encode_video(batch.frames, batch.frame_mask)
-        text, video = text.float(), video.float()
+        if self.precision == "bf16":
+            text, video = text.float(), video.float()
         # Words are large; they travel only where ψ attends to them.
         words = gather(text.words) if text.words is not None and self.model.needs_words else None
         text = TextFeatures(gather(text.embedding), words, gather(text.mask))

@@ -155,8 +155,6 @@ def test_words_are_asked_for_where_they_are_needed(seed: int) -> None:
             ("loss.direction_form=orthogonality", "loss.direction_alpha=3"),
             "direction_alpha would change nothing",
         ),
-        (("loss.bottleneck_weight=0", "loss.prior_std=10"), "prior_std would change nothing"),
-        (("loss.radii_weight=0", "loss.radii_bound_form=smooth"), "radii_bound_form would change nothing"),
     ],
 )
 def test_combinations_without_sense_are_refused(overrides: tuple[str, ...], said: str) -> None:

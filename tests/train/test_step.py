@@ -145,9 +145,9 @@ def test_parameter_groups(seed: int) -> None:
         assert group["peak_lr"] == (1e-7 if name.startswith("towers.") else 1e-4), name
         assert group["weight_decay"] == (0 if name.endswith("bias") else 0.2), name
     assert all(group["betas"] == (0.9, 0.98) and group["eps"] == 1e-6 for group in optimizer.param_groups)
-    assert set_learning_rate(optimizer, 0, 9, 0.0) == rate_factor(0, 9, 0.0)
+    assert set_learning_rate(optimizer, 0, 9, config.train) == rate_factor(0, 9, 0.1)
     for group in optimizer.param_groups:
-        assert group["lr"] == pytest.approx(group["peak_lr"] * rate_factor(0, 9, 0.0))
+        assert group["lr"] == pytest.approx(group["peak_lr"] * rate_factor(0, 9, 0.1))
 
 
 def test_schedule() -> None:

@@ -25,6 +25,8 @@ from gare.train.validation import Validation
 from tests.tiny import share, tiny_batch, tiny_config
 
 WORLDS = (2, 3)
+#: The variant in which the word features are gathered too.
+WORDS = "model.context=words"
 STEPS = 2
 
 
@@ -49,12 +51,15 @@ class Outcome:
     strided: list[bool]
 
 
-def config() -> Config:
-    return tiny_config()
+def config(*overrides: str) -> Config:
+    return tiny_config(*overrides)
 
 
 def run(
-    seed: int, dtype: torch.dtype = torch.float32, gatherer: Callable[[Tensor], Tensor] = gather
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    gatherer: Callable[[Tensor], Tensor] = gather,
+    *overrides: str,
 ) -> Outcome:
     """Gradients of one batch, then weights after two steps, of this worker's share of the batches.
 
@@ -82,14 +87,14 @@ def run(
     original = gare.train.objective.gather
     gare.train.objective.gather = watched
     try:
-        learner = _learner(seed, dtype)
+        learner = _learner(seed, dtype, *overrides)
         terms = compute_gradients(learner, batches[0]).named()
         gradients = {
             name: parameter.grad.clone()
             for name, parameter in learner.model.named_parameters()
             if parameter.grad is not None
         }
-        learner = _learner(seed, dtype)
+        learner = _learner(seed, dtype, *overrides)
         start = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
         losses = [train_step(learner, batch)["loss/total"] for batch in batches]
     finally:
@@ -99,12 +104,12 @@ def run(
     return Outcome(terms, gradients, weights, moved, losses, seen)
 
 
-def _learner(seed: int, dtype: torch.dtype) -> Learner:
+def _learner(seed: int, dtype: torch.dtype, *overrides: str) -> Learner:
     torch.manual_seed(seed)
-    model = GARE(config().model)
+    model = GARE(config(*overrides).model)
     model.to(dtype)
     _give_strided_features(model)
-    learner = build_learner(model, config(), num_steps=10, device=torch.device("cpu"))
+    learner = build_learner(model, config(*overrides), num_steps=10, device=torch.device("cpu"))
     model.train()
     return learner
 
@@ -114,7 +119,8 @@ def _give_strided_features(model: GARE) -> None:
 
     def strided_text(token_ids: Tensor, token_mask: Tensor) -> TextFeatures:
         text = encode_text(token_ids, token_mask)
-        return TextFeatures(_transposed(text.embedding), None, text.mask)
+        assert text.words is not None
+        return TextFeatures(_transposed(text.embedding), _transposed(text.words), text.mask)
 
     def strided_video(frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
         video = encode_video(frames, frame_mask)
@@ -178,6 +184,7 @@ def main() -> None:
         found = {
             "float32": vars(run(seed)),
             "float64": vars(run(seed, torch.float64)),
+            "words": vars(run(seed, torch.float64, gather, WORDS)),
             "torch": vars(run(seed, gatherer=torch_gather)),
             "shared_gradient": shared_gradient(),
             "validation": {count: validate(seed, count) for count in (2, 7)},

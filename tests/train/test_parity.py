@@ -117,6 +117,16 @@ def test_gradient_of_each_parameter_is_exact(
 
 
 @pytest.mark.parametrize("world", parity.WORLDS)
+def test_gradient_through_gathered_words_is_exact(world: int, found: Found, session_seed: int) -> None:
+    """Where ψ attends to words they are gathered too, with their gradient."""
+    alone = parity.run(session_seed, torch.float64, gather, parity.WORDS)
+    for rank in range(world):
+        differences = relative_differences(found[world, rank]["words"]["gradients"], alone.gradients)
+        worst = max(differences, key=lambda name: differences[name])
+        assert differences[worst] < 1e-10, f"{worst}: {differences[worst]:g}, seed {session_seed}"
+
+
+@pytest.mark.parametrize("world", parity.WORLDS)
 def test_loss_is_that_of_one_worker(world: int, found: Found, alone: parity.Outcome) -> None:
     """Else curves of runs with another number of workers could not be compared."""
     for rank in range(world):

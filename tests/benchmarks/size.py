@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks.size``: parameters and multiply-adds of each part at ViT-B/32, and one full step.
+"""``python -m tests.benchmarks.size``: parameters and multiply-adds at ViT-B/32, and one full step.
 
 Multiply-adds are counted by PyTorch's FlopCounterMode (two operations each) while the part runs, for one
 caption of 32 words, one clip of 12 frames and one pair of them. The step is forward, backward and optimiser

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gare.train.gather import gather
 from tests.train import parity
 
 #: The promise, in float32, for each part of the model.

@@ -10,7 +10,7 @@ help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests"
 	@echo "make lint     ruff and mypy"
-	@echo "make bench    speed and memory"
+	@echo "make bench    speed and memory, parameters and multiply-adds"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
 
@@ -35,6 +35,7 @@ lint: install
 
 bench: install
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.size
 
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare

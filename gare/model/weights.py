@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,42 +19,11 @@ from torch import Tensor
 from gare.config import ClipConfig, ModelConfig
 from gare.errors import CheckpointError, ConfigError
 from gare.model.gare import GARE
+from gare.model.openai_clip import CLIP_FACTS, HEAD_WIDTH, block, clip_sizes, openai_clip, some
 from gare.model.weight_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
-#: Width of an attention head in every CLIP that OpenAI published, and in the released temporal transformer.
-HEAD_WIDTH = 64
-
-_BLOCK = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-#: OpenAI's names of what stands outside the blocks → transformers' names.
-_CLIP = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-}
-#: Kept as matrices to multiply from the right; a Linear holds their transpose.
-_CLIP_TRANSPOSED = {
-    "text_projection": "text_projection.weight",
-    "visual.proj": "visual_projection.weight",
-}
-#: Numbers that OpenAI's archives carry beside the weights.
-_CLIP_FACTS = frozenset({"input_resolution", "context_length", "vocab_size"})
 _PSI = {
     "layers.0.cross_attn.q_proj": "query",
     "layers.0.cross_attn.k_proj": "key",
@@ -86,14 +54,14 @@ def import_released(state_dict: Mapping[str, Tensor], **settings: Any) -> GARE:
     where = "released state dict"
     given = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     clip = {name[5:]: tensor for name, tensor in given.items() if name.startswith("clip.")}
-    tensors = {f"towers.clip.{name}": t for name, t in _openai_clip(clip, where, "clip.").items()}
-    unused = [f"clip.{name}" for name in _CLIP_FACTS & clip.keys()]
+    tensors = {f"towers.clip.{name}": t for name, t in openai_clip(clip, where, "clip.").items()}
+    unused = [f"clip.{name}" for name in CLIP_FACTS & clip.keys()]
     unknown: list[str] = []
     for name, tensor in given.items():
         if name.startswith("clip."):
             continue
         if match := re.fullmatch(r"transformerClip\.resblocks\.(\d+)\.(.+)", name):
-            tensors.update(_block(f"temporal.blocks.layers.{match[1]}.", match[2], tensor, where, name))
+            tensors.update(block(f"temporal.blocks.layers.{match[1]}.", match[2], tensor, where, name))
         elif name == "frame_position_embeddings.weight":
             tensors["temporal.positions.weight"] = tensor
         elif match := re.fullmatch(r"(?:agent\.)?psi\.(.+)\.(weight|bias)", name):
@@ -107,7 +75,7 @@ def import_released(state_dict: Mapping[str, Tensor], **settings: Any) -> GARE:
         else:
             (unused if name.startswith("weight_fc.") else unknown).append(name)
     if unknown:
-        raise CheckpointError(f"has tensors of another model: {_some(unknown)}", where=where)
+        raise CheckpointError(f"has tensors of another model: {some(unknown)}", where=where)
     layers = {name.split(".")[3] for name in tensors if name.startswith("temporal.blocks.layers.")}
     sizes = clip_sizes(clip, where, "clip.")
     config = _settle(sizes, {"temporal_layers": len(layers)}, settings, where)
@@ -148,7 +116,7 @@ def _from_openai(state_dict: Mapping[str, Tensor], where: str, settings: Mapping
             where=where,
             accepted="the folder with config.json and model.safetensors",
         )
-    tensors = {f"towers.clip.{name}": t for name, t in _openai_clip(given, where, "").items()}
+    tensors = {f"towers.clip.{name}": t for name, t in openai_clip(given, where, "").items()}
     return _start_from_clip(_settle(clip_sizes(given, where), {}, settings, where), tensors, where)
 
 
@@ -203,78 +171,6 @@ def _start_from_clip(config: ModelConfig, tensors: dict[str, Tensor], where: str
     return model.eval()
 
 
-def _openai_clip(clip: Mapping[str, Tensor], where: str, prefix: str) -> dict[str, Tensor]:
-    """Tensors under transformers' names from those under OpenAI's."""
-    tensors: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    for name, tensor in clip.items():
-        if match := re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name):
-            tower = "vision_model" if match[1] else "text_model"
-            tensors.update(
-                _block(f"{tower}.encoder.layers.{match[2]}.", match[3], tensor, where, prefix + name)
-            )
-        elif name in _CLIP:
-            tensors[_CLIP[name]] = tensor
-        elif name in _CLIP_TRANSPOSED:
-            tensors[_CLIP_TRANSPOSED[name]] = tensor.T
-        elif name not in _CLIP_FACTS:
-            unknown.append(prefix + name)
-    if unknown:
-        raise CheckpointError(
-            f"has tensors that no CLIP with a vision transformer has: {_some(unknown)}", where=where
-        )
-    return tensors
-
-
-def _block(prefix: str, rest: str, tensor: Tensor, where: str, name: str) -> dict[str, Tensor]:
-    """One tensor of a residual attention block; the stacked q, k, v are taken apart."""
-    module, _, kind = rest.rpartition(".")
-    if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        kind = rest.removeprefix("attn.in_proj_")
-        parts = zip("qkv", tensor.chunk(3), strict=False)
-        return {f"{prefix}self_attn.{letter}_proj.{kind}": part for letter, part in parts}
-    if module not in _BLOCK:
-        raise CheckpointError(f"has tensors of another model: {name}", where=where)
-    return {f"{prefix}{_BLOCK[module]}.{kind}": tensor}
-
-
-def clip_sizes(
-    clip: Mapping[str, Tensor], where: str = "CLIP state dict", prefix: str = ""
-) -> dict[str, int]:
-    """``config.model.clip`` as the shapes of an OpenAI CLIP tell it; heads are ``HEAD_WIDTH`` wide.
-
-    Raises:
-        CheckpointError: where a tensor that tells a size is missing.
-    """
-    needed = (
-        "visual.conv1.weight",
-        "visual.positional_embedding",
-        "token_embedding.weight",
-        "positional_embedding",
-        "text_projection",
-    )
-    missing = [prefix + name for name in needed if name not in clip]
-    if missing:
-        raise CheckpointError(f"{_some(missing)} missing: not a CLIP with a vision transformer", where=where)
-    conv, positions = clip["visual.conv1.weight"], clip["visual.positional_embedding"]
-    text = clip["token_embedding.weight"]
-    if conv.ndim != 4 or any(clip[name].ndim != 2 for name in needed[1:]):
-        raise CheckpointError("sizes cannot be read from the shapes", where=where)
-    return {
-        "image_size": math.isqrt(max(len(positions) - 1, 0)) * conv.shape[-1],
-        "patch_size": conv.shape[-1],
-        "vision_width": conv.shape[0],
-        "vision_layers": _count(clip, r"visual\.transformer\.resblocks\.(\d+)\."),
-        "vision_heads": max(conv.shape[0] // HEAD_WIDTH, 1),
-        "text_width": text.shape[1],
-        "text_layers": _count(clip, r"transformer\.resblocks\.(\d+)\."),
-        "text_heads": max(text.shape[1] // HEAD_WIDTH, 1),
-        "vocab_size": text.shape[0],
-        "max_positions": len(clip["positional_embedding"]),
-        "embed_dim": clip["text_projection"].shape[1],
-    }
-
-
 def _settle(
     sizes: Mapping[str, int], found: dict[str, Any], settings: Mapping[str, Any], where: str
 ) -> ModelConfig:
@@ -295,16 +191,12 @@ def _settle(
         raise ConfigError(faults, where=where) from error
 
 
-def _count(names: Mapping[str, Tensor], pattern: str) -> int:
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
-
-
 def _fill(model: GARE, tensors: Mapping[str, Tensor], where: str, *, may_miss: tuple[str, ...]) -> None:
     """Copies tensors, in float32, into the model; all faults are named at once."""
     ours = model.state_dict()
     missing = [name for name in ours if name not in tensors and not name.startswith(may_miss)]
-    faults = [f"missing: {_some(missing)}"] if missing else []
-    faults += [f"left over: {_some(left)}" for left in [sorted(tensors.keys() - ours.keys())] if left]
+    faults = [f"missing: {some(missing)}"] if missing else []
+    faults += [f"left over: {some(left)}" for left in [sorted(tensors.keys() - ours.keys())] if left]
     faults += [
         f"{name} is {tuple(tensors[name].shape)}, not {tuple(ours[name].shape)}"
         for name in sorted(ours.keys() & tensors.keys())
@@ -315,8 +207,3 @@ def _fill(model: GARE, tensors: Mapping[str, Tensor], where: str, *, may_miss: t
             "; ".join(faults), where=where, accepted="a whole file of the model that it says it is"
         )
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

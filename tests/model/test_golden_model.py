@@ -106,6 +106,9 @@ def test_four_steps_equal_released_training(golden_seed: int) -> None:
         total = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         np.testing.assert_allclose(float(total), golden[f"total_gradnorm/{step}"], rtol=1e-3)
         if step == 0:
+            known = {name.removeprefix("gradnorm/") for name in golden if name.startswith("gradnorm/")}
+            unmatched = {name for name in known - names.keys() if not np.isnan(golden[f"gradnorm/{name}"])}
+            assert not unmatched, "gradients of the released code without a counterpart"
             for released, ours in names.items():
                 expected = golden[f"gradnorm/{released}"]
                 grads = [parameters[name].grad for name in ours]

@@ -137,7 +137,7 @@ def test_published_sizes_are_known_by_their_shapes(
     image: int, patch: int, vision: int, layers: int, text: int, embed: int
 ) -> None:
     """On the meta device: the shapes of the real files without their gigabytes."""
-    from gare.model.weights import clip_sizes
+    from gare.model.openai_clip import clip_sizes
 
     with torch.device("meta"):
         state_dict = OpenAIClip(

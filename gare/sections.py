@@ -129,14 +129,32 @@ class ModelConfig(Section):
         description="what ψ is asked with: the gap; or the text t_i, with Δ_ij = R_ij·unit(v̄_j − ψ(t_i))",
     )
     increment_heads: Count = Field(1, description="attention heads of ψ")
+    increment_layers: Count = Field(
+        1, description="layers of ψ; the paper's is 1, and more have only the direct form"
+    )
     increment_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="dropout inside ψ")
+    increment_dropout_per: Literal["context", "pair"] = Field(
+        "context",
+        description="a dropout mask for each context of ψ, shared by the pairs that attend to it, or for each "
+        "pair as the paper has it, which only the direct form can do",
+    )
+    method: Literal["auto", "direct", "factorized"] = Field(
+        "auto",
+        description="how pairs are computed; auto: factorised, which is exact, and direct where it has no such "
+        "form",
+    )
+    memory_mb: Annotated[float, Field(ge=1)] = Field(
+        256.0, description="MB that scores and losses may take beyond inputs and results before they go by blocks"
+    )
 
     @model_validator(mode="after")
     def _variant_makes_sense(self) -> ModelConfig:
-        switches = ("corrected_side", "context", "gap_sign", "query")
+        switches = ("corrected_side", "context", "gap_sign", "query", "increment_layers")
         changed = [name for name in switches if getattr(self, name) != type(self).model_fields[name].default]
         if changed and not self.increment:
             raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
+        if self.method == "factorized" and self.increment_layers > 1:
+            raise ValueError("method factorized has no form for increment_layers above 1: take auto or direct")
         if self.query == "text" and self.gap_sign != 1:
             raise ValueError("gap_sign -1 would change nothing: query text does not ask with the gap")
         if self.query == "text" and self.context == "words":
@@ -194,6 +212,27 @@ class LossConfig(Section):
         "log_mean_exp", description="L_dir by a log-mean-exp of cosines, or the mean of cos² over j≠k"
     )
     direction_alpha: Positive = Field(2.0, description="α of the directional diversity by log-mean-exp")
+    direction_over: Literal["auto", "all", "sample"] = Field(
+        "auto",
+        description="texts of the directional diversity; auto: all, or a sample where N·M·D numbers exceed "
+        "model.memory_mb",
+    )
+    direction_texts: Count = Field(
+        64, description="texts in such a sample of the global batch, drawn anew for each step"
+    )
+    positives: Literal["diagonal", "video"] = Field(
+        "diagonal",
+        description="what a text's positives are in a batch: its own clip, as in the paper; or every clip of "
+        "its video",
+    )
+
+    def samples_texts(self, num_pairs: int, width: int, budget_bytes: float) -> bool:
+        """Whether the directional diversity of a batch is that of a sample of its texts."""
+        if self.direction_over == "auto":
+            sampled = 4 * num_pairs**2 * width > budget_bytes
+        else:
+            sampled = self.direction_over == "sample"
+        return sampled and bool(self.direction_weight) and self.direction_texts < num_pairs
 
     @model_validator(mode="after")
     def _alpha_has_an_effect(self) -> LossConfig:
@@ -210,6 +249,13 @@ class TrainConfig(Section):
     seed: Seed = Field(0, description="seed of the weights, the order of samples and dropout")
     epochs: Count = Field(5, description="passes over the training captions")
     batch_size: int = Field(128, ge=2, description="global batch: text-video pairs over all workers")
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        description="pairs of a worker that go through the towers at once, encoded again in the backward "
+        "(GradCache); 0: all, without encoding twice",
+    )
+    unique_videos: bool = Field(False, description="no video twice in a global batch")
     captions_per_video: int = Field(
         0, ge=0, description="captions a video contributes to an epoch, drawn anew each time; 0: all of them"
     )

@@ -50,6 +50,9 @@ class VideoFeatures:
         """The same in float32."""
         return VideoFeatures(self.frames.float(), self.mask)
 
+    def __len__(self) -> int:
+        return len(self.mask)
+
     def __getitem__(self, rows: slice | Tensor) -> VideoFeatures:
         return VideoFeatures(self.frames[rows], self.mask[rows])
 

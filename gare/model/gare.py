@@ -5,6 +5,7 @@ N texts, M videos, F frames, W words, D embedding width.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +15,15 @@ from torch.nn import functional
 
 from gare.config import ModelConfig
 from gare.errors import ConfigError
+from gare.model.basis import BasisMaps, build_basis
 from gare.model.clip import ClipTowers
+from gare.model.factorized import Embeddings, PreparedText, PreparedVideo, Rule, assemble
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.increment import Increment, IncrementRadius, towards
+from gare.model.streaming import stream_direct, stream_factorized
 from gare.model.temporal import TemporalTransformer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,11 @@ class GARE(nn.Module):
         )
         self.temporal.start_from_text_tower(self.towers)
         self.increment = (
-            Increment(width, config.increment_heads, config.increment_dropout) if config.increment else None
+            Increment(width, config.increment_heads, config.increment_dropout, config.increment_layers)
+            if config.increment
+            else None
         )
+        self._said: set[str] = set()
         self.radius = (
             IncrementRadius(config.max_frames) if config.increment and config.query == "text" else None
         )
@@ -101,29 +110,152 @@ class GARE(nn.Module):
         frames_MFD[mask_MF] = real_KD
         return VideoFeatures(self.temporal(frames_MFD, mask_MF), mask_MF)
 
-    def score(
-        self, text: TextFeatures, video: VideoFeatures, method: Literal["auto", "direct"] = "auto"
-    ) -> Tensor:
-        """Cosine scores (N, M) of all pairs.
+    def prepare_video(self, video: VideoFeatures) -> PreparedVideo:
+        """The part of the factorised scores that belongs to videos alone, to be kept for any number of texts.
+
+        Where words are the context of ψ, or there is no ψ, this is little more than the frame features.
 
         Raises:
-            ConfigError: for an unknown method.
+            ConfigError: for a ψ that has no factorised form.
         """
-        if method not in ("auto", "direct"):
-            raise ConfigError(f"is {method!r}", where="method", accepted="auto or direct")
-        return self.pairs(text, video).scores
+        if reason := self.why_direct:
+            raise ConfigError(reason, where="model", accepted="one layer, and dropout by context or none")
+        owners = len(video.mask) if self.context_of == "video" else 0
+        return self.with_basis(video, self.basis_maps(), self.draw_dropout(owners))
 
-    def pairs(self, text: TextFeatures, video: VideoFeatures) -> Pairs:
-        """Scores and increments of all pairs, memory N·M·D.
+    def score(
+        self,
+        text: TextFeatures,
+        video: VideoFeatures | PreparedVideo,
+        method: Literal["auto", "direct", "factorized"] | None = None,
+    ) -> Tensor:
+        """Cosine scores (N, M) of all pairs, in blocks that keep to ``config.memory_mb``.
+
+        Args:
+            text: N encoded captions.
+            video: M encoded clips, or what ``prepare_video`` made of them.
+            method: auto takes the factorised form wherever it is exact; None: ``config.method``.
+
+        Raises:
+            ConfigError: for an unknown method, or the factorised form where there is none.
+        """
+        if self.takes_direct(method or self.config.method):
+            features = video.features if isinstance(video, PreparedVideo) else video
+            return stream_direct(self, text, features)
+        return stream_factorized(self, text, video)
+
+    def takes_direct(self, method: str) -> bool:
+        """Whether a method means the direct form here; what auto cannot do factorised is said once.
+
+        Raises:
+            ConfigError: for an unknown method, or the factorised form where there is none.
+        """
+        if method not in ("auto", "direct", "factorized"):
+            raise ConfigError(f"is {method!r}", where="method", accepted="auto, direct or factorized")
+        reason = self.why_direct
+        if method == "factorized" and reason:
+            raise ConfigError(reason, where="method", accepted="auto or direct")
+        if method == "auto" and reason and reason not in self._said:
+            logger.warning("%s: the direct form is used", reason)
+            self._said.add(reason)
+        return method == "direct" or bool(reason)
+
+    @property
+    def why_direct(self) -> str:
+        """Why only the direct form is exact for this model as it is now; empty where the factorised is."""
+        if self.increment is None:
+            return ""
+        if len(self.increment.layers) > 1:
+            return f"increment_layers {len(self.increment.layers)} has no factorised form"
+        if self.training and self.config.increment_dropout and self.config.increment_dropout_per == "pair":
+            return "dropout of each pair has no factorised form"
+        return ""
+
+    @property
+    def context_of(self) -> Literal["video", "text", "none"]:
+        """The side that ψ attends to, which owns the basis of the increments."""
+        if self.increment is None:
+            return "none"
+        return "video" if self.config.context == "frames" else "text"
+
+    @property
+    def rule(self) -> Rule:
+        """How numbers of a pair become its score."""
+        return Rule(self.config.corrected_side, self.config.pool_temperature, self.radius)
+
+    def draw_dropout(self, owners: int, generator: torch.Generator | None = None) -> Tensor | None:
+        """Dropout of ψ for each owner of a context, (owners, D) factors 0 or 1/(1 − p); None where there is none.
+
+        Args:
+            owners: videos where frames are the context, texts where words are.
+            generator: to draw from, on the CPU, so that a seed means the same on any device.
+        """
+        drop = self.config.increment_dropout
+        if not (self.increment and self.training and drop and self.config.increment_dropout_per == "context"):
+            return None
+        draws = torch.rand(owners, self.config.clip.embed_dim, generator=generator)
+        weight = self.increment.mean.weight
+        return ((draws >= drop).to(weight.dtype) / (1 - drop)).to(weight.device)
+
+    def basis_maps(self) -> BasisMaps | None:
+        """ψ's linear maps combined, to be made once for a step or a stream of blocks."""
+        return None if self.increment is None else BasisMaps.of(self.increment)
+
+    def with_basis(self, video: VideoFeatures, maps: BasisMaps | None, keep_MD: Tensor | None) -> PreparedVideo:
+        """Videos with the basis that their frames make, where frames are the context."""
+        if self.increment is None or maps is None or self.context_of != "video":
+            return assemble(video, None)
+        asks_text = self.radius is not None
+        video = VideoFeatures(torch.where(video.mask.unsqueeze(-1), video.frames, 0), video.mask)
+        basis = build_basis(
+            self.increment,
+            maps,
+            video.frames,
+            video.mask,
+            video.mean,
+            own_sign=0 if asks_text else self.config.gap_sign,
+            other_sign=1 if asks_text else -self.config.gap_sign,
+            goal_OD=video.mean if asks_text else None,
+            keep_OD=keep_MD,
+        )
+        return assemble(video, basis)
+
+    def prepare_text(self, text: TextFeatures, maps: BasisMaps, keep_ND: Tensor | None) -> PreparedText:
+        """Texts with the basis that their words make, where words are the context.
+
+        Raises:
+            ConfigError: for text features without words.
+        """
+        assert self.increment is not None
+        basis = build_basis(
+            self.increment,
+            maps,
+            _words(text),
+            text.mask,
+            text.embedding,
+            own_sign=-self.config.gap_sign,
+            other_sign=self.config.gap_sign,
+            keep_OD=keep_ND,
+        )
+        products_NL = (basis.vectors @ text.embedding.unsqueeze(2)).squeeze(2)
+        return PreparedText(Embeddings.of(text.embedding), basis, products_NL)
+
+    def pairs(self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None) -> Pairs:
+        """Scores and increments of all pairs in the direct form, memory N·M·D.
 
         s_ij = cos(t_i + Δ_ij, p_ij), or cos(t_i, p_ij + Δ_ij) where the video is the corrected side.
+
+        Args:
+            text: N encoded captions.
+            video: M encoded clips.
+            keep_OD: from ``draw_dropout``; None: dropout of each pair, in training.
 
         Raises:
             ConfigError: for text features without words where they are the context of ψ.
         """
         pooled_NMD = pool(text.embedding, video, self.config.pool_temperature)
         text_NMD = text.embedding.unsqueeze(1)
-        delta_NMD = self.deltas(text, video)
+        delta_NMD = self.deltas(text, video, keep_OD)
         if delta_NMD is None:
             pass
         elif self.config.corrected_side == "text":
@@ -132,7 +264,9 @@ class GARE(nn.Module):
             pooled_NMD = pooled_NMD + delta_NMD
         return Pairs(functional.cosine_similarity(text_NMD, pooled_NMD, dim=-1), delta_NMD)
 
-    def deltas(self, text: TextFeatures, video: VideoFeatures) -> Tensor | None:
+    def deltas(
+        self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None
+    ) -> Tensor | None:
         """The increments Δ_ij (N, M, D) of all pairs, or None for the baseline.
 
         Query gap: Δ_ij = ψ(η(v̄_j − t_i)). Query text: t*_ij = ψ(t_i), Δ_ij = R_ij·unit(v̄_j − t*_ij).
@@ -147,17 +281,22 @@ class GARE(nn.Module):
         if self.radius is not None:
             query_NMD = text_NMD.expand(-1, len(video.frames), -1)
             radius_NM = self.radius(text.embedding, video.frames, video.mask)
-            return towards(video.mean, self.increment(query_NMD, video.frames, video.mask), radius_NM)
+            start_NMD = self.increment(query_NMD, video.frames, video.mask, keep_OD)
+            return towards(video.mean, start_NMD, radius_NM)
         gap_NMD = self.config.gap_sign * (video.mean.unsqueeze(0) - text_NMD)
         if self.config.context == "frames":
-            delta_NMD: Tensor = self.increment(gap_NMD, video.frames, video.mask)
+            delta_NMD: Tensor = self.increment(gap_NMD, video.frames, video.mask, keep_OD)
             return delta_NMD
-        if text.words is None:
-            raise ConfigError(
-                "the text features have no words", where="model.context", accepted="words, from encode_text"
-            )
-        delta_MND: Tensor = self.increment(gap_NMD.transpose(0, 1), text.words, text.mask)
+        delta_MND: Tensor = self.increment(gap_NMD.transpose(0, 1), _words(text), text.mask, keep_OD)
         return delta_MND.transpose(0, 1)
+
+
+def _words(text: TextFeatures) -> Tensor:
+    if text.words is None:
+        raise ConfigError(
+            "the text features have no words", where="model.context", accepted="words, from encode_text"
+        )
+    return text.words
 
 
 def pool(text_ND: Tensor, video: VideoFeatures, temperature: float) -> Tensor:

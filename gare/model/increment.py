@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class Increment(nn.Module):
+class IncrementLayer(nn.Module):
     """One cross-attention layer from a query to the context of its pair.
 
     For the query g and the context c, the frames of the pair's video or the words of its text, with the same
     LN1 on both sides:
         q = W_q·LN1(g)+b_q,  k_f = W_k·LN1(c_f)+b_k,  x_f = W_v·LN1(c_f)+b_v
         a = softmax_f(q·k_f/√d_head),  o = W_o Σ_f a_f x_f + b_o
-        y = LN2(o),  z = LN3(y + Dropout(W_1 y + b_1)),  Δ_ij = W_μ z + b_μ
+        y = LN2(o),  z = LN3(y + Dropout(W_1 y + b_1))
 
-    Source: the paper's ψ; linear layers start at N(0, 0.02²) with zero biases, as in the released code,
-    whose identity start is overwritten by this.
+    Source: the paper's ψ.
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -33,24 +32,15 @@ class Increment(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
         self.residual = nn.Linear(width, width)
-        self.mean = nn.Linear(width, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
 
-    def forward(self, query_ABD: Tensor, context_BCD: Tensor, mask_BC: Tensor) -> Tensor:
-        """ψ's outputs (A, B, D) for A queries to each of B contexts.
-
-        Args:
-            query_ABD: the query of every pair.
-            context_BCD: what is attended to: frames of B videos, or words of B texts.
-            mask_BC: bool, true for real positions; padded ones get no attention.
-        """
+    def forward(
+        self, query_ABD: Tensor, context_BCD: Tensor, mask_BC: Tensor, keep_BD: Tensor | None
+    ) -> Tensor:
+        """z (A, B, D); see ``Increment.forward``."""
         d_head = context_BCD.shape[-1] // self.heads
         normed_BCD = self.norm1(context_BCD)
         query_ABHd = self.query(self.norm1(query_ABD)).unflatten(-1, (self.heads, d_head))
@@ -60,8 +50,44 @@ class Increment(nn.Module):
         logits_ABHC = logits_ABHC.masked_fill(~mask_BC[:, None, :], -torch.inf)
         mixed_ABHd = torch.einsum("abhc,bchd->abhd", logits_ABHC.softmax(dim=-1), value_BCHd)
         y_ABD = self.norm2(self.out(mixed_ABHd.flatten(-2)))
-        z_ABD = self.norm3(y_ABD + self.dropout(self.residual(y_ABD)))
-        output_ABD: Tensor = self.mean(z_ABD)
+        inner_ABD = self.residual(y_ABD)
+        inner_ABD = self.dropout(inner_ABD) if keep_BD is None else inner_ABD * keep_BD
+        z_ABD: Tensor = self.norm3(y_ABD + inner_ABD)
+        return z_ABD
+
+
+class Increment(nn.Module):
+    """ψ: cross-attention layers, each asking with the output of the one before, and Δ_ij = W_μ z + b_μ.
+
+    Source: the paper's ψ, which has one layer; linear layers start at N(0, 0.02²) with zero biases, as in the
+    released code, whose identity start is overwritten by this.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, layers: int = 1) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layers = nn.ModuleList(IncrementLayer(width, heads, dropout) for _ in range(layers))
+        self.mean = nn.Linear(width, width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, query_ABD: Tensor, context_BCD: Tensor, mask_BC: Tensor, keep_BD: Tensor | None = None
+    ) -> Tensor:
+        """ψ's outputs (A, B, D) for A queries to each of B contexts.
+
+        Args:
+            query_ABD: the query of every pair.
+            context_BCD: what is attended to: frames of B videos, or words of B texts.
+            mask_BC: bool, true for real positions; padded ones get no attention.
+            keep_BD: dropout of each context as factors, 0 or 1/(1 − p), shared by its queries; None: dropout
+                of each pair, in training.
+        """
+        for layer in self.layers:
+            query_ABD = layer(query_ABD, context_BCD, mask_BC, keep_BD)
+        output_ABD: Tensor = self.mean(query_ABD)
         return output_ABD
 
 
@@ -80,9 +106,13 @@ class IncrementRadius(nn.Module):
 
     def forward(self, text_ND: Tensor, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
         """Radii (N, M) of texts (N, D) and frame features (M, F, D) with their mask (M, F)."""
-        similarity_NMF = torch.einsum("nd,mfd->nmf", text_ND, frames_MFD)
+        products_MFN = torch.einsum("nd,mfd->mfn", text_ND, frames_MFD)
+        return self.of_products(products_MFN, mask_MF).T
+
+    def of_products(self, products_MFN: Tensor, mask_MF: Tensor) -> Tensor:
+        """Radii (M, N) from t_i·v_jf."""
         weight_MF = self.coefficient[: mask_MF.shape[1]] * mask_MF
-        return (self.offset + torch.einsum("nmf,mf->nm", similarity_NMF, weight_MF)).exp()
+        return (self.offset + torch.einsum("mfn,mf->mn", products_MFN, weight_MF)).exp()
 
 
 def towards(goal_MD: Tensor, start_NMD: Tensor, radius_NM: Tensor) -> Tensor:

@@ -25,14 +25,14 @@ from gare.model.weight_files import read_tensors
 logger = logging.getLogger(__name__)
 
 _PSI = {
-    "layers.0.cross_attn.q_proj": "query",
-    "layers.0.cross_attn.k_proj": "key",
-    "layers.0.cross_attn.v_proj": "value",
-    "layers.0.cross_attn.out_proj": "out",
-    "layers.0.linear1": "residual",
-    "layers.0.layer_norm1": "norm1",
-    "layers.0.layer_norm2": "norm2",
-    "layers.0.layer_norm3": "norm3",
+    "layers.0.cross_attn.q_proj": "layers.0.query",
+    "layers.0.cross_attn.k_proj": "layers.0.key",
+    "layers.0.cross_attn.v_proj": "layers.0.value",
+    "layers.0.cross_attn.out_proj": "layers.0.out",
+    "layers.0.linear1": "layers.0.residual",
+    "layers.0.layer_norm1": "layers.0.norm1",
+    "layers.0.layer_norm2": "layers.0.norm2",
+    "layers.0.layer_norm3": "layers.0.norm3",
     "mean_proj": "mean",
 }
 #: Modules that the released code builds and saves but never calls on the way to a score or a loss.

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gare.errors import GareError
+
 
 def world_size() -> int:
     """Workers that train together; 1 without a process group."""
@@ -56,6 +58,57 @@ def gather(local: Tensor) -> Tensor:
         return local
     gathered: Tensor = _Gather.apply(local.contiguous())  # type: ignore[no-untyped-call]
     return gathered
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce by sum; its backward is the same of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def sum_over_workers(local: Tensor) -> Tensor:
+    """The sum of all workers' tensors of one shape, differentiable, the same on each."""
+    if world_size() == 1:
+        return local
+    total: Tensor = _Sum.apply(local)  # type: ignore[no-untyped-call]
+    return total
+
+
+def max_over_workers(local: Tensor) -> Tensor:
+    """The largest of all workers' numbers, element by element, without gradient."""
+    highest = local.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return highest
+
+
+def require_equal_rows(count: int, device: torch.device) -> None:
+    """Refuses a batch of which workers hold unequal shares, on all of them together.
+
+    Raises:
+        GareError: with the smallest and the largest share.
+    """
+    if world_size() == 1:
+        return
+    extremes = torch.tensor([count, -count], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    most, least = int(extremes[0]), -int(extremes[1])
+    if most != least:
+        raise GareError(
+            f"workers hold from {least} to {most} pairs of one batch",
+            where="training step",
+            accepted="the same number on each worker: a train.batch_size that the workers divide",
+        )
 
 
 def gather_names(local: Sequence[str]) -> list[str]:

@@ -96,4 +96,5 @@ def _batch(
         token_mask,
         normalise(augmented),
         torch.from_numpy(arrays["frame_mask"]),
+        torch.as_tensor(planned.videos),
     )

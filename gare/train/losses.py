@@ -13,9 +13,15 @@ from torch.nn import functional
 
 #: Added to σ of the bottleneck, and all that is left of it where the increments of an anchor are equal.
 STD_FLOOR = 1e-6
+#: Added to the mean of the directional diversity before its logarithm.
+DIRECTION_FLOOR = 1e-8
+#: A variance below the square of so many units in the last place is rounding.
+NOISE_ULPS = 4
 
 
-def info_nce(scores_NN: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def info_nce(
+    scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """InfoNCE over rows (text→video) and columns (video→text), means over the batch.
 
     CE_rows(κS) = mean_i −log softmax_j(κ s_ij) at j = i; the other direction on Sᵀ.
@@ -23,10 +29,25 @@ def info_nce(scores_NN: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         scores_NN: cosine scores, text i belongs to video i.
         scale: κ, a scalar.
+        video_ids_N: the video of each pair; all pairs of a video are then each other's positives, and a row's
+            term is the mean of −log softmax over them (SupCon's "out" form, arXiv 2004.11362). None: the
+            paper's diagonal.
     """
     logits_NN = scale * scores_NN
-    target_N = torch.arange(len(logits_NN), device=logits_NN.device)
-    return functional.cross_entropy(logits_NN, target_N), functional.cross_entropy(logits_NN.T, target_N)
+    if video_ids_N is None:
+        target_N = torch.arange(len(logits_NN), device=logits_NN.device)
+        return functional.cross_entropy(logits_NN, target_N), functional.cross_entropy(logits_NN.T, target_N)
+    share_NN = positive_shares(video_ids_N, video_ids_N)
+    rows, columns = (
+        -(share_NN * logits.log_softmax(dim=1)).sum(dim=1).mean() for logits in (logits_NN, logits_NN.T)
+    )
+    return rows, columns
+
+
+def positive_shares(own_n: Tensor, all_N: Tensor) -> Tensor:
+    """(n, N): 1 over the number of positives of a row where the column has the row's video, else 0."""
+    same_nN = own_n.unsqueeze(1) == all_N
+    return same_nN / same_nN.sum(dim=1, keepdim=True)
 
 
 def bottleneck(
@@ -57,13 +78,33 @@ def bottleneck(
     mean_MD = delta_NMD.mean(dim=0)
     centred_NMD = delta_NMD - mean_MD
     variance_MD = centred_NMD.square().sum(dim=0) / (len(delta_NMD) - 1)
-    # Equal increments leave rounding noise, not zeros, and √ has no finite slope there.
-    noise_MD = (4 * torch.finfo(delta_NMD.dtype).eps * delta_NMD.detach().abs().amax(dim=0)).square()
+    noise_MD = rounding_noise(delta_NMD.detach().abs().amax(dim=0))
+    return divergence(mean_MD, variance_MD, noise_MD, prior_std, reduction).mean()
+
+
+def rounding_noise(magnitude: Tensor) -> Tensor:
+    """The variance that rounding leaves in equal numbers of a magnitude."""
+    noise: Tensor = (NOISE_ULPS * torch.finfo(magnitude.dtype).eps * magnitude).square()
+    return noise
+
+
+def divergence(
+    mean_MD: Tensor, variance_MD: Tensor, noise_MD: Tensor, prior_std: float, reduction: Literal["sum", "mean"]
+) -> Tensor:
+    """KL( N(μ, diag σ²) ‖ N(0, σ_prior² I) ) of each anchor (M,), reduced over the D dimensions.
+
+    Args:
+        mean_MD: μ.
+        variance_MD: unbiased; σ = √variance + 1e-6.
+        noise_MD: variance up to which σ is 1e-6 and carries no gradient, since √ has no finite slope at 0.
+        prior_std: σ_prior.
+        reduction: over the D dimensions.
+    """
     varies_MD = variance_MD > noise_MD
     std_MD = torch.where(varies_MD, variance_MD, 1.0).sqrt() * varies_MD + STD_FLOOR
     ratio_MD = (std_MD.square() + mean_MD.square()) / prior_std**2
     kl_MD = 0.5 * (ratio_MD - 1 - 2 * (std_MD / prior_std).log())
-    return (kl_MD.sum(dim=1) if reduction == "sum" else kl_MD.mean(dim=1)).mean()
+    return kl_MD.sum(dim=1) if reduction == "sum" else kl_MD.mean(dim=1)
 
 
 def radii(delta_NMD: Tensor, bound: float = 0.5, form: Literal["hard", "smooth"] = "hard") -> Tensor:
@@ -78,7 +119,11 @@ def radii(delta_NMD: Tensor, bound: float = 0.5, form: Literal["hard", "smooth"]
         form: of the bound.
     """
     norms_NM = torch.linalg.vector_norm(delta_NMD, dim=-1)
-    spread: Tensor = norms_NM.var(dim=1).mean()
+    return bounded(norms_NM.var(dim=1).mean(), bound, form)
+
+
+def bounded(spread: Tensor, bound: float, form: Literal["hard", "smooth"]) -> Tensor:
+    """L_ε from the mean variance of the lengths, a scalar, held at −λ."""
     if form == "smooth":
         return torch.logaddexp(-spread, spread.new_tensor(-bound))
     return (-spread).clamp(min=-bound)
@@ -95,7 +140,7 @@ def direction(delta_NMD: Tensor, alpha: float = 2.0) -> Tensor:
     """
     unit_NMD = functional.normalize(delta_NMD, dim=-1)
     cosine_NMM = unit_NMD @ unit_NMD.transpose(1, 2)
-    return ((-alpha * (1 - cosine_NMM)).exp().mean(dim=(1, 2)) + 1e-8).log().mean()
+    return ((-alpha * (1 - cosine_NMM)).exp().mean(dim=(1, 2)) + DIRECTION_FLOOR).log().mean()
 
 
 def orthogonality(delta_NMD: Tensor) -> Tensor:

@@ -6,17 +6,21 @@ b pairs on this worker, N = R·b pairs over all R workers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from gare.config import LossConfig
+from gare.config import LossConfig, TrainConfig
 from gare.data.batch import Batch
+from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.train.gather import gather
+from gare.model.streaming import MEGABYTE, slices
+from gare.train.gather import gather, require_equal_rows, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
+from gare.train.sharded import shares
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,11 @@ class LossTerms:
         total: L = ½(nce_t2v + nce_v2t) + β·bottleneck + λ_ε·radii + λ_dir·direction.
         nce_t2v: InfoNCE over rows.
         nce_v2t: InfoNCE over columns.
-        bottleneck: L_IB, zero for the baseline.
-        radii: L_ε, zero for the baseline.
-        direction: L_dir, zero for the baseline.
+        bottleneck: L_IB, zero for the baseline and where its weight is.
+        radii: L_ε, zero likewise.
+        direction: L_dir, zero likewise.
         scale: κ.
+        objective: what this worker backpropagates: the mean of its gradients over the workers is L's.
     """
 
     total: Tensor
@@ -40,23 +45,68 @@ class LossTerms:
     radii: Tensor
     direction: Tensor
     scale: Tensor
+    objective: Tensor
 
     def named(self) -> dict[str, Tensor]:
         """The terms by the names they are logged under, detached."""
-        return {f"loss/{name}": value.detach() for name, value in vars(self).items() if name != "scale"} | {
+        terms = {name: value for name, value in vars(self).items() if name not in ("scale", "objective")}
+        return {f"loss/{name}": value.detach() for name, value in terms.items()} | {
             "train/scale": self.scale.detach()
         }
 
 
-def loss_terms(model: GARE, text: TextFeatures, video: VideoFeatures, config: LossConfig) -> LossTerms:
-    """All terms over a batch in which text i belongs to video i."""
-    pairs = model.pairs(text, video)
+@dataclass(frozen=True)
+class Draws:
+    """What is random in the loss of a step, of the global batch, so that the number of workers changes nothing.
+
+    Attributes:
+        sample: indices of the texts of the directional diversity; None: all.
+        keep: dropout of the contexts of ψ; None: of each pair, in training.
+    """
+
+    sample: Tensor | None = None
+    keep: Tensor | None = None
+
+    @classmethod
+    def of_step(cls, model: GARE, config: LossConfig, num_pairs: int, seed: int) -> Draws:
+        """Drawn by global index from a seed, the same on every worker and every kind of device."""
+        generator = torch.Generator().manual_seed(seed)
+        sample = None
+        if model.increment is not None and config.samples_texts(
+            num_pairs, model.config.clip.embed_dim, model.config.memory_mb * MEGABYTE
+        ):
+            order = torch.randperm(num_pairs, generator=generator)
+            sample = order[: config.direction_texts].sort().values.to(model.logit_scale.device)
+        return cls(sample, model.draw_dropout(num_pairs, generator))
+
+
+def loss_terms(
+    model: GARE,
+    text: TextFeatures,
+    video: VideoFeatures,
+    config: LossConfig,
+    draws: Draws | None = None,
+    video_ids: Tensor | None = None,
+) -> LossTerms:
+    """All terms in the direct form, over a batch in which text i belongs to video i.
+
+    Args:
+        model: to score with.
+        text: all captions of the batch.
+        video: all clips of the batch.
+        config: of the loss.
+        draws: of the step; None: diversity of all texts, dropout of each pair.
+        video_ids: the video of each pair where its pairs are each other's positives.
+    """
+    draws = draws or Draws()
+    pairs = model.pairs(text, video, draws.keep)
     scale = model.logit_scale.exp()
-    nce_t2v, nce_v2t = info_nce(pairs.scores, scale)
-    total = (nce_t2v + nce_v2t) / 2
-    zero = torch.zeros_like(total)
+    nce = info_nce(pairs.scores, scale, video_ids)
+    zero = torch.zeros_like(nce[0])
     if pairs.delta is None:
-        return LossTerms(total, nce_t2v, nce_v2t, zero, zero, zero, scale)
+        return _weighted(config, nce, (zero, zero, zero), scale)
+    spread_out = pairs.delta if draws.sample is None else pairs.delta[draws.sample]
+    # A term that is off is not computed: it must not turn its 0 · inf into nan, and costs nothing.
     terms = (
         bottleneck(
             pairs.delta,
@@ -64,44 +114,130 @@ def loss_terms(model: GARE, text: TextFeatures, video: VideoFeatures, config: Lo
             config.kl_reduction,
             normalised=config.kl_normalised,
             anchor=config.bottleneck_anchor,
-        ),
-        radii(pairs.delta, config.radii_bound, config.radii_bound_form),
-        orthogonality(pairs.delta)
+        )
+        if config.bottleneck_weight
+        else zero,
+        radii(pairs.delta, config.radii_bound, config.radii_bound_form) if config.radii_weight else zero,
+        zero
+        if not config.direction_weight
+        else orthogonality(spread_out)
         if config.direction_form == "orthogonality"
-        else direction(pairs.delta, config.direction_alpha),
+        else direction(spread_out, config.direction_alpha),
     )
+    return _weighted(config, nce, terms, scale)
+
+
+def sharded_terms(
+    model: GARE,
+    text: TextFeatures,
+    video: VideoFeatures,
+    config: LossConfig,
+    draws: Draws,
+    video_ids: Tensor | None = None,
+) -> LossTerms:
+    """All terms in the factorised form, from this worker's captions and the clips of all workers."""
+    part = shares(
+        model, text, video, config, sample=draws.sample, keep=draws.keep, video_ids=video_ids
+    )
+    own = _weighted(
+        config,
+        (part.nce_t2v, part.nce_v2t),
+        (part.bottleneck, part.radii, part.direction),
+        model.logit_scale.exp(),
+    )
+    with torch.no_grad():
+        values = sum_over_workers(torch.stack([getattr(own, name) for name in _SUMMED]))
+    # Workers' gradients are averaged, and their shares are to be summed.
+    return LossTerms(*values.unbind(), own.scale, own.total * world_size())
+
+
+_SUMMED = ("total", "nce_t2v", "nce_v2t", "bottleneck", "radii", "direction")
+
+
+def _weighted(
+    config: LossConfig, nce: tuple[Tensor, Tensor], terms: tuple[Tensor, Tensor, Tensor], scale: Tensor
+) -> LossTerms:
+    total = (nce[0] + nce[1]) / 2
     weights = (config.bottleneck_weight, config.radii_weight, config.direction_weight)
     for weight, term in zip(weights, terms, strict=True):
-        # A term that is off must not turn its 0 · inf into nan.
-        total = total + weight * term if weight else total
-    return LossTerms(total, nce_t2v, nce_v2t, *terms, scale)
+        total = total + weight * term
+    return LossTerms(total, *nce, *terms, scale, total)
 
 
 class Objective(nn.Module):
     """The model and its loss as one module, so that DDP wraps the whole of it.
 
-    Every worker computes the loss of the whole batch from gathered features. The gather's backward sums the
+    In the factorised form every worker scores its own texts against the clips of all; in the direct form it
+    computes the loss of the whole batch from gathered features. Either way the gather's backward sums the
     workers' gradients and DDP averages them, which is the gradient of one worker with the whole batch.
     In bf16 the encoders run under autocast; features are float32 from there on, so scores and losses are.
+
+    Args:
+        model: to train.
+        loss: weights and forms of the terms.
+        train: its precision and ``micro_batch`` are looked at.
     """
 
-    def __init__(
-        self, model: GARE, config: LossConfig, precision: Literal["float32", "bf16"] = "float32"
-    ) -> None:
+    def __init__(self, model: GARE, loss: LossConfig, train: TrainConfig) -> None:
         super().__init__()
         self.model = model
-        self.config = config
-        self.precision = precision
+        self.config = loss
+        self.train_config = train
 
-    def forward(self, batch: Batch) -> LossTerms:
-        """Loss of the global batch; ``batch`` is this worker's share of it."""
-        with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            text = self.model.encode_text(batch.token_ids, batch.token_mask)
-            video = self.model.encode_video(batch.frames, batch.frame_mask)
-        if self.precision == "bf16":
-            text, video = text.float(), video.float()
+    def forward(self, batch: Batch, seed: int = 0) -> LossTerms:
+        """Loss of the global batch; ``batch`` is this worker's share of it.
+
+        Args:
+            batch: b pairs, as many on every worker.
+            seed: of what is random in the loss, the same on every worker.
+
+        Raises:
+            GareError: where workers hold unequal shares, or positives by video lack the videos.
+        """
+        require_equal_rows(len(batch.frames), batch.frames.device)
+        text, video = self._encode(batch)
+        video_ids = None
+        if self.config.positives == "video":
+            if batch.video_ids is None:
+                raise GareError("the batch does not say whose its captions are", where="loss.positives video")
+            video_ids = gather(batch.video_ids)
+        video = VideoFeatures(gather(video.frames), gather(video.mask))
+        draws = Draws.of_step(self.model, self.config, len(video), seed)
+        if not self.model.takes_direct(self.model.config.method):
+            return sharded_terms(self.model, text, video, self.config, draws, video_ids)
         # Words are large; they travel only where ψ attends to them.
         words = gather(text.words) if text.words is not None and self.model.needs_words else None
         text = TextFeatures(gather(text.embedding), words, gather(text.mask))
-        video = VideoFeatures(gather(video.frames), gather(video.mask))
-        return loss_terms(self.model, text, video, self.config)
+        torch.manual_seed(seed)
+        return loss_terms(self.model, text, video, self.config, draws, video_ids)
+
+    def _encode(self, batch: Batch) -> tuple[TextFeatures, VideoFeatures]:
+        """Features of this worker's pairs, float32 at least.
+
+        With ``train.micro_batch`` no activation of the towers outlives its micro-batch: the backward encodes
+        each again, with the random state that it had, when the gradient at its features is known (GradCache,
+        arXiv 2101.06983).
+        """
+        size = self.train_config.micro_batch or len(batch.frames)
+        parts = [self._encode_part(batch[rows], len(batch.frames) > size) for rows in slices(len(batch.frames), size)]
+        embeddings, words, frames = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return (
+            TextFeatures(embeddings, words, batch.token_mask.bool()),
+            VideoFeatures(frames, batch.frame_mask.bool()),
+        )
+
+    def _encode_part(self, part: Batch, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if again and torch.is_grad_enabled():
+            features: Any = checkpoint(self._towers, part, use_reentrant=False, preserve_rng_state=True)
+            return tuple(features)  # type: ignore[return-value]
+        return self._towers(part)
+
+    def _towers(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        bf16 = self.train_config.precision == "bf16"
+        with torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
+            text = self.model.encode_text(part.token_ids, part.token_mask)
+            video = self.model.encode_video(part.frames, part.frame_mask)
+        if bf16:
+            text, video = text.float(), video.float()
+        assert text.words is not None
+        return text.embedding, text.words, video.frames

@@ -48,7 +48,7 @@ class Learner:
 def build_learner(model: GARE, config: Config, num_steps: int, device: torch.device) -> Learner:
     """Moves the model to the device, freezes what is to be, wraps its objective, builds the optimiser."""
     freeze(model, config.train)
-    objective: nn.Module = Objective(model, config.loss, config.train.precision).to(device)
+    objective: nn.Module = Objective(model, config.loss, config.train).to(device)
     if world_size() > 1:
         objective = DistributedDataParallel(
             objective, forward_sync_buffers=False, gradient_as_bucket_view=True
@@ -87,17 +87,17 @@ def train_step(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) ->
 def compute_gradients(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) -> LossTerms:
     """Forward and backward; every parameter's gradient is then that of the global batch's loss."""
     learner.optimizer.zero_grad(set_to_none=True)
-    # Dropout is drawn from (seed, step): the same on every worker, which all hold the same pairs, and the
-    # same again after a restart.
-    torch.manual_seed(step_seed(learner.config.train.seed, learner.step))
-    terms: LossTerms = learner.objective(batch)
+    # What is random is drawn from (seed, step): the same on every worker, and the same again after a restart.
+    seed = step_seed(learner.config.train.seed, learner.step)
+    torch.manual_seed(seed)
+    terms: LossTerms = learner.objective(batch, seed)
     if not torch.isfinite(terms.total):
         values = {name: float(value) for name, value in terms.named().items() if name != "loss/total"}
         wrong = ", ".join(
             f"{name} is {value:g}" for name, value in values.items() if not math.isfinite(value)
         )
         raise _not_finite(learner, f"the loss is not finite: {wrong or 'the sum of its terms'}", video_ids)
-    terms.total.backward()  # type: ignore[no-untyped-call]
+    terms.objective.backward()  # type: ignore[no-untyped-call]
     return terms
 
 

@@ -1,0 +1,363 @@
+"""The pair score without the increments themselves: exact, from a few numbers a pair.
+
+Every Δ_ij is a combination w_ij of an owner's basis (see basis.py), so lengths and dot products of increments
+are small sums and quadratic forms of w_ij. No tensor has both pairs and the embedding width, but one: where the
+words of a text are the context, the basis and the frames that are pooled belong to different sides, and the
+products of Δ_ij with p_ij need both vectors; there a block of pairs is as large as memory allows.
+
+N texts, M videos, F frames, O owners, X others (owners are videos and others texts, or the reverse), K attention
+weights, L basis vectors, D embedding width. Owners come first and others last in memory, so that small matrices
+multiply as one batched product and sums over K run along whole vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from gare.model.basis import Basis, centred
+from gare.model.features import VideoFeatures
+from gare.model.increment import IncrementRadius
+
+#: ε of every LayerNorm in ψ.
+NORM_EPS = 1e-5
+#: Lengths below this count as this, as in PyTorch's cosine_similarity.
+COSINE_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class PreparedVideo:
+    """The part of the score that belongs to videos alone.
+
+    Attributes:
+        features: frame features, zero at padding.
+        mean: (M, D) v̄.
+        frame_gram: (M, F, F) Gram matrix of the frame features.
+        frame_share: (M, F), 1 over the number of real frames, 0 for padding.
+        frame_bias: (M, F), 0 for real frames and −inf for padding.
+        rows: (M, K + F + L, D), what texts are multiplied with: keys, frame features, basis vectors; the frame
+            features alone where videos own no basis.
+        basis: of the increments, or None for the baseline and where words are the context.
+        cross: (M, L, F), products of basis vectors with frame features, or None.
+    """
+
+    features: VideoFeatures
+    mean: Tensor
+    frame_gram: Tensor
+    frame_share: Tensor
+    frame_bias: Tensor
+    rows: Tensor
+    basis: Basis | None
+    cross: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.rows.element_size()
+
+    def __getitem__(self, videos: slice) -> PreparedVideo:
+        return PreparedVideo(
+            self.features[videos],
+            *(tensor[videos] for tensor in self._tensors()),
+            None if self.basis is None else self.basis[videos],
+            None if self.cross is None else self.cross[videos],
+        )
+
+    def split(self, size: int) -> Iterator[PreparedVideo]:
+        """Consecutive parts of ``size`` videos, whose gradients are joined once and not added up."""
+        count = -(-len(self) // size)
+        features = zip(self.features.frames.split(size), self.features.mask.split(size), strict=True)
+        tensors = zip(*(tensor.split(size) for tensor in self._tensors()), strict=True)
+        bases = repeat(None, count) if self.basis is None else self.basis.split(size)
+        crosses = repeat(None, count) if self.cross is None else self.cross.split(size)
+        for part, some, basis, cross in zip(features, tensors, bases, crosses, strict=True):
+            yield PreparedVideo(VideoFeatures(*part), *some, basis, cross)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.mean, self.frame_gram, self.frame_share, self.frame_bias, self.rows]
+
+
+def assemble(video: VideoFeatures, basis: Basis | None) -> PreparedVideo:
+    """Videos and, where they own it, their basis, laid out for products with texts."""
+    frames_MFD = torch.where(video.mask.unsqueeze(-1), video.frames, 0)
+    bias_MF = torch.zeros_like(frames_MFD[..., 0]).masked_fill(~video.mask, -torch.inf)
+    rows, cross = frames_MFD, None
+    if basis is not None:
+        num_keys, num_frames = basis.keys.shape[1], frames_MFD.shape[1]
+        rows = torch.cat([basis.keys, frames_MFD, basis.vectors], dim=1)
+        # Views, so that nothing is held twice.
+        frames_MFD = rows[:, num_keys : num_keys + num_frames]
+        basis = replace(basis, keys=rows[:, :num_keys], vectors=rows[:, num_keys + num_frames :])
+        cross = basis.vectors @ frames_MFD.transpose(1, 2)
+    features = VideoFeatures(frames_MFD, video.mask)
+    share_MF = video.mask / video.mask.sum(dim=1, keepdim=True).to(frames_MFD.dtype)
+    gram = frames_MFD @ frames_MFD.transpose(1, 2)
+    return PreparedVideo(features, features.mean, gram, share_MF, bias_MF, rows, basis, cross)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of the side that owns no basis, with what its queries need of them.
+
+    Attributes:
+        vectors: (X, D).
+        mean: (X,) over D.
+        centred_square: (X,) squared length without the mean.
+        square: (X,) squared length.
+    """
+
+    vectors: Tensor
+    mean: Tensor
+    centred_square: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, vectors_XD: Tensor) -> Embeddings:
+        """With their statistics."""
+        return cls(
+            vectors_XD,
+            vectors_XD.mean(dim=1),
+            centred(vectors_XD).square().sum(dim=1),
+            vectors_XD.square().sum(dim=1),
+        )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: slice) -> Embeddings:
+        return Embeddings(*(value[rows] for value in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class PairNumbers:
+    """What is known of a block of pairs, (O, X) each unless it says more.
+
+    Attributes:
+        scores: s_ij.
+        text_pooled: ⟨t_i, p_ij⟩.
+        pooled_square: ‖p_ij‖².
+        norms: ‖Δ_ij‖, or None for the baseline.
+        text_delta: ⟨t_i, Δ_ij⟩, or None for the baseline.
+        weights: (O, L, X) w_ij, or None for the baseline.
+        pooling: (O, F, X) or, where texts are the owners, (X, F, O): the weights of the pooling.
+    """
+
+    scores: Tensor
+    text_pooled: Tensor
+    pooled_square: Tensor
+    norms: Tensor | None
+    text_delta: Tensor | None
+    weights: Tensor | None
+    pooling: Tensor
+
+
+def combine(basis: Basis, products_OKX: Tensor, gap_dot_OX: Tensor | None, others: Embeddings) -> Tensor:
+    """Coefficients w_ij (O, K + 2, X) of ψ's output in the first K + 2 basis vectors.
+
+    Args:
+        basis: of the owners.
+        products_OKX: ⟨x, κ⟩.
+        gap_dot_OX: products of the owners' embeddings with the others', or None where the query has no part of
+            the owner.
+        others: the others' embeddings.
+
+    Source: factorised derivation, points 1 to 4.
+    """
+    width = others.vectors.shape[1]
+    square_OX = others.centred_square
+    if gap_dot_OX is not None:
+        shared_OX = gap_dot_OX - width * basis.own_mean.unsqueeze(1) * others.mean
+        square_OX = (basis.own_square.unsqueeze(1) + square_OX - 2 * shared_OX).clamp(min=0)
+    scale_OX = (square_OX / width + NORM_EPS).rsqrt()
+    logits_OKX = (products_OKX + basis.own_logits.unsqueeze(2)) * scale_OX.unsqueeze(-2)
+    logits_OKX = logits_OKX + basis.offset.unsqueeze(2)
+    attention_OKX = logits_OKX.unflatten(1, (basis.heads, -1)).softmax(dim=2).flatten(1, 2)
+    attended_OX = quadratic(basis.attended_gram, attention_OKX)
+    scaled_OKX = attention_OKX * (attended_OX / width + NORM_EPS).rsqrt().unsqueeze(1)
+    ones_O1X = torch.ones_like(scaled_OKX[:, :1])
+    hidden_OKX = torch.cat([scaled_OKX, ones_O1X], dim=1)
+    hidden_OX = quadratic(basis.hidden_gram, hidden_OKX)
+    return torch.cat([hidden_OKX * (hidden_OX / width + NORM_EPS).rsqrt().unsqueeze(1), ones_O1X], dim=1)
+
+
+def quadratic(matrices_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
+    """wᵀGw (O, X) of every column, at least zero."""
+    return (weights_OKX * (matrices_OKK @ weights_OKX)).sum(dim=1).clamp(min=0)
+
+
+def aim(basis: Basis, weights_OKX: Tensor, radius_OX: Tensor) -> Tensor:
+    """Coefficients (O, K + 3, X) of Δ_ij = R_ij·unit(v̄_j − t*_ij), where ``weights_OKX`` are those of t*_ij."""
+    towards_OLX = torch.cat([-weights_OKX, torch.ones_like(weights_OKX[:, :1])], dim=1)
+    length_OX = _root(quadratic(basis.gram, towards_OLX), 1e-12)
+    return towards_OLX * (radius_OX / length_OX).unsqueeze(1)
+
+
+def pooling_weights(products: Tensor, bias: Tensor, temperature: float) -> Tensor:
+    """Softmax over frames, the last dimension but one, of ⟨t_i, v_jf⟩/τ_pool; padding gets 0."""
+    return (products / temperature + bias).softmax(dim=-2)
+
+
+def _root(square: Tensor, at_least: float) -> Tensor:
+    return square.clamp(min=at_least**2).sqrt()
+
+
+def corrected_cosine(
+    side: str,
+    text_square: Tensor,
+    text_pooled: Tensor,
+    pooled_square: Tensor,
+    text_delta: Tensor | None,
+    delta_pooled: Tensor | None,
+    delta_square: Tensor | None,
+) -> Tensor:
+    """cos(t + Δ, p), or cos(t, p + Δ) where the side is video, from lengths and products; within [−1, 1]."""
+    if text_delta is not None and delta_pooled is not None and delta_square is not None:
+        if side == "text":
+            text_square = text_square + 2 * text_delta + delta_square
+            text_pooled = text_pooled + delta_pooled
+        else:
+            pooled_square = pooled_square + 2 * delta_pooled + delta_square
+            text_pooled = text_pooled + text_delta
+    lengths = _root(text_square, COSINE_EPS) * _root(pooled_square, COSINE_EPS)
+    return (text_pooled / lengths).clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What of the model decides how numbers of a pair become its score.
+
+    Attributes:
+        corrected_side: text or video.
+        pool_temperature: τ_pool.
+        radius: of increments that point from ψ's output to the video, else None.
+    """
+
+    corrected_side: str
+    pool_temperature: float
+    radius: IncrementRadius | None
+
+
+def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumbers:
+    """Pairs of M videos that own the basis, or of the baseline, with N texts: numbers (M, N).
+
+    Source: factorised derivation, points 1 to 5 and 7.
+    """
+    num_videos, num_rows, _ = video.rows.shape
+    num_frames = video.features.mask.shape[1]
+    num_keys = 0 if video.basis is None else video.basis.keys.shape[1]
+    products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_rows, -1)
+    key_products, frame_products, delta_products = products.split(
+        [num_keys, num_frames, num_rows - num_keys - num_frames], dim=1
+    )
+    pooling_MFN = pooling_weights(frame_products, video.frame_bias.unsqueeze(2), rule.pool_temperature)
+    text_pooled = (pooling_MFN * frame_products).sum(dim=1)
+    if video.basis is None or video.cross is None:
+        pooled_square = quadratic(video.frame_gram, pooling_MFN)
+        scores = corrected_cosine("text", texts.square, text_pooled, pooled_square, None, None, None)
+        return PairNumbers(scores, text_pooled, pooled_square, None, None, None, pooling_MFN)
+    if rule.radius is None:
+        gap_dot = (video.frame_share.unsqueeze(1) @ frame_products).squeeze(1)
+        weights = combine(video.basis, key_products, gap_dot, texts)
+    else:
+        start = combine(video.basis, key_products, None, texts)
+        radius = rule.radius.of_products(frame_products, video.features.mask)
+        weights = aim(video.basis, start, radius)
+    text_delta = (weights * delta_products).sum(dim=1)
+    delta_square = quadratic(video.basis.gram, weights)
+    by_frames = torch.cat([video.frame_gram, video.cross], dim=1) @ pooling_MFN
+    pooled_square = (pooling_MFN * by_frames[:, :num_frames]).sum(dim=1).clamp(min=0)
+    delta_pooled = (weights * by_frames[:, num_frames:]).sum(dim=1)
+    scores = corrected_cosine(
+        rule.corrected_side, texts.square, text_pooled, pooled_square, text_delta, delta_pooled, delta_square
+    )
+    return PairNumbers(
+        scores, text_pooled, pooled_square, _length(delta_square), text_delta, weights, pooling_MFN
+    )
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """Texts whose words are the context of ψ.
+
+    Attributes:
+        embeddings: of the texts.
+        basis: that their words make.
+        products: (N, L), products of the texts with their basis vectors.
+    """
+
+    embeddings: Embeddings
+    basis: Basis
+    products: Tensor
+
+    def __len__(self) -> int:
+        return len(self.products)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.products.element_size()
+
+    def __getitem__(self, texts: slice) -> PreparedText:
+        return PreparedText(self.embeddings[texts], self.basis[texts], self.products[texts])
+
+    def split(self, size: int) -> Iterator[PreparedText]:
+        """Consecutive parts of ``size`` texts, whose gradients are joined once and not added up."""
+        embeddings = zip(*(tensor.split(size) for tensor in vars(self.embeddings).values()), strict=True)
+        parts = zip(embeddings, self.basis.split(size), self.products.split(size), strict=True)
+        return (PreparedText(Embeddings(*some), basis, products) for some, basis, products in parts)
+
+
+def text_pairs(rule: Rule, text: PreparedText, video: PreparedVideo) -> PairNumbers:
+    """Pairs of N texts that own the basis with M videos: numbers (N, M), memory 2·N·M·D.
+
+    Source: factorised derivation, point 7.
+    """
+    basis, texts = text.basis, text.embeddings
+    num_videos, num_frames, _ = video.rows.shape
+    means = Embeddings.of(video.mean)
+    products = (basis.keys.flatten(0, 1) @ means.vectors.T).view(len(texts.mean), -1, num_videos)
+    weights = combine(basis, products, texts.vectors @ means.vectors.T, means)
+    text_delta = (weights * text.products.unsqueeze(2)).sum(dim=1)
+    delta_square = quadratic(basis.gram, weights)
+    frame_products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_frames, -1)
+    pooling_MFN = pooling_weights(frame_products, video.frame_bias.unsqueeze(2), rule.pool_temperature)
+    text_pooled = (pooling_MFN * frame_products).sum(dim=1).T
+    pooled_square = quadratic(video.frame_gram, pooling_MFN).T
+    delta_NMD = weights.transpose(1, 2) @ basis.vectors
+    pooled_MND = pooling_MFN.transpose(1, 2) @ video.features.frames
+    delta_pooled = (delta_NMD * pooled_MND.transpose(0, 1)).sum(dim=2)
+    scores = corrected_cosine(
+        rule.corrected_side,
+        texts.square.unsqueeze(1),
+        text_pooled,
+        pooled_square,
+        text_delta,
+        delta_pooled,
+        delta_square,
+    )
+    return PairNumbers(
+        scores, text_pooled, pooled_square, _length(delta_square), text_delta, weights, pooling_MFN
+    )
+
+
+def _length(square: Tensor) -> Tensor:
+    return _root(square, math.sqrt(torch.finfo(square.dtype).tiny))
+
+
+def pair_numbers(
+    rule: Rule, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo
+) -> PairNumbers:
+    """Pairs of owners with others, (O, X): videos with texts, or texts that own the basis with videos."""
+    if isinstance(owners, PreparedText):
+        assert isinstance(others, PreparedVideo)
+        return text_pairs(rule, owners, others)
+    assert isinstance(others, Embeddings)
+    return video_pairs(rule, others, owners)

@@ -1,0 +1,156 @@
+"""Scores of any number of texts and videos, block by block within a memory budget.
+
+N texts, M videos, F frames, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gare.model.factorized import Embeddings, PreparedVideo, assemble, text_pairs, video_pairs
+from gare.model.features import TextFeatures, VideoFeatures
+
+if TYPE_CHECKING:
+    from gare.model.gare import GARE
+
+MEGABYTE = 10**6
+#: Bytes of a block's numbers: small enough for them to stay in a processor's cache.
+CACHED_BYTES = 4 * MEGABYTE
+#: Texts of a block, so that products with the rows of a few videos are large enough to be efficient.
+TEXTS_PER_BLOCK = 1024
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size``."""
+    size = max(size, 1)
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many texts and videos go at once.
+
+    Attributes:
+        owners: contexts whose basis is made together.
+        texts: of a block of pairs.
+        videos: of a block of pairs.
+    """
+
+    owners: int
+    texts: int
+    videos: int
+
+
+def numbers_of_a_pair(model: GARE, num_frames: int, num_words: int) -> int:
+    """How many numbers the factorised form holds of a pair: products, attention and its forms."""
+    positions = {"video": num_frames, "text": num_words, "none": 0}[model.context_of]
+    wide = 4 * model.config.clip.embed_dim if model.context_of == "text" else 0
+    return 12 * positions * model.config.increment_heads + 10 * num_frames + 16 + wide
+
+
+def block_sizes(model: GARE, num_frames: int, num_words: int, itemsize: int) -> Sizes:
+    """Block sizes under ``config.memory_mb``, from the numbers that a pair and an owner take."""
+    width = model.config.clip.embed_dim
+    budget = int(model.config.memory_mb * MEGABYTE)
+    positions = {"video": num_frames, "text": num_words, "none": 0}[model.context_of]
+    keys = positions * model.config.increment_heads
+    # Of an owner: mapped contexts, their copies by head, basis and rows.
+    owner_bytes = itemsize * width * (12 * keys + 4 * num_frames + 8)
+    pair_bytes = itemsize * numbers_of_a_pair(model, num_frames, num_words)
+    pairs = min(CACHED_BYTES, budget // 4) // pair_bytes
+    owners = budget // 4 // owner_bytes
+    if model.context_of == "text":
+        texts = min(64, max(1, math.isqrt(pairs)))
+        return Sizes(max(owners, 1), texts, max(pairs // texts, 1))
+    texts = max(min(TEXTS_PER_BLOCK, pairs), 1)
+    return Sizes(max(owners, 1), texts, max(pairs // texts, 1))
+
+
+def stream_factorized(model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo) -> Tensor:
+    """Scores (N, M) in the factorised form, float32 at least. Where gradients are needed, in one block."""
+    features = video if isinstance(video, VideoFeatures) else video.features
+    embedding = text.embedding
+    with torch.autocast(embedding.device.type, enabled=False):
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
+        words = None if text.words is None else text.words
+        text = TextFeatures(embedding.to(dtype), words, text.mask)
+        num_texts, num_videos = len(embedding), len(features.mask)
+        sizes = block_sizes(model, features.mask.shape[1], text.mask.shape[1], dtype.itemsize)
+        if torch.is_grad_enabled():
+            sizes = Sizes(max(num_texts, num_videos, 1), max(num_texts, 1), max(num_videos, 1))
+        blocks = _by_texts if model.context_of == "text" else _by_videos
+        scores = None
+        for texts, videos, block in blocks(model, text, video, sizes, dtype):
+            if block.shape == (num_texts, num_videos):
+                return block
+            if scores is None:
+                scores = block.new_empty(num_texts, num_videos)
+            scores[texts, videos] = block
+    return embedding.new_empty(num_texts, num_videos) if scores is None else scores
+
+
+Blocks = Iterator[tuple[slice, slice, Tensor]]
+
+
+def _by_videos(
+    model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo, sizes: Sizes, dtype: torch.dtype
+) -> Blocks:
+    texts = Embeddings.of(text.embedding)
+    maps = None if isinstance(video, PreparedVideo) else model.basis_maps()
+    keep = model.draw_dropout(0 if isinstance(video, PreparedVideo) else len(video.mask))
+    for owners in slices(len(video), sizes.owners):
+        if isinstance(video, PreparedVideo):
+            prepared = video[owners]
+        else:
+            some = VideoFeatures(video.frames[owners].to(dtype), video.mask[owners])
+            prepared = model.with_basis(some, maps, None if keep is None else keep[owners])
+        for columns in slices(len(prepared), sizes.videos):
+            block_of_videos = prepared[columns]
+            for rows in slices(len(text.embedding), sizes.texts):
+                scores = video_pairs(model.rule, texts[rows], block_of_videos).scores
+                yield rows, slice(owners.start + columns.start, owners.start + columns.stop), scores.T
+
+
+def _by_texts(
+    model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo, sizes: Sizes, dtype: torch.dtype
+) -> Blocks:
+    maps = model.basis_maps()
+    assert maps is not None
+    keep = model.draw_dropout(len(text.embedding))
+    for owners in slices(len(text.embedding), sizes.owners):
+        some_text = text[owners]
+        if some_text.words is not None:
+            some_text = TextFeatures(some_text.embedding, some_text.words.to(dtype), some_text.mask)
+        prepared = model.prepare_text(some_text, maps, None if keep is None else keep[owners])
+        for columns in slices(len(video), sizes.videos):
+            some = video[columns]
+            if isinstance(some, VideoFeatures):
+                some = assemble(VideoFeatures(some.frames.to(dtype), some.mask), None)
+            for rows in slices(len(some_text.embedding), sizes.texts):
+                scores = text_pairs(model.rule, prepared[rows], some).scores
+                yield slice(owners.start + rows.start, owners.start + rows.stop), columns, scores
+
+
+def stream_direct(model: GARE, text: TextFeatures, video: VideoFeatures) -> Tensor:
+    """Scores (N, M) in the direct form; without gradients in blocks within the budget."""
+    num_texts, num_videos = len(text.embedding), len(video.mask)
+    owners = num_videos if model.context_of == "video" else num_texts
+    keep = model.draw_dropout(owners)
+    # The direct form holds about a dozen vectors of a pair at once.
+    itemsize, width = text.embedding.element_size(), model.config.clip.embed_dim
+    pairs = int(model.config.memory_mb * MEGABYTE) // (12 * itemsize * width)
+    side = max(math.isqrt(pairs), 1)
+    if torch.is_grad_enabled() or max(num_texts, num_videos) <= side:
+        return model.pairs(text, video, keep).scores
+    scores = text.embedding.new_empty(num_texts, num_videos)
+    for rows in slices(num_texts, side):
+        for columns in slices(num_videos, side):
+            some = None if keep is None else keep[columns if model.context_of == "video" else rows]
+            scores[rows, columns] = model.pairs(text[rows], video[columns], some).scores
+    return scores

@@ -1,0 +1,117 @@
+"""Directional diversity of factorised increments, a few texts at a time and with its gradient made on the way.
+
+Its value needs the cosines of every two increments of a text, M² numbers. Keeping those of all texts for the
+backward would take N·M² numbers, so the gradient is made where they are at hand.
+
+S sampled texts, M videos, L basis vectors, D embedding width, c texts of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gare.train.losses import DIRECTION_FLOOR
+
+Form = Literal["log_mean_exp", "orthogonality"]
+#: Lengths below this count as this, as in PyTorch's normalize.
+LENGTH_EPS = 1e-12
+
+
+def factorized_direction(
+    weights: Tensor,
+    vectors: Tensor,
+    owner: Literal["video", "text"],
+    form: Form,
+    alpha: float,
+    memory_bytes: int,
+) -> Tensor:
+    """Sum over S texts of their directional diversity, a scalar; see ``losses.direction`` and ``orthogonality``.
+
+    Args:
+        weights: (M, L, S) where videos own the basis, (S, L, M) where texts do.
+        vectors: the basis, (M, L, D) or (S, L, D).
+        owner: of the basis.
+        form: of the diversity.
+        alpha: α of log_mean_exp.
+        memory_bytes: that a chunk of texts may take.
+    """
+    total: Tensor = _Direction.apply(  # type: ignore[no-untyped-call]
+        weights, vectors, owner, form, alpha, memory_bytes
+    )
+    return total
+
+
+class _Direction(torch.autograd.Function):
+    """Value and gradient in one pass over the texts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, vectors: Tensor, owner: str, form: Form, alpha: float, memory_bytes: int
+    ) -> Tensor:
+        by_video = owner == "video"
+        num_texts = weights.shape[2] if by_video else weights.shape[0]
+        num_videos = weights.shape[0] if by_video else weights.shape[2]
+        width = vectors.shape[2]
+        learns = any(ctx.needs_input_grad[:2])
+        grad_weights = torch.empty_like(weights) if learns else None
+        grad_vectors = torch.zeros_like(vectors) if learns else None
+        text_bytes = weights.element_size() * num_videos * (3 * num_videos + 4 * width)
+        size = max(memory_bytes // text_bytes, 1)
+        total = weights.new_zeros(())
+        for first in range(0, num_texts, size):
+            some = slice(first, first + size)
+            part = weights[:, :, some] if by_video else weights[some]
+            basis = vectors if by_video else vectors[some]
+            # (M, c, D) or (c, M, D): a batch of small products over the owners.
+            delta = part.transpose(1, 2) @ basis
+            value, grad = _texts_direction(delta.transpose(0, 1) if by_video else delta, form, alpha, learns)
+            total += value
+            if grad is None or grad_weights is None or grad_vectors is None:
+                continue
+            if by_video:
+                grad = grad.transpose(0, 1)
+                grad_weights[:, :, some] = basis @ grad.transpose(1, 2)
+                grad_vectors.baddbmm_(part, grad)
+            else:
+                grad_weights[some] = basis @ grad.transpose(1, 2)
+                grad_vectors[some] = part @ grad
+        if learns:
+            ctx.save_for_backward(grad_weights, grad_vectors)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_weights, grad_vectors = ctx.saved_tensors
+        return grad * grad_weights, grad * grad_vectors, None, None, None, None
+
+
+def _texts_direction(
+    delta_cMD: Tensor, form: Form, alpha: float, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the texts' diversities, and its gradient with respect to their increments."""
+    num_videos = delta_cMD.shape[1]
+    lengths_cM1 = torch.linalg.vector_norm(delta_cMD, dim=2, keepdim=True).clamp(min=LENGTH_EPS)
+    unit_cMD = delta_cMD / lengths_cM1
+    cosine_cMM = unit_cMD @ unit_cMD.transpose(1, 2)
+    if form == "log_mean_exp":
+        # In place, since these are the largest tensors of a step.
+        close_cMM = cosine_cMM.sub_(1).mul_(alpha).exp_()
+        mean_c11 = close_cMM.mean(dim=(1, 2), keepdim=True) + DIRECTION_FLOOR
+        value = mean_c11.log().sum()
+        slope_cMM = close_cMM.mul_(alpha / num_videos**2 / mean_c11)
+    else:
+        cosine_cMM.diagonal(dim1=1, dim2=2).zero_()
+        others = num_videos * (num_videos - 1)
+        value = cosine_cMM.square().sum() / others
+        slope_cMM = cosine_cMM.mul_(2 / others)
+    if not learns:
+        return value, None
+    # The cosines are symmetric, so both factors of unit·unitᵀ get the same gradient.
+    grad_cMD = 2 * (slope_cMM @ unit_cMD)
+    along_cM1 = (grad_cMD * unit_cMD).sum(dim=2, keepdim=True)
+    return value, grad_cMD.sub_(along_cM1 * unit_cMD).div_(lengths_cM1)

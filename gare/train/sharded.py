@@ -1,0 +1,327 @@
+"""The factorised loss of a global batch, each worker with its own rows of it.
+
+A worker scores its n texts against all N = R·n videos, block by block, and shares with the others only numbers
+by video: the column sums of InfoNCE, the moments of the bottleneck, the spread of the radii. What it
+backpropagates, its share ℓ_r, sums to the loss over the workers, so the gradient is that of one worker with the
+whole batch. No tensor here has both pairs and the embedding width, but blocks where Δ itself is needed.
+
+n texts of this worker, N texts or videos of all R workers, O owners of a basis, X others, A anchors of the
+bottleneck, S sampled texts, L basis vectors, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gare.config import LossConfig
+from gare.model.factorized import (
+    Embeddings,
+    PairNumbers,
+    PreparedText,
+    PreparedVideo,
+    Rule,
+    assemble,
+    pair_numbers,
+)
+from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.gare import GARE
+from gare.model.streaming import MEGABYTE, numbers_of_a_pair
+from gare.train.direction import factorized_direction
+from gare.train.gather import max_over_workers, rank, sum_over_workers, world_size
+from gare.train.losses import bounded, divergence, positive_shares, rounding_noise
+
+#: A block has so many pairs that its numbers stay in a processor's cache.
+BLOCK_BYTES = 8 * MEGABYTE
+#: As much as a chunk of texts takes whose cosines are computed together.
+CHUNK_BYTES = 32 * MEGABYTE
+
+
+@dataclass(frozen=True)
+class Shares:
+    """This worker's part of each term of the global batch, scalars that sum to the term over the workers."""
+
+    nce_t2v: Tensor
+    nce_v2t: Tensor
+    bottleneck: Tensor
+    radii: Tensor
+    direction: Tensor
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The two sides of the pairs of this worker.
+
+    Attributes:
+        owner: video or text, whichever owns the basis; none for the baseline, which is computed as video.
+        owners: of the basis.
+        others: of the other side.
+        own: which rows of the global batch are this worker's.
+        positions: frames of a video and words of a text.
+    """
+
+    owner: str
+    owners: PreparedVideo | PreparedText
+    others: Embeddings | PreparedVideo
+    own: slice
+    positions: tuple[int, int]
+
+    @property
+    def num_others(self) -> int:
+        """X, texts or videos."""
+        return len(self.others)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the regularisers need of a block beside scores and lengths.
+
+    Attributes:
+        moments: whether the bottleneck's anchors own the basis, so that coefficients tell their moments.
+        sums: whether the anchors are the others, so that increments themselves have to be summed.
+        normalised: whether the bottleneck looks at increments of length 1.
+        sample: whether the diversity needs coefficients, and of which of this worker's texts; None: of all.
+    """
+
+    moments: bool
+    sums: bool
+    normalised: bool
+    sample: tuple[bool, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the loss keeps of a block of owners with all others.
+
+    Attributes:
+        scores: (O, X).
+        norms: (O, X) of the increments; None for the baseline.
+        moments: of the owners' coefficients over the others: mean (O, L) and scatter (O, L, L) about it.
+        sums: (2, X, D) over the owners, of Δ minus the reference and of its square.
+        sampled: coefficients of the texts of the diversity, (O, L, S) or (S, L, X).
+    """
+
+    scores: Tensor
+    norms: Tensor | None = None
+    moments: tuple[Tensor, Tensor] | None = None
+    sums: Tensor | None = None
+    sampled: Tensor | None = None
+
+
+def shares(
+    model: GARE,
+    text: TextFeatures,
+    video: VideoFeatures,
+    config: LossConfig,
+    *,
+    sample: Tensor | None = None,
+    keep: Tensor | None = None,
+    video_ids: Tensor | None = None,
+) -> Shares:
+    """This worker's share of the loss terms in the factorised form; a term that is off is zero.
+
+    Args:
+        model: with a ψ of one layer, or none.
+        text: this worker's n captions.
+        video: the clips of all workers.
+        config: of the loss.
+        sample: global indices of the texts of the directional diversity; None: all.
+        keep: dropout of the global batch's N contexts, from ``GARE.draw_dropout``.
+        video_ids: (N,) the video of each pair where its pairs are each other's positives.
+
+    Source: factorised derivation, points 6 and 7, and its row-sharded training.
+    """
+    num_pairs, num_texts = len(video), len(text.embedding)
+    own = slice(rank() * num_texts, (rank() + 1) * num_texts)
+    sides = _sides(model, text, video, keep, own)
+    own_sample = None if sample is None else sample[(sample >= own.start) & (sample < own.stop)] - own.start
+    has_delta, anchor_owns = sides.owner != "none", config.bottleneck_anchor == sides.owner
+    wanted = Wanted(
+        has_delta and bool(config.bottleneck_weight) and anchor_owns,
+        has_delta and bool(config.bottleneck_weight) and not anchor_owns,
+        config.kl_normalised,
+        (has_delta and bool(config.direction_weight), own_sample),
+    )
+    reference = _reference(model.rule, sides, wanted) if wanted.sums else None
+    blocks = list(_blocks(model, sides, wanted, reference))
+    scores = torch.cat([block.scores for block in blocks])
+    nce = _info_nce(
+        scores if sides.owner == "text" else scores.T, model.logit_scale.exp(), own, video_ids
+    )
+    zero = torch.zeros_like(nce[0])
+    norms = [block.norms for block in blocks if block.norms is not None]
+    if not norms:
+        return Shares(*nce, zero, zero, zero)
+    lengths = torch.cat(norms)
+    spread = lengths.var(dim=1 if sides.owner == "text" else 0).sum()
+    radii = bounded(sum_over_workers(spread) / num_pairs, config.radii_bound, config.radii_bound_form)
+    bottleneck = direction = zero
+    if wanted.moments:
+        bottleneck = _owners_bottleneck(sides, blocks, config) / num_pairs
+    elif reference is not None:
+        bottleneck = _others_bottleneck(sides, blocks, reference, config) / num_pairs
+    if wanted.sample[0]:
+        memory = int(model.config.memory_mb * MEGABYTE)
+        total = _direction(sides, blocks, own_sample, config, memory)
+        direction = total / (num_pairs if sample is None else len(sample))
+    return Shares(*nce, bottleneck, radii / world_size() if config.radii_weight else zero, direction)
+
+
+def _sides(
+    model: GARE, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice
+) -> Sides:
+    maps = model.basis_maps()
+    positions = (video.mask.shape[1], text.mask.shape[1])
+    if model.context_of == "text" and maps is not None:
+        texts = model.prepare_text(text, maps, None if keep is None else keep[own])
+        return Sides("text", texts, assemble(video, None), own, positions)
+    owners = model.with_basis(video, maps, keep)
+    return Sides(model.context_of, owners, Embeddings.of(text.embedding), own, positions)
+
+
+def _blocks(model: GARE, sides: Sides, wanted: Wanted, reference: Tensor | None) -> Iterator[Block]:
+    """Blocks of owners with all others; recomputed in the backward where all together exceed the budget."""
+    num_owners = len(sides.owners)
+    held = sides.owners.itemsize * sides.num_others * numbers_of_a_pair(model, *sides.positions)
+    size = max(BLOCK_BYTES // held, 1)
+    recompute = torch.is_grad_enabled() and held * num_owners > model.config.memory_mb * MEGABYTE
+    for number, owners in enumerate(sides.owners.split(size)):
+        first = number * size
+        texts = wanted.sample[1]
+        if texts is not None and sides.owner == "text":
+            texts = texts[(texts >= first) & (texts < first + size)] - first
+        arguments = (model.rule, sides.owner, owners, sides.others, wanted, texts, reference)
+        if recompute:
+            block: Block = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            yield block
+        else:
+            yield _block(*arguments)
+
+
+def _block(
+    rule: Rule,
+    owner: str,
+    owners: PreparedVideo | PreparedText,
+    others: Embeddings | PreparedVideo,
+    wanted: Wanted,
+    texts: Tensor | None,
+    reference: Tensor | None,
+) -> Block:
+    pairs = pair_numbers(rule, owners, others)
+    if pairs.weights is None:
+        return Block(pairs.scores)
+    moments = sums = sampled = None
+    if wanted.moments:
+        weights = _looked_at(pairs, wanted)
+        mean = weights.mean(dim=2, keepdim=True)
+        apart = weights - mean
+        moments = (mean.squeeze(2), apart @ apart.transpose(1, 2))
+    if wanted.sums and reference is not None:
+        apart = _increments(pairs, owners, wanted) - reference
+        sums = torch.stack([apart.sum(dim=0), apart.square().sum(dim=0)])
+    if wanted.sample[0]:
+        sampled = pairs.weights
+        if texts is not None:
+            sampled = sampled[texts] if owner == "text" else sampled[:, :, texts]
+    return Block(pairs.scores, pairs.norms, moments, sums, sampled)
+
+
+def _looked_at(pairs: PairNumbers, wanted: Wanted) -> Tensor:
+    """Coefficients of the increments that the bottleneck looks at."""
+    assert pairs.weights is not None
+    assert pairs.norms is not None
+    if not wanted.normalised:
+        return pairs.weights
+    return pairs.weights / pairs.norms.clamp(min=1e-12).unsqueeze(1)
+
+
+def _increments(pairs: PairNumbers, owners: PreparedVideo | PreparedText, wanted: Wanted) -> Tensor:
+    """The increments of a block themselves, (O, X, D)."""
+    assert owners.basis is not None
+    return _looked_at(pairs, wanted).transpose(1, 2) @ owners.basis.vectors
+
+
+@torch.no_grad()
+def _reference(rule: Rule, sides: Sides, wanted: Wanted) -> Tensor:
+    """(X, D), near the mean increment of each other, so that squares about it do not cancel.
+
+    The mean over a few owners is as far from the mean over all as increments are spread. Workers that add up
+    their sums agree on it.
+    """
+    some = next(iter(sides.owners.split(4)))
+    local = _increments(pair_numbers(rule, some, sides.others), some, wanted).mean(dim=0)
+    return sum_over_workers(local) / world_size() if sides.owner == "text" else local
+
+
+def _info_nce(
+    scores: Tensor, scale: Tensor, own: slice, video_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rows of this worker's texts and columns of its videos, over N; scores (n, N)."""
+    logits = scale * scores
+    highest = max_over_workers(logits.amax(dim=0))
+    columns = highest + sum_over_workers((logits - highest).exp().sum(dim=0)).log()
+    if video_ids is None:
+        positive = logits[:, own].diagonal().sum()
+    else:
+        positive = (positive_shares(video_ids[own], video_ids) * logits).sum()
+    num_pairs = logits.shape[1]
+    # Where a video has several captions they may be other workers' rows; summed over all workers, rows and
+    # columns have the same positives.
+    return (logits.logsumexp(dim=1).sum() - positive) / num_pairs, (columns[own].sum() - positive) / num_pairs
+
+
+def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) -> Tensor:
+    """Sum of the KL of this worker's anchors, which own the basis."""
+    assert sides.owners.basis is not None
+    moments = [block.moments for block in blocks if block.moments is not None]
+    mean, scatter = (torch.cat(parts) for parts in zip(*moments, strict=True))
+    vectors, count = sides.owners.basis.vectors, sides.num_others
+    if sides.owner == "video":
+        # Each worker has a part of the texts: the moments of the parts make those of the whole.
+        whole = sum_over_workers(mean) / world_size()
+        apart = (mean - whole).unsqueeze(2)
+        scatter = sum_over_workers(scatter + count * (apart @ apart.transpose(1, 2)))
+        count *= world_size()
+        mean, scatter, vectors = whole[sides.own], scatter[sides.own], vectors[sides.own]
+    variance = ((scatter / (count - 1)) @ vectors * vectors).sum(dim=1)
+    with torch.no_grad():
+        magnitude = (mean.square().unsqueeze(1) @ vectors.square()).squeeze(1).sqrt()
+    noise = rounding_noise(magnitude)
+    mean = (mean.unsqueeze(1) @ vectors).squeeze(1)
+    return divergence(mean, variance, noise, config.prior_std, config.kl_reduction).sum()
+
+
+def _others_bottleneck(sides: Sides, blocks: list[Block], reference: Tensor, config: LossConfig) -> Tensor:
+    """Sum of the KL of this worker's anchors, which do not own the basis."""
+    sums = torch.stack([block.sums for block in blocks if block.sums is not None]).sum(dim=0)
+    count = len(sides.owners)
+    if sides.owner == "text":
+        sums, reference = sum_over_workers(sums)[:, sides.own], reference[sides.own]
+        count *= world_size()
+    mean = sums[0] / count
+    variance = (sums[1] - sums[0] * mean) / (count - 1)
+    mean = reference + mean
+    noise = rounding_noise(mean.detach().abs())
+    return divergence(mean, variance, noise, config.prior_std, config.kl_reduction).sum()
+
+
+def _direction(
+    sides: Sides, blocks: list[Block], sample: Tensor | None, config: LossConfig, memory_bytes: int
+) -> Tensor:
+    """Sum of the diversity of this worker's texts, or of those among them that were drawn."""
+    assert sides.owners.basis is not None
+    vectors = sides.owners.basis.vectors
+    if sides.owner == "text" and sample is not None:
+        vectors = vectors[sample]
+    return factorized_direction(
+        torch.cat([block.sampled for block in blocks if block.sampled is not None]),
+        vectors,
+        "text" if sides.owner == "text" else "video",
+        config.direction_form,
+        config.direction_alpha,
+        min(memory_bytes, CHUNK_BYTES),
+    )

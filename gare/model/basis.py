@@ -4,8 +4,12 @@ With one attention layer every increment of an owner, the video whose frames or 
 to, lies in the span of a few vectors that depend on the owner alone: Δ_ij = Σ_k w_ijk B_jk. This module makes
 those vectors, and the small matrices that lengths and variances of their combinations need.
 
+Attention weights sum to 1, so everything is written about the mean of the owner's context: frames of a clip are
+much alike and increments differ little between texts, and in float32 those differences would otherwise drown
+in the rounding of what they have in common.
+
 O owners, C context positions, H heads, K = H·C attention weights of an owner, L basis vectors, D embedding
-width. L is K + 2, and one more where ψ is asked with the text itself.
+width. L is K + 3, and one more where ψ is asked with the text itself.
 """
 
 from __future__ import annotations
@@ -26,13 +30,16 @@ class Basis:
     """What owners contribute to the increments of all their pairs.
 
     Attributes:
-        keys: (O, K, D) κ, so that ⟨x, κ⟩ is the other side's part of an attention logit before its LN1 scale.
+        keys: (O, K, D) κ less its mean over positions, which no softmax sees: ⟨x, κ⟩ is the other side's part of
+            an attention logit before its LN1 scale.
         own_logits: (O, K), the owner's part of the same.
         offset: (O, K) κ⁰, added to scaled logits; −inf at padding.
+        even: (O, K), attention that is spread evenly, 0 at padding.
         own_mean: (O,) mean over D of the owner's embedding.
         own_square: (O,) squared length of the owner's embedding without its mean.
-        attended_gram: (O, K, K) Gram matrix of the centred outputs O of the attention.
-        hidden_gram: (O, K + 1, K + 1) Gram matrix of the centred inputs U of LN3 and of their constant.
+        attended_gram: (O, K + 1, K + 1) Gram matrix of the centred outputs of the attention, about their mean
+            and the mean itself.
+        hidden_gram: (O, K + 2, K + 2) Gram matrix of the centred inputs of LN3, and of their constant.
         vectors: (O, L, D) B.
         gram: (O, L, L) Gram matrix of B.
         heads: H.
@@ -41,6 +48,7 @@ class Basis:
     keys: Tensor
     own_logits: Tensor
     offset: Tensor
+    even: Tensor
     own_mean: Tensor
     own_square: Tensor
     attended_gram: Tensor
@@ -66,15 +74,19 @@ class BasisMaps:
     """ψ's consecutive linear maps combined, once for all owners of a step.
 
     Attributes:
-        from_context: (3·H·D, D) and its bias (3·H·D): LN1(c) ↦ κ, P·O and W_1(γ2⊙P·O), each by head.
-        offset: (H, D) and its bias (H): LN1(c) ↦ κ⁰.
-        to_vectors: (D, D) U ↦ B.
+        from_context: (3·H·D, D): LN1(c) ↦ κ, P·O and W_1(γ2⊙P·O), each by head.
+        offset: (H, D): LN1(c) ↦ κ⁰.
+        attended_bias: (D,) of P·O, of all heads together.
+        residual_bias: (D,) of W_1(γ2⊙P·O).
+        to_vectors: (D, D): U ↦ B.
         constant: (D,) the last basis vector W_μ b3 + b_μ.
         residual_constant: (D,) W_1 b2 + b_1.
     """
 
-    from_context: tuple[Tensor, Tensor]
-    offset: tuple[Tensor, Tensor]
+    from_context: Tensor
+    offset: Tensor
+    attended_bias: Tensor
+    residual_bias: Tensor
     to_vectors: Tensor
     constant: Tensor
     residual_constant: Tensor
@@ -88,49 +100,31 @@ class BasisMaps:
         layer, heads = increment.layers[0], increment.heads
         width = layer.out.weight.shape[0]
         d_head = width // heads
-        gamma1, gamma2, gamma3 = layer.norm1.weight, layer.norm2.weight, layer.norm3.weight
-        query_HdD = layer.query.weight.unflatten(0, (heads, d_head))
-        key_HdD, key_bias_Hd = (
-            part.unflatten(0, (heads, d_head)) for part in (layer.key.weight, layer.key.bias)
+        query_HdD, key_HdD, value_HdD = (
+            linear.weight.unflatten(0, (heads, d_head)) for linear in (layer.query, layer.key, layer.value)
         )
-        value_HdD, value_bias_Hd = (
-            part.unflatten(0, (heads, d_head)) for part in (layer.value.weight, layer.value.bias)
-        )
-        out_HDd = layer.out.weight.unflatten(1, (heads, d_head)).transpose(0, 1)
-        # κ = P(γ1 ⊙ W_qᵀ k)/√d and κ⁰ = (W_q b1 + b_q)·k/√d with k = W_k LN1(c) + b_k.
+        # κ = P(γ1 ⊙ W_qᵀ k)/√d and κ⁰ = (W_q b1 + b_q)·k/√d with k = W_k LN1(c); b_k shifts all alike.
         scale = 1 / math.sqrt(d_head)
-        turned_HDd = centred(gamma1[:, None] * query_HdD.transpose(1, 2), dim=1) * scale
-        shift_Hd = scale * (
-            torch.einsum("hde,e->hd", query_HdD, layer.norm1.bias)
-            + layer.query.bias.unflatten(0, (heads, d_head))
-        )
-        # P·O = P(W_o x + b_o) with x = W_v LN1(c) + b_v; each head carries its share of b_o.
-        out_HDd = centred(out_HDd, dim=1)
-        out_bias_D = centred(layer.out.bias, dim=0) / heads
-        attended = (out_HDd @ value_HdD, _apply(out_HDd, value_bias_Hd) + out_bias_D)
-        residual_DD = layer.residual.weight * gamma2
-        maps = (
-            (turned_HDd @ key_HdD, _apply(turned_HDd, key_bias_Hd)),
-            attended,
-            (residual_DD @ attended[0], attended[1] @ residual_DD.T),
-        )
+        turned_HDd = scale * centred(layer.norm1.weight[:, None] * query_HdD.transpose(1, 2), dim=1)
+        asked_d = functional.linear(layer.norm1.bias, layer.query.weight, layer.query.bias)
+        asked_Hd = scale * asked_d.unflatten(0, (heads, d_head))
+        # P·O = P(W_o x + b_o) with x = W_v LN1(c) + b_v.
+        out_DD = centred(layer.out.weight, dim=0)
+        attended_HDD = out_DD.unflatten(1, (heads, d_head)).transpose(0, 1) @ value_HdD
+        attended_bias = out_DD @ layer.value.bias + centred(layer.out.bias)
+        residual_DD = layer.residual.weight * layer.norm2.weight
+        # The keys' bias has no effect and so a gradient of zero, not none.
+        no_effect = 0 * layer.key.bias.sum()
+        maps = (turned_HDd @ key_HdD, attended_HDD, residual_DD @ attended_HDD)
         return cls(
-            (
-                torch.cat([weight.flatten(0, 1) for weight, _ in maps]),
-                torch.cat([bias.flatten() for _, bias in maps]),
-            ),
-            (
-                torch.einsum("hd,hde->he", shift_Hd, key_HdD),
-                torch.einsum("hd,hd->h", shift_Hd, key_bias_Hd),
-            ),
-            centred(increment.mean.weight * gamma3, dim=1),
-            layer.norm3.bias @ increment.mean.weight.T + increment.mean.bias,
-            layer.norm2.bias @ layer.residual.weight.T + layer.residual.bias,
+            torch.cat([weight.flatten(0, 1) for weight in maps]),
+            torch.einsum("hd,hde->he", asked_Hd, key_HdD),
+            attended_bias,
+            residual_DD @ attended_bias,
+            centred(increment.mean.weight * layer.norm3.weight, dim=1),
+            functional.linear(layer.norm3.bias, increment.mean.weight, increment.mean.bias) + no_effect,
+            functional.linear(layer.norm2.bias, layer.residual.weight, layer.residual.bias),
         )
-
-
-def _apply(matrices_HDd: Tensor, vectors_Hd: Tensor) -> Tensor:
-    return torch.einsum("hed,hd->he", matrices_HDd, vectors_Hd)
 
 
 def centred(values: Tensor, dim: int = -1) -> Tensor:
@@ -167,27 +161,34 @@ def build_basis(
     """
     layer, heads = increment.layers[0], increment.heads
     num_owners, num_positions, width = context_OCD.shape
-    context_OCD = torch.where(mask_OC.unsqueeze(-1), context_OCD, 0)
-    normed_OCD = layer.norm1(context_OCD)
-    mapped = functional.linear(normed_OCD, *maps.from_context)
-    by_head = mapped.reshape(num_owners, num_positions, 3, heads, width).permute(2, 0, 3, 1, 4)
-    keys, attended, residual = by_head.reshape(3, num_owners, heads * num_positions, width)
-    offset_OCH = functional.linear(normed_OCD, *maps.offset).masked_fill(~mask_OC.unsqueeze(-1), -torch.inf)
+    real_OC1 = mask_OC.unsqueeze(-1)
+    even_OC1 = real_OC1 / real_OC1.sum(dim=1, keepdim=True).to(context_OCD.dtype)
+    normed_OCD = layer.norm1(torch.where(real_OC1, context_OCD, 0))
+    mean_O1D = (even_OC1 * normed_OCD).sum(dim=1, keepdim=True)
+    about_OCD = torch.where(real_OC1, normed_OCD - mean_O1D, 0)
+    mapped = functional.linear(torch.cat([about_OCD, mean_O1D], dim=1), maps.from_context)
+    mapped = mapped.unflatten(2, (3, heads, width))
+    # (O, C, 3, H, D) → three of (O, H·C, D).
+    keys, attended, residual = mapped[:, :num_positions].permute(2, 0, 3, 1, 4).flatten(2, 3)
+    _, mean_attended, mean_residual = mapped[:, num_positions].sum(dim=2).unsqueeze(2).unbind(1)
+    attended = torch.cat([attended, mean_attended + maps.attended_bias], dim=1)
+    residual = torch.cat([residual, mean_residual + maps.residual_bias], dim=1)
     constant = maps.residual_constant
     if keep_OD is not None:
         residual = residual * keep_OD.unsqueeze(1)
         constant = constant * keep_OD
-    hidden_OKD = layer.norm2.weight * attended + residual
     constant_OD = (layer.norm2.bias + constant).expand(num_owners, width)
-    hidden = torch.cat([hidden_OKD, constant_OD.unsqueeze(1)], dim=1)
+    hidden = torch.cat([layer.norm2.weight * attended + residual, constant_OD.unsqueeze(1)], dim=1)
     vectors = [hidden @ maps.to_vectors.T, maps.constant.expand(num_owners, 1, width)]
     if goal_OD is not None:
         vectors.append(goal_OD.unsqueeze(1))
     vectors_OLD = torch.cat(vectors, dim=1)
+    offset_OCH = functional.linear(about_OCD, maps.offset).masked_fill(~real_OC1, -torch.inf)
     return Basis(
         keys=other_sign * keys,
         own_logits=own_sign * torch.einsum("okd,od->ok", keys, own_OD),
         offset=offset_OCH.transpose(1, 2).flatten(1),
+        even=even_OC1.squeeze(2).repeat(1, heads),
         own_mean=own_OD.mean(dim=1),
         own_square=centred(own_OD).square().sum(dim=1),
         attended_gram=_gram(attended),

@@ -160,7 +160,7 @@ class PairNumbers:
 
 
 def combine(basis: Basis, products_OKX: Tensor, gap_dot_OX: Tensor | None, others: Embeddings) -> Tensor:
-    """Coefficients w_ij (O, K + 2, X) of ψ's output in the first K + 2 basis vectors.
+    """Coefficients w_ij (O, K + 3, X) of ψ's output in the first K + 3 basis vectors.
 
     Args:
         basis: of the owners.
@@ -180,12 +180,12 @@ def combine(basis: Basis, products_OKX: Tensor, gap_dot_OX: Tensor | None, other
     logits_OKX = (products_OKX + basis.own_logits.unsqueeze(2)) * scale_OX.unsqueeze(-2)
     logits_OKX = logits_OKX + basis.offset.unsqueeze(2)
     attention_OKX = logits_OKX.unflatten(1, (basis.heads, -1)).softmax(dim=2).flatten(1, 2)
-    attended_OX = quadratic(basis.attended_gram, attention_OKX)
-    scaled_OKX = attention_OKX * (attended_OX / width + NORM_EPS).rsqrt().unsqueeze(1)
-    ones_O1X = torch.ones_like(scaled_OKX[:, :1])
-    hidden_OKX = torch.cat([scaled_OKX, ones_O1X], dim=1)
-    hidden_OX = quadratic(basis.hidden_gram, hidden_OKX)
-    return torch.cat([hidden_OKX * (hidden_OX / width + NORM_EPS).rsqrt().unsqueeze(1), ones_O1X], dim=1)
+    ones_O1X = torch.ones_like(attention_OKX[:, :1])
+    about = torch.cat([attention_OKX - basis.even.unsqueeze(2), ones_O1X], dim=1)
+    attended_O1X = quadratic(basis.attended_gram, about).unsqueeze(1)
+    hidden = torch.cat([about * (attended_O1X / width + NORM_EPS).rsqrt(), ones_O1X], dim=1)
+    hidden_O1X = quadratic(basis.hidden_gram, hidden).unsqueeze(1)
+    return torch.cat([hidden * (hidden_O1X / width + NORM_EPS).rsqrt(), ones_O1X], dim=1)
 
 
 def quadratic(matrices_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def quadratic(matrices_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
 
 
 def aim(basis: Basis, weights_OKX: Tensor, radius_OX: Tensor) -> Tensor:
-    """Coefficients (O, K + 3, X) of Δ_ij = R_ij·unit(v̄_j − t*_ij), where ``weights_OKX`` are those of t*_ij."""
+    """Coefficients (O, K + 4, X) of Δ_ij = R_ij·unit(v̄_j − t*_ij), where ``weights_OKX`` are those of t*_ij."""
     towards_OLX = torch.cat([-weights_OKX, torch.ones_like(weights_OKX[:, :1])], dim=1)
     length_OX = _root(quadratic(basis.gram, towards_OLX), 1e-12)
     return towards_OLX * (radius_OX / length_OX).unsqueeze(1)

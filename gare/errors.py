@@ -34,6 +34,10 @@ def _rebuild(kind: type[GareError], what: str, where: str, accepted: str) -> Gar
     return kind(what, where=where, accepted=accepted)
 
 
+class DivergedError(GareError):
+    """A training step without a finite loss or gradient: all workers meet it together, and again if repeated."""
+
+
 class ConfigError(GareError):
     """A configuration or command line that cannot be run as it stands."""
 

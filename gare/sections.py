@@ -30,6 +30,11 @@ class Section(BaseModel):
         return value
 
 
+    def changed(self, *keys: str) -> list[str]:
+        """Those of the keys that are not at their default."""
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
+
 class StorageConfig(Section):
     """Where outputs go."""
 
@@ -116,7 +121,9 @@ class ModelConfig(Section):
     max_words: int = Field(32, ge=3, description="W: tokens of a caption, both markers included")
     max_frames: Count = Field(12, description="F: frames of a clip")
     temporal_layers: int = Field(4, ge=0, description="blocks of the temporal transformer")
-    temporal_heads: Count = Field(8, description="attention heads of the temporal transformer")
+    temporal_heads: int = Field(
+        0, ge=0, description="attention heads of the temporal transformer; 0: 64 of embed_dim's numbers a head"
+    )
     pool_temperature: Positive = Field(3.0, description="τ_pool of the text-conditioned pooling")
     increment: bool = Field(True, description="learn Δ_ij; off is the baseline of the paper's Table 3")
     corrected_side: Literal["text", "video"] = Field(
@@ -149,8 +156,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _variant_makes_sense(self) -> ModelConfig:
-        switches = ("corrected_side", "context", "gap_sign", "query", "increment_layers")
-        changed = [name for name in switches if getattr(self, name) != type(self).model_fields[name].default]
+        changed = self.changed("corrected_side", "context", "gap_sign", "query", "increment_layers")
         if changed and not self.increment:
             raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
         if self.method == "factorized" and self.increment_layers > 1:
@@ -165,7 +171,8 @@ class ModelConfig(Section):
 
     def baseline(self) -> ModelConfig:
         """The same model without increment, and without the switches that only shape it."""
-        shared = self.model_dump(exclude={"increment", "corrected_side", "context", "gap_sign", "query"})
+        shaping = {"increment", "corrected_side", "context", "gap_sign", "query", "increment_layers"}
+        shared = self.model_dump(exclude=shaping)
         return type(self).model_validate({**shared, "increment": False})
 
     @model_validator(mode="after")
@@ -179,12 +186,15 @@ class ModelConfig(Section):
                 f"max_frames {self.max_frames} exceeds clip.max_positions {self.clip.max_positions}, "
                 "the number of frame positions"
             )
-        for key in ("temporal_heads", "increment_heads"):
-            if self.clip.embed_dim % getattr(self, key):
-                raise ValueError(
-                    f"clip.embed_dim {self.clip.embed_dim} is not a multiple of {key} {getattr(self, key)}"
-                )
+        for key, heads in (("temporal_heads", self.num_temporal_heads), ("increment_heads", self.increment_heads)):
+            if self.clip.embed_dim % heads:
+                raise ValueError(f"clip.embed_dim {self.clip.embed_dim} is not a multiple of {key} {heads}")
         return self
+
+    @property
+    def num_temporal_heads(self) -> int:
+        """Attention heads of the temporal transformer."""
+        return self.temporal_heads or max(self.clip.embed_dim // 64, 1)
 
 
 class LossConfig(Section):
@@ -235,9 +245,11 @@ class LossConfig(Section):
         return sampled and bool(self.direction_weight) and self.direction_texts < num_pairs
 
     @model_validator(mode="after")
-    def _alpha_has_an_effect(self) -> LossConfig:
-        alpha = type(self).model_fields["direction_alpha"].default
-        if self.direction_form == "orthogonality" and self.direction_alpha != alpha:
+    def _every_key_has_an_effect(self) -> LossConfig:
+        # A weight of 0 beside a term's own keys is no fault: that is how one term of a configuration is ablated.
+        if self.radii_weight and self.radii_bound_form == "hard" and not self.radii_bound:
+            raise ValueError("radii_bound 0 holds the radii term at 0, where it does nothing: set radii_weight=0")
+        if self.direction_form == "orthogonality" and self.changed("direction_alpha"):
             raise ValueError("direction_alpha would change nothing: direction_form orthogonality has no α")
         return self
 
@@ -288,6 +300,12 @@ class TrainConfig(Section):
     resume: bool = Field(True, description="continue an interrupted run of the same name")
     overwrite: bool = Field(False, description="delete an earlier run of the same name first")
 
+    @model_validator(mode="after")
+    def _frozen_parts_know_something(self) -> TrainConfig:
+        if self.freeze in ("image", "text", "towers") and not self.clip_weights:
+            raise ValueError(f"freeze {self.freeze} would keep random weights: set clip_weights")
+        return self
+
 
 class AugmentConfig(Section):
     """Random changes of training clips, the same for all frames of a clip. Off by default."""
@@ -299,12 +317,21 @@ class AugmentConfig(Section):
         7.0, description="RandAugment's magnitude, on timm's scale of 0 to 10"
     )
     noise: NonNegative = Field(0.5, description="standard deviation of each operation's magnitude")
+    probability: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the drawn operations that are carried out; timm's own is 0.5"
+    )
     crop_scale: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="smallest share of the picture's area that a random crop keeps; 1: no crop"
     )
     flip: Fraction = Field(
         0.0, description="share of clips that are mirrored; wrong where captions say left or right"
     )
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> AugmentConfig:
+        if changed := [] if self.operations else self.changed("magnitude", "noise", "probability"):
+            raise ValueError(f"{', '.join(changed)} would change nothing: operations is 0")
+        return self
 
 
 class EvaluateConfig(Section):

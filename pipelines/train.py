@@ -16,10 +16,10 @@ from cluster.session import fault_of, ray_session, require_train_resources
 from cluster.storage import Layout, absolute, layout
 from cluster.stream import stream
 from cluster.tracking import RunHandle, Tracker, connect, git_revision
-from gare.config import Config, differences
+from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, read_json, write_json
 from gare.data.loader import ClipLoader
-from gare.errors import ConfigError, GareError
+from gare.errors import ConfigError, DivergedError, GareError
 from gare.train.data import StoredSplits, read_splits
 from gare.train.history import History
 from gare.train.plan import Plan, plan_run
@@ -50,6 +50,13 @@ def run(config: Config) -> dict[str, Any]:
     places = layout(config)
     folder = places.run(config.train.run)
     splits = read_splits(places.manifest, places.frames, config.extract)
+    vocabulary = ClipConfig().vocab_size
+    if config.model.clip.vocab_size < vocabulary:
+        raise ConfigError(
+            f"is {config.model.clip.vocab_size}",
+            where="model.clip.vocab_size",
+            accepted=f"{vocabulary}, the tokens of CLIP, or more",
+        )
     _plan(config, splits, rank=0)
     earlier = {} if config.train.overwrite else _earlier_run(config, folder, splits)
     if earlier and exists(join(folder, "result.json")):
@@ -179,6 +186,10 @@ def _fit(config: Config, places: Layout, handle: RunHandle, *, validated: bool) 
         result = trainer.fit()
     except Exception as error:
         raise _cause(error) from error
+    if isinstance(fault := result.return_value, DivergedError):
+        held = [_checkpoint_uri(places, checkpoint) for checkpoint, _ in result.best_checkpoints or []]
+        kept = f"; checkpoints of this run: {', '.join(held)}" if held else "; it had no checkpoint yet"
+        raise DivergedError(fault.what + kept, where=fault.where, accepted=fault.accepted)
     if not result.best_checkpoints:
         raise GareError("training ended without a checkpoint", where=places.run(config.train.run))
 
@@ -205,8 +216,12 @@ def _cause(error: Exception) -> GareError:
     return GareError(f"training failed: {type(first).__name__}: {lines[-1]}")
 
 
-def train_worker(task: dict[str, Any]) -> None:
-    """One Ray Train worker: builds its learner, restores it, runs its share of the plan."""
+def train_worker(task: dict[str, Any]) -> DivergedError | None:
+    """One Ray Train worker: builds its learner, restores it, runs its share of the plan.
+
+    Returns:
+        What made training diverge, on all workers together; raised, it would have Ray try again in vain.
+    """
     import ray.train
     from ray.train.torch import get_device
 
@@ -232,7 +247,11 @@ def train_worker(task: dict[str, Any]) -> None:
     first = plan.epoch_starts[start_epoch] if start_epoch < len(plan.epoch_starts) else len(ids)
     clips = stream(_loader(places.frames, ids), range(first, len(ids)))
     report = Reporter(config, places, task["handle"], learner, rank, start_epoch)
-    run_loop(learner, plan, start_epoch, rows, clips, get_device(), report.step, report.epoch)
+    try:
+        run_loop(learner, plan, start_epoch, rows, clips, get_device(), report.step, report.epoch)
+    except DivergedError as fault:
+        return fault
+    return None
 
 
 def _loader(store: str, ids: list[list[str]]) -> Callable[[], ClipLoader]:

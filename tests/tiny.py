@@ -65,11 +65,12 @@ def tiny_batch(config: Config, rng: np.random.Generator) -> Batch:
     frame_mask = np.arange(model.max_frames) < num_frames[:, None]
     frames = rng.standard_normal((size, model.max_frames, 3, side, side), dtype=np.float32)
     frames *= frame_mask[:, :, None, None, None]
-    return Batch(*map(torch.from_numpy, (token_ids, token_mask, frames, frame_mask)))
+    video_ids = rng.integers(0, max(size // 2, 1), size)
+    return Batch(*map(torch.from_numpy, (token_ids, token_mask, frames, frame_mask, video_ids)))
 
 
 def share(batch: Batch, rank: int, workers: int) -> Batch:
     """The rows of a global batch that a worker gets."""
     rows = len(batch.frames) // workers
     mine = slice(rank * rows, (rank + 1) * rows)
-    return Batch(batch.token_ids[mine], batch.token_mask[mine], batch.frames[mine], batch.frame_mask[mine])
+    return batch[mine]

@@ -20,8 +20,9 @@ KORNIA_SCALE = 3.0
 def augment(frames: Tensor, config: AugmentConfig, seeds: Sequence[int]) -> Tensor:
     """Changes each clip by its own seed: random crop, mirror, then RandAugment.
 
-    RandAugment draws N operations with replacement, each with magnitude N(m, noise²), as timm does; the
-    operations and their ranges are kornia's.
+    RandAugment draws N operations with replacement, each with magnitude N(m, noise²) on timm's scale; the
+    operations and their ranges are kornia's. All that are drawn are carried out, as in its paper, unless
+    ``probability`` says otherwise.
 
     Args:
         frames: (M, F, H, W, 3) uint8.
@@ -66,6 +67,8 @@ def _steps(config: AugmentConfig, size: torch.Size) -> list[Any]:
     policy = RandAugment(n=1, m=1)
 
     def operation(clip: Tensor) -> Tensor:
+        if config.probability < 1 and float(torch.rand(())) >= config.probability:
+            return clip
         drawn = (config.magnitude + config.noise * float(torch.randn(()))) * KORNIA_SCALE
         policy.m = min(max(drawn, 1e-3), 30 - 1e-3)
         parameters = policy.forward_parameters(torch.Size((1, *clip.shape[1:])))

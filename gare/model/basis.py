@@ -4,9 +4,9 @@ With one attention layer every increment of an owner, the video whose frames or 
 to, lies in the span of a few vectors that depend on the owner alone: Δ_ij = Σ_k w_ijk B_jk. This module makes
 those vectors, and the small matrices that lengths and variances of their combinations need.
 
-Attention weights sum to 1, so everything is written about the mean of the owner's context: frames of a clip are
-much alike and increments differ little between texts, and in float32 those differences would otherwise drown
-in the rounding of what they have in common.
+Attention weights sum to 1, so everything is written about the increment that evenly spread attention gives: the
+frames of a clip are much alike and its increments differ little between texts, and in float32 those differences
+would otherwise drown in the rounding of what they have in common.
 
 O owners, C context positions, H heads, K = H·C attention weights of an owner, L basis vectors, D embedding
 width. L is K + 3, and one more where ψ is asked with the text itself.
@@ -15,7 +15,7 @@ width. L is K + 3, and one more where ψ is asked with the text itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,50 @@ from torch import Tensor
 from torch.nn import functional
 
 from gare.model.increment import Increment
+
+#: ε of every LayerNorm in ψ.
+NORM_EPS = 1e-5
+#: Lengths below this count as this, as in PyTorch's normalize.
+SHORTEST = 1e-12
+
+
+@dataclass(frozen=True)
+class Length:
+    """The squared length of a base vector plus a combination c of others: at_base + cᵀ(gram·c + 2·slope).
+
+    Attributes:
+        gram: (O, K, K) Gram matrix of the others.
+        slope: (O, K) their products with the base.
+        at_base: (O,) squared length of the base, with what is added to all.
+    """
+
+    gram: Tensor
+    slope: Tensor
+    at_base: Tensor
+
+    @classmethod
+    def of(cls, base_OD: Tensor, others_OKD: Tensor) -> Length:
+        """Of vectors as they are."""
+        slope = (others_OKD @ base_OD.unsqueeze(2)).squeeze(2)
+        return cls(_gram(others_OKD), slope, base_OD.square().sum(dim=1).clamp(min=SHORTEST**2))
+
+    @classmethod
+    def deviation(cls, base_OD: Tensor, others_OKD: Tensor) -> Length:
+        """Of centred vectors over √D, and LayerNorm's ε: its square is LayerNorm's variance."""
+        width = base_OD.shape[1]
+        length = cls.of(base_OD, others_OKD)
+        return cls(length.gram / width, length.slope / width, base_OD.square().mean(dim=1) + NORM_EPS)
+
+    def scales(self, weights_OKX: Tensor, least: float = NORM_EPS) -> tuple[Tensor, Tensor]:
+        """1 over the length (O, 1, X) of combinations (O, K, X), and how far it is from that of the base.
+
+        Squared lengths that rounding takes below ``least`` count as that. The difference is computed by itself: of two nearly equal scales little would be left in float32.
+        """
+        spread = torch.baddbmm(2 * self.slope.unsqueeze(2), self.gram, weights_OKX)
+        change = (weights_OKX * spread).sum(dim=1, keepdim=True)
+        base = self.at_base.reshape(-1, 1, 1)
+        scale, at_base = (base + change).clamp(min=least).rsqrt(), base.rsqrt()
+        return scale, -change * (scale * at_base).square() / (scale + at_base)
 
 
 @dataclass(frozen=True)
@@ -37,10 +81,11 @@ class Basis:
         even: (O, K), attention that is spread evenly, 0 at padding.
         own_mean: (O,) mean over D of the owner's embedding.
         own_square: (O,) squared length of the owner's embedding without its mean.
-        attended_gram: (O, K + 1, K + 1) Gram matrix of the centred outputs of the attention, about their mean
-            and the mean itself.
-        hidden_gram: (O, K + 2, K + 2) Gram matrix of the centred inputs of LN3, and of their constant.
-        vectors: (O, L, D) B.
+        attended: what a change of attention makes of LN2's deviation.
+        hidden: what it, and the change of LN2's scale, make of LN3's deviation.
+        aimed: what all of it makes of the distance to v̄ where ψ is asked with the text itself, else None.
+        vectors: (O, L, D) B: along each attention weight, along LN2's scale, along LN3's scale, along the
+            distance to v̄ where there is one, and the increment of even attention.
         gram: (O, L, L) Gram matrix of B.
         heads: H.
     """
@@ -51,22 +96,31 @@ class Basis:
     even: Tensor
     own_mean: Tensor
     own_square: Tensor
-    attended_gram: Tensor
-    hidden_gram: Tensor
+    attended: Length
+    hidden: Length
+    aimed: Length | None
     vectors: Tensor
     gram: Tensor
     heads: int
 
     def __getitem__(self, owners: slice) -> Basis:
-        return Basis(*(tensor[owners] for tensor in self._tensors()), heads=self.heads)
+        return self._of(tensor[owners] for tensor in self._tensors())
 
     def split(self, size: int) -> Iterator[Basis]:
         """Consecutive parts of ``size`` owners, whose gradients are joined once and not added up."""
         parts = zip(*(tensor.split(size) for tensor in self._tensors()), strict=True)
-        return (Basis(*part, heads=self.heads) for part in parts)
+        return (self._of(part) for part in parts)
 
     def _tensors(self) -> list[Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+        own = [self.keys, self.own_logits, self.offset, self.even, self.own_mean, self.own_square]
+        lengths = [self.attended, self.hidden, *([] if self.aimed is None else [self.aimed])]
+        return [*own, self.vectors, self.gram, *(tensor for one in lengths for tensor in vars(one).values())]
+
+    def _of(self, tensors: Iterable[Tensor]) -> Basis:
+        values = list(tensors)
+        lengths = [Length(*values[first : first + 3]) for first in range(8, len(values), 3)]
+        aimed = lengths[2] if len(lengths) == 3 else None
+        return Basis(*values[:6], lengths[0], lengths[1], aimed, *values[6:8], heads=self.heads)
 
 
 @dataclass(frozen=True)
@@ -154,7 +208,7 @@ def build_basis(
         own_OD: the owner's embedding in the query own_sign·own + other_sign·other.
         own_sign: 1, −1, or 0 where the query has no part of the owner.
         other_sign: 1 or −1.
-        goal_OD: v̄ where Δ points from ψ's output towards it; it becomes the last basis vector.
+        goal_OD: v̄ where Δ points from ψ's output towards it.
         keep_OD: dropout of each owner as factors, 0 or 1/(1 − p); None: no dropout.
 
     Source: factorised derivation, points 1 to 4.
@@ -171,18 +225,27 @@ def build_basis(
     # (O, C, 3, H, D) → three of (O, H·C, D).
     keys, attended, residual = mapped[:, :num_positions].permute(2, 0, 3, 1, 4).flatten(2, 3)
     _, mean_attended, mean_residual = mapped[:, num_positions].sum(dim=2).unsqueeze(2).unbind(1)
-    attended = torch.cat([attended, mean_attended + maps.attended_bias], dim=1)
+    mean_attended = mean_attended + maps.attended_bias
+    about_even = Length.deviation(mean_attended.squeeze(1), attended)
+    # U along each attention weight and along LN2's scale, then U of even attention.
+    attended = torch.cat([attended, mean_attended], dim=1)
     residual = torch.cat([residual, mean_residual + maps.residual_bias], dim=1)
     constant = maps.residual_constant
     if keep_OD is not None:
         residual = residual * keep_OD.unsqueeze(1)
         constant = constant * keep_OD
-    constant_OD = (layer.norm2.bias + constant).expand(num_owners, width)
-    hidden = torch.cat([layer.norm2.weight * attended + residual, constant_OD.unsqueeze(1)], dim=1)
-    vectors = [hidden @ maps.to_vectors.T, maps.constant.expand(num_owners, 1, width)]
+    hidden = layer.norm2.weight * attended + residual
+    base_OD = about_even.at_base.rsqrt().unsqueeze(1) * hidden[:, -1] + layer.norm2.bias + constant
+    vectors_OKD = torch.cat([hidden, base_OD.unsqueeze(1)], dim=1) @ maps.to_vectors.T
+    third_O1 = (centred(base_OD).square().mean(dim=1, keepdim=True) + NORM_EPS).rsqrt()
+    even_OD = third_O1 * vectors_OKD[:, -1] + maps.constant
+    aimed = None
     if goal_OD is not None:
-        vectors.append(goal_OD.unsqueeze(1))
-    vectors_OLD = torch.cat(vectors, dim=1)
+        vectors_OKD, distance_OD = -vectors_OKD, goal_OD - even_OD
+        aimed = Length.of(distance_OD, vectors_OKD)
+        vectors_OKD = torch.cat([vectors_OKD, distance_OD.unsqueeze(1)], dim=1)
+        even_OD = aimed.at_base.rsqrt().unsqueeze(1) * distance_OD
+    vectors_OLD = torch.cat([vectors_OKD, even_OD.unsqueeze(1)], dim=1)
     offset_OCH = functional.linear(about_OCD, maps.offset).masked_fill(~real_OC1, -torch.inf)
     return Basis(
         keys=other_sign * keys,
@@ -191,8 +254,9 @@ def build_basis(
         even=even_OC1.squeeze(2).repeat(1, heads),
         own_mean=own_OD.mean(dim=1),
         own_square=centred(own_OD).square().sum(dim=1),
-        attended_gram=_gram(attended),
-        hidden_gram=_gram(centred(hidden)),
+        attended=about_even,
+        hidden=Length.deviation(centred(base_OD), centred(hidden)),
+        aimed=aimed,
         vectors=vectors_OLD,
         gram=_gram(vectors_OLD),
         heads=heads,

@@ -20,12 +20,10 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from gare.model.basis import Basis, centred
+from gare.model.basis import NORM_EPS, SHORTEST, Basis, centred
 from gare.model.features import VideoFeatures
 from gare.model.increment import IncrementRadius
 
-#: ε of every LayerNorm in ψ.
-NORM_EPS = 1e-5
 #: Lengths below this count as this, as in PyTorch's cosine_similarity.
 COSINE_EPS = 1e-8
 
@@ -159,8 +157,14 @@ class PairNumbers:
     pooling: Tensor
 
 
-def combine(basis: Basis, products_OKX: Tensor, gap_dot_OX: Tensor | None, others: Embeddings) -> Tensor:
-    """Coefficients w_ij (O, K + 3, X) of ψ's output in the first K + 3 basis vectors.
+def combine(
+    basis: Basis,
+    products_OKX: Tensor,
+    gap_dot_OX: Tensor | None,
+    others: Embeddings,
+    log_radius_OX: Tensor | None = None,
+) -> Tensor:
+    """Coefficients w_ij (O, L, X) of the increments in their basis.
 
     Args:
         basis: of the owners.
@@ -168,6 +172,7 @@ def combine(basis: Basis, products_OKX: Tensor, gap_dot_OX: Tensor | None, other
         gap_dot_OX: products of the owners' embeddings with the others', or None where the query has no part of
             the owner.
         others: the others' embeddings.
+        log_radius_OX: log R_ij where ψ is asked with the text itself.
 
     Source: factorised derivation, points 1 to 4.
     """
@@ -179,25 +184,32 @@ def combine(basis: Basis, products_OKX: Tensor, gap_dot_OX: Tensor | None, other
     scale_OX = (square_OX / width + NORM_EPS).rsqrt()
     logits_OKX = (products_OKX + basis.own_logits.unsqueeze(2)) * scale_OX.unsqueeze(-2)
     logits_OKX = logits_OKX + basis.offset.unsqueeze(2)
-    attention_OKX = logits_OKX.unflatten(1, (basis.heads, -1)).softmax(dim=2).flatten(1, 2)
-    ones_O1X = torch.ones_like(attention_OKX[:, :1])
-    about = torch.cat([attention_OKX - basis.even.unsqueeze(2), ones_O1X], dim=1)
-    attended_O1X = quadratic(basis.attended_gram, about).unsqueeze(1)
-    hidden = torch.cat([about * (attended_O1X / width + NORM_EPS).rsqrt(), ones_O1X], dim=1)
-    hidden_O1X = quadratic(basis.hidden_gram, hidden).unsqueeze(1)
-    return torch.cat([hidden * (hidden_O1X / width + NORM_EPS).rsqrt(), ones_O1X], dim=1)
+    uneven_OKX = _uneven(logits_OKX, basis)
+    scale_O1X, change_O1X = basis.attended.scales(uneven_OKX)
+    hidden = torch.cat([uneven_OKX * scale_O1X, change_O1X], dim=1)
+    scale_O1X, change_O1X = basis.hidden.scales(hidden)
+    weights = torch.cat([hidden * scale_O1X, change_O1X], dim=1)
+    if basis.aimed is not None and log_radius_OX is not None:
+        # Δ_ij = R_ij·unit(v̄_j − t*_ij), where the weights so far are t*_ij's.
+        scale_O1X, change_O1X = basis.aimed.scales(weights, SHORTEST**2)
+        more_O1X = log_radius_OX.unsqueeze(1).expm1()
+        change_O1X = change_O1X + more_O1X * scale_O1X
+        weights = torch.cat([weights * scale_O1X * (1 + more_O1X), change_O1X], dim=1)
+    return torch.cat([weights, torch.ones_like(change_O1X)], dim=1)
+
+
+def _uneven(logits_OKX: Tensor, basis: Basis) -> Tensor:
+    """Softmax over the positions of each head less even attention; exact also where the two are close."""
+    by_head = logits_OKX.unflatten(1, (basis.heads, -1))
+    even = basis.even.unflatten(1, (basis.heads, -1)).unsqueeze(3)
+    above = (by_head - by_head.detach().amax(dim=2, keepdim=True)).expm1()
+    mean = (even * above).sum(dim=2, keepdim=True)
+    return ((above - mean) * even / (1 + mean)).flatten(1, 2)
 
 
 def quadratic(matrices_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
     """wᵀGw (O, X) of every column, at least zero."""
     return (weights_OKX * (matrices_OKK @ weights_OKX)).sum(dim=1).clamp(min=0)
-
-
-def aim(basis: Basis, weights_OKX: Tensor, radius_OX: Tensor) -> Tensor:
-    """Coefficients (O, K + 4, X) of Δ_ij = R_ij·unit(v̄_j − t*_ij), where ``weights_OKX`` are those of t*_ij."""
-    towards_OLX = torch.cat([-weights_OKX, torch.ones_like(weights_OKX[:, :1])], dim=1)
-    length_OX = _root(quadratic(basis.gram, towards_OLX), 1e-12)
-    return towards_OLX * (radius_OX / length_OX).unsqueeze(1)
 
 
 def pooling_weights(products: Tensor, bias: Tensor, temperature: float) -> Tensor:
@@ -267,9 +279,8 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
         gap_dot = (video.frame_share.unsqueeze(1) @ frame_products).squeeze(1)
         weights = combine(video.basis, key_products, gap_dot, texts)
     else:
-        start = combine(video.basis, key_products, None, texts)
-        radius = rule.radius.of_products(frame_products, video.features.mask)
-        weights = aim(video.basis, start, radius)
+        log_radius = rule.radius.log_of_products(frame_products, video.features.mask)
+        weights = combine(video.basis, key_products, None, texts, log_radius)
     text_delta = (weights * delta_products).sum(dim=1)
     delta_square = quadratic(video.basis.gram, weights)
     by_frames = torch.cat([video.frame_gram, video.cross], dim=1) @ pooling_MFN

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gare.config import ModelConfig
-from gare.errors import ConfigError
+from gare.errors import ConfigError, DataError
 from gare.model.basis import BasisMaps, build_basis
 from gare.model.clip import ClipTowers
 from gare.model.factorized import Embeddings, PreparedText, PreparedVideo, Rule, assemble
@@ -54,7 +54,7 @@ class GARE(nn.Module):
         width = config.clip.embed_dim
         self.towers = ClipTowers(config.clip)
         self.temporal = TemporalTransformer(
-            width, config.temporal_layers, config.temporal_heads, config.clip.max_positions
+            width, config.temporal_layers, config.num_temporal_heads, config.clip.max_positions
         )
         self.temporal.start_from_text_tower(self.towers)
         self.increment = (
@@ -83,11 +83,18 @@ class GARE(nn.Module):
         Args:
             token_ids: (N, W) int64, from ``tokenize``.
             token_mask: (N, W) bool or 0/1, true for real tokens; the last of them is the end marker.
+
+        Raises:
+            DataError: for a caption without a token.
         """
         mask_NW = token_mask.bool()
+        if not mask_NW.any(dim=1).all():
+            raise DataError(
+                f"caption {int((~mask_NW.any(dim=1)).nonzero()[0])} has no token", where="encode_text"
+            )
         end_N = mask_NW.sum(dim=1) - 1
         # Columns beyond the longest caption are padding for all; the causal tower does not look ahead.
-        longest = int(end_N.max()) + 1
+        longest = int(end_N.max()) + 1 if len(end_N) else 1
         hidden = self.towers.encode_tokens(token_ids[:, :longest])
         words = self.towers.project_text(hidden)
         rows_N = torch.arange(len(end_N), device=end_N.device)
@@ -103,8 +110,22 @@ class GARE(nn.Module):
         Args:
             frames: (M, F, 3, H, W) float, CLIP-normalised.
             frame_mask: (M, F) bool or 0/1, true for real frames.
+
+        Raises:
+            DataError: for a clip without a frame, or with more than the model has positions or radii for.
         """
         mask_MF = frame_mask.bool()
+        limit = self.temporal.positions.num_embeddings if self.radius is None else self.config.max_frames
+        if mask_MF.shape[1] > limit:
+            raise DataError(
+                f"clips of {mask_MF.shape[1]} frames",
+                where="encode_video",
+                accepted=f"at most {limit}: model.max_frames and model.clip.max_positions",
+            )
+        if not mask_MF.any(dim=1).all():
+            raise DataError(
+                f"clip {int((~mask_MF.any(dim=1)).nonzero()[0])} has no frame", where="encode_video"
+            )
         real_KD = self.towers.encode_images(frames[mask_MF])
         frames_MFD = real_KD.new_zeros(*mask_MF.shape, real_KD.shape[-1])
         frames_MFD[mask_MF] = real_KD
@@ -262,7 +283,9 @@ class GARE(nn.Module):
             text_NMD = text_NMD + delta_NMD
         else:
             pooled_NMD = pooled_NMD + delta_NMD
-        return Pairs(functional.cosine_similarity(text_NMD, pooled_NMD, dim=-1), delta_NMD)
+        # Rounding alone leaves [−1, 1].
+        scores_NM = functional.cosine_similarity(text_NMD, pooled_NMD, dim=-1).clamp(-1, 1)
+        return Pairs(scores_NM, delta_NMD)
 
     def deltas(
         self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None

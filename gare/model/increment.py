@@ -102,17 +102,17 @@ class IncrementRadius(nn.Module):
     def __init__(self, max_frames: int) -> None:
         super().__init__()
         self.coefficient = nn.Parameter(torch.zeros(max_frames))
-        self.offset = nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, text_ND: Tensor, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
         """Radii (N, M) of texts (N, D) and frame features (M, F, D) with their mask (M, F)."""
         products_MFN = torch.einsum("nd,mfd->mfn", text_ND, frames_MFD)
-        return self.of_products(products_MFN, mask_MF).T
+        return self.log_of_products(products_MFN, mask_MF).exp().T
 
-    def of_products(self, products_MFN: Tensor, mask_MF: Tensor) -> Tensor:
-        """Radii (M, N) from t_i·v_jf."""
+    def log_of_products(self, products_MFN: Tensor, mask_MF: Tensor) -> Tensor:
+        """log R_ij (M, N) from t_i·v_jf."""
         weight_MF = self.coefficient[: mask_MF.shape[1]] * mask_MF
-        return (self.offset + torch.einsum("mfn,mf->mn", products_MFN, weight_MF)).exp()
+        return self.bias + torch.einsum("mfn,mf->mn", products_MFN, weight_MF)
 
 
 def towards(goal_MD: Tensor, start_NMD: Tensor, radius_NM: Tensor) -> Tensor:

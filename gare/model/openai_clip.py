@@ -70,6 +70,8 @@ def openai_clip(clip: Mapping[str, Tensor], where: str, prefix: str) -> dict[str
 def block(prefix: str, rest: str, tensor: Tensor, where: str, name: str) -> dict[str, Tensor]:
     """One tensor of a residual attention block; the stacked q, k, v are taken apart."""
     module, _, kind = rest.rpartition(".")
+    if not tensor.ndim:
+        raise CheckpointError(f"{name} is a single number", where=where)
     if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
         kind = rest.removeprefix("attn.in_proj_")
         parts = zip("qkv", tensor.chunk(3), strict=False)
@@ -99,10 +101,12 @@ def clip_sizes(
         raise CheckpointError(f"{some(missing)} missing: not a CLIP with a vision transformer", where=where)
     conv, positions = clip["visual.conv1.weight"], clip["visual.positional_embedding"]
     text = clip["token_embedding.weight"]
-    if conv.ndim != 4 or any(clip[name].ndim != 2 for name in needed[1:]):
+    matrices = all(clip[name].ndim == 2 for name in needed[1:])
+    side = math.isqrt(max(len(positions) - 1, 0)) if matrices else 0
+    if conv.ndim != 4 or not side or side**2 != len(positions) - 1 or not all(clip[n].numel() for n in needed):
         raise CheckpointError("sizes cannot be read from the shapes", where=where)
     return {
-        "image_size": math.isqrt(max(len(positions) - 1, 0)) * conv.shape[-1],
+        "image_size": side * conv.shape[-1],
         "patch_size": conv.shape[-1],
         "vision_width": conv.shape[0],
         "vision_layers": _count(clip, r"visual\.transformer\.resblocks\.(\d+)\."),

@@ -26,6 +26,7 @@ class TemporalTransformer(nn.Module):
         from transformers import CLIPTextConfig
         from transformers.models.clip.modeling_clip import CLIPEncoder
 
+        self.width, self.heads = width, heads
         self.positions = nn.Embedding(max_positions, width)
         nn.init.normal_(self.positions.weight, std=0.01)
         config = CLIPTextConfig(
@@ -38,20 +39,28 @@ class TemporalTransformer(nn.Module):
         )
         self.blocks: Any = CLIPEncoder(config)
 
-    def start_from_text_tower(self, towers: ClipTowers) -> None:
+    def start_from_text_tower(self, towers: ClipTowers) -> str:
         """Copies CLIP's text positions and first text blocks, where their shapes are ours.
 
-        Source: released code. A tower of another width or with fewer blocks leaves the random start.
+        Source: released code. Blocks beyond the tower's keep their random start, and so does everything where
+        widths or heads differ.
+
+        Returns:
+            What kept its random start and why; empty where nothing did.
         """
         text = towers.clip.text_model
         positions = text.embeddings.position_embedding.weight
-        layers = self.blocks.layers
-        if positions.shape != self.positions.weight.shape or len(text.encoder.layers) < len(layers):
-            return
+        layers, clips = self.blocks.layers, text.encoder.layers
+        if positions.shape != self.positions.weight.shape:
+            return f"all of it: the text tower is {positions.shape[1]} wide, embeddings {self.width}"
         with torch.no_grad():
             self.positions.weight.copy_(positions)
-        for ours, clips in zip(layers, text.encoder.layers, strict=False):
-            ours.load_state_dict(clips.state_dict())
+        heads = text.config.num_attention_heads
+        if layers and heads != self.heads:
+            return f"its blocks: the text tower has {heads} heads, model.temporal_heads is {self.heads}"
+        for ours, clip in zip(layers, clips, strict=False):
+            ours.load_state_dict(clip.state_dict())
+        return f"{len(layers) - len(clips)} blocks that the text tower lacks" if len(layers) > len(clips) else ""
 
     def forward(self, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
         """Frame features (M, F, D) and their mask (M, F) → (M, F, D), zero at padded frames."""

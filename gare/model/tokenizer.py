@@ -37,8 +37,12 @@ def tokenize(captions: Sequence[str], max_words: int = 32) -> tuple[Tensor, Tens
         token_ids (N, W) int64, zero-padded, and token_mask (N, W) bool, true for real tokens.
 
     Raises:
-        DataError: for a caption that is not a string, by its position.
+        DataError: for a caption that is not a string, by its position, or a word limit without room.
     """
+    if isinstance(captions, str):
+        raise DataError("is one text", where="captions", accepted="a list of texts")
+    if max_words < 3:
+        raise DataError(f"is {max_words}", where="max_words", accepted="3 or more, both markers included")
     tokenizer = _tokenizer()
     token_ids = torch.zeros(len(captions), max_words, dtype=torch.int64)
     token_mask = torch.zeros(len(captions), max_words, dtype=torch.bool)

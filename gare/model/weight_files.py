@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -42,10 +43,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # each format has its own exceptions for a damaged file
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"is truncated, damaged, or holds more than tensors: {reason}", where=str(path), accepted=ACCEPTED
-        ) from error
+        raise CheckpointError(_reason(error), where=str(path), accepted=ACCEPTED) from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file; PyTorch's own text advises to load it as code."""
+    text = str(error)
+    if match := re.search(r"(?:GLOBAL |Unsupported class |it names )([\w.]+)", text):
+        return f"holds more than tensors: it names {match[1]}"
+    if "Unsupported operand" in text or "Unsupported class" in text:
+        return "is a pickle that torch.save did not write, which may hold more than tensors"
+    first = text.split("\n")[0]
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in first or not first:
+        return "is truncated, damaged, or no file of tensors"
+    return f"is truncated or damaged: {first}"
 
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from gare.config import ClipConfig, ModelConfig
 from gare.errors import CheckpointError, ConfigError
 from gare.model.gare import GARE
-from gare.model.openai_clip import CLIP_FACTS, HEAD_WIDTH, block, clip_sizes, openai_clip, some
+from gare.model.openai_clip import CLIP_FACTS, block, clip_sizes, openai_clip, some
 from gare.model.weight_files import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def import_released(state_dict: Mapping[str, Tensor], **settings: Any) -> GARE:
         ConfigError: for a setting that is unknown or follows from the shapes.
     """
     where = "released state dict"
-    given = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    given = _named_tensors(state_dict, where)
     clip = {name[5:]: tensor for name, tensor in given.items() if name.startswith("clip.")}
     tensors = {f"towers.clip.{name}": t for name, t in openai_clip(clip, where, "clip.").items()}
     unused = [f"clip.{name}" for name in CLIP_FACTS & clip.keys()]
@@ -76,9 +76,11 @@ def import_released(state_dict: Mapping[str, Tensor], **settings: Any) -> GARE:
             (unused if name.startswith("weight_fc.") else unknown).append(name)
     if unknown:
         raise CheckpointError(f"has tensors of another model: {some(unknown)}", where=where)
-    layers = {name.split(".")[3] for name in tensors if name.startswith("temporal.blocks.layers.")}
+    layers = {int(name.split(".")[3]) for name in tensors if name.startswith("temporal.blocks.layers.")}
+    if not layers:
+        raise CheckpointError("missing: transformerClip.resblocks.*, the temporal transformer", where=where)
     sizes = clip_sizes(clip, where, "clip.")
-    config = _settle(sizes, {"temporal_layers": len(layers)}, settings, where)
+    config = _settle(sizes, {"temporal_layers": max(layers) + 1}, settings, where)
     if not config.increment:
         unused += [name for name in tensors if name.startswith("increment.")]
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("increment.")}
@@ -109,7 +111,7 @@ def import_clip(source: Mapping[str, Tensor] | str | Path, **settings: Any) -> G
 
 
 def _from_openai(state_dict: Mapping[str, Tensor], where: str, settings: Mapping[str, Any]) -> GARE:
-    given = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    given = _named_tensors(state_dict, where)
     if "text_model.final_layer_norm.weight" in given:
         raise CheckpointError(
             "has Hugging Face's names; heads are in its config.json",
@@ -120,12 +122,36 @@ def _from_openai(state_dict: Mapping[str, Tensor], where: str, settings: Mapping
     return _start_from_clip(_settle(clip_sizes(given, where), {}, settings, where), tensors, where)
 
 
+def _named_tensors(state_dict: Any, where: str) -> dict[str, Tensor]:
+    """The tensors of a state dict, without the ``module.`` that a parallel wrapper puts before each name.
+
+    Raises:
+        CheckpointError: for anything that is not a mapping of names to tensors that hold numbers.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(
+            f"is a {type(state_dict).__name__}", where=where, accepted="a mapping of names to tensors"
+        )
+    wrong = [
+        str(name)
+        for name, value in state_dict.items()
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_meta
+    ]
+    if wrong:
+        raise CheckpointError(f"holds no tensor under {some(wrong)}", where=where)
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+
+
 def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
     from transformers import CLIPConfig
 
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     weights = next((file for file in files if file.is_file()), None)
     description = folder / "config.json"
+    if weights is None and (folder / "model.safetensors.index.json").is_file():
+        raise CheckpointError(
+            "its weights are in several files", where=str(folder), accepted="one model.safetensors"
+        )
     if weights is None or not description.is_file():
         raise CheckpointError(
             "is no Hugging Face CLIP folder",
@@ -134,8 +160,9 @@ def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
         )
     try:
         hf = CLIPConfig.from_dict(json.loads(description.read_text("utf-8")))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(description)) from error
+    except Exception as error:  # transformers checks values with exceptions of its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"cannot be read: {reason[-1].strip()}", where=str(description)) from error
     for tower in (hf.text_config, hf.vision_config):
         if (tower.hidden_act, tower.layer_norm_eps) != ("quick_gelu", 1e-5):
             raise CheckpointError(
@@ -167,7 +194,8 @@ def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
 def _start_from_clip(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> GARE:
     model = GARE(config)
     _fill(model, tensors, where, may_miss=("temporal.", "increment.", "radius."))
-    model.temporal.start_from_text_tower(model.towers)
+    if random := model.temporal.start_from_text_tower(model.towers):
+        logger.warning("%s: the temporal transformer does not start from the text blocks: %s", where, random)
     return model.eval()
 
 
@@ -180,7 +208,6 @@ def _settle(
         accepted = ", ".join(sorted(ModelConfig.model_fields.keys() - fixed))
         raise ConfigError(f"{', '.join(wrong)} cannot be set", where=where, accepted=accepted)
     defaults = {
-        "temporal_heads": max(sizes["embed_dim"] // HEAD_WIDTH, 1),
         "max_words": min(32, sizes["max_positions"]),
         "max_frames": min(12, sizes["max_positions"]),
     }
@@ -206,4 +233,7 @@ def _fill(model: GARE, tensors: Mapping[str, Tensor], where: str, *, may_miss: t
         raise CheckpointError(
             "; ".join(faults), where=where, accepted="a whole file of the model that it says it is"
         )
+    broken = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    if broken:
+        raise CheckpointError(f"holds numbers that are not finite: {some(broken)}", where=where)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)

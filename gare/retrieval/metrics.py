@@ -74,6 +74,10 @@ def _summary(ranks: Tensor, direction: str) -> dict[str, float]:
 
 
 def _check(scores: Tensor, video_of_text: Tensor) -> None:
+    if not (isinstance(scores, Tensor) and scores.is_floating_point()):
+        raise DataError("scores are no floating-point tensor", where="retrieval_metrics")
+    if not isinstance(video_of_text, Tensor) or video_of_text.dtype != torch.int64:
+        raise DataError("video_of_text is no int64 tensor", where="retrieval_metrics")
     if scores.ndim != 2 or video_of_text.shape != scores.shape[:1] or not scores.numel():
         raise DataError(
             f"scores {tuple(scores.shape)} and video_of_text {tuple(video_of_text.shape)} do not fit",

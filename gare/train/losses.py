@@ -110,7 +110,8 @@ def divergence(
 def radii(delta_NMD: Tensor, bound: float = 0.5, form: Literal["hard", "smooth"] = "hard") -> Tensor:
     """Trust-region radii L_ε = −mean_i Var_j ‖Δ_ij‖₂ (unbiased), held at the lower bound −λ.
 
-    Hard: max(L_ε, −λ), constant at the bound, so that it gives no gradient there. Smooth:
+    Hard: max(L_ε, −λ), constant at the bound, so that it gives no gradient there; the released code's value
+    there is 0 and not −λ, with the same gradient. Smooth:
     log(exp L_ε + exp(−λ)), the paper's Appendix C.3.
 
     Args:

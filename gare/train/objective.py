@@ -6,7 +6,6 @@ b pairs on this worker, N = R·b pairs over all R workers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -218,19 +217,20 @@ class Objective(nn.Module):
         each again, with the random state that it had, when the gradient at its features is known (GradCache,
         arXiv 2101.06983).
         """
-        size = self.train_config.micro_batch or len(batch.frames)
-        parts = [self._encode_part(batch[rows], len(batch.frames) > size) for rows in slices(len(batch.frames), size)]
-        embeddings, words, frames = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        count = len(batch.frames)
+        size = self.train_config.micro_batch or count
+        if size >= count or not torch.is_grad_enabled():
+            embedding, words, frames = self._towers(batch)
+        else:
+            parts = [
+                checkpoint(self._towers, batch[rows], use_reentrant=False, preserve_rng_state=True)
+                for rows in slices(count, size)
+            ]
+            embedding, words, frames = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return (
-            TextFeatures(embeddings, words, batch.token_mask.bool()),
+            TextFeatures(embedding, words, batch.token_mask.bool()),
             VideoFeatures(frames, batch.frame_mask.bool()),
         )
-
-    def _encode_part(self, part: Batch, again: bool) -> tuple[Tensor, Tensor, Tensor]:
-        if again and torch.is_grad_enabled():
-            features: Any = checkpoint(self._towers, part, use_reentrant=False, preserve_rng_state=True)
-            return tuple(features)  # type: ignore[return-value]
-        return self._towers(part)
 
     def _towers(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
         bf16 = self.train_config.precision == "bf16"

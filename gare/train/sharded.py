@@ -290,7 +290,9 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
     variance = ((scatter / (count - 1)) @ vectors * vectors).sum(dim=1)
     with torch.no_grad():
         magnitude = (mean.square().unsqueeze(1) @ vectors.square()).squeeze(1).sqrt()
-    noise = rounding_noise(magnitude)
+    # Coefficients are of differences, and exact where increments differ: only of equal frames, which leave
+    # rounding times rounding, nothing is known.
+    noise = rounding_noise(magnitude) * torch.finfo(magnitude.dtype).eps
     mean = (mean.unsqueeze(1) @ vectors).squeeze(1)
     return divergence(mean, variance, noise, config.prior_std, config.kl_reduction).sum()
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from gare.config import Config
 from gare.data.batch import Batch
-from gare.errors import GareError
+from gare.errors import DivergedError
 from gare.model.gare import GARE
 from gare.train.gather import gather_names, world_size
 from gare.train.objective import LossTerms, Objective
@@ -68,7 +68,7 @@ def train_step(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) ->
         The loss terms of the global batch, κ, the gradient norm before clipping and the learning-rate factor.
 
     Raises:
-        GareError: for a loss or a gradient that is not finite; the weights are then as before the step.
+        DivergedError: for a loss or a gradient that is not finite; the weights are then as before the step.
     """
     train = learner.config.train
     learner.model.train()
@@ -76,7 +76,13 @@ def train_step(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) ->
     terms = compute_gradients(learner, batch, video_ids)
     norm = clip_gradients(learner.model, train.max_grad_norm)
     if not math.isfinite(norm):
-        raise _not_finite(learner, f"the gradient's norm is {norm:g} though the loss is finite", video_ids)
+        wrong = [
+            name
+            for name, parameter in learner.model.named_parameters()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        where = f", first in {wrong[0]}" if wrong else ""
+        raise _not_finite(learner, f"the gradient is not finite{where}, though the loss is", video_ids)
     learner.optimizer.step()
     learner.model.towers.clamp_logit_scale()
     learner.step += 1
@@ -101,11 +107,11 @@ def compute_gradients(learner: Learner, batch: Batch, video_ids: Sequence[str] =
     return terms
 
 
-def _not_finite(learner: Learner, what: str, video_ids: Sequence[str]) -> GareError:
+def _not_finite(learner: Learner, what: str, video_ids: Sequence[str]) -> DivergedError:
     # The loss is of the global batch, so all workers come here together.
     ids = gather_names(video_ids)
     more = f" and {len(ids) - MAX_IDS_NAMED} more" if len(ids) > MAX_IDS_NAMED else ""
-    return GareError(
+    return DivergedError(
         f"{what}; videos of the batch: {', '.join(ids[:MAX_IDS_NAMED])}{more}" if ids else what,
         where=f"step {learner.step}",
         accepted="a lower train.lr, or look at the batch's videos; the last checkpoint is untouched",

@@ -15,14 +15,14 @@ from tests.golden import GOLDEN, draw_weight, head_inputs
 
 D = 512
 NAMES = {
-    "query": "layers.0.cross_attn.q_proj",
-    "key": "layers.0.cross_attn.k_proj",
-    "value": "layers.0.cross_attn.v_proj",
-    "out": "layers.0.cross_attn.out_proj",
-    "residual": "layers.0.linear1",
-    "norm1": "layers.0.layer_norm1",
-    "norm2": "layers.0.layer_norm2",
-    "norm3": "layers.0.layer_norm3",
+    "layers.0.query": "layers.0.cross_attn.q_proj",
+    "layers.0.key": "layers.0.cross_attn.k_proj",
+    "layers.0.value": "layers.0.cross_attn.v_proj",
+    "layers.0.out": "layers.0.cross_attn.out_proj",
+    "layers.0.residual": "layers.0.linear1",
+    "layers.0.norm1": "layers.0.layer_norm1",
+    "layers.0.norm2": "layers.0.layer_norm2",
+    "layers.0.norm3": "layers.0.layer_norm3",
     "mean": "mean_proj",
 }
 
@@ -31,7 +31,7 @@ def released_increment(seed: int) -> tuple[Increment, dict[str, torch.nn.Paramet
     increment = Increment(D, heads=1, dropout=0.0)
     by_released_name = {}
     for name, parameter in increment.named_parameters():
-        module, kind = name.split(".")
+        module, _, kind = name.rpartition(".")
         released = f"{NAMES[module]}.{kind}"
         by_released_name[released] = parameter
         parameter.data.copy_(draw_weight(f"psi.{released}", tuple(parameter.shape), seed))

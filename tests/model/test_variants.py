@@ -69,7 +69,7 @@ def delta_of_one_pair(model: GARE, text: TextFeatures, video: VideoFeatures, i: 
     if config.query == "gap":
         return attend(config.gap_sign * (mean - t))
     assert model.radius is not None
-    radius = torch.exp(model.radius.offset + (model.radius.coefficient[: len(frames)] * (frames @ t)).sum())
+    radius = torch.exp(model.radius.bias + (model.radius.coefficient[: len(frames)] * (frames @ t)).sum())
     goal = mean - attend(t)
     return radius * goal / goal.norm()
 
@@ -130,7 +130,7 @@ def test_every_parameter_of_a_variant_learns(
     torch.manual_seed(seed)
     config = tiny_config(*overrides)
     model = GARE(config.model)
-    Objective(model, config.loss)(tiny_batch(config, rng)).total.backward()
+    Objective(model, config.loss, config.train)(tiny_batch(config, rng)).objective.backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not missing
 
@@ -155,6 +155,10 @@ def test_words_are_asked_for_where_they_are_needed(seed: int) -> None:
             ("loss.direction_form=orthogonality", "loss.direction_alpha=3"),
             "direction_alpha would change nothing",
         ),
+        (("loss.radii_bound=0",), "radii_bound 0 holds the radii term at 0"),
+        (("model.method=factorized", "model.increment_layers=2"), "no form for increment_layers above 1"),
+        (("train.freeze=towers",), "would keep random weights"),
+        (("augment.magnitude=3",), "magnitude would change nothing: operations is 0"),
     ],
 )
 def test_combinations_without_sense_are_refused(overrides: tuple[str, ...], said: str) -> None:

@@ -204,7 +204,13 @@ def test_released_settings_can_be_given() -> None:
             r"final_layer_norm.bias is \(3,\), not \(512,\)",
         ),
         (lambda d: [d.pop(n) for n in list(d) if "mean_proj" in n], "missing: increment.mean"),
-        (lambda d: d.clear(), "not a CLIP"),
+        (lambda d: d.clear(), "missing: transformerClip"),
+        (
+            lambda d: [d.pop(n) for n in list(d) if n.startswith("transformerClip")],
+            "missing: transformerClip.*the temporal transformer",
+        ),
+        (lambda d: d.update({"clip.ln_final.bias": torch.full((512,), torch.nan)}), "not finite: .*final_layer_norm"),
+        (lambda d: d.update({"clip.ln_final.bias": 3}), "no tensor under clip.ln_final.bias"),
         (
             lambda d: d.update({"clip.visual.layer1.0.conv1.weight": torch.ones(1)}),
             "no CLIP with a vision transf",
@@ -275,8 +281,9 @@ def test_a_new_model_equals_its_import(clip: OpenAIClip) -> None:
     """Settings reach the model, and it scores."""
     model = import_clip(published(clip), max_frames=4, context="words", temporal_layers=1)
     assert model.config == ModelConfig(
-        clip=model.config.clip, max_frames=4, context="words", temporal_layers=1, temporal_heads=1
+        clip=model.config.clip, max_frames=4, context="words", temporal_layers=1
     )
+    assert model.temporal.heads == model.config.clip.embed_dim // 64
     video = model.encode_video(torch.randn(2, 4, 3, 32, 32), torch.ones(2, 4))
     text = model.encode_text(torch.randint(0, 100, (3, 8)), torch.ones(3, 8))
     assert model.score(text, video).shape == (3, 2)

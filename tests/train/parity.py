@@ -17,16 +17,28 @@ from torch import Tensor
 
 import gare.train.objective
 from gare.config import Config
+from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.train.gather import gather, gather_unequal, rank, world_size
+from gare.train.gather import gather, gather_unequal, rank, require_equal_rows, world_size
 from gare.train.step import Learner, build_learner, compute_gradients, train_step
 from gare.train.validation import Validation
 from tests.tiny import share, tiny_batch, tiny_config
 
 WORLDS = (2, 3)
-#: The variant in which the word features are gathered too.
-WORDS = "model.context=words"
+#: What has sums over the workers, or draws, of its own.
+OPTIONS = (
+    "model.context=words",
+    "model.context=words model.method=direct",
+    "model.context=words loss.bottleneck_anchor=text loss.direction_over=sample loss.direction_texts=3",
+    "model.increment_dropout_per=pair",
+    "model.increment_dropout=0.5 loss.direction_over=sample loss.direction_texts=2",
+    "model.corrected_side=video loss.bottleneck_anchor=text loss.kl_normalised=true",
+    "model.query=text loss.radii_bound_form=smooth loss.radii_bound=0.5",
+    "loss.positives=video loss.direction_form=orthogonality",
+    "train.micro_batch=1 model.memory_mb=1",
+    "model.increment=false loss.positives=video",
+)
 STEPS = 2
 
 
@@ -104,6 +116,15 @@ def run(
     return Outcome(terms, gradients, weights, moved, losses, seen)
 
 
+def unequal_shares() -> str:
+    """What this worker is told where each holds one pair more than the one before."""
+    try:
+        require_equal_rows(1 + rank(), torch.device("cpu"))
+    except GareError as error:
+        return str(error)
+    return "nothing"
+
+
 def _learner(seed: int, dtype: torch.dtype, *overrides: str) -> Learner:
     torch.manual_seed(seed)
     model = GARE(config(*overrides).model)
@@ -131,7 +152,7 @@ def _give_strided_features(model: GARE) -> None:
 
 def _transposed(features: Tensor) -> Tensor:
     strided = features.transpose(0, -1).contiguous().transpose(0, -1)
-    assert not strided.is_contiguous()
+    assert len(features) == 1 or not strided.is_contiguous()
     return strided
 
 
@@ -184,7 +205,14 @@ def main() -> None:
         found = {
             "float32": vars(run(seed)),
             "float64": vars(run(seed, torch.float64)),
-            "words": vars(run(seed, torch.float64, gather, WORDS)),
+            "options": {
+                option: {
+                    str(dtype).removeprefix("torch."): vars(run(seed, dtype, gather, *option.split()))
+                    for dtype in (torch.float32, torch.float64)
+                }
+                for option in OPTIONS
+            },
+            "unequal_shares": unequal_shares(),
             "torch": vars(run(seed, gatherer=torch_gather)),
             "shared_gradient": shared_gradient(),
             "validation": {count: validate(seed, count) for count in (2, 7)},

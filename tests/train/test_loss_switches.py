@@ -72,9 +72,10 @@ def test_gradients_equal_finite_differences(term: Callable[[Tensor], Tensor], de
 
 
 SWITCHES = {
-    "loss.bottleneck_weight=0": set(),
-    "loss.radii_weight=0": set(),
-    "loss.direction_weight=0": set(),
+    # A term that is off is not computed.
+    "loss.bottleneck_weight=0": {"bottleneck"},
+    "loss.radii_weight=0": {"radii"},
+    "loss.direction_weight=0": {"direction"},
     "loss.kl_reduction=mean": {"bottleneck"},
     "loss.kl_normalised=true": {"bottleneck"},
     "loss.prior_std=0.1": {"bottleneck"},

@@ -62,7 +62,9 @@ def validated_alone(seed: int, num_videos: int) -> dict[str, float]:
     return parity.validate(seed, num_videos)
 
 
-def relative_differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+def relative_differences(
+    found: dict[str, Tensor], expected: dict[str, Tensor], *, any_may_vanish: bool = False
+) -> dict[str, float]:
     """‖found − expected‖ / ‖expected‖ of each parameter.
 
     Key biases shift all of a softmax's logits alike: their true gradient is zero, what is there is rounding.
@@ -74,7 +76,7 @@ def relative_differences(found: dict[str, Tensor], expected: dict[str, Tensor]) 
     for name, value in expected.items():
         norm = float(value.norm())
         if norm < 1e-6 * whole:
-            assert name.endswith(("k_proj.bias", "key.bias")), f"{name} has no gradient"
+            assert any_may_vanish or name.endswith(("k_proj.bias", "key.bias")), f"{name} has no gradient"
             norm = whole
         differences[name] = float((found[name] - value).norm()) / norm
     return differences
@@ -117,14 +119,42 @@ def test_gradient_of_each_parameter_is_exact(
         assert differences[worst] < 1e-10, f"{worst}: {differences[worst]:g}, seed {session_seed}"
 
 
+@pytest.mark.parametrize("option", parity.OPTIONS)
 @pytest.mark.parametrize("world", parity.WORLDS)
-def test_gradient_through_gathered_words_is_exact(world: int, found: Found, session_seed: int) -> None:
-    """Where ψ attends to words they are gathered too, with their gradient."""
-    alone = parity.run(session_seed, torch.float64, gather, parity.WORDS)
+def test_every_option_is_that_of_one_worker(
+    world: int, option: str, found: Found, session_seed: int
+) -> None:
+    """Each option has sums of its own over the workers, and draws that must not depend on their number.
+
+    Parameter by parameter in float64, part by part in float32.
+    """
+    exact = parity.run(session_seed, torch.float64, gather, *option.split())
+    rough = parity.run(session_seed, torch.float32, gather, *option.split())
     for rank in range(world):
-        differences = relative_differences(found[world, rank]["words"]["gradients"], alone.gradients)
+        outcome = found[world, rank]["options"][option]
+        # Where the radius is learned its gradient is so large that others vanish beside it.
+        differences = relative_differences(
+            outcome["float64"]["gradients"], exact.gradients, any_may_vanish="query=text" in option
+        )
         worst = max(differences, key=lambda name: differences[name])
         assert differences[worst] < 1e-10, f"{worst}: {differences[worst]:g}, seed {session_seed}"
+        for name, value in rough.terms.items():
+            torch.testing.assert_close(outcome["float32"]["terms"][name], value, rtol=1e-5, atol=1e-7, msg=name)
+        for part in PARTS if "increment=false" not in option else PARTS[:-1]:
+            expected = of_part(rough.gradients, part)
+            gradient = of_part(outcome["float32"]["gradients"], part)
+            difference = float((gradient - expected).norm() / expected.norm())
+            assert difference < TOLERANCE, f"{part}: {difference:g}, seed {session_seed}"
+
+
+@pytest.mark.parametrize("world", parity.WORLDS)
+def test_unequal_shares_are_refused(world: int, found: Found) -> None:
+    """A gather of unequal blocks hangs, or mixes rows up; all workers must hear of it."""
+    for rank in range(world):
+        assert found[world, rank]["unequal_shares"] == (
+            f"training step: workers hold from 1 to {world} pairs of one batch (the same number on each worker: "
+            "a train.batch_size that the workers divide)"
+        )
 
 
 @pytest.mark.parametrize("world", parity.WORLDS)
@@ -157,8 +187,8 @@ def test_weights_after_two_steps_are_those_of_one_worker(
 def test_the_test_bites(world: int, found: Found, alone: parity.Outcome) -> None:
     """The comparison above must see what PyTorch's own gather does to gradients that lie transposed."""
     outcome = found[world, 0]["float32"]
-    # Text and video, in and back, for each of the steps and for the gradient by itself.
-    assert outcome["strided"] == [True] * 4 * (1 + parity.STEPS)
+    # Video, in and back, for each of the steps and for the gradient by itself; texts stay where they are.
+    assert outcome["strided"] == [True] * 2 * (1 + parity.STEPS)
     wrong = found[world, 0]["torch"]
     torch.testing.assert_close(wrong["terms"]["loss/total"], alone.terms["loss/total"], rtol=1e-5, atol=0)
     assert max(relative_differences(wrong["gradients"], alone.gradients).values()) > 1e-2

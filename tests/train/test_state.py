@@ -89,7 +89,7 @@ def _without(tensor: str) -> Callable[[Path], None]:
         (_written(CONFIG, b"- a list"), CONFIG),
         (_written(CONFIG, b"name: 2024-99-99"), CONFIG),
         (_written(CONFIG, b"modle: {}"), "modle"),
-        (_without("increment.query.bias"), "increment.query.bias is missing"),
+        (_without("increment.layers.0.query.bias"), "increment.layers.0.query.bias is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(
@@ -114,7 +114,7 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["model.increment=false"], "increment.key.bias is not of this model"),
+        (["model.increment=false"], "increment.layers.0.key.bias is not of this model"),
         (["model.temporal_layers=3"], "temporal.blocks.layers.2.* is missing"),
         (["model.clip.vocab_size=65"], r"is \(64, 32\), the model has \(65, 32\)"),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -39,7 +40,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return tensors
         if _is_torchscript(path):
             return _read_torchscript(path)
-        return _state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said below, once
+            return _state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except CheckpointError:
         raise
     except Exception as error:  # each format has its own exceptions for a damaged file

@@ -33,7 +33,7 @@ from gare.model.gare import GARE
 from gare.model.streaming import MEGABYTE, numbers_of_a_pair
 from gare.train.direction import factorized_direction
 from gare.train.gather import max_over_workers, rank, sum_over_workers, world_size
-from gare.train.losses import bounded, divergence, positive_shares, rounding_noise
+from gare.train.losses import NOISE_ULPS, bounded, divergence, positive_shares, rounding_noise
 
 #: A block has so many pairs that its numbers stay in a processor's cache.
 BLOCK_BYTES = 8 * MEGABYTE
@@ -287,12 +287,17 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
         scatter = sum_over_workers(scatter + count * (apart @ apart.transpose(1, 2)))
         count *= world_size()
         mean, scatter, vectors = whole[sides.own], scatter[sides.own], vectors[sides.own]
-    variance = ((scatter / (count - 1)) @ vectors * vectors).sum(dim=1)
+    covariance = scatter / (count - 1)
+    variance = ((covariance @ vectors) * vectors).sum(dim=1)
     with torch.no_grad():
-        magnitude = (mean.square().unsqueeze(1) @ vectors.square()).squeeze(1).sqrt()
-    # Coefficients are of differences, and exact where increments differ: only of equal frames, which leave
-    # rounding times rounding, nothing is known.
-    noise = rounding_noise(magnitude) * torch.finfo(magnitude.dtype).eps
+        eps, squares = torch.finfo(vectors.dtype).eps, vectors.square()
+        # Coefficients are of differences, and exact where increments differ: only of equal frames, which leave
+        # rounding times rounding, nothing is known.
+        noise = rounding_noise((mean.square().unsqueeze(1) @ squares).squeeze(1).sqrt()) * eps
+        if config.kl_normalised:
+            # Coefficients that make up for each other's changes of length cancel in the sum.
+            diagonal = covariance.diagonal(dim1=1, dim2=2)
+            noise += 2 * NOISE_ULPS * eps * (diagonal.unsqueeze(1) @ squares).squeeze(1)
     mean = (mean.unsqueeze(1) @ vectors).squeeze(1)
     return divergence(mean, variance, noise, config.prior_std, config.kl_reduction).sum()
 

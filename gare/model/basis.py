@@ -74,8 +74,8 @@ class Basis:
     """What owners contribute to the increments of all their pairs.
 
     Attributes:
-        keys: (O, K, D) κ less its mean over positions, which no softmax sees: ⟨x, κ⟩ is the other side's part of
-            an attention logit before its LN1 scale.
+        context: (O, C, D) LN1 of the context less its mean over positions, which no softmax sees: products with
+            what ``turn`` makes of a query are attention logits before the query's LN1 scale.
         own_logits: (O, K), the owner's part of the same.
         offset: (O, K) κ⁰, added to scaled logits; −inf at padding.
         even: (O, K), attention that is spread evenly, 0 at padding.
@@ -90,7 +90,7 @@ class Basis:
         heads: H.
     """
 
-    keys: Tensor
+    context: Tensor
     own_logits: Tensor
     offset: Tensor
     even: Tensor
@@ -112,7 +112,7 @@ class Basis:
         return (self._of(part) for part in parts)
 
     def _tensors(self) -> list[Tensor]:
-        own = [self.keys, self.own_logits, self.offset, self.even, self.own_mean, self.own_square]
+        own = [self.context, self.own_logits, self.offset, self.even, self.own_mean, self.own_square]
         lengths = [self.attended, self.hidden, *([] if self.aimed is None else [self.aimed])]
         return [*own, self.vectors, self.gram, *(tensor for one in lengths for tensor in vars(one).values())]
 
@@ -128,10 +128,12 @@ class BasisMaps:
     """ψ's consecutive linear maps combined, once for all owners of a step.
 
     Attributes:
-        from_context: (3·H·D, D): LN1(c) ↦ κ, P·O and W_1(γ2⊙P·O), each by head.
+        from_context: (2·H·D, D): LN1(c) ↦ P·O and U, each by head; with dropout W_1(γ2⊙P·O) instead of U, which
+            is then put together for each owner.
         offset: (H, D): LN1(c) ↦ κ⁰.
         attended_bias: (D,) of P·O, of all heads together.
-        residual_bias: (D,) of W_1(γ2⊙P·O).
+        inner_bias: (D,) of U, or of W_1(γ2⊙P·O).
+        whole: whether it is U.
         to_vectors: (D, D): U ↦ B.
         constant: (D,) the last basis vector W_μ b3 + b_μ.
         residual_constant: (D,) W_1 b2 + b_1.
@@ -140,41 +142,41 @@ class BasisMaps:
     from_context: Tensor
     offset: Tensor
     attended_bias: Tensor
-    residual_bias: Tensor
+    inner_bias: Tensor
+    whole: bool
     to_vectors: Tensor
     constant: Tensor
     residual_constant: Tensor
 
     @classmethod
-    def of(cls, increment: Increment) -> BasisMaps:
-        """The maps of a ψ with one layer, in its parameters' precision.
+    def of(cls, increment: Increment, *, drops: bool) -> BasisMaps:
+        """The maps of a ψ with one layer, in its parameters' precision, with or without dropout.
 
         Source: factorised derivation, points 1 to 4. P is the centring over D; it commutes into the maps.
         """
         layer, heads = increment.layers[0], increment.heads
         width = layer.out.weight.shape[0]
         d_head = width // heads
-        query_HdD, key_HdD, value_HdD = (
-            linear.weight.unflatten(0, (heads, d_head)) for linear in (layer.query, layer.key, layer.value)
+        key_HdD, value_HdD = (
+            linear.weight.unflatten(0, (heads, d_head)) for linear in (layer.key, layer.value)
         )
-        # κ = P(γ1 ⊙ W_qᵀ k)/√d and κ⁰ = (W_q b1 + b_q)·k/√d with k = W_k LN1(c); b_k shifts all alike.
-        scale = 1 / math.sqrt(d_head)
-        turned_HDd = scale * centred(layer.norm1.weight[:, None] * query_HdD.transpose(1, 2), dim=1)
-        asked_d = functional.linear(layer.norm1.bias, layer.query.weight, layer.query.bias)
-        asked_Hd = scale * asked_d.unflatten(0, (heads, d_head))
+        # κ⁰ = (W_q b1 + b_q)·W_k LN1(c)/√d.
+        asked_D = functional.linear(layer.norm1.bias, layer.query.weight, layer.query.bias) / math.sqrt(d_head)
         # P·O = P(W_o x + b_o) with x = W_v LN1(c) + b_v.
         out_DD = centred(layer.out.weight, dim=0)
         attended_HDD = out_DD.unflatten(1, (heads, d_head)).transpose(0, 1) @ value_HdD
         attended_bias = out_DD @ layer.value.bias + centred(layer.out.bias)
-        residual_DD = layer.residual.weight * layer.norm2.weight
-        # The keys' bias has no effect and so a gradient of zero, not none.
+        inner_DD = layer.residual.weight * layer.norm2.weight
+        if not drops:
+            inner_DD = inner_DD + torch.diag(layer.norm2.weight)
+        # The keys' bias shifts all logits alike: it has a gradient of zero, not none.
         no_effect = 0 * layer.key.bias.sum()
-        maps = (turned_HDd @ key_HdD, attended_HDD, residual_DD @ attended_HDD)
         return cls(
-            torch.cat([weight.flatten(0, 1) for weight in maps]),
-            torch.einsum("hd,hde->he", asked_Hd, key_HdD),
+            torch.cat([attended_HDD.flatten(0, 1), (inner_DD @ attended_HDD).flatten(0, 1)]),
+            torch.einsum("hd,hde->he", asked_D.unflatten(0, (heads, d_head)), key_HdD),
             attended_bias,
-            residual_DD @ attended_bias,
+            inner_DD @ attended_bias,
+            not drops,
             centred(increment.mean.weight * layer.norm3.weight, dim=1),
             functional.linear(layer.norm3.bias, increment.mean.weight, increment.mean.bias) + no_effect,
             functional.linear(layer.norm2.bias, layer.residual.weight, layer.residual.bias),
@@ -186,6 +188,19 @@ def centred(values: Tensor, dim: int = -1) -> Tensor:
     return values - values.mean(dim, keepdim=True)
 
 
+def turn(increment: Increment, query_XD: Tensor) -> Tensor:
+    """W_kᵀ W_q (γ1 ⊙ P x)/√d (H, X, D): its products with LN1 of a context are attention logits.
+
+    Where the context is multiplied by W_qᵀ W_k instead, as in the derivation, each position of each context
+    takes one more product with a D×D matrix.
+    """
+    layer, heads = increment.layers[0], increment.heads
+    asked_XD = functional.linear(centred(query_XD) * layer.norm1.weight, layer.query.weight)
+    asked_HXd = asked_XD.unflatten(1, (heads, -1)).transpose(0, 1) / math.sqrt(query_XD.shape[1] // heads)
+    turned_HXD: Tensor = asked_HXd @ layer.key.weight.unflatten(0, (heads, -1))
+    return turned_HXD
+
+
 def build_basis(
     increment: Increment,
     maps: BasisMaps,
@@ -194,20 +209,18 @@ def build_basis(
     own_OD: Tensor,
     *,
     own_sign: int,
-    other_sign: int,
     goal_OD: Tensor | None = None,
     keep_OD: Tensor | None = None,
 ) -> Basis:
-    """The bases of O owners: four products with a D×D matrix for each context position and head.
+    """The bases of O owners: three products with a D×D matrix for each context position and head.
 
     Args:
         increment: ψ, with one layer.
         maps: its combined maps.
         context_OCD: frames of videos or words of texts, anything at padding.
         mask_OC: bool, true for real positions.
-        own_OD: the owner's embedding in the query own_sign·own + other_sign·other.
-        own_sign: 1, −1, or 0 where the query has no part of the owner.
-        other_sign: 1 or −1.
+        own_OD: the owner's embedding in the query.
+        own_sign: its sign there; 0 where the query has no part of the owner.
         goal_OD: v̄ where Δ points from ψ's output towards it.
         keep_OD: dropout of each owner as factors, 0 or 1/(1 − p); None: no dropout.
 
@@ -221,20 +234,20 @@ def build_basis(
     mean_O1D = (even_OC1 * normed_OCD).sum(dim=1, keepdim=True)
     about_OCD = torch.where(real_OC1, normed_OCD - mean_O1D, 0)
     mapped = functional.linear(torch.cat([about_OCD, mean_O1D], dim=1), maps.from_context)
-    mapped = mapped.unflatten(2, (3, heads, width))
-    # (O, C, 3, H, D) → three of (O, H·C, D).
-    keys, attended, residual = mapped[:, :num_positions].permute(2, 0, 3, 1, 4).flatten(2, 3)
-    _, mean_attended, mean_residual = mapped[:, num_positions].sum(dim=2).unsqueeze(2).unbind(1)
+    mapped = mapped.unflatten(2, (2, heads, width))
+    # (O, C, 2, H, D) → two of (O, H·C, D).
+    attended, hidden = mapped[:, :num_positions].permute(2, 0, 3, 1, 4).flatten(2, 3)
+    mean_attended, mean_hidden = mapped[:, num_positions].sum(dim=2).unsqueeze(2).unbind(1)
     mean_attended = mean_attended + maps.attended_bias
     about_even = Length.deviation(mean_attended.squeeze(1), attended)
     # U along each attention weight and along LN2's scale, then U of even attention.
-    attended = torch.cat([attended, mean_attended], dim=1)
-    residual = torch.cat([residual, mean_residual + maps.residual_bias], dim=1)
+    hidden = torch.cat([hidden, mean_hidden + maps.inner_bias], dim=1)
     constant = maps.residual_constant
     if keep_OD is not None:
-        residual = residual * keep_OD.unsqueeze(1)
+        assert not maps.whole
+        attended = torch.cat([attended, mean_attended], dim=1)
+        hidden = layer.norm2.weight * attended + hidden * keep_OD.unsqueeze(1)
         constant = constant * keep_OD
-    hidden = layer.norm2.weight * attended + residual
     base_OD = about_even.at_base.rsqrt().unsqueeze(1) * hidden[:, -1] + layer.norm2.bias + constant
     vectors_OKD = torch.cat([hidden, base_OD.unsqueeze(1)], dim=1) @ maps.to_vectors.T
     third_O1 = (centred(base_OD).square().mean(dim=1, keepdim=True) + NORM_EPS).rsqrt()
@@ -247,9 +260,10 @@ def build_basis(
         even_OD = aimed.at_base.rsqrt().unsqueeze(1) * distance_OD
     vectors_OLD = torch.cat([vectors_OKD, even_OD.unsqueeze(1)], dim=1)
     offset_OCH = functional.linear(about_OCD, maps.offset).masked_fill(~real_OC1, -torch.inf)
+    own_logits_OHC = torch.einsum("ocd,hod->ohc", about_OCD, turn(increment, own_OD))
     return Basis(
-        keys=other_sign * keys,
-        own_logits=own_sign * torch.einsum("okd,od->ok", keys, own_OD),
+        context=about_OCD,
+        own_logits=own_sign * own_logits_OHC.flatten(1),
         offset=offset_OCH.transpose(1, 2).flatten(1),
         even=even_OC1.squeeze(2).repeat(1, heads),
         own_mean=own_OD.mean(dim=1),

@@ -29,29 +29,93 @@ COSINE_EPS = 1e-8
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """Vectors of the side that owns no basis, with what its queries need of them.
+
+    Attributes:
+        vectors: (X, D).
+        mean: (X,) over D.
+        centred_square: (X,) squared length without the mean.
+        square: (X,) squared length.
+        turned: (H, X, D) what ``turn`` makes of them, with the sign that they have in the query; None where no
+            one asks.
+    """
+
+    vectors: Tensor
+    mean: Tensor
+    centred_square: Tensor
+    square: Tensor
+    turned: Tensor | None
+
+    @classmethod
+    def of(cls, vectors_XD: Tensor, turned_HXD: Tensor | None = None) -> Embeddings:
+        """With their statistics."""
+        return cls(
+            vectors_XD,
+            vectors_XD.mean(dim=1),
+            centred(vectors_XD).square().sum(dim=1),
+            vectors_XD.square().sum(dim=1),
+            turned_HXD,
+        )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: slice) -> Embeddings:
+        turned = None if self.turned is None else self.turned[:, rows]
+        return Embeddings(*(value[rows] for value in self._tensors()), turned)
+
+    def split(self, size: int) -> Iterator[Embeddings]:
+        """Consecutive parts of ``size`` vectors, whose gradients are joined once and not added up."""
+        parts = zip(*(tensor.split(size) for tensor in self._tensors()), strict=True)
+        count = -(-len(self) // size)
+        turned = repeat(None, count) if self.turned is None else self.turned.split(size, dim=1)
+        return (Embeddings(*part, some) for part, some in zip(parts, turned, strict=True))
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.vectors, self.mean, self.centred_square, self.square]
+
+
+@dataclass(frozen=True)
 class PreparedVideo:
     """The part of the score that belongs to videos alone.
 
     Attributes:
         features: frame features, zero at padding.
         mean: (M, D) v̄.
-        frame_gram: (M, F, F) Gram matrix of the frame features.
-        frame_share: (M, F), 1 over the number of real frames, 0 for padding.
-        frame_bias: (M, F), 0 for real frames and −inf for padding.
-        rows: (M, K + F + L, D), what texts are multiplied with: keys, frame features, basis vectors; the frame
-            features alone where videos own no basis.
+        share: (M, F), 1 over the number of real frames, 0 for padding.
+        bias: (M, F), 0 for real frames and −inf for padding.
+        rows: (M, F + L, D), what texts are multiplied with: frame features and basis vectors; the frame features
+            alone where videos own no basis.
+        by_frames: (M, F + L, F), products of the rows with the frame features; None where words are the context.
         basis: of the increments, or None for the baseline and where words are the context.
-        cross: (M, L, F), products of basis vectors with frame features, or None.
+        asking: v̄ as the side that asks, where words are the context, or None.
     """
 
     features: VideoFeatures
     mean: Tensor
-    frame_gram: Tensor
-    frame_share: Tensor
-    frame_bias: Tensor
+    share: Tensor
+    bias: Tensor
     rows: Tensor
+    by_frames: Tensor | None
     basis: Basis | None
-    cross: Tensor | None
+    asking: Embeddings | None
+
+    @classmethod
+    def of(cls, video: VideoFeatures, basis: Basis | None, asking: Embeddings | None = None) -> PreparedVideo:
+        """Videos and, where they own it, their basis, laid out for products with texts."""
+        frames_MFD, mask_MF = video.frames, video.mask
+        bias_MF = torch.zeros_like(frames_MFD[..., 0]).masked_fill(~mask_MF, -torch.inf)
+        share_MF = mask_MF / mask_MF.sum(dim=1, keepdim=True).to(frames_MFD.dtype)
+        rows = frames_MFD
+        if basis is not None:
+            rows = torch.cat([frames_MFD, basis.vectors], dim=1)
+            # Views, so that nothing is held twice.
+            frames_MFD, vectors_MLD = rows.split([frames_MFD.shape[1], basis.vectors.shape[1]], dim=1)
+            basis = replace(basis, vectors=vectors_MLD)
+        by_frames = None if asking is not None else rows @ frames_MFD.transpose(1, 2)
+        features = VideoFeatures(frames_MFD, mask_MF)
+        return cls(features, video.mean, share_MF, bias_MF, rows, by_frames, basis, asking)
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -63,75 +127,14 @@ class PreparedVideo:
 
     def __getitem__(self, videos: slice) -> PreparedVideo:
         return PreparedVideo(
-            self.features[videos],
-            *(tensor[videos] for tensor in self._tensors()),
-            None if self.basis is None else self.basis[videos],
-            None if self.cross is None else self.cross[videos],
+            *(None if value is None else value[videos] for value in vars(self).values())  # type: ignore[arg-type]
         )
 
     def split(self, size: int) -> Iterator[PreparedVideo]:
         """Consecutive parts of ``size`` videos, whose gradients are joined once and not added up."""
         count = -(-len(self) // size)
-        features = zip(self.features.frames.split(size), self.features.mask.split(size), strict=True)
-        tensors = zip(*(tensor.split(size) for tensor in self._tensors()), strict=True)
-        bases = repeat(None, count) if self.basis is None else self.basis.split(size)
-        crosses = repeat(None, count) if self.cross is None else self.cross.split(size)
-        for part, some, basis, cross in zip(features, tensors, bases, crosses, strict=True):
-            yield PreparedVideo(VideoFeatures(*part), *some, basis, cross)
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.mean, self.frame_gram, self.frame_share, self.frame_bias, self.rows]
-
-
-def assemble(video: VideoFeatures, basis: Basis | None) -> PreparedVideo:
-    """Videos and, where they own it, their basis, laid out for products with texts."""
-    frames_MFD = torch.where(video.mask.unsqueeze(-1), video.frames, 0)
-    bias_MF = torch.zeros_like(frames_MFD[..., 0]).masked_fill(~video.mask, -torch.inf)
-    rows, cross = frames_MFD, None
-    if basis is not None:
-        num_keys, num_frames = basis.keys.shape[1], frames_MFD.shape[1]
-        rows = torch.cat([basis.keys, frames_MFD, basis.vectors], dim=1)
-        # Views, so that nothing is held twice.
-        frames_MFD = rows[:, num_keys : num_keys + num_frames]
-        basis = replace(basis, keys=rows[:, :num_keys], vectors=rows[:, num_keys + num_frames :])
-        cross = basis.vectors @ frames_MFD.transpose(1, 2)
-    features = VideoFeatures(frames_MFD, video.mask)
-    share_MF = video.mask / video.mask.sum(dim=1, keepdim=True).to(frames_MFD.dtype)
-    gram = frames_MFD @ frames_MFD.transpose(1, 2)
-    return PreparedVideo(features, features.mean, gram, share_MF, bias_MF, rows, basis, cross)
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Vectors of the side that owns no basis, with what its queries need of them.
-
-    Attributes:
-        vectors: (X, D).
-        mean: (X,) over D.
-        centred_square: (X,) squared length without the mean.
-        square: (X,) squared length.
-    """
-
-    vectors: Tensor
-    mean: Tensor
-    centred_square: Tensor
-    square: Tensor
-
-    @classmethod
-    def of(cls, vectors_XD: Tensor) -> Embeddings:
-        """With their statistics."""
-        return cls(
-            vectors_XD,
-            vectors_XD.mean(dim=1),
-            centred(vectors_XD).square().sum(dim=1),
-            vectors_XD.square().sum(dim=1),
-        )
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def __getitem__(self, rows: slice) -> Embeddings:
-        return Embeddings(*(value[rows] for value in vars(self).values()))
+        parts = (repeat(None, count) if value is None else value.split(size) for value in vars(self).values())
+        return (PreparedVideo(*part) for part in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,6 @@ class PairNumbers:
 
 def combine(
     basis: Basis,
-    products_OKX: Tensor,
     gap_dot_OX: Tensor | None,
     others: Embeddings,
     log_radius_OX: Tensor | None = None,
@@ -168,15 +170,19 @@ def combine(
 
     Args:
         basis: of the owners.
-        products_OKX: ⟨x, κ⟩.
         gap_dot_OX: products of the owners' embeddings with the others', or None where the query has no part of
             the owner.
-        others: the others' embeddings.
+        others: the others' embeddings, turned.
         log_radius_OX: log R_ij where ψ is asked with the text itself.
 
     Source: factorised derivation, points 1 to 4.
     """
     width = others.vectors.shape[1]
+    assert others.turned is not None
+    num_owners, num_positions, _ = basis.context.shape
+    products = basis.context.flatten(0, 1) @ others.turned.flatten(0, 1).T
+    # (O, C, H, X) → (O, H·C, X).
+    products_OKX = products.view(num_owners, num_positions, basis.heads, -1).transpose(1, 2).flatten(1, 2)
     square_OX = others.centred_square
     if gap_dot_OX is not None:
         shared_OX = gap_dot_OX - width * basis.own_mean.unsqueeze(1) * others.mean
@@ -264,28 +270,25 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     """
     num_videos, num_rows, _ = video.rows.shape
     num_frames = video.features.mask.shape[1]
-    num_keys = 0 if video.basis is None else video.basis.keys.shape[1]
+    assert video.by_frames is not None
     products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_rows, -1)
-    key_products, frame_products, delta_products = products.split(
-        [num_keys, num_frames, num_rows - num_keys - num_frames], dim=1
-    )
-    pooling_MFN = pooling_weights(frame_products, video.frame_bias.unsqueeze(2), rule.pool_temperature)
+    frame_products, delta_products = products.split([num_frames, num_rows - num_frames], dim=1)
+    pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
     text_pooled = (pooling_MFN * frame_products).sum(dim=1)
-    if video.basis is None or video.cross is None:
-        pooled_square = quadratic(video.frame_gram, pooling_MFN)
+    pooled = video.by_frames @ pooling_MFN
+    pooled_square = (pooling_MFN * pooled[:, :num_frames]).sum(dim=1).clamp(min=0)
+    if video.basis is None:
         scores = corrected_cosine("text", texts.square, text_pooled, pooled_square, None, None, None)
         return PairNumbers(scores, text_pooled, pooled_square, None, None, None, pooling_MFN)
     if rule.radius is None:
-        gap_dot = (video.frame_share.unsqueeze(1) @ frame_products).squeeze(1)
-        weights = combine(video.basis, key_products, gap_dot, texts)
+        gap_dot = (video.share.unsqueeze(1) @ frame_products).squeeze(1)
+        weights = combine(video.basis, gap_dot, texts)
     else:
         log_radius = rule.radius.log_of_products(frame_products, video.features.mask)
-        weights = combine(video.basis, key_products, None, texts, log_radius)
+        weights = combine(video.basis, None, texts, log_radius)
     text_delta = (weights * delta_products).sum(dim=1)
     delta_square = quadratic(video.basis.gram, weights)
-    by_frames = torch.cat([video.frame_gram, video.cross], dim=1) @ pooling_MFN
-    pooled_square = (pooling_MFN * by_frames[:, :num_frames]).sum(dim=1).clamp(min=0)
-    delta_pooled = (weights * by_frames[:, num_frames:]).sum(dim=1)
+    delta_pooled = (weights * pooled[:, num_frames:]).sum(dim=1)
     scores = corrected_cosine(
         rule.corrected_side, texts.square, text_pooled, pooled_square, text_delta, delta_pooled, delta_square
     )
@@ -321,30 +324,28 @@ class PreparedText:
 
     def split(self, size: int) -> Iterator[PreparedText]:
         """Consecutive parts of ``size`` texts, whose gradients are joined once and not added up."""
-        embeddings = zip(*(tensor.split(size) for tensor in vars(self.embeddings).values()), strict=True)
-        parts = zip(embeddings, self.basis.split(size), self.products.split(size), strict=True)
-        return (PreparedText(Embeddings(*some), basis, products) for some, basis, products in parts)
+        parts = zip(*(value.split(size) for value in vars(self).values()), strict=True)
+        return (PreparedText(*part) for part in parts)
 
 
 def text_pairs(rule: Rule, text: PreparedText, video: PreparedVideo) -> PairNumbers:
-    """Pairs of N texts that own the basis with M videos: numbers (N, M), memory 2·N·M·D.
+    """Pairs of N texts that own the basis with M videos: numbers (N, M), memory N·M·D.
 
     Source: factorised derivation, point 7.
     """
     basis, texts = text.basis, text.embeddings
     num_videos, num_frames, _ = video.rows.shape
-    means = Embeddings.of(video.mean)
-    products = (basis.keys.flatten(0, 1) @ means.vectors.T).view(len(texts.mean), -1, num_videos)
-    weights = combine(basis, products, texts.vectors @ means.vectors.T, means)
+    assert video.asking is not None
+    weights = combine(basis, texts.vectors @ video.mean.T, video.asking)
     text_delta = (weights * text.products.unsqueeze(2)).sum(dim=1)
     delta_square = quadratic(basis.gram, weights)
     frame_products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_frames, -1)
-    pooling_MFN = pooling_weights(frame_products, video.frame_bias.unsqueeze(2), rule.pool_temperature)
+    pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
     text_pooled = (pooling_MFN * frame_products).sum(dim=1).T
-    pooled_square = quadratic(video.frame_gram, pooling_MFN).T
-    delta_NMD = weights.transpose(1, 2) @ basis.vectors
     pooled_MND = pooling_MFN.transpose(1, 2) @ video.features.frames
-    delta_pooled = (delta_NMD * pooled_MND.transpose(0, 1)).sum(dim=2)
+    pooled_square = torch.linalg.vector_norm(pooled_MND, dim=2).square().T
+    # ⟨Δ_ij, p_ij⟩ from p_ij and the basis: the increment itself would be one more vector a pair.
+    delta_pooled = (weights * (basis.vectors @ pooled_MND.permute(1, 2, 0))).sum(dim=1)
     scores = corrected_cosine(
         rule.corrected_side,
         texts.square.unsqueeze(1),

@@ -5,6 +5,7 @@ N texts, M videos, F frames, W words, D embedding width. Nothing here is normali
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,6 +56,10 @@ class VideoFeatures:
 
     def __getitem__(self, rows: slice | Tensor) -> VideoFeatures:
         return VideoFeatures(self.frames[rows], self.mask[rows])
+
+    def split(self, size: int) -> Iterator[VideoFeatures]:
+        """Consecutive parts of ``size`` clips, whose gradients are joined once and not added up."""
+        return (VideoFeatures(*part) for part in zip(self.frames.split(size), self.mask.split(size), strict=True))
 
     @property
     def mean(self) -> Tensor:

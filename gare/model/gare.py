@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from gare.config import ModelConfig
 from gare.errors import ConfigError, DataError
-from gare.model.basis import BasisMaps, build_basis
+from gare.model.basis import BasisMaps, build_basis, turn
 from gare.model.clip import ClipTowers
-from gare.model.factorized import Embeddings, PreparedText, PreparedVideo, Rule, assemble
+from gare.model.factorized import Embeddings, PreparedText, PreparedVideo, Rule
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.increment import Increment, IncrementRadius, towards
 from gare.model.streaming import stream_direct, stream_factorized
@@ -204,6 +204,12 @@ class GARE(nn.Module):
         """How numbers of a pair become its score."""
         return Rule(self.config.corrected_side, self.config.pool_temperature, self.radius)
 
+    @property
+    def drops(self) -> bool:
+        """Whether ψ's contexts have dropout now."""
+        by_context = self.config.increment_dropout_per == "context"
+        return self.increment is not None and self.training and self.config.increment_dropout > 0 and by_context
+
     def draw_dropout(self, owners: int, generator: torch.Generator | None = None) -> Tensor | None:
         """Dropout of ψ for each owner of a context, (owners, D) factors 0 or 1/(1 − p); None where there is none.
 
@@ -211,23 +217,39 @@ class GARE(nn.Module):
             owners: videos where frames are the context, texts where words are.
             generator: to draw from, on the CPU, so that a seed means the same on any device.
         """
-        drop = self.config.increment_dropout
-        if not (self.increment and self.training and drop and self.config.increment_dropout_per == "context"):
+        if not self.drops or self.increment is None:
             return None
+        drop = self.config.increment_dropout
         draws = torch.rand(owners, self.config.clip.embed_dim, generator=generator)
         weight = self.increment.mean.weight
         return ((draws >= drop).to(weight.dtype) / (1 - drop)).to(weight.device)
 
     def basis_maps(self) -> BasisMaps | None:
         """ψ's linear maps combined, to be made once for a step or a stream of blocks."""
-        return None if self.increment is None else BasisMaps.of(self.increment)
+        return None if self.increment is None else BasisMaps.of(self.increment, drops=self.drops)
+
+    def asking(self, embedding_XD: Tensor) -> Embeddings:
+        """Embeddings of the side that does not own the basis, as ψ is asked with them."""
+        if self.increment is None:
+            return Embeddings.of(embedding_XD)
+        sign = 1 if self.radius is not None else self.config.gap_sign
+        if self.radius is None and self.context_of == "video":
+            sign = -sign  # the query is η(v̄ − t), and texts ask
+        return Embeddings.of(embedding_XD, sign * turn(self.increment, embedding_XD))
 
     def with_basis(self, video: VideoFeatures, maps: BasisMaps | None, keep_MD: Tensor | None) -> PreparedVideo:
-        """Videos with the basis that their frames make, where frames are the context."""
-        if self.increment is None or maps is None or self.context_of != "video":
-            return assemble(video, None)
+        """Videos with the basis that their frames make, where frames are the context.
+
+        Args:
+            video: frame features, zero at padding.
+            maps: from ``basis_maps``.
+            keep_MD: dropout of each video, or None.
+        """
+        if self.increment is None or maps is None:
+            return PreparedVideo.of(video, None)
+        if self.context_of == "text":
+            return PreparedVideo.of(video, None, self.asking(video.mean))
         asks_text = self.radius is not None
-        video = VideoFeatures(torch.where(video.mask.unsqueeze(-1), video.frames, 0), video.mask)
         basis = build_basis(
             self.increment,
             maps,
@@ -235,11 +257,10 @@ class GARE(nn.Module):
             video.mask,
             video.mean,
             own_sign=0 if asks_text else self.config.gap_sign,
-            other_sign=1 if asks_text else -self.config.gap_sign,
             goal_OD=video.mean if asks_text else None,
             keep_OD=keep_MD,
         )
-        return assemble(video, basis)
+        return PreparedVideo.of(video, basis)
 
     def prepare_text(self, text: TextFeatures, maps: BasisMaps, keep_ND: Tensor | None) -> PreparedText:
         """Texts with the basis that their words make, where words are the context.
@@ -255,7 +276,6 @@ class GARE(nn.Module):
             text.mask,
             text.embedding,
             own_sign=-self.config.gap_sign,
-            other_sign=self.config.gap_sign,
             keep_OD=keep_ND,
         )
         products_NL = (basis.vectors @ text.embedding.unsqueeze(2)).squeeze(2)

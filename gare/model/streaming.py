@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gare.model.factorized import Embeddings, PreparedVideo, assemble, text_pairs, video_pairs
+from gare.model.factorized import PreparedVideo, text_pairs, video_pairs
 from gare.model.features import TextFeatures, VideoFeatures
 
 if TYPE_CHECKING:
     from gare.model.gare import GARE
 
 MEGABYTE = 10**6
-#: Bytes of a block's numbers: small enough for them to stay in a processor's cache.
-CACHED_BYTES = 4 * MEGABYTE
+#: Bytes of a block of pairs: large enough for products to be efficient, small enough for a processor's cache.
+CACHED_BYTES = 32 * MEGABYTE
 #: Texts of a block, so that products with the rows of a few videos are large enough to be efficient.
 TEXTS_PER_BLOCK = 1024
 
@@ -50,8 +50,8 @@ class Sizes:
 def numbers_of_a_pair(model: GARE, num_frames: int, num_words: int) -> int:
     """How many numbers the factorised form holds of a pair: products, attention and its forms."""
     positions = {"video": num_frames, "text": num_words, "none": 0}[model.context_of]
-    wide = 4 * model.config.clip.embed_dim if model.context_of == "text" else 0
-    return 12 * positions * model.config.increment_heads + 10 * num_frames + 16 + wide
+    wide = model.config.clip.embed_dim if model.context_of == "text" else 0
+    return 6 * positions * model.config.increment_heads + 8 * num_frames + 16 + wide
 
 
 def block_sizes(model: GARE, num_frames: int, num_words: int, itemsize: int) -> Sizes:
@@ -67,9 +67,15 @@ def block_sizes(model: GARE, num_frames: int, num_words: int, itemsize: int) -> 
     owners = budget // 4 // owner_bytes
     if model.context_of == "text":
         texts = min(64, max(1, math.isqrt(pairs)))
-        return Sizes(max(owners, 1), texts, max(pairs // texts, 1))
+        # Whole blocks of them, so that none is left with a few texts.
+        return Sizes(max(owners // texts, 1) * texts, texts, _even(pairs // texts))
     texts = max(min(TEXTS_PER_BLOCK, pairs), 1)
     return Sizes(max(owners, 1), texts, max(pairs // texts, 1))
+
+
+def _even(count: int) -> int:
+    """A number of rows that vector units divide."""
+    return count // 16 * 16 or max(count, 1)
 
 
 def stream_factorized(model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo) -> Tensor:
@@ -101,7 +107,7 @@ Blocks = Iterator[tuple[slice, slice, Tensor]]
 def _by_videos(
     model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo, sizes: Sizes, dtype: torch.dtype
 ) -> Blocks:
-    texts = Embeddings.of(text.embedding)
+    texts = model.asking(text.embedding)
     maps = None if isinstance(video, PreparedVideo) else model.basis_maps()
     keep = model.draw_dropout(0 if isinstance(video, PreparedVideo) else len(video.mask))
     for owners in slices(len(video), sizes.owners):
@@ -123,6 +129,11 @@ def _by_texts(
     maps = model.basis_maps()
     assert maps is not None
     keep = model.draw_dropout(len(text.embedding))
+    width = model.config.clip.embed_dim
+    if isinstance(video, VideoFeatures) and video.frames.dtype == dtype:
+        # Two vectors a video, beside views of its frames: made once where they fit.
+        if 2 * width * dtype.itemsize * len(video) <= model.config.memory_mb * MEGABYTE / 4:
+            video = model.with_basis(video, maps, None)
     for owners in slices(len(text.embedding), sizes.owners):
         some_text = text[owners]
         if some_text.words is not None:
@@ -131,7 +142,7 @@ def _by_texts(
         for columns in slices(len(video), sizes.videos):
             some = video[columns]
             if isinstance(some, VideoFeatures):
-                some = assemble(VideoFeatures(some.frames.to(dtype), some.mask), None)
+                some = model.with_basis(VideoFeatures(some.frames.to(dtype), some.mask), maps, None)
             for rows in slices(len(some_text.embedding), sizes.texts):
                 scores = text_pairs(model.rule, prepared[rows], some).scores
                 yield slice(owners.start + rows.start, owners.start + rows.stop), columns, scores

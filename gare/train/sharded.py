@@ -25,7 +25,6 @@ from gare.model.factorized import (
     PreparedText,
     PreparedVideo,
     Rule,
-    assemble,
     pair_numbers,
 )
 from gare.model.features import TextFeatures, VideoFeatures
@@ -178,9 +177,9 @@ def _sides(
     positions = (video.mask.shape[1], text.mask.shape[1])
     if model.context_of == "text" and maps is not None:
         texts = model.prepare_text(text, maps, None if keep is None else keep[own])
-        return Sides("text", texts, assemble(video, None), own, positions)
+        return Sides("text", texts, model.with_basis(video, maps, None), own, positions)
     owners = model.with_basis(video, maps, keep)
-    return Sides(model.context_of, owners, Embeddings.of(text.embedding), own, positions)
+    return Sides(model.context_of, owners, model.asking(text.embedding), own, positions)
 
 
 def _blocks(model: GARE, sides: Sides, wanted: Wanted, reference: Tensor | None) -> Iterator[Block]:

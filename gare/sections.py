@@ -29,7 +29,6 @@ class Section(BaseModel):
             raise ValueError(f"got {value!r}; true and false are no value of this key")
         return value
 
-
     def changed(self, *keys: str) -> list[str]:
         """Those of the keys that are not at their default."""
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
@@ -122,7 +121,9 @@ class ModelConfig(Section):
     max_frames: Count = Field(12, description="F: frames of a clip")
     temporal_layers: int = Field(4, ge=0, description="blocks of the temporal transformer")
     temporal_heads: int = Field(
-        0, ge=0, description="attention heads of the temporal transformer; 0: 64 of embed_dim's numbers a head"
+        0,
+        ge=0,
+        description="attention heads of the temporal transformer; 0: 64 of embed_dim's numbers a head",
     )
     pool_temperature: Positive = Field(3.0, description="τ_pool of the text-conditioned pooling")
     increment: bool = Field(True, description="learn Δ_ij; off is the baseline of the paper's Table 3")
@@ -151,7 +152,8 @@ class ModelConfig(Section):
         "form",
     )
     memory_mb: Annotated[float, Field(ge=1)] = Field(
-        256.0, description="MB that scores and losses may take beyond inputs and results before they go by blocks"
+        256.0,
+        description="MB that scores and losses may take beyond inputs and results before they go by blocks",
     )
 
     @model_validator(mode="after")
@@ -160,7 +162,9 @@ class ModelConfig(Section):
         if changed and not self.increment:
             raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
         if self.method == "factorized" and self.increment_layers > 1:
-            raise ValueError("method factorized has no form for increment_layers above 1: take auto or direct")
+            raise ValueError(
+                "method factorized has no form for increment_layers above 1: take auto or direct"
+            )
         if self.query == "text" and self.gap_sign != 1:
             raise ValueError("gap_sign -1 would change nothing: query text does not ask with the gap")
         if self.query == "text" and self.context == "words":
@@ -168,6 +172,10 @@ class ModelConfig(Section):
                 "query text with context words would not look at the frames: t*_ij would not depend on j"
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a model this model: not how it is computed."""
+        return self.model_dump(mode="json", exclude={"method", "memory_mb"})
 
     def baseline(self) -> ModelConfig:
         """The same model without increment, and without the switches that only shape it."""
@@ -186,7 +194,10 @@ class ModelConfig(Section):
                 f"max_frames {self.max_frames} exceeds clip.max_positions {self.clip.max_positions}, "
                 "the number of frame positions"
             )
-        for key, heads in (("temporal_heads", self.num_temporal_heads), ("increment_heads", self.increment_heads)):
+        for key, heads in (
+            ("temporal_heads", self.num_temporal_heads),
+            ("increment_heads", self.increment_heads),
+        ):
             if self.clip.embed_dim % heads:
                 raise ValueError(f"clip.embed_dim {self.clip.embed_dim} is not a multiple of {key} {heads}")
         return self
@@ -248,7 +259,9 @@ class LossConfig(Section):
     def _every_key_has_an_effect(self) -> LossConfig:
         # A weight of 0 beside a term's own keys is no fault: that is how one term of a configuration is ablated.
         if self.radii_weight and self.radii_bound_form == "hard" and not self.radii_bound:
-            raise ValueError("radii_bound 0 holds the radii term at 0, where it does nothing: set radii_weight=0")
+            raise ValueError(
+                "radii_bound 0 holds the radii term at 0, where it does nothing: set radii_weight=0"
+            )
         if self.direction_form == "orthogonality" and self.changed("direction_alpha"):
             raise ValueError("direction_alpha would change nothing: direction_form orthogonality has no α")
         return self
@@ -266,6 +279,14 @@ class TrainConfig(Section):
         ge=0,
         description="pairs of a worker that go through the towers at once, encoded again in the backward "
         "(GradCache); 0: all, without encoding twice",
+    )
+    diagnostics_every: int = Field(
+        50, ge=0, description="steps between measures of tension, increments and modality gap; 0: never"
+    )
+    diagnostics_texts: Count = Field(16, description="texts of a worker that such measures look at")
+    trust_region_radius: NonNegative = Field(
+        0.0,
+        description="ε of the analytic trust-region step, measured along with them on a few pairs; 0: not at all",
     )
     unique_videos: bool = Field(False, description="no video twice in a global batch")
     captions_per_video: int = Field(
@@ -339,7 +360,6 @@ class EvaluateConfig(Section):
 
     split: Literal["train", "val", "test"] = Field("test", description="which split to score")
     checkpoint: str = Field("", description="checkpoint folder; empty: the best on val of train.run")
-    block: Count = Field(256, description="texts and videos scored at once")
     num_examples: Count = Field(6, description="queries in the retrieval picture")
 
 

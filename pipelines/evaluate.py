@@ -100,7 +100,7 @@ def _load(config: Config, checkpoint: str) -> GARE:
             accepted="run pipelines/train.py first, or evaluate.checkpoint",
         )
     trained = read_config(checkpoint).model
-    differing = differences(trained.model_dump(mode="json"), config.model.model_dump(mode="json"), "model")
+    differing = differences(trained.identity(), config.model.identity(), "model")
     if differing:
         raise CheckpointError(
             f"is of another model: {'; '.join(differing[:8])}",
@@ -184,12 +184,12 @@ def _score(
     from gare.retrieval.examples import choose_examples
     from gare.retrieval.metrics import retrieval_metrics
     from gare.retrieval.pictures import retrieval_picture
-    from gare.retrieval.scoring import score_blocks
+    from gare.retrieval.scoring import score_split
 
     tensors = {name: torch.from_numpy(array) for name, array in features.items()}
     text = TextFeatures(tensors["text/embedding"], tensors.get("text/words"), tensors["text/mask"])
     video = VideoFeatures(tensors["video/frames"], tensors["video/mask"])
-    scores = score_blocks(model, text, video, config.evaluate.block)
+    scores = score_split(model, text, video)
     owners = torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
     texts = [caption for row in rows for caption in row.captions]
     examples = choose_examples(scores, owners, texts, rows, FrameReader(store), config.evaluate.num_examples)

@@ -34,7 +34,8 @@ LOG_EVERY = 10
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: What matters of data and extract is in the fingerprints.
 FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "extract"}
-FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures"}
+FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
+FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius"}
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def _plan(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
 def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     """What makes a run this run."""
     settings = config.model_dump(mode="json", exclude=FREE_SECTIONS)
+    settings["model"] = config.model.identity()
     settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
     return {
         "settings": settings,

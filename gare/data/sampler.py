@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,13 @@ from gare.errors import DataError
 
 
 def epoch_batches(
-    num_captions: Sequence[int], *, batch_size: int, seed: int, epoch: int, captions_per_video: int = 0
+    num_captions: Sequence[int],
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    captions_per_video: int = 0,
+    unique_videos: bool = False,
 ) -> np.ndarray:
     """Global batches of one epoch.
 
@@ -24,6 +31,7 @@ def epoch_batches(
         seed: of the run.
         epoch: 0 for the first.
         captions_per_video: so many captions of each video, drawn anew each epoch; 0: all of them.
+        unique_videos: no video twice in a batch; a pair that would be waits for the next one.
 
     Returns:
         (steps, batch_size, 2) int64: video and caption of each pair.
@@ -39,11 +47,42 @@ def epoch_batches(
             chosen = rng.choice(count, captions_per_video, replace=False)
         pairs += [(video, caption) for caption in chosen]
     num_steps = len(pairs) // batch_size
+    if unique_videos and batch_size > len(num_captions):
+        raise DataError(
+            f"{len(num_captions)} videos do not fill a batch of {batch_size} without repeating one",
+            where="train split",
+            accepted=f"train.batch_size of at most {len(num_captions)}, or train.unique_videos=false",
+        )
     if num_steps == 0:
         raise DataError(
             f"{len(pairs)} text-video pairs do not fill a batch of {batch_size}",
             where="train split",
             accepted=f"train.batch_size of at most {len(pairs)}, or more videos",
         )
-    order = rng.permutation(len(pairs))[: num_steps * batch_size]
-    return np.array(pairs, dtype=np.int64)[order].reshape(num_steps, batch_size, 2)
+    shuffled = np.array(pairs, dtype=np.int64)[rng.permutation(len(pairs))]
+    if unique_videos:
+        return _without_repeats(shuffled, batch_size)
+    return shuffled[: num_steps * batch_size].reshape(num_steps, batch_size, 2)
+
+
+def _without_repeats(pairs: np.ndarray, batch_size: int) -> np.ndarray:
+    """Batches filled in the order of the pairs; one whose video is in the batch already waits for the next.
+
+    A last batch that cannot be filled is left out, as ever.
+    """
+    batches: list[list[np.ndarray]] = []
+    waiting: deque[np.ndarray] = deque()
+    coming = iter(pairs)
+    while True:
+        batch, seen, again = [], set(), deque[np.ndarray]()
+        while len(batch) < batch_size:
+            pair = waiting.popleft() if waiting else next(coming, None)
+            if pair is None:
+                return np.array(batches, dtype=np.int64).reshape(-1, batch_size, 2)
+            if int(pair[0]) in seen:
+                again.append(pair)
+            else:
+                seen.add(int(pair[0]))
+                batch.append(pair)
+        batches.append(batch)
+        waiting = again + waiting

@@ -103,7 +103,7 @@ class Basis:
     gram: Tensor
     heads: int
 
-    def __getitem__(self, owners: slice) -> Basis:
+    def __getitem__(self, owners: slice | Tensor) -> Basis:
         return self._of(tensor[owners] for tensor in self._tensors())
 
     def split(self, size: int) -> Iterator[Basis]:
@@ -161,7 +161,9 @@ class BasisMaps:
             linear.weight.unflatten(0, (heads, d_head)) for linear in (layer.key, layer.value)
         )
         # κ⁰ = (W_q b1 + b_q)·W_k LN1(c)/√d.
-        asked_D = functional.linear(layer.norm1.bias, layer.query.weight, layer.query.bias) / math.sqrt(d_head)
+        asked_D = functional.linear(layer.norm1.bias, layer.query.weight, layer.query.bias) / math.sqrt(
+            d_head
+        )
         # P·O = P(W_o x + b_o) with x = W_v LN1(c) + b_v.
         out_DD = centred(layer.out.weight, dim=0)
         attended_HDD = out_DD.unflatten(1, (heads, d_head)).transpose(0, 1) @ value_HdD

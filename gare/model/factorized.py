@@ -61,7 +61,7 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def __getitem__(self, rows: slice) -> Embeddings:
+    def __getitem__(self, rows: slice | Tensor) -> Embeddings:
         turned = None if self.turned is None else self.turned[:, rows]
         return Embeddings(*(value[rows] for value in self._tensors()), turned)
 
@@ -125,7 +125,7 @@ class PreparedVideo:
         """Bytes of a number."""
         return self.rows.element_size()
 
-    def __getitem__(self, videos: slice) -> PreparedVideo:
+    def __getitem__(self, videos: slice | Tensor) -> PreparedVideo:
         return PreparedVideo(
             *(None if value is None else value[videos] for value in vars(self).values())  # type: ignore[arg-type]
         )
@@ -147,6 +147,7 @@ class PairNumbers:
         pooled_square: ‖p_ij‖².
         norms: ‖Δ_ij‖, or None for the baseline.
         text_delta: ⟨t_i, Δ_ij⟩, or None for the baseline.
+        delta_pooled: ⟨Δ_ij, p_ij⟩, or None for the baseline.
         weights: (O, L, X) w_ij, or None for the baseline.
         pooling: (O, F, X) or, where texts are the owners, (X, F, O): the weights of the pooling.
     """
@@ -156,6 +157,7 @@ class PairNumbers:
     pooled_square: Tensor
     norms: Tensor | None
     text_delta: Tensor | None
+    delta_pooled: Tensor | None
     weights: Tensor | None
     pooling: Tensor
 
@@ -238,12 +240,10 @@ def corrected_cosine(
 ) -> Tensor:
     """cos(t + Δ, p), or cos(t, p + Δ) where the side is video, from lengths and products; within [−1, 1]."""
     if text_delta is not None and delta_pooled is not None and delta_square is not None:
-        if side == "text":
-            text_square = text_square + 2 * text_delta + delta_square
-            text_pooled = text_pooled + delta_pooled
-        else:
-            pooled_square = pooled_square + 2 * delta_pooled + delta_square
-            text_pooled = text_pooled + text_delta
+        text_square, pooled_square = corrected_square(
+            side, text_square, pooled_square, text_delta, delta_pooled, delta_square
+        )
+        text_pooled = text_pooled + (delta_pooled if side == "text" else text_delta)
     lengths = _root(text_square, COSINE_EPS) * _root(pooled_square, COSINE_EPS)
     return (text_pooled / lengths).clamp(-1, 1)
 
@@ -263,6 +263,20 @@ class Rule:
     radius: IncrementRadius | None
 
 
+def corrected_square(
+    side: str,
+    text_square: Tensor,
+    pooled_square: Tensor,
+    text_delta: Tensor,
+    delta_pooled: Tensor,
+    delta_square: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """‖t + Δ‖² and ‖p‖², or ‖t‖² and ‖p + Δ‖² where the side is video."""
+    if side == "text":
+        return text_square + 2 * text_delta + delta_square, pooled_square
+    return text_square, pooled_square + 2 * delta_pooled + delta_square
+
+
 def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumbers:
     """Pairs of M videos that own the basis, or of the baseline, with N texts: numbers (M, N).
 
@@ -279,7 +293,7 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     pooled_square = (pooling_MFN * pooled[:, :num_frames]).sum(dim=1).clamp(min=0)
     if video.basis is None:
         scores = corrected_cosine("text", texts.square, text_pooled, pooled_square, None, None, None)
-        return PairNumbers(scores, text_pooled, pooled_square, None, None, None, pooling_MFN)
+        return PairNumbers(scores, text_pooled, pooled_square, None, None, None, None, pooling_MFN)
     if rule.radius is None:
         gap_dot = (video.share.unsqueeze(1) @ frame_products).squeeze(1)
         weights = combine(video.basis, gap_dot, texts)
@@ -292,8 +306,9 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     scores = corrected_cosine(
         rule.corrected_side, texts.square, text_pooled, pooled_square, text_delta, delta_pooled, delta_square
     )
+    norms = _length(delta_square)
     return PairNumbers(
-        scores, text_pooled, pooled_square, _length(delta_square), text_delta, weights, pooling_MFN
+        scores, text_pooled, pooled_square, norms, text_delta, delta_pooled, weights, pooling_MFN
     )
 
 
@@ -319,7 +334,7 @@ class PreparedText:
         """Bytes of a number."""
         return self.products.element_size()
 
-    def __getitem__(self, texts: slice) -> PreparedText:
+    def __getitem__(self, texts: slice | Tensor) -> PreparedText:
         return PreparedText(self.embeddings[texts], self.basis[texts], self.products[texts])
 
     def split(self, size: int) -> Iterator[PreparedText]:
@@ -355,8 +370,9 @@ def text_pairs(rule: Rule, text: PreparedText, video: PreparedVideo) -> PairNumb
         delta_pooled,
         delta_square,
     )
+    norms = _length(delta_square)
     return PairNumbers(
-        scores, text_pooled, pooled_square, _length(delta_square), text_delta, weights, pooling_MFN
+        scores, text_pooled, pooled_square, norms, text_delta, delta_pooled, weights, pooling_MFN
     )
 
 

@@ -59,7 +59,9 @@ class VideoFeatures:
 
     def split(self, size: int) -> Iterator[VideoFeatures]:
         """Consecutive parts of ``size`` clips, whose gradients are joined once and not added up."""
-        return (VideoFeatures(*part) for part in zip(self.frames.split(size), self.mask.split(size), strict=True))
+        return (
+            VideoFeatures(*part) for part in zip(self.frames.split(size), self.mask.split(size), strict=True)
+        )
 
     @property
     def mean(self) -> Tensor:

@@ -208,7 +208,9 @@ class GARE(nn.Module):
     def drops(self) -> bool:
         """Whether ψ's contexts have dropout now."""
         by_context = self.config.increment_dropout_per == "context"
-        return self.increment is not None and self.training and self.config.increment_dropout > 0 and by_context
+        return (
+            self.increment is not None and self.training and self.config.increment_dropout > 0 and by_context
+        )
 
     def draw_dropout(self, owners: int, generator: torch.Generator | None = None) -> Tensor | None:
         """Dropout of ψ for each owner of a context, (owners, D) factors 0 or 1/(1 − p); None where there is none.
@@ -237,7 +239,9 @@ class GARE(nn.Module):
             sign = -sign  # the query is η(v̄ − t), and texts ask
         return Embeddings.of(embedding_XD, sign * turn(self.increment, embedding_XD))
 
-    def with_basis(self, video: VideoFeatures, maps: BasisMaps | None, keep_MD: Tensor | None) -> PreparedVideo:
+    def with_basis(
+        self, video: VideoFeatures, maps: BasisMaps | None, keep_MD: Tensor | None
+    ) -> PreparedVideo:
         """Videos with the basis that their frames make, where frames are the context.
 
         Args:

@@ -40,7 +40,7 @@ class IncrementLayer(nn.Module):
     def forward(
         self, query_ABD: Tensor, context_BCD: Tensor, mask_BC: Tensor, keep_BD: Tensor | None
     ) -> Tensor:
-        """z (A, B, D); see ``Increment.forward``."""
+        """Z (A, B, D); see ``Increment.forward``."""
         d_head = context_BCD.shape[-1] // self.heads
         normed_BCD = self.norm1(context_BCD)
         query_ABHd = self.query(self.norm1(query_ABD)).unflatten(-1, (self.heads, d_head))
@@ -110,7 +110,7 @@ class IncrementRadius(nn.Module):
         return self.log_of_products(products_MFN, mask_MF).exp().T
 
     def log_of_products(self, products_MFN: Tensor, mask_MF: Tensor) -> Tensor:
-        """log R_ij (M, N) from t_i·v_jf."""
+        """Log R_ij (M, N) from t_i·v_jf."""
         weight_MF = self.coefficient[: mask_MF.shape[1]] * mask_MF
         return self.bias + torch.einsum("mfn,mf->mn", products_MFN, weight_MF)
 

@@ -103,7 +103,12 @@ def clip_sizes(
     text = clip["token_embedding.weight"]
     matrices = all(clip[name].ndim == 2 for name in needed[1:])
     side = math.isqrt(max(len(positions) - 1, 0)) if matrices else 0
-    if conv.ndim != 4 or not side or side**2 != len(positions) - 1 or not all(clip[n].numel() for n in needed):
+    if (
+        conv.ndim != 4
+        or not side
+        or side**2 != len(positions) - 1
+        or not all(clip[n].numel() for n in needed)
+    ):
         raise CheckpointError("sizes cannot be read from the shapes", where=where)
     return {
         "image_size": side * conv.shape[-1],

@@ -60,7 +60,9 @@ class TemporalTransformer(nn.Module):
             return f"its blocks: the text tower has {heads} heads, model.temporal_heads is {self.heads}"
         for ours, clip in zip(layers, clips, strict=False):
             ours.load_state_dict(clip.state_dict())
-        return f"{len(layers) - len(clips)} blocks that the text tower lacks" if len(layers) > len(clips) else ""
+        return (
+            f"{len(layers) - len(clips)} blocks that the text tower lacks" if len(layers) > len(clips) else ""
+        )
 
     def forward(self, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
         """Frame features (M, F, D) and their mask (M, F) → (M, F, D), zero at padded frames."""

@@ -1,4 +1,4 @@
-"""Scores of many texts against many videos, block by block.
+"""Scores of whole splits.
 
 N texts, M videos.
 """
@@ -13,14 +13,6 @@ from gare.model.gare import GARE
 
 
 @torch.inference_mode()
-def score_blocks(model: GARE, text: TextFeatures, video: VideoFeatures, block: int) -> Tensor:
-    """Scores (N, M) float32 on the CPU, from blocks of at most ``block`` texts by ``block`` videos."""
-    rows = []
-    for start in range(0, len(text.embedding), block):
-        some = text[start : start + block]
-        columns = [
-            model.score(some, video[first : first + block]).float().cpu()
-            for first in range(0, len(video.mask), block)
-        ]
-        rows.append(torch.cat(columns, dim=1))
-    return torch.cat(rows)
+def score_split(model: GARE, text: TextFeatures, video: VideoFeatures) -> Tensor:
+    """Scores (N, M) float32 on the CPU; the model streams over blocks within its own budget of memory."""
+    return model.score(text, video).float().cpu()

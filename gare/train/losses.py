@@ -19,9 +19,7 @@ DIRECTION_FLOOR = 1e-8
 NOISE_ULPS = 4
 
 
-def info_nce(
-    scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """InfoNCE over rows (text→video) and columns (video→text), means over the batch.
 
     CE_rows(κS) = mean_i −log softmax_j(κ s_ij) at j = i; the other direction on Sᵀ.
@@ -37,17 +35,17 @@ def info_nce(
     if video_ids_N is None:
         target_N = torch.arange(len(logits_NN), device=logits_NN.device)
         return functional.cross_entropy(logits_NN, target_N), functional.cross_entropy(logits_NN.T, target_N)
-    share_NN = positive_shares(video_ids_N, video_ids_N)
+    share_NN = positive_shares(video_ids_N, video_ids_N, logits_NN.dtype)
     rows, columns = (
         -(share_NN * logits.log_softmax(dim=1)).sum(dim=1).mean() for logits in (logits_NN, logits_NN.T)
     )
     return rows, columns
 
 
-def positive_shares(own_n: Tensor, all_N: Tensor) -> Tensor:
-    """(n, N): 1 over the number of positives of a row where the column has the row's video, else 0."""
+def positive_shares(own_n: Tensor, all_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, N) of a dtype: 1 over the number of positives of a row where the column has the row's video, else 0."""
     same_nN = own_n.unsqueeze(1) == all_N
-    return same_nN / same_nN.sum(dim=1, keepdim=True)
+    return same_nN / same_nN.sum(dim=1, keepdim=True).to(dtype)
 
 
 def bottleneck(
@@ -89,7 +87,11 @@ def rounding_noise(magnitude: Tensor) -> Tensor:
 
 
 def divergence(
-    mean_MD: Tensor, variance_MD: Tensor, noise_MD: Tensor, prior_std: float, reduction: Literal["sum", "mean"]
+    mean_MD: Tensor,
+    variance_MD: Tensor,
+    noise_MD: Tensor,
+    prior_std: float,
+    reduction: Literal["sum", "mean"],
 ) -> Tensor:
     """KL( N(μ, diag σ²) ‖ N(0, σ_prior² I) ) of each anchor (M,), reduced over the D dimensions.
 

@@ -19,7 +19,7 @@ from gare.model.gare import GARE
 from gare.model.streaming import MEGABYTE, slices
 from gare.train.gather import gather, require_equal_rows, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
-from gare.train.sharded import shares
+from gare.train.sharded import Seen, shares
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class LossTerms:
         direction: L_dir, zero likewise.
         scale: κ.
         objective: what this worker backpropagates: the mean of its gradients over the workers is L's.
+        seen: what diagnostics need, in the factorised form and where they are wanted.
     """
 
     total: Tensor
@@ -45,10 +46,13 @@ class LossTerms:
     direction: Tensor
     scale: Tensor
     objective: Tensor
+    seen: Seen | None = None
 
     def named(self) -> dict[str, Tensor]:
         """The terms by the names they are logged under, detached."""
-        terms = {name: value for name, value in vars(self).items() if name not in ("scale", "objective")}
+        terms = {
+            name: value for name, value in vars(self).items() if name not in ("scale", "objective", "seen")
+        }
         return {f"loss/{name}": value.detach() for name, value in terms.items()} | {
             "train/scale": self.scale.detach()
         }
@@ -133,10 +137,19 @@ def sharded_terms(
     config: LossConfig,
     draws: Draws,
     video_ids: Tensor | None = None,
+    *,
+    watched: bool = False,
 ) -> LossTerms:
     """All terms in the factorised form, from this worker's captions and the clips of all workers."""
     part = shares(
-        model, text, video, config, sample=draws.sample, keep=draws.keep, video_ids=video_ids
+        model,
+        text,
+        video,
+        config,
+        sample=draws.sample,
+        keep=draws.keep,
+        video_ids=video_ids,
+        watched=watched,
     )
     own = _weighted(
         config,
@@ -147,7 +160,7 @@ def sharded_terms(
     with torch.no_grad():
         values = sum_over_workers(torch.stack([getattr(own, name) for name in _SUMMED]))
     # Workers' gradients are averaged, and their shares are to be summed.
-    return LossTerms(*values.unbind(), own.scale, own.total * world_size())
+    return LossTerms(*values.unbind(), own.scale, own.total * world_size(), part.seen)
 
 
 _SUMMED = ("total", "nce_t2v", "nce_v2t", "bottleneck", "radii", "direction")
@@ -183,12 +196,13 @@ class Objective(nn.Module):
         self.config = loss
         self.train_config = train
 
-    def forward(self, batch: Batch, seed: int = 0) -> LossTerms:
+    def forward(self, batch: Batch, seed: int = 0, *, watched: bool = False) -> LossTerms:
         """Loss of the global batch; ``batch`` is this worker's share of it.
 
         Args:
             batch: b pairs, as many on every worker.
             seed: of what is random in the loss, the same on every worker.
+            watched: whether the terms are to hold what diagnostics need.
 
         Raises:
             GareError: where workers hold unequal shares, or positives by video lack the videos.
@@ -203,7 +217,7 @@ class Objective(nn.Module):
         video = VideoFeatures(gather(video.frames), gather(video.mask))
         draws = Draws.of_step(self.model, self.config, len(video), seed)
         if not self.model.takes_direct(self.model.config.method):
-            return sharded_terms(self.model, text, video, self.config, draws, video_ids)
+            return sharded_terms(self.model, text, video, self.config, draws, video_ids, watched=watched)
         # Words are large; they travel only where ψ attends to them.
         words = gather(text.words) if text.words is not None and self.model.needs_words else None
         text = TextFeatures(gather(text.embedding), words, gather(text.mask))

@@ -83,6 +83,7 @@ def plan_run(
             seed=config.seed,
             epoch=epoch,
             captions_per_video=config.captions_per_video,
+            unique_videos=config.unique_videos,
         )
         if config.max_steps:
             pairs = pairs[: config.max_steps - steps]

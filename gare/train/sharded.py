@@ -42,13 +42,17 @@ CHUNK_BYTES = 32 * MEGABYTE
 
 @dataclass(frozen=True)
 class Shares:
-    """This worker's part of each term of the global batch, scalars that sum to the term over the workers."""
+    """This worker's part of each term of the global batch, scalars that sum to the term over the workers.
+
+    ``seen`` is for diagnostics, where they are wanted.
+    """
 
     nce_t2v: Tensor
     nce_v2t: Tensor
     bottleneck: Tensor
     radii: Tensor
     direction: Tensor
+    seen: Seen | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,39 @@ class Sides:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a step computed on its way, without gradient, for diagnostics.
+
+    Attributes:
+        sides: of the pairs.
+        text: this worker's captions.
+        columns: (N,) log Σ_i exp(κ s_ij) of each video over all texts.
+        plain_columns: the same of the scores without increments, cos(t_i, p_ij).
+        scale: κ.
+    """
+
+    sides: Sides
+    text: TextFeatures
+    columns: Tensor
+    plain_columns: Tensor
+    scale: Tensor
+
+    def features(self, most: int) -> tuple[TextFeatures, VideoFeatures]:
+        """This worker's first pairs, at most so many, without gradient."""
+        video = self.sides.owners if isinstance(self.sides.owners, PreparedVideo) else self.sides.others
+        assert isinstance(video, PreparedVideo)
+        own = slice(self.sides.own.start, min(self.sides.own.start + most, self.sides.own.stop))
+        text, words = self.text[:most], None
+        if text.words is not None:
+            words = text.words.detach()
+        some = video.features[own]
+        return (
+            TextFeatures(text.embedding.detach(), words, text.mask),
+            VideoFeatures(some.frames.detach(), some.mask),
+        )
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What the regularisers need of a block beside scores and lengths.
 
@@ -84,12 +121,14 @@ class Wanted:
         sums: whether the anchors are the others, so that increments themselves have to be summed.
         normalised: whether the bottleneck looks at increments of length 1.
         sample: whether the diversity needs coefficients, and of which of this worker's texts; None: of all.
+        plain: whether diagnostics need the scores without increments.
     """
 
     moments: bool
     sums: bool
     normalised: bool
     sample: tuple[bool, Tensor | None]
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -102,6 +141,7 @@ class Block:
         moments: of the owners' coefficients over the others: mean (O, L) and scatter (O, L, L) about it.
         sums: (2, X, D) over the owners, of Δ minus the reference and of its square.
         sampled: coefficients of the texts of the diversity, (O, L, S) or (S, L, X).
+        plain: (O, X) scores without increments, without gradient.
     """
 
     scores: Tensor
@@ -109,6 +149,7 @@ class Block:
     moments: tuple[Tensor, Tensor] | None = None
     sums: Tensor | None = None
     sampled: Tensor | None = None
+    plain: Tensor | None = None
 
 
 def shares(
@@ -120,6 +161,7 @@ def shares(
     sample: Tensor | None = None,
     keep: Tensor | None = None,
     video_ids: Tensor | None = None,
+    watched: bool = False,
 ) -> Shares:
     """This worker's share of the loss terms in the factorised form; a term that is off is zero.
 
@@ -131,6 +173,7 @@ def shares(
         sample: global indices of the texts of the directional diversity; None: all.
         keep: dropout of the global batch's N contexts, from ``GARE.draw_dropout``.
         video_ids: (N,) the video of each pair where its pairs are each other's positives.
+        watched: whether the result is to hold what diagnostics need; all workers must agree.
 
     Source: factorised derivation, points 6 and 7, and its row-sharded training.
     """
@@ -144,19 +187,23 @@ def shares(
         has_delta and bool(config.bottleneck_weight) and not anchor_owns,
         config.kl_normalised,
         (has_delta and bool(config.direction_weight), own_sample),
+        watched,
     )
     reference = _reference(model.rule, sides, wanted) if wanted.sums else None
     blocks = list(_blocks(model, sides, wanted, reference))
-    scores = torch.cat([block.scores for block in blocks])
-    nce = _info_nce(
-        scores if sides.owner == "text" else scores.T, model.logit_scale.exp(), own, video_ids
-    )
+    scores, scale = _join(sides, [block.scores for block in blocks]), model.logit_scale.exp()
+    columns = _columns(scale * scores)
+    nce = _info_nce(scale * scores, columns, own, video_ids)
+    seen = None
+    if watched:
+        plain = _join(sides, [block.plain for block in blocks if block.plain is not None])
+        with torch.no_grad():
+            seen = Seen(sides, text, columns.detach(), _columns(scale * plain), scale.detach())
     zero = torch.zeros_like(nce[0])
     norms = [block.norms for block in blocks if block.norms is not None]
     if not norms:
-        return Shares(*nce, zero, zero, zero)
-    lengths = torch.cat(norms)
-    spread = lengths.var(dim=1 if sides.owner == "text" else 0).sum()
+        return Shares(*nce, zero, zero, zero, seen)
+    spread = _join(sides, norms).var(dim=1).sum()
     radii = bounded(sum_over_workers(spread) / num_pairs, config.radii_bound, config.radii_bound_form)
     bottleneck = direction = zero
     if wanted.moments:
@@ -167,12 +214,22 @@ def shares(
         memory = int(model.config.memory_mb * MEGABYTE)
         total = _direction(sides, blocks, own_sample, config, memory)
         direction = total / (num_pairs if sample is None else len(sample))
-    return Shares(*nce, bottleneck, radii / world_size() if config.radii_weight else zero, direction)
+    return Shares(*nce, bottleneck, radii / world_size() if config.radii_weight else zero, direction, seen)
 
 
-def _sides(
-    model: GARE, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice
-) -> Sides:
+def _join(sides: Sides, by_owner: list[Tensor]) -> Tensor:
+    """(n, N) of this worker's texts from blocks (O, X) of owners."""
+    joined = torch.cat(by_owner)
+    return joined if sides.owner == "text" else joined.T
+
+
+def _columns(logits: Tensor) -> Tensor:
+    """Log Σ_i exp(logits_ij) (N,) over the texts of all workers."""
+    highest = max_over_workers(logits.amax(dim=0))
+    return highest + sum_over_workers((logits - highest).exp().sum(dim=0)).log()
+
+
+def _sides(model: GARE, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice) -> Sides:
     maps = model.basis_maps()
     positions = (video.mask.shape[1], text.mask.shape[1])
     if model.context_of == "text" and maps is not None:
@@ -211,8 +268,9 @@ def _block(
     reference: Tensor | None,
 ) -> Block:
     pairs = pair_numbers(rule, owners, others)
+    plain = _plain(pairs, owners, others) if wanted.plain else None
     if pairs.weights is None:
-        return Block(pairs.scores)
+        return Block(pairs.scores, plain=plain)
     moments = sums = sampled = None
     if wanted.moments:
         weights = _looked_at(pairs, wanted)
@@ -226,7 +284,20 @@ def _block(
         sampled = pairs.weights
         if texts is not None:
             sampled = sampled[texts] if owner == "text" else sampled[:, :, texts]
-    return Block(pairs.scores, pairs.norms, moments, sums, sampled)
+    return Block(pairs.scores, pairs.norms, moments, sums, sampled, plain)
+
+
+@torch.no_grad()
+def _plain(
+    pairs: PairNumbers, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo
+) -> Tensor:
+    """cos(t_i, p_ij) of a block."""
+    if isinstance(owners, PreparedText):
+        square = owners.embeddings.square.unsqueeze(1)
+    else:
+        assert isinstance(others, Embeddings)
+        square = others.square
+    return pairs.text_pooled / (square * pairs.pooled_square).sqrt().clamp(min=1e-12)
 
 
 def _looked_at(pairs: PairNumbers, wanted: Wanted) -> Tensor:
@@ -256,17 +327,12 @@ def _reference(rule: Rule, sides: Sides, wanted: Wanted) -> Tensor:
     return sum_over_workers(local) / world_size() if sides.owner == "text" else local
 
 
-def _info_nce(
-    scores: Tensor, scale: Tensor, own: slice, video_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Rows of this worker's texts and columns of its videos, over N; scores (n, N)."""
-    logits = scale * scores
-    highest = max_over_workers(logits.amax(dim=0))
-    columns = highest + sum_over_workers((logits - highest).exp().sum(dim=0)).log()
+def _info_nce(logits: Tensor, columns: Tensor, own: slice, video_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of this worker's texts and columns of its videos, over N; logits (n, N), columns from ``_columns``."""
     if video_ids is None:
         positive = logits[:, own].diagonal().sum()
     else:
-        positive = (positive_shares(video_ids[own], video_ids) * logits).sum()
+        positive = (positive_shares(video_ids[own], video_ids, logits.dtype) * logits).sum()
     num_pairs = logits.shape[1]
     # Where a video has several captions they may be other workers' rows; summed over all workers, rows and
     # columns have the same positives.

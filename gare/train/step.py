@@ -16,10 +16,15 @@ from gare.config import Config
 from gare.data.batch import Batch
 from gare.errors import DivergedError
 from gare.model.gare import GARE
+from gare.train.diagnostics import diagnose
 from gare.train.gather import gather_names, world_size
 from gare.train.objective import LossTerms, Objective
 from gare.train.optim import build_optimizer, clip_gradients, freeze, set_learning_rate
+from gare.train.sharded import Seen
+from gare.train.trust_region import trust_region_step
 
+#: Pairs of this worker that the analytic trust-region step is computed of, in the direct form.
+TRUST_REGION_PAIRS = 32
 #: Video ids that a failed step names at most.
 MAX_IDS_NAMED = 128
 
@@ -73,7 +78,8 @@ def train_step(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) ->
     train = learner.config.train
     learner.model.train()
     factor = set_learning_rate(learner.optimizer, learner.step, learner.num_steps, train)
-    terms = compute_gradients(learner, batch, video_ids)
+    watched = bool(train.diagnostics_every) and learner.step % train.diagnostics_every == 0
+    terms = compute_gradients(learner, batch, video_ids, watched=watched)
     norm = clip_gradients(learner.model, train.max_grad_norm)
     if not math.isfinite(norm):
         wrong = [
@@ -87,16 +93,37 @@ def train_step(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) ->
     learner.model.towers.clamp_logit_scale()
     learner.step += 1
     values = {name: float(value) for name, value in terms.named().items()}
-    return values | {"train/grad_norm": norm, "train/lr_factor": factor}
+    values |= {"train/grad_norm": norm, "train/lr_factor": factor}
+    return values if terms.seen is None else values | _measures(learner, terms.seen)
 
 
-def compute_gradients(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) -> LossTerms:
-    """Forward and backward; every parameter's gradient is then that of the global batch's loss."""
+def _measures(learner: Learner, seen: Seen) -> dict[str, float]:
+    """Diagnostics of a step, with the model as it was for its loss but for the step that it then made."""
+    model, train = learner.model, learner.config.train
+    measures = diagnose(model.rule, seen, train.diagnostics_texts)
+    if train.trust_region_radius and model.increment is not None:
+        text, video = seen.features(TRUST_REGION_PAIRS)
+        if text.words is not None or not model.needs_words:
+            measures |= trust_region_step(model, text, video, train.trust_region_radius).measures()
+    return measures
+
+
+def compute_gradients(
+    learner: Learner, batch: Batch, video_ids: Sequence[str] = (), *, watched: bool = False
+) -> LossTerms:
+    """Forward and backward; every parameter's gradient is then that of the global batch's loss.
+
+    Args:
+        learner: what learns.
+        batch: this worker's share.
+        video_ids: of its clips, to be named where the loss is not finite.
+        watched: whether the terms are to hold what diagnostics need.
+    """
     learner.optimizer.zero_grad(set_to_none=True)
     # What is random is drawn from (seed, step): the same on every worker, and the same again after a restart.
     seed = step_seed(learner.config.train.seed, learner.step)
     torch.manual_seed(seed)
-    terms: LossTerms = learner.objective(batch, seed)
+    terms: LossTerms = learner.objective(batch, seed, watched=watched)
     if not torch.isfinite(terms.total):
         values = {name: float(value) for name, value in terms.named().items() if name != "loss/total"}
         wrong = ", ".join(

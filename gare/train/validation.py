@@ -16,11 +16,8 @@ from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
 from gare.retrieval.metrics import retrieval_metrics
-from gare.retrieval.scoring import score_blocks
+from gare.retrieval.scoring import score_split
 from gare.train.gather import gather_unequal
-
-#: Texts and videos that are scored at once.
-BLOCK = 256
 
 
 @dataclass
@@ -92,7 +89,7 @@ class Validation:
             return {}
         column_of = torch.empty(int(videos.max()) + 1, dtype=torch.int64)
         column_of[videos.cpu()] = torch.arange(len(videos))
-        scores = score_blocks(self.model, text, VideoFeatures(frames, mask), BLOCK)
+        scores = score_split(self.model, text, VideoFeatures(frames, mask))
         return retrieval_metrics(scores, column_of[owners.cpu()])
 
 

@@ -130,3 +130,26 @@ def test_a_batch_that_workers_cannot_share_is_refused(num_captions: list[int]) -
     """Shares of unequal size would make the gather hang."""
     with pytest.raises(ConfigError, match="8 pairs cannot be shared by 3 workers"):
         plan_run(num_captions, 0, config(), rank=0, world_size=3)
+
+
+def test_no_video_twice_in_a_batch(seed: int) -> None:
+    """Two captions of one video in a batch are each other's negatives, though both are right."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 9, 40).tolist()
+    batches = epoch_batches(counts, batch_size=16, seed=seed, epoch=0, unique_videos=True)
+    plain = epoch_batches(counts, batch_size=16, seed=seed, epoch=0)
+    assert any(len(set(batch[:, 0])) < 16 for batch in plain)
+    assert all(len(set(batch[:, 0])) == 16 for batch in batches)
+    pairs = [tuple(pair) for pair in batches.reshape(-1, 2)]
+    assert len(set(pairs)) == len(pairs)
+    assert all(caption < counts[video] for video, caption in pairs)
+    # Few are left out: what cannot be dealt without repeats at the end.
+    assert len(batches) >= len(plain) - 3
+    again = epoch_batches(counts, batch_size=16, seed=seed, epoch=0, unique_videos=True)
+    assert np.array_equal(batches, again)
+
+
+def test_too_few_videos_for_a_batch_without_repeats() -> None:
+    """Said before a cluster has started."""
+    with pytest.raises(DataError, match="3 videos do not fill a batch of 4"):
+        epoch_batches([5, 5, 5], batch_size=4, seed=0, epoch=0, unique_videos=True)

@@ -209,7 +209,10 @@ def test_released_settings_can_be_given() -> None:
             lambda d: [d.pop(n) for n in list(d) if n.startswith("transformerClip")],
             "missing: transformerClip.*the temporal transformer",
         ),
-        (lambda d: d.update({"clip.ln_final.bias": torch.full((512,), torch.nan)}), "not finite: .*final_layer_norm"),
+        (
+            lambda d: d.update({"clip.ln_final.bias": torch.full((512,), torch.nan)}),
+            "not finite: .*final_layer_norm",
+        ),
         (lambda d: d.update({"clip.ln_final.bias": 3}), "no tensor under clip.ln_final.bias"),
         (
             lambda d: d.update({"clip.visual.layer1.0.conv1.weight": torch.ones(1)}),

@@ -15,7 +15,7 @@ from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
 from gare.retrieval.encode import Encoder
-from gare.retrieval.scoring import score_blocks
+from gare.retrieval.scoring import score_split
 from tests.stores import write_store
 from tests.tiny import tiny_config
 
@@ -28,13 +28,12 @@ def model(seed: int) -> GARE:
     return GARE(tiny_config("model.clip.vocab_size=49408").model).eval()
 
 
-@pytest.mark.parametrize("block", [1, 3, 7, 1000])
-def test_blocks_change_nothing(model: GARE, block: int) -> None:
+def test_a_split_is_scored_as_its_pairs_are(model: GARE) -> None:
     """The published numbers must not depend on the memory of the machine that computed them."""
     mask = torch.arange(4) < torch.randint(1, 5, (11, 1))
     text = TextFeatures(torch.randn(7, 32), None, torch.ones(7, 1, dtype=torch.bool))
     video = VideoFeatures(torch.randn(11, 4, 32) * mask.unsqueeze(-1), mask)
-    scores = score_blocks(model, text, video, block)
+    scores = score_split(model, text, video)
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
     torch.testing.assert_close(scores, model.score(text, video).detach())

@@ -121,9 +121,7 @@ def test_gradient_of_each_parameter_is_exact(
 
 @pytest.mark.parametrize("option", parity.OPTIONS)
 @pytest.mark.parametrize("world", parity.WORLDS)
-def test_every_option_is_that_of_one_worker(
-    world: int, option: str, found: Found, session_seed: int
-) -> None:
+def test_every_option_is_that_of_one_worker(world: int, option: str, found: Found, session_seed: int) -> None:
     """Each option has sums of its own over the workers, and draws that must not depend on their number.
 
     Parameter by parameter in float64, part by part in float32.
@@ -139,7 +137,9 @@ def test_every_option_is_that_of_one_worker(
         worst = max(differences, key=lambda name: differences[name])
         assert differences[worst] < 1e-10, f"{worst}: {differences[worst]:g}, seed {session_seed}"
         for name, value in rough.terms.items():
-            torch.testing.assert_close(outcome["float32"]["terms"][name], value, rtol=1e-5, atol=1e-7, msg=name)
+            torch.testing.assert_close(
+                outcome["float32"]["terms"][name], value, rtol=1e-5, atol=1e-7, msg=name
+            )
         for part in PARTS if "increment=false" not in option else PARTS[:-1]:
             expected = of_part(rough.gradients, part)
             gradient = of_part(outcome["float32"]["gradients"], part)

@@ -59,9 +59,7 @@ def test_bert_adam_brings_its_schedule(rng: np.random.Generator) -> None:
     assert train_step(learner, batch)["train/lr_factor"] == 0
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
     train_step(learner, batch)
-    stayed = [
-        name for name, value in learner.model.state_dict().items() if torch.equal(value, before[name])
-    ]
+    stayed = [name for name, value in learner.model.state_dict().items() if torch.equal(value, before[name])]
     assert stayed == ["increment.layers.0.key.bias"]  # whose true gradient is zero
 
 

@@ -1,0 +1,176 @@
+"""Measures logged while training, against what autograd and plain loops say; and the trust-region step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from gare.config import LossConfig
+from gare.errors import ConfigError
+from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.gare import GARE, pool
+from gare.train.diagnostics import diagnose
+from gare.train.losses import info_nce
+from gare.train.objective import Draws, sharded_terms
+from gare.train.start import initial_model
+from gare.train.step import build_learner, train_step
+from gare.train.trust_region import trust_region_step
+from tests.heads import features, head
+from tests.tiny import tiny_batch, tiny_config
+
+N = 6
+
+
+def measured(model: GARE, text: TextFeatures, video: VideoFeatures, num_texts: int = N) -> dict[str, float]:
+    terms = sharded_terms(model, text, video, LossConfig(), Draws(), watched=True)
+    assert terms.seen is not None
+    return diagnose(model.rule, terms.seen, num_texts)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"corrected_side": "video"},
+        {"context": "words"},
+        {"context": "words", "corrected_side": "video"},
+        {"query": "text"},
+    ],
+    ids=lambda given: " ".join(map(str, given.values())) or "default",
+)
+def test_measures_are_those_of_the_increments(variant: dict[str, Any], seed: int) -> None:
+    """Every measure from the increments themselves, and the tension from autograd."""
+    torch.manual_seed(seed)
+    model = head(32, **variant)
+    text, video = features(N, N, 4, 5, 32, torch.float64)
+    found = measured(model, text, video)
+    with torch.no_grad():
+        delta = model.deltas(text, video)
+        pooled = pool(text.embedding, video, 3.0)
+        scale = model.logit_scale.exp()
+    assert delta is not None
+    expected = {}
+    t, mean = text.embedding, video.mean
+    for name, shift in (("", delta), ("_before", torch.zeros_like(delta))):
+        left = t.unsqueeze(1).expand(-1, N, -1).clone()
+        right = pooled.clone()
+        if model.config.corrected_side == "text":
+            left = left + shift
+        else:
+            right = right + shift
+        left.requires_grad_()
+        rows, columns = info_nce(functional.cosine_similarity(left, right, dim=2), scale)
+        (gradient,) = torch.autograd.grad((rows + columns) / 2, left)
+        net, gross = gradient.sum(dim=1).norm(dim=1), gradient.norm(dim=2).sum(dim=1)
+        expected |= {
+            f"tension/net{name}": net.mean(),
+            f"tension/gross{name}": gross.mean(),
+            f"tension/cancelled{name}": 1 - (net / gross).mean(),
+        }
+    gap = mean.unsqueeze(0) - t.unsqueeze(1)
+    moved = gap - delta if model.config.corrected_side == "text" else gap + delta
+    numbers = {
+        "cos_gap": functional.cosine_similarity(delta, gap, dim=2),
+        "cos_text": functional.cosine_similarity(delta, t.unsqueeze(1), dim=2),
+        "norm": delta.norm(dim=2),
+        "distance_before": gap.norm(dim=2),
+        "distance": moved.norm(dim=2),
+    }
+    if model.config.corrected_side == "text":
+        numbers["text_norm"] = (t.unsqueeze(1) + delta).norm(dim=2)
+    positive = torch.eye(N, dtype=torch.bool)
+    expected["delta/text_norm_before"] = t.norm(dim=1).mean()
+    for name, values in numbers.items():
+        expected[f"delta/{name}_positive"] = values[positive].mean()
+        expected[f"delta/{name}_negative"] = values[~positive].mean()
+    expected["gap/modality"] = (t.mean(0) - mean.mean(0)).norm()
+    unit_t, unit_v = functional.normalize(t, dim=1), functional.normalize(mean, dim=1)
+    expected["gap/alignment"] = (unit_t - unit_v).norm(dim=1).square().mean()
+    for name, unit in (("text", unit_t), ("video", unit_v)):
+        apart = torch.pdist(unit).square()
+        expected[f"gap/uniformity_{name}"] = (-2 * apart).exp().mean().log()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-6, abs=1e-9), name
+
+
+def test_the_baseline_is_measured_too(seed: int) -> None:
+    """The paper's figures start from the tension without increments."""
+    torch.manual_seed(seed)
+    text, video = features(N, N, 4, 5, 32, torch.float64)
+    found = measured(head(32, increment=False), text, video)
+    assert found["tension/net_before"] > 0
+    assert not {name for name in found if name.startswith("delta/")}
+
+
+def test_few_texts_are_of_all(seed: int) -> None:
+    """Looking at fewer texts estimates the same means."""
+    torch.manual_seed(seed)
+    model = head(32)
+    text, video = features(N, N, 4, 5, 32, torch.float64)
+    assert measured(model, text, video, 2).keys() == measured(model, text, video, 100).keys()
+
+
+@pytest.mark.parametrize("side", ["text", "video"])
+@pytest.mark.parametrize("start", ["coupled", "learned"])
+def test_small_steps_do_what_they_predict(side: str, start: Any, seed: int) -> None:
+    """To first order; twice the radius, four times the error."""
+    torch.manual_seed(seed)
+    model = head(32, corrected_side=side)
+    text, video = features(N, N, 4, 5, 32, torch.float64)
+    delta = model.deltas(text, video)
+    assert delta is not None
+    reach = 0.0 if start == "coupled" else float(delta.norm(dim=2).max())
+    errors = []
+    for small in (1e-3, 5e-4, 2.5e-4):
+        step = trust_region_step(
+            model, text, video, max(reach, small) if start == "coupled" else small, start
+        )
+        if start == "learned":
+            assert step.outside == 1  # every learned increment is longer than this radius
+            assert step.real == step.predicted == 0
+            continue
+        assert step.outside == 0
+        assert step.predicted > 0
+        torch.testing.assert_close(step.delta.norm(dim=2), torch.full((N, N), small, dtype=torch.float64))
+        errors.append(abs(step.real / step.predicted - 1))
+    if start == "coupled":
+        assert errors[0] < 0.05
+        assert errors[2] < errors[1] < errors[0]
+    else:
+        step = trust_region_step(model, text, video, 1.01 * reach, start)
+        assert step.outside == 0
+        torch.testing.assert_close(
+            step.delta.norm(dim=2), torch.full((N, N), 1.01 * reach, dtype=torch.float64)
+        )
+
+
+def test_a_step_without_sense_is_refused(seed: int) -> None:
+    """The baseline has nothing to compare with."""
+    torch.manual_seed(seed)
+    text, video = features(N, N, 4, 5, 32, torch.float64)
+    with pytest.raises(ConfigError, match="no increments"):
+        trust_region_step(head(32, increment=False), text, video, 1.0)
+    with pytest.raises(ConfigError, match="more than 0"):
+        trust_region_step(head(32), text, video, 0.0)
+
+
+def test_training_logs_them_when_asked(rng: np.random.Generator) -> None:
+    """Every so many steps, beside the losses; and they change nothing of the training."""
+    overrides = ("train.diagnostics_every=2", "train.trust_region_radius=0.1")
+    configs = [tiny_config(*overrides), tiny_config("train.diagnostics_every=0")]
+    batch = tiny_batch(configs[0], rng)
+    runs = []
+    for config in configs:
+        learner = build_learner(initial_model(config), config, 10, torch.device("cpu"))
+        runs.append(([train_step(learner, batch) for _ in range(3)], learner.model.state_dict()))
+    (watched, weights), (plain, same) = runs
+    extra = ("tension/", "delta/", "gap/", "trust_region/")
+    assert [any(name.startswith(extra) for name in values) for values in watched] == [True, False, True]
+    assert {name.split("/")[0] for name in watched[0]} >= {"tension", "delta", "gap", "trust_region"}
+    assert not any(name.startswith(extra) for values in plain for name in values)
+    assert all(torch.equal(weights[name], same[name]) for name in weights)

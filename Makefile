@@ -10,7 +10,7 @@ help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests"
 	@echo "make lint     ruff and mypy"
-	@echo "make bench    speed and memory, parameters and multiply-adds"
+	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
 
@@ -34,7 +34,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks --picture .github/assets/bench.png
 	$(BIN)/python -m tests.benchmarks.size
 
 PORT ?= 5000

@@ -35,7 +35,10 @@ def _rebuild(kind: type[GareError], what: str, where: str, accepted: str) -> Gar
 
 
 class DivergedError(GareError):
-    """A training step without a finite loss or gradient: all workers meet it together, and again if repeated."""
+    """A training step without a finite loss or gradient.
+
+    All workers meet it together, and again if the step is repeated.
+    """
 
 
 class ConfigError(GareError):

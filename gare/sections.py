@@ -143,13 +143,13 @@ class ModelConfig(Section):
     increment_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="dropout inside ψ")
     increment_dropout_per: Literal["context", "pair"] = Field(
         "context",
-        description="a dropout mask for each context of ψ, shared by the pairs that attend to it, or for each "
-        "pair as the paper has it, which only the direct form can do",
+        description="a dropout mask for each context of ψ, shared by the pairs that attend to it, or for "
+        "each pair as the paper has it, which only the direct form can do",
     )
     method: Literal["auto", "direct", "factorized"] = Field(
         "auto",
-        description="how pairs are computed; auto: factorised, which is exact, and direct where it has no such "
-        "form",
+        description="how pairs are computed; auto: factorised, which is exact, and direct where it has no "
+        "such form",
     )
     memory_mb: Annotated[float, Field(ge=1)] = Field(
         256.0,
@@ -257,7 +257,7 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> LossConfig:
-        # A weight of 0 beside a term's own keys is no fault: that is how one term of a configuration is ablated.
+        # A weight of 0 beside a term's own keys is no fault: so is one term of a configuration ablated.
         if self.radii_weight and self.radii_bound_form == "hard" and not self.radii_bound:
             raise ValueError(
                 "radii_bound 0 holds the radii term at 0, where it does nothing: set radii_weight=0"
@@ -286,7 +286,8 @@ class TrainConfig(Section):
     diagnostics_texts: Count = Field(16, description="texts of a worker that such measures look at")
     trust_region_radius: NonNegative = Field(
         0.0,
-        description="ε of the analytic trust-region step, measured along with them on a few pairs; 0: not at all",
+        description="ε of the analytic trust-region step, measured along with them on a few pairs; 0: not at "
+        "all",
     )
     unique_videos: bool = Field(False, description="no video twice in a global batch")
     captions_per_video: int = Field(

@@ -6,7 +6,7 @@ B text-video pairs, F frames, W words.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -38,5 +38,10 @@ class Batch:
         return self._map(lambda tensor: tensor[rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if value is None else change(value) for value in values))
+        return Batch(
+            token_ids=change(self.token_ids),
+            token_mask=change(self.token_mask),
+            frames=change(self.frames),
+            frame_mask=change(self.frame_mask),
+            video_ids=None if self.video_ids is None else change(self.video_ids),
+        )

@@ -74,7 +74,9 @@ def _without_repeats(pairs: np.ndarray, batch_size: int) -> np.ndarray:
     waiting: deque[np.ndarray] = deque()
     coming = iter(pairs)
     while True:
-        batch, seen, again = [], set(), deque[np.ndarray]()
+        batch: list[np.ndarray] = []
+        seen: set[int] = set()
+        again: deque[np.ndarray] = deque()
         while len(batch) < batch_size:
             pair = waiting.popleft() if waiting else next(coming, None)
             if pair is None:

@@ -4,9 +4,9 @@ With one attention layer every increment of an owner, the video whose frames or 
 to, lies in the span of a few vectors that depend on the owner alone: Δ_ij = Σ_k w_ijk B_jk. This module makes
 those vectors, and the small matrices that lengths and variances of their combinations need.
 
-Attention weights sum to 1, so everything is written about the increment that evenly spread attention gives: the
-frames of a clip are much alike and its increments differ little between texts, and in float32 those differences
-would otherwise drown in the rounding of what they have in common.
+Attention weights sum to 1, so everything is written about the increment that evenly spread attention gives:
+the frames of a clip are much alike and its increments differ little between texts, and in float32 those
+differences would otherwise drown in the rounding of what they have in common.
 
 O owners, C context positions, H heads, K = H·C attention weights of an owner, L basis vectors, D embedding
 width. L is K + 3, and one more where ψ is asked with the text itself.
@@ -60,7 +60,8 @@ class Length:
     def scales(self, weights_OKX: Tensor, least: float = NORM_EPS) -> tuple[Tensor, Tensor]:
         """1 over the length (O, 1, X) of combinations (O, K, X), and how far it is from that of the base.
 
-        Squared lengths that rounding takes below ``least`` count as that. The difference is computed by itself: of two nearly equal scales little would be left in float32.
+        Squared lengths that rounding takes below ``least`` count as that. The difference is computed by
+        itself: of two nearly equal scales little would be left in float32.
         """
         spread = torch.baddbmm(2 * self.slope.unsqueeze(2), self.gram, weights_OKX)
         change = (weights_OKX * spread).sum(dim=1, keepdim=True)
@@ -74,8 +75,8 @@ class Basis:
     """What owners contribute to the increments of all their pairs.
 
     Attributes:
-        context: (O, C, D) LN1 of the context less its mean over positions, which no softmax sees: products with
-            what ``turn`` makes of a query are attention logits before the query's LN1 scale.
+        context: (O, C, D) LN1 of the context less its mean over positions, which no softmax sees: products
+            with what ``turn`` makes of a query are attention logits before the query's LN1 scale.
         own_logits: (O, K), the owner's part of the same.
         offset: (O, K) κ⁰, added to scaled logits; −inf at padding.
         even: (O, K), attention that is spread evenly, 0 at padding.
@@ -108,7 +109,7 @@ class Basis:
 
     def split(self, size: int) -> Iterator[Basis]:
         """Consecutive parts of ``size`` owners, whose gradients are joined once and not added up."""
-        parts = zip(*(tensor.split(size) for tensor in self._tensors()), strict=True)
+        parts = zip(*(torch.split(tensor, size) for tensor in self._tensors()), strict=True)
         return (self._of(part) for part in parts)
 
     def _tensors(self) -> list[Tensor]:
@@ -117,10 +118,22 @@ class Basis:
         return [*own, self.vectors, self.gram, *(tensor for one in lengths for tensor in vars(one).values())]
 
     def _of(self, tensors: Iterable[Tensor]) -> Basis:
-        values = list(tensors)
-        lengths = [Length(*values[first : first + 3]) for first in range(8, len(values), 3)]
-        aimed = lengths[2] if len(lengths) == 3 else None
-        return Basis(*values[:6], lengths[0], lengths[1], aimed, *values[6:8], heads=self.heads)
+        context, own_logits, offset, even, own_mean, own_square, vectors, gram, *rest = tensors
+        attended, hidden, *aimed = (Length(*rest[first : first + 3]) for first in range(0, len(rest), 3))
+        return Basis(
+            context=context,
+            own_logits=own_logits,
+            offset=offset,
+            even=even,
+            own_mean=own_mean,
+            own_square=own_square,
+            attended=attended,
+            hidden=hidden,
+            aimed=aimed[0] if aimed else None,
+            vectors=vectors,
+            gram=gram,
+            heads=self.heads,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,8 +141,8 @@ class BasisMaps:
     """ψ's consecutive linear maps combined, once for all owners of a step.
 
     Attributes:
-        from_context: (2·H·D, D): LN1(c) ↦ P·O and U, each by head; with dropout W_1(γ2⊙P·O) instead of U, which
-            is then put together for each owner.
+        from_context: (2·H·D, D): LN1(c) ↦ P·O and U, each by head; with dropout W_1(γ2⊙P·O) instead of U,
+            which is then put together for each owner.
         offset: (H, D): LN1(c) ↦ κ⁰.
         attended_bias: (D,) of P·O, of all heads together.
         inner_bias: (D,) of U, or of W_1(γ2⊙P·O).
@@ -154,11 +167,11 @@ class BasisMaps:
 
         Source: factorised derivation, points 1 to 4. P is the centring over D; it commutes into the maps.
         """
-        layer, heads = increment.layers[0], increment.heads
+        layer, heads = increment.first, increment.heads
         width = layer.out.weight.shape[0]
         d_head = width // heads
         key_HdD, value_HdD = (
-            linear.weight.unflatten(0, (heads, d_head)) for linear in (layer.key, layer.value)
+            torch.unflatten(linear.weight, 0, (heads, d_head)) for linear in (layer.key, layer.value)
         )
         # κ⁰ = (W_q b1 + b_q)·W_k LN1(c)/√d.
         asked_D = functional.linear(layer.norm1.bias, layer.query.weight, layer.query.bias) / math.sqrt(
@@ -166,7 +179,7 @@ class BasisMaps:
         )
         # P·O = P(W_o x + b_o) with x = W_v LN1(c) + b_v.
         out_DD = centred(layer.out.weight, dim=0)
-        attended_HDD = out_DD.unflatten(1, (heads, d_head)).transpose(0, 1) @ value_HdD
+        attended_HDD = torch.unflatten(out_DD, 1, (heads, d_head)).transpose(0, 1) @ value_HdD
         attended_bias = out_DD @ layer.value.bias + centred(layer.out.bias)
         inner_DD = layer.residual.weight * layer.norm2.weight
         if not drops:
@@ -175,7 +188,7 @@ class BasisMaps:
         no_effect = 0 * layer.key.bias.sum()
         return cls(
             torch.cat([attended_HDD.flatten(0, 1), (inner_DD @ attended_HDD).flatten(0, 1)]),
-            torch.einsum("hd,hde->he", asked_D.unflatten(0, (heads, d_head)), key_HdD),
+            torch.einsum("hd,hde->he", torch.unflatten(asked_D, 0, (heads, d_head)), key_HdD),
             attended_bias,
             inner_DD @ attended_bias,
             not drops,
@@ -196,10 +209,11 @@ def turn(increment: Increment, query_XD: Tensor) -> Tensor:
     Where the context is multiplied by W_qᵀ W_k instead, as in the derivation, each position of each context
     takes one more product with a D×D matrix.
     """
-    layer, heads = increment.layers[0], increment.heads
+    layer, heads = increment.first, increment.heads
     asked_XD = functional.linear(centred(query_XD) * layer.norm1.weight, layer.query.weight)
-    asked_HXd = asked_XD.unflatten(1, (heads, -1)).transpose(0, 1) / math.sqrt(query_XD.shape[1] // heads)
-    turned_HXD: Tensor = asked_HXd @ layer.key.weight.unflatten(0, (heads, -1))
+    asked_HXd = torch.unflatten(asked_XD, 1, (heads, -1)).transpose(0, 1)
+    asked_HXd = asked_HXd / math.sqrt(query_XD.shape[1] // heads)
+    turned_HXD: Tensor = asked_HXd @ torch.unflatten(layer.key.weight, 0, (heads, -1))
     return turned_HXD
 
 
@@ -228,15 +242,15 @@ def build_basis(
 
     Source: factorised derivation, points 1 to 4.
     """
-    layer, heads = increment.layers[0], increment.heads
-    num_owners, num_positions, width = context_OCD.shape
+    layer, heads = increment.first, increment.heads
+    _, num_positions, width = context_OCD.shape
     real_OC1 = mask_OC.unsqueeze(-1)
     even_OC1 = real_OC1 / real_OC1.sum(dim=1, keepdim=True).to(context_OCD.dtype)
     normed_OCD = layer.norm1(torch.where(real_OC1, context_OCD, 0))
     mean_O1D = (even_OC1 * normed_OCD).sum(dim=1, keepdim=True)
     about_OCD = torch.where(real_OC1, normed_OCD - mean_O1D, 0)
     mapped = functional.linear(torch.cat([about_OCD, mean_O1D], dim=1), maps.from_context)
-    mapped = mapped.unflatten(2, (2, heads, width))
+    mapped = torch.unflatten(mapped, 2, (2, heads, width))
     # (O, C, 2, H, D) → two of (O, H·C, D).
     attended, hidden = mapped[:, :num_positions].permute(2, 0, 3, 1, 4).flatten(2, 3)
     mean_attended, mean_hidden = mapped[:, num_positions].sum(dim=2).unsqueeze(2).unbind(1)

@@ -1,19 +1,19 @@
 """The pair score without the increments themselves: exact, from a few numbers a pair.
 
 Every Δ_ij is a combination w_ij of an owner's basis (see basis.py), so lengths and dot products of increments
-are small sums and quadratic forms of w_ij. No tensor has both pairs and the embedding width, but one: where the
-words of a text are the context, the basis and the frames that are pooled belong to different sides, and the
-products of Δ_ij with p_ij need both vectors; there a block of pairs is as large as memory allows.
+are small sums and quadratic forms of w_ij. No tensor has both pairs and the embedding width, but one: where
+the words of a text are the context, the basis and the frames that are pooled belong to different sides, and
+the products of Δ_ij with p_ij need both vectors; there a block of pairs is as large as memory allows.
 
-N texts, M videos, F frames, O owners, X others (owners are videos and others texts, or the reverse), K attention
-weights, L basis vectors, D embedding width. Owners come first and others last in memory, so that small matrices
-multiply as one batched product and sums over K run along whole vectors.
+N texts, M videos, F frames, O owners, X others (owners are videos and others texts, or the reverse),
+K attention weights, L basis vectors, D embedding width. Owners come first and others last in memory, so that
+small matrices multiply as one batched product and sums over K run along whole vectors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -37,8 +37,8 @@ class Embeddings:
         mean: (X,) over D.
         centred_square: (X,) squared length without the mean.
         square: (X,) squared length.
-        turned: (H, X, D) what ``turn`` makes of them, with the sign that they have in the query; None where no
-            one asks.
+        turned: (H, X, D) what ``turn`` makes of them, with the sign that they have in the query; None where
+            no one asks.
     """
 
     vectors: Tensor
@@ -63,17 +63,18 @@ class Embeddings:
 
     def __getitem__(self, rows: slice | Tensor) -> Embeddings:
         turned = None if self.turned is None else self.turned[:, rows]
-        return Embeddings(*(value[rows] for value in self._tensors()), turned)
+        return Embeddings(
+            self.vectors[rows], self.mean[rows], self.centred_square[rows], self.square[rows], turned
+        )
 
     def split(self, size: int) -> Iterator[Embeddings]:
         """Consecutive parts of ``size`` vectors, whose gradients are joined once and not added up."""
-        parts = zip(*(tensor.split(size) for tensor in self._tensors()), strict=True)
-        count = -(-len(self) // size)
-        turned = repeat(None, count) if self.turned is None else self.turned.split(size, dim=1)
-        return (Embeddings(*part, some) for part, some in zip(parts, turned, strict=True))
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.vectors, self.mean, self.centred_square, self.square]
+        turned: Iterable[Tensor | None] = repeat(None, -(-len(self) // size))
+        if self.turned is not None:
+            turned = torch.split(self.turned, size, dim=1)
+        tensors = (self.vectors, self.mean, self.centred_square, self.square)
+        parts = zip(*(torch.split(tensor, size) for tensor in tensors), turned, strict=True)
+        return (Embeddings(*part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class PreparedVideo:
         mean: (M, D) v̄.
         share: (M, F), 1 over the number of real frames, 0 for padding.
         bias: (M, F), 0 for real frames and −inf for padding.
-        rows: (M, F + L, D), what texts are multiplied with: frame features and basis vectors; the frame features
-            alone where videos own no basis.
-        by_frames: (M, F + L, F), products of the rows with the frame features; None where words are the context.
+        rows: (M, F + L, D), what texts are multiplied with: frame features and basis vectors; the frame
+            features alone where videos own no basis.
+        by_frames: (M, F + L, F), products of the rows with the frame features; None where words are the
+            context.
         basis: of the increments, or None for the baseline and where words are the context.
         asking: v̄ as the side that asks, where words are the context, or None.
     """
@@ -111,7 +113,7 @@ class PreparedVideo:
         if basis is not None:
             rows = torch.cat([frames_MFD, basis.vectors], dim=1)
             # Views, so that nothing is held twice.
-            frames_MFD, vectors_MLD = rows.split([frames_MFD.shape[1], basis.vectors.shape[1]], dim=1)
+            frames_MFD, vectors_MLD = torch.split(rows, [frames_MFD.shape[1], basis.vectors.shape[1]], dim=1)
             basis = replace(basis, vectors=vectors_MLD)
         by_frames = None if asking is not None else rows @ frames_MFD.transpose(1, 2)
         features = VideoFeatures(frames_MFD, mask_MF)
@@ -172,8 +174,8 @@ def combine(
 
     Args:
         basis: of the owners.
-        gap_dot_OX: products of the owners' embeddings with the others', or None where the query has no part of
-            the owner.
+        gap_dot_OX: products of the owners' embeddings with the others', or None where the query has no part
+            of the owner.
         others: the others' embeddings, turned.
         log_radius_OX: log R_ij where ψ is asked with the text itself.
 
@@ -208,8 +210,8 @@ def combine(
 
 def _uneven(logits_OKX: Tensor, basis: Basis) -> Tensor:
     """Softmax over the positions of each head less even attention; exact also where the two are close."""
-    by_head = logits_OKX.unflatten(1, (basis.heads, -1))
-    even = basis.even.unflatten(1, (basis.heads, -1)).unsqueeze(3)
+    by_head = torch.unflatten(logits_OKX, 1, (basis.heads, -1))
+    even = torch.unflatten(basis.even, 1, (basis.heads, -1)).unsqueeze(3)
     above = (by_head - by_head.detach().amax(dim=2, keepdim=True)).expm1()
     mean = (even * above).sum(dim=2, keepdim=True)
     return ((above - mean) * even / (1 + mean)).flatten(1, 2)
@@ -286,7 +288,7 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     num_frames = video.features.mask.shape[1]
     assert video.by_frames is not None
     products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_rows, -1)
-    frame_products, delta_products = products.split([num_frames, num_rows - num_frames], dim=1)
+    frame_products, delta_products = torch.split(products, [num_frames, num_rows - num_frames], dim=1)
     pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
     text_pooled = (pooling_MFN * frame_products).sum(dim=1)
     pooled = video.by_frames @ pooling_MFN

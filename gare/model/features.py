@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -59,9 +60,8 @@ class VideoFeatures:
 
     def split(self, size: int) -> Iterator[VideoFeatures]:
         """Consecutive parts of ``size`` clips, whose gradients are joined once and not added up."""
-        return (
-            VideoFeatures(*part) for part in zip(self.frames.split(size), self.mask.split(size), strict=True)
-        )
+        parts = zip(torch.split(self.frames, size), torch.split(self.mask, size), strict=True)
+        return (VideoFeatures(*part) for part in parts)
 
     @property
     def mean(self) -> Tensor:

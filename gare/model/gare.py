@@ -213,7 +213,7 @@ class GARE(nn.Module):
         )
 
     def draw_dropout(self, owners: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """Dropout of ψ for each owner of a context, (owners, D) factors 0 or 1/(1 − p); None where there is none.
+        """Dropout of ψ for each owner of a context, (owners, D) factors 0 or 1/(1 − p); None where none is.
 
         Args:
             owners: videos where frames are the context, texts where words are.

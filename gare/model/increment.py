@@ -73,6 +73,13 @@ class Increment(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    @property
+    def first(self) -> IncrementLayer:
+        """The first layer, which is all of ψ in the factorised form."""
+        layer = self.layers[0]
+        assert isinstance(layer, IncrementLayer)
+        return layer
+
     def forward(
         self, query_ABD: Tensor, context_BCD: Tensor, mask_BC: Tensor, keep_BD: Tensor | None = None
     ) -> Tensor:

@@ -130,10 +130,10 @@ def _by_texts(
     assert maps is not None
     keep = model.draw_dropout(len(text.embedding))
     width = model.config.clip.embed_dim
-    if isinstance(video, VideoFeatures) and video.frames.dtype == dtype:
-        # Two vectors a video, beside views of its frames: made once where they fit.
-        if 2 * width * dtype.itemsize * len(video) <= model.config.memory_mb * MEGABYTE / 4:
-            video = model.with_basis(video, maps, None)
+    # Two vectors a video, beside views of its frames: made once where they fit.
+    fits = 2 * width * dtype.itemsize * len(video) <= model.config.memory_mb * MEGABYTE / 4
+    if fits and isinstance(video, VideoFeatures) and video.frames.dtype == dtype:
+        video = model.with_basis(video, maps, None)
     for owners in slices(len(text.embedding), sizes.owners):
         some_text = text[owners]
         if some_text.words is not None:

@@ -1,7 +1,7 @@
 """What the paper measures about Δ, cheap enough to log while training.
 
-Of a few texts of this worker against all videos, from the coefficients of the factorised form: no increment is
-formed, and the basis of the videos is the step's own.
+Of a few texts of this worker against all videos, from the coefficients of the factorised form: no increment
+is formed, and the basis of the videos is the step's own.
 
 S texts looked at, M videos, F frames, L basis vectors, D embedding width; (S, M) numbers of pairs.
 """
@@ -81,9 +81,9 @@ def diagnose(rule: Rule, seen: Seen, num_texts: int) -> dict[str, float]:
 
     ``tension/``: for each text the gradient of InfoNCE at its (corrected) embedding, summed over videos: its
     length (net), the sum of lengths (gross) and the share that cancels, with Δ and before it (the paper's
-    Figures 2, 4, 7). ``delta/``: angles of Δ to the gap and to the text, lengths and distances, of positive and
-    negative pairs (Figures 3, 8). ``gap/``: distance of the modalities' means, alignment and uniformity (Wang &
-    Isola, arXiv 2005.10242) of unit embeddings.
+    Figures 2, 4, 7). ``delta/``: angles of Δ to the gap and to the text, lengths and distances, of positive
+    and negative pairs (Figures 3, 8). ``gap/``: distance of the modalities' means, alignment and uniformity
+    (Wang & Isola, arXiv 2005.10242) of unit embeddings.
 
     Args:
         rule: of the model.

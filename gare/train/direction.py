@@ -1,4 +1,4 @@
-"""Directional diversity of factorised increments, a few texts at a time and with its gradient made on the way.
+"""Directional diversity of factorised increments, a few texts at a time, its gradient made on the way.
 
 Its value needs the cosines of every two increments of a text, M² numbers. Keeping those of all texts for the
 backward would take N·M² numbers, so the gradient is made where they are at hand.
@@ -29,7 +29,9 @@ def factorized_direction(
     alpha: float,
     memory_bytes: int,
 ) -> Tensor:
-    """Sum over S texts of their directional diversity, a scalar; see ``losses.direction`` and ``orthogonality``.
+    """Sum over S texts of their directional diversity, a scalar.
+
+    See ``losses.direction`` and ``losses.orthogonality``.
 
     Args:
         weights: (M, L, S) where videos own the basis, (S, L, M) where texts do.
@@ -84,7 +86,7 @@ class _Direction(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_weights, grad_vectors = ctx.saved_tensors
         return grad * grad_weights, grad * grad_vectors, None, None, None, None
@@ -115,8 +117,8 @@ def _texts_direction(
         slope_cMM = cosine_cMM * (4 / others)
     if not learns:
         return value, None
-    # Cosines are symmetric, so slopes count twice; Σ_k slope·cos is what a longer Δ_ij would lose, and is taken
-    # from the diagonal.
+    # Cosines are symmetric, so slopes count twice; Σ_k slope·cos is what a longer Δ_ij would lose, and is
+    # taken from the diagonal.
     along_cM = torch.linalg.vecdot(slope_cMM, cosine_cMM)
     slope_cMM *= inverse_cMM
     slope_cMM.diagonal(dim1=1, dim2=2).sub_(along_cM * inverse_cM.square())

@@ -43,7 +43,7 @@ def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None
 
 
 def positive_shares(own_n: Tensor, all_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, N) of a dtype: 1 over the number of positives of a row where the column has the row's video, else 0."""
+    """(n, N) of a dtype: 1 over a row's number of positives where the column has the row's video, else 0."""
     same_nN = own_n.unsqueeze(1) == all_N
     return same_nN / same_nN.sum(dim=1, keepdim=True).to(dtype)
 

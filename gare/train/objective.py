@@ -60,7 +60,9 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in the loss of a step, of the global batch, so that the number of workers changes nothing.
+    """What is random in the loss of a step.
+
+    It is of the global batch, so that the number of workers changes nothing.
 
     Attributes:
         sample: indices of the texts of the directional diversity; None: all.
@@ -160,7 +162,8 @@ def sharded_terms(
     with torch.no_grad():
         values = sum_over_workers(torch.stack([getattr(own, name) for name in _SUMMED]))
     # Workers' gradients are averaged, and their shares are to be summed.
-    return LossTerms(*values.unbind(), own.scale, own.total * world_size(), part.seen)
+    summed = dict(zip(_SUMMED, values.unbind(), strict=True))
+    return LossTerms(**summed, scale=own.scale, objective=own.total * world_size(), seen=part.seen)
 
 
 _SUMMED = ("total", "nce_t2v", "nce_v2t", "bottleneck", "radii", "direction")

@@ -1,9 +1,9 @@
 """The factorised loss of a global batch, each worker with its own rows of it.
 
-A worker scores its n texts against all N = R·n videos, block by block, and shares with the others only numbers
-by video: the column sums of InfoNCE, the moments of the bottleneck, the spread of the radii. What it
-backpropagates, its share ℓ_r, sums to the loss over the workers, so the gradient is that of one worker with the
-whole batch. No tensor here has both pairs and the embedding width, but blocks where Δ itself is needed.
+A worker scores its n texts against all N = R·n videos, block by block, and shares with the others only
+numbers by video: the column sums of InfoNCE, the moments of the bottleneck, the spread of the radii. What it
+backpropagates, its share ℓ_r, sums to the loss over the workers, so the gradient is that of one worker with
+the whole batch. No tensor here has both pairs and the embedding width, but blocks where Δ itself is needed.
 
 n texts of this worker, N texts or videos of all R workers, O owners of a basis, X others, A anchors of the
 bottleneck, S sampled texts, L basis vectors, D embedding width.
@@ -19,14 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gare.config import LossConfig
-from gare.model.factorized import (
-    Embeddings,
-    PairNumbers,
-    PreparedText,
-    PreparedVideo,
-    Rule,
-    pair_numbers,
-)
+from gare.model.factorized import Embeddings, PairNumbers, PreparedText, PreparedVideo, Rule, pair_numbers
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.streaming import MEGABYTE, numbers_of_a_pair
@@ -245,7 +238,8 @@ def _blocks(model: GARE, sides: Sides, wanted: Wanted, reference: Tensor | None)
     held = sides.owners.itemsize * sides.num_others * numbers_of_a_pair(model, *sides.positions)
     size = max(BLOCK_BYTES // held, 1)
     recompute = torch.is_grad_enabled() and held * num_owners > model.config.memory_mb * MEGABYTE
-    for number, owners in enumerate(sides.owners.split(size)):
+    parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(size)
+    for number, owners in enumerate(parts):
         first = number * size
         texts = wanted.sample[1]
         if texts is not None and sides.owner == "text":
@@ -322,13 +316,14 @@ def _reference(rule: Rule, sides: Sides, wanted: Wanted) -> Tensor:
     The mean over a few owners is as far from the mean over all as increments are spread. Workers that add up
     their sums agree on it.
     """
-    some = next(iter(sides.owners.split(4)))
+    parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(4)
+    some = next(parts)
     local = _increments(pair_numbers(rule, some, sides.others), some, wanted).mean(dim=0)
     return sum_over_workers(local) / world_size() if sides.owner == "text" else local
 
 
 def _info_nce(logits: Tensor, columns: Tensor, own: slice, video_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of this worker's texts and columns of its videos, over N; logits (n, N), columns from ``_columns``."""
+    """Rows of this worker's texts, columns of its videos, over N; logits (n, N), columns of ``_columns``."""
     if video_ids is None:
         positive = logits[:, own].diagonal().sum()
     else:
@@ -356,8 +351,8 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
     variance = ((covariance @ vectors) * vectors).sum(dim=1)
     with torch.no_grad():
         eps, squares = torch.finfo(vectors.dtype).eps, vectors.square()
-        # Coefficients are of differences, and exact where increments differ: only of equal frames, which leave
-        # rounding times rounding, nothing is known.
+        # Coefficients are of differences, and exact where increments differ: only of equal frames, which
+        # leave rounding times rounding, nothing is known.
         noise = rounding_noise((mean.square().unsqueeze(1) @ squares).squeeze(1).sqrt()) * eps
         if config.kl_normalised:
             # Coefficients that make up for each other's changes of length cancel in the sum.

@@ -151,10 +151,11 @@ def test_float32_is_near_float64(variant: dict[str, Any], spread: float, seed: i
 
 
 def test_two_frames_are_better_off_than_in_the_direct_form(seed: int) -> None:
-    """The increments of a clip of two frames lie on a line, and the bottleneck asks for the logarithm of their
+    """Of two frames the products round too much for 1e-4, and the direct form is off by more.
+
+    The increments of a clip of two frames lie on a line, and the bottleneck asks for the logarithm of their
     spread in every dimension, also in those that the line is nearly perpendicular to: there the products
-    themselves round too much for 1e-4. The direct form is off by more. (Of a single frame they lie on a line
-    where ψ is asked with the text.)
+    themselves round. (Of a single frame they lie on a line where ψ is asked with the text.)
     """
     torch.manual_seed(seed)
     model = head(512, dtype=torch.float32, spread=0.0).train()

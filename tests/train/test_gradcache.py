@@ -74,8 +74,9 @@ from gare.train.start import initial_model
 from gare.train.step import build_learner, compute_gradients
 torch.set_num_threads(1)
 def grown(pairs, micro):
-    config = tiny_config(f"train.batch_size={pairs}", f"train.micro_batch={micro}", "model.clip.image_size=64",
-        "extract.image_size=64", "model.clip.vision_width=256", "model.clip.vision_layers=4")
+    config = tiny_config(f"train.batch_size={pairs}", f"train.micro_batch={micro}",
+        "model.clip.image_size=64", "extract.image_size=64", "model.clip.vision_width=256",
+        "model.clip.vision_layers=4")
     learner = build_learner(initial_model(config), config, 10, torch.device("cpu"))
     batch = tiny_batch(config, np.random.default_rng(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

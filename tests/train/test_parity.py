@@ -152,8 +152,8 @@ def test_unequal_shares_are_refused(world: int, found: Found) -> None:
     """A gather of unequal blocks hangs, or mixes rows up; all workers must hear of it."""
     for rank in range(world):
         assert found[world, rank]["unequal_shares"] == (
-            f"training step: workers hold from 1 to {world} pairs of one batch (the same number on each worker: "
-            "a train.batch_size that the workers divide)"
+            f"training step: workers hold from 1 to {world} pairs of one batch (the same number on each "
+            "worker: a train.batch_size that the workers divide)"
         )
 
 

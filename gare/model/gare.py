@@ -17,9 +17,10 @@ from gare.config import ModelConfig
 from gare.errors import ConfigError, DataError
 from gare.model.basis import BasisMaps, build_basis, turn
 from gare.model.clip import ClipTowers
-from gare.model.factorized import Embeddings, PreparedText, PreparedVideo, Rule
+from gare.model.factorized import Rule
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.increment import Increment, IncrementRadius, towards
+from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.streaming import stream_direct, stream_factorized
 from gare.model.temporal import TemporalTransformer
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gare.model.factorized import PreparedVideo, text_pairs, video_pairs
+from gare.model.factorized import text_pairs, video_pairs
 from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.prepared import PreparedVideo
 
 if TYPE_CHECKING:
     from gare.model.gare import GARE

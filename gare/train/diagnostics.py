@@ -14,15 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gare.model.factorized import (
-    Embeddings,
-    PairNumbers,
-    PreparedText,
-    PreparedVideo,
-    Rule,
-    corrected_square,
-    pair_numbers,
-)
+from gare.model.factorized import PairNumbers, Rule, corrected_square, pair_numbers
+from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.train.sharded import Seen
 
 

@@ -11,24 +11,21 @@ bottleneck, S sampled texts, L basis vectors, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from gare.config import LossConfig
-from gare.model.factorized import Embeddings, PairNumbers, PreparedText, PreparedVideo, Rule, pair_numbers
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.model.streaming import MEGABYTE, numbers_of_a_pair
+from gare.model.prepared import PreparedVideo
+from gare.model.streaming import MEGABYTE
+from gare.train.blocks import Block, Sides, Wanted, blocks_of, reference_of, sides_of
 from gare.train.direction import factorized_direction
 from gare.train.gather import max_over_workers, rank, sum_over_workers, world_size
 from gare.train.losses import NOISE_ULPS, bounded, divergence, positive_shares, rounding_noise
 
-#: A block has so many pairs that its numbers stay in a processor's cache.
-BLOCK_BYTES = 8 * MEGABYTE
 #: As much as a chunk of texts takes whose cosines are computed together.
 CHUNK_BYTES = 32 * MEGABYTE
 
@@ -46,30 +43,6 @@ class Shares:
     radii: Tensor
     direction: Tensor
     seen: Seen | None
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The two sides of the pairs of this worker.
-
-    Attributes:
-        owner: video or text, whichever owns the basis; none for the baseline, which is computed as video.
-        owners: of the basis.
-        others: of the other side.
-        own: which rows of the global batch are this worker's.
-        positions: frames of a video and words of a text.
-    """
-
-    owner: str
-    owners: PreparedVideo | PreparedText
-    others: Embeddings | PreparedVideo
-    own: slice
-    positions: tuple[int, int]
-
-    @property
-    def num_others(self) -> int:
-        """X, texts or videos."""
-        return len(self.others)
 
 
 @dataclass(frozen=True)
@@ -105,46 +78,6 @@ class Seen:
         )
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What the regularisers need of a block beside scores and lengths.
-
-    Attributes:
-        moments: whether the bottleneck's anchors own the basis, so that coefficients tell their moments.
-        sums: whether the anchors are the others, so that increments themselves have to be summed.
-        normalised: whether the bottleneck looks at increments of length 1.
-        sample: whether the diversity needs coefficients, and of which of this worker's texts; None: of all.
-        plain: whether diagnostics need the scores without increments.
-    """
-
-    moments: bool
-    sums: bool
-    normalised: bool
-    sample: tuple[bool, Tensor | None]
-    plain: bool
-
-
-@dataclass(frozen=True)
-class Block:
-    """What the loss keeps of a block of owners with all others.
-
-    Attributes:
-        scores: (O, X).
-        norms: (O, X) of the increments; None for the baseline.
-        moments: of the owners' coefficients over the others: mean (O, L) and scatter (O, L, L) about it.
-        sums: (2, X, D) over the owners, of Δ minus the reference and of its square.
-        sampled: coefficients of the texts of the diversity, (O, L, S) or (S, L, X).
-        plain: (O, X) scores without increments, without gradient.
-    """
-
-    scores: Tensor
-    norms: Tensor | None = None
-    moments: tuple[Tensor, Tensor] | None = None
-    sums: Tensor | None = None
-    sampled: Tensor | None = None
-    plain: Tensor | None = None
-
-
 def shares(
     model: GARE,
     text: TextFeatures,
@@ -172,7 +105,7 @@ def shares(
     """
     num_pairs, num_texts = len(video), len(text.embedding)
     own = slice(rank() * num_texts, (rank() + 1) * num_texts)
-    sides = _sides(model, text, video, keep, own)
+    sides = sides_of(model, text, video, keep, own)
     own_sample = None if sample is None else sample[(sample >= own.start) & (sample < own.stop)] - own.start
     has_delta, anchor_owns = sides.owner != "none", config.bottleneck_anchor == sides.owner
     wanted = Wanted(
@@ -182,8 +115,8 @@ def shares(
         (has_delta and bool(config.direction_weight), own_sample),
         watched,
     )
-    reference = _reference(model.rule, sides, wanted) if wanted.sums else None
-    blocks = list(_blocks(model, sides, wanted, reference))
+    reference = reference_of(model.rule, sides, wanted) if wanted.sums else None
+    blocks = list(blocks_of(model, sides, wanted, reference))
     scores, scale = _join(sides, [block.scores for block in blocks]), model.logit_scale.exp()
     columns = _columns(scale * scores)
     nce = _info_nce(scale * scores, columns, own, video_ids)
@@ -220,106 +153,6 @@ def _columns(logits: Tensor) -> Tensor:
     """Log Σ_i exp(logits_ij) (N,) over the texts of all workers."""
     highest = max_over_workers(logits.amax(dim=0))
     return highest + sum_over_workers((logits - highest).exp().sum(dim=0)).log()
-
-
-def _sides(model: GARE, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice) -> Sides:
-    maps = model.basis_maps()
-    positions = (video.mask.shape[1], text.mask.shape[1])
-    if model.context_of == "text" and maps is not None:
-        texts = model.prepare_text(text, maps, None if keep is None else keep[own])
-        return Sides("text", texts, model.with_basis(video, maps, None), own, positions)
-    owners = model.with_basis(video, maps, keep)
-    return Sides(model.context_of, owners, model.asking(text.embedding), own, positions)
-
-
-def _blocks(model: GARE, sides: Sides, wanted: Wanted, reference: Tensor | None) -> Iterator[Block]:
-    """Blocks of owners with all others; recomputed in the backward where all together exceed the budget."""
-    num_owners = len(sides.owners)
-    held = sides.owners.itemsize * sides.num_others * numbers_of_a_pair(model, *sides.positions)
-    size = max(BLOCK_BYTES // held, 1)
-    recompute = torch.is_grad_enabled() and held * num_owners > model.config.memory_mb * MEGABYTE
-    parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(size)
-    for number, owners in enumerate(parts):
-        first = number * size
-        texts = wanted.sample[1]
-        if texts is not None and sides.owner == "text":
-            texts = texts[(texts >= first) & (texts < first + size)] - first
-        arguments = (model.rule, sides.owner, owners, sides.others, wanted, texts, reference)
-        if recompute:
-            block: Block = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            yield block
-        else:
-            yield _block(*arguments)
-
-
-def _block(
-    rule: Rule,
-    owner: str,
-    owners: PreparedVideo | PreparedText,
-    others: Embeddings | PreparedVideo,
-    wanted: Wanted,
-    texts: Tensor | None,
-    reference: Tensor | None,
-) -> Block:
-    pairs = pair_numbers(rule, owners, others)
-    plain = _plain(pairs, owners, others) if wanted.plain else None
-    if pairs.weights is None:
-        return Block(pairs.scores, plain=plain)
-    moments = sums = sampled = None
-    if wanted.moments:
-        weights = _looked_at(pairs, wanted)
-        mean = weights.mean(dim=2, keepdim=True)
-        apart = weights - mean
-        moments = (mean.squeeze(2), apart @ apart.transpose(1, 2))
-    if wanted.sums and reference is not None:
-        apart = _increments(pairs, owners, wanted) - reference
-        sums = torch.stack([apart.sum(dim=0), apart.square().sum(dim=0)])
-    if wanted.sample[0]:
-        sampled = pairs.weights
-        if texts is not None:
-            sampled = sampled[texts] if owner == "text" else sampled[:, :, texts]
-    return Block(pairs.scores, pairs.norms, moments, sums, sampled, plain)
-
-
-@torch.no_grad()
-def _plain(
-    pairs: PairNumbers, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo
-) -> Tensor:
-    """cos(t_i, p_ij) of a block."""
-    if isinstance(owners, PreparedText):
-        square = owners.embeddings.square.unsqueeze(1)
-    else:
-        assert isinstance(others, Embeddings)
-        square = others.square
-    return pairs.text_pooled / (square * pairs.pooled_square).sqrt().clamp(min=1e-12)
-
-
-def _looked_at(pairs: PairNumbers, wanted: Wanted) -> Tensor:
-    """Coefficients of the increments that the bottleneck looks at."""
-    assert pairs.weights is not None
-    assert pairs.norms is not None
-    if not wanted.normalised:
-        return pairs.weights
-    return pairs.weights / pairs.norms.clamp(min=1e-12).unsqueeze(1)
-
-
-def _increments(pairs: PairNumbers, owners: PreparedVideo | PreparedText, wanted: Wanted) -> Tensor:
-    """The increments of a block themselves, (O, X, D)."""
-    assert owners.basis is not None
-    return _looked_at(pairs, wanted).transpose(1, 2) @ owners.basis.vectors
-
-
-@torch.no_grad()
-def _reference(rule: Rule, sides: Sides, wanted: Wanted) -> Tensor:
-    """(X, D), near the mean increment of each other, so that squares about it do not cancel.
-
-    The mean over a few owners is as far from the mean over all as increments are spread. Workers that add up
-    their sums agree on it.
-    """
-    parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(4)
-    some = next(parts)
-    local = _increments(pair_numbers(rule, some, sides.others), some, wanted).mean(dim=0)
-    return sum_over_workers(local) / world_size() if sides.owner == "text" else local
 
 
 def _info_nce(logits: Tensor, columns: Tensor, own: slice, video_ids: Tensor | None) -> tuple[Tensor, Tensor]:

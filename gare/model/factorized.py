@@ -145,11 +145,13 @@ class Rule:
         corrected_side: text or video.
         pool_temperature: τ_pool.
         radius: of increments that point from ψ's output to the video, else None.
+        unit: whether such increments are taken with length 1 instead.
     """
 
     corrected_side: str
     pool_temperature: float
     radius: IncrementRadius | None
+    unit: bool = False
 
 
 def corrected_square(
@@ -188,6 +190,8 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
         weights = combine(video.basis, gap_dot, texts)
     else:
         log_radius = rule.radius.log_of_products(frame_products, video.features.mask)
+        if rule.unit:
+            log_radius = torch.zeros_like(log_radius)
         weights = combine(video.basis, None, texts, log_radius)
     text_delta = (weights * delta_products).sum(dim=1)
     delta_square = quadratic(video.basis.gram, weights)

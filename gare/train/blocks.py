@@ -6,7 +6,7 @@ O owners of a basis, X others, S sampled texts, L basis vectors, D embedding wid
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -133,12 +133,14 @@ def _block(
         return Block(pairs.scores, plain=plain)
     moments = sums = sampled = None
     if wanted.moments:
-        weights = _looked_at(pairs, wanted)
+        weights = _looked_at(rule, pairs, owners, others, wanted)
         mean = weights.mean(dim=2, keepdim=True)
         apart = weights - mean
         moments = (mean.squeeze(2), apart @ apart.transpose(1, 2))
     if wanted.sums and reference is not None:
-        apart = _increments(pairs, owners, wanted) - reference
+        assert owners.basis is not None
+        weights = _looked_at(rule, pairs, owners, others, wanted)
+        apart = weights.transpose(1, 2) @ owners.basis.vectors - reference
         sums = torch.stack([apart.sum(dim=0), apart.square().sum(dim=0)])
     if wanted.sample[0]:
         sampled = pairs.weights
@@ -160,19 +162,24 @@ def _plain(
     return pairs.text_pooled / (square * pairs.pooled_square).sqrt().clamp(min=1e-12)
 
 
-def _looked_at(pairs: PairNumbers, wanted: Wanted) -> Tensor:
+def _looked_at(
+    rule: Rule,
+    pairs: PairNumbers,
+    owners: PreparedVideo | PreparedText,
+    others: Embeddings | PreparedVideo,
+    wanted: Wanted,
+) -> Tensor:
     """Coefficients of the increments that the bottleneck looks at."""
     assert pairs.weights is not None
     assert pairs.norms is not None
     if not wanted.normalised:
         return pairs.weights
-    return pairs.weights / pairs.norms.clamp(min=1e-12).unsqueeze(1)
-
-
-def _increments(pairs: PairNumbers, owners: PreparedVideo | PreparedText, wanted: Wanted) -> Tensor:
-    """The increments of a block themselves, (O, X, D)."""
-    assert owners.basis is not None
-    return _looked_at(pairs, wanted).transpose(1, 2) @ owners.basis.vectors
+    if rule.radius is None:
+        return pairs.weights / pairs.norms.clamp(min=1e-12).unsqueeze(1)
+    # Dividing a radius out again would leave its rounding.
+    unit = pair_numbers(replace(rule, unit=True), owners, others).weights
+    assert unit is not None
+    return unit
 
 
 @torch.no_grad()
@@ -184,5 +191,7 @@ def reference_of(rule: Rule, sides: Sides, wanted: Wanted) -> Tensor:
     """
     parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(4)
     some = next(parts)
-    local = _increments(pair_numbers(rule, some, sides.others), some, wanted).mean(dim=0)
+    assert some.basis is not None
+    weights = _looked_at(rule, pair_numbers(rule, some, sides.others), some, sides.others, wanted)
+    local = (weights.transpose(1, 2) @ some.basis.vectors).mean(dim=0)
     return sum_over_workers(local) / world_size() if sides.owner == "text" else local

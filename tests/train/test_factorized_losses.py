@@ -112,7 +112,8 @@ def test_losses_and_gradients_equal_the_direct_form(
     for name, value in direct.named().items():
         torch.testing.assert_close(factorised.named()[name], value, rtol=1e-9, atol=1e-12, msg=name)
     difference, name = worst(found, expected)
-    assert difference < 1e-9, name
+    # Between nearly equal increments of length 1 the direct form itself is left with few digits.
+    assert difference < (1e-7 if config.kl_normalised else 1e-9), name
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.05])

@@ -35,7 +35,7 @@ LOG_EVERY = 10
 #: What matters of data and extract is in the fingerprints.
 FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "extract"}
 FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
-FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius"}
+FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch"}
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -103,6 +103,11 @@ def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     """What makes a run this run."""
     settings = config.model_dump(mode="json", exclude=FREE_SECTIONS)
     settings["model"] = config.model.identity()
+    # The budget of memory decides whether the diversity is that of a sample, and so what is computed.
+    sampled = config.loss.samples_texts(
+        config.train.batch_size, config.model.clip.embed_dim, config.model.memory_mb * 1e6
+    )
+    settings["loss"]["direction_is_sampled"] = sampled
     settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
     return {
         "settings": settings,

@@ -3,7 +3,7 @@
 Every Δ_ij is a combination w_ij of an owner's basis (see basis.py), so lengths and dot products of increments
 are small sums and quadratic forms of w_ij. No tensor has both pairs and the embedding width, but one: where
 the words of a text are the context, the basis and the frames that are pooled belong to different sides, and
-the products of Δ_ij with p_ij need both vectors; there a block of pairs is as large as memory allows.
+the products of Δ_ij with p_ij need both vectors; there blocks of pairs are small.
 
 N texts, M videos, F frames, O owners, X others (owners are videos and others texts, or the reverse),
 K attention weights, L basis vectors, D embedding width. Owners come first and others last in memory, so that
@@ -89,9 +89,8 @@ def combine(
     if basis.aimed is not None and log_radius_OX is not None:
         # Δ_ij = R_ij·unit(v̄_j − t*_ij), where the weights so far are t*_ij's.
         scale_O1X, change_O1X = basis.aimed.scales(weights, SHORTEST**2)
-        more_O1X = log_radius_OX.unsqueeze(1).expm1()
-        change_O1X = change_O1X + more_O1X * scale_O1X
-        weights = torch.cat([weights * scale_O1X * (1 + more_O1X), change_O1X], dim=1)
+        unit = torch.cat([weights * scale_O1X, change_O1X, torch.ones_like(change_O1X)], dim=1)
+        return unit * log_radius_OX.unsqueeze(1).exp()
     return torch.cat([weights, torch.ones_like(change_O1X)], dim=1)
 
 

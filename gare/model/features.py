@@ -67,5 +67,6 @@ class VideoFeatures:
     def mean(self) -> Tensor:
         """v̄ (M, D), the mean over the real frames."""
         weights_MF = self.mask.to(self.frames.dtype)
-        total_MD = (self.frames * weights_MF.unsqueeze(-1)).sum(dim=1)
+        # A product, so that no copy of the frames is made.
+        total_MD = (weights_MF.unsqueeze(1) @ self.frames).squeeze(1)
         return total_MD / weights_MF.sum(dim=1, keepdim=True)

@@ -143,7 +143,10 @@ class GARE(nn.Module):
         if reason := self.why_direct:
             raise ConfigError(reason, where="model", accepted="one layer, and dropout by context or none")
         owners = len(video.mask) if self.context_of == "video" else 0
-        return self.with_basis(video, self.basis_maps(), self.draw_dropout(owners))
+        with torch.autocast(video.frames.device.type, enabled=False):
+            frames_MFD = video.frames.to(torch.promote_types(video.frames.dtype, torch.float32))
+            exact = VideoFeatures(frames_MFD, video.mask)
+            return self.with_basis(exact, self.basis_maps(), self.draw_dropout(owners))
 
     def score(
         self,

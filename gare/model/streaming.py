@@ -39,11 +39,13 @@ class Sizes:
 
     Attributes:
         owners: contexts whose basis is made together.
+        askers: embeddings that are turned together.
         texts: of a block of pairs.
         videos: of a block of pairs.
     """
 
     owners: int
+    askers: int
     texts: int
     videos: int
 
@@ -65,13 +67,15 @@ def block_sizes(model: GARE, num_frames: int, num_words: int, itemsize: int) -> 
     owner_bytes = itemsize * width * (12 * keys + 4 * num_frames + 8)
     pair_bytes = itemsize * numbers_of_a_pair(model, num_frames, num_words)
     pairs = min(CACHED_BYTES, budget // 4) // pair_bytes
-    owners = budget // 4 // owner_bytes
+    owners = max(budget // 4 // owner_bytes, 1)
+    # Of an embedding that asks: itself centred, asked and turned, by head.
+    askers = max(budget // 4 // (itemsize * width * (3 + 2 * model.config.increment_heads)), 1)
     if model.context_of == "text":
-        texts = min(64, max(1, math.isqrt(pairs)))
+        texts = min(64, max(1, math.isqrt(pairs)), owners)
         # Whole blocks of them, so that none is left with a few texts.
-        return Sizes(max(owners // texts, 1) * texts, texts, _even(pairs // texts))
+        return Sizes(owners // texts * texts, askers, texts, _even(pairs // texts))
     texts = max(min(TEXTS_PER_BLOCK, pairs), 1)
-    return Sizes(max(owners, 1), texts, max(pairs // texts, 1))
+    return Sizes(owners, askers, texts, max(pairs // texts, 1))
 
 
 def _even(count: int) -> int:
@@ -90,7 +94,8 @@ def stream_factorized(model: GARE, text: TextFeatures, video: VideoFeatures | Pr
         num_texts, num_videos = len(embedding), len(features.mask)
         sizes = block_sizes(model, features.mask.shape[1], text.mask.shape[1], dtype.itemsize)
         if torch.is_grad_enabled():
-            sizes = Sizes(max(num_texts, num_videos, 1), max(num_texts, 1), max(num_videos, 1))
+            most = max(num_texts, num_videos, 1)
+            sizes = Sizes(most, most, most, most)
         blocks = _by_texts if model.context_of == "text" else _by_videos
         scores = None
         for texts, videos, block in blocks(model, text, video, sizes, dtype):
@@ -108,20 +113,22 @@ Blocks = Iterator[tuple[slice, slice, Tensor]]
 def _by_videos(
     model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo, sizes: Sizes, dtype: torch.dtype
 ) -> Blocks:
-    texts = model.asking(text.embedding)
     maps = None if isinstance(video, PreparedVideo) else model.basis_maps()
     keep = model.draw_dropout(0 if isinstance(video, PreparedVideo) else len(video.mask))
-    for owners in slices(len(video), sizes.owners):
-        if isinstance(video, PreparedVideo):
-            prepared = video[owners]
-        else:
-            some = VideoFeatures(video.frames[owners].to(dtype), video.mask[owners])
-            prepared = model.with_basis(some, maps, None if keep is None else keep[owners])
-        for columns in slices(len(prepared), sizes.videos):
-            block_of_videos = prepared[columns]
-            for rows in slices(len(text.embedding), sizes.texts):
-                scores = video_pairs(model.rule, texts[rows], block_of_videos).scores
-                yield rows, slice(owners.start + columns.start, owners.start + columns.stop), scores.T
+    # Texts are asked with once for all videos, so many of them as fit.
+    for group in slices(len(text.embedding), sizes.askers):
+        texts = model.asking(text.embedding[group])
+        for owners in slices(len(video), sizes.owners):
+            if isinstance(video, PreparedVideo):
+                prepared = video[owners]
+            else:
+                some = VideoFeatures(video.frames[owners].to(dtype), video.mask[owners])
+                prepared = model.with_basis(some, maps, None if keep is None else keep[owners])
+            for columns in slices(len(prepared), sizes.videos):
+                where = slice(owners.start + columns.start, owners.start + columns.stop)
+                for rows in slices(len(texts), sizes.texts):
+                    scores = video_pairs(model.rule, texts[rows], prepared[columns]).scores
+                    yield slice(group.start + rows.start, group.start + rows.stop), where, scores.T
 
 
 def _by_texts(
@@ -130,10 +137,8 @@ def _by_texts(
     maps = model.basis_maps()
     assert maps is not None
     keep = model.draw_dropout(len(text.embedding))
-    width = model.config.clip.embed_dim
-    # Two vectors a video, beside views of its frames: made once where they fit.
-    fits = 2 * width * dtype.itemsize * len(video) <= model.config.memory_mb * MEGABYTE / 4
-    if fits and isinstance(video, VideoFeatures) and video.frames.dtype == dtype:
+    # Turned means beside views of the frames: made once where they fit.
+    if isinstance(video, VideoFeatures) and video.frames.dtype == dtype and len(video) <= sizes.askers:
         video = model.with_basis(video, maps, None)
     for owners in slices(len(text.embedding), sizes.owners):
         some_text = text[owners]
@@ -151,6 +156,15 @@ def _by_texts(
 
 def stream_direct(model: GARE, text: TextFeatures, video: VideoFeatures) -> Tensor:
     """Scores (N, M) in the direct form; without gradients in blocks within the budget."""
+    dtype = torch.promote_types(text.embedding.dtype, torch.float32)
+    words = None if text.words is None else text.words.to(dtype)
+    text = TextFeatures(text.embedding.to(dtype), words, text.mask)
+    video = VideoFeatures(video.frames.to(dtype), video.mask)
+    with torch.autocast(text.embedding.device.type, enabled=False):
+        return _direct(model, text, video)
+
+
+def _direct(model: GARE, text: TextFeatures, video: VideoFeatures) -> Tensor:
     num_texts, num_videos = len(text.embedding), len(video.mask)
     owners = num_videos if model.context_of == "video" else num_texts
     keep = model.draw_dropout(owners)

@@ -72,11 +72,11 @@ class _Rows:
 def diagnose(rule: Rule, seen: Seen, num_texts: int) -> dict[str, float]:
     """Measures of the step's batch by the names they are logged under.
 
-    ``tension/``: for each text the gradient of InfoNCE at its (corrected) embedding, summed over videos: its
-    length (net), the sum of lengths (gross) and the share that cancels, with Δ and before it (the paper's
-    Figures 2, 4, 7). ``delta/``: angles of Δ to the gap and to the text, lengths and distances, of positive
-    and negative pairs (Figures 3, 8). ``gap/``: distance of the modalities' means, alignment and uniformity
-    (Wang & Isola, arXiv 2005.10242) of unit embeddings.
+    ``tension/``: for each text the gradient of the diagonal's InfoNCE at its (corrected) embedding, summed
+    over videos: its length (net), the sum of lengths (gross) and the share that cancels, with Δ and before it
+    (the paper's Figures 2, 4, 7). ``delta/``: angles of Δ to the gap and to the text, lengths and distances, of
+    positive and negative pairs (Figures 3, 8). ``gap/``: distance of the modalities' means, alignment and
+    uniformity (Wang & Isola, arXiv 2005.10242) of unit embeddings.
 
     Args:
         rule: of the model.
@@ -109,7 +109,7 @@ def _rows(rule: Rule, seen: Seen, num_texts: int) -> _Rows:
 def _tension(rule: Rule, seen: Seen, rows: _Rows) -> dict[str, Tensor]:
     pairs = rows.pairs
     pooled_square, text_pooled = rows.of(pairs.pooled_square), rows.of(pairs.text_pooled)
-    text_square = rows.text.square().sum(dim=1, keepdim=True)
+    text_square = rows.text.square().sum(dim=1, keepdim=True).clamp(min=1e-24)
     plain = text_pooled / (text_square * pooled_square).sqrt().clamp(min=1e-12)
     slope = _slope(plain, seen.plain_columns, seen.scale, rows.own)
     before = _net_and_gross(rows, plain, slope, text_square, pooled_square, "none")

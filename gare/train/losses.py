@@ -16,7 +16,7 @@ STD_FLOOR = 1e-6
 #: Added to the mean of the directional diversity before its logarithm.
 DIRECTION_FLOOR = 1e-8
 #: A variance below the square of so many units in the last place is rounding.
-NOISE_ULPS = 4
+NOISE_ULPS = 16
 
 
 def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,12 @@ def bottleneck(
 
 
 def rounding_noise(magnitude: Tensor) -> Tensor:
-    """The variance that rounding leaves in equal numbers of a magnitude."""
+    """The variance that rounding leaves in equal vectors of a magnitude (…, D).
+
+    A number that is small beside the others of its vector is a sum that cancelled, and rounds as they do.
+    """
+    typical = magnitude.square().mean(dim=-1, keepdim=True).sqrt()
+    magnitude = torch.maximum(magnitude, typical)
     noise: Tensor = (NOISE_ULPS * torch.finfo(magnitude.dtype).eps * magnitude).square()
     return noise
 

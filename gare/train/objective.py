@@ -5,6 +5,7 @@ b pairs on this worker, N = R·b pairs over all R workers.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from gare.model.streaming import MEGABYTE, slices
 from gare.train.gather import gather, require_equal_rows, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
 from gare.train.sharded import Seen, shares
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ class Objective(nn.Module):
         self.model = model
         self.config = loss
         self.train_config = train
+        self._said = False
 
     def forward(self, batch: Batch, seed: int = 0, *, watched: bool = False) -> LossTerms:
         """Loss of the global batch; ``batch`` is this worker's share of it.
@@ -224,6 +228,9 @@ class Objective(nn.Module):
         # Words are large; they travel only where ψ attends to them.
         words = gather(text.words) if text.words is not None and self.model.needs_words else None
         text = TextFeatures(gather(text.embedding), words, gather(text.mask))
+        if watched and not self._said:
+            logger.warning("tension, increments and modality gap are measured in the factorised form only")
+            self._said = True
         torch.manual_seed(seed)
         return loss_terms(self.model, text, video, self.config, draws, video_ids)
 

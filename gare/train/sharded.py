@@ -129,9 +129,10 @@ def shares(
     norms = [block.norms for block in blocks if block.norms is not None]
     if not norms:
         return Shares(*nce, zero, zero, zero, seen)
-    spread = _join(sides, norms).var(dim=1).sum()
-    radii = bounded(sum_over_workers(spread) / num_pairs, config.radii_bound, config.radii_bound_form)
-    bottleneck = direction = zero
+    bottleneck = radii = direction = zero
+    if config.radii_weight:
+        spread = sum_over_workers(_join(sides, norms).var(dim=1).sum()) / num_pairs
+        radii = bounded(spread, config.radii_bound, config.radii_bound_form) / world_size()
     if wanted.moments:
         bottleneck = _owners_bottleneck(sides, blocks, config) / num_pairs
     elif reference is not None:
@@ -140,7 +141,7 @@ def shares(
         memory = int(model.config.memory_mb * MEGABYTE)
         total = _direction(sides, blocks, own_sample, config, memory)
         direction = total / (num_pairs if sample is None else len(sample))
-    return Shares(*nce, bottleneck, radii / world_size() if config.radii_weight else zero, direction, seen)
+    return Shares(*nce, bottleneck, radii, direction, seen)
 
 
 def _join(sides: Sides, by_owner: list[Tensor]) -> Tensor:
@@ -186,7 +187,13 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
         eps, squares = torch.finfo(vectors.dtype).eps, vectors.square()
         # Coefficients are of differences, and exact where increments differ: only of equal frames, which
         # leave rounding times rounding, nothing is known.
-        noise = rounding_noise((mean.square().unsqueeze(1) @ squares).squeeze(1).sqrt()) * eps
+        held = mean.square().unsqueeze(1)
+        noise = rounding_noise((held @ squares).squeeze(1).sqrt()) * eps
+        # Of equal texts, what is left is the rounding of the coefficients that differ between texts at all:
+        # all but the last, unless that is a radius.
+        if sides.owners.basis.aimed is None:
+            held = held[:, :, :-1]
+        noise += rounding_noise((held @ squares[:, : held.shape[2]]).squeeze(1).sqrt())
         if config.kl_normalised:
             # Coefficients that make up for each other's changes of length cancel in the sum.
             diagonal = covariance.diagonal(dim1=1, dim2=2)
@@ -205,7 +212,8 @@ def _others_bottleneck(sides: Sides, blocks: list[Block], reference: Tensor, con
     mean = sums[0] / count
     variance = (sums[1] - sums[0] * mean) / (count - 1)
     mean = reference + mean
-    noise = rounding_noise(mean.detach().abs())
+    # Each increment is itself a sum of products.
+    noise = rounding_noise(NOISE_ULPS * mean.detach().abs())
     return divergence(mean, variance, noise, config.prior_std, config.kl_reduction).sum()
 
 

@@ -89,16 +89,19 @@ def train_step(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) ->
         ]
         where = f", first in {wrong[0]}" if wrong else ""
         raise _not_finite(learner, f"the gradient is not finite{where}, though the loss is", video_ids)
+    values = {name: float(value) for name, value in terms.named().items()}
+    values |= {"train/grad_norm": norm, "train/lr_factor": factor}
+    if terms.seen is not None:
+        # Before the weights move: measures are of the loss that was computed.
+        values |= _measures(learner, terms.seen)
     learner.optimizer.step()
     learner.model.towers.clamp_logit_scale()
     learner.step += 1
-    values = {name: float(value) for name, value in terms.named().items()}
-    values |= {"train/grad_norm": norm, "train/lr_factor": factor}
-    return values if terms.seen is None else values | _measures(learner, terms.seen)
+    return values
 
 
 def _measures(learner: Learner, seen: Seen) -> dict[str, float]:
-    """Diagnostics of a step, with the model as it was for its loss but for the step that it then made."""
+    """Diagnostics of a step."""
     model, train = learner.model, learner.config.train
     measures = diagnose(model.rule, seen, train.diagnostics_texts)
     if train.trust_region_radius and model.increment is not None:

@@ -19,7 +19,7 @@ from gare.model.gare import GARE
 from gare.train.diagnostics import diagnose
 from gare.train.objective import Draws, loss_terms, sharded_terms
 from tests.benchmarks.inputs import features, head
-from tests.benchmarks.measure import peak_mb
+from tests.memory import peak_mb, reset_peak
 
 
 def step_call(num_pairs: int, form: str, over: str = "all", *, watched: bool = False) -> Callable[[], None]:
@@ -50,7 +50,7 @@ def step_peak(num_pairs: int, form: str, over: str = "all") -> dict[str, float]:
     """Peak MB of a step above its inputs, and its seconds, in this process."""
     step_call(4, form, over)()  # libraries load their kernels
     call = step_call(num_pairs, form, over)
-    before = peak_mb()
+    before = reset_peak()
     started = time.perf_counter()
     call()
     return {"mb": peak_mb() - before, "seconds": time.perf_counter() - started}
@@ -63,7 +63,7 @@ def scores_peak(num_texts: int, num_videos: int) -> dict[str, float]:
         model.score(*features(40, 40))
         text, video = features(num_texts, num_videos)
         prepared = model.prepare_video(video)
-        before = peak_mb()
+        before = reset_peak()
         model.score(text, prepared)
     return {"mb": peak_mb() - before - 4 * num_texts * num_videos / 1e6}
 

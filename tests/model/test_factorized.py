@@ -143,18 +143,23 @@ def test_dropout_of_a_context_is_the_same_in_both_forms(context: str, seed: int)
 def test_memory_keeps_to_its_budget(repository: Path) -> None:
     """A gallery of any size is scored beside what else the machine does; N·M·D numbers would be 7 GB here."""
     code = """
-import resource, torch
+import torch
 from tests.heads import features, head
+from tests.memory import peak_mb, reset_peak
 torch.set_num_threads(1)
-for context, memory_mb in (("frames", 100), ("words", 100)):
-    model = head(64, dtype=torch.float32, memory_mb=memory_mb, context=context)
+for context, heads, memory_mb, texts, videos, words in (
+    ("frames", 1, 100, 6000, 4800, 2), ("words", 1, 100, 3000, 2800, 8), ("frames", 8, 40, 30000, 50, 2),
+    ("words", 8, 100, 60, 60, 48),
+):
+    model = head(64, dtype=torch.float32, memory_mb=memory_mb, context=context, increment_heads=heads)
     with torch.no_grad():
-        model.score(*features(40, 40, 12, 8, 64, torch.float32))
-        text, video = features(6000, 4800, 12, 8, 64, torch.float32)
-        out_mb = 4 * 6000 * 4800 / 1e6
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        model.score(text, video)
-    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6 - out_mb
-    assert used < memory_mb, (context, used)
+        model.score(*features(40, 40, 12, words, 64, torch.float32))
+        text, video = features(texts, videos, 12, words, 64, torch.float32)
+        for gallery in (video, model.prepare_video(video)):
+            before = reset_peak()
+            scores = model.score(text, gallery)
+            used = peak_mb() - before - 4 * scores.numel() / 1e6
+            assert used < memory_mb, (context, heads, used)
+            del scores
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=repository)

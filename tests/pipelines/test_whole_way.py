@@ -161,6 +161,8 @@ def test_workers_and_restarts_of_a_name(trained: dict[str, Any], places: Layout)
     alone = losses(places.run("one"))
     assert alone.keys() == first.keys()
     for name, points in first.items():
+        if name.startswith(("tension/", "delta/", "gap/")):
+            continue  # of the first worker's texts
         steps, values = zip(*points, strict=True)
         assert [step for step, _ in alone[name]] == list(steps)
         np.testing.assert_allclose(

@@ -218,6 +218,40 @@ def test_auto_samples_where_the_increments_exceed_the_budget() -> None:
     assert not LossConfig(direction_texts=600).samples_texts(512, 512, 256e6)
 
 
+@pytest.mark.parametrize("log_radius", [-6.0, -2.0, 3.0])
+def test_learned_radii_of_any_size(log_radius: float, seed: int) -> None:
+    """Short increments must not be the difference of long ones."""
+    torch.manual_seed(seed)
+    model = head(32, query="text").train()
+    assert model.radius is not None
+    with torch.no_grad():
+        model.radius.bias.fill_(log_radius)
+    text, video = features(7, 7, 4, 2, 32, torch.float64)
+    for normalised in (False, True):
+        config = LossConfig(**LOUD, kl_normalised=normalised)
+        direct, expected = gradients("direct", model, text, video, config, Draws())
+        factorised, found = gradients("factorised", model, text, video, config, Draws())
+        torch.testing.assert_close(factorised.bottleneck, direct.bottleneck, rtol=1e-9, atol=0)
+        assert worst(found, expected)[0] < (1e-7 if normalised else 1e-9)
+
+
+@pytest.mark.parametrize("num_pairs", [2, 3, 6])
+@pytest.mark.parametrize("variant", [{}, {"context": "words"}, {"query": "text"}])
+def test_equal_captions_have_no_spread(variant: dict[str, Any], num_pairs: int, seed: int) -> None:
+    """Where all texts of a batch are one, σ is 1e-6 and carries no gradient, not that of rounding."""
+    torch.manual_seed(seed)
+    model = head(32, **variant).train()
+    text, video = features(num_pairs, num_pairs, 4, 5, 32, torch.float64)
+    assert text.words is not None
+    same = torch.zeros(num_pairs, dtype=torch.int64)
+    text = TextFeatures(text.embedding[same], text.words[same], text.mask[same])
+    config = LossConfig(radii_weight=0, direction_weight=0)
+    direct, expected = gradients("direct", model, text, video, config, Draws())
+    factorised, found = gradients("factorised", model, text, video, config, Draws())
+    torch.testing.assert_close(factorised.bottleneck, direct.bottleneck)
+    assert worst(found, expected)[0] < 1e-6
+
+
 def test_still_videos_have_no_spread(seed: int) -> None:
     """Equal frames give every text one increment: σ is 1e-6 and carries no gradient, in float32 too."""
     torch.manual_seed(seed)

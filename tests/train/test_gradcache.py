@@ -68,7 +68,8 @@ def test_random_state_is_replayed(rng: np.random.Generator) -> None:
 def test_activations_do_not_grow_with_the_batch(repository: Path) -> None:
     """The towers' memory is that of a micro-batch: a batch three times as large adds its frames, not more."""
     code = """
-import resource, sys, numpy as np, torch
+import sys, numpy as np, torch
+from tests.memory import peak_mb, reset_peak
 from tests.tiny import tiny_batch, tiny_config
 from gare.train.start import initial_model
 from gare.train.step import build_learner, compute_gradients
@@ -79,9 +80,10 @@ def grown(pairs, micro):
         "model.clip.vision_layers=4")
     learner = build_learner(initial_model(config), config, 10, torch.device("cpu"))
     batch = tiny_batch(config, np.random.default_rng(0))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    compute_gradients(learner, batch[:2] if not micro else batch[: micro + 1])
+    before = reset_peak()
     compute_gradients(learner, batch)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_mb() - before
 print(grown(int(sys.argv[1]), int(sys.argv[2])))
 """
 

@@ -74,8 +74,8 @@ def diagnose(rule: Rule, seen: Seen, num_texts: int) -> dict[str, float]:
 
     ``tension/``: for each text the gradient of the diagonal's InfoNCE at its (corrected) embedding, summed
     over videos: its length (net), the sum of lengths (gross) and the share that cancels, with Δ and before it
-    (the paper's Figures 2, 4, 7). ``delta/``: angles of Δ to the gap and to the text, lengths and distances, of
-    positive and negative pairs (Figures 3, 8). ``gap/``: distance of the modalities' means, alignment and
+    (the paper's Figures 2, 4, 7). ``delta/``: angles of Δ to the gap and to the text, lengths and distances,
+    of positive and negative pairs (Figures 3, 8). ``gap/``: distance of the modalities' means, alignment and
     uniformity (Wang & Isola, arXiv 2005.10242) of unit embeddings.
 
     Args:

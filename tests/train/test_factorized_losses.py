@@ -145,6 +145,8 @@ def test_float32_is_near_float64(variant: dict[str, Any], spread: float, seed: i
         "direct", copy.deepcopy(model).double(), exact_text, exact_video, config, draws
     )
     rough, found = gradients("factorised", model, text, video, config, draws)
+    # One number, the sum over all pairs of parts that cancel: in float32 the direct form is off by as much.
+    expected.pop("radius.bias", None)
     for name, value in exact.named().items():
         assert float(rough.named()[name]) == pytest.approx(float(value), rel=1e-4), name
     difference, name = worst(found, expected)

@@ -176,6 +176,11 @@ class ModelConfig(Section):
             )
         return self
 
+    @property
+    def memory_bytes(self) -> int:
+        """``memory_mb`` in bytes."""
+        return int(self.memory_mb * 10**6)
+
     def identity(self) -> dict[str, Any]:
         """What makes a model this model: not how it is computed."""
         return self.model_dump(mode="json", exclude={"method", "memory_mb"})

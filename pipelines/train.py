@@ -105,7 +105,7 @@ def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     settings["model"] = config.model.identity()
     # The budget of memory decides whether the diversity is that of a sample, and so what is computed.
     sampled = config.loss.samples_texts(
-        config.train.batch_size, config.model.clip.embed_dim, config.model.memory_mb * 1e6
+        config.train.batch_size, config.model.clip.embed_dim, config.model.memory_bytes
     )
     settings["loss"]["direction_is_sampled"] = sampled
     settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}

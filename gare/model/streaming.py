@@ -52,17 +52,21 @@ class Sizes:
 
 def numbers_of_a_pair(model: GARE, num_frames: int, num_words: int) -> int:
     """How many numbers the factorised form holds of a pair: products, attention and its forms."""
-    positions = {"video": num_frames, "text": num_words, "none": 0}[model.context_of]
     wide = model.config.clip.embed_dim if model.context_of == "text" else 0
-    return 6 * positions * model.config.increment_heads + 8 * num_frames + 16 + wide
+    return 6 * _attention_weights(model, num_frames, num_words) + 8 * num_frames + 16 + wide
+
+
+def _attention_weights(model: GARE, num_frames: int, num_words: int) -> int:
+    """K: attention weights of an owner."""
+    positions = {"video": num_frames, "text": num_words, "none": 0}[model.context_of]
+    return positions * model.config.increment_heads
 
 
 def block_sizes(model: GARE, num_frames: int, num_words: int, itemsize: int) -> Sizes:
     """Block sizes under ``config.memory_mb``, from the numbers that a pair and an owner take."""
     width = model.config.clip.embed_dim
-    budget = int(model.config.memory_mb * MEGABYTE)
-    positions = {"video": num_frames, "text": num_words, "none": 0}[model.context_of]
-    keys = positions * model.config.increment_heads
+    budget = model.config.memory_bytes
+    keys = _attention_weights(model, num_frames, num_words)
     # Of an owner: mapped contexts, their copies by head, basis and rows.
     owner_bytes = itemsize * width * (12 * keys + 4 * num_frames + 8)
     pair_bytes = itemsize * numbers_of_a_pair(model, num_frames, num_words)
@@ -170,7 +174,7 @@ def _direct(model: GARE, text: TextFeatures, video: VideoFeatures) -> Tensor:
     keep = model.draw_dropout(owners)
     # The direct form holds about a dozen vectors of a pair at once.
     itemsize, width = text.embedding.element_size(), model.config.clip.embed_dim
-    pairs = int(model.config.memory_mb * MEGABYTE) // (12 * itemsize * width)
+    pairs = model.config.memory_bytes // (12 * itemsize * width)
     side = max(math.isqrt(pairs), 1)
     if torch.is_grad_enabled() or max(num_texts, num_videos) <= side:
         return model.pairs(text, video, keep).scores

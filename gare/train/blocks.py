@@ -103,7 +103,7 @@ def blocks_of(model: GARE, sides: Sides, wanted: Wanted, reference: Tensor | Non
     num_owners = len(sides.owners)
     held = sides.owners.itemsize * sides.num_others * numbers_of_a_pair(model, *sides.positions)
     size = max(BLOCK_BYTES // held, 1)
-    recompute = torch.is_grad_enabled() and held * num_owners > model.config.memory_mb * MEGABYTE
+    recompute = torch.is_grad_enabled() and held * num_owners > model.config.memory_bytes
     parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(size)
     for number, owners in enumerate(parts):
         first = number * size

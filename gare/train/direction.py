@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gare.model.basis import SHORTEST
 from gare.train.losses import DIRECTION_FLOOR
 
 Form = Literal["log_mean_exp", "orthogonality"]
-#: Lengths below this count as this, as in PyTorch's normalize.
-LENGTH_EPS = 1e-12
 
 
 def factorized_direction(
@@ -102,7 +101,7 @@ def _texts_direction(
     """
     num_videos = delta_cMD.shape[1]
     products_cMM = delta_cMD @ delta_cMD.transpose(1, 2)
-    inverse_cM = products_cMM.diagonal(dim1=1, dim2=2).clamp(min=LENGTH_EPS**2).rsqrt()
+    inverse_cM = products_cMM.diagonal(dim1=1, dim2=2).clamp(min=SHORTEST**2).rsqrt()
     inverse_cMM = inverse_cM.unsqueeze(2) * inverse_cM.unsqueeze(1)
     cosine_cMM = products_cMM.mul_(inverse_cMM)
     if form == "log_mean_exp":

@@ -17,7 +17,7 @@ from gare.data.batch import Batch
 from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.model.streaming import MEGABYTE, slices
+from gare.model.streaming import slices
 from gare.train.gather import gather, require_equal_rows, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
 from gare.train.sharded import Seen, shares
@@ -81,7 +81,7 @@ class Draws:
         generator = torch.Generator().manual_seed(seed)
         sample = None
         if model.increment is not None and config.samples_texts(
-            num_pairs, model.config.clip.embed_dim, model.config.memory_mb * MEGABYTE
+            num_pairs, model.config.clip.embed_dim, model.config.memory_bytes
         ):
             order = torch.randperm(num_pairs, generator=generator)
             sample = order[: config.direction_texts].sort().values.to(model.logit_scale.device)

@@ -118,8 +118,9 @@ def shares(
     reference = reference_of(model.rule, sides, wanted) if wanted.sums else None
     blocks = list(blocks_of(model, sides, wanted, reference))
     scores, scale = _join(sides, [block.scores for block in blocks]), model.logit_scale.exp()
-    columns = _columns(scale * scores)
-    nce = _info_nce(scale * scores, columns, own, video_ids)
+    logits = scale * scores
+    columns = _columns(logits)
+    nce = _info_nce(logits, columns, own, video_ids)
     seen = None
     if watched:
         plain = _join(sides, [block.plain for block in blocks if block.plain is not None])
@@ -138,8 +139,7 @@ def shares(
     elif reference is not None:
         bottleneck = _others_bottleneck(sides, blocks, reference, config) / num_pairs
     if wanted.sample[0]:
-        memory = int(model.config.memory_mb * MEGABYTE)
-        total = _direction(sides, blocks, own_sample, config, memory)
+        total = _direction(sides, blocks, own_sample, config, model.config.memory_bytes)
         direction = total / (num_pairs if sample is None else len(sample))
     return Shares(*nce, bottleneck, radii, direction, seen)
 

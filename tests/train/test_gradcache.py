@@ -21,24 +21,35 @@ def learner_of(*overrides: str) -> Learner:
     return build_learner(initial_model(config), config, 10, torch.device("cpu"))
 
 
+def gradient_of(learner: Learner) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_gradients_are_those_of_the_whole_batch(size: int, precision: str, rng: np.random.Generator) -> None:
+def test_gradients_are_those_of_the_whole_batch(size: int, rng: np.random.Generator) -> None:
     """Else a batch that fits only in parts would train something else."""
-    plain = learner_of(f"train.precision={precision}")
+    plain, parts = learner_of(), learner_of(f"train.micro_batch={size}")
     batch = tiny_batch(plain.config, rng)
-    parts = learner_of(f"train.precision={precision}", f"train.micro_batch={size}")
     calls = []
     parts.model.towers.clip.vision_model.register_forward_hook(lambda *call: calls.append(call[0].training))
     expected, found = (compute_gradients(learner, batch) for learner in (plain, parts))
     assert len(calls) == 2 * -(-len(batch.frames) // size)  # encoded, and again in the backward
-    tolerance = 1e-5 if precision == "float32" else 2e-2
-    torch.testing.assert_close(found.total, expected.total, rtol=tolerance, atol=0)
-    ours, theirs = (
-        torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
-        for learner in (parts, plain)
-    )
-    assert (ours - theirs).norm() / theirs.norm() < tolerance
+    torch.testing.assert_close(found.total, expected.total, rtol=1e-5, atol=0)
+    ours, theirs = gradient_of(parts), gradient_of(plain)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_bf16_gradients_are_as_near_to_float32(size: int, rng: np.random.Generator) -> None:
+    """bf16 rounds a smaller product otherwise: parts may differ from the whole, not be worse than it."""
+    exact = learner_of()
+    plain, parts = (learner_of("train.precision=bf16", f"train.micro_batch={n}") for n in (0, size))
+    batch = tiny_batch(exact.config, rng)
+    for learner in (exact, plain, parts):
+        compute_gradients(learner, batch)
+    whole, ours, theirs = map(gradient_of, (exact, parts, plain))
+    off, off_plain = ((gradient - whole).norm() / whole.norm() for gradient in (ours, theirs))
+    assert off < 1.5 * off_plain + 0.01
 
 
 def test_random_state_is_replayed(rng: np.random.Generator) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
 from typing import Any
 
-import numpy as np
-
 from cluster.command import main
+from cluster.pool import run_parts
 from cluster.session import num_cpus, ray_session
 from cluster.storage import layout
 from gare import __version__
@@ -72,33 +70,15 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _extract(config: Config, store: str, pending: list[dict[str, Any]]) -> None:
-    import ray
-    from ray.data import ActorPoolStrategy
-
     workers = min(config.extract.workers or num_cpus(), len(pending))
     size = part_size(len(pending), workers, config.extract.videos_per_part)
     extract = config.extract
-
-    class Extract:
-        def __init__(self) -> None:
-            self.extractor = Extractor(store, extract)
-
-        def __call__(self, block: dict[str, Any]) -> dict[str, np.ndarray]:
-            counts = self.extractor.write(json.loads(block["rows"][0]))
-            return {name: np.array([count]) for name, count in counts.items()}
-
-    # One block a part: a block is what one actor gets, finishes and, after a crash, gets again.
-    parts = [{"rows": json.dumps(pending[first : first + size])} for first in range(0, len(pending), size)]
-    dataset = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        Extract,
-        batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=workers),
-        num_cpus=1,
-        memory=ACTOR_MEMORY_BYTES,
-    )
+    parts = [pending[first : first + size] for first in range(0, len(pending), size)]
     progress = _Progress(len(pending))
-    for counts in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        progress.add({name: int(values.sum()) for name, values in counts.items()})
+    for counts in run_parts(
+        lambda: Extractor(store, extract).write, parts, workers=workers, memory_bytes=ACTOR_MEMORY_BYTES
+    ):
+        progress.add(counts)
     progress.show()
 
 

@@ -1,0 +1,60 @@
+"""Work cut into parts, done by a pool of Ray Data actors that each load what they need once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+#: What an actor does with a part: JSON-able in, counts by name out.
+Work = Callable[[Any], dict[str, int]]
+
+
+def run_parts(
+    load: Callable[[], Work],
+    parts: Sequence[Any],
+    *,
+    workers: int,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    memory_bytes: int = 0,
+) -> Iterator[dict[str, int]]:
+    """Yields the counts of each part as it is done, in any order.
+
+    A part is what one actor gets, finishes and, after a crash of it or its node, another one gets again: the
+    work must be the same when done twice.
+
+    Args:
+        load: called once in each actor.
+        parts: JSON-able descriptions of the parts.
+        workers: actors at most.
+        num_cpus: of an actor.
+        num_gpus: of an actor.
+        memory_bytes: heap of an actor and its children, which Ray does not see otherwise.
+    """
+    if not parts:
+        return
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    class Worker:
+        def __init__(self) -> None:
+            self.work = load()
+
+        def __call__(self, block: dict[str, Any]) -> dict[str, np.ndarray]:
+            counts = self.work(json.loads(block["part"][0]))
+            return {name: np.array([count]) for name, count in counts.items()}
+
+    rows = [{"part": json.dumps(part)} for part in parts]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Worker,
+        batch_size=1,
+        compute=ActorPoolStrategy(min_size=1, max_size=min(workers, len(parts))),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
+        memory=memory_bytes or None,
+    )
+    for counts in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        yield {name: int(values.sum()) for name, values in counts.items()}

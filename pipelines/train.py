@@ -33,7 +33,7 @@ PROGRESS_EVERY_S = 10.0
 LOG_EVERY = 10
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: What matters of data and extract is in the fingerprints.
-FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "extract"}
+FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
 FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
 FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch"}
 

@@ -83,7 +83,7 @@ class RemoteVideos:
             return dict(zip(distinct, threads.map(one, distinct), strict=True))
 
     def list(self, folder: str) -> list[str]:
-        """The URIs of all files below an ``s3://`` folder, sorted.
+        """The names of all files below an ``s3://`` folder, relative to it, sorted.
 
         Raises:
             FetchError: for a scheme that cannot be listed or is not allowed, and where S3 refuses.
@@ -112,11 +112,12 @@ class RemoteVideos:
         while not partial.is_whole:
             before = partial.position
             try:
-                with server.get(uri, before, partial.version, attempts.timeout_s()) as answer:
-                    partial.begin(answer)
-                    for chunk in answer.chunks:
-                        partial.add(chunk)
-                        attempts.timeout_s()
+                if not partial.has_all:  # all but the end of the answer may have come
+                    with server.get(uri, before, partial.version, attempts.timeout_s()) as answer:
+                        partial.begin(answer)
+                        for chunk in answer.chunks:
+                            partial.add(chunk)
+                            attempts.timeout_s()
                 partial.finish()
             except TransientError as fault:
                 logger.debug("%s: %s at byte %d", where, fault.reason, partial.position)
@@ -136,12 +137,17 @@ class _Partial:
         self._max_video_mb = max_video_mb
         self.restart()
 
+    @property
+    def has_all(self) -> bool:
+        """Whether as many bytes have come as there should be."""
+        return self.position == self._size_bytes
+
     def restart(self) -> None:
         """Forgets all of it."""
         self.is_whole = False
         self.position = 0
         self.version = ""
-        self._size_bytes: int | None = None
+        self._size_bytes: int | None = None  # until an answer says it
         self._md5 = ""
         self._digest = hashlib.md5(usedforsecurity=False)
         self._stream.seek(0)

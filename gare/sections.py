@@ -50,7 +50,7 @@ class DataConfig(Section):
     benchmark: Literal["synthetic", "folder"] = Field(
         "folder", description="synthetic: the generated benchmark; folder: your own videos with captions"
     )
-    videos: str = Field("", description="folder that holds your videos (benchmark: folder)")
+    videos: str = Field("", description="folder of your videos or s3://…; empty: captions hold URIs (folder)")
     captions: str = Field(
         "", description="CSV, JSON Lines or JSON file with their captions (benchmark: folder)"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.command import main
 from cluster.pool import run_parts
+from cluster.remote import RemoteVideos
 from cluster.session import num_cpus, ray_session
 from cluster.storage import layout
 from gare import __version__
@@ -16,6 +17,7 @@ from gare.config import Config
 from gare.data.extraction import Extractor, part_size, pending_rows
 from gare.data.files import exists, join, read_json, write_json
 from gare.data.manifest import Manifest, read_manifest
+from gare.data.sources import LocalVideos
 from gare.data.store import (
     META,
     StoreMeta,
@@ -72,11 +74,14 @@ def run(config: Config) -> dict[str, Any]:
 def _extract(config: Config, store: str, pending: list[dict[str, Any]]) -> None:
     workers = min(config.extract.workers or num_cpus(), len(pending))
     size = part_size(len(pending), workers, config.extract.videos_per_part)
-    extract = config.extract
+    extract, sources = config.extract, config.sources
     parts = [pending[first : first + size] for first in range(0, len(pending), size)]
     progress = _Progress(len(pending))
     for counts in run_parts(
-        lambda: Extractor(store, extract).write, parts, workers=workers, memory_bytes=ACTOR_MEMORY_BYTES
+        lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos())).write,
+        parts,
+        workers=workers,
+        memory_bytes=ACTOR_MEMORY_BYTES,
     ):
         progress.add(counts)
     progress.show()

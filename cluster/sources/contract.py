@@ -75,7 +75,7 @@ class LocalSource(Protocol):
 
 
 def md5_in(etag: str, encryption: str) -> str:
-    """The MD5 that an ETag of S3 is, of an object uploaded at once and not under a key of its own; else empty."""
+    """The MD5 that an ETag of S3 is, of an object uploaded at once, with no key of its own; else empty."""
     return etag if _MD5.fullmatch(etag) and encryption in ("", "AES256") else ""
 
 

@@ -88,7 +88,7 @@ class S3Server:
             )
 
     def list(self, uri: str) -> list[str]:
-        """The URIs of all objects below a folder, sorted.
+        """The keys of all objects below a folder, relative to it, sorted.
 
         Raises:
             TransientError: where the listing was disturbed.
@@ -99,23 +99,25 @@ class S3Server:
         with _faults(uri):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-        return sorted(
-            f"s3://{bucket}/{urllib.parse.quote(key, safe='/')}" for key in keys if not key.endswith("/")
-        )
+        # Some tools make empty objects that stand for folders.
+        return sorted(key.removeprefix(prefix) for key in keys if not key.endswith("/"))
 
 
 def split(uri: str) -> tuple[str, str]:
     """Bucket and key of a URI.
 
     Raises:
-        FetchError: for one without a bucket, or with credentials.
+        FetchError: for one without a bucket, with credentials or with a query.
     """
-    bucket, _, key = uri.partition("://")[2].partition("?")[0].partition("/")
-    if not bucket or "@" in bucket:
+    rest, mark, _ = uri.partition("://")[2].partition("?")
+    bucket, _, key = rest.partition("/")
+    if not bucket or "@" in bucket or mark:
+        fault = "has a query" if mark else "holds a name or password"
         raise FetchError(
-            "names no bucket" if not bucket else "holds a name or password",
+            fault if bucket else "names no bucket",
             where=shown(uri),
-            accepted="s3://bucket/key, with credentials in the environment or a profile",
+            accepted="s3://bucket/key, '?' in a key written %3F; credentials, AWS_REGION and "
+            "AWS_ENDPOINT_URL belong into the environment",
         )
     return bucket, urllib.parse.unquote(key)
 

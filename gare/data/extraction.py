@@ -10,8 +10,9 @@ from typing import Any
 from gare.config import ExtractConfig
 from gare.data.decode_process import DecodeProcess
 from gare.data.manifest import Manifest
+from gare.data.sources import LocalVideos, VideoSource
 from gare.data.store import FAILURE_SCHEMA, frame_schema, ids_in_parts, read_failures, write_part
-from gare.errors import DataError
+from gare.errors import DataError, FetchError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,13 @@ class Extractor:
     Args:
         uri: the store.
         extract: its settings.
+        source: brings the videos here.
     """
 
-    def __init__(self, uri: str, extract: ExtractConfig) -> None:
+    def __init__(self, uri: str, extract: ExtractConfig, source: VideoSource | None = None) -> None:
         self.uri = uri
         self.extract = extract
+        self.source = source or LocalVideos()
         self.schema = frame_schema(extract)
         self.process = DecodeProcess()
 
@@ -90,24 +93,25 @@ class Extractor:
 
     def _extract(self, row: Mapping[str, Any]) -> dict[str, Any]:
         extract = self.extract
-        clip = self.process.extract(
-            row["uri"],
-            start_s=row["start_s"],
-            end_s=row["end_s"],
-            sample_fps=extract.sample_fps,
-            num_frames=extract.num_frames,
-            image_size=extract.image_size,
-            encoding=extract.encoding,
-            jpeg_quality=extract.jpeg_quality,
-            deadline_s=extract.deadline_s,
-        )
+        with self.source.open(row["uri"]) as video:
+            clip = self.process.extract(
+                video.path,
+                start_s=row["start_s"],
+                end_s=row["end_s"],
+                sample_fps=extract.sample_fps,
+                num_frames=extract.num_frames,
+                image_size=extract.image_size,
+                encoding=extract.encoding,
+                jpeg_quality=extract.jpeg_quality,
+                deadline_s=extract.deadline_s,
+            )
         frames: Any = clip.frames
         if extract.encoding == "raw":
             missing = extract.num_frames - len(clip.frames)
             frames = b"".join(clip.frames) + bytes(missing * extract.image_size**2 * 3)
         return {
             "video_id": row["video_id"],
-            "uri": row["uri"],
+            "uri": shown(row["uri"]),
             "start_s": row["start_s"],
             "end_s": row["end_s"],
             "num_frames": len(clip.frames),
@@ -132,8 +136,8 @@ class Extractor:
 def _failure(row: Mapping[str, Any], error: DataError) -> dict[str, Any]:
     return {
         "video_id": row["video_id"],
-        "uri": row["uri"],
-        "stage": "decode",
+        "uri": shown(row["uri"]),
+        "stage": "fetch" if isinstance(error, FetchError) else "decode",
         "error_type": type(error.__cause__ or error).__name__,
         "message": error.what,
         "attempts": row["attempts"] + 1,

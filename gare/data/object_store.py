@@ -51,6 +51,10 @@ def open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
     endpoint = query.get("endpoint_override") or _environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     scheme, separator, host = endpoint.rpartition("://")
     scheme = query.get("scheme") or (scheme if separator else "https")
+    if scheme not in ("http", "https"):
+        raise DataError(
+            f"the endpoint's scheme is {scheme!r}", where=shown(endpoint), accepted="http or https"
+        )
     region = query.get("region") or _environment("AWS_REGION", "AWS_DEFAULT_REGION")
     if not region:
         region = _DEFAULT_REGION if endpoint else _region_of(bucket)
@@ -79,7 +83,7 @@ def _file_system(region: str, scheme: str, endpoint: str, credentials: tuple[str
     del credentials  # a key of the cache alone
     return pafs.S3FileSystem(
         region=region,
-        scheme=scheme,
+        scheme="http" if scheme == "http" else "https",
         endpoint_override=endpoint or None,
         connect_timeout=CONNECT_TIMEOUT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_TRIES),

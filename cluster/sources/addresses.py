@@ -11,6 +11,15 @@ _METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "168.63.129.16
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
+def is_address(host: str) -> bool:
+    """Whether a host is written as an IP address."""
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
 def check_address(address: str, *, private: bool, where: str) -> None:
     """Refuses addresses that a video cannot be meant to come from.
 

@@ -172,8 +172,8 @@ def _faults(uri: str) -> Iterator[None]:
         raise TransientError("the connection was lost") from error
     except exceptions.BotoCoreError as error:
         # Such as a name that can be no bucket's; it comes before any request, so without anything secret.
-        first = str(error).strip().splitlines()[0]
-        raise FetchError(f"S3 cannot be asked: {first}", where=shown(uri)) from error
+        words = " ".join(str(error).split())[:300]
+        raise FetchError(f"S3 cannot be asked: {words}", where=shown(uri)) from error
 
 
 def _answered(error: Any, uri: str) -> TransientError | FetchError:

@@ -12,7 +12,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from cluster.sources.addresses import check_address
+from cluster.sources.addresses import check_address, is_address
 from cluster.sources.attempts import TransientError, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
@@ -100,13 +100,15 @@ class WebServer:
                     _check_status(response, uri)
                     yield response
                     return
-                url = urllib.parse.urljoin(url, response.headers.get("Location", ""))
+                with _faults(uri):
+                    url = urllib.parse.urljoin(url, response.headers.get("Location", ""))
             finally:
                 response.close()  # not read to its end, so the connection cannot serve again
         raise FetchError(f"is redirected more than {_MAX_REDIRECTS} times", where=shown(uri))
 
     def _check_url(self, url: str, uri: str) -> None:
-        parts = urllib.parse.urlsplit(url)
+        with _faults(uri):
+            parts = urllib.parse.urlsplit(url)
         redirected = f"is redirected to {shown(url)}, which " if url != uri else ""
         if parts.scheme not in self._sources.schemes or parts.scheme not in ("http", "https"):
             fault = f"has the scheme {parts.scheme!r}"
@@ -117,6 +119,10 @@ class WebServer:
         elif not parts.hostname:
             fault = "names no host"
         else:
+            # Names are looked at when they have been resolved; an address needs no connection for that.
+            if is_address(parts.hostname):
+                private = self._sources.private_addresses
+                check_address(parts.hostname, private=private, where=shown(uri))
             return
         raise FetchError(
             redirected + fault,
@@ -201,7 +207,7 @@ def _faults(uri: str) -> Iterator[None]:
         yield
     except FetchError as error:  # of the address
         raise FetchError(error.what, where=shown(uri), accepted=error.accepted) from error
-    except (errors.LocationValueError, UnicodeError) as error:
+    except ValueError as error:  # LocationValueError among them
         raise FetchError("is not a URL", where=shown(uri)) from error
     except errors.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):

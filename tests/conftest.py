@@ -67,15 +67,22 @@ def s3_proxy(session_seed: int) -> Iterator[DroppingProxy]:
         proxy.close()
 
 
+@pytest.fixture(scope="session")
+def s3_environment(s3_proxy: DroppingProxy) -> Iterator[None]:
+    """Credentials and endpoint of ``s3``, also for processes that are started before a test asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
+            patch.delenv(name, raising=False)
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_proxy.url}.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture
-def s3(s3_proxy: DroppingProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def s3(s3_environment: None, s3_proxy: DroppingProxy) -> Iterator[Any]:
     """A boto3 client of an S3 with the empty bucket ``videos``; the environment names it as for a person."""
     import boto3
 
-    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_proxy.url}.items():
-        monkeypatch.setenv(name, value)
     client = boto3.client("s3", region_name="us-east-1")
     client.create_bucket(Bucket="videos")
     yield client

@@ -60,7 +60,7 @@ class DroppingProxy:
         return f"http://{self.address[0]}:{self.address[1]}"
 
     def disturb(self, drops: int, most_bytes: int = 100_000, share: float = 0.7) -> None:
-        """Drops that many connections, a share of the next ones, at once or before ``most_bytes`` have passed."""
+        """Drops that many connections, a share of all, at once or before ``most_bytes`` have passed."""
         with self._lock:
             self._drops_left, self._most_bytes, self._share = drops, most_bytes, share
             self.dropped = {"connect": 0, "body": 0}

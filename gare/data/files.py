@@ -93,7 +93,8 @@ def read_bytes(uri: str) -> bytes:
 def write_atomically(uri: str, data: bytes) -> None:
     """Writes a file that appears whole or not at all; creates its folder, replaces an older file.
 
-    Locally a temporary file beside it is synced to disk and renamed; an object store gets one PUT.
+    Locally a temporary file beside it is synced to disk and renamed; an object store shows an object when
+    all of it is uploaded.
 
     Raises:
         DataError: if it cannot be written; an older file is then as it was.

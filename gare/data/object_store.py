@@ -87,6 +87,7 @@ def _file_system(region: str, scheme: str, endpoint: str, credentials: tuple[str
         endpoint_override=endpoint or None,
         connect_timeout=CONNECT_TIMEOUT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_TRIES),
-        # A file of less than 5 MiB is one PUT; a larger one appears when its last part is there.
-        allow_delayed_open=True,
+        # Every file is uploaded in parts and appears with the last request. Opened only at the first write it
+        # would take fewer, but after a failed one pyarrow 25 puts an empty object over the older one.
+        allow_delayed_open=False,
     )

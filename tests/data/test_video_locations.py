@@ -86,6 +86,9 @@ def test_what_captions_may_not_name(tmp_path: Path) -> None:
     (tmp_path / "videos" / "a.mp4").write_bytes(b"video")
     folder = str(tmp_path / "videos")
     assert "outside the folder" in fault(tmp_path, {secret.as_uri(): "x"}, folder)
+    assert uris(read(tmp_path, {secret.as_uri(): "x"}, "s3://b/v")).keys() == {
+        str(secret)[1:].removesuffix(".mp4")
+    }
     assert "without file in sources.schemes" in fault(tmp_path, {str(secret): "x"}, schemes=["s3"])
     assert "scheme not in sources.schemes" in fault(tmp_path, {"gs://b/a.mp4": "x"})
     assert "scheme not in sources.schemes" in fault(tmp_path, {"http://h/a.mp4?s=hush": "x"}, schemes=["s3"])

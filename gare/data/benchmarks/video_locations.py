@@ -49,7 +49,8 @@ class VideoLocations:
             if any(sign in location for sign in "\0\r\n"):
                 raise NoSuchVideoError("URI that is none")
             return location
-        if self.folder:
+        is_whole = is_uri(location) or location.startswith("/")
+        if self.folder and not (self.folder.is_remote and is_whole):
             return self.folder.find(local_path(location) if is_uri(location) else name)
         path = local_path(location) if is_uri(location) or location.startswith("~") else location
         if not os.path.isabs(path):  # noqa: PTH117 - of a text

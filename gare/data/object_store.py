@@ -87,6 +87,6 @@ def _file_system(region: str, scheme: str, endpoint: str, credentials: tuple[str
         endpoint_override=endpoint or None,
         connect_timeout=CONNECT_TIMEOUT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_TRIES),
-        # allow_delayed_open stays false: every file is uploaded in parts and appears with the last request. Opened
-        # at its first write it would take fewer, but after a failed one pyarrow 25 puts an empty object there.
+        # allow_delayed_open stays false: every file is uploaded in parts and appears with the last request.
+        # With it there are fewer requests, but after a failed one pyarrow 25 puts an empty object there.
     )

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from gare.errors import ConfigError
+from gare.extract_section import ExtractConfig
 from gare.sections import (
     AugmentConfig,
     ClipConfig,
@@ -28,7 +29,6 @@ from gare.sections import (
     DataConfig,
     DemoConfig,
     EvaluateConfig,
-    ExtractConfig,
     LossConfig,
     ModelConfig,
     Name,

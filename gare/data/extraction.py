@@ -98,12 +98,15 @@ class Extractor:
                 video.path,
                 start_s=row["start_s"],
                 end_s=row["end_s"],
+                sampling=extract.sampling,
                 sample_fps=extract.sample_fps,
                 num_frames=extract.num_frames,
+                decoder=extract.decoder,
                 image_size=extract.image_size,
                 encoding=extract.encoding,
                 jpeg_quality=extract.jpeg_quality,
                 deadline_s=extract.deadline_s,
+                memory_mb=extract.memory_mb,
             )
         frames: Any = clip.frames
         if extract.encoding == "raw":
@@ -122,6 +125,9 @@ class Extractor:
             "height_px": clip.height,
             "fps": clip.fps,
             "duration_s": clip.duration_s,
+            "sampling": clip.sampling,
+            "container": clip.container,
+            "codec": clip.codec,
             "decoder": clip.decoder,
             "decoder_version": clip.decoder_version,
             "complete": clip.complete,

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# One night's extraction on a running Ray cluster, for cron: nightly-extract.sh --config conf/own.yaml [key=value …]
+#
+# Submits prepare-and-extract.sh as a Ray job, waits for it, and ends with its exit status (0 done, 2 bad
+# configuration, 3 bad data, 4 the run failed); 75 where the last night's is still running, and 4 where the
+# cluster cannot be reached. Ended early (TERM, INT), it stops the job.
+#
+#   RAY_API_SERVER_ADDRESS   the cluster's dashboard, http://127.0.0.1:8265 if unset
+#   RAY_AUTH_TOKEN           or ~/.ray/auth_token: the cluster's token
+#   GARE_LOGS                where extract-DATE.log and the lock are, ~/.gare/logs if unset
+set -uo pipefail
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+cd "$repository" || exit 4
+# cron's PATH is short.
+if [ -d "$repository/.venv/bin" ]; then PATH=$repository/.venv/bin:$PATH; fi
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
+
+logs=${GARE_LOGS:-$HOME/.gare/logs}
+mkdir -p "$logs" || exit 4
+exec >>"$logs/extract-$(date +%F).log" 2>&1
+say() { echo "$(date '+%F %T') $*"; }
+
+exec 9>"$logs/extract.lock"
+if ! flock --nonblock 9; then
+  say "left out: the last night's extraction is still running ($logs/extract.lock is held)"
+  exit 75
+fi
+
+job=nightly-$(date +%Y%m%dT%H%M%S)-$$
+trap 'say "stopping $job"; ray job stop --no-wait "$job" 9>&-; exit 4' TERM INT
+say "submitting $job"
+# In the background and waited for, since bash runs a trap only once the command in front of it has ended.
+# Without the lock: a job's client that outlives this script must not keep the next night out.
+ray job submit --submission-id "$job" --working-dir . -- \
+  sh cluster/deploy/prepare-and-extract.sh "$@" 9>&- &
+wait $!
+
+# `ray job submit` answers 1 whatever the job's own status was.
+status=$(python - "$job" 9>&- <<'PY'
+import sys
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+job = JobSubmissionClient().get_job_info(sys.argv[1])
+print(0 if job.status == JobStatus.SUCCEEDED else job.driver_exit_code or 4)
+PY
+) || status=4
+say "$job ended with status $status"
+exit "$status"

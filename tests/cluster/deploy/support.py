@@ -1,4 +1,4 @@
-"""The files of cluster/deploy as the tests read them: documents, their schemas, and the commands they hold."""
+"""The files of cluster/deploy as the tests read them: documents, their schemas, the commands they hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def operator_schema(shared: Path, kind: str) -> dict[str, Any]:
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """A structural schema of Kubernetes in which an unknown field is a fault, not something to drop in silence."""
+    """A structural schema of Kubernetes in which an unknown field is a fault, not dropped in silence."""
     result = dict(schema)
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
@@ -131,4 +131,5 @@ def nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 def compact(error: Any) -> str:
     """A fault of a schema on one line."""
-    return f"{'/'.join(map(str, error.absolute_path))}: {error.message[:200]} in {json.dumps(error.instance)[:80]}"
+    where = "/".join(map(str, error.absolute_path))
+    return f"{where}: {error.message[:200]} in {json.dumps(error.instance)[:80]}"

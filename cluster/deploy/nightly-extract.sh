@@ -18,17 +18,21 @@ export RAY_API_SERVER_ADDRESS=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
 
 logs=${GARE_LOGS:-$HOME/.gare/logs}
 mkdir -p "$logs" || exit 4
-exec >>"$logs/extract-$(date +%F).log" 2>&1
+log=$logs/extract-$(date +%F).log
+exec 3>&2 >>"$log" 2>&1
 say() { echo "$(date '+%F %T') $*"; }
+# What is written to the first standard error is mailed by cron: nothing of a good night, the log's end of a bad one.
+end() {
+  say "$2"
+  [ "$1" = 0 ] || { echo "$log ends:" && tail -n 20 "$log"; } >&3
+  exit "$1"
+}
 
 exec 9>"$logs/extract.lock"
-if ! flock --nonblock 9; then
-  say "left out: the last night's extraction is still running ($logs/extract.lock is held)"
-  exit 75
-fi
+flock --nonblock 9 || end 75 "left out: the last night's extraction is still running ($logs/extract.lock is held)"
 
 job=nightly-$(date +%Y%m%dT%H%M%S)-$$
-trap 'say "stopping $job"; ray job stop --no-wait "$job" 9>&-; exit 4' TERM INT
+trap 'ray job stop --no-wait "$job" 9>&-; end 4 "$job was stopped"' TERM INT
 say "submitting $job"
 # In the background and waited for, since bash runs a trap only once the command in front of it has ended.
 # Without the lock: a job's client that outlives this script must not keep the next night out.
@@ -46,5 +50,4 @@ job = JobSubmissionClient().get_job_info(sys.argv[1])
 print(0 if job.status == JobStatus.SUCCEEDED else job.driver_exit_code or 4)
 PY
 ) || status=4
-say "$job ended with status $status"
-exit "$status"
+end "$status" "$job ended with status $status"

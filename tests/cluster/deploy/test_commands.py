@@ -247,7 +247,7 @@ def test_nightly_rayjob_waits_for_its_end_and_leaves_the_last_night_alone(
     assert sum(call.startswith("delete") for call in calls) == (before == ["Complete"])
 
 
-#: A kubectl of one RayJob whose states are read off a list, the last one staying. In sh, since it is called often.
+#: A kubectl of one RayJob whose states are read off a list, the last one staying.
 KUBECTL = """#!/bin/sh
 cd "$(dirname "$0")"
 echo "$*" >> calls

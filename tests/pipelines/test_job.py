@@ -1,4 +1,4 @@
-"""The README's jobs on a cluster started by hand, with the token that Ray wants: a step's, and the night's."""
+"""The README's jobs on a cluster started by hand, with the token that Ray wants: a step, and the night."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ job=nightly-$(date +%Y%m%dT%H%M%S)-$$
 trap 'ray job stop --no-wait "$job" 9>&-; end 4 "$job was stopped"' TERM INT
 say "submitting $job"
 # In the background and waited for, since bash runs a trap only once the command in front of it has ended.
-# Without the lock: a job's client that outlives this script must not keep the next night out.
+# Without the lock and cron's mail: a client that outlives this script must keep neither the next night nor cron.
 ray job submit --submission-id "$job" --working-dir . -- \
-  sh cluster/deploy/prepare-and-extract.sh "$@" 9>&- &
+  sh cluster/deploy/prepare-and-extract.sh "$@" 3>&- 9>&- &
 wait $!
 
 # `ray job submit` answers 1 whatever the job's own status was.

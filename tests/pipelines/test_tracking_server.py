@@ -22,7 +22,7 @@ from pipelines import evaluate, train
 from tests.pipelines.support import tiny
 from tests.services import MlflowServer, postgres, s3
 
-EPOCHS = 40
+EPOCHS = 16
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ class Outage(threading.Thread):
 
     def _until(self, condition: Any) -> bool:
         while not (happened := condition()) and not self.over.is_set():
-            time.sleep(0.02)
+            time.sleep(0.1)
         return bool(happened)
 
     def _has_metrics(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -210,6 +211,32 @@ def test_crontab_is_one_that_cron_takes() -> None:
         if line and line[0] not in "#*0123456789"
     ]
     assert all(re.fullmatch(r"[A-Z_]+=\S+", setting) for setting in settings)
+
+
+def test_nightly_job_that_is_ended_early_stops_what_it_submitted(tmp_path: Path) -> None:
+    """Else the job goes on unwatched, and the next night starts beside it."""
+    os.mkfifo(tmp_path / "submitted")
+    os.mkfifo(tmp_path / "held")
+    (tmp_path / "ray").write_text(
+        '#!/bin/sh\ncd "$(dirname "$0")"\necho "$*" >> calls\n'
+        "case $2 in submit) echo > submitted; cat held;; esac\n"
+    )
+    (tmp_path / "ray").chmod(0o755)
+    script = subprocess.Popen(
+        [DEPLOY / "nightly-extract.sh", "--config", "conf/own.yaml"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    (tmp_path / "submitted").read_text()
+    script.terminate()
+    _, mail = script.communicate(timeout=60)
+    (tmp_path / "held").write_text("")
+    assert script.returncode == 4
+    submit, stop = (tmp_path / "calls").read_text().splitlines()
+    [job] = re.findall(r"--submission-id (\S+)", submit)
+    assert stop == f"job stop --no-wait {job}"
+    assert f"{job} was stopped" in mail
 
 
 @pytest.mark.parametrize(

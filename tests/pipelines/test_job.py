@@ -1,8 +1,9 @@
-"""The README's job: a cluster started by hand, with the token that Ray wants, and a submitted script."""
+"""The README's jobs on a cluster started by hand, with the token that Ray wants: a step, and the night."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.storage import Layout
+from tests.cluster.deploy.support import IN_IMAGE, crontab_lines
 from tests.pipelines.support import losses, overrides_of, tiny
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -41,7 +44,7 @@ class Head:
     temporary: Path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head(root: Path) -> Iterator[Head]:
     """A cluster as ``ray start --head`` makes it."""
     environment = os.environ | {
@@ -139,3 +142,65 @@ def test_job_does_what_the_plain_command_does(
     assert refused.returncode == 1
     assert "exit code 2" in refused.stdout + refused.stderr
     assert "error: conf/none.yaml" in refused.stdout + refused.stderr
+
+
+def nightly(
+    repository: Path, environment: dict[str, str], logs: Path, *arguments: str
+) -> tuple[subprocess.CompletedProcess[bytes], str]:
+    """The crontab's script as cron starts it, with other arguments; returns it and the night's log."""
+    [line] = crontab_lines()
+    script = str(repository / line.split()[5].removeprefix(IN_IMAGE))
+    done = subprocess.run(
+        [script, *arguments],
+        # cron starts in the home folder.
+        cwd=logs.parent,
+        env=environment | {"GARE_LOGS": str(logs)},
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    [log] = logs.glob("extract-*.log")
+    return done, log.read_text()
+
+
+def stored(store: str) -> dict[str, dict[str, Any]]:
+    """The rows of a store by id, without what tells when and where they were made."""
+    rows = pq.read_table(Path(store) / "data").to_pylist()
+    return {row["video_id"]: {key: row[key] for key in ("frames", "frame_time_s")} for row in rows}
+
+
+def test_nightly_job_by_cron_extracts_and_tells_how_it_went(
+    head: Head, benchmark: dict[str, Any], places: Layout, repository: Path, tmp_path: Path
+) -> None:
+    """Else the night's new videos are not in the store in the morning, and no mail says so."""
+    logs = tmp_path / "logs"
+    settings = overrides_of(tiny("name=nightly"))
+    done, log = nightly(repository, head.environment, logs, "--config", "conf/demo.yaml", *settings)
+    assert done.returncode == 0, log
+    assert (done.stdout, done.stderr) == (b"", b""), "cron would send a mail for a good night"
+    assert "ended with status 0" in log
+    assert stored(places.frames.replace("/tiny/", "/nightly/")) == stored(places.frames)
+
+    # A fault of the job's own, from inside the cluster, keeps its meaning.
+    done, log = nightly(repository, head.environment, logs, "--config", "conf/none.yaml")
+    assert done.returncode == 2, log
+    assert "error: conf/none.yaml" in log
+    assert b"error: conf/none.yaml" in done.stderr, "cron would send no mail for a bad night"
+
+    # Two nights at once: the second leaves the first alone.
+    with (logs / "extract.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done, log = nightly(repository, head.environment, logs, "--config", "conf/demo.yaml")
+    assert done.returncode == 75
+    assert "still running" in log.splitlines()[-1]
+    assert b"still running" in done.stderr
+    token = head.environment["RAY_AUTH_TOKEN"]
+    assert token not in log
+
+
+def test_nightly_job_without_a_cluster_fails(repository: Path, tmp_path: Path, head: Head) -> None:
+    """Else a cluster that is down looks like a night without new videos."""
+    away = head.environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{free_port()}"}
+    done, log = nightly(repository, away, tmp_path / "logs", "--config", "conf/demo.yaml")
+    assert done.returncode == 4, log
+    assert "ended with status 4" in log

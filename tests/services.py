@@ -1,0 +1,188 @@
+"""The services of cluster/deploy/compose.yaml on this machine: PostgreSQL, an S3 store, the MLflow server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.cluster.deploy.support import compose
+
+#: PostgreSQL refuses to run as root.
+UNPRIVILEGED = "nobody"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def postgres_binaries() -> Path:
+    """The folder of ``initdb`` and ``postgres``: of the test dependency pgserver."""
+    # Not imported: its import makes folders in the home folder.
+    from importlib.metadata import files
+
+    [server] = [path for path in files("pgserver") or [] if str(path).endswith("bin/postgres")]
+    return Path(str(server.locate())).parent
+
+
+@contextmanager
+def postgres(password: str) -> Iterator[int]:
+    """A PostgreSQL with user and database ``mlflow`` behind a password; yields its port on 127.0.0.1."""
+    binaries = postgres_binaries()
+    # A short path: it holds the socket.
+    folder = Path(tempfile.mkdtemp(prefix="gare-pg-", dir="/tmp"))
+    port = free_port()
+    (folder / "password").write_text(password)
+    # Nothing of the person's own settings, PGHOST or PGPASSWORD say.
+    who = {"cwd": folder, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}}
+    if os.geteuid() == 0:
+        account = pwd.getpwnam(UNPRIVILEGED)
+        for path in (folder, folder / "password"):
+            os.chown(path, account.pw_uid, account.pw_gid)
+        who |= {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+    try:
+        subprocess.run(
+            [
+                binaries / "initdb",
+                f"--pgdata={folder}/data",
+                "--username=mlflow",
+                f"--pwfile={folder}/password",
+                "--auth=scram-sha-256",
+                "--encoding=utf8",
+                "--no-sync",
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+            **who,
+        )
+        with (folder / "log").open("wb") as log:
+            server = subprocess.Popen(
+                [
+                    binaries / "postgres",
+                    *("-D", folder / "data", "-h", "127.0.0.1", "-p", str(port), "-k", folder),
+                ],
+                stdout=log,
+                stderr=log,
+                **who,
+            )
+        try:
+            _make_database(port, password, server, folder / "log")
+            yield port
+        finally:
+            # "Fast" shutdown: without waiting for those who are connected.
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_database(port: int, password: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    import psycopg2
+
+    deadline = time.monotonic() + 60
+    while True:
+        assert server.poll() is None, log.read_text()
+        try:
+            connection = psycopg2.connect(
+                host="127.0.0.1", port=port, user="mlflow", password=password, dbname="postgres"
+            )
+            break
+        except psycopg2.OperationalError:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE DATABASE mlflow")
+    connection.close()
+
+
+@contextmanager
+def s3() -> Iterator[str]:
+    """An S3 server, moto's, with the bucket ``gare``; yields its address."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    try:
+        request = urllib.request.Request(f"{address}/gare", method="PUT")
+        urllib.request.urlopen(request, timeout=30).close()
+        yield address
+    finally:
+        server.stop()
+
+
+class MlflowServer:
+    """The tracking server as compose.yaml starts it, with this machine's addresses."""
+
+    def __init__(self, folder: Path, postgres_port: int, password: str, s3_address: str) -> None:
+        self.folder, port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{port}"
+        service = compose()["services"]["mlflow"]
+        words = " ".join(service["command"])
+        for inside, here in (
+            ("--host=0.0.0.0", "--host=127.0.0.1"),
+            ("--port=5000", f"--port={port}"),
+            ("@postgres:5432", f"@127.0.0.1:{postgres_port}"),
+            ("127.0.0.1:5000", f"127.0.0.1:{port}"),
+            ("--workers=2", "--workers=1"),
+        ):
+            assert inside in words
+            words = words.replace(inside, here)
+        self.words = [str(Path(sys.executable).with_name("mlflow")), *words.split()[1:]]
+        values = {
+            "PGPASSWORD": password,
+            "AWS_ENDPOINT_URL": s3_address,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
+        }
+        assert set(service["environment"]) == set(values)
+        # Its huey workers and uvicorn warn of their own doing.
+        self.environment = os.environ | values | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.words,
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 240
+        while True:
+            assert self.process.poll() is None, self.log.read_text()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """What a machine that loses power does to it and to all that it started."""
+        assert self.process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(60)
+        self.process = None
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "mlflow.log"

@@ -46,6 +46,8 @@ def main() -> int:
             ended = outcome(process, path)
             slowest = max(slowest, (time.perf_counter() - began, what))
             outcomes[ended] += 1
+            if outcomes.total() % 100 == 0:
+                sys.stderr.write(f"{outcomes.total()} files, {time.perf_counter() - started:.0f} s\n")
             by_damage[f"{what.split()[0]}: {'clip' if ended in ('whole', 'damaged') else 'failure'}"] += 1
             if ended.startswith(BAD):
                 faults.append(f"{what}: {ended}")

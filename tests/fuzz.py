@@ -120,10 +120,23 @@ def outcome(process: DecodeProcess, path: Path) -> str:
     except DataError as error:
         return f"{type(error).__name__}: {error.what.split(':')[0].split('(')[0].strip()}"
     pictures = [np.frombuffer(data, np.uint8).reshape(-1, 3) for data in clip.frames]
-    # Memory that was never filled is black, or green where it holds zeros of luma and chroma.
-    if not pictures or any((rgb == rgb[0]).all() for rgb in pictures):
+    if not pictures or any(is_empty(rgb) for rgb in pictures):
         return "empty picture"
     return "whole" if clip.complete else "damaged"
+
+
+def is_empty(rgb: np.ndarray) -> bool:
+    """Zeros, the green of zeros of luma and chroma, or the grey of a picture whose reference is lost."""
+    red, green, blue = (int(value) for value in rgb[0])
+    grey = red == green == blue and 124 <= red <= 132
+    return bool((rgb == rgb[0]).all()) and (grey or (red, blue) == (0, 0))
+
+
+def real_clips(folder: Path, largest: float = np.inf) -> list[Path]:
+    """The clips to damage: those without a black picture of their own, up to a size in bytes."""
+    own_black = {"big_buck_bunny_0_30.webm", "slides_talk.mp4"}
+    files = (path for path in sorted(folder.iterdir()) if path.name not in own_black)
+    return [path for path in files if path.stat().st_size <= largest]
 
 
 def table(outcomes: Counter[str]) -> str:

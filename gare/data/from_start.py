@@ -96,7 +96,7 @@ def decode_from_start(
         for frame in _frames(_packets(container, stream, wanted, effort), found):
             tick = round(position * ticks_per_frame) if frame.pts is None else int(frame.pts)
             position += 1
-            if frame.is_corrupt:
+            if frame.is_corrupt or _is_empty(frame, damaged=found.num_bad > 0):
                 found.num_bad += 1
                 continue
             found.order.setdefault(tick, position - 1)
@@ -110,6 +110,21 @@ def decode_from_start(
                     return found
     found.at_end = True
     return found
+
+
+def _is_empty(frame: av.VideoFrame, *, damaged: bool) -> bool:
+    """Whether a picture is memory that was never filled: zeros of luma and chroma, a green no camera sees.
+
+    After damage any flat picture is taken for one whose reference is lost.
+    """
+    if not frame.format.name.startswith("yuv") or len(frame.planes) < 3:
+        return False
+    for place in (1, 2, 0):  # chroma first: it is smaller and decides for most
+        plane = frame.planes[place]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:, : plane.width]
+        if (rows[0] != rows[0, 0]).any() or (rows[0, 0] and not damaged) or (rows != rows[0, 0]).any():
+            return False
+    return True
 
 
 def _packets(

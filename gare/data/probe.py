@@ -205,36 +205,41 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> _Sc
     scan = _Scan()
     key_pts: int | None = None
     looking = True
+    ends: dict[int, int] = {}
     try:
         for packet in container.demux():
             if packet.size == 0:
                 continue
-            if packet.pts is not None and packet.time_base:
-                scan.end_s = max(scan.end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream.index != stream.index:
+            pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
+            end_pts = 0 if pts is None else pts + (packet.duration or 0)
+            ends[index] = max(ends.get(index, 0), end_pts)
+            if index != stream.index:
                 continue
             looking = looking and not _read_orientation(packet, scan)
             scan.num_packets += 1
             if scan.num_packets == 1 and not packet.is_keyframe:
                 scan.traits.add("no keyframe first")
-            if packet.pts is None:
+            if pts is None:
                 scan.traits.add("no timestamps")
                 continue
-            if packet.is_keyframe:
-                key_pts = packet.pts
-            elif key_pts is not None and packet.pts < key_pts:
+            is_key = packet.is_keyframe
+            if is_key:
+                key_pts = pts
+            elif key_pts is not None and pts < key_pts:
                 scan.traits.add("open GOP")
             if packet.is_discard:
                 scan.traits.add("edit list")
                 continue
-            scan.pts.append(packet.pts)
-            if packet.is_keyframe:
-                scan.key_pts.append(packet.pts)
-            scan.end_pts = max(scan.end_pts, packet.pts + (packet.duration or 0))
+            scan.pts.append(pts)
+            if is_key:
+                scan.key_pts.append(pts)
+            scan.end_pts = max(scan.end_pts, end_pts)
     except MemoryError:
         raise
     except (av.error.FFmpegError, OSError) as error:
         scan.fault = f"reading stops early: {explain(error)}"
+    for index, end in ends.items():
+        scan.end_s = max(scan.end_s, end * float(container.streams[index].time_base or 0))
     if len(set(scan.pts)) < len(scan.pts):
         scan.traits.add("shared timestamps")
     return scan

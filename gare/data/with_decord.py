@@ -59,7 +59,7 @@ def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]
         raise UnfitError(f"decord cannot be loaded: {error}") from error
     decord.logging.set_level(decord.logging.QUIET)
     kept: list[Picture] = []
-    empty: list[int] = []
+    flat: list[int] = []
     reader = None
     try:
         reader = decord.VideoReader(source.path, num_threads=1)
@@ -68,23 +68,28 @@ def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]
         for first in range(0, len(unique), step):
             batch = reader.get_batch(unique[first : first + step]).asnumpy()
             kept += [request.prepare(rgb) for rgb in batch]
-            empty += [int(source.pts[unique[first + k]]) for k, rgb in enumerate(batch) if not rgb.any()]
+            flat += [int(source.pts[unique[first + k]]) for k, rgb in enumerate(batch) if _is_flat(rgb)]
     except (UnfitError, DataError, MemoryError, BlockingIOError):
         raise
     except Exception as error:  # decord's errors have no base of their own
         raise UnfitError(f"decord: {explain(error)}") from error
     finally:
         del reader  # an idle reader keeps decoding and holds memory
-    if empty:
-        _check_black(source, frozenset(empty))
+    if flat:
+        _check_flat(source, frozenset(flat))
     return selection, [kept[place] for place in inverse], decord.__version__
 
 
-def _check_black(source: Probe, empty: frozenset[int]) -> None:
-    """Pictures of zeros: a fade from black, or buffers that decord never filled. PyAV tells which."""
-    found = decode_from_start(source, empty, lambda rgb: np.array([rgb.any()], dtype=np.uint8))
-    if not found.has_all(empty) or any(seen.any() for seen in found.kept.values()):
-        raise UnfitError("decord gives pictures of zeros that are not black")
+def _is_flat(rgb: Picture) -> bool:
+    """Whether all pixels are the same: zeros, or the grey of a picture whose reference is lost."""
+    return bool((rgb[0] == rgb[0, 0]).all() and (rgb == rgb[0, 0]).all())
+
+
+def _check_flat(source: Probe, flat: frozenset[int]) -> None:
+    """Flat pictures: a fade from black, or what decord makes of damage without a word. PyAV tells which."""
+    found = decode_from_start(source, flat, lambda rgb: np.array([not _is_flat(rgb)], dtype=np.uint8))
+    if found.damage or not found.has_all(flat) or any(seen.any() for seen in found.kept.values()):
+        raise UnfitError("decord gives flat pictures that are not in the file")
 
 
 def _check_agreement(reader: Any, source: Probe) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from gare.data.decode_process import DecodeProcess
-from tests.fuzz import damaged_files, outcome, table
+from tests.fuzz import damaged_files, outcome, real_clips, table
 
 #: Outcomes that need a look.
 BAD = ("DecoderCrashError", "DecodeTimeoutError", "empty picture")
@@ -35,7 +35,7 @@ def main() -> int:
     options = parser.parse_args()
     seed = secrets.randbits(31) if options.seed is None else options.seed
     shared = Path(os.environ.get("GARE_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-    clips = sorted((shared / "data" / "videos").iterdir())
+    clips = real_clips(shared / "data" / "videos")
     outcomes: Counter[str] = Counter()
     by_damage: Counter[str] = Counter()
     faults = []
@@ -46,6 +46,10 @@ def main() -> int:
             ended = outcome(process, path)
             slowest = max(slowest, (time.perf_counter() - began, what))
             outcomes[ended] += 1
+            if outcomes.total() % 50 == 0:
+                sys.stderr.write(f"{outcomes.total()} files, {time.perf_counter() - started:.0f} s\n")
+                sys.stderr.write(f"{table(outcomes)}\n")
+                sys.stderr.flush()
             by_damage[f"{what.split()[0]}: {'clip' if ended in ('whole', 'damaged') else 'failure'}"] += 1
             if ended.startswith(BAD):
                 faults.append(f"{what}: {ended}")

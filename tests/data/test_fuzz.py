@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from gare.data.decode_process import DecodeProcess
-from tests.fuzz import damaged_files, outcome, table
+from tests.fuzz import damaged_files, outcome, real_clips, table
 
 
 def test_damaged_files_neither_crash_nor_hang_nor_give_empty_pictures(
     shared: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """Lost otherwise: a night's extraction to one bad download, or a training set with holes in it."""
-    clips = [path for path in sorted((shared / "data/videos").iterdir()) if path.stat().st_size < 500_000]
+    clips = real_clips(shared / "data/videos", largest=500_000)
     assert len(clips) > 10
     outcomes: Counter[str] = Counter()
     faults = []

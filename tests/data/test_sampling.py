@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gare.data.sampling import choose, sample_times, shown_at
+from gare.data.sampling import choose, keyframes_within, sample_times, shown_at, uniform_times
 
 
 def test_one_frame_per_second_from_the_start() -> None:
@@ -55,6 +55,26 @@ def test_choose_from_nothing_is_refused(num_candidates: int, num_frames: int) ->
     """Lost otherwise: an empty clip."""
     with pytest.raises(ValueError):
         choose(num_candidates, num_frames)
+
+
+def test_uniform_moments_are_the_centres_of_equal_segments() -> None:
+    """Lost otherwise: the same share of the clip on both sides of each frame."""
+    assert uniform_times(0, 12, 3).tolist() == [2, 6, 10]
+    assert uniform_times(5, 6, 4).tolist() == [5.125, 5.375, 5.625, 5.875]
+    assert uniform_times(7, 7, 2).tolist() == [7, 7]  # a single picture without a duration
+    for start_s, end_s, num_frames in ((0, 1, 0), (2, 1, 3), (0, float("nan"), 3)):
+        with pytest.raises(ValueError):
+            uniform_times(start_s, end_s, num_frames)
+
+
+def test_keyframes_of_a_clip() -> None:
+    """Lost otherwise: the keyframe at the very start, or pictures from outside of the clip."""
+    keys_s = np.array([0.0, 2.0, 5.0, 9.0, 14.0])
+    assert keyframes_within(keys_s, 0, 20, 12).tolist() == [0, 1, 2, 3, 4]
+    assert keyframes_within(keys_s, 2, 14, 12).tolist() == [1, 2, 3]  # the end is excluded
+    assert keyframes_within(keys_s, 0, 20, 3).tolist() == [0, 2, 4]
+    assert keyframes_within(keys_s, 9.5, 13, 12).tolist() == [3]  # none inside: the nearest to the middle
+    assert keyframes_within(keys_s, 30, 40, 12).tolist() == [4]
 
 
 def test_the_frame_on_screen(rng: np.random.Generator) -> None:

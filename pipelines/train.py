@@ -7,6 +7,7 @@ import resource
 import statistics
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,8 +213,9 @@ def _fit(config: Config, places: Layout, handle: RunHandle, *, validated: bool) 
 
 
 def _checkpoint_uri(places: Layout, checkpoint: Any) -> str:
-    scheme = "" if places.is_local else places.root.partition("://")[0] + "://"
-    return scheme + str(checkpoint.path)
+    if places.is_local:
+        return str(checkpoint.path)
+    return f"{places.root.partition('://')[0]}://{urllib.parse.quote(checkpoint.path, safe='/')}"
 
 
 def _cause(error: Exception) -> GareError:

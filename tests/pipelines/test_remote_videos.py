@@ -69,8 +69,9 @@ def on_s3(root: str, root_folder: Path, captions: Path, *more: str) -> Config:
         "sources.retries=20",
         "extract.videos_per_part=2",
         "extract.max_failed_fraction=0",
-        "train.batch_size=2",
-        "train.epochs=1",
+        "train.batch_size=4",
+        "train.epochs=2",
+        "train.diagnostics_every=0",
         *more,
     )
 

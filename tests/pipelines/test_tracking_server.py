@@ -55,11 +55,9 @@ class Outage(threading.Thread):
             self.server.kill()
             self.events.append("killed")
         if self._until(lambda: self.pending.exists() and self.pending.stat().st_size > 0):
-            workers = [
-                process
-                for process in psutil.process_iter()
-                if "RayTrainWorker" in " ".join(process_words(process))
-            ]
+            # Of this process's own Ray; others may be at work on this machine.
+            family = psutil.Process().children(recursive=True)
+            workers = [process for process in family if "RayTrainWorker" in words_of(process)]
             for worker in workers:
                 worker.suspend()
             self.events.append(f"held {len(workers)} workers")
@@ -85,11 +83,11 @@ class Outage(threading.Thread):
         return bool(runs and runs[0]["data"].get("metrics"))
 
 
-def process_words(process: psutil.Process) -> list[str]:
+def words_of(process: psutil.Process) -> str:
     try:
-        return process.cmdline()
+        return " ".join(process.cmdline())
     except psutil.Error:
-        return []
+        return ""
 
 
 def test_server_lost_in_the_middle_of_a_run_loses_and_doubles_nothing(

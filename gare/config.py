@@ -38,6 +38,7 @@ from gare.sections import (
     TrainConfig,
 )
 from gare.strict_yaml import load_yaml
+from gare.upkeep import UpkeepConfig
 
 __all__ = [
     "AugmentConfig",
@@ -54,6 +55,7 @@ __all__ = [
     "StorageConfig",
     "TrackingConfig",
     "TrainConfig",
+    "UpkeepConfig",
     "describe_keys",
     "differences",
     "load_config",
@@ -68,6 +70,7 @@ class Config(Section):
     storage: StorageConfig = Field(default_factory=StorageConfig, description="where outputs go")
     data: DataConfig = Field(default_factory=DataConfig, description="videos and captions")
     extract: ExtractConfig = Field(default_factory=ExtractConfig, description="videos to frame store")
+    upkeep: UpkeepConfig = Field(default_factory=UpkeepConfig, description="care of the stores")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     loss: LossConfig = Field(default_factory=LossConfig, description="the loss")
     train: TrainConfig = Field(default_factory=TrainConfig, description="training")

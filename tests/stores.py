@@ -27,6 +27,8 @@ def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dic
         "uri": f"/videos/{video_id}.mp4",
         "start_s": None,
         "end_s": None,
+        "source_bytes": 1000,
+        "source_version": "mtime 1",
         "num_frames": count,
         "frames": stored,
         "frame_idx": list(range(count)),
@@ -51,6 +53,10 @@ def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
         "error_type": "DataError",
         "message": f"attempt {attempts}",
         "attempts": attempts,
+        "start_s": None,
+        "end_s": None,
+        "source_bytes": 1000,
+        "source_version": "mtime 1",
     }
 
 

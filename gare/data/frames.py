@@ -79,4 +79,4 @@ class FrameReader:
 
 def _open_part(part: str) -> Any:
     filesystem, path = open_fs(part)
-    return pq.ParquetFile(path, filesystem=filesystem, memory_map=False)
+    return pq.ParquetFile(path, filesystem=filesystem, memory_map=False, page_checksum_verification=True)

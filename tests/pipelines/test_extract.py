@@ -54,7 +54,7 @@ def test_lost_parts_are_made_again(
     answer = in_process(capsys, extract.run, "--config", tiny_yaml, f"name={Path(copy.data).name}")
     assert answer.status == 0, answer.stderr
     assert json.loads(answer.stdout)["attempted"] == len(ids)
-    assert f"40 videos, {40 - len(ids)} done before, {len(ids)} to do" in answer.stderr
+    assert f"{len(ids)} new, 0 changed, {40 - len(ids)} unchanged, 0 gone, {len(ids)} to do" in answer.stderr
     assert f"extracted {len(ids)}, failed 0, left 0" in answer.stderr
     assert {part: Path(part).stat().st_mtime_ns for part in kept} == kept
     again = ids_in_parts(copy.frames, "data")

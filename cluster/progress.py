@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ class Progress:
         self.stages: Counter[str] = Counter()
         self.slowest: list[tuple[str, float]] = []
         self.started = self.shown = time.monotonic()
+        self._started_at = time.time()
+        self._began_at = math.inf
 
     @property
     def seconds(self) -> float:
@@ -37,8 +40,9 @@ class Progress:
         return max(time.monotonic() - self.started, 1e-3)
 
     def add(self, done: Mapping[str, Any]) -> None:
-        """Takes ``written``, ``failed``, ``frames``, ``bytes``, ``seconds`` and ``slowest`` of a part."""
+        """Takes what a part returned, as ``gare.data.extraction.Extractor.write`` describes it."""
         self.counts.update({name: done.get(name, 0) for name in ("written", "failed", "frames", "bytes")})
+        self._began_at = min(self._began_at, done.get("began", math.inf))
         self.stages.update(done.get("seconds", {}))
         took = [(str(name), float(seconds)) for name, seconds in done.get("slowest", ())]
         self.slowest = sorted([*self.slowest, *took], key=lambda one: -one[1])[:SLOWEST]
@@ -55,12 +59,17 @@ class Progress:
         }
 
     def report(self) -> dict[str, Any]:
-        """Rates, GB read, seconds of the workers by stage, and the slowest videos with their seconds."""
+        """Rates, GB read, seconds of the workers by stage and as a whole, and the slowest videos."""
         return {
             **{name: round(rate, 3) for name, rate in self.rates().items()},
             "gb_read": round(self.counts["bytes"] / 1e9, 6),
             "frames": self.counts["frames"],
             "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stages.items()},
+            "timing": {
+                "pool_s": round(self.seconds, 3),
+                # Of another machine's clock, so not quite to be trusted.
+                "actors_start_s": round(max(0.0, min(self._began_at - self._started_at, self.seconds)), 3),
+            },
             "slowest": {name: round(seconds, 3) for name, seconds in self.slowest},
         }
 

@@ -12,7 +12,8 @@ from typing import Any
 from gare.config import ExtractConfig
 from gare.data.decode_process import DecodeProcess, DecoderCrashError, ExtractedClip
 from gare.data.local_source import LocalSource, LocalVideo
-from gare.data.store import FAILURE_SCHEMA, IDENTITY, frame_schema, write_part
+from gare.data.parts import encode_part, put_part, table_of
+from gare.data.store import FAILURE_SCHEMA, IDENTITY, frame_schema
 from gare.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -47,12 +48,13 @@ class Extractor:
         """Extracts rows of ``gare.data.collection.compare``; the part appears after the last of them.
 
         Returns:
-            ``written``, ``failed``, ``frames``, ``bytes`` (of the videos read), ``seconds`` by stage and the
-            ``slowest`` videos, each with its seconds.
+            ``written``, ``failed``, ``frames``, ``bytes`` (of the videos read), ``seconds`` by stage, the
+            ``slowest`` videos, each with its seconds, and ``began``, the time by this machine's clock.
 
         Raises:
             DataError: if the store cannot be written.
         """
+        began = time.time()
         good: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
         seconds: dict[str, float] = defaultdict(float)
@@ -67,19 +69,22 @@ class Extractor:
             took.append((row["video_id"], time.perf_counter() - started))
         # Failures first: a kill between the two writes leaves the good ones pending, never a video that is
         # neither here nor there.
-        started = time.perf_counter()
         group = [self.run, *(row["video_id"] for row in rows)]
-        if bad:
-            write_part(self.uri, "failures", bad, FAILURE_SCHEMA, group)
-        if good:
-            write_part(self.uri, "data", good, self.schema, group)
-        seconds["write"] = time.perf_counter() - started
+        for folder, ended, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, self.schema)):
+            if ended:
+                started = time.perf_counter()
+                part = encode_part(folder, table_of(ended, schema))
+                encoded = time.perf_counter()
+                put_part(self.uri, folder, part, group)
+                seconds["parquet"] += encoded - started
+                seconds["write"] += time.perf_counter() - encoded
         return {
             "written": len(good),
             "failed": len(bad),
             "frames": sum(row["num_frames"] for row in good),
             "bytes": sum(row["source_bytes"] for row in good),
             "seconds": dict(seconds),
+            "began": began,
             "slowest": sorted(took, key=lambda one: -one[1])[:SLOWEST],
         }
 

@@ -70,9 +70,14 @@ def write_part(
     Returns:
         The location of the part.
     """
+    group = [row["video_id"] for row in rows] if group is None else group
+    return write_table(uri, folder, table_of(rows, schema), group)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table; tensors come as bytes of the exact size."""
     columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
-    table = pa.Table.from_arrays(columns, schema=schema)
-    return write_table(uri, folder, table, [row["video_id"] for row in rows] if group is None else group)
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def write_table(
@@ -90,13 +95,20 @@ def write_table(
     Returns:
         The location of the part.
     """
+    return put_part(uri, folder, encode_part(folder, table, replaces), group)
+
+
+def put_part(uri: str, folder: str, data: memoryview, group: Sequence[str]) -> str:
+    """Writes what ``encode_part`` made; see ``write_part`` for the rest."""
     digest = hashlib.sha256("\n".join(sorted(group)).encode()).hexdigest()[:20]
     location = join(uri, folder, f"part-{digest}.parquet")
-    write_atomically(location, _encode(table, 1 if folder == "data" else max(1, len(table)), replaces))
+    write_atomically(location, data)
     return location
 
 
-def _encode(table: pa.Table, row_group_size: int, replaces: Iterable[str]) -> memoryview:
+def encode_part(folder: str, table: pa.Table, replaces: Iterable[str] = ()) -> memoryview:
+    """The bytes of a part, with its checksum; see ``write_table`` for the arguments."""
+    row_group_size = 1 if folder == "data" else max(1, len(table))
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink, table.schema, compression="zstd", use_dictionary=False, write_page_checksum=True

@@ -181,16 +181,10 @@ def _check_group(location: str, file: pq.ParquetFile, group: int, meta: StoreMet
 
 def _is_finite(column: pa.ChunkedArray[Any]) -> bool:
     """Whether all floating numbers of a column are finite, however they are nested; nulls are no numbers."""
-    kind: Any = column.type
     array: Any = column.combine_chunks()
-    while isinstance(kind, pa.FixedShapeTensorType) or pa.types.is_nested(kind):
-        if isinstance(kind, pa.FixedShapeTensorType):
-            array, kind = array.storage, kind.storage_type
-        elif pa.types.is_struct(kind) or pa.types.is_map(kind):
-            return True  # no column of ours
-        else:
-            array, kind = array.flatten(), kind.value_type
-    if not pa.types.is_floating(kind):
+    while isinstance(array, pa.ExtensionArray | pa.ListArray | pa.FixedSizeListArray):
+        array = array.storage if isinstance(array, pa.ExtensionArray) else array.flatten()
+    if not pa.types.is_floating(array.type):
         return True
     return bool(np.isfinite(array.drop_null().to_numpy(zero_copy_only=False)).all())
 

@@ -12,7 +12,16 @@ import numpy as np
 
 from gare.config import ExtractConfig
 from gare.data.images import encode_jpeg
-from gare.data.store import StoreMeta, fingerprint, frame_schema, frame_settings, write_meta, write_part
+from gare.data.store import (
+    StoreMeta,
+    fingerprint,
+    frame_schema,
+    frame_settings,
+    ids_in_parts,
+    read_columns,
+    write_meta,
+    write_part,
+)
 
 
 def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dict[str, Any]:
@@ -71,6 +80,14 @@ def describe_store(uri: str, extract: ExtractConfig, *, complete: bool = True) -
     """Writes ``_META.json``."""
     settings = frame_settings(extract)
     write_meta(uri, StoreMeta("frames", fingerprint(settings), settings, {}, complete, "", "0"))
+
+
+def stored_values(uri: str) -> dict[str, dict[str, Any]]:
+    """Every value of every row that counts, by id."""
+    return {
+        video_id: read_columns(part, None).slice(row, 1).to_pylist()[0]
+        for video_id, (part, row) in ids_in_parts(uri, "data").items()
+    }
 
 
 def write_store(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,18 +21,10 @@ from gare.data.store import (
     write_retired,
 )
 from gare.errors import DataError
-from tests.stores import failure_row, write_store
+from tests.stores import failure_row, stored_values, write_store
 
 RAW = ExtractConfig(num_frames=3, image_size=16, encoding="raw")
 IDS = [f"clip {index}" for index in range(11)]
-
-
-def values(uri: str) -> dict[str, Any]:
-    """Every value of every row that counts."""
-    return {
-        video_id: read_columns(part, None).slice(row, 1).to_pylist()[0]
-        for video_id, (part, row) in ids_in_parts(uri, "data").items()
-    }
 
 
 @pytest.fixture
@@ -55,13 +46,13 @@ def store(tmp_path: Path, rng: np.random.Generator) -> str:
 
 def test_small_parts_become_one(store: str) -> None:
     """Thousands of small files make every start of a training slow; what no longer counts takes up room."""
-    before = values(store)
+    before = stored_values(store)
     assert before.keys() == set(IDS) - {IDS[1], *IDS[9:]}
     reader = FrameReader(store)
     old = reader.read(IDS[2:5])
     found = compact(store, 10**6)
     assert found == {"parts_before": 4, "parts_after": 1, "rows_left_out": 3}
-    assert values(store) == before
+    assert stored_values(store) == before
     assert read_retired(store) == {}
     assert len(part_files(store, "data")) == len(part_files(store, "failures")) == 1
     assert {key: row["attempts"] for key, row in read_failures(store, before).items()} == {"bad": 2}
@@ -85,7 +76,7 @@ def test_large_parts_stay(store: str) -> None:
 
 def test_a_crash_at_any_moment_leaves_each_row_once(store: str) -> None:
     """A node that is taken away in the middle of it must not cost or double a clip."""
-    before, failures = values(store), read_failures(store, values(store))
+    before, failures = stored_values(store), read_failures(store, stored_values(store))
 
     class Killed(BaseException):
         pass
@@ -105,10 +96,10 @@ def test_a_crash_at_any_moment_leaves_each_row_once(store: str) -> None:
             break
         except Killed:
             crashes += 1
-        assert values(store) == before
+        assert stored_values(store) == before
         assert read_failures(store, before) == failures
     assert crashes >= 4
-    assert values(store) == before
+    assert stored_values(store) == before
     assert len(part_files(store, "data")) == 1
 
 

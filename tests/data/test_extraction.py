@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +17,14 @@ import pytest
 
 from gare.config import ExtractConfig
 from gare.data.collection import compare
+from gare.data.decode_process import DecodeProcess, ExtractedClip
 from gare.data.extraction import Extractor, part_size
 from gare.data.frames import FrameReader
 from gare.data.local_source import LocalSource
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.store import ids_in_parts, part_files, read_columns, read_failures
 from gare.errors import DataError
-from tests.stores import describe_store
+from tests.stores import describe_store, stored_values
 
 EXTRACT = ExtractConfig(num_frames=3, image_size=32, encoding="raw", sample_fps=2.0)
 
@@ -152,6 +158,111 @@ def test_a_store_that_cannot_be_written_is_said(manifest: Manifest, tmp_path: Pa
             extractor.write(pending_rows(manifest, str(tmp_path / "other"), retry_failed=False)[:1])
     finally:
         extractor.close()
+
+
+@contextmanager
+def full_disk(kind: str, folder: Path) -> Iterator[None]:
+    """A file system without room, or a process that may write no larger files, as a quota has it."""
+    if kind == "quota":
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        with pytest.raises(OSError, match="No space left"):
+            while file.write(bytes(1024)):
+                continue
+    yield
+    ballast.unlink()
+
+
+@pytest.fixture(params=["quota", "disk"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A folder on a disk of 256 kB where we may mount one, or any folder."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if request.param == "quota":
+        yield request.param, folder
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no permission to mount a small disk; the quota tries the same")
+    yield request.param, folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_nothing(
+    manifest: Manifest, small_disk: tuple[str, Path], store: str, extractor: Extractor
+) -> None:
+    """Killed by a full disk at its first part; with room again the store is that of an undisturbed run."""
+    kind, folder = small_disk
+    extractor.write(pending_rows(manifest, store, retry_failed=False))
+    uri = str(folder / "store")
+    describe_store(uri, EXTRACT)
+    other = Extractor(uri, EXTRACT)
+    try:
+        with full_disk(kind, folder), pytest.raises(DataError, match="cannot be written"):
+            other.write(pending_rows(manifest, uri, retry_failed=False))
+        assert [path for path in folder.rglob("*") if path.name.startswith(".gare-")] == []
+        left = pending_rows(manifest, uri, retry_failed=False)
+        assert {"dark", "light", "light end"} <= {row["video_id"] for row in left}
+        other.write(left)
+    finally:
+        other.close()
+    assert stored_values(uri) == stored_values(store)
+    assert read_failures(uri, {}).keys() == read_failures(store, {}).keys()
+
+
+def test_a_file_that_hangs_costs_itself_alone(manifest: Manifest, store: str) -> None:
+    """A named pipe that nobody writes to: its reader is killed at the deadline, the others get their turn."""
+    pipe = Path(manifest.rows[4].uri)
+    os.mkfifo(pipe)
+    extractor = Extractor(store, EXTRACT.model_copy(update={"deadline_s": 6.0}))
+    try:
+        pending = pending_rows(manifest, store, retry_failed=False)
+        extractor.write([pending[4], *pending[:3]])
+    finally:
+        extractor.close()
+    assert ids_in_parts(store, "data").keys() == {"dark", "light", "light end"}
+    failures = read_failures(store, {})
+    assert failures.keys() == {"gone"}
+    assert "deadline of 6 s" in failures["gone"]["message"]
+
+
+def test_a_killed_decoder_is_no_fault_of_the_file(
+    manifest: Manifest, store: str, extractor: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system kills what takes too much memory; the file that it was at is tried once more, no more."""
+    extract = DecodeProcess.extract
+    killed: list[str] = []
+
+    def kill(times: int) -> None:
+        def dying(process: DecodeProcess, path: str, **settings: Any) -> ExtractedClip:
+            if killed.count(path) < times and path == manifest.rows[0].uri:
+                killed.append(path)
+                child = process._ready_child()
+                os.kill(child.process.pid, signal.SIGKILL)
+                child.process.wait()
+                monkeypatch.setattr(process, "_ready_child", lambda: child)
+                try:
+                    return extract(process, path, **settings)
+                finally:
+                    monkeypatch.delattr(process, "_ready_child")
+            return extract(process, path, **settings)
+
+        monkeypatch.setattr(DecodeProcess, "extract", dying)
+
+    pending = pending_rows(manifest, store, retry_failed=False)[:2]
+    kill(2)
+    assert counts_of(extractor.write(pending)) == (1, 1, 3)
+    assert "SIGKILL" in read_failures(store, {})["dark"]["message"]
+    killed.clear()
+    kill(1)
+    assert counts_of(extractor.write(pending_rows(manifest, store, retry_failed=True)[:1])) == (1, 0, 2)
 
 
 @pytest.mark.parametrize(

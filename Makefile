@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test lint bench ui clean
+.PHONY: help install demo test lint bench bench-extract ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
+	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
 
@@ -36,6 +37,9 @@ lint: install
 bench: install
 	$(BIN)/python -m tests.benchmarks --picture .github/assets/bench.png
 	$(BIN)/python -m tests.benchmarks.size
+
+bench-extract: install
+	$(BIN)/python -m tests.benchmarks.extraction
 
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare

@@ -47,10 +47,13 @@ def run_parts(
             return {"result": np.array([json.dumps(self.work(json.loads(block["part"][0])))])}
 
     rows = [{"part": json.dumps(part)} for part in parts]
+    most = min(workers, len(parts))
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=min(workers, len(parts))),
+        # All at once, instead of one by one as the work proves to be too much; and one is enough to go on
+        # with, where a node is lost.
+        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
         memory=memory_bytes or None,

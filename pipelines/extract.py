@@ -22,7 +22,7 @@ from gare import __version__
 from gare.config import Config
 from gare.data.collection import Comparison, compare
 from gare.data.compact import compact
-from gare.data.extraction import Extractor, part_size
+from gare.data.extraction import Extractor, cut_into_parts
 from gare.data.files import exists, join, write_atomically, write_json
 from gare.data.inventory import Inventory, take_inventory
 from gare.data.local_source import LocalSource
@@ -78,19 +78,21 @@ def run(config: Config) -> dict[str, Any]:
         with _lock(config, store) as lock:
             merged = compact(store, config.upkeep.part_mb * 10**6, lock.check)
         return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
-    result = _write(config, places, manifest) | {"seconds": round(time.monotonic() - started, 2)}
-    if result["attempted"] or not exists(join(store, "result.json")):
+    result, is_new = _write(config, places, manifest)
+    result["seconds"] = round(time.monotonic() - started, 2)
+    if is_new:
         write_json(join(store, "result.json"), result)
     if config.upkeep.preview:
         result["preview"] = _preview(config, store, manifest)
     return result
 
 
-def _write(config: Config, places: Layout, manifest: Manifest) -> dict[str, Any]:
+def _write(config: Config, places: Layout, manifest: Manifest) -> tuple[dict[str, Any], bool]:
+    """The result, and whether anything in the store has changed."""
     store = places.frames
-    versions = LocalSource().stat({row.uri for row in manifest.rows})
 
     def look() -> Comparison:
+        versions = LocalSource().stat({row.uri for row in manifest.rows})
         return compare(store, manifest.rows, versions, retry_failed=config.extract.retry_failed)
 
     def count() -> Inventory:
@@ -102,13 +104,13 @@ def _write(config: Config, places: Layout, manifest: Manifest) -> dict[str, Any]
         if (meta.counts, meta.complete) == (inventory.counts, inventory.is_complete):
             logger.info("%s: %s, nothing to do", store, _words(comparison.counts))
             inventory.raise_if_too_many()
-            return _result(config, store, comparison, inventory)
+            return _result(config, store, comparison, inventory), False
     with _lock(config, store) as lock:
         comparison = look()  # another job may have written while this one waited
-        _refuse_lost(config, store, comparison)
-        _describe(config, {}, complete=False)
+        _refuse_lost(config, store, comparison, len(manifest.rows))
         if not comparison.pending and comparison.retired == read_retired(store):
-            return _finish(config, store, comparison, count(), {})
+            return _finish(config, store, comparison, count(), {}), True
+        _describe(config, {}, complete=False)
         with ExtractionRun(config, places, "extract") as tracked:
             write_retired(store, comparison.retired)
             done = _extract(config, store, comparison, lock) if comparison.pending else {}
@@ -117,16 +119,15 @@ def _write(config: Config, places: Layout, manifest: Manifest) -> dict[str, Any]
             inventory = count()
             tracked.log(comparison.counts, done, inventory.failures)
             result = _finish(config, store, comparison, inventory, done)
-            return result | tracked.log_result(result)
+            return result | tracked.log_result(result), True
 
 
 def _lock(config: Config, store: str) -> StoreLock:
     return StoreLock(store, when_locked=config.upkeep.when_locked, stale_s=config.upkeep.stale_s)
 
 
-def _refuse_lost(config: Config, store: str, comparison: Comparison) -> None:
-    total = comparison.counts["unchanged"] + comparison.counts["gone"]
-    if len(comparison.lost) > config.extract.max_failed_fraction * max(total, 1):
+def _refuse_lost(config: Config, store: str, comparison: Comparison, total: int) -> None:
+    if len(comparison.lost) > config.extract.max_failed_fraction * total:
         raise DataError(
             f"{len(comparison.lost)} videos of the manifest that were there are gone, "
             f"{comparison.lost[0]!r} the first of them; nothing was changed",
@@ -142,8 +143,7 @@ def _extract(config: Config, store: str, comparison: Comparison, lock: StoreLock
     logger.info("%s: %s, %d to do", store, _words(comparison.counts), len(pending))
     with ray_session(config.cluster):
         workers = min(extract.workers or num_cpus(), len(pending))
-        size = part_size(len(pending), workers, extract.videos_per_part)
-        parts = [pending[first : first + size] for first in range(0, len(pending), size)]
+        parts = cut_into_parts(pending, workers, extract.videos_per_part)
         progress = Progress(len(pending), "extracted")
         for done in run_parts(
             lambda: Extractor(store, extract, name).write,

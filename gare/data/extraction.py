@@ -22,9 +22,23 @@ logger = logging.getLogger(__name__)
 SLOWEST = 10
 
 
-def part_size(num_rows: int, workers: int, limit: int) -> int:
-    """Videos a part: the limit, or less where the workers would not all have work to the end."""
-    return max(1, min(limit, math.ceil(num_rows / (4 * workers))))
+def cut_into_parts(
+    rows: Sequence[Mapping[str, Any]], workers: int, limit: int
+) -> list[list[Mapping[str, Any]]]:
+    """Rows as parts in the order in which they are best begun: large files first, small parts last.
+
+    Args:
+        rows: with ``source_bytes``, None where that is not known.
+        workers: that take parts as they get free; at the end all should have work for about as long.
+        limit: rows of a part at most.
+    """
+    left = sorted(rows, key=lambda row: -(row["source_bytes"] or 0))
+    parts = []
+    while left:
+        size = min(limit, math.ceil(len(left) / (3 * workers)))
+        parts.append(left[:size])
+        left = left[size:]
+    return parts
 
 
 class Extractor:
@@ -43,6 +57,9 @@ class Extractor:
         self.schema = frame_schema(extract)
         self.process = DecodeProcess()
         self.source = LocalSource()
+        # Both take seconds at first, which the first video need not wait for.
+        self.process.start()
+        table_of([], self.schema)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Extracts rows of ``gare.data.collection.compare``; the part appears after the last of them.

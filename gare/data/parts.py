@@ -153,8 +153,16 @@ def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part
     Raises:
         DataError: for a part that cannot be read.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        parts = list(pool.map(lambda location: _read_part(location, columns), part_files(uri, folder)))
+    for attempt in range(3):
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                read = pool.map(lambda location: _read_part(location, columns), part_files(uri, folder))
+                parts = list(read)
+            break
+        except DataError as error:
+            # Merged into another and deleted since they were listed.
+            if attempt == 2 or not isinstance(error.__cause__, FileNotFoundError):
+                raise
     replaced = {checksum for part in parts for checksum in part.replaces}
     return (
         [part for part in parts if part.checksum not in replaced],

@@ -221,9 +221,11 @@ def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
     Raises:
         DataError: for a part that cannot be read, or an id that two parts hold.
     """
+    parts, _ = read_parts(uri, folder, ["video_id"])
+    # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
     retired = read_retired(uri) if folder == "data" else {}
     found: dict[str, tuple[str, int]] = {}
-    for part in read_parts(uri, folder, ["video_id"])[0]:
+    for part in parts:
         left_out = retired.get(part.checksum, {})
         for row, entry in enumerate(part.rows):
             video_id: str = entry["video_id"]

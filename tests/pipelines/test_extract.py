@@ -194,7 +194,7 @@ def test_a_grown_and_changed_collection(
 def test_each_extraction_is_a_run_in_mlflow(
     copy: Layout, root: Path, tiny_yaml: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """What ran last night, how fast and what failed must be seen where all else is; idle nights leave nothing."""
+    """What ran, how fast and what failed must be seen where all else is; idle nights leave nothing."""
     name = Path(copy.data).name
     broken = tmp_path / "broken.mp4"
     broken.write_text("this is no video")

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,10 @@ class RunHandle:
             columns: values by column, as many in each.
         """
         table = {key: list(values) for key, values in columns.items()}
-        self._attempt(name, lambda mlflow: mlflow.log_table(self.run_id, table, name))
+        with warnings.catch_warnings():
+            # MLflow 3.17 asks pandas in a way that pandas 3 deprecates.
+            warnings.simplefilter("ignore")
+            self._attempt(name, lambda mlflow: mlflow.log_table(self.run_id, table, name))
 
     def log_dataset(
         self, name: str, digest: str, source: str, context: str, counts: Mapping[str, int] | None = None

@@ -171,7 +171,7 @@ def test_a_grown_and_changed_collection(
     assert ids_in_parts(own.frames, "data").keys() == {"0", "3"}
     for file in (files[0], files[3]):
         file.with_suffix(".away").rename(file)
-    assert counts(command()) == (0, 0, 2, 1, 0, 2)
+    assert counts(command()) == (0, 0, 2, 2, 0, 2)
 
     merged = json.loads(command("--compact").stdout)
     assert (merged["parts_after"], merged["rows_left_out"]) == (1, 3)

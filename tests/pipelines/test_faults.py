@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 
 from cluster.storage import Layout, layout
 from gare.data.files import list_files
 from gare.data.store import read_failures, read_meta
 from pipelines import extract
 from tests.pipelines.support import tiny
-from tests.pipelines.test_resume import kill_tree
 from tests.stores import stored_values
 
 #: Long enough for a machine that is busy with other things.
@@ -98,24 +98,44 @@ def test_a_killed_worker(what: str, name: str, places: Layout, rng: np.random.Ge
     assert_undisturbed(store, places)
 
 
-def test_a_killed_driver(
-    name: str, places: Layout, repository: Path, root: Path, tiny_yaml: str, rng: np.random.Generator
-) -> None:
-    """A machine that loses power in the night: in the morning the same command finishes the rest."""
-    store = layout(tiny(f"name={name}")).frames
-    after = int(rng.integers(1, 4))
-    log = root / f"{name}.log"
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(
+def start_job(name: str, repository: Path, root: Path, tiny_yaml: str) -> subprocess.Popen[bytes]:
+    """The command as a process of its own, in the Ray of these tests, as a job of a cluster would be."""
+    with (root / f"{name}.log").open("wb") as stderr:
+        return subprocess.Popen(
             [sys.executable, "pipelines/extract.py", "--config", tiny_yaml, f"name={name}"],
             cwd=repository,
+            env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
             stdout=subprocess.DEVNULL,
             stderr=stderr,
         )
-        wait_for(lambda: num_parts(store) >= after, lambda: process.poll() is None)
-        kill_tree(process)
-    assert not read_meta(store).complete, f"done before it was killed after part {after}: {log.read_text()}"
-    assert len(list_files(f"{store}/lock")) == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_driver_that_ends(
+    how: int,
+    name: str,
+    places: Layout,
+    repository: Path,
+    root: Path,
+    tiny_yaml: str,
+    rng: np.random.Generator,
+) -> None:
+    """A machine that loses power in the night, or Ctrl-C: the same command finishes the rest."""
+    store = layout(tiny(f"name={name}")).frames
+    after = int(rng.integers(1, 4))
+    process = start_job(name, repository, root, tiny_yaml)
+    try:
+        assert wait_for(lambda: num_parts(store) >= after, lambda: process.poll() is None)
+        process.send_signal(how)
+        status = process.wait(PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
+    said = (root / f"{name}.log").read_text()
+    assert not read_meta(store).complete, f"done before it was ended after part {after}: {said}"
+    assert status == (4 if how == signal.SIGINT else -how), said
+    # Ctrl-C frees the store at once; what kill -9 leaves is taken over.
+    assert len(list_files(f"{store}/lock")) == (0 if how == signal.SIGINT else 1)
     kept = {part: Path(part).stat().st_mtime_ns for part in list_files(f"{store}/data")}
     result = extract.run(tiny(f"name={name}", "upkeep.when_locked=refuse"))
     assert 0 < result["attempted"] < 40
@@ -184,26 +204,3 @@ def test_two_jobs_at_once(name: str, places: Layout) -> None:
         job.join(PATIENCE_S)
     assert sorted(result["attempted"] for result in results) == [0, 40]
     assert_undisturbed(layout(tiny(f"name={name}")).frames, places)
-
-
-def test_a_stopped_job_goes_on(
-    name: str, places: Layout, repository: Path, root: Path, tiny_yaml: str
-) -> None:
-    """Ctrl-C, or a scheduler's SIGTERM grace: the lock is free at once and the rest is done next time."""
-    store = layout(tiny(f"name={name}")).frames
-    with (root / f"{name}.log").open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "pipelines/extract.py", "--config", tiny_yaml, f"name={name}"],
-            cwd=repository,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-        )
-        wait_for(lambda: num_parts(store) >= 1, lambda: process.poll() is None)
-        process.send_signal(signal.SIGINT)
-        try:
-            assert process.wait(PATIENCE_S) == 4
-        finally:
-            kill_tree(process) if process.poll() is None else None
-    assert list_files(f"{store}/lock") == []
-    extract.run(tiny(f"name={name}", "upkeep.when_locked=refuse"))
-    assert_undisturbed(store, places)

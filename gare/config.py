@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from gare.errors import ConfigError
+from gare.extract_section import ExtractConfig
 from gare.sections import (
     AugmentConfig,
     ClipConfig,
@@ -28,7 +29,6 @@ from gare.sections import (
     DataConfig,
     DemoConfig,
     EvaluateConfig,
-    ExtractConfig,
     LossConfig,
     ModelConfig,
     Name,
@@ -37,6 +37,7 @@ from gare.sections import (
     TrackingConfig,
     TrainConfig,
 )
+from gare.sources_section import SourcesConfig
 from gare.strict_yaml import load_yaml
 from gare.upkeep import UpkeepConfig
 
@@ -52,6 +53,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "Section",
+    "SourcesConfig",
     "StorageConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -69,6 +71,7 @@ class Config(Section):
     name: Name = Field("own", description="name of the data set: its outputs are below storage.root/name")
     storage: StorageConfig = Field(default_factory=StorageConfig, description="where outputs go")
     data: DataConfig = Field(default_factory=DataConfig, description="videos and captions")
+    sources: SourcesConfig = Field(default_factory=SourcesConfig, description="fetching videos")
     extract: ExtractConfig = Field(default_factory=ExtractConfig, description="videos to frame store")
     upkeep: UpkeepConfig = Field(default_factory=UpkeepConfig, description="care of the stores")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
@@ -177,7 +180,8 @@ def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str,
         if isinstance(inner, type) and issubclass(inner, Section):
             yield from _describe(inner, f"{prefix}{key}.")
         else:
-            default = yaml.safe_dump(field.get_default(call_default_factory=True, validated_data={}))
+            value = field.get_default(call_default_factory=True, validated_data={})
+            default = yaml.safe_dump(value, default_flow_style=True)
             yield f"{prefix}{key}", default.removesuffix("...\n").strip(), field.description or ""
 
 

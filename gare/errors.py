@@ -59,7 +59,29 @@ class DataError(GareError):
     exit_code = 3
 
 
+class FetchError(DataError):
+    """A video that could not be brought to where it is decoded, whole and unchanged."""
+
+
+class GoneError(FetchError):
+    """A video that does not exist where it should, as opposed to one that cannot be had just now."""
+
+
 class CheckpointError(GareError):
     """A checkpoint or weight file that is missing, truncated or of another model."""
 
     exit_code = 3
+
+
+def shown(uri: str) -> str:
+    """A location as it may be shown in messages, logs and stores.
+
+    A URI loses what may be a secret: the name and password before its host, its query (the signature of a
+    presigned URL) and its fragment. Local paths, where '?' and '#' are ordinary, stay as they are.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator or "/" in scheme:
+        return uri
+    rest = rest.partition("?")[0].partition("#")[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

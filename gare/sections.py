@@ -50,7 +50,7 @@ class DataConfig(Section):
     benchmark: Literal["synthetic", "folder"] = Field(
         "folder", description="synthetic: the generated benchmark; folder: your own videos with captions"
     )
-    videos: str = Field("", description="folder that holds your videos (benchmark: folder)")
+    videos: str = Field("", description="folder of your videos or s3://…; empty: captions hold URIs (folder)")
     captions: str = Field(
         "", description="CSV, JSON Lines or JSON file with their captions (benchmark: folder)"
     )
@@ -66,23 +66,6 @@ class DataConfig(Section):
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction must stay below 1, so that train gets videos")
         return self
-
-
-class ExtractConfig(Section):
-    """How videos become the frame store. What changes the values is part of the store's fingerprint."""
-
-    num_frames: Count = Field(12, description="F: frames kept of each clip; shorter ones are padded")
-    sample_fps: Positive = Field(1.0, description="frames per second sampled before F of them are taken")
-    image_size: Count = Field(224, description="pixels: short side after resizing, then centre crop")
-    encoding: Literal["jpeg", "raw"] = Field("jpeg", description="how frames are stored")
-    jpeg_quality: int = Field(95, ge=1, le=100, description="JPEG quality of stored frames")
-    deadline_s: Positive = Field(60.0, description="seconds a video may take to decode before it is given up")
-    max_failed_fraction: Fraction = Field(
-        0.1, description="share of the videos that may fail before the job ends with an error"
-    )
-    retry_failed: bool = Field(False, description="try videos again that failed before")
-    videos_per_part: Count = Field(32, description="videos a Parquet part of the store holds at most")
-    workers: int = Field(0, ge=0, description="decoding actors; 0: one for each CPU that the cluster has")
 
 
 class ClipConfig(Section):

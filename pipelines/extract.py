@@ -15,6 +15,7 @@ from typing import Any
 from cluster.command import main
 from cluster.pool import run_parts
 from cluster.progress import Progress
+from cluster.remote import RemoteVideos
 from cluster.session import num_cpus, ray_session
 from cluster.storage import Layout, layout
 from cluster.tracking.extraction import ExtractionRun
@@ -25,9 +26,9 @@ from gare.data.compact import compact
 from gare.data.extraction import Extractor, cut_into_parts
 from gare.data.files import exists, join, write_atomically, write_json
 from gare.data.inventory import Inventory, take_inventory
-from gare.data.local_source import LocalSource
 from gare.data.lock import StoreLock
 from gare.data.manifest import Manifest, read_manifest
+from gare.data.sources import LocalVideos
 from gare.data.store import (
     META,
     StoreMeta,
@@ -89,10 +90,10 @@ def run(config: Config) -> dict[str, Any]:
 
 def _write(config: Config, places: Layout, manifest: Manifest) -> tuple[dict[str, Any], bool]:
     """The result, and whether anything in the store has changed."""
-    store = places.frames
+    store, source = places.frames, RemoteVideos(config.sources, LocalVideos())
 
     def look() -> Comparison:
-        versions = LocalSource().stat({row.uri for row in manifest.rows})
+        versions = source.stat([row.uri for row in manifest.rows])
         return compare(store, manifest.rows, versions, retry_failed=config.extract.retry_failed)
 
     def count() -> Inventory:
@@ -139,14 +140,15 @@ def _refuse_lost(config: Config, store: str, comparison: Comparison, total: int)
 
 def _extract(config: Config, store: str, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
     """Extracts what is pending; returns counts, rates, seconds by stage and the slowest videos."""
-    pending, extract, name = comparison.pending, config.extract, uuid.uuid4().hex
+    pending, extract, sources = comparison.pending, config.extract, config.sources
+    name = uuid.uuid4().hex
     logger.info("%s: %s, %d to do", store, _words(comparison.counts), len(pending))
     with ray_session(config.cluster):
         workers = min(extract.workers or num_cpus(), len(pending))
         parts = cut_into_parts(pending, workers, extract.videos_per_part)
         progress = Progress(len(pending), "extracted")
         for done in run_parts(
-            lambda: Extractor(store, extract, name).write,
+            lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name).write,
             parts,
             workers=workers,
             memory_bytes=ACTOR_MEMORY_BYTES,

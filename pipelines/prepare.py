@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.command import main
+from cluster.remote import RemoteVideos
 from cluster.storage import Layout, layout
 from gare.config import Config
 from gare.data.benchmarks.folder import read_folder
 from gare.data.files import join, write_json
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
+from gare.data.sources import LocalVideos
 from gare.data.synthetic import generate_benchmark
 from gare.errors import ConfigError
 
@@ -81,12 +83,14 @@ def _synthetic(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]
 
 def _folder(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
     data = config.data
-    missing = [f"data.{key}" for key in ("videos", "captions") if not getattr(data, key)]
-    if missing:
+    if not data.captions:
+        # Without a folder the captions have to name whole locations, which few do.
+        missing = [f"data.{key}" for key in ("videos", "captions") if not getattr(data, key)]
         raise ConfigError(
             f"{' and '.join(missing)} must be set",
             where="data.benchmark=folder",
-            accepted="data.videos=FOLDER data.captions=FILE.csv, or data.benchmark=synthetic",
+            accepted="data.videos=FOLDER data.captions=FILE.csv, a FILE.csv with URIs alone, "
+            "or data.benchmark=synthetic",
         )
     manifest = read_folder(
         data.videos,
@@ -94,6 +98,8 @@ def _folder(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
         seed=data.seed,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
+        schemes=config.sources.schemes,
+        list_remote=RemoteVideos(config.sources, LocalVideos()).list,
     )
     return manifest, {"left_out": len(manifest.left_out)}
 

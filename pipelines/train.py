@@ -17,7 +17,7 @@ from cluster.storage import Layout, absolute, layout
 from cluster.stream import stream
 from cluster.tracking import RunHandle, Tracker, connect, git_revision
 from gare.config import ClipConfig, Config, differences
-from gare.data.files import copy_files, delete_tree, exists, join, list_files, read_json, write_json
+from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.data.loader import ClipLoader
 from gare.errors import ConfigError, DivergedError, GareError
 from gare.train.data import StoredSplits, read_splits
@@ -33,7 +33,7 @@ PROGRESS_EVERY_S = 10.0
 LOG_EVERY = 10
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: What matters of data and extract is in the fingerprints.
-FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "extract"}
+FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
 FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
 FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch"}
 
@@ -170,6 +170,8 @@ def _fit(config: Config, places: Layout, handle: RunHandle, *, validated: bool) 
     from ray.train.torch import TorchTrainer
 
     cluster = config.cluster
+    # Ray would open the URI by itself, without our endpoint and tries.
+    filesystem, folder = open_fs(places.run(config.train.run))
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     trainer = TorchTrainer(
         train_worker,
@@ -179,7 +181,8 @@ def _fit(config: Config, places: Layout, handle: RunHandle, *, validated: bool) 
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=places.run(config.train.run),
+            storage_path=folder,
+            storage_filesystem=None if places.is_local else filesystem,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.train.keep_checkpoints,

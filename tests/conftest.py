@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.servers import CREDENTIALS, DroppingProxy, Site, s3_server, web_server
 
 # Tensors here are tiny: threads would spend their time waiting for each other, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,3 +57,43 @@ def _draw_seed() -> int:
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(session_seed: int) -> Iterator[DroppingProxy]:
+    with s3_server() as upstream:
+        proxy = DroppingProxy(upstream, session_seed)
+        yield proxy
+        proxy.close()
+
+
+@pytest.fixture(scope="session")
+def s3_environment(s3_proxy: DroppingProxy) -> Iterator[None]:
+    """Credentials and endpoint of ``s3``, also for processes that are started before a test asks for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
+            patch.delenv(name, raising=False)
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_proxy.url}.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture
+def s3(s3_environment: None, s3_proxy: DroppingProxy) -> Iterator[Any]:
+    """A boto3 client of an S3 with the empty bucket ``videos``; the environment names it as for a person."""
+    import boto3
+
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket="videos")
+    yield client
+    s3_proxy.disturb(0)
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="videos"):
+        for entry in page.get("Contents", ()):
+            client.delete_object(Bucket="videos", Key=entry["Key"])
+    client.delete_bucket(Bucket="videos")
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with web_server() as site:
+        yield site

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from gare.config import ExtractConfig
+from gare.data.collection import compare
 from gare.data.images import encode_jpeg
+from gare.data.manifest import Manifest
+from gare.data.sources import LocalVideos, VideoSource
 from gare.data.store import (
     StoreMeta,
     fingerprint,
@@ -46,6 +49,9 @@ def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dic
         "height_px": 48,
         "fps": 25.0,
         "duration_s": 2.0,
+        "sampling": "released",
+        "container": "mov",
+        "codec": "h264",
         "decoder": "decord",
         "decoder_version": "0.6.0",
         "complete": True,
@@ -80,6 +86,14 @@ def describe_store(uri: str, extract: ExtractConfig, *, complete: bool = True) -
     """Writes ``_META.json``."""
     settings = frame_settings(extract)
     write_meta(uri, StoreMeta("frames", fingerprint(settings), settings, {}, complete, "", "0"))
+
+
+def pending_rows(
+    manifest: Manifest, store: str, *, retry_failed: bool, source: VideoSource | None = None
+) -> list[dict[str, Any]]:
+    """What a run over these videos would do."""
+    versions = (source or LocalVideos()).stat([row.uri for row in manifest.rows])
+    return list(compare(store, manifest.rows, versions, retry_failed=retry_failed).pending)
 
 
 def stored_values(uri: str) -> dict[str, dict[str, Any]]:

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gare.data.local_source import FileVersion
 from gare.data.manifest import ManifestRow
 from gare.data.parts import Part, read_parts
+from gare.data.sources import FileVersion
 from gare.data.store import FAILURE_SCHEMA, IDENTITY
-from gare.errors import DataError
+from gare.errors import DataError, GoneError
 
 #: start_s, end_s, source_bytes, source_version: see ``gare.data.store.IDENTITY``.
 Identity = tuple[Any, ...]
@@ -66,7 +66,7 @@ def compare(
         counts["gone"] += _retire(retired, video_id, held[video_id], None, "gone")
     for video_id, row in wanted.items():
         version, stored = versions[row.uri], held.get(video_id, [])
-        is_gone = isinstance(version, DataError) and isinstance(version.__cause__, FileNotFoundError)
+        is_gone = isinstance(version, GoneError)
         identity = _identity(row, version)
         match = None if is_gone else next((one for one in stored if _same(one[2], identity)), None)
         if is_gone and stored:

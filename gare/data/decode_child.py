@@ -11,13 +11,15 @@ import os
 import resource
 import signal
 import sys
+import urllib.parse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from gare.data.decode import DecodedClip, decode_clip
-from gare.data.decode_process import LENGTH_BYTES
+from gare.data.decode_pipe import LENGTH_BYTES
 from gare.data.images import encode_jpeg, prepare_frame
-from gare.errors import DataError
+from gare.errors import GareError
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -25,14 +27,18 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     _answer(answers, {"ready": True})
     while len(prefix := requests.read(LENGTH_BYTES)) == LENGTH_BYTES:
         request = json.loads(requests.read(int.from_bytes(prefix, "big")))
+        _limit_memory(request["memory_mb"])
         try:
             clip, frames = _extract(request)
-        except DataError as error:
-            fault = {"error": error.what, "where": error.where, "accepted": error.accepted}
+        except GareError as error:
+            kind = type(error).__name__
+            fault = {"error": error.what, "kind": kind, "where": error.where, "accepted": error.accepted}
             _answer(answers, fault)
+        except (MemoryError, BlockingIOError):  # the latter: no room for a thread's stack
+            _answer(answers, {"error": "", "kind": "MemoryError"})
         except Exception as error:  # whatever one video brings about, the next one gets its turn
             text = f"{type(error).__name__}: {error}"[:500]
-            _answer(answers, {"error": text, "where": request["path"], "accepted": ""})
+            _answer(answers, {"error": text, "kind": "", "where": request["path"], "accepted": ""})
         else:
             header = {name: value for name, value in vars(clip).items() if name != "frames"}
             _answer(
@@ -42,9 +48,28 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             )
 
 
+def _limit_memory(memory_mb: float) -> None:
+    """From here on allocations beyond the limit fail, as Linux counts memory that a process may write to.
+
+    Pages are counted when they are mapped, so that a picture of absurd size fails before it fills the
+    machine; libraries, reserved addresses and what is shared do not count.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(memory_mb * 10**6)
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
+    )
+
+
+def _local_path(uri: str) -> str:
+    path = uri.removeprefix("file://")
+    return path if path == uri or Path(path).exists() else urllib.parse.unquote(path)
+
+
 def _extract(request: dict[str, Any]) -> tuple[DecodedClip, list[bytes]]:
     size, quality = request["image_size"], request["jpeg_quality"]
-    clip = decode_clip(request["path"], prepare=lambda rgb: prepare_frame(rgb, size), **request["clip"])
+    path = _local_path(request["path"])
+    clip = decode_clip(path, prepare=lambda rgb: prepare_frame(rgb, size), **request["clip"])
     if request["encoding"] == "raw":
         return clip, [rgb.tobytes() for rgb in clip.frames]
     return clip, [encode_jpeg(rgb, quality) for rgb in clip.frames]

@@ -1,35 +1,23 @@
 """Decoding in a child process that can be killed: a file that hangs or crashes its decoder costs one clip.
 
-Parent and child (``gare.data.decode_child``) speak over two pipes of their own, because decoders write to
-stdout as they like. A message is the length of its header (4 bytes, big endian), the header (JSON), and bytes
-whose sizes the header lists under ``sizes``.
+The parent's half; ``gare.data.decode_child`` is the child's, ``gare.data.decode_pipe`` what lies between.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import selectors
-import signal
-import subprocess
-import sys
+import re
 import time
-import urllib.parse
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-import gare
-from gare.errors import DataError
+from gare.data.decode_pipe import Child
+from gare.data.sampling import Sampling
+from gare.errors import ConfigError, DataError
 
-#: Bytes of a message that hold the length of its header.
-LENGTH_BYTES = 4
-_STDERR_BYTES = 4000
 #: Importing the decoders on a busy machine; not part of a video's deadline.
 _START_DEADLINE_S = 120.0
 
@@ -40,6 +28,10 @@ class DecodeTimeoutError(DataError):
 
 class DecoderCrashError(DataError):
     """A video that took the decoding process down."""
+
+
+class DecodeMemoryError(DataError):
+    """A video that needs more memory than it may."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +46,9 @@ class ExtractedClip:
     frames: list[bytes]
     frame_idx: NDArray[np.int64]
     time_s: NDArray[np.float64]
+    sampling: str
+    container: str
+    codec: str
     decoder: str
     decoder_version: str
     width: int
@@ -77,7 +72,7 @@ class DecodeProcess:
 
     def __init__(self, max_videos: int = 500) -> None:
         self._max_videos = max_videos
-        self._child: _Child | None = None
+        self._child: Child | None = None
         self._num_videos = 0
 
     def __enter__(self) -> Self:
@@ -109,39 +104,50 @@ class DecodeProcess:
         *,
         start_s: float | None = None,
         end_s: float | None = None,
+        sampling: Sampling = "released",
         sample_fps: float = 1.0,
         num_frames: int = 12,
+        decoder: Literal["auto", "pyav", "torchcodec"] = "auto",
         image_size: int = 224,
         encoding: Literal["jpeg", "raw"] = "jpeg",
         jpeg_quality: int = 95,
         deadline_s: float = 60.0,
+        memory_mb: float = 2000.0,
     ) -> ExtractedClip:
         """Decodes, resizes, crops and encodes a clip in the child.
 
         Args:
             path: local path or ``file://`` URI.
-            start_s: see ``decode_clip``; so are end_s, sample_fps and num_frames.
+            start_s: see ``decode_clip``, as for those up to ``decoder``.
             end_s: end of the clip, seconds.
+            sampling: policy.
             sample_fps: samples per second.
             num_frames: F.
+            decoder: who decodes.
             image_size: pixels a side.
             encoding: of the frames.
             jpeg_quality: 1 to 100.
             deadline_s: seconds after which the child is killed.
+            memory_mb: MB of memory of its own that the child may have, on Linux.
 
         Raises:
             DecodeTimeoutError: at the deadline.
+            DecodeMemoryError: beyond ``memory_mb``.
             DecoderCrashError: if the child dies.
             DataError: if the video is bad; the text is the child's.
+            ConfigError: if the decoder is not installed.
         """
         request = {
-            "path": _local_path(path),
+            "path": _checked(path),
             "clip": {
                 "start_s": start_s,
                 "end_s": end_s,
+                "sampling": sampling,
                 "sample_fps": sample_fps,
                 "num_frames": num_frames,
+                "decoder": decoder,
             },
+            "memory_mb": memory_mb,
             "image_size": image_size,
             "encoding": encoding,
             "jpeg_quality": jpeg_quality,
@@ -160,22 +166,28 @@ class DecodeProcess:
         except (EOFError, BrokenPipeError) as error:
             how = child.how_it_ended()
             self.close()
+            if re.search("bad_alloc|cannot allocate memory", how, re.IGNORECASE):  # as C++ libraries end
+                raise _beyond(memory_mb, path) from error
             raise DecoderCrashError(f"the decoder crashed: {how}", where=path) from error
         except BaseException:
             self.close()  # the answer to come must not be taken for the next video's
             raise
+        if header.get("kind") == "MemoryError":
+            self.close()  # libraries that ran out of memory may have lost what they held
+            raise _beyond(memory_mb, path)
         if "error" in header:
-            raise DataError(header["error"], where=header["where"], accepted=header["accepted"])
+            kind = ConfigError if header["kind"] == "ConfigError" else DataError
+            raise kind(header["error"], where=header["where"], accepted=header["accepted"])
         header.pop("sizes")
         header["frame_idx"] = np.array(header["frame_idx"], dtype=np.int64)
         header["time_s"] = np.array(header["time_s"], dtype=np.float64)
         return ExtractedClip(frames=frames, **header)
 
-    def _ready_child(self) -> _Child:
+    def _ready_child(self) -> Child:
         if self._child and (self._num_videos >= self._max_videos or self._child.process.poll() is not None):
             self.close()
         if not self._child:
-            self._child, self._num_videos = _Child(), 0
+            self._child, self._num_videos = Child(), 0
             try:
                 self._child.receive(time.monotonic() + _START_DEADLINE_S)
             except (TimeoutError, EOFError) as error:
@@ -190,112 +202,15 @@ class DecodeProcess:
         return self._child
 
 
-def _local_path(uri: str) -> str:
-    if "://" not in uri:
-        return uri
-    if not uri.startswith("file://"):
+def _checked(uri: str) -> str:
+    if "://" in uri and not uri.startswith("file://"):
         raise DataError("is not on this machine", where=uri, accepted="a local path or a file:// URI")
-    path = uri.removeprefix("file://")
-    return path if Path(path).exists() else urllib.parse.unquote(path)
+    return uri
 
 
-class _Child:
-    """The process and the parent's ends of its pipes."""
-
-    def __init__(self) -> None:
-        request_read, self._requests = os.pipe()
-        self._answers, answer_write = os.pipe()
-        root = str(Path(gare.__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        ours = (request_read, answer_write)
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gare.data.decode_child", *map(str, (*ours, os.getpid()))],
-                pass_fds=ours,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            )
-        except BaseException:
-            os.close(self._requests)
-            os.close(self._answers)
-            raise
-        finally:
-            os.close(request_read)
-            os.close(answer_write)
-        assert self.process.stderr is not None
-        self._stderr = self.process.stderr.fileno()
-        os.set_blocking(self._stderr, False)
-        self._tail = b""
-
-    def send(self, request: dict[str, Any]) -> None:
-        """Writes one request; it fits the pipe's buffer, so this does not wait for a child that hangs."""
-        data = json.dumps(request).encode()
-        os.write(self._requests, len(data).to_bytes(LENGTH_BYTES, "big") + data)
-
-    def receive(self, until: float) -> tuple[dict[str, Any], list[bytes]]:
-        """One answer.
-
-        Raises:
-            TimeoutError: when ``time.monotonic()`` passes ``until``.
-            EOFError: when the child ends.
-        """
-        buffer = bytearray()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._answers, selectors.EVENT_READ)
-            selector.register(self._stderr, selectors.EVENT_READ)
-
-            def take(count: int) -> bytes:
-                while len(buffer) < count:
-                    left_s = until - time.monotonic()
-                    if left_s <= 0:
-                        raise TimeoutError
-                    for key, _ in selector.select(left_s):
-                        if key.fd == self._stderr:
-                            if not self._read_stderr():
-                                selector.unregister(self._stderr)
-                        elif data := os.read(self._answers, 1 << 20):
-                            buffer.extend(data)
-                        else:
-                            raise EOFError
-                taken = bytes(buffer[:count])
-                del buffer[:count]
-                return taken
-
-            header = json.loads(take(int.from_bytes(take(LENGTH_BYTES), "big")))
-            return header, [take(size) for size in header["sizes"]]
-
-    def _read_stderr(self) -> bool:
-        """Takes what there is; False at its end."""
-        try:
-            data = os.read(self._stderr, 1 << 16)
-        except BlockingIOError:
-            return True
-        self._tail = (self._tail + data)[-_STDERR_BYTES:]
-        return bool(data)
-
-    def how_it_ended(self) -> str:
-        """For a message: the signal or status, and the last line of stderr."""
-        try:
-            status = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "it closed its pipes"
-        self._read_stderr()
-        if status < 0:
-            with contextlib.suppress(ValueError):
-                return f"signal {-status} ({signal.Signals(-status).name}){self._last_words()}"
-        return f"exit status {status}{self._last_words()}"
-
-    def _last_words(self) -> str:
-        lines = self._tail.decode(errors="replace").strip().splitlines()
-        return f"; its last words: {lines[-1][:300]}" if lines else ""
-
-    def kill(self) -> None:
-        self.process.kill()
-        os.close(self._requests)
-        os.close(self._answers)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one stuck in the kernel ends when it can
-            self.process.wait(timeout=5)
-        if self.process.stderr:
-            self.process.stderr.close()
+def _beyond(memory_mb: float, path: str) -> DecodeMemoryError:
+    return DecodeMemoryError(
+        f"needs more memory to decode than its {memory_mb:g} MB",
+        where=path,
+        accepted="a smaller picture or a larger extract.memory_mb",
+    )

@@ -11,10 +11,10 @@ from typing import Any
 
 from gare.config import ExtractConfig
 from gare.data.decode_process import DecodeProcess, DecoderCrashError, ExtractedClip
-from gare.data.local_source import LocalSource, LocalVideo
 from gare.data.parts import encode_part, put_part, table_of
+from gare.data.sources import LocalVideo, LocalVideos, VideoSource
 from gare.data.store import FAILURE_SCHEMA, IDENTITY, frame_schema
-from gare.errors import DataError
+from gare.errors import DataError, FetchError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +47,19 @@ class Extractor:
     Args:
         uri: the store.
         extract: its settings.
+        source: brings the videos here.
         run: what tells this run's parts from those of others, such as an earlier one over the same clips.
     """
 
-    def __init__(self, uri: str, extract: ExtractConfig, run: str = "") -> None:
+    def __init__(
+        self, uri: str, extract: ExtractConfig, source: VideoSource | None = None, run: str = ""
+    ) -> None:
         self.uri = uri
         self.extract = extract
         self.run = run
         self.schema = frame_schema(extract)
         self.process = DecodeProcess()
-        self.source = LocalSource()
+        self.source = source or LocalVideos()
         # Both take seconds at first, which the first video need not wait for.
         self.process.start()
         table_of([], self.schema)
@@ -119,7 +122,7 @@ class Extractor:
             frames = b"".join(clip.frames) + bytes(missing * extract.image_size**2 * 3)
         return {
             "video_id": row["video_id"],
-            "uri": row["uri"],
+            "uri": shown(row["uri"]),
             "start_s": row["start_s"],
             "end_s": row["end_s"],
             # Of the file as it was opened: one that changes meanwhile is another version to the next run.
@@ -133,6 +136,9 @@ class Extractor:
             "height_px": clip.height,
             "fps": clip.fps,
             "duration_s": clip.duration_s,
+            "sampling": clip.sampling,
+            "container": clip.container,
+            "codec": clip.codec,
             "decoder": clip.decoder,
             "decoder_version": clip.decoder_version,
             "complete": clip.complete,
@@ -147,12 +153,15 @@ class Extractor:
                 video.path,
                 start_s=row["start_s"],
                 end_s=row["end_s"],
+                sampling=extract.sampling,
                 sample_fps=extract.sample_fps,
                 num_frames=extract.num_frames,
+                decoder=extract.decoder,
                 image_size=extract.image_size,
                 encoding=extract.encoding,
                 jpeg_quality=extract.jpeg_quality,
                 deadline_s=extract.deadline_s,
+                memory_mb=extract.memory_mb,
             )
 
         try:
@@ -171,9 +180,9 @@ class Extractor:
 def _failure(row: Mapping[str, Any], error: DataError) -> dict[str, Any]:
     return {
         "video_id": row["video_id"],
-        "uri": row["uri"],
+        "uri": shown(row["uri"]),
         **{key: row[key] for key in IDENTITY},
-        "stage": "decode",
+        "stage": "fetch" if isinstance(error, FetchError) else "decode",
         "error_type": type(error.__cause__ or error).__name__,
         "message": error.what,
         "attempts": row["attempts"] + 1,

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -20,11 +19,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from gare.errors import DataError
+from gare.data.object_store import open_s3
+from gare.data.uris import is_uri, scheme_of
+from gare.errors import DataError, shown
 
 ACCEPTED = "a local path, file:///… or an object store's URI such as s3://bucket/key"
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _TEMPORARY = ".gare-"
 
 
@@ -37,14 +37,18 @@ def open_fs(uri: str) -> tuple[pafs.FileSystem, str]:
     Returns:
         The file system and the path inside it; local paths come back absolute.
 
+    S3 is reached as ``gare.data.object_store`` says.
+
     Raises:
         DataError: for an empty location or a URI that pyarrow cannot open.
     """
     if not uri or "\0" in uri:
         raise DataError(f"{uri!r} is not a location", accepted=ACCEPTED)
-    if not _is_uri(uri):
+    if not is_uri(uri):
         return pafs.LocalFileSystem(), _absolute(uri)
     with _faults_of(uri, "cannot be opened"):
+        if scheme_of(uri) == "s3":
+            return open_s3(uri)
         filesystem, path = pafs.FileSystem.from_uri(uri)
         return filesystem, path
 
@@ -89,7 +93,8 @@ def read_bytes(uri: str) -> bytes:
 def write_atomically(uri: str, data: bytes | memoryview) -> None:
     """Writes a file that appears whole or not at all; creates its folder, replaces an older file.
 
-    Locally a temporary file beside it is synced to disk and renamed; an object store gets one PUT.
+    Locally a temporary file beside it is synced to disk and renamed; an object store shows an object when
+    all of it is uploaded.
 
     Raises:
         DataError: if it cannot be written; an older file is then as it was.
@@ -172,10 +177,6 @@ def delete_tree(uri: str) -> None:
             filesystem.delete_dir(path)
 
 
-def _is_uri(uri: str) -> bool:
-    return _SCHEME.match(uri) is not None
-
-
 def _absolute(path: str) -> str:
     try:
         return str(Path(path).expanduser().absolute())
@@ -184,7 +185,7 @@ def _absolute(path: str) -> str:
 
 
 def _append(uri: str, relative: str) -> str:
-    if not _is_uri(uri):
+    if not is_uri(uri):
         return f"{uri.rstrip('/')}/{relative}"
     # A URI's query (s3://bucket/key?region=…) has to stay behind the path.
     base, mark, query = uri.partition("?")
@@ -221,7 +222,7 @@ def _faults_of(uri: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise DataError(f"{what}: {_reason(error)}", where=uri, accepted=_next_step(error)) from error
+        raise DataError(f"{what}: {_reason(error)}", where=shown(uri), accepted=_next_step(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -268,5 +269,5 @@ def copy_files(source: str, target: str) -> None:
         DataError: if one cannot be read or written.
     """
     for file in list_files(source):
-        name = urllib.parse.unquote(file.partition("?")[0]) if _is_uri(file) else file
+        name = urllib.parse.unquote(file.partition("?")[0]) if is_uri(file) else file
         write_atomically(join(target, name.rsplit("/", 1)[-1]), read_bytes(file))

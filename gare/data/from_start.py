@@ -1,10 +1,13 @@
-"""Decoding a video from its start with PyAV: slower than seeking, and right on whatever FFmpeg decodes."""
+"""Reading a video from its start with PyAV: no seeking, and right on whatever FFmpeg decodes.
+
+What no wanted picture needs may be left undecoded, which changes no pixel of the wanted ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import av
 import numpy as np
@@ -13,6 +16,25 @@ from numpy.typing import NDArray
 from gare.data.probe import Probe, explain, open_container
 
 Picture = NDArray[np.uint8]
+#: Which packets are decoded: all; all but unwanted pictures that no other refers to; or the wanted ones
+#: alone, for keyframes.
+Effort = Literal["all", "needed", "alone"]
+
+#: Codecs whose pictures say whether others refer to them, and containers that give each picture a packet.
+_SPARING_CODECS = frozenset({"h264", "hevc"})
+_SPARING_CONTAINERS = frozenset({"mov", "matroska"})
+#: Codecs of which a keyframe decodes by itself (a GIF's draws upon the pictures before).
+_ALONE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
+
+
+def least_effort(source: Probe, *, keyframes: bool) -> Effort:
+    """The least that gives the right pictures of this file, if it is whole."""
+    if source.fault or source.interlaced or "no timestamps" in source.traits:
+        return "all"
+    if keyframes:
+        return "alone" if source.codec in _ALONE_CODECS else "all"
+    one_packet_each = source.container in _SPARING_CONTAINERS and "shared timestamps" not in source.traits
+    return "needed" if one_packet_each and source.codec in _SPARING_CODECS else "all"
 
 
 @dataclass
@@ -20,7 +42,8 @@ class Found:
     """What one decode from the start gave. Ticks are presentation times in the stream's time base.
 
     Attributes:
-        order: tick of each whole picture → its position in decoding order, from 0.
+        order: tick of each whole picture → its position among the decoded ones, from 0.
+        keys: ticks of the keyframes among them.
         kept: tick → picture, of the wanted ones.
         end_pts: tick at which the last picture ends.
         num_bad: packets that do not decode and pictures that the decoder marks as corrupt, all left out.
@@ -29,6 +52,7 @@ class Found:
     """
 
     order: dict[int, int] = field(default_factory=dict)
+    keys: set[int] = field(default_factory=set)
     kept: dict[int, Picture] = field(default_factory=dict)
     end_pts: int = 0
     num_bad: int = 0
@@ -48,16 +72,20 @@ class Found:
         return f"{self.num_bad} damaged packets or frames are left out{detail}"
 
 
-def decode_from_start(source: Probe, wanted: Set[int], prepare: Callable[[Picture], Picture]) -> Found:
+def decode_from_start(
+    source: Probe, wanted: Set[int], prepare: Callable[[Picture], Picture], effort: Effort = "all"
+) -> Found:
     """Decodes until all wanted pictures are there; with none wanted, the whole video, keeping no picture.
 
     Args:
         source: facts about the file.
         wanted: presentation times in ticks of the pictures to keep.
         prepare: applied to each kept picture, upright RGB (H, W, 3), at once.
+        effort: which packets are decoded.
 
     Raises:
         DataError: if the file cannot be opened.
+        MemoryError: if a picture does not fit into this process's memory.
     """
     found = Found()
     ticks_per_frame = 1 / ((source.fps or 25.0) * source.time_base_s)
@@ -65,16 +93,18 @@ def decode_from_start(source: Probe, wanted: Set[int], prepare: Callable[[Pictur
         stream = cast(av.VideoStream, container.streams[source.stream_index])
         stream.codec_context.thread_count = 1
         position = 0
-        for frame in _frames(container, stream, found):
+        for frame in _frames(_packets(container, stream, wanted, effort), found):
             tick = round(position * ticks_per_frame) if frame.pts is None else int(frame.pts)
             position += 1
             if frame.is_corrupt:
                 found.num_bad += 1
                 continue
             found.order.setdefault(tick, position - 1)
+            if frame.key_frame:
+                found.keys.add(tick)
             found.end_pts = max(found.end_pts, tick + round(frame.duration or ticks_per_frame))
             if tick in wanted and tick not in found.kept:
-                rgb = frame.to_ndarray(format="rgb24")
+                rgb = cast(Picture, frame.to_ndarray(format="rgb24", threads=1))
                 found.kept[tick] = prepare(source.orientation.apply(rgb))
                 if len(found.kept) == len(wanted):
                     return found
@@ -82,19 +112,37 @@ def decode_from_start(source: Probe, wanted: Set[int], prepare: Callable[[Pictur
     return found
 
 
-def _frames(container: av.container.InputContainer, stream: av.VideoStream, found: Found) -> Any:
+def _packets(
+    container: av.container.InputContainer, stream: av.VideoStream, wanted: Set[int], effort: Effort
+) -> Iterator[av.Packet[Any]]:
+    """The packets to decode; the decoder is told before each what it may leave out."""
+    context, skipping = stream.codec_context, False
+    for packet in container.demux(stream):
+        skippable = packet.size > 0 and packet.pts not in wanted
+        if effort == "alone" and skippable:
+            continue
+        if effort == "needed" and skippable != skipping:
+            skipping = skippable
+            context.skip_frame = "NONREF" if skipping else "DEFAULT"
+        yield packet
+
+
+def _frames(packets: Iterator[av.Packet[Any]], found: Found) -> Iterator[av.VideoFrame]:
     """Yields all frames that come, past packets that do not decode; notes the errors."""
-    packets = container.demux(stream)
     while True:
         try:
             packet = next(packets)
         except StopIteration:
             return
+        except MemoryError:
+            raise
         except (av.error.FFmpegError, OSError) as error:
             found.error = explain(error)
             return
         try:
             frames = packet.decode()
+        except MemoryError:
+            raise
         except av.error.FFmpegError as error:
             found.error, found.num_bad = explain(error), found.num_bad + 1
             continue

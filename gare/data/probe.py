@@ -6,6 +6,7 @@ pts × time base, in seconds, as the file states them (its clock may not start a
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,9 @@ class Probe:
         time_base_s: seconds of one pts tick.
         origin_s: presentation time that a player shows as 0.
         pts: ticks of the pictures to be shown by the packets, sorted, each once.
+        key_pts: those of them that start anew, without the pictures before.
         end_pts: tick at which the last of them ends.
+        interlaced: whether a picture may come as two fields.
         traits: what makes seeking decoders go wrong, by name; see ``scan`` below.
         fault: why the file seems damaged, empty if it does not.
     """
@@ -74,7 +77,9 @@ class Probe:
     time_base_s: float
     origin_s: float
     pts: NDArray[np.int64]
+    key_pts: NDArray[np.int64]
     end_pts: int
+    interlaced: bool
     traits: frozenset[str]
     fault: str
 
@@ -86,6 +91,7 @@ def probe(path: str | Path) -> Probe:
         DataError: if the file cannot be opened or has no video stream that can be decoded.
     """
     path = str(Path(path).absolute())  # absolute: FFmpeg takes "a:b.mp4" for a protocol
+    _check_kind(path)
     with open_container(path) as container:
         stream, num_video_streams = _main_stream(container, path)
         scan = _scan(container, stream)
@@ -117,10 +123,25 @@ def probe(path: str | Path) -> Probe:
             # Encoder delay can put the first sound before 0; players do not count that.
             origin_s=max(start_s, 0.0),
             pts=np.unique(np.array(scan.pts, dtype=np.int64)),
+            key_pts=np.unique(np.array(scan.key_pts, dtype=np.int64)),
             end_pts=scan.end_pts,
+            interlaced=context.field_order > 1,  # 0: unknown, 1: progressive
             traits=frozenset(scan.traits),
             fault=fault,
         )
+
+
+def _check_kind(path: str) -> None:
+    """Refuses what is no file. A named pipe may pass: whoever reads one has a deadline."""
+    try:
+        mode = Path(path).stat().st_mode
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or socket"
+        fault = "" if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) else f"it is {kind}"
+    except (OSError, ValueError) as error:
+        fault = explain(error)
+    if fault:
+        what = f"cannot be opened as a video: {fault}"
+        raise DataError(what, where=path, accepted="a whole video file that FFmpeg can read")
 
 
 def open_container(path: str) -> av.container.InputContainer:
@@ -131,6 +152,8 @@ def open_container(path: str) -> av.container.InputContainer:
     """
     try:
         return av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except MemoryError:
+        raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DataError(
             f"cannot be opened as a video: {explain(error)}",
@@ -163,6 +186,7 @@ def _main_stream(container: av.container.InputContainer, path: str) -> tuple[av.
 @dataclass
 class _Scan:
     pts: list[int] = field(default_factory=list)
+    key_pts: list[int] = field(default_factory=list)
     end_pts: int = 0
     end_s: float = 0.0
     num_packets: int = 0
@@ -204,7 +228,11 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> _Sc
                 scan.traits.add("edit list")
                 continue
             scan.pts.append(packet.pts)
+            if packet.is_keyframe:
+                scan.key_pts.append(packet.pts)
             scan.end_pts = max(scan.end_pts, packet.pts + (packet.duration or 0))
+    except MemoryError:
+        raise
     except (av.error.FFmpegError, OSError) as error:
         scan.fault = f"reading stops early: {explain(error)}"
     if len(set(scan.pts)) < len(scan.pts):
@@ -216,6 +244,8 @@ def _read_orientation(packet: av.Packet[Any], scan: _Scan) -> bool:
     """Decodes until there is a picture, which carries the display matrix; True when there was one."""
     try:
         frames = packet.decode()
+    except MemoryError:
+        raise
     except av.error.FFmpegError:
         return False
     for frame in frames:

@@ -1,15 +1,23 @@
 """Which moments of a clip are looked at, and which frames show them. Pure functions of times in seconds.
 
-The rule is the released code's: one frame per second from the start of the clip; when that gives more than F,
-F of them at equal steps, first and last included, positions truncated to integers.
+Three policies, by name:
+
+- ``released``, the released code's rule: one frame per second from the start of the clip; when that gives
+  more than F, F of them at equal steps, first and last included, positions truncated to integers.
+- ``uniform``: the centres of F equal segments of the clip.
+- ``keyframes``: F of the clip's keyframes at equal steps; fast, because nothing else is decoded, and only
+  approximate, because the encoder chose the moments.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+Sampling = Literal["released", "uniform", "keyframes"]
 
 #: Frame times are multiples of a time base, sampled times of 1/fps: both round. A microsecond covers it.
 TOLERANCE_S = 1e-6
@@ -35,6 +43,46 @@ def sample_times(start_s: float, end_s: float, fps: float) -> NDArray[np.float64
         raise ValueError(f"the clip ends at {end_s} s, before it starts at {start_s} s")
     count = math.ceil((end_s - start_s - TOLERANCE_S) * fps)
     return start_s + np.arange(max(count, 1), dtype=np.float64) / fps
+
+
+def uniform_times(start_s: float, end_s: float, num_frames: int) -> NDArray[np.float64]:
+    """Centres of F equal segments: ``start_s + (k + ½) · (end_s - start_s) / F`` for k = 0 … F - 1.
+
+    Args:
+        start_s: start of the clip, seconds.
+        end_s: end of the clip, seconds.
+        num_frames: F.
+
+    Returns:
+        F times in seconds; where the clip has fewer pictures, several show the same one.
+
+    Raises:
+        ValueError: if F is below 1 or the clip ends before it starts.
+    """
+    if num_frames < 1 or not end_s >= start_s:
+        raise ValueError(f"{num_frames} frames from {start_s} s to {end_s} s; accepted: 1 or more, forwards")
+    centres = np.arange(num_frames, dtype=np.float64) + 0.5
+    return start_s + centres * ((end_s - start_s) / num_frames)
+
+
+def keyframes_within(
+    key_times_s: NDArray[np.float64], start_s: float, end_s: float, num_frames: int
+) -> NDArray[np.int64]:
+    """Positions of F of the keyframes from ``start_s`` until before ``end_s``, at ``choose``'s steps.
+
+    Args:
+        key_times_s: presentation times of the keyframes, increasing, at least one.
+        start_s: start of the clip, seconds, included.
+        end_s: end of the clip, seconds, excluded.
+        num_frames: F.
+
+    Returns:
+        At most F positions in ``key_times_s``; where no keyframe lies inside, the one nearest to the middle.
+    """
+    inside = np.flatnonzero((key_times_s >= start_s - TOLERANCE_S) & (key_times_s < end_s - TOLERANCE_S))
+    if not len(inside):
+        return np.array([np.abs(key_times_s - (start_s + end_s) / 2).argmin()], dtype=np.int64)
+    return inside[choose(len(inside), num_frames)]
 
 
 def choose(num_candidates: int, num_frames: int) -> NDArray[np.int64]:

@@ -66,6 +66,18 @@ _FAILURE_COLUMNS: dict[str, pa.DataType] = {
 FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS)
 
 
+_SAMPLING = {
+    "released": "presentation times at sample_fps, then num_frames of them at equal steps",
+    "uniform": "presentation times at the centres of num_frames equal segments",
+    "keyframes": "keyframes, num_frames of them at equal steps (approximate)",
+}
+_DECODER_POLICY = {
+    "auto": "decord where it is right, else PyAV",
+    "pyav": "PyAV",
+    "torchcodec": "torchcodec where it is right, else PyAV",
+}
+
+
 def frame_schema(extract: ExtractConfig) -> pa.Schema:
     """Columns of a frame store's data parts.
 
@@ -90,6 +102,9 @@ def frame_schema(extract: ExtractConfig) -> pa.Schema:
         "height_px": pa.int32(),
         "fps": pa.float64(),
         "duration_s": pa.float64(),
+        "sampling": pa.string(),
+        "container": pa.string(),
+        "codec": pa.string(),
         "decoder": pa.string(),
         "decoder_version": pa.string(),
         "complete": pa.bool_(),
@@ -103,14 +118,15 @@ def frame_settings(extract: ExtractConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "kind": "frames",
         "schema_version": SCHEMA_VERSION,
-        "sampling": "presentation times at sample_fps, then num_frames of them at equal steps",
-        "decoder_policy": "decord where it is right, else PyAV",
+        "sampling": _SAMPLING[extract.sampling],
+        "decoder_policy": _DECODER_POLICY[extract.decoder],
         "picture": "short side to image_size, bicubic, centre crop",
-        "sample_fps": extract.sample_fps,
         "num_frames": extract.num_frames,
         "image_size": extract.image_size,
         "encoding": extract.encoding,
     }
+    if extract.sampling == "released":
+        settings["sample_fps"] = extract.sample_fps
     return settings | ({"jpeg_quality": extract.jpeg_quality} if extract.encoding == "jpeg" else {})
 
 

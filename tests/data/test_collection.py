@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 
 from gare.config import ExtractConfig
 from gare.data.collection import Comparison, compare
-from gare.data.local_source import FileVersion, LocalSource
 from gare.data.manifest import ManifestRow
+from gare.data.sources import FileVersion, LocalVideos
 from gare.data.store import (
     FAILURE_SCHEMA,
     frame_schema,
@@ -20,7 +19,7 @@ from gare.data.store import (
     write_part,
     write_retired,
 )
-from gare.errors import DataError
+from gare.errors import DataError, FetchError, GoneError
 from tests.stores import failure_row, random_frames, stored_row
 
 RAW = ExtractConfig(num_frames=2, image_size=8, encoding="raw")
@@ -35,10 +34,8 @@ def version(number: int) -> FileVersion:
     return FileVersion(1000, f"mtime {number}")
 
 
-def missing(kind: type[OSError] = FileNotFoundError) -> DataError:
-    error = DataError("cannot be read")
-    error.__cause__ = kind(errno.ENOENT, "no")
-    return error
+def missing(kind: type[FetchError] = GoneError) -> DataError:
+    return kind("cannot be read")
 
 
 class Store:
@@ -138,7 +135,7 @@ def test_what_comes_back_counts_again(store: Store) -> None:
 def test_a_file_that_is_gone_is_marked(store: Store) -> None:
     """Its pictures must not stand for a video that nobody has; one that cannot be read is not gone."""
     store.run(ROWS, FIRST)
-    found = store.run(ROWS, {**FIRST, "/videos/a.mp4": missing(), "/videos/b.mp4": missing(PermissionError)})
+    found = store.run(ROWS, {**FIRST, "/videos/a.mp4": missing(), "/videos/b.mp4": missing(FetchError)})
     assert (counts(found), found.lost) == ((0, 0, 2, 1), ("a",))
     assert store.ids == {"b", "c"}
     # It failed once, and is not tried every night.
@@ -174,13 +171,11 @@ def test_versions_of_real_files(tmp_path: Path) -> None:
     """What is compared must change with the file, and a missing one must be told from an unreadable one."""
     path = tmp_path / "a b#1.mp4"
     path.write_bytes(b"one")
-    source = LocalSource()
+    source = LocalVideos()
     first = source.stat([str(path), path.as_uri(), str(tmp_path / "none"), "s3://bucket/key"])
     assert first[str(path)] == first[path.as_uri()]
     path.write_bytes(b"three")
     assert source.stat([str(path)])[str(path)] != first[str(path)]
-    gone, foreign = first[str(tmp_path / "none")], first["s3://bucket/key"]
-    assert isinstance(gone, DataError)
-    assert isinstance(gone.__cause__, FileNotFoundError)
-    assert isinstance(foreign, DataError)
-    assert foreign.__cause__ is None
+    assert isinstance(first[str(tmp_path / "none")], GoneError)
+    assert isinstance(first["s3://bucket/key"], FetchError)
+    assert not isinstance(first["s3://bucket/key"], GoneError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import av
 import numpy as np
 import pytest
 
-from gare.data.decode import DecodedClip, decode_clip, unfit_for_decord
+from gare.data.decode import DecodedClip, decode_clip
 from gare.data.images import prepare_frame
 from gare.data.probe import probe
+from gare.data.with_decord import unfit_for_decord
 from gare.errors import DataError
 
 #: Real clips on which decord cannot be trusted; the others are decoded by it.
@@ -59,49 +61,100 @@ def upright(frame: av.VideoFrame) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4))
 
 
-def faults_of(clip: DecodedClip, path: Path, until_s: float = np.inf) -> list[str]:
-    """Compares with a plain decode from the start: each frame by index and time, and the moments chosen."""
-    faults = []
-    times_s: list[float] = []
-    ends_s: list[float] = []
-    wanted = {
-        int(i): (frame, t) for i, frame, t in zip(clip.frame_idx, clip.frames, clip.time_s, strict=True)
-    }
-    with av.open(str(path)) as container:
-        for i, frame in enumerate(container.decode(video=0)):
-            if frame.time > until_s:
-                break
-            times_s.append(frame.time)
-            ends_s.append(frame.time + float(frame.duration * frame.time_base))
-            if i in wanted:
-                ours, time_s = wanted.pop(i)
-                if abs(frame.time - time_s) > 1e-6:
-                    faults.append(f"frame {i} at {frame.time}, not {time_s}")
-                if (small(upright(frame)) != ours).any():
-                    faults.append(f"frame {i} is another picture")
-    faults += [f"frame {i} does not exist" for i in wanted]
-    shown = sorted(times_s)
-    seconds = np.arange(shown[0], min(until_s, max(ends_s)) - 1e-6)
-    expected = [max(t for t in shown if t <= second + 1e-6) for second in seconds]
-    if len(expected) > 12:
-        expected = [expected[i] for i in np.linspace(0, len(expected) - 1, 12).astype(int)]
-    if len(clip.time_s) != len(expected) or not np.allclose(clip.time_s, expected):
-        faults.append(f"times {clip.time_s} instead of {expected}")
-    return faults
+@dataclass
+class Reference:
+    """A plain decode from the start: what is shown when, and the pictures that some clip holds."""
+
+    times_s: list[float]
+    end_s: float
+    keys_s: list[float]
+    pictures: dict[int, np.ndarray[Any, Any]]
+
+    @classmethod
+    def of(cls, path: Path, clips: Sequence[DecodedClip], until_s: float = np.inf) -> Reference:
+        found = cls([], 0.0, [], {})
+        wanted = {int(i) for clip in clips for i in clip.frame_idx}
+        with av.open(str(path)) as container:
+            for i, frame in enumerate(container.decode(video=0)):
+                if frame.time > until_s:
+                    break
+                found.times_s.append(frame.time)
+                found.end_s = max(found.end_s, frame.time + float(frame.duration * frame.time_base))
+                if frame.key_frame:
+                    found.keys_s.append(frame.time)
+                if i in wanted:
+                    found.pictures[i] = small(upright(frame))
+        return found
+
+    def moments(self, sampling: str, start_s: float, end_s: float) -> list[float]:
+        """When the frames of a clip must be shown, by the policies written out by hand."""
+        shown = sorted(self.times_s)
+        start_s, end_s = max(start_s, shown[0]), min(end_s, self.end_s)
+        if sampling == "keyframes":
+            inside = [t for t in sorted(self.keys_s) if start_s - 1e-6 <= t < end_s - 1e-6]
+            middle = (start_s + end_s) / 2
+            expected = inside or [min(self.keys_s, key=lambda t: abs(t - middle))]
+        else:
+            seconds = (
+                np.arange(start_s, end_s - 1e-6)
+                if sampling == "released"
+                else [start_s + (k + 0.5) / 12 * (end_s - start_s) for k in range(12)]
+            )
+            expected = [max(t for t in shown if t <= second + 1e-6) for second in seconds]
+        if len(expected) > 12:
+            expected = [expected[i] for i in np.linspace(0, len(expected) - 1, 12).astype(int)]
+        return expected
+
+    def faults(self, clip: DecodedClip, start_s: float = -np.inf, end_s: float = np.inf) -> list[str]:
+        """Compares each frame by index, time and pixels, and the moments chosen."""
+        faults = []
+        for i, rgb, time_s in zip(clip.frame_idx.tolist(), clip.frames, clip.time_s, strict=True):
+            if i not in self.pictures:
+                faults.append(f"frame {i} does not exist")
+            elif abs(self.times_s[i] - time_s) > 1e-6:
+                faults.append(f"frame {i} at {self.times_s[i]}, not {time_s}")
+            elif (self.pictures[i] != rgb).any():
+                faults.append(f"frame {i} is another picture")
+        expected = self.moments(clip.sampling, start_s, end_s)
+        if len(clip.time_s) != len(expected) or not np.allclose(clip.time_s, expected):
+            faults.append(f"times {clip.time_s} instead of {expected}")
+        return [f"{clip.sampling} by {clip.decoder}: {fault}" for fault in faults]
 
 
-def test_all_real_clips_equal_a_decode_from_the_start(shared: Path) -> None:
-    """Lost otherwise: right pictures, silently: seeking decoders return others on many real files."""
+def faults_of(clip: DecodedClip, path: Path) -> list[str]:
+    """Compares one clip of a whole file with a plain decode from the start."""
+    return Reference.of(path, [clip]).faults(clip)
+
+
+def test_all_real_clips_equal_a_decode_from_the_start(shared: Path, rng: np.random.Generator) -> None:
+    """Lost otherwise: right pictures, silently: seeking decoders return others on many real files.
+
+    Every policy that says at which moments it looks, by every decoder that may be asked, on whole files and
+    from a second to a second within them.
+    """
     files = sorted((shared / "data/videos").iterdir())
     assert len(files) == 58
     faults = {}
     for path in files:
         # The long one is decoded from the start up to here only, to keep the test short.
-        end_s = 8.0 if path.name == "slides_talk.mp4" else None
-        clip = decode_clip(path, end_s=end_s, prepare=small)
-        found = faults_of(clip, path, until_s=end_s or np.inf)
+        end_s = 8.0 if path.name == "slides_talk.mp4" else np.inf
+        source = probe(path)
+        asked: dict[str, Any] = {"end_s": end_s if np.isfinite(end_s) else None, "prepare": small}
+        clip = decode_clip(path, **asked)
+        clips = [(clip, -np.inf, end_s)]
+        if clip.decoder != "pyav":
+            clips.append((decode_clip(path, decoder="pyav", **asked), -np.inf, end_s))
+        clips.append((decode_clip(path, sampling="keyframes", **asked), -np.inf, end_s))
+        lasts_s = min(end_s, clip.duration_s)
+        a, b = float(rng.uniform(0, 0.5) * lasts_s), float(rng.uniform(0.6, 1) * lasts_s)
+        inner = {"start_s": a, "end_s": b, "prepare": small}
+        bounds = (source.origin_s + a, source.origin_s + b)
+        for sampling in ("uniform", "keyframes"):
+            clips.append((decode_clip(path, sampling=sampling, **inner), *bounds))  # type: ignore[arg-type]
+        reference = Reference.of(path, [one for one, _, _ in clips], until_s=end_s)
+        found = [fault for one, first, last in clips for fault in reference.faults(one, first, last)]
         reason = PYAV.get(path.name, "")
-        if unfit_for_decord(probe(path)) != reason or clip.decoder != ("pyav" if reason else "decord"):
+        if unfit_for_decord(source) != reason or clip.decoder != ("pyav" if reason else "decord"):
             found.append(f"decoded by {clip.decoder}")
         if not clip.complete or clip.note:
             found.append(f"called damaged: {clip.note}")
@@ -319,4 +372,4 @@ def test_decord_has_one_importer(repository: Path) -> None:
         for path in (repository / folder).rglob("*.py")
         if re.search(r"^\s*(import|from) decord\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
-    assert users == ["gare/data/decode.py"]
+    assert users == ["gare/data/with_decord.py"]

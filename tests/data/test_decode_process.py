@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gare.data.decode import decode_clip
-from gare.data.decode_process import DecodeProcess, DecoderCrashError, DecodeTimeoutError
+from gare.data.decode_process import (
+    DecodeMemoryError,
+    DecodeProcess,
+    DecoderCrashError,
+    DecodeTimeoutError,
+)
 from gare.data.images import decode_jpeg, prepare_frame
-from gare.errors import DataError
+from gare.data.probe import probe
+from gare.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,8 @@ def test_the_child_gives_what_decoding_here_gives(process: DecodeProcess, clip: 
         assert (np.frombuffer(data, np.uint8).reshape(64, 64, 3) == prepare_frame(ours, 64)).all()
     assert there.frame_idx.tolist() == here.frame_idx.tolist()
     assert there.time_s.tolist() == here.time_s.tolist()
-    for name in ["decoder", "decoder_version", "width", "height", "fps", "duration_s", "complete", "note"]:
+    facts = ["sampling", "container", "codec", "decoder", "decoder_version", "width", "height", "fps"]
+    for name in [*facts, "duration_s", "complete", "note"]:
         assert getattr(there, name) == getattr(here, name)
 
 
@@ -91,6 +101,93 @@ def test_a_file_that_hangs_ends_at_its_deadline(process: DecodeProcess, pipe: st
     with pytest.raises(ProcessLookupError):  # killed and reaped, not left behind
         os.kill(before, 0)
     assert len(process.extract(clip).frames) == 12
+
+
+def gif_bomb(path: Path, side_px: int) -> str:
+    """A GIF of some dozen bytes that asks for a canvas of any size, twice."""
+    data = b"GIF89a" + struct.pack("<HHBBB", side_px, side_px, 0x80, 0, 0) + bytes([0, 0, 0, 255, 255, 255])
+    for _ in range(2):
+        data += b"\x21\xf9\x04\x04\x32\x00\x00\x00"  # shown for half a second
+        data += b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"  # one pixel of it
+    path.write_bytes(data + b"\x3b")
+    return str(path)
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+def test_a_picture_of_absurd_size_ends_at_the_memory_limit(
+    process: DecodeProcess, tmp_path: Path, clip: str, shared: Path, decoder: str
+) -> None:
+    """Lost otherwise: the machine, with all its workers, to a file of a hundred bytes."""
+    options: dict[str, Any] = {"decoder": decoder, "memory_mb": 1000}
+    assert len(process.extract(gif_bomb(tmp_path / "small.gif", 64), **options).frames) == 1
+    with pytest.raises(DecodeMemoryError, match="more memory to decode than its 1000 MB") as caught:
+        process.extract(gif_bomb(tmp_path / "bomb.gif", 16_000), **options)
+    assert isinstance(caught.value, DataError)
+    assert caught.value.where.endswith("bomb.gif")
+    assert process.pid is None  # libraries that ran out of memory are not asked again
+    assert len(process.extract(clip, **options).frames) == 12
+    found = process.extract(str(shared / "data/broken/uhd_4k_1s.mp4"), sample_fps=8, num_frames=8, **options)
+    assert (found.width, len(found.frames)) == (3840, 8)  # a good large video stays within
+    with pytest.raises(DecodeMemoryError):
+        process.extract(str(shared / "data/broken/uhd_4k_1s.mp4"), decoder=decoder, memory_mb=300)
+
+
+def test_no_file_but_a_file_is_opened(process: DecodeProcess, tmp_path: Path) -> None:
+    """Lost otherwise: an hour, waiting for a device or a loop of links in a folder of videos."""
+    loop = tmp_path / "loop.mp4"
+    loop.symlink_to(loop)
+    bound = tmp_path / "socket.mp4"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(bound))
+        for path, why in {
+            loop: "levels of symbolic links",
+            tmp_path: "it is a folder",
+            Path("/dev/zero"): "it is a device or socket",
+            bound: "it is a device or socket",
+            tmp_path / "gone.mp4": "No such file",
+            tmp_path / ("long" * 100): "File name too long",
+        }.items():
+            with pytest.raises(DataError, match=f"cannot be opened as a video: .*{why}"):
+                process.extract(str(path), deadline_s=60)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.5], ids=["whole", "half there"])
+def test_a_file_that_grows_while_it_is_read(clip: str, tmp_path: Path, size: float) -> None:
+    """Lost otherwise: an upload in progress, stored for good as a short or damaged video."""
+    data = Path(clip).read_bytes()
+    growing = tmp_path / "growing.mp4"
+    growing.write_bytes(data[: int(size * len(data))])
+
+    def grow(rgb: np.ndarray) -> np.ndarray:
+        with growing.open("ab") as file:
+            file.write(data[:1000])
+        return rgb
+
+    if size < 1:  # its index is missing, so that no picture is ever decoded: it grows beside the first read
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gare.data.decode.probe", lambda path: grow(np.zeros(0)) is None or probe(path))
+            with pytest.raises(DataError, match="changed while it was read") as caught:
+                decode_clip(growing)
+        assert isinstance(caught.value.__cause__, DataError)
+    else:
+        with pytest.raises(DataError, match="changed while it was read") as caught:
+            decode_clip(growing, prepare=grow)
+    assert "retry_failed" in caught.value.accepted
+    growing.write_bytes(data)
+    assert len(decode_clip(growing).frames) == 12
+
+
+def test_a_decoder_that_is_not_installed_is_no_fault_of_the_video(
+    process: DecodeProcess, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost otherwise: the cause, in a table of ten thousand failed videos."""
+    (tmp_path / "torchcodec.py").write_text("raise ImportError('torchcodec is not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    process.close()
+    with pytest.raises(ConfigError, match=r"torchcodec cannot be loaded: .* is not here") as caught:
+        process.extract(clip, decoder="torchcodec")
+    assert "gare[torchcodec]" in caught.value.accepted
+    process.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])

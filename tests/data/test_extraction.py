@@ -17,15 +17,13 @@ import numpy as np
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data.collection import compare
 from gare.data.decode_process import DecodeProcess, ExtractedClip
 from gare.data.extraction import Extractor, cut_into_parts
 from gare.data.frames import FrameReader
-from gare.data.local_source import LocalSource
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.store import ids_in_parts, part_files, read_columns, read_failures
 from gare.errors import DataError
-from tests.stores import describe_store, stored_values
+from tests.stores import describe_store, pending_rows, stored_values
 
 EXTRACT = ExtractConfig(num_frames=3, image_size=32, encoding="raw", sample_fps=2.0)
 
@@ -39,12 +37,6 @@ def write_video(path: Path, level: int, seconds: float = 1.0) -> None:
             picture = np.full((48, 64, 3), level, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-
-
-def pending_rows(manifest: Manifest, store: str, *, retry_failed: bool) -> list[dict[str, Any]]:
-    """What a run over these videos would do."""
-    versions = LocalSource().stat(row.uri for row in manifest.rows)
-    return list(compare(store, manifest.rows, versions, retry_failed=retry_failed).pending)
 
 
 def counts_of(done: dict[str, Any]) -> tuple[int, int, int]:

@@ -208,9 +208,9 @@ def test_nothing_outside_the_folder_is_read(case: Case, tmp_path: Path, name: st
     assert "video outside the folder (1)" in case.fault("c.json", {name.format(root=tmp_path): "x"})
 
 
-@pytest.mark.parametrize("name", ["secret", "~", ".", "sub", "s3://bucket/a.mp4", "a\0.mp4", "broken"])
+@pytest.mark.parametrize("name", ["secret", "~", ".", "sub", "a\0.mp4", "broken"])
 def test_names_of_no_video(case: Case, tmp_path: Path, name: str) -> None:
-    """A folder, a home or a URI is not one of the folder's files."""
+    """A folder or a home is not one of the folder's files."""
     case.add("a.mp4", "sub/b.mp4")
     (tmp_path / "secret.mp4").write_bytes(b"private")
     (case.videos / "broken.mp4").symlink_to(tmp_path / "nowhere")

@@ -49,8 +49,8 @@ def tiny_yaml(root: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_local(root: Path) -> Iterator[None]:
-    """A local Ray of two CPUs, which every run(config) of this process uses."""
+def ray_local(root: Path, s3_environment: None) -> Iterator[None]:
+    """A local Ray of two CPUs, which every run(config) of this process uses, with the tests' S3."""
     with ray_session(tiny().cluster):
         yield
 

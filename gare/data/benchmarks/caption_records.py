@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gare.data.faults import Faults
-from gare.errors import DataError
+from gare.errors import DataError, shown
 
 #: Where a record stands in its file, as a person looks it up, and its keys and values.
 Record = tuple[str, dict[str, Any]]
@@ -186,7 +186,7 @@ def _json_records(name: str, text: str, faults: Faults) -> list[Record]:
 
 def _record_of_pair(video: str, value: Any) -> Record:
     fields = value if isinstance(value, dict) else {"captions": value}
-    return f"entry {video!r}", {"video": video, **fields}
+    return f"entry {shown(video)!r}", {"video": video, **fields}
 
 
 def _parse(text: str, where: str, faults: Faults) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pyarrow import fs as pafs
@@ -11,10 +12,12 @@ from pyarrow import fs as pafs
 from gare.data.benchmarks.captions_file import CaptionRow, parse_captions
 from gare.data.benchmarks.split import split_by_video
 from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder
+from gare.data.benchmarks.video_locations import VideoLocations
 from gare.data.faults import SHOWN, Faults, first_of
 from gare.data.files import open_fs, read_bytes
 from gare.data.manifest import Manifest, ManifestRow
-from gare.errors import DataError
+from gare.data.uris import scheme_of
+from gare.errors import DataError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -23,24 +26,35 @@ _Clip = tuple[str, float | None, float | None]
 
 
 def read_folder(
-    videos: str | Path, captions: str | Path, *, seed: int, val_fraction: float, test_fraction: float
+    videos: str | Path,
+    captions: str | Path,
+    *,
+    seed: int,
+    val_fraction: float,
+    test_fraction: float,
+    schemes: Sequence[str] = ("file",),
+    list_remote: Callable[[str], list[str]] | None = None,
 ) -> Manifest:
     """Reads a folder of videos and the file with their captions.
 
     Which columns and layouts the captions may have is said in ``captions_file`` and ``caption_records``, how
-    they may name the videos in ``VideoFolder``. Rows of the same clip are merged in order. A row with a start
-    or an end is a clip of its own, with the id ``name#12.5-20``; a time that is not
-    given is that of the file's start or end.
+    they may name the videos in ``VideoFolder`` and, for URIs, in ``video_locations``. Rows of the same clip
+    are merged in order. A row with a start or an end is a clip of its own, with the id ``name#12.5-20``; a
+    time that is not given is that of the file's start or end.
 
     A caption without its video is an error, because what was asked for cannot be done. A video without a
     caption is only reported, as a warning and in ``Manifest.left_out``: people caption a part of a folder.
 
     Args:
-        videos: a local folder; its subfolders belong to it.
+        videos: a local folder or one of an object store; its subfolders belong to it. Empty where captions
+            name videos by URIs or absolute paths alone.
         captions: where the captions file is.
         seed: of the split that is made where the captions name none.
         val_fraction: share of the video files that such a split gives to val.
         test_fraction: the same for test. All clips of a file go to the same split.
+        schemes: where videos may be, as in ``sources.schemes``.
+        list_remote: lists the files below the URI of a folder, relative to it; without it, only local folders
+            are accepted.
 
     Returns:
         The manifest, in the order of ids.
@@ -50,13 +64,14 @@ def read_folder(
         ConfigError: for shares that leave nothing to train.
     """
     faults = Faults()
-    folder = _open_folder(str(videos), faults)
+    folder = open_folder(str(videos), faults, list_remote) if str(videos) else None
+    places = VideoLocations(folder, schemes) if folder or not str(videos) else None
     rows, annotation_sha256 = _open_captions(str(captions), faults)
-    files = _find_files(rows, folder, faults) if folder is not None else {}
+    files = _find_files(rows, places, faults) if places else {}
     own_split = _own_split(rows, files, faults)
     faults.raise_if_any(str(captions))
-    assert folder is not None  # otherwise a fault was raised
-    ids = folder.ids(files.values())
+    assert places is not None  # otherwise a fault was raised
+    ids = places.ids(files.values())
     texts: dict[_Clip, list[str]] = {}
     for row in rows:
         texts.setdefault((files[row.video], row.start_s, row.end_s), []).extend(row.captions)
@@ -76,7 +91,7 @@ def read_folder(
         rows=tuple(
             ManifestRow(
                 video_id=_clip_id(ids[file], start_s, end_s),
-                uri=folder.path(file),
+                uri=places.path(file),
                 start_s=start_s,
                 end_s=end_s,
                 split=split[file],
@@ -87,19 +102,27 @@ def read_folder(
         benchmark="folder",
         protocol=protocol,
         annotation_sha256=annotation_sha256,
-        left_out=_report_left_out(folder, set(split)),
+        left_out=_report_left_out(folder, set(split)) if folder else (),
     )
 
 
-def _open_folder(videos: str, faults: Faults) -> VideoFolder | None:
+def open_folder(
+    videos: str, faults: Faults, list_remote: Callable[[str], list[str]] | None = None
+) -> VideoFolder | None:
+    """The folder of videos; None, with the reason among the faults, for what is none."""
     kind = "folder of videos"
     try:
+        if scheme_of(videos) != "file" and list_remote:
+            folder = VideoFolder(videos, list_remote(videos))
+            if not folder.files:
+                faults.add(kind, f"{shown(videos)!r} is missing or empty")
+            return folder if folder.files else None
         filesystem, path = open_fs(videos)
     except DataError as error:
         faults.add(kind, str(error))
         return None
     if not isinstance(filesystem, pafs.LocalFileSystem):
-        faults.add(kind, f"{videos!r} is not on this machine; a local or mounted folder is accepted")
+        faults.add(kind, f"{shown(videos)!r} is not on this machine; a local or mounted folder is accepted")
     elif not Path(path).is_dir():
         faults.add(kind, f"{videos!r} is {'not a folder' if Path(path).exists() else 'missing'}")
     else:
@@ -124,8 +147,8 @@ def _open_captions(captions: str, faults: Faults) -> tuple[list[CaptionRow], dic
     return rows, {name: hashlib.sha256(data).hexdigest()}
 
 
-def _find_files(rows: list[CaptionRow], folder: VideoFolder, faults: Faults) -> dict[str, str]:
-    """The file of each name that the rows use; a name that has none is a fault, once."""
+def _find_files(rows: list[CaptionRow], places: VideoLocations, faults: Faults) -> dict[str, str]:
+    """The key of the file of each name that the rows use; a name that has none is a fault, once."""
     files: dict[str, str] = {}
     lost: dict[str, tuple[NoSuchVideoError, list[str]]] = {}
     for row in rows:
@@ -135,18 +158,18 @@ def _find_files(rows: list[CaptionRow], folder: VideoFolder, faults: Faults) -> 
             lost[row.video][1].append(row.where)
             continue
         try:
-            files[row.video] = folder.find(row.video)
+            files[row.video] = places.find(row.video)
         except NoSuchVideoError as error:
             lost[row.video] = (error, [row.where])
-    shown = 0
-    for name, (fault, places) in lost.items():
+    num_hints = 0
+    for name, (fault, rows_of_it) in lost.items():
         hint = fault.hint
-        if not hint and shown < SHOWN:  # the search takes a while in a large folder
-            shown += 1
-            near = folder.nearest(name)
+        if not hint and num_hints < SHOWN:  # the search takes a while in a large folder
+            num_hints += 1
+            near = places.nearest(name)
             hint = f"nearest: {near!r}" if near else ""
-        place = places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else "")
-        faults.add(fault.kind, f"{name!r} ({'; '.join(filter(None, (place, hint)))})")
+        place = rows_of_it[0] + (f" and {len(rows_of_it) - 1} more" if len(rows_of_it) > 1 else "")
+        faults.add(fault.kind, f"{shown(name)!r} ({'; '.join(filter(None, (place, hint)))})")
     return files
 
 
@@ -165,7 +188,7 @@ def _own_split(rows: list[CaptionRow], files: dict[str, str], faults: Faults) ->
                 conflicts.add((row.video, row.split))
                 faults.add(
                     "one video in two splits",
-                    f"{row.video!r}: {other.split} ({other.where}), {row.split} ({row.where})",
+                    f"{shown(row.video)!r}: {other.split} ({other.where}), {row.split} ({row.where})",
                 )
     return {file: row.split for file, row in first.items() if row.split is not None}
 

@@ -6,9 +6,12 @@ import difflib
 import os
 import posixpath
 import unicodedata
+import urllib.parse
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from gare.data.uris import is_uri
 
 VIDEO_ENDINGS = frozenset(
     f".{ending}"
@@ -38,24 +41,29 @@ class VideoFolder:
 
     A file is named by its path relative to the folder or by its file name alone where no other file has it,
     each with or without the ending; an absolute path has to be inside the folder. Links that lie in the
-    folder are followed (download caches are made of them); a name never leads out of it.
+    folder are followed (download caches are made of them); a name never leads out of it. A folder of an
+    object store is given by its URI and the list of its files; a URI below it names a file, too.
 
     Attributes:
-        root: the folder, absolute and with links resolved.
+        root: the folder, absolute and with links resolved, or its URI.
         files: all files, relative to it with '/' between the parts, sorted.
         videos: those of them with the ending of a video.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = os.path.realpath(root)
-        self._roots = (self.root, posixpath.normpath(root))
-        self.files = sorted(_walk(self.root))
+    def __init__(self, root: str, files: Sequence[str] | None = None) -> None:
+        self.is_remote = files is not None
+        self.root = root.rstrip("/") if self.is_remote else os.path.realpath(root)
+        self._roots = () if self.is_remote else (self.root, posixpath.normpath(root))
+        self.files = sorted(_walk(self.root) if files is None else files)
         self.videos = [file for file in self.files if _is_video(file)]
         self._exact = set(self.files)
         # One table for each way to name a file, the most exact first.
         self._tables: list[dict[str, list[str]]] = [{}, {}, {}, {}]
         for file in self.files:
-            names = [file, _stem(file), posixpath.basename(file), _stem(posixpath.basename(file))]
+            names = [
+                *(file, without_ending(file)),
+                *(posixpath.basename(file), without_ending(posixpath.basename(file))),
+            ]
             for table, name in zip(self._tables, names, strict=True):
                 table.setdefault(_composed(name), []).append(file)
 
@@ -80,13 +88,30 @@ class VideoFolder:
                     raise NoSuchVideoError("several files of that name", " or ".join(map(repr, found[:3])))
         raise NoSuchVideoError("caption without video file")
 
+    def find_uri(self, uri: str) -> str | None:
+        """The file that a URI below the folder's own means; None for every other location.
+
+        Raises:
+            NoSuchVideoError: if the folder has no such file.
+        """
+        if not (self.is_remote and is_uri(uri)):
+            return None
+        folder, name = (urllib.parse.unquote(text) for text in (self.root + "/", uri))
+        if not name.startswith(folder):
+            return None
+        if (file := name.removeprefix(folder)) not in self._exact:
+            raise NoSuchVideoError("caption without video file")
+        return file
+
     def nearest(self, name: str) -> str:
         """The name among the files that is most like this one; empty if none is."""
         near = difflib.get_close_matches(posixpath.basename(name), self._tables[2], n=1)
         return self._tables[2][near[0]][0] if near else ""
 
     def path(self, file: str) -> str:
-        """The absolute path of one of the files."""
+        """The absolute path or URI of one of the files."""
+        if self.is_remote:
+            return f"{self.root}/{urllib.parse.quote(file, safe='/')}"
         return f"{self.root.rstrip('/')}/{file}"
 
     def ids(self, named: Iterable[str]) -> dict[str, str]:
@@ -95,7 +120,7 @@ class VideoFolder:
         It is the relative path without the ending, or with it where several files would share the id. Only
         the endings of videos are cut: what follows the last dot of an id may be a part of it.
         """
-        ids = {file: _stem(_composed(file)) for file in {*self.videos, *named}}
+        ids = {file: without_ending(_composed(file)) for file in {*self.videos, *named}}
         while repeated := {name for name, times in Counter(ids.values()).items() if times > 1}:
             whole = {file: _composed(file) for file, name in ids.items() if name in repeated}
             if all(ids[file] == name for file, name in whole.items()):
@@ -115,7 +140,7 @@ class VideoFolder:
         return name
 
     def _checked(self, file: str) -> str:
-        if not Path(self.path(file)).exists():
+        if not self.is_remote and not Path(self.path(file)).exists():
             raise NoSuchVideoError("caption without video file", "a link that leads nowhere")
         return file
 
@@ -146,5 +171,6 @@ def _is_video(file: str) -> bool:
     )
 
 
-def _stem(file: str) -> str:
+def without_ending(file: str) -> str:
+    """The name without the ending of a video; what follows the last dot of another name is a part of it."""
     return posixpath.splitext(file)[0] if _is_video(file) else file

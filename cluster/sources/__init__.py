@@ -1,0 +1,1 @@
+"""Fetching videos from other machines: S3 and what speaks its protocol, and web servers."""

@@ -1,0 +1,58 @@
+"""Which addresses a URI from somebody's manifest may lead to."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from gare.errors import FetchError
+
+#: Where clouds hand out credentials outside the link-local range: AWS on IPv6, Azure, Alibaba.
+_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "168.63.129.16", "100.100.100.200")))
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is written as an IP address."""
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def check_address(address: str, *, private: bool, where: str) -> None:
+    """Refuses addresses that a video cannot be meant to come from.
+
+    Args:
+        address: of the server that a connection has been made to, so that no name can lead elsewhere later.
+        private: whether this machine and private networks are allowed.
+        where: what is fetched, as it may be shown.
+
+    Raises:
+        FetchError: for link-local, metadata, multicast and unspecified addresses, and without ``private`` for
+            all that are not public.
+    """
+    ip = _reached(ipaddress.ip_address(address.partition("%")[0]))
+    if ip.is_link_local or ip in _METADATA or ip.is_multicast or ip.is_unspecified:
+        raise FetchError(
+            f"leads to {ip}, a link-local, metadata or multicast address",
+            where=where,
+            accepted="a public server",
+        )
+    if not ip.is_global and not private:
+        raise FetchError(
+            f"leads to {ip}, an address of this machine or a private network",
+            where=where,
+            accepted="a public server, or sources.private_addresses=true",
+        )
+
+
+def _reached(
+    ip: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address that some IPv6 addresses stand for."""
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip in _NAT64:
+            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        return ip.ipv4_mapped or ip.sixtofour or ip
+    return ip

@@ -1,0 +1,119 @@
+"""New tries after disturbances: which faults are one, how long to wait, when to give up."""
+
+from __future__ import annotations
+
+import errno
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from gare.config import SourcesConfig
+from gare.errors import FetchError
+
+_LONGEST_PAUSE_S = 30.0
+#: HTTP answers that ask for a new try, beside those of 500 and above.
+_TRANSIENT_STATUS = frozenset({408, 425, 429})
+#: Of those, the ones that say that no try will ever do.
+_FINAL_STATUS = frozenset({501, 505})
+
+T = TypeVar("T")
+
+
+class TransientError(Exception):
+    """A disturbance that may be over at the next try.
+
+    Attributes:
+        reason: what happened, in one line and without the URI.
+        pause_s: seconds that the server asks to wait; 0 where it asks nothing.
+        anew: whether what has come so far is worth nothing.
+    """
+
+    def __init__(self, reason: str, *, pause_s: float = 0.0, anew: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.pause_s = pause_s
+        self.anew = anew
+
+
+def is_transient(status: int) -> bool:
+    """Whether an HTTP status asks for a new try: 408, 425, 429 and 5xx do, 403 and 404 do not."""
+    return status in _TRANSIENT_STATUS or (status >= 500 and status not in _FINAL_STATUS)
+
+
+class Attempts:
+    """The tries of one fetch, over which its time runs.
+
+    Args:
+        sources: number of tries, pauses and time.
+        where: what is fetched, as it may be shown.
+    """
+
+    def __init__(self, sources: SourcesConfig, where: str) -> None:
+        self._sources = sources
+        self._where = where
+        self._until = time.monotonic() + sources.deadline_s
+        self._failed = 0
+        self._random = random.Random()
+
+    def timeout_s(self) -> float:
+        """Seconds that the next answer or byte may take.
+
+        Raises:
+            FetchError: when there is no time left.
+        """
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise self._too_late("")
+        return min(self._sources.timeout_s, left_s)
+
+    def wait(self, fault: TransientError, *, progressed: bool = False) -> None:
+        """Pauses before the next try.
+
+        Args:
+            fault: what ended the last one.
+            progressed: whether it brought something, so that counting starts anew.
+
+        Raises:
+            FetchError: when there have been enough, or no time is left.
+        """
+        self._failed = 1 if progressed else self._failed + 1
+        if self._failed > self._sources.retries:
+            tries = f"{self._failed} tries" if self._failed > 1 else "1 try"
+            raise FetchError(
+                f"{fault.reason}, after {tries}",
+                where=self._where,
+                accepted="a server that answers, or larger sources.retries",
+            ) from fault
+        most_s = min(self._sources.backoff_s * 2 ** min(self._failed - 1, 30), _LONGEST_PAUSE_S)
+        # A random share of it: workers that were thrown out together must not come back together.
+        pause_s = max(fault.pause_s, self._random.uniform(0, most_s))
+        if time.monotonic() + pause_s >= self._until:
+            raise self._too_late(f"; last: {fault.reason}") from fault
+        time.sleep(pause_s)
+
+    def call(self, function: Callable[[float], T]) -> T:
+        """What the function returns at the first try that is not disturbed; its argument is ``timeout_s``.
+
+        Raises:
+            FetchError: from the function, or as in ``wait``.
+        """
+        while True:
+            try:
+                return function(self.timeout_s())
+            except TransientError as fault:
+                self.wait(fault)
+
+    def _too_late(self, last: str) -> FetchError:
+        return FetchError(
+            f"was not fetched within its deadline of {self._sources.deadline_s:g} s{last}",
+            where=self._where,
+            accepted="a larger sources.deadline_s",
+        )
+
+
+def full_disk(error: OSError) -> TransientError | None:
+    """The disturbance behind an error of the disk: others may make room; None where it is another error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TransientError("there is no room on the disk for temporary files (TMPDIR)")
+    return None

@@ -1,0 +1,192 @@
+"""Videos in S3 or what speaks its protocol. The only file that imports boto3.
+
+Credentials, region and endpoint come from where boto3 has them: environment (AWS_ENDPOINT_URL among them),
+profile, instance or pod role.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import cached_property
+from typing import Any
+
+from cluster.sources.attempts import TransientError, is_transient
+from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
+from gare.config import SourcesConfig
+from gare.errors import FetchError, GoneError, shown
+
+#: Codes of S3 that mean a new try whatever their HTTP status.
+_TRANSIENT_CODES = frozenset(
+    {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException"}
+)
+_REASONS = {
+    403: ("access is denied", "credentials that may read it, or sources.anonymous=true for a public bucket"),
+    404: ("there is no such object", "an object that exists"),
+}
+
+
+class S3Server:
+    """Objects by ``s3://bucket/key``, with '?' and '%' in keys percent-encoded.
+
+    Args:
+        sources: time limits, and whether to go without credentials.
+        connections: requests at once.
+    """
+
+    def __init__(self, sources: SourcesConfig, connections: int) -> None:
+        self._sources = sources
+        self._connections = connections
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._sources, self._connections)
+
+    @cached_property
+    def _client(self) -> Any:
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        config = Config(
+            connect_timeout=self._sources.timeout_s,
+            read_timeout=self._sources.timeout_s,
+            # Tries are counted in one place, for both kinds of server.
+            retries={"total_max_attempts": 1},
+            max_pool_connections=self._connections,
+            signature_version=UNSIGNED if self._sources.anonymous else None,
+        )
+        # AWS's other libraries read AWS_REGION, boto3 alone does not.
+        region = os.environ.get("AWS_REGION") or None
+        return boto3.session.Session().client("s3", region_name=region, config=config)
+
+    def stat(self, uri: str, timeout_s: float) -> RemoteVersion:
+        """Size and ETag, by a HEAD request."""
+        del timeout_s  # a setting of the client
+        bucket, key = split(uri)
+        with _faults(uri):
+            found = self._client.head_object(Bucket=bucket, Key=key)
+        return RemoteVersion(found["ContentLength"], _etag(found))
+
+    @contextmanager
+    def get(self, uri: str, start: int, version: str, timeout_s: float) -> Iterator[Answer]:
+        """The object from ``start``, if its ETag is still ``version``."""
+        del timeout_s
+        bucket, key = split(uri)
+        condition = {"Range": f"bytes={start}-", "IfMatch": version} if start else {}
+        with _faults(uri):
+            found = self._client.get_object(Bucket=bucket, Key=key, **condition)
+        content_range = found.get("ContentRange") or ""
+        with closing(found["Body"]) as body:
+            yield Answer(
+                start=(start_in(content_range) or 0) if content_range else 0,
+                size_bytes=total_in(content_range) if content_range else found["ContentLength"],
+                version=_etag(found),
+                md5=_md5(found),
+                chunks=_chunks(body, uri),
+            )
+
+    def list(self, uri: str) -> list[str]:
+        """The keys of all objects below a folder, relative to it, sorted.
+
+        Raises:
+            TransientError: where the listing was disturbed.
+            FetchError: where it is refused.
+        """
+        bucket, folder = split(uri)
+        prefix = folder.rstrip("/") + "/" if folder else ""
+        with _faults(uri):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        # Some tools make empty objects that stand for folders.
+        return sorted(key.removeprefix(prefix) for key in keys if not key.endswith("/"))
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of a URI.
+
+    Raises:
+        FetchError: for one without a bucket, with credentials or with a query.
+    """
+    rest, mark, _ = uri.partition("://")[2].partition("?")
+    bucket, _, key = rest.partition("/")
+    if not bucket or "@" in bucket or mark:
+        fault = "has a query" if mark else "holds a name or password"
+        raise FetchError(
+            fault if bucket else "names no bucket",
+            where=shown(uri),
+            accepted="s3://bucket/key, '?' in a key written %3F; credentials, AWS_REGION and "
+            "AWS_ENDPOINT_URL belong into the environment",
+        )
+    return bucket, urllib.parse.unquote(key)
+
+
+def _chunks(body: Any, uri: str) -> Iterator[bytes]:
+    with _faults(uri):
+        yield from body.iter_chunks(CHUNK_BYTES)
+
+
+def _etag(found: dict[str, Any]) -> str:
+    return str(found.get("ETag") or "").strip('"') or str(found.get("LastModified") or "")
+
+
+def _md5(found: dict[str, Any]) -> str:
+    if found.get("SSECustomerAlgorithm"):
+        return ""
+    return md5_in(_etag(found), found.get("ServerSideEncryption") or "")
+
+
+@contextmanager
+def _faults(uri: str) -> Iterator[None]:
+    """Turns what boto3 raises into a disturbance or a fault with one line of reason."""
+    import urllib3
+    from botocore import exceptions
+
+    try:
+        yield
+    except exceptions.ClientError as error:
+        raise _answered(error, uri) from error
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+        raise FetchError(
+            "there are no credentials for S3",
+            where=shown(uri),
+            accepted="AWS_ACCESS_KEY_ID with its secret, a profile, a role, or sources.anonymous=true",
+        ) from error
+    except exceptions.SSLError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise FetchError("the certificate of the S3 endpoint is not trusted", where=shown(uri)) from error
+        raise TransientError("the connection was lost") from error
+    except (exceptions.ConnectTimeoutError, exceptions.ReadTimeoutError) as error:
+        raise TransientError("there was no answer in time") from error
+    except exceptions.EndpointConnectionError as error:
+        raise TransientError("the S3 endpoint cannot be connected to") from error
+    except (
+        exceptions.HTTPClientError,
+        exceptions.IncompleteReadError,
+        exceptions.ResponseStreamingError,
+        exceptions.FlexibleChecksumError,
+        urllib3.exceptions.HTTPError,
+        OSError,
+    ) as error:
+        raise TransientError("the connection was lost") from error
+    except exceptions.BotoCoreError as error:
+        # Such as a name that can be no bucket's; it comes before any request, so without anything secret.
+        words = " ".join(str(error).split())[:300]
+        raise FetchError(f"S3 cannot be asked: {words}", where=shown(uri)) from error
+
+
+def _answered(error: Any, uri: str) -> TransientError | FetchError:
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    if status == 412 or code == "PreconditionFailed":
+        return TransientError("it changed while it was fetched", anew=True)
+    if is_transient(status) or code in _TRANSIENT_CODES:
+        return TransientError(f"S3 answers {code if not code.isdigit() else status}")
+    reason, accepted = _REASONS.get(status, ("", ""))
+    kind = GoneError if status == 404 else FetchError
+    return kind(
+        f"{reason} (S3 answers {code})" if reason else f"S3 answers {code}",
+        where=shown(uri),
+        accepted=accepted,
+    )

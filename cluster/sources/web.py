@@ -1,0 +1,224 @@
+"""Videos on web servers, by http and https, with urllib3: redirects and addresses are checked one by one."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from cluster.sources.addresses import check_address, is_address
+from cluster.sources.attempts import TransientError, is_transient
+from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
+from gare.config import SourcesConfig
+from gare.errors import FetchError, GoneError, shown
+
+_MAX_REDIRECTS = 5
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_LONGEST_ASKED_PAUSE_S = 60.0
+
+
+class WebServer:
+    """Videos by their URL. Sends no credentials; a presigned URL brings its own in its query.
+
+    Args:
+        sources: schemes, time limits and allowed addresses.
+        connections: requests at once to one host.
+    """
+
+    def __init__(self, sources: SourcesConfig, connections: int) -> None:
+        self._sources = sources
+        self._connections = connections
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._sources, self._connections)
+
+    @cached_property
+    def _pools(self) -> urllib3.PoolManager:
+        pools = urllib3.PoolManager(maxsize=self._connections, retries=False)
+        pools.pool_classes_by_scheme = _checked_pools(private=self._sources.private_addresses)
+        return pools
+
+    def stat(self, uri: str, timeout_s: float) -> RemoteVersion:
+        """Size and version, from a request for one byte: URLs presigned for GET refuse HEAD."""
+        with self._answer(uri, {"Range": "bytes=0-0"}, timeout_s) as response:
+            content_range = response.headers.get("Content-Range", "")
+            size_bytes = total_in(content_range) if content_range else _length(response)
+            if size_bytes is None:
+                raise FetchError("the server does not say how long it is", where=shown(uri))
+            return RemoteVersion(size_bytes, _version(response.headers))
+
+    @contextmanager
+    def get(self, uri: str, start: int, version: str, timeout_s: float) -> Iterator[Answer]:
+        """The body from ``start`` where the server can and it is still the same, else all of it."""
+        # A weak ETag, W/"…", does not promise the same bytes.
+        ask = (
+            {"Range": f"bytes={start}-", "If-Range": version}
+            if start and version[:2] not in ("W/", "")
+            else {}
+        )
+        with self._answer(uri, ask, timeout_s) as response:
+            headers = response.headers
+            if headers.get("Content-Encoding", "identity") != "identity":
+                raise FetchError("is sent compressed, unasked", where=shown(uri))
+            content_range = headers.get("Content-Range", "") if response.status == 206 else ""
+            size_bytes = total_in(content_range) if content_range else _length(response)
+            if size_bytes is None and not response.chunked:
+                raise FetchError("the server does not say how long it is", where=shown(uri))
+            yield Answer(
+                start=(start_in(content_range) or 0) if content_range else 0,
+                size_bytes=size_bytes,
+                version=_version(headers),
+                md5=_md5(headers),
+                chunks=_chunks(response, uri),
+            )
+
+    @contextmanager
+    def _answer(
+        self, uri: str, headers: Mapping[str, str], timeout_s: float
+    ) -> Iterator[urllib3.BaseHTTPResponse]:
+        url = uri
+        for _ in range(_MAX_REDIRECTS + 1):
+            self._check_url(url, uri)
+            with _faults(uri):
+                response = self._pools.request(
+                    "GET",
+                    url,
+                    headers={"Accept-Encoding": "identity", **headers},
+                    timeout=urllib3.Timeout(connect=timeout_s, read=timeout_s),
+                    preload_content=False,
+                    decode_content=False,
+                    redirect=False,
+                )
+            try:
+                if response.status not in _REDIRECTS:
+                    _check_status(response, uri)
+                    yield response
+                    return
+                with _faults(uri):
+                    url = urllib.parse.urljoin(url, response.headers.get("Location", ""))
+            finally:
+                response.close()  # not read to its end, so the connection cannot serve again
+        raise FetchError(f"is redirected more than {_MAX_REDIRECTS} times", where=shown(uri))
+
+    def _check_url(self, url: str, uri: str) -> None:
+        with _faults(uri):
+            parts = urllib.parse.urlsplit(url)
+        redirected = f"is redirected to {shown(url)}, which " if url != uri else ""
+        if parts.scheme not in self._sources.schemes or parts.scheme not in ("http", "https"):
+            fault = f"has the scheme {parts.scheme!r}"
+        elif redirected and parts.scheme == "http" and urllib.parse.urlsplit(uri).scheme == "https":
+            fault = "is not encrypted"
+        elif parts.username is not None or parts.password is not None:
+            fault = "holds a name or password"
+        elif not parts.hostname:
+            fault = "names no host"
+        else:
+            # Names are looked at when they have been resolved; an address needs no connection for that.
+            if is_address(parts.hostname):
+                private = self._sources.private_addresses
+                check_address(parts.hostname, private=private, where=shown(uri))
+            return
+        raise FetchError(
+            redirected + fault,
+            where=shown(uri),
+            accepted="an http or https URL of sources.schemes, without credentials",
+        )
+
+
+def _checked_pools(*, private: bool) -> dict[str, type[HTTPConnectionPool]]:
+    """urllib3's pools, whose connections look at whom they have reached before they send anything."""
+
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            _check_peer(self, private=private)
+
+    class Encrypted(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            _check_peer(self, private=private)
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class EncryptedPool(HTTPSConnectionPool):
+        ConnectionCls = Encrypted
+
+    return {"http": PlainPool, "https": EncryptedPool}
+
+
+def _check_peer(connection: HTTPConnection, *, private: bool) -> None:
+    assert connection.sock is not None
+    try:
+        check_address(connection.sock.getpeername()[0], private=private, where=connection.host)
+    except FetchError:
+        connection.close()
+        raise
+
+
+def _check_status(response: urllib3.BaseHTTPResponse, uri: str) -> None:
+    if response.status in (200, 206):
+        return
+    # An empty file has no first byte; its length is in the answer.
+    if response.status == 416 and total_in(response.headers.get("Content-Range", "")) == 0:
+        return
+    words = f"the server answers {response.status} {response.reason or ''}".strip()
+    if is_transient(response.status):
+        asked = response.headers.get("Retry-After", "")
+        pause_s = float(asked) if asked.isascii() and asked.isdigit() else 0.0
+        raise TransientError(words, pause_s=min(pause_s, _LONGEST_ASKED_PAUSE_S))
+    kind = GoneError if response.status in (404, 410) else FetchError
+    raise kind(words, where=shown(uri), accepted="a URL that can be read without a login")
+
+
+def _length(response: urllib3.BaseHTTPResponse) -> int | None:
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isascii() and length.isdigit() else None
+
+
+def _version(headers: Mapping[str, str]) -> str:
+    return headers.get("ETag") or headers.get("Last-Modified") or ""
+
+
+def _md5(headers: Mapping[str, str]) -> str:
+    """Only S3 says how its ETags are made; it answers here where URLs are public or presigned."""
+    if "x-amz-request-id" not in headers or "x-amz-server-side-encryption-customer-algorithm" in headers:
+        return ""
+    return md5_in((headers.get("ETag") or "").strip('"'), headers.get("x-amz-server-side-encryption") or "")
+
+
+def _chunks(response: urllib3.BaseHTTPResponse, uri: str) -> Iterator[bytes]:
+    # read1 gives what has come: a server that drips keeps nobody from looking at the clock.
+    with _faults(uri):
+        while chunk := response.read1(CHUNK_BYTES):
+            yield chunk
+
+
+@contextmanager
+def _faults(uri: str) -> Iterator[None]:
+    """Turns what urllib3 raises into a disturbance or a fault, in words without the URL and its query."""
+    errors = urllib3.exceptions
+    try:
+        yield
+    except FetchError as error:  # of the address
+        raise FetchError(error.what, where=shown(uri), accepted=error.accepted) from error
+    except ValueError as error:  # LocationValueError among them
+        raise FetchError("is not a URL", where=shown(uri)) from error
+    except errors.SSLError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise FetchError("the certificate of the server is not trusted", where=shown(uri)) from error
+        raise TransientError("the connection was lost") from error
+    except errors.NameResolutionError as error:
+        raise TransientError("the name of the server cannot be resolved") from error
+    except errors.NewConnectionError as error:
+        raise TransientError("the server cannot be connected to") from error
+    except errors.TimeoutError as error:
+        raise TransientError("there was no answer in time") from error
+    except (errors.HTTPError, OSError) as error:
+        raise TransientError("the connection was lost") from error

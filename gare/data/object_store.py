@@ -1,0 +1,92 @@
+"""S3 and what speaks its protocol, as pyarrow opens it: endpoint and region from where boto3 has them too.
+
+pyarrow reads credentials from the standard places (environment, profile, instance role), but leaves
+AWS_ENDPOINT_URL unread where a file system is made by its constructor, and gives no control over new tries
+where one is made from a URI.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from functools import lru_cache
+
+from pyarrow import fs as pafs
+
+from gare.errors import DataError, shown
+
+#: Tries of one request, with growing pauses between them, before a lost connection or 5xx is an error.
+MAX_TRIES = 8
+CONNECT_TIMEOUT_S = 10.0
+#: Without an endpoint of their own, buckets say themselves where they are.
+_DEFAULT_REGION = "us-east-1"
+_QUERY_KEYS = ("region", "scheme", "endpoint_override")
+
+
+def open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system and the path inside it, bucket first, of ``s3://bucket/key``.
+
+    The query may have region, scheme and endpoint_override, as pyarrow's own URIs. Else the endpoint is
+    AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, and the region AWS_REGION or AWS_DEFAULT_REGION, or the bucket's.
+
+    Raises:
+        DataError: for a URI that names no bucket, holds credentials or has another query.
+        OSError: where the region of a bucket cannot be found out.
+    """
+    rest, _, query_text = uri.partition("://")[2].partition("?")
+    bucket, _, key = rest.partition("/")
+    query = dict(urllib.parse.parse_qsl(query_text, keep_blank_values=True))
+    if "@" in bucket:
+        raise DataError(
+            "holds a name or password",
+            where=shown(uri),
+            accepted="s3://bucket/key; credentials belong into the environment or ~/.aws/credentials",
+        )
+    if not bucket or " " in bucket or set(query) - set(_QUERY_KEYS):
+        raise DataError(
+            "names no bucket" if not bucket or " " in bucket else "has a query with other keys",
+            where=shown(uri),
+            accepted=f"s3://bucket/key, with no query or one of {', '.join(_QUERY_KEYS)}",
+        )
+    endpoint = query.get("endpoint_override") or _environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    scheme, separator, host = endpoint.rpartition("://")
+    scheme = query.get("scheme") or (scheme if separator else "https")
+    if scheme not in ("http", "https"):
+        raise DataError(
+            f"the endpoint's scheme is {scheme!r}", where=shown(endpoint), accepted="http or https"
+        )
+    region = query.get("region") or _environment("AWS_REGION", "AWS_DEFAULT_REGION")
+    if not region:
+        region = _DEFAULT_REGION if endpoint else _region_of(bucket)
+    key = urllib.parse.unquote(key).rstrip("/")
+    path = f"{bucket}/{key}" if key else bucket
+    return _file_system(region, scheme, host.rstrip("/"), _credentials()), path
+
+
+def _environment(*names: str) -> str:
+    return next((value for name in names if (value := os.environ.get(name))), "")
+
+
+def _credentials() -> tuple[str, ...]:
+    """What tells one environment from another; the SDK itself reads the credentials."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+    return tuple(os.environ.get(name, "") for name in names)
+
+
+@lru_cache(maxsize=64)
+def _region_of(bucket: str) -> str:
+    return str(pafs.resolve_s3_region(bucket))
+
+
+@lru_cache(maxsize=16)
+def _file_system(region: str, scheme: str, endpoint: str, credentials: tuple[str, ...]) -> pafs.S3FileSystem:
+    del credentials  # a key of the cache alone
+    return pafs.S3FileSystem(
+        region=region,
+        scheme="http" if scheme == "http" else "https",
+        endpoint_override=endpoint or None,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_TRIES),
+        # allow_delayed_open stays false: every file is uploaded in parts and appears with the last request.
+        # With it there are fewer requests, but after a failed one pyarrow 25 puts an empty object there.
+    )

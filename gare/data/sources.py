@@ -1,0 +1,113 @@
+"""Where the bytes of a video come from: the contract of a source, and the one for files of this machine.
+
+Sources of other machines are the business of ``cluster``; extraction knows this contract alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from gare.data.uris import local_path, scheme_of
+from gare.errors import DataError, FetchError, GoneError, shown
+
+
+@dataclass(frozen=True)
+class FileVersion:
+    """What tells one state of a file from another without reading it.
+
+    Attributes:
+        size_bytes: length of its content.
+        version: nanoseconds of its last change (local), its ETag (S3, HTTP) or its Last-Modified; empty where
+            a server says neither, and then the length alone can tell.
+    """
+
+    size_bytes: int
+    version: str
+
+
+@dataclass(frozen=True)
+class LocalVideo:
+    """A video as a file of this machine, for as long as its context lasts.
+
+    Attributes:
+        path: of the file.
+        size_bytes: length of its content.
+        version: as in ``FileVersion``, of where it came from.
+    """
+
+    path: str
+    size_bytes: int
+    version: str
+
+
+class VideoSource(Protocol):
+    """Brings videos to where they are decoded. What it gives has the attributes of the classes above."""
+
+    def open(self, uri: str) -> AbstractContextManager[LocalVideo]:
+        """The video as a local file, whole; what was fetched is removed when the context ends.
+
+        Raises:
+            FetchError: where it cannot be had, or is another file at the end of the context.
+        """
+        ...
+
+    def stat(self, uris: Sequence[str]) -> dict[str, FileVersion | DataError]:
+        """Size and version of each, without its content; a fault is that of one URI and returned for it."""
+        ...
+
+
+class LocalVideos:
+    """Local paths and ``file://`` URIs; files are read where they are."""
+
+    @contextmanager
+    def open(self, uri: str) -> Iterator[LocalVideo]:
+        """The file itself.
+
+        Raises:
+            FetchError: where there is none, or where it has changed when the context ends: what was decoded
+                would be neither the old nor the new video.
+        """
+        before = _version(uri)
+        try:
+            yield LocalVideo(local_path(uri), before.size_bytes, before.version)
+        except DataError as error:
+            _check_unchanged(uri, before, error)
+            raise
+        _check_unchanged(uri, before, None)
+
+    def stat(self, uris: Sequence[str]) -> dict[str, FileVersion | DataError]:
+        """Size and time of the last change in nanoseconds."""
+        found: dict[str, FileVersion | DataError] = {}
+        for uri in uris:
+            try:
+                found[uri] = _version(uri)
+            except FetchError as error:
+                found[uri] = error
+        return found
+
+
+def _version(uri: str) -> FileVersion:
+    if scheme_of(uri) != "file":
+        raise FetchError("is not on this machine", where=shown(uri), accepted="a local path or a file:// URI")
+    try:
+        status = os.stat(local_path(uri))  # noqa: PTH116 - also of what is no ordinary path, such as one with NUL
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        kind = GoneError if isinstance(error, FileNotFoundError) else FetchError
+        raise kind(reason, where=shown(uri), accepted="a file that exists and may be read") from error
+    return FileVersion(status.st_size, str(status.st_mtime_ns))
+
+
+def _check_unchanged(uri: str, before: FileVersion, cause: DataError | None) -> None:
+    try:
+        same = _version(uri) == before
+    except FetchError:
+        same = False
+    if not same:
+        raise FetchError(
+            "changed while it was read", where=shown(uri), accepted="a file that is complete"
+        ) from cause

@@ -1,0 +1,31 @@
+"""What a location says about itself: whether it is a URI, its scheme, the path or the names in it."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from pathlib import Path
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def scheme_of(location: str) -> str:
+    """The scheme in lower case; ``file`` for a local path, which has none."""
+    found = _SCHEME.match(location)
+    return found[1].lower() if found else "file"
+
+
+def is_uri(location: str) -> bool:
+    """Whether it has the form ``scheme://…``; all else is a local path."""
+    return _SCHEME.match(location) is not None
+
+
+def local_path(location: str) -> str:
+    """The path that a local path or a ``file://`` URI means, absolute.
+
+    In a URI names are percent-encoded; one that was written down without that is found too.
+    """
+    if not is_uri(location):
+        return str(Path(location).expanduser().absolute())
+    path = location.partition("://")[2].removeprefix("localhost")
+    return path if Path(path).exists() else urllib.parse.unquote(path)

@@ -24,8 +24,9 @@ keys (give any of them as section.key=value):
 """
 
 
-#: Options of one command beside ``--config``: flag → (key that it sets, meaning).
-Flags = Mapping[str, tuple[str, str]]
+#: Options of one command beside ``--config``: flag → (key that it sets, meaning), or for a flag that takes no
+#: value (key, meaning, the value that it sets).
+Flags = Mapping[str, tuple[str, str] | tuple[str, str, str]]
 
 
 def main(
@@ -45,17 +46,15 @@ def execute(
     """``main`` without the exit: returns the status."""
     set_up_logging()
     options = _parser(description, flags).parse_intermixed_args(arguments)
-    overrides = list(options.overrides)
-    for flag, (key, _) in flags.items():
-        value = getattr(options, flag.lstrip("-").replace("-", "_"))
-        overrides += [f"{key}={value}"] if value is not None else []
     try:
-        config = load_config(options.config, overrides)
+        config = load_config(options.config, [*options.overrides, *_overrides_of(options, flags)])
         # Ray prints here what its workers print; stdout is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             result = run(config)
         line = json.dumps(result, ensure_ascii=False, allow_nan=False)
     except GareError as error:
+        if error.result is not None:
+            sys.stdout.write(json.dumps(error.result, ensure_ascii=False, allow_nan=False) + "\n")
         if os.environ.get("GARE_DEBUG"):
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
@@ -71,6 +70,25 @@ def execute(
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
     return 0
+
+
+def _overrides_of(options: argparse.Namespace, flags: Flags) -> list[str]:
+    """What the given flags set.
+
+    Raises:
+        ConfigError: for two flags that set one key to different values.
+    """
+    given: dict[str, tuple[str, str]] = {}
+    for flag, (key, *_) in flags.items():
+        value = getattr(options, flag.lstrip("-").replace("-", "_"))
+        if value is None:
+            continue
+        other, other_value = given.setdefault(key, (flag, value))
+        if value != other_value:
+            raise ConfigError(
+                f"{other} and {flag} exclude each other", where="arguments", accepted="one of them"
+            )
+    return [f"{key}={value}" for key, (_, value) in given.items()]
 
 
 def set_up_logging(*, replace: bool = False) -> None:
@@ -110,8 +128,12 @@ def _parser(description: str, flags: Flags) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as conf/demo.yaml")
-    for flag, (key, meaning) in flags.items():
-        parser.add_argument(flag, metavar="VALUE", help=f"{meaning}; sets {key}")
+    for flag, (key, meaning, *constant) in flags.items():
+        if constant:
+            text = f"{meaning}; sets {key}={constant[0]}"
+            parser.add_argument(flag, action="store_const", const=constant[0], help=text)
+        else:
+            parser.add_argument(flag, metavar="VALUE", help=f"{meaning}; sets {key}")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's"
     )

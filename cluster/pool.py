@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-#: What an actor does with a part: JSON-able in, counts by name out.
-Work = Callable[[Any], dict[str, int]]
+#: What an actor does with a part: JSON-able in, JSON-able out.
+Work = Callable[[Any], dict[str, Any]]
 
 
 def run_parts(
@@ -20,8 +20,8 @@ def run_parts(
     num_cpus: float = 1,
     num_gpus: float = 0,
     memory_bytes: int = 0,
-) -> Iterator[dict[str, int]]:
-    """Yields the counts of each part as it is done, in any order.
+) -> Iterator[dict[str, Any]]:
+    """Yields what the work returned for each part as it is done, in any order.
 
     A part is what one actor gets, finishes and, after a crash of it or its node, another one gets again: the
     work must be the same when done twice.
@@ -44,17 +44,19 @@ def run_parts(
             self.work = load()
 
         def __call__(self, block: dict[str, Any]) -> dict[str, np.ndarray]:
-            counts = self.work(json.loads(block["part"][0]))
-            return {name: np.array([count]) for name, count in counts.items()}
+            return {"result": np.array([json.dumps(self.work(json.loads(block["part"][0])))])}
 
     rows = [{"part": json.dumps(part)} for part in parts]
+    most = min(workers, len(parts))
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         batch_size=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=min(workers, len(parts))),
+        # All at once, instead of one by one as the work proves to be too much; and one is enough to go on
+        # with, where a node is lost.
+        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
         memory=memory_bytes or None,
     )
-    for counts in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        yield {name: int(values.sum()) for name, values in counts.items()}
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        yield from map(json.loads, batch["result"])

@@ -39,6 +39,7 @@ from gare.sections import (
 )
 from gare.sources_section import SourcesConfig
 from gare.strict_yaml import load_yaml
+from gare.upkeep import UpkeepConfig
 
 __all__ = [
     "AugmentConfig",
@@ -56,6 +57,7 @@ __all__ = [
     "StorageConfig",
     "TrackingConfig",
     "TrainConfig",
+    "UpkeepConfig",
     "describe_keys",
     "differences",
     "load_config",
@@ -71,6 +73,7 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="videos and captions")
     sources: SourcesConfig = Field(default_factory=SourcesConfig, description="fetching videos")
     extract: ExtractConfig = Field(default_factory=ExtractConfig, description="videos to frame store")
+    upkeep: UpkeepConfig = Field(default_factory=UpkeepConfig, description="care of the stores")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     loss: LossConfig = Field(default_factory=LossConfig, description="the loss")
     train: TrainConfig = Field(default_factory=TrainConfig, description="training")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class GareError(Exception):
     """A fault with one clear message.
@@ -10,8 +13,11 @@ class GareError(Exception):
         what: what is wrong, with the offending value.
         where: the file, key or row id that holds it; empty where there is none.
         accepted: what would be accepted instead, or the next step to take.
+        result: what a command prints on stdout all the same, such as the list of faults that it was asked
+            for; None for nothing. It does not travel between processes.
     """
 
+    result: Mapping[str, Any] | None = None
     #: Process exit status of a pipeline that ends with this error.
     exit_code = 4
 
@@ -55,6 +61,10 @@ class DataError(GareError):
 
 class FetchError(DataError):
     """A video that could not be brought to where it is decoded, whole and unchanged."""
+
+
+class GoneError(FetchError):
+    """A video that does not exist where it should, as opposed to one that cannot be had just now."""
 
 
 class CheckpointError(GareError):

@@ -1,21 +1,32 @@
-"""extract: manifest → frame store, decoded in parallel by Ray Data, resumed by id, over bad videos."""
+"""extract: manifest → frame store, decoded in parallel by Ray Data, resumed by id, over bad videos.
+
+A run does what is new or changed in the collection, and marks what is gone. ``--verify`` checks a store,
+``--compact`` merges its small parts.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.command import main
 from cluster.pool import run_parts
+from cluster.progress import Progress
 from cluster.remote import RemoteVideos
 from cluster.session import num_cpus, ray_session
-from cluster.storage import layout
+from cluster.storage import Layout, layout
+from cluster.tracking.extraction import ExtractionRun
 from gare import __version__
 from gare.config import Config
-from gare.data.extraction import Extractor, part_size, pending_rows
-from gare.data.files import exists, join, read_json, write_json
+from gare.data.collection import Comparison, compare
+from gare.data.compact import compact
+from gare.data.extraction import Extractor, cut_into_parts
+from gare.data.files import exists, join, write_atomically, write_json
+from gare.data.inventory import Inventory, take_inventory
+from gare.data.lock import StoreLock
 from gare.data.manifest import Manifest, read_manifest
 from gare.data.sources import LocalVideos
 from gare.data.store import (
@@ -23,105 +34,140 @@ from gare.data.store import (
     StoreMeta,
     check_settings,
     fingerprint,
+    frame_schema,
     frame_settings,
-    ids_in_parts,
-    part_files,
-    read_failures,
     read_meta,
+    read_retired,
     write_meta,
+    write_retired,
 )
+from gare.data.verify import verify_or_raise
 from gare.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 #: Heap of a decoding actor and its child process; Ray does not see it otherwise.
 ACTOR_MEMORY_BYTES = 600 * 1024**2
-PROGRESS_EVERY_S = 5.0
+
+FLAGS = {
+    "--verify": ("upkeep.task", "check all that is in the store", "verify"),
+    "--compact": ("upkeep.task", "merge small parts of the store", "compact"),
+    "--retry-failed": ("extract.retry_failed", "try failed videos again", "true"),
+    "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
+}
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Brings the frame store up to the manifest; a second run does only what is left.
+    """Brings the frame store up to the manifest, or checks or compacts it, as ``upkeep.task`` says.
 
     Raises:
-        DataError: for a missing manifest, a store made with other settings, or more failed videos than
-            ``extract.max_failed_fraction``; what was extracted stays.
+        DataError: for a missing manifest, a store made with other settings, faults that a check finds, or
+            more failed or vanished videos than ``extract.max_failed_fraction``; what was extracted stays.
+        GareError: where MLflow cannot be reached, before anything is extracted.
     """
     started = time.monotonic()
     places = layout(config)
-    manifest = read_manifest(places.manifest)
     store = places.frames
     settings = frame_settings(config.extract)
-    if exists(join(store, META)):
+    if exists(join(store, META)) or config.upkeep.task != "write":
         check_settings(store, read_meta(store), settings)
-    pending = pending_rows(manifest, store, retry_failed=config.extract.retry_failed)
-    done = len(manifest.rows) - len(pending)
-    logger.info("%s: %d videos, %d done before, %d to do", store, len(manifest.rows), done, len(pending))
-    if pending or not exists(join(store, META)):
-        _describe(config, settings, {}, complete=False)
-    if pending:
-        with ray_session(config.cluster):
-            _extract(config, store, pending)
-    result = _summary(config, manifest, settings, len(pending), time.monotonic() - started)
-    record = join(store, "result.json")
-    if not pending and exists(record):
-        earlier: dict[str, Any] = read_json(record)
-        if all(earlier.get(key) == result[key] for key in result.keys() - {"attempted", "seconds"}):
-            return earlier  # nothing was done, so nothing changes
-    write_json(record, result)
+    manifest = read_manifest(places.manifest)
+    if config.upkeep.task == "verify":
+        wanted = {row.video_id for row in manifest.rows}
+        return verify_or_raise(store, frame_schema(config.extract), wanted)
+    if config.upkeep.task == "compact":
+        with _lock(config, store) as lock:
+            merged = compact(store, config.upkeep.part_mb * 10**6, lock.check)
+        return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
+    result, is_new = _write(config, places, manifest)
+    result["seconds"] = round(time.monotonic() - started, 2)
+    if is_new:
+        write_json(join(store, "result.json"), result)
+    if config.upkeep.preview:
+        result["preview"] = _preview(config, store, manifest)
     return result
 
 
-def _extract(config: Config, store: str, pending: list[dict[str, Any]]) -> None:
-    workers = min(config.extract.workers or num_cpus(), len(pending))
-    size = part_size(len(pending), workers, config.extract.videos_per_part)
-    extract, sources = config.extract, config.sources
-    parts = [pending[first : first + size] for first in range(0, len(pending), size)]
-    progress = _Progress(len(pending))
-    for counts in run_parts(
-        lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos())).write,
-        parts,
-        workers=workers,
-        memory_bytes=ACTOR_MEMORY_BYTES,
-    ):
-        progress.add(counts)
-    progress.show()
+def _write(config: Config, places: Layout, manifest: Manifest) -> tuple[dict[str, Any], bool]:
+    """The result, and whether anything in the store has changed."""
+    store, source = places.frames, RemoteVideos(config.sources, LocalVideos())
+
+    def look() -> Comparison:
+        versions = source.stat([row.uri for row in manifest.rows])
+        return compare(store, manifest.rows, versions, retry_failed=config.extract.retry_failed)
+
+    def count() -> Inventory:
+        return take_inventory(store, manifest.rows, config.extract.max_failed_fraction)
+
+    comparison = look()
+    if not comparison.pending and comparison.retired == read_retired(store) and exists(join(store, META)):
+        meta, inventory = read_meta(store), count()
+        if (meta.counts, meta.complete) == (inventory.counts, inventory.is_complete):
+            logger.info("%s: %s, nothing to do", store, _words(comparison.counts))
+            inventory.raise_if_too_many()
+            return _result(config, store, comparison, inventory), False
+    with _lock(config, store) as lock:
+        comparison = look()  # another job may have written while this one waited
+        _refuse_lost(config, store, comparison, len(manifest.rows))
+        if not comparison.pending and comparison.retired == read_retired(store):
+            return _finish(config, store, comparison, count(), {}), True
+        _describe(config, {}, complete=False)
+        with ExtractionRun(config, places, "extract") as tracked:
+            write_retired(store, comparison.retired)
+            done = _extract(config, store, comparison, lock) if comparison.pending else {}
+            # Of what a job wrote that took itself for the only one, too, each clip counts once.
+            write_retired(store, look().retired)
+            inventory = count()
+            tracked.log(comparison.counts, done, inventory.failures)
+            result = _finish(config, store, comparison, inventory, done)
+            return result | tracked.log_result(result), True
 
 
-class _Progress:
-    """One line every few seconds: done, failed, left, rates, time left."""
+def _lock(config: Config, store: str) -> StoreLock:
+    return StoreLock(store, when_locked=config.upkeep.when_locked, stale_s=config.upkeep.stale_s)
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.counts: Counter[str] = Counter()
-        self.started = self.shown = time.monotonic()
 
-    def add(self, counts: dict[str, int]) -> None:
-        self.counts.update(counts)
-        if time.monotonic() - self.shown > PROGRESS_EVERY_S:
-            self.show()
-
-    def show(self) -> None:
-        self.shown = time.monotonic()
-        seconds = max(self.shown - self.started, 1e-3)
-        finished = self.counts["written"] + self.counts["failed"]
-        left = self.total - finished
-        logger.info(
-            "extracted %d, failed %d, left %d; %.1f videos/s, %.0f frames/s, %.0f s left",
-            self.counts["written"],
-            self.counts["failed"],
-            left,
-            finished / seconds,
-            self.counts["frames"] / seconds,
-            left * seconds / max(finished, 1),
+def _refuse_lost(config: Config, store: str, comparison: Comparison, total: int) -> None:
+    if len(comparison.lost) > config.extract.max_failed_fraction * total:
+        raise DataError(
+            f"{len(comparison.lost)} videos of the manifest that were there are gone, "
+            f"{comparison.lost[0]!r} the first of them; nothing was changed",
+            where=store,
+            accepted="is their folder mounted? extract.max_failed_fraction="
+            f"{config.extract.max_failed_fraction:g} of them may be gone",
         )
 
 
-def _describe(config: Config, settings: dict[str, Any], counts: dict[str, int], *, complete: bool) -> None:
+def _extract(config: Config, store: str, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+    """Extracts what is pending; returns counts, rates, seconds by stage and the slowest videos."""
+    pending, extract, sources = comparison.pending, config.extract, config.sources
+    name = uuid.uuid4().hex
+    logger.info("%s: %s, %d to do", store, _words(comparison.counts), len(pending))
+    with ray_session(config.cluster):
+        workers = min(extract.workers or num_cpus(), len(pending))
+        parts = cut_into_parts(pending, workers, extract.videos_per_part)
+        progress = Progress(len(pending), "extracted")
+        for done in run_parts(
+            lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name).write,
+            parts,
+            workers=workers,
+            memory_bytes=ACTOR_MEMORY_BYTES,
+        ):
+            progress.add(done)
+            lock.check()
+        progress.show()
+    for video_id, seconds in progress.slowest:
+        logger.info("slowest: %6.2f s %s", seconds, video_id)
+    return progress.report()
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _describe(config: Config, counts: dict[str, int], *, complete: bool) -> None:
     store = layout(config).frames
-    if exists(join(store, META)):
-        known = read_meta(store)
-        if (known.fingerprint, known.counts, known.complete) == (fingerprint(settings), counts, complete):
-            return  # as it stands; the same job again changes nothing
+    settings = frame_settings(config.extract)
     meta = StoreMeta(
         kind="frames",
         fingerprint=fingerprint(settings),
@@ -134,37 +180,35 @@ def _describe(config: Config, settings: dict[str, Any], counts: dict[str, int], 
     write_meta(store, meta)
 
 
-def _summary(
-    config: Config, manifest: Manifest, settings: dict[str, Any], attempted: int, seconds: float
+def _finish(
+    config: Config, store: str, comparison: Comparison, inventory: Inventory, done: Mapping[str, Any]
 ) -> dict[str, Any]:
-    store = layout(config).frames
-    wanted = {row.video_id for row in manifest.rows}
-    stored = ids_in_parts(store, "data")
-    failures = {key: row for key, row in read_failures(store, stored).items() if key in wanted}
-    missing = wanted - stored.keys() - failures.keys()
-    reasons = Counter(row["message"].split(":")[0] for row in failures.values())
-    for reason, count in reasons.most_common():
+    _describe(config, inventory.counts, complete=inventory.is_complete)
+    for reason, count in inventory.reasons.most_common():
         logger.warning("failed: %d × %s", count, reason)
-    too_many = len(failures) > config.extract.max_failed_fraction * len(wanted)
-    counts = {"videos": len(stored), "failures": len(failures), "parts": len(part_files(store, "data"))}
-    _describe(config, settings, counts, complete=not missing and not too_many)
-    if too_many:
-        worst = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(5))
-        raise DataError(
-            f"{len(failures)} of {len(wanted)} videos failed: {worst}",
-            where=join(store, "failures"),
-            accepted=f"at most extract.max_failed_fraction={config.extract.max_failed_fraction:g} of them; "
-            "extract.retry_failed=true tries them again",
-        )
+    inventory.raise_if_too_many()
+    return _result(config, store, comparison, inventory) | dict(done)
+
+
+def _result(config: Config, store: str, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
     return {
         "store": store,
-        "fingerprint": fingerprint(settings),
-        "videos": len(wanted & stored.keys()),
-        "attempted": attempted,
-        "failed": {key: row["message"] for key, row in sorted(failures.items())},
-        "seconds": round(seconds, 2),
+        "fingerprint": fingerprint(frame_settings(config.extract)),
+        "videos": inventory.num_wanted_stored,
+        "attempted": len(comparison.pending),
+        **comparison.counts,
+        "failed": {key: row["message"] for key, row in sorted(inventory.failures.items())},
     }
 
 
+def _preview(config: Config, store: str, manifest: Manifest) -> str:
+    from gare.retrieval.preview import draw_preview
+
+    location = join(store, "preview.png")
+    write_atomically(location, draw_preview(store, manifest.rows, config.upkeep.preview))
+    logger.info("preview: %s", location)
+    return location
+
+
 if __name__ == "__main__":
-    main(run, __doc__)
+    main(run, __doc__, FLAGS)

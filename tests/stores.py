@@ -11,8 +11,20 @@ from typing import Any
 import numpy as np
 
 from gare.config import ExtractConfig
+from gare.data.collection import compare
 from gare.data.images import encode_jpeg
-from gare.data.store import StoreMeta, fingerprint, frame_schema, frame_settings, write_meta, write_part
+from gare.data.manifest import Manifest
+from gare.data.sources import LocalVideos, VideoSource
+from gare.data.store import (
+    StoreMeta,
+    fingerprint,
+    frame_schema,
+    frame_settings,
+    ids_in_parts,
+    read_columns,
+    write_meta,
+    write_part,
+)
 
 
 def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dict[str, Any]:
@@ -27,6 +39,8 @@ def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dic
         "uri": f"/videos/{video_id}.mp4",
         "start_s": None,
         "end_s": None,
+        "source_bytes": 1000,
+        "source_version": "mtime 1",
         "num_frames": count,
         "frames": stored,
         "frame_idx": list(range(count)),
@@ -54,6 +68,10 @@ def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
         "error_type": "DataError",
         "message": f"attempt {attempts}",
         "attempts": attempts,
+        "start_s": None,
+        "end_s": None,
+        "source_bytes": 1000,
+        "source_version": "mtime 1",
     }
 
 
@@ -68,6 +86,22 @@ def describe_store(uri: str, extract: ExtractConfig, *, complete: bool = True) -
     """Writes ``_META.json``."""
     settings = frame_settings(extract)
     write_meta(uri, StoreMeta("frames", fingerprint(settings), settings, {}, complete, "", "0"))
+
+
+def pending_rows(
+    manifest: Manifest, store: str, *, retry_failed: bool, source: VideoSource | None = None
+) -> list[dict[str, Any]]:
+    """What a run over these videos would do."""
+    versions = (source or LocalVideos()).stat([row.uri for row in manifest.rows])
+    return list(compare(store, manifest.rows, versions, retry_failed=retry_failed).pending)
+
+
+def stored_values(uri: str) -> dict[str, dict[str, Any]]:
+    """Every value of every row that counts, by id."""
+    return {
+        video_id: read_columns(part, None).slice(row, 1).to_pylist()[0]
+        for video_id, (part, row) in ids_in_parts(uri, "data").items()
+    }
 
 
 def write_store(

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.sources.attempts import TransientError, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
-from gare.errors import FetchError, shown
+from gare.errors import FetchError, GoneError, shown
 
 #: Codes of S3 that mean a new try whatever their HTTP status.
 _TRANSIENT_CODES = frozenset(
@@ -184,7 +184,8 @@ def _answered(error: Any, uri: str) -> TransientError | FetchError:
     if is_transient(status) or code in _TRANSIENT_CODES:
         return TransientError(f"S3 answers {code if not code.isdigit() else status}")
     reason, accepted = _REASONS.get(status, ("", ""))
-    return FetchError(
+    kind = GoneError if status == 404 else FetchError
+    return kind(
         f"{reason} (S3 answers {code})" if reason else f"S3 answers {code}",
         where=shown(uri),
         accepted=accepted,

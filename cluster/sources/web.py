@@ -16,7 +16,7 @@ from cluster.sources.addresses import check_address, is_address
 from cluster.sources.attempts import TransientError, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
-from gare.errors import FetchError, shown
+from gare.errors import FetchError, GoneError, shown
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -173,7 +173,8 @@ def _check_status(response: urllib3.BaseHTTPResponse, uri: str) -> None:
         asked = response.headers.get("Retry-After", "")
         pause_s = float(asked) if asked.isascii() and asked.isdigit() else 0.0
         raise TransientError(words, pause_s=min(pause_s, _LONGEST_ASKED_PAUSE_S))
-    raise FetchError(words, where=shown(uri), accepted="a URL that can be read without a login")
+    kind = GoneError if response.status in (404, 410) else FetchError
+    raise kind(words, where=shown(uri), accepted="a URL that can be read without a login")
 
 
 def _length(response: urllib3.BaseHTTPResponse) -> int | None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,23 @@ class RunHandle:
             path = Path(folder) / target.name
             path.write_bytes(png)
             self.log_artifact_file(path, target.parent.as_posix())
+
+    def log_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Uploads a mapping as a JSON file. Where the store is lost it warns, and it is not there."""
+        self._attempt(name, lambda mlflow: mlflow.log_dict(self.run_id, dict(content), name))
+
+    def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Uploads a table that MLflow's pages show. Where the store is lost it warns, and it is not there.
+
+        Args:
+            name: file name, ending in ``.json``.
+            columns: values by column, as many in each.
+        """
+        table = {key: list(values) for key, values in columns.items()}
+        with warnings.catch_warnings():
+            # MLflow 3.17 asks pandas in a way that pandas 3 deprecates.
+            warnings.simplefilter("ignore")
+            self._attempt(name, lambda mlflow: mlflow.log_table(self.run_id, table, name))
 
     def log_dataset(
         self, name: str, digest: str, source: str, context: str, counts: Mapping[str, int] | None = None

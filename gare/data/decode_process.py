@@ -88,6 +88,10 @@ class DecodeProcess:
         """Process id of the child, None while there is none."""
         return self._child.process.pid if self._child else None
 
+    def start(self) -> None:
+        """Starts the child ahead of the first video."""
+        self._ready_child()
+
     def close(self) -> None:
         """Ends the child; the next ``extract`` starts another."""
         if self._child:

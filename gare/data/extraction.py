@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gare.config import ExtractConfig
-from gare.data.decode_process import DecodeProcess
-from gare.data.manifest import Manifest
-from gare.data.sources import LocalVideos, VideoSource
-from gare.data.store import FAILURE_SCHEMA, frame_schema, ids_in_parts, read_failures, write_part
+from gare.data.decode_process import DecodeProcess, DecoderCrashError, ExtractedClip
+from gare.data.parts import encode_part, put_part, table_of
+from gare.data.sources import LocalVideo, LocalVideos, VideoSource
+from gare.data.store import FAILURE_SCHEMA, IDENTITY, frame_schema
 from gare.errors import DataError, FetchError, shown
 
 logger = logging.getLogger(__name__)
 
+#: So many videos of a part, and of a run, are named with their seconds.
+SLOWEST = 10
 
-def pending_rows(manifest: Manifest, uri: str, *, retry_failed: bool) -> list[dict[str, Any]]:
-    """Rows of the manifest that the store does not hold yet, with the attempts made so far.
+
+def cut_into_parts(
+    rows: Sequence[Mapping[str, Any]], workers: int, limit: int
+) -> list[list[Mapping[str, Any]]]:
+    """Rows as parts in the order in which they are best begun: large files first, small parts last.
 
     Args:
-        manifest: what the store should hold.
-        uri: the store.
-        retry_failed: whether failed videos are tried again.
+        rows: with ``source_bytes``, None where that is not known.
+        workers: that take parts as they get free; at the end all should have work for about as long.
+        limit: rows of a part at most.
     """
-    stored = ids_in_parts(uri, "data")
-    failures = read_failures(uri, stored)
-    rows = []
-    for row in manifest.rows:
-        failed = failures.get(row.video_id)
-        if row.video_id in stored or (failed and not retry_failed):
-            continue
-        rows.append(
-            {
-                "video_id": row.video_id,
-                "uri": row.uri,
-                "start_s": row.start_s,
-                "end_s": row.end_s,
-                "attempts": int(failed["attempts"]) if failed else 0,
-            }
-        )
-    return rows
-
-
-def part_size(num_rows: int, workers: int, limit: int) -> int:
-    """Videos a part: the limit, or less where the workers would not all have work to the end."""
-    return max(1, min(limit, math.ceil(num_rows / (4 * workers))))
+    left = sorted(rows, key=lambda row: -(row["source_bytes"] or 0))
+    parts = []
+    while left:
+        size = min(limit, math.ceil(len(left) / (3 * workers)))
+        parts.append(left[:size])
+        left = left[size:]
+    return parts
 
 
 class Extractor:
@@ -56,58 +48,74 @@ class Extractor:
         uri: the store.
         extract: its settings.
         source: brings the videos here.
+        run: what tells this run's parts from those of others, such as an earlier one over the same clips.
     """
 
-    def __init__(self, uri: str, extract: ExtractConfig, source: VideoSource | None = None) -> None:
+    def __init__(
+        self, uri: str, extract: ExtractConfig, source: VideoSource | None = None, run: str = ""
+    ) -> None:
         self.uri = uri
         self.extract = extract
-        self.source = source or LocalVideos()
+        self.run = run
         self.schema = frame_schema(extract)
         self.process = DecodeProcess()
+        self.source = source or LocalVideos()
+        # Both take seconds at first, which the first video need not wait for.
+        self.process.start()
+        table_of([], self.schema)
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """Extracts rows of ``pending_rows``; the part appears after the last of them.
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Extracts rows of ``gare.data.collection.compare``; the part appears after the last of them.
 
         Returns:
-            Numbers of videos written, videos failed and frames written.
+            ``written``, ``failed``, ``frames``, ``bytes`` (of the videos read), ``seconds`` by stage, the
+            ``slowest`` videos, each with its seconds, and ``began``, the time by this machine's clock.
 
         Raises:
             DataError: if the store cannot be written.
         """
+        began = time.time()
         good: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
+        seconds: dict[str, float] = defaultdict(float)
+        took: list[tuple[str, float]] = []
         for row in rows:
+            started = time.perf_counter()
             try:
-                good.append(self._extract(row))
+                good.append(self._extract(row, seconds))
             except DataError as error:
                 bad.append(_failure(row, error))
                 logger.warning("%s: %s", row["video_id"], bad[-1]["message"])
+            took.append((row["video_id"], time.perf_counter() - started))
         # Failures first: a kill between the two writes leaves the good ones pending, never a video that is
         # neither here nor there.
-        group = [row["video_id"] for row in rows]
-        if bad:
-            write_part(self.uri, "failures", bad, FAILURE_SCHEMA, group)
-        if good:
-            write_part(self.uri, "data", good, self.schema, group)
-        return {"written": len(good), "failed": len(bad), "frames": sum(row["num_frames"] for row in good)}
+        group = [self.run, *(row["video_id"] for row in rows)]
+        for folder, ended, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, self.schema)):
+            if ended:
+                started = time.perf_counter()
+                part = encode_part(folder, table_of(ended, schema))
+                encoded = time.perf_counter()
+                put_part(self.uri, folder, part, group)
+                seconds["parquet"] += encoded - started
+                seconds["write"] += time.perf_counter() - encoded
+        return {
+            "written": len(good),
+            "failed": len(bad),
+            "frames": sum(row["num_frames"] for row in good),
+            "bytes": sum(row["source_bytes"] for row in good),
+            "seconds": dict(seconds),
+            "began": began,
+            "slowest": sorted(took, key=lambda one: -one[1])[:SLOWEST],
+        }
 
-    def _extract(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _extract(self, row: Mapping[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         extract = self.extract
+        started = time.perf_counter()
         with self.source.open(row["uri"]) as video:
-            clip = self.process.extract(
-                video.path,
-                start_s=row["start_s"],
-                end_s=row["end_s"],
-                sampling=extract.sampling,
-                sample_fps=extract.sample_fps,
-                num_frames=extract.num_frames,
-                decoder=extract.decoder,
-                image_size=extract.image_size,
-                encoding=extract.encoding,
-                jpeg_quality=extract.jpeg_quality,
-                deadline_s=extract.deadline_s,
-                memory_mb=extract.memory_mb,
-            )
+            opened = time.perf_counter()
+            clip = self._decode(row, video)
+            seconds["decode"] += time.perf_counter() - opened
+            seconds["fetch"] += opened - started
         frames: Any = clip.frames
         if extract.encoding == "raw":
             missing = extract.num_frames - len(clip.frames)
@@ -117,6 +125,9 @@ class Extractor:
             "uri": shown(row["uri"]),
             "start_s": row["start_s"],
             "end_s": row["end_s"],
+            # Of the file as it was opened: one that changes meanwhile is another version to the next run.
+            "source_bytes": video.size_bytes,
+            "source_version": video.version,
             "num_frames": len(clip.frames),
             "frames": frames,
             "frame_idx": clip.frame_idx,
@@ -134,6 +145,33 @@ class Extractor:
             "note": clip.note,
         }
 
+    def _decode(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
+        extract = self.extract
+
+        def once() -> ExtractedClip:
+            return self.process.extract(
+                video.path,
+                start_s=row["start_s"],
+                end_s=row["end_s"],
+                sampling=extract.sampling,
+                sample_fps=extract.sample_fps,
+                num_frames=extract.num_frames,
+                decoder=extract.decoder,
+                image_size=extract.image_size,
+                encoding=extract.encoding,
+                jpeg_quality=extract.jpeg_quality,
+                deadline_s=extract.deadline_s,
+                memory_mb=extract.memory_mb,
+            )
+
+        try:
+            return once()
+        except DecoderCrashError as error:
+            # Somebody may have killed it, as the system does when memory is short: no fault of the file
+            # until it happens to it again.
+            logger.warning("%s: %s; trying once more", row["video_id"], error.what)
+            return once()
+
     def close(self) -> None:
         """Ends the child process."""
         self.process.close()
@@ -143,6 +181,7 @@ def _failure(row: Mapping[str, Any], error: DataError) -> dict[str, Any]:
     return {
         "video_id": row["video_id"],
         "uri": shown(row["uri"]),
+        **{key: row[key] for key in IDENTITY},
         "stage": "fetch" if isinstance(error, FetchError) else "decode",
         "error_type": type(error.__cause__ or error).__name__,
         "message": error.what,

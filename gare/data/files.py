@@ -90,7 +90,7 @@ def read_bytes(uri: str) -> bytes:
         return bytes(stream.read())
 
 
-def write_atomically(uri: str, data: bytes) -> None:
+def write_atomically(uri: str, data: bytes | memoryview) -> None:
     """Writes a file that appears whole or not at all; creates its folder, replaces an older file.
 
     Locally a temporary file beside it is synced to disk and renamed; an object store shows an object when
@@ -135,6 +135,29 @@ def list_files(uri: str, suffix: str = "", *, recursive: bool = False) -> list[s
     )
 
 
+def delete_file(uri: str) -> None:
+    """Deletes a file; does nothing if there is none.
+
+    Raises:
+        DataError: if it cannot be deleted.
+    """
+    filesystem, path = open_fs(uri)
+    with _faults_of(uri, "cannot be deleted"), contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(path)
+
+
+def stat_file(uri: str) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change (nanoseconds, of the storage's clock); None: no such file.
+
+    Raises:
+        DataError: if that cannot be found out.
+    """
+    filesystem, path = open_fs(uri)
+    with _faults_of(uri, "cannot be looked up"):
+        info = filesystem.get_file_info(path)
+    return (info.size or 0, info.mtime_ns or 0) if info.type == pafs.FileType.File else None
+
+
 def delete_tree(uri: str) -> None:
     """Deletes a folder and all in it; does nothing if there is none.
 
@@ -173,7 +196,7 @@ def _is_temporary(name: str) -> bool:
     return name.startswith(_TEMPORARY) and name.endswith(".tmp")
 
 
-def _replace_local(path: Path, data: bytes) -> None:
+def _replace_local(path: Path, data: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}.tmp"
     try:

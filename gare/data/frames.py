@@ -55,7 +55,14 @@ class FrameReader:
             if video_id not in self.places:
                 raise DataError(f"does not hold {video_id!r}", where=self.uri, accepted="one of its videos")
             part, position = self.places[video_id]
-            self._fill(frames[row], mask[row], part, position)
+            try:
+                self._fill(frames[row], mask[row], part, position)
+            except DataError as error:
+                # Parts are merged while they are read.
+                self.places = ids_in_parts(self.uri, "data") if _is_gone(error) else self.places
+                if self.places.get(video_id) in (None, (part, position)):
+                    raise
+                self._fill(frames[row], mask[row], *self.places[video_id])
         return frames, mask
 
     def _fill(
@@ -77,6 +84,10 @@ class FrameReader:
         mask[:count] = True
 
 
+def _is_gone(error: DataError) -> bool:
+    return isinstance(error.__cause__, FileNotFoundError)
+
+
 def _open_part(part: str) -> Any:
     filesystem, path = open_fs(part)
-    return pq.ParquetFile(path, filesystem=filesystem, memory_map=False)
+    return pq.ParquetFile(path, filesystem=filesystem, memory_map=False, page_checksum_verification=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gare.data.uris import local_path, scheme_of
-from gare.errors import DataError, FetchError, shown
+from gare.errors import DataError, FetchError, GoneError, shown
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def _version(uri: str) -> FileVersion:
         status = os.stat(local_path(uri))  # noqa: PTH116 - also of what is no ordinary path, such as one with NUL
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise FetchError(reason, where=shown(uri), accepted="a file that exists and may be read") from error
+        kind = GoneError if isinstance(error, FileNotFoundError) else FetchError
+        raise kind(reason, where=shown(uri), accepted="a file that exists and may be read") from error
     return FileVersion(status.st_size, str(status.st_mtime_ns))
 
 

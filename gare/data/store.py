@@ -1,6 +1,7 @@
-"""The frame store: Parquet parts that appear whole or not at all, and their description.
+"""The frame store: its columns, its description, and which of its rows count.
 
-A store is a folder at any URI: ``data/part-*.parquet``, ``failures/part-*.parquet`` and ``_META.json``.
+A store is a folder at any URI: ``data/part-*.parquet``, ``failures/part-*.parquet`` and ``_META.json``, and
+where rows no longer count ``_RETIRED.json``.
 F frames a clip, H×W pixels.
 """
 
@@ -9,21 +10,50 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gare.config import ExtractConfig
-from gare.data.files import exists, join, list_files, open_fs, read_bytes, write_atomically
+from gare.data.files import exists, join, read_bytes, read_json, write_atomically, write_json
+from gare.data.parts import part_files, read_columns, read_parts, write_part
 from gare.errors import DataError
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "FAILURE_SCHEMA",
+    "IDENTITY",
+    "META",
+    "RETIRED",
+    "StoreMeta",
+    "check_settings",
+    "fingerprint",
+    "frame_schema",
+    "frame_settings",
+    "ids_in_parts",
+    "part_files",
+    "read_columns",
+    "read_failures",
+    "read_meta",
+    "read_retired",
+    "write_meta",
+    "write_part",
+    "write_retired",
+]
+
+SCHEMA_VERSION = 2
 META = "_META.json"
 
+#: What a row was made of: the same clip of the same file has the same four, wherever the file lies. The last
+#: two are its size, and its modification time or ETag as ``gare.data.sources`` gives it.
+_IDENTITY_COLUMNS: dict[str, pa.DataType] = {
+    "start_s": pa.float64(),
+    "end_s": pa.float64(),
+    "source_bytes": pa.int64(),
+    "source_version": pa.string(),
+}
+IDENTITY = tuple(_IDENTITY_COLUMNS)
 _FAILURE_COLUMNS: dict[str, pa.DataType] = {
     "video_id": pa.string(),
     "uri": pa.string(),
@@ -31,6 +61,7 @@ _FAILURE_COLUMNS: dict[str, pa.DataType] = {
     "error_type": pa.string(),
     "message": pa.string(),
     "attempts": pa.int32(),
+    **_IDENTITY_COLUMNS,
 }
 FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS)
 
@@ -62,8 +93,7 @@ def frame_schema(extract: ExtractConfig) -> pa.Schema:
     columns: dict[str, pa.DataType] = {
         "video_id": pa.string(),
         "uri": pa.string(),
-        "start_s": pa.float64(),
-        "end_s": pa.float64(),
+        **_IDENTITY_COLUMNS,
         "num_frames": pa.int32(),
         "frames": frames,
         "frame_idx": pa.list_(pa.int32()),
@@ -179,74 +209,51 @@ def check_settings(uri: str, meta: StoreMeta, settings: Mapping[str, Any]) -> No
     )
 
 
-def write_part(
-    uri: str,
-    folder: str,
-    rows: Sequence[Mapping[str, Any]],
-    schema: pa.Schema,
-    group: Sequence[str] | None = None,
-) -> str:
-    """Writes one part, named by its group of ids, so that a group written twice is one part.
+RETIRED = "_RETIRED.json"
 
-    A row group holds one clip, so that training reads any clip by itself.
 
-    Args:
-        uri: the store.
-        folder: ``data`` or ``failures``.
-        rows: one mapping a clip, with a ``video_id``.
-        schema: of the part.
-        group: ids of the videos that were tried together, of which ``rows`` are those that ended here; by
-            default the ids of the rows. A group that is tried again after a crash may end otherwise (a
-            deadline is a matter of luck) and must replace its part, not leave a second one beside it.
+def read_retired(uri: str) -> dict[str, dict[str, str]]:
+    """Rows that no longer count: checksum of the part → video id → why (changed, gone or doubled).
 
-    Returns:
-        The location of the part.
+    Raises:
+        DataError: if the record cannot be read.
     """
-    columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
-    table = pa.Table.from_arrays(columns, schema=schema)
-    sink = pa.BufferOutputStream()
-    row_group_size = 1 if folder == "data" else len(rows)
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, row_group_size=row_group_size)
-    ids = [row["video_id"] for row in rows] if group is None else group
-    digest = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:20]
-    location = join(uri, folder, f"part-{digest}.parquet")
-    write_atomically(location, sink.getvalue().to_pybytes())
-    return location
+    location = join(uri, RETIRED)
+    if not exists(location):
+        return {}
+    rows: dict[str, dict[str, str]] = read_json(location)["rows"]
+    return rows
 
 
-def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array[Any]:
-    if not isinstance(kind, pa.FixedShapeTensorType):
-        return pa.array(values, kind)
-    # Tensors come as bytes of the exact size; storage is a fixed-size list over one flat buffer.
-    flat = pa.Array.from_buffers(
-        kind.value_type, sum(map(len, values)), [None, pa.py_buffer(b"".join(values))]
-    )
-    storage = pa.FixedSizeListArray.from_arrays(flat, math.prod(kind.shape))
-    return pa.ExtensionArray.from_storage(kind, storage)
-
-
-def part_files(uri: str, folder: str) -> list[str]:
-    """Locations of a store's parts, sorted."""
-    return list_files(join(uri, folder), ".parquet")
+def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Replaces the record of ``read_retired`` at once; nothing happens where it says the same."""
+    if read_retired(uri) != rows:
+        write_json(join(uri, RETIRED), {"rows": rows})
 
 
 def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
-    """Where each video is: id → (part, row).
+    """Where each video is that counts: id → (part, row). Rows that are retired or replaced are left out.
 
     Raises:
         DataError: for a part that cannot be read, or an id that two parts hold.
     """
+    parts, _ = read_parts(uri, folder, ["video_id"])
+    # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
+    retired = read_retired(uri) if folder == "data" else {}
     found: dict[str, tuple[str, int]] = {}
-    for part in part_files(uri, folder):
-        for row, entry in enumerate(read_columns(part, ["video_id"]).to_pylist()):
+    for part in parts:
+        left_out = retired.get(part.checksum, {})
+        for row, entry in enumerate(part.rows):
             video_id: str = entry["video_id"]
+            if video_id in left_out:
+                continue
             if video_id in found:
                 raise DataError(
-                    f"{video_id!r} is in two parts, {found[video_id][0]} and {part}",
+                    f"{video_id!r} is in two parts, {found[video_id][0]} and {part.location}",
                     where=uri,
-                    accepted="delete one of them and run pipelines/extract.py again",
+                    accepted="run pipelines/extract.py again, which keeps one of them",
                 )
-            found[video_id] = (part, row)
+            found[video_id] = (part.location, row)
     return found
 
 
@@ -259,23 +266,8 @@ def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]
     """
     rows = [
         row
-        for part in part_files(uri, "failures")
-        for row in read_columns(part, FAILURE_SCHEMA.names).to_pylist()
+        for part in read_parts(uri, "failures", FAILURE_SCHEMA.names)[0]
+        for row in part.rows
         if row["video_id"] not in stored
     ]
     return {row["video_id"]: row for row in sorted(rows, key=lambda row: int(row["attempts"]))}
-
-
-def read_columns(part: str, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a part.
-
-    Raises:
-        DataError: if the part is not whole Parquet or lacks a column.
-    """
-    filesystem, path = open_fs(part)
-    try:
-        return pq.read_table(path, columns=list(columns), filesystem=filesystem, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"cannot be read: {error}", where=part, accepted="a Parquet part of a store"
-        ) from error

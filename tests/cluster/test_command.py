@@ -38,7 +38,10 @@ FAULTS = {
     "bug": ZeroDivisionError("division by zero"),
     "interrupt": KeyboardInterrupt(),
 }
-main(run, "An example. 100 % of it.", {"--seeds": ("demo.seeds", "how many")})
+FAULTS["told"] = DataError("has faults")
+FAULTS["told"].result = {"faults": ["é"]}
+flags = {"--seeds": ("demo.seeds", "how many"), "--two-seeds": ("demo.seeds", "two of them", "2")}
+main(run, "An example. 100 % of it.", flags)
 """
 
 
@@ -76,6 +79,21 @@ def test_the_result_is_all_of_stdout(repository: Path, config: Path) -> None:
     assert "chatter" in done.stderr
 
 
+def test_a_flag_without_a_value_sets_one(repository: Path, config: Path) -> None:
+    """Else ``--verify`` would extract."""
+    done = execute(repository, "--config", str(config), "--two-seeds")
+    assert done.returncode == 0, done.stderr
+    assert result_of(done)["seeds"] == 2
+
+
+def test_a_check_that_finds_faults_prints_them(repository: Path, config: Path) -> None:
+    """A script that reads stdout gets the list of faults, and the exit status says that there are any."""
+    done = execute(repository, "--config", str(config), "train.run=told")
+    assert done.returncode == 3
+    assert result_of(done) == {"faults": ["é"]}
+    assert done.stderr.strip().splitlines()[-1] == "error: has faults"
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "said"),
     [
@@ -108,6 +126,10 @@ def test_exit_status_says_whose_fault_it_was(
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config", "{config}", "--sedes", "3"], "--sedes"),
         (["--config", "{config}", "--seeds", "none"], "demo.seeds"),
+        (
+            ["--config", "{config}", "--seeds", "3", "--two-seeds"],
+            "--seeds and --two-seeds exclude each other",
+        ),
         (["--config", "{config}", "train.lr"], "section.key=value"),
         (["--config", "{config}", "train.lrr=1"], "train.lr"),
     ],

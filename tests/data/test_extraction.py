@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data.extraction import Extractor, part_size, pending_rows
+from gare.data.decode_process import DecodeProcess, ExtractedClip
+from gare.data.extraction import Extractor, cut_into_parts
 from gare.data.frames import FrameReader
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.store import ids_in_parts, part_files, read_columns, read_failures
 from gare.errors import DataError
-from tests.stores import describe_store
+from tests.stores import describe_store, pending_rows, stored_values
 
 EXTRACT = ExtractConfig(num_frames=3, image_size=32, encoding="raw", sample_fps=2.0)
 
@@ -29,6 +37,11 @@ def write_video(path: Path, level: int, seconds: float = 1.0) -> None:
             picture = np.full((48, 64, 3), level, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+
+
+def counts_of(done: dict[str, Any]) -> tuple[int, int, int]:
+    """Videos written, videos failed and frames written."""
+    return done["written"], done["failed"], done["frames"]
 
 
 @pytest.fixture
@@ -75,8 +88,7 @@ def test_good_and_bad_videos(manifest: Manifest, store: str, extractor: Extracto
     pending = pending_rows(manifest, store, retry_failed=False)
     assert [row["video_id"] for row in pending] == [row.video_id for row in manifest.rows]
     assert {row["attempts"] for row in pending} == {0}
-    counts = extractor.write(pending)
-    assert counts == {"written": 3, "failed": 2, "frames": 2 + 3 + 1}
+    assert counts_of(extractor.write(pending)) == (3, 2, 2 + 3 + 1)
     stored = ids_in_parts(store, "data")
     assert stored.keys() == {"dark", "light", "light end"}
     frames, mask = FrameReader(store).read(["dark", "light", "light end"])
@@ -110,7 +122,7 @@ def test_resume_does_what_is_left(manifest: Manifest, store: str, extractor: Ext
     assert [(row["video_id"], row["attempts"]) for row in again] == [("broken", 1), ("gone", 1)]
     # One of them has been mended since.
     write_video(Path(manifest.rows[4].uri), 90)
-    assert extractor.write(again) == {"written": 1, "failed": 1, "frames": 2}
+    assert counts_of(extractor.write(again)) == (1, 1, 2)
     failures = read_failures(store, ids_in_parts(store, "data"))
     assert {name: row["attempts"] for name, row in failures.items()} == {"broken": 2}
     assert set(before) < set(part_files(store, "data"))
@@ -141,10 +153,123 @@ def test_a_store_that_cannot_be_written_is_said(manifest: Manifest, tmp_path: Pa
         extractor.close()
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "workers", "limit", "expected"),
-    [(1000, 2, 32, 32), (10, 2, 32, 2), (1, 8, 32, 1), (64, 2, 32, 8), (100, 1, 1, 1)],
-)
-def test_parts_leave_work_for_all(num_rows: int, workers: int, limit: int, expected: int) -> None:
-    """Few large parts would leave all but one worker idle at the end."""
-    assert part_size(num_rows, workers, limit) == expected
+@contextlib.contextmanager
+def full_disk(kind: str, folder: Path) -> Iterator[None]:
+    """A file system without room, or a process that may write no larger files, as a quota has it."""
+    if kind == "quota":
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1024)):
+            continue
+    assert shutil.disk_usage(folder).free == 0
+    yield
+    ballast.unlink()
+
+
+@pytest.fixture(params=["quota", "disk"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A folder on a disk of 256 kB where we may mount one, or any folder."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if request.param == "quota":
+        yield request.param, folder
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no permission to mount a small disk; the quota tries the same")
+    yield request.param, folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_nothing(
+    manifest: Manifest, small_disk: tuple[str, Path], store: str, extractor: Extractor
+) -> None:
+    """Killed by a full disk at its first part; with room again the store is that of an undisturbed run."""
+    kind, folder = small_disk
+    extractor.write(pending_rows(manifest, store, retry_failed=False))
+    uri = str(folder / "store")
+    describe_store(uri, EXTRACT)
+    other = Extractor(uri, EXTRACT)
+    try:
+        with full_disk(kind, folder), pytest.raises(DataError, match="cannot be written"):
+            other.write(pending_rows(manifest, uri, retry_failed=False))
+        assert [path for path in folder.rglob("*") if path.name.startswith(".gare-")] == []
+        left = pending_rows(manifest, uri, retry_failed=False)
+        assert {"dark", "light", "light end"} <= {row["video_id"] for row in left}
+        other.write(left)
+    finally:
+        other.close()
+    assert stored_values(uri) == stored_values(store)
+    assert read_failures(uri, {}).keys() == read_failures(store, {}).keys()
+
+
+def test_a_file_that_hangs_costs_itself_alone(manifest: Manifest, store: str) -> None:
+    """A named pipe that nobody writes to: its reader is killed at the deadline, the others get their turn."""
+    pipe = Path(manifest.rows[4].uri)
+    os.mkfifo(pipe)
+    extractor = Extractor(store, EXTRACT.model_copy(update={"deadline_s": 6.0}))
+    try:
+        pending = pending_rows(manifest, store, retry_failed=False)
+        extractor.write([pending[4], *pending[:3]])
+    finally:
+        extractor.close()
+    assert ids_in_parts(store, "data").keys() == {"dark", "light", "light end"}
+    failures = read_failures(store, {})
+    assert failures.keys() == {"gone"}
+    assert "deadline of 6 s" in failures["gone"]["message"]
+
+
+def test_a_killed_decoder_is_no_fault_of_the_file(
+    manifest: Manifest, store: str, extractor: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system kills what takes too much memory; the file that it was at is tried once more, no more."""
+    extract = DecodeProcess.extract
+    killed: list[str] = []
+
+    def kill(times: int) -> None:
+        def dying(process: DecodeProcess, path: str, **settings: Any) -> ExtractedClip:
+            if killed.count(path) < times and path == manifest.rows[0].uri:
+                killed.append(path)
+                child = process._ready_child()
+                os.kill(child.process.pid, signal.SIGKILL)
+                child.process.wait()
+                monkeypatch.setattr(process, "_ready_child", lambda: child)
+                try:
+                    return extract(process, path, **settings)
+                finally:
+                    monkeypatch.delattr(process, "_ready_child")
+            return extract(process, path, **settings)
+
+        monkeypatch.setattr(DecodeProcess, "extract", dying)
+
+    pending = pending_rows(manifest, store, retry_failed=False)[:2]
+    kill(2)
+    assert counts_of(extractor.write(pending)) == (1, 1, 3)
+    assert "SIGKILL" in read_failures(store, {})["dark"]["message"]
+    killed.clear()
+    kill(1)
+    assert counts_of(extractor.write(pending_rows(manifest, store, retry_failed=True)[:1])) == (1, 0, 2)
+
+
+@pytest.mark.parametrize(("count", "workers", "limit"), [(1000, 2, 32), (10, 2, 32), (1, 8, 32), (100, 1, 1)])
+def test_parts_leave_work_for_all(count: int, workers: int, limit: int, rng: np.random.Generator) -> None:
+    """Few large parts, or a long film at the end, would leave all but one worker idle there."""
+    sizes: list[int | None] = [*map(int, rng.integers(1, 10**6, count - 1)), None]
+    rows = [{"video_id": str(number), "source_bytes": size} for number, size in enumerate(sizes)]
+    parts = cut_into_parts(rows, workers, limit)
+    assert sorted(row["video_id"] for part in parts for row in part) == sorted(
+        row["video_id"] for row in rows
+    )
+    lengths = [len(part) for part in parts]
+    assert max(lengths) <= limit
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] == 1
+    order = [row["source_bytes"] or 0 for part in parts for row in part]
+    assert order == sorted(order, reverse=True)

@@ -190,8 +190,8 @@ def test_a_store_of_a_later_version_is_refused(tmp_path: Path) -> None:
     """Its columns may mean something else."""
     describe_store(str(tmp_path), RAW)
     tree = json.loads((tmp_path / META).read_text())
-    (tmp_path / META).write_text(json.dumps(tree | {"schema_version": 2}))
-    with pytest.raises(DataError, match="its schema is 2"):
+    (tmp_path / META).write_text(json.dumps(tree | {"schema_version": 3}))
+    with pytest.raises(DataError, match="its schema is 3"):
         read_meta(str(tmp_path))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.command import execute
+from cluster.command import Flags, execute
 from gare.config import Config, parse_config
 
 TINY: dict[str, Any] = {
@@ -102,7 +102,7 @@ def in_process(
     capsys: pytest.CaptureFixture[str],
     run: Callable[[Config], Mapping[str, Any]],
     *arguments: str,
-    flags: Mapping[str, tuple[str, str]] | None = None,
+    flags: Flags | None = None,
 ) -> Answer:
     """A command as ``main`` runs it, in this process, which holds the tests' Ray."""
     capsys.readouterr()

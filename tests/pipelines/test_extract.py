@@ -7,15 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pyarrow.parquet as pq
 import pytest
 
 from cluster.storage import Layout, layout
+from cluster.tracking import resolve_tracking_uri
 from gare.data.files import list_files
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.store import ids_in_parts, read_failures, read_meta
 from pipelines import extract, train
-from tests.pipelines.support import in_process, snapshot, tiny
+from tests.pipelines.support import Answer, in_process, snapshot, tiny
+from tests.stores import stored_values
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def test_lost_parts_are_made_again(
     answer = in_process(capsys, extract.run, "--config", tiny_yaml, f"name={Path(copy.data).name}")
     assert answer.status == 0, answer.stderr
     assert json.loads(answer.stdout)["attempted"] == len(ids)
-    assert f"40 videos, {40 - len(ids)} done before, {len(ids)} to do" in answer.stderr
+    assert f"{len(ids)} new, 0 changed, {40 - len(ids)} unchanged, 0 gone, {len(ids)} to do" in answer.stderr
     assert f"extracted {len(ids)}, failed 0, left 0" in answer.stderr
     assert {part: Path(part).stat().st_mtime_ns for part in kept} == kept
     again = ids_in_parts(copy.frames, "data")
@@ -122,6 +125,107 @@ def test_bad_videos_are_recorded_and_tried_again(
     assert (result["attempted"], result["videos"], set(result["failed"])) == (2, 7, {"text"})
     failures = read_failures(mixed.frames, ids_in_parts(mixed.frames, "data"))
     assert {video: row["attempts"] for video, row in failures.items()} == {"text": 2}
+
+
+def test_a_grown_and_changed_collection(
+    places: Layout,
+    benchmark: dict[str, Any],
+    tmp_path: Path,
+    tiny_yaml: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The nightly run: what is new or changed is done, what is gone no longer counts, then all is checked."""
+    rows = read_manifest(places.manifest).rows
+    own = layout(tiny("name=grown"))
+    files = [tmp_path / f"{number}.mp4" for number in range(4)]
+    clips = [ManifestRow(file.stem, str(file), None, None, "train", ("one",)) for file in files]
+    for file, row in zip(files, rows, strict=False):
+        shutil.copyfile(row.uri, file)
+    arguments = ["--config", tiny_yaml, "name=grown", "extract.max_failed_fraction=0.5"]
+
+    def counts(answer: Answer) -> tuple[int, ...]:
+        assert answer.status == 0, answer.stderr
+        result = json.loads(answer.stdout)
+        return tuple(result[key] for key in ("new", "changed", "unchanged", "gone", "attempted", "videos"))
+
+    def command(*more: str) -> Answer:
+        return in_process(capsys, extract.run, *arguments, *more, flags=extract.FLAGS)
+
+    write_manifest(Manifest(tuple(clips[:3]), "folder", "by hand"), own.manifest)
+    assert counts(command()) == (3, 0, 0, 0, 3, 3)
+    shutil.copyfile(rows[5].uri, files[0])
+    files[1].unlink()
+    write_manifest(Manifest((*clips[:2], clips[3]), "folder", "by hand"), own.manifest)
+    answer = command("--preview", "2")
+    assert counts(answer) == (1, 1, 0, 2, 3, 2)
+    assert json.loads(answer.stdout)["failed"].keys() == {"1"}
+    assert Path(json.loads(answer.stdout)["preview"]).read_bytes().startswith(b"\x89PNG")
+    assert ids_in_parts(own.frames, "data").keys() == {"0", "3"}
+    new, other = stored_values(own.frames)["0"], stored_values(places.frames)[rows[5].video_id]
+    assert new["frames"] == other["frames"]
+
+    # Half of it is on a disk that is not mounted tonight: nothing is marked, nothing is lost.
+    for file in (files[0], files[3]):
+        file.rename(file.with_suffix(".away"))
+    command().refused(3, "3 videos of the manifest that were there are gone", "is their folder mounted?")
+    assert ids_in_parts(own.frames, "data").keys() == {"0", "3"}
+    for file in (files[0], files[3]):
+        file.with_suffix(".away").rename(file)
+    assert counts(command()) == (0, 0, 2, 2, 0, 2)
+
+    merged = json.loads(command("--compact").stdout)
+    assert (merged["parts_after"], merged["rows_left_out"]) == (1, 3)
+    assert stored_values(own.frames)["0"] == new
+    assert json.loads(command("--verify").stdout)["sound"]
+    part = Path(list_files(f"{own.frames}/data")[0])
+    part.write_bytes(part.read_bytes()[:-9])
+    answer = command("--verify")
+    assert answer.status == 3
+    faults = json.loads(answer.stdout)["faults"]
+    assert str(part) in [fault["part"] for fault in faults]
+    assert "is not whole Parquet" in answer.stderr
+    command("--verify", "--compact").refused(2, "--verify and --compact exclude each other")
+    # What the message says mends it.
+    part.unlink()
+    assert counts(command("--retry-failed"))[4:] == (3, 2)
+    assert json.loads(command("--verify").stdout)["sound"]
+
+
+def test_each_extraction_is_a_run_in_mlflow(
+    copy: Layout, root: Path, tiny_yaml: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What ran, how fast and what failed must be seen where all else is; idle nights leave nothing."""
+    name = Path(copy.data).name
+    broken = tmp_path / "broken.mp4"
+    broken.write_text("this is no video")
+    manifest = read_manifest(copy.manifest)
+    new = ManifestRow("new", str(broken), None, None, "train", ("one",))
+    write_manifest(Manifest((*manifest.rows, new), "synthetic", "grown"), copy.manifest)
+    answer = in_process(capsys, extract.run, "--config", tiny_yaml, f"name={name}")
+    assert answer.status == 0, answer.stderr
+    result = json.loads(answer.stdout)
+    extract.run(tiny(f"name={name}"))
+    client = mlflow.MlflowClient(resolve_tracking_uri("sqlite:///mlflow.db", str(root)))
+    experiment = client.get_run(result["mlflow_run_id"]).info.experiment_id
+    runs = client.search_runs([experiment], f"attributes.run_name = '{name}/extract'")
+    assert [run.info.run_id for run in runs] == [result["mlflow_run_id"]]
+    assert runs[0].info.status == "FINISHED"
+    assert runs[0].data.tags["fingerprint"] == result["fingerprint"]
+    assert runs[0].data.params["extract.sample_fps"] == "2.0"
+    metrics = runs[0].data.metrics
+    assert (metrics["new"], metrics["unchanged"], metrics["failures"]) == (1, 40, 1)
+    assert metrics["videos_per_s"] > 0
+    assert "frames_per_s" in metrics
+    table = json.loads(
+        Path(client.download_artifacts(runs[0].info.run_id, "failures.json", str(tmp_path))).read_text()
+    )
+    assert [row[:2] for row in table["data"]] == [["new", str(broken)]]
+    assert {file.path for file in client.list_artifacts(runs[0].info.run_id)} == {
+        "failures.json",
+        "result.json",
+    }
+    for said in ("slowest:", "failed: 1 ×", "GB read"):
+        assert said in answer.stderr
 
 
 def test_store_of_a_smaller_manifest_is_refused(

@@ -1,0 +1,72 @@
+"""The MLflow run of an extraction: counts, rates, the table of failures, the fingerprint and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cluster.storage import Layout
+from cluster.tracking.run import RunHandle
+from cluster.tracking.tracker import connect
+from gare.config import Config
+
+_COLUMNS = ("video_id", "uri", "stage", "error_type", "message", "attempts")
+
+
+class ExtractionRun:
+    """A run that is open while the context lasts, and ends as failed where that ends with an error.
+
+    Args:
+        config: what is extracted; its sections ``extract`` and ``upkeep`` become parameters.
+        places: where its outputs are.
+        step: the command, which names the run.
+
+    Raises:
+        GareError: on entering, where MLflow cannot be reached.
+    """
+
+    def __init__(self, config: Config, places: Layout, step: str) -> None:
+        self._config = config
+        self._places = places
+        self._step = step
+        self._handle: RunHandle
+
+    def __enter__(self) -> Self:
+        config, places = self._config, self._places
+        self._handle = connect(config.tracking, places.root).start_run(
+            f"{config.name}/{self._step}",
+            params=config.model_dump(mode="json", include={"name", "extract", "upkeep"}),
+            tags={"step": self._step},
+            pending=str(Path(places.data) / "mlflow-pending.jsonl") if places.is_local else "",
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.finish("FINISHED" if kind is None else "FAILED")
+
+    def log(
+        self, counts: Mapping[str, int], done: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Logs what the collection was, how fast it went, and a table of the videos that are failed now.
+
+        Args:
+            counts: by name, such as ``new``.
+            done: ``cluster.progress.Progress.report``; empty where there was nothing to extract.
+            failures: rows of the store's failures by id.
+        """
+        numbers = {name: value for name, value in done.items() if isinstance(value, int | float)}
+        numbers |= {f"stage_seconds/{name}": value for name, value in done.get("stage_seconds", {}).items()}
+        self._handle.log_metrics({**counts, "failures": len(failures), **numbers}, 0)
+        if failures:
+            rows = list(failures.values())
+            self._handle.log_table("failures.json", {key: [row[key] for row in rows] for key in _COLUMNS})
+
+    def log_result(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """Uploads the result; its fingerprint is a tag. Returns the id of the run by its name in results."""
+        self._handle.set_tags({"fingerprint": result["fingerprint"], "store": result["store"]})
+        self._handle.log_json("result.json", result)
+        return {"mlflow_run_id": self._handle.run_id}

@@ -1,0 +1,129 @@
+"""Merging small parts of a store, and leaving out rows that no longer count, for a store of any kind.
+
+The merged part names, in its own footer, the parts that it replaces: with its appearance they stop counting,
+in one step, and only then are they deleted. A crash at any moment leaves each row once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gare.data.files import delete_file, read_bytes, stat_file
+from gare.data.parts import Part, checksum_fault, read_parts, write_table
+from gare.data.store import (
+    FAILURE_SCHEMA,
+    ids_in_parts,
+    read_failures,
+    read_meta,
+    read_retired,
+    write_meta,
+    write_retired,
+)
+from gare.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def compact(uri: str, part_bytes: int, check: Callable[[], None] = lambda: None) -> dict[str, int]:
+    """Merges parts until each is of about ``part_bytes``; the lock of the store is the caller's.
+
+    Args:
+        uri: the store.
+        part_bytes: size of a merged part; parts of at least half of it stay as they are.
+        check: called before each step that changes something; raises to end the work.
+
+    Returns:
+        ``parts_before``, ``parts_after`` and ``rows_left_out``.
+
+    Raises:
+        DataError: for a damaged part, an id in two parts, or if the store cannot be written. What was merged
+            until then stays.
+    """
+    meta = read_meta(uri)
+    stored = ids_in_parts(uri, "data")
+    retired = read_retired(uri)
+    parts, replaced = read_parts(uri, "data", ["video_id"])
+    _delete(replaced, check)
+    left_out, gone = 0, set[str]()
+    for group in _groups(parts, retired, part_bytes):
+        check()
+        table = pa.concat_tables([_live_rows(part, retired) for part in group])
+        ids = [str(video_id) for video_id in table["video_id"].to_pylist()]
+        if ids:
+            checksums = [part.checksum for part in group]
+            merged = write_table(uri, "data", table, [*ids, *checksums], checksums)
+            logger.info("%d parts are %s now, with %d clips", len(group), merged, len(ids))
+        left_out += sum(len(part.rows) for part in group) - len(ids)
+        _delete(group, check)
+        gone.update(part.checksum for part in group)
+    write_retired(uri, {key: rows for key, rows in retired.items() if key not in gone})
+    _compact_failures(uri, stored, check)
+    after = len({part for part, _ in ids_in_parts(uri, "data").values()})
+    if "parts" in meta.counts:
+        write_meta(uri, dataclasses.replace(meta, counts=meta.counts | {"parts": after}))
+    return {"parts_before": len(parts) + len(replaced), "parts_after": after, "rows_left_out": left_out}
+
+
+def _groups(
+    parts: Sequence[Part], retired: Mapping[str, Mapping[str, str]], part_bytes: int
+) -> Iterator[list[Part]]:
+    """What becomes one part each, in order of name."""
+    group: list[Part] = []
+    total = 0.0
+    for part in parts:
+        dead = len(retired.get(part.checksum, {}))
+        size = float((stat_file(part.location) or (0, 0))[0])
+        if not dead and size >= part_bytes / 2:
+            continue
+        size *= (len(part.rows) - dead) / max(1, len(part.rows))
+        if group and total + size > part_bytes:
+            yield from _worth_it(group, retired)
+            group, total = [], 0.0
+        group.append(part)
+        total += size
+    yield from _worth_it(group, retired)
+
+
+def _worth_it(group: list[Part], retired: Mapping[str, Mapping[str, str]]) -> Iterator[list[Part]]:
+    if len(group) > 1 or any(part.checksum in retired for part in group):
+        yield group
+
+
+def _live_rows(part: Part, retired: Mapping[str, Mapping[str, str]]) -> pa.Table:
+    data = read_bytes(part.location)
+    # A damaged part must not get a new checksum that calls it sound.
+    if fault := checksum_fault(data):
+        raise DataError(
+            fault,
+            where=part.location,
+            accepted="delete it and run pipelines/extract.py, which makes it again",
+        )
+    table = pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
+    dead = retired.get(part.checksum, {})
+    live = [index for index, row in enumerate(part.rows) if row["video_id"] not in dead]
+    return pa.concat_tables([table.slice(index, 1) for index in live] or [table.slice(0, 0)])
+
+
+def _delete(parts: Sequence[Part], check: Callable[[], None]) -> None:
+    for part in parts:
+        check()
+        delete_file(part.location)
+
+
+def _compact_failures(uri: str, stored: Mapping[str, object], check: Callable[[], None]) -> None:
+    """The last failure of each video that is still failed, in one part."""
+    parts, replaced = read_parts(uri, "failures", ["video_id"])
+    _delete(replaced, check)
+    rows = list(read_failures(uri, stored).values())
+    if sum(len(part.rows) for part in parts) == len(rows) and len(parts) < 2:
+        return
+    if rows:
+        checksums = [part.checksum for part in parts]
+        table = pa.Table.from_pylist(rows, FAILURE_SCHEMA)
+        write_table(uri, "failures", table, [*(row["video_id"] for row in rows), *checksums], checksums)
+    _delete(parts, check)

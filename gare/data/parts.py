@@ -1,0 +1,216 @@
+"""Parts of a store: Parquet files that appear whole or not at all and carry their own checksum.
+
+A part's footer holds, as key-value metadata:
+
+``gare.sha256``: SHA-256 of the whole file, in hexadecimal, where its own 64 digits count as zeros; it travels
+    with the file and is written with it, so that no crash parts the two. Pages have CRC-32 checksums as well,
+    which readers verify.
+``gare.replaces``: JSON list of the checksums of those parts whose rows this one took over. They no longer
+    count from the moment that this part is there, whether they have been deleted yet or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gare.data.files import join, list_files, open_fs, write_atomically
+from gare.errors import DataError
+
+CHECKSUM, REPLACES = "gare.sha256", "gare.replaces"
+#: Files that are opened at once: most of the time is waiting, for an object store above all.
+THREADS = 16
+_BLANK = b"0" * 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part as its footer describes it.
+
+    Attributes:
+        location: where it is.
+        checksum: what it says its SHA-256 is, which is also its name to other parts.
+        replaces: checksums of the parts that it replaces.
+        rows: the asked columns, one mapping a row.
+    """
+
+    location: str
+    checksum: str
+    replaces: frozenset[str]
+    rows: tuple[dict[str, Any], ...]
+
+
+def write_part(
+    uri: str,
+    folder: str,
+    rows: Sequence[Mapping[str, Any]],
+    schema: pa.Schema,
+    group: Sequence[str] | None = None,
+) -> str:
+    """Writes one part, named by its group, so that a group written twice is one part.
+
+    Args:
+        uri: the store.
+        folder: ``data`` or ``failures``.
+        rows: one mapping a clip, with a ``video_id``.
+        schema: of the part.
+        group: what names the part: the ids of the videos that were tried together, of which ``rows`` are
+            those that ended here, and what tells one run from another; by default the ids of the rows. A
+            group that is tried again after a crash may end otherwise (a deadline is a matter of luck) and
+            must replace its part, not leave a second one beside it.
+
+    Returns:
+        The location of the part.
+    """
+    group = [row["video_id"] for row in rows] if group is None else group
+    return write_table(uri, folder, table_of(rows, schema), group)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table; tensors come as bytes of the exact size."""
+    columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def write_table(
+    uri: str, folder: str, table: pa.Table, group: Sequence[str], replaces: Iterable[str] = ()
+) -> str:
+    """Writes a table as one part; a row group of data holds one clip, so that any is read by itself.
+
+    Args:
+        uri: the store.
+        folder: ``data`` or ``failures``.
+        table: with the columns of the part.
+        group: see ``write_part``.
+        replaces: checksums of the parts whose rows are in this one now.
+
+    Returns:
+        The location of the part.
+    """
+    return put_part(uri, folder, encode_part(folder, table, replaces), group)
+
+
+def put_part(uri: str, folder: str, data: memoryview, group: Sequence[str]) -> str:
+    """Writes what ``encode_part`` made; see ``write_part`` for the rest."""
+    digest = hashlib.sha256("\n".join(sorted(group)).encode()).hexdigest()[:20]
+    location = join(uri, folder, f"part-{digest}.parquet")
+    write_atomically(location, data)
+    return location
+
+
+def encode_part(folder: str, table: pa.Table, replaces: Iterable[str] = ()) -> memoryview:
+    """The bytes of a part, with its checksum; see ``write_table`` for the arguments."""
+    row_group_size = 1 if folder == "data" else max(1, len(table))
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+    ) as writer:
+        writer.write_table(table, row_group_size=row_group_size)
+        writer.add_key_value_metadata({REPLACES: json.dumps(sorted(replaces)), CHECKSUM: _BLANK.decode()})
+    data = bytearray(sink.getvalue())
+    place = data.index(_BLANK, data.rindex(CHECKSUM.encode()))
+    data[place : place + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()
+    return memoryview(data)
+
+
+def checksum_fault(data: bytes) -> str:
+    """What is wrong with the bytes of a part by their checksum; empty if nothing is."""
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
+    except (OSError, pa.ArrowException) as error:
+        return f"is not whole Parquet: {error}"
+    stated = metadata.get(CHECKSUM.encode(), b"")
+    place = data.rfind(stated)
+    if len(stated) != len(_BLANK) or place < 0:
+        return "carries no checksum"
+    digest = hashlib.sha256(data[:place])
+    digest.update(_BLANK)
+    digest.update(data[place + len(_BLANK) :])
+    return "" if digest.hexdigest() == stated.decode() else "its bytes have changed since it was written"
+
+
+def part_files(uri: str, folder: str) -> list[str]:
+    """Locations of all of a store's parts, sorted, those that others have replaced included."""
+    return list_files(join(uri, folder), ".parquet")
+
+
+def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part], list[Part]]:
+    """The parts that count, and those that others have replaced and that may be deleted, each sorted.
+
+    Args:
+        uri: the store.
+        folder: ``data`` or ``failures``.
+        columns: what to read of their rows.
+
+    Raises:
+        DataError: for a part that cannot be read.
+    """
+    for attempt in range(3):
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                read = pool.map(lambda location: _read_part(location, columns), part_files(uri, folder))
+                parts = list(read)
+            break
+        except DataError as error:
+            # Merged into another and deleted since they were listed.
+            if attempt == 2 or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+    replaced = {checksum for part in parts for checksum in part.replaces}
+    return (
+        [part for part in parts if part.checksum not in replaced],
+        [part for part in parts if part.checksum in replaced],
+    )
+
+
+def _read_part(location: str, columns: Sequence[str]) -> Part:
+    table = read_columns(location, columns)
+    metadata = table.schema.metadata or {}
+    # A part that something else wrote goes by its name.
+    checksum = metadata.get(CHECKSUM.encode(), location.rsplit("/", 1)[-1].encode()).decode()
+    replaces = frozenset(json.loads(metadata.get(REPLACES.encode(), b"[]")))
+    return Part(location, checksum, replaces, tuple(table.to_pylist()))
+
+
+def read_columns(part: str, columns: Sequence[str] | None) -> pa.Table:
+    """Some columns of a part, or all; its footer's metadata are those of the schema.
+
+    Raises:
+        DataError: if the part is not whole Parquet or lacks a column.
+    """
+    filesystem, path = open_fs(part)
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            if missing := [name for name in columns or () if name not in names]:
+                raise DataError(
+                    f"lacks the columns {', '.join(missing)}",
+                    where=part,
+                    accepted="a Parquet part of a store",
+                )
+            table = file.read(columns=None if columns is None else list(columns))
+            return table.replace_schema_metadata(file.metadata.metadata)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"cannot be read: {error}", where=part, accepted="a Parquet part of a store"
+        ) from error
+
+
+def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array[Any]:
+    if not isinstance(kind, pa.FixedShapeTensorType):
+        return pa.array(values, kind)
+    # Tensors come as bytes of the exact size; storage is a fixed-size list over one flat buffer.
+    flat = pa.Array.from_buffers(
+        kind.value_type,
+        sum(map(len, values)) // (kind.value_type.bit_width // 8),
+        [None, pa.py_buffer(b"".join(values))],
+    )
+    storage = pa.FixedSizeListArray.from_arrays(flat, math.prod(kind.shape))
+    return pa.ExtensionArray.from_storage(kind, storage)

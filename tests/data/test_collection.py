@@ -1,0 +1,181 @@
+"""What is new, changed and gone, whatever a store went through before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gare.config import ExtractConfig
+from gare.data.collection import Comparison, compare
+from gare.data.manifest import ManifestRow
+from gare.data.sources import FileVersion, LocalVideos
+from gare.data.store import (
+    FAILURE_SCHEMA,
+    frame_schema,
+    ids_in_parts,
+    read_retired,
+    write_part,
+    write_retired,
+)
+from gare.errors import DataError, FetchError, GoneError
+from tests.stores import failure_row, random_frames, stored_row
+
+RAW = ExtractConfig(num_frames=2, image_size=8, encoding="raw")
+Versions = dict[str, FileVersion | DataError]
+
+
+def clip(video_id: str, start_s: float | None = None, end_s: float | None = None) -> ManifestRow:
+    return ManifestRow(video_id, f"/videos/{video_id}.mp4", start_s, end_s, "train", ("one",))
+
+
+def version(number: int) -> FileVersion:
+    return FileVersion(1000, f"mtime {number}")
+
+
+def missing(kind: type[FetchError] = GoneError) -> DataError:
+    return kind("cannot be read")
+
+
+class Store:
+    """A store that writes what it is asked for, without videos."""
+
+    def __init__(self, folder: Path, rng: np.random.Generator) -> None:
+        self.uri, self.rng, self.runs = str(folder), rng, 0
+
+    def run(
+        self, rows: list[ManifestRow], versions: Versions, *, retry_failed: bool = False, fails: str = ""
+    ) -> Comparison:
+        """A run over these clips; those named in ``fails`` fail."""
+        found = compare(self.uri, rows, versions, retry_failed=retry_failed)
+        write_retired(self.uri, found.retired)
+        self.runs += 1
+        for request in found.pending:
+            group = [str(self.runs), request["video_id"]]
+            if request["video_id"] in fails or request["source_version"] is None:
+                row = failure_row(request["video_id"], request["attempts"] + 1) | {
+                    key: request[key] for key in ("start_s", "end_s", "source_bytes", "source_version")
+                }
+                write_part(self.uri, "failures", [row], FAILURE_SCHEMA, group)
+                continue
+            frames = random_frames(RAW, self.rng, 2)
+            row = stored_row(RAW, request["video_id"], frames) | {
+                key: request[key] for key in ("start_s", "end_s", "source_bytes", "source_version")
+            }
+            write_part(self.uri, "data", [row], frame_schema(RAW), group)
+        return found
+
+    @property
+    def ids(self) -> set[str]:
+        return set(ids_in_parts(self.uri, "data"))
+
+
+@pytest.fixture
+def store(tmp_path: Path, rng: np.random.Generator) -> Store:
+    return Store(tmp_path, rng)
+
+
+ROWS = [clip("a"), clip("b"), clip("c")]
+FIRST: Versions = {row.uri: version(1) for row in ROWS}
+
+
+def counts(found: Comparison) -> tuple[int, int, int, int]:
+    return tuple(found.counts[name] for name in ("new", "changed", "unchanged", "gone"))  # type: ignore[return-value]
+
+
+def pending(found: Comparison) -> list[str]:
+    return [row["video_id"] for row in found.pending]
+
+
+def test_only_what_is_new_or_changed_is_done(store: Store) -> None:
+    """A nightly run over a grown collection must cost what has grown, and must not keep old pictures."""
+    assert counts(store.run(ROWS, FIRST)) == (3, 0, 0, 0)
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    grown = [*ROWS, clip("d")]
+    found = store.run(grown, {**FIRST, "/videos/d.mp4": version(1), "/videos/b.mp4": version(2)})
+    assert counts(found) == (1, 1, 2, 0)
+    assert pending(found) == ["b", "d"]
+    assert store.ids == {"a", "b", "c", "d"}
+    # Size alone tells, too; so do other seconds of the same file.
+    found = store.run(
+        [clip("a", 0.0, 2.0), *ROWS[1:]],
+        {**FIRST, "/videos/b.mp4": version(2), "/videos/c.mp4": FileVersion(7, "mtime 1")},
+    )
+    assert pending(found) == ["a", "c"]
+    assert counts(found) == (0, 2, 1, 1)
+    assert store.ids == {"a", "b", "c"}
+
+
+def test_a_moved_folder_is_no_change(store: Store) -> None:
+    """Mounting the disk elsewhere must not cost a week of decoding."""
+    store.run(ROWS, FIRST)
+    moved = [ManifestRow(row.video_id, f"/mnt{row.uri}", None, None, "val", ("two",)) for row in ROWS]
+    assert counts(store.run(moved, {row.uri: version(1) for row in moved})) == (0, 0, 3, 0)
+
+
+def test_what_comes_back_counts_again(store: Store) -> None:
+    """A file that is put back as it was, or a clip that is listed again, needs no second decode."""
+    store.run(ROWS, FIRST)
+    changed = store.run(ROWS, {**FIRST, "/videos/a.mp4": version(2)})
+    assert pending(changed) == ["a"]
+    back = store.run(ROWS, FIRST)
+    assert (pending(back), counts(back)) == ([], (0, 0, 3, 0))
+    assert store.ids == {"a", "b", "c"}
+    assert counts(store.run(ROWS[:1], FIRST)) == (0, 0, 1, 2)
+    assert store.ids == {"a"}
+    assert set.union(*(set(rows.values()) for rows in read_retired(store.uri).values())) == {
+        "gone",
+        "changed",
+    }
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    assert store.ids == {"a", "b", "c"}
+
+
+def test_a_file_that_is_gone_is_marked(store: Store) -> None:
+    """Its pictures must not stand for a video that nobody has; one that cannot be read is not gone."""
+    store.run(ROWS, FIRST)
+    found = store.run(ROWS, {**FIRST, "/videos/a.mp4": missing(), "/videos/b.mp4": missing(FetchError)})
+    assert (counts(found), found.lost) == ((0, 0, 2, 1), ("a",))
+    assert store.ids == {"b", "c"}
+    # It failed once, and is not tried every night.
+    again = store.run(ROWS, {**FIRST, "/videos/a.mp4": missing()})
+    assert (pending(again), again.lost) == ([], ("a",))
+    assert pending(store.run(ROWS, {**FIRST, "/videos/a.mp4": version(2)})) == ["a"]
+    assert store.ids == {"a", "b", "c"}
+
+
+def test_a_failed_file_is_tried_again_when_it_changes(store: Store) -> None:
+    """Who mends a file expects it in the store tomorrow; who does not, no second hour of decoding it."""
+    assert store.run(ROWS, FIRST, fails="b").counts["new"] == 3
+    assert pending(store.run(ROWS, FIRST)) == []
+    found = store.run(ROWS, FIRST, retry_failed=True, fails="b")
+    assert [(row["video_id"], row["attempts"]) for row in found.pending] == [("b", 1)]
+    found = store.run(ROWS, {**FIRST, "/videos/b.mp4": version(2)})
+    assert [(row["video_id"], row["attempts"]) for row in found.pending] == [("b", 2)]
+    assert store.ids == {"a", "b", "c"}
+
+
+def test_what_two_jobs_wrote_counts_once(store: Store) -> None:
+    """A job that was taken for dead may still write; then the store must mend itself, not refuse for ever."""
+    store.run(ROWS, FIRST)
+    row = stored_row(RAW, "b", random_frames(RAW, store.rng, 2))
+    write_part(store.uri, "data", [row], frame_schema(RAW), ["other job", "b"])
+    with pytest.raises(DataError, match=r"'b' is in two parts.*run pipelines/extract\.py again"):
+        ids_in_parts(store.uri, "data")
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    assert store.ids == {"a", "b", "c"}
+
+
+def test_versions_of_real_files(tmp_path: Path) -> None:
+    """What is compared must change with the file, and a missing one must be told from an unreadable one."""
+    path = tmp_path / "a b#1.mp4"
+    path.write_bytes(b"one")
+    source = LocalVideos()
+    first = source.stat([str(path), path.as_uri(), str(tmp_path / "none"), "s3://bucket/key"])
+    assert first[str(path)] == first[path.as_uri()]
+    path.write_bytes(b"three")
+    assert source.stat([str(path)])[str(path)] != first[str(path)]
+    assert isinstance(first[str(tmp_path / "none")], GoneError)
+    assert isinstance(first["s3://bucket/key"], FetchError)
+    assert not isinstance(first["s3://bucket/key"], GoneError)

@@ -1,0 +1,114 @@
+"""Merging parts loses nothing and doubles nothing, at whatever moment it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gare.config import ExtractConfig
+from gare.data.compact import compact
+from gare.data.frames import FrameReader
+from gare.data.parts import read_columns
+from gare.data.store import (
+    FAILURE_SCHEMA,
+    ids_in_parts,
+    part_files,
+    read_failures,
+    read_retired,
+    write_part,
+    write_retired,
+)
+from gare.errors import DataError
+from tests.stores import failure_row, stored_values, write_store
+
+RAW = ExtractConfig(num_frames=3, image_size=16, encoding="raw")
+IDS = [f"clip {index}" for index in range(11)]
+
+
+@pytest.fixture
+def store(tmp_path: Path, rng: np.random.Generator) -> str:
+    """Eleven clips in four parts, of which one clip and all of a part no longer count; failures, too."""
+    uri = str(tmp_path)
+    write_store(uri, RAW, IDS, rng, part=3)
+    for attempt in (1, 2):
+        rows = [failure_row("bad", attempt), failure_row(IDS[0], attempt)]
+        write_part(uri, "failures", rows, FAILURE_SCHEMA, [str(attempt)])
+    places = ids_in_parts(uri, "data")
+    retired: dict[str, dict[str, str]] = {}
+    for video_id in [IDS[1], *IDS[9:]]:
+        checksum = read_columns(places[video_id][0], []).schema.metadata[b"gare.sha256"].decode()
+        retired.setdefault(checksum, {})[video_id] = "gone"
+    write_retired(uri, retired)
+    return uri
+
+
+def test_small_parts_become_one(store: str) -> None:
+    """Thousands of small files make every start of a training slow; what no longer counts takes up room."""
+    before = stored_values(store)
+    assert before.keys() == set(IDS) - {IDS[1], *IDS[9:]}
+    reader = FrameReader(store)
+    old = reader.read(IDS[2:5])
+    found = compact(store, 10**6)
+    assert found == {"parts_before": 4, "parts_after": 1, "rows_left_out": 3}
+    assert stored_values(store) == before
+    assert read_retired(store) == {}
+    assert len(part_files(store, "data")) == len(part_files(store, "failures")) == 1
+    assert {key: row["attempts"] for key, row in read_failures(store, before).items()} == {"bad": 2}
+    # A training that goes on meanwhile finds its clips where they are now.
+    assert all(np.array_equal(one, other) for one, other in zip(reader.read(IDS[2:5]), old, strict=True))
+    files = part_files(store, "data")
+    assert compact(store, 10**6) == {"parts_before": 1, "parts_after": 1, "rows_left_out": 0}
+    assert part_files(store, "data") == files
+
+
+def test_large_parts_stay(store: str) -> None:
+    """Rewriting what is large enough would cost hours and change nothing."""
+    write_retired(store, {})
+    files = part_files(store, "data")
+    largest = max(Path(file).stat().st_size for file in files)
+    compact(store, largest // 2)
+    assert part_files(store, "data") == files
+    compact(store, 2 * largest + 1)
+    assert len(part_files(store, "data")) == 2
+
+
+def test_a_crash_at_any_moment_leaves_each_row_once(store: str) -> None:
+    """A node that is taken away in the middle of it must not cost or double a clip."""
+    before, failures = stored_values(store), read_failures(store, stored_values(store))
+
+    class Killed(BaseException):
+        pass
+
+    crashes = 0
+    for moment in range(100):
+        left = moment
+
+        def die() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        try:
+            compact(store, 10**6, die)
+            break
+        except Killed:
+            crashes += 1
+        assert stored_values(store) == before
+        assert read_failures(store, before) == failures
+    assert crashes >= 4
+    assert stored_values(store) == before
+    assert len(part_files(store, "data")) == 1
+
+
+def test_a_damaged_part_is_not_called_sound(store: str) -> None:
+    """A merged part has a checksum of its own, which must not cover up what was broken before."""
+    part = Path(part_files(store, "data")[0])
+    data = bytearray(part.read_bytes())
+    data[-20] ^= 4  # in the footer, where no page's checksum looks
+    part.write_bytes(data)
+    with pytest.raises(DataError, match=part.name):
+        compact(store, 10**6)
+    assert part.exists()

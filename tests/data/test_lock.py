@@ -1,0 +1,138 @@
+"""One writer at a time: waiting, refusing, taking over from the dead, and noticing to be taken for dead."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gare.data import lock as module
+from gare.data.lock import Claim, StoreLock
+from gare.errors import DataError, GareError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks again at once, and settles at once."""
+    monkeypatch.setattr(module, "_POLL_S", 0.005)
+    monkeypatch.setattr(module, "_SETTLE_S", 0.1)
+
+
+def put_claim(store: Path, **changes: Any) -> Path:
+    """The file of another job, which claims the store."""
+    claim = dataclasses.replace(module._own_claim(), claimed=True, **changes)
+    path = store / "lock" / f"{claim.job}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(dataclasses.asdict(claim)))
+    return path
+
+
+def test_the_store_is_free_afterwards(tmp_path: Path) -> None:
+    """A lock that stays behind would stop every night's job after the first."""
+    for _ in range(2):
+        with StoreLock(str(tmp_path), when_locked="refuse") as lock:
+            assert len(list((tmp_path / "lock").iterdir())) == 1
+            lock.check()
+        assert list((tmp_path / "lock").iterdir()) == []
+    with pytest.raises(ZeroDivisionError), StoreLock(str(tmp_path)):
+        raise ZeroDivisionError
+    assert list((tmp_path / "lock").iterdir()) == []
+
+
+def test_another_job_is_refused_by_name(tmp_path: Path) -> None:
+    """Two writers would do all work twice; who is in the way must be said."""
+    with StoreLock(str(tmp_path)) as first:
+        with (
+            pytest.raises(DataError, match=f"process {os.getpid()}"),
+            StoreLock(str(tmp_path), when_locked="refuse"),
+        ):
+            pass
+        first.check()
+    # Neither is a job elsewhere overruled whose clock runs behind, so that it seems to have come later.
+    put_claim(tmp_path, machine="elsewhere", host="other", since_ns=2**62)
+    with pytest.raises(DataError, match="@other"), StoreLock(str(tmp_path), when_locked="refuse"):
+        pass
+    assert len(list((tmp_path / "lock").iterdir())) == 1
+
+
+def test_many_at_once_take_turns(tmp_path: Path) -> None:
+    """Jobs that start in the same moment must not both believe that they were first."""
+    inside: list[int] = []
+    turns: list[int] = []
+
+    def job(number: int) -> None:
+        for _ in range(3):
+            with StoreLock(str(tmp_path)) as lock:
+                inside.append(number)
+                assert inside == [number]
+                lock.check()
+                turns.append(number)
+                inside.remove(number)
+
+    threads = [threading.Thread(target=job, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(turns) == sorted([*range(5)] * 3)
+
+
+def test_a_dead_job_is_succeeded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A kill -9 leaves the lock behind; the next night's job must not wait for ever."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    put_claim(tmp_path, pid=dead.pid, job="killed")
+    # The same process id, used again by another process.
+    put_claim(tmp_path, started_s=1.0, job="earlier")
+    old = put_claim(tmp_path, machine="elsewhere", host="other", job="silent")
+    os.utime(old, (1, 1))
+    with StoreLock(str(tmp_path), when_locked="refuse"):
+        assert len(list((tmp_path / "lock").iterdir())) == 1
+    assert caplog.text.count("its process is gone") == 2
+    assert "@other" in caplog.text
+    assert "no sign of life" in caplog.text
+
+
+def test_a_job_that_was_succeeded_stops(tmp_path: Path) -> None:
+    """One that slept too long must not go on writing beside its successor."""
+    with StoreLock(str(tmp_path), stale_s=0.06) as lock:
+        next((tmp_path / "lock").iterdir()).unlink()
+        lock._thread.join(60)
+        with pytest.raises(GareError, match="the lock was lost"):
+            lock.check()
+
+
+def test_a_waiting_job_is_told_for_whom(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A command that does nothing visible for hours would be killed, or started a third time."""
+    other = put_claim(tmp_path, machine="elsewhere", host="other", since_ns=0)
+    told = threading.Event()
+
+    class Listener(module.logging.Handler):
+        def emit(self, record: Any) -> None:
+            other.unlink(missing_ok=True)
+            told.set()
+
+    listener = Listener()
+    module.logger.addHandler(listener)
+    try:
+        with StoreLock(str(tmp_path)):
+            assert told.is_set()
+    finally:
+        module.logger.removeHandler(listener)
+    assert "waiting for another job" in caplog.text
+    assert "@other" in caplog.text
+
+
+def test_claims_are_ordered_by_their_start() -> None:
+    """The elder goes first, whatever else they hold."""
+    one = module._own_claim()
+    assert one < dataclasses.replace(one, since_ns=one.since_ns + 1, job="0", claimed=True)
+    assert isinstance(one, Claim)
+    assert not one.is_dead()

@@ -24,8 +24,9 @@ keys (give any of them as section.key=value):
 """
 
 
-#: Options of one command beside ``--config``: flag → (key that it sets, meaning).
-Flags = Mapping[str, tuple[str, str]]
+#: Options of one command beside ``--config``: flag → (key that it sets, meaning), or for a flag that takes no
+#: value (key, meaning, the value that it sets).
+Flags = Mapping[str, tuple[str, str] | tuple[str, str, str]]
 
 
 def main(
@@ -46,7 +47,7 @@ def execute(
     set_up_logging()
     options = _parser(description, flags).parse_intermixed_args(arguments)
     overrides = list(options.overrides)
-    for flag, (key, _) in flags.items():
+    for flag, (key, *_) in flags.items():
         value = getattr(options, flag.lstrip("-").replace("-", "_"))
         overrides += [f"{key}={value}"] if value is not None else []
     try:
@@ -110,8 +111,12 @@ def _parser(description: str, flags: Flags) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as conf/demo.yaml")
-    for flag, (key, meaning) in flags.items():
-        parser.add_argument(flag, metavar="VALUE", help=f"{meaning}; sets {key}")
+    for flag, (key, meaning, *constant) in flags.items():
+        if constant:
+            text = f"{meaning}; sets {key}={constant[0]}"
+            parser.add_argument(flag, action="store_const", const=constant[0], help=text)
+        else:
+            parser.add_argument(flag, metavar="VALUE", help=f"{meaning}; sets {key}")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's"
     )

@@ -25,7 +25,12 @@ from gare.data.benchmarks.reading import (
 
 PUBLISHED = {
     "train": Published(10_009, 10_009, "1742cdf0c50c460cff811f89f867c77559a6882b27f18d1c2bdc24d8c4b9f4b9"),
-    "test": Published(4_917, 4_917, "9b39bfbdf6a256a62addb0c54eb1bd56f487300f02e10df6c4bf886dab720e9d"),
+    "test": Published(
+        4_917,
+        4_917,
+        "9b39bfbdf6a256a62addb0c54eb1bd56f487300f02e10df6c4bf886dab720e9d",
+        "019da795e8a2acec4a7ada3ed1ac161e02bcbb8cbf1db976ccad22070f64e68d",
+    ),
 }
 _SENTENCE_FILES = {
     "train": (r"^train\.", r"(^|[._-])train([._-]|$)"),

@@ -78,7 +78,7 @@ def _with_header(name: str, text: str, delimiter: str, faults: Faults) -> list[R
                 continue
             if not header:
                 header = [field.strip() for field in fields]
-                video = str(find_key(header, VIDEOS))
+                video, corpus = str(find_key(header, VIDEOS)), _corpus_keys(header)
                 continue
             if len(fields) > len(header) and plain(header[-1]) in TEXTS:
                 # A text that was not quoted goes on to the end of its line.
@@ -90,8 +90,9 @@ def _with_header(name: str, text: str, delimiter: str, faults: Faults) -> list[R
             if not row[video].strip():
                 faults.add("no video named", f"line {start}")
                 continue
-            if (corpus := _of_corpus(row)) is not None:
-                records += [RowRecord(f"line {start}", *corpus)] if corpus[0] else []
+            if corpus:
+                clip, caption = _of_corpus(row, corpus)
+                records += [RowRecord(f"line {start}", clip, caption)] if clip else []
             else:
                 records.append(RowRecord(f"line {start}", row[video].strip(), row))
     except csv.Error as error:
@@ -103,12 +104,15 @@ def _with_header(name: str, text: str, delimiter: str, faults: Faults) -> list[R
     return records
 
 
-def _of_corpus(row: dict[str, str]) -> tuple[str, dict[str, str]] | None:
-    """A row of MSVD's own table, which names a clip by video, start and end and has many languages."""
-    keys = [find_key(row, (name,)) for name in ("videoid", "start", "end", "language", "description")]
-    if None in keys:
-        return None
-    video, start, end, language, description = (row[str(key)].strip() for key in keys)
+def _corpus_keys(header: list[str]) -> list[str]:
+    """The columns of MSVD's own table, which names a clip by video, start and end and has many languages."""
+    keys = [find_key(header, (name,)) for name in ("videoid", "start", "end", "language", "description")]
+    return [key for key in keys if key is not None] if None not in keys else []
+
+
+def _of_corpus(row: dict[str, str], keys: list[str]) -> tuple[str, dict[str, str]]:
+    """Name and text of a row of that table; no name where it is of another language."""
+    video, start, end, language, description = (row[key].strip() for key in keys)
     if language.lower() != "english" or not description:
         return "", {}
     return f"{video}_{start}_{end}", {"caption": description}

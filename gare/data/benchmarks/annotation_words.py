@@ -6,6 +6,7 @@ import ast
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from gare.data.benchmarks.captions_file import SPLIT_NAMES as _SPLIT_NAMES
 
@@ -37,16 +38,43 @@ def plain(key: str) -> str:
 
 def find_key(keys: Iterable[str], names: Sequence[str]) -> str | None:
     """The first of some names that is among the keys, as it is written there."""
-    return _find_key(tuple(keys), tuple(names))
-
-
-@lru_cache(maxsize=4096)
-def _find_key(keys: tuple[str, ...], names: tuple[str, ...]) -> str | None:
-    # All records of a file have the same few keys.
     written: dict[str, str] = {}
     for key in keys:
         written.setdefault(plain(key), key)
     return next((written[name] for name in names if name in written), None)
+
+
+class Roles(NamedTuple):
+    """Which key of a record has which role; None for a role that none has.
+
+    Attributes:
+        video: the video.
+        sure_video: the same, if its name can mean nothing else.
+        text: a text or texts.
+        times: pairs of start and end.
+        start: start of a clip.
+        end: end of a clip.
+        split: train, val or test.
+    """
+
+    video: str | None
+    sure_video: str | None
+    text: str | None
+    times: str | None
+    start: str | None
+    end: str | None
+    split: str | None
+
+
+def roles_of(keys: Iterable[str]) -> Roles:
+    """The roles of a record's keys."""
+    return _roles_of(tuple(keys))
+
+
+@lru_cache(maxsize=256)
+def _roles_of(keys: tuple[str, ...]) -> Roles:
+    # All records of a file have the same few keys.
+    return Roles(*(find_key(keys, names) for names in (VIDEOS, VIDEOS[:3], TEXTS, TIMES, *BOUNDS, SPLITS)))
 
 
 def fold(text: str) -> str:

@@ -22,15 +22,11 @@ from typing import Any
 
 from gare.data.benchmarks.annotation_rows import RowRecord, read_rows
 from gare.data.benchmarks.annotation_words import (
-    BOUNDS,
     SPLIT_NAMES,
-    SPLITS,
-    TEXTS,
-    TIMES,
-    VIDEOS,
-    find_key,
+    Roles,
     fold,
     plain,
+    roles_of,
     texts_of_cell,
 )
 from gare.data.benchmarks.caption_records import decode_text, parse_json
@@ -78,7 +74,7 @@ def read_annotations(name: str, data: bytes) -> list[Annotation]:
     if text.lstrip()[0] in "[{":
         found = list(_Tree(faults).walk(_parse(name, text, faults)))
     else:
-        found = [_of_row(row, faults) for row in read_rows(name, text, faults)]
+        found = [_of_row(row) for row in read_rows(name, text, faults)]
     faults.raise_if_any(name)
     if not found:
         raise DataError("names no video", where=name, accepted="an annotation file")
@@ -106,17 +102,15 @@ def _parse(name: str, text: str, faults: Faults) -> Any:
     return [part for line in lines for part in (line if isinstance(line, list) else [line])]
 
 
-def _of_row(row: RowRecord, faults: Faults) -> Annotation:
-    fields = dict(row.fields)
-    split = _split(fields, row.where, faults)
-    key = find_key(fields, TEXTS)
-    start, end = (find_key(fields, names) for names in BOUNDS)
+def _of_row(row: RowRecord) -> Annotation:
+    fields = row.fields
+    roles = roles_of(fields)
+    texts = texts_of_cell(fields[roles.text]) if roles.text else ()
     times: tuple[tuple[float, float], ...] = ()
-    if start and end:
-        pair = _pair([fields[start], fields[end]])
+    if roles.start and roles.end and len(texts) == 1:
+        pair = _pair([fields[roles.start], fields[roles.end]])
         times = (pair,) if pair else ()  # other columns of that name, such as 00.23.23.000, say nothing here
-    texts = texts_of_cell(fields[key]) if key else ()
-    return Annotation(row.where, row.video, texts, times if len(texts) == 1 else (), None, split)
+    return Annotation(row.where, row.video, texts, times, None, _split(fields, roles))
 
 
 class _Tree:
@@ -165,10 +159,9 @@ class _Tree:
         if isinstance(entry, str) and entry.strip():
             yield Annotation(where, entry.strip(), split=split)
         elif isinstance(entry, Mapping):
-            if find_key(entry, VIDEOS) is None and all(
-                isinstance(value, Mapping) for value in entry.values()
-            ):
-                yield from self._mapping(entry, split)  # a line {id: {…}}
+            is_pair = len(entry) == 1 or all(isinstance(value, Mapping) for value in entry.values())
+            if roles_of(entry).video is None and is_pair:
+                yield from self._mapping(entry, split)  # a line {id: …}
             else:
                 yield from self._record(entry, where, split, None)
         elif isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
@@ -178,39 +171,39 @@ class _Tree:
 
     @staticmethod
     def _is_record(entry: Mapping[str, Any]) -> bool:
-        video, text = find_key(entry, VIDEOS[:9]), find_key(entry, TEXTS)
-        return video is not None and text is not None and isinstance(entry[video], str)
+        roles = roles_of(entry)
+        return (
+            roles.sure_video is not None
+            and roles.text is not None
+            and isinstance(entry[roles.sure_video], str)
+        )
 
     def _record(
         self, entry: Mapping[str, Any], where: str, split: str | None, name: str | None
     ) -> Iterator[Annotation]:
-        key = find_key(entry, VIDEOS[:3] if name is not None else VIDEOS)
+        roles = roles_of(entry)
+        key = roles.sure_video if name is not None else roles.video
         video = entry[key] if key is not None else name
         if isinstance(video, int) and not isinstance(video, bool):
             video = str(video)
         if not isinstance(video, str) or not video.strip():
             self.faults.add("no video named", where)
             return
-        text = find_key(entry, TEXTS)
-        texts, times = self._texts(entry[text], where) if text is not None else ((), ())
-        times = times or self._times(entry, where, len(texts))
+        texts, times = self._texts(entry[roles.text], where) if roles.text is not None else ((), ())
+        times = times or self._times(entry, roles, where, len(texts))
         duration = entry.get("duration")
         duration_s = float(duration) if isinstance(duration, (int, float)) else None
-        yield Annotation(
-            where, video.strip(), texts, times, duration_s, _split(entry, where, self.faults) or split
-        )
+        yield Annotation(where, video.strip(), texts, times, duration_s, _split(entry, roles) or split)
 
     def _texts(self, value: Any, where: str) -> tuple[tuple[str, ...], tuple[tuple[float, float], ...]]:
         """Texts and, where each has a segment of its own, their times."""
         texts: list[str] = []
         times = []
         for item in value if isinstance(value, list) else [value]:
-            segment = None
             if isinstance(item, Mapping):
-                key = find_key(item, TEXTS)
-                segment = find_key(item, TIMES)
-                times += [pair] if segment and (pair := _pair(item[segment])) else []
-                item = item[key] if key is not None else None
+                roles = roles_of(item)
+                times += [pair] if roles.times and (pair := _pair(item[roles.times])) else []
+                item = item[roles.text] if roles.text is not None else None
             if isinstance(item, list) and item and all(isinstance(token, str) for token in item):
                 item = " ".join(item)  # cut into words
             if item is None:
@@ -222,23 +215,23 @@ class _Tree:
         return tuple(texts), tuple(times) if len(times) == len(texts) else ()
 
     @staticmethod
-    def _bounds(entry: Mapping[str, Any]) -> Any:
+    def _bounds(entry: Mapping[str, Any], roles: Roles) -> Any:
         """Start and end where they have keys of their own, of one text or of each."""
-        start, end = (find_key(entry, names) for names in BOUNDS)
-        if start is None or end is None:
+        if roles.start is None or roles.end is None:
             return None
-        starts, ends = entry[start], entry[end]
+        starts, ends = entry[roles.start], entry[roles.end]
         if isinstance(starts, list) and isinstance(ends, list) and len(starts) == len(ends):
             return [list(pair) for pair in zip(starts, ends, strict=True)]
         return [starts, ends]
 
-    def _times(self, entry: Mapping[str, Any], where: str, count: int) -> tuple[tuple[float, float], ...]:
-        key = find_key(entry, TIMES)
-        raw = entry[key] if key is not None else self._bounds(entry)
+    def _times(
+        self, entry: Mapping[str, Any], roles: Roles, where: str, count: int
+    ) -> tuple[tuple[float, float], ...]:
+        raw = entry[roles.times] if roles.times is not None else self._bounds(entry, roles)
         if not isinstance(raw, list):
             return ()
         pairs = [_pair(raw)] if _pair(raw) else [_pair(item) for item in raw]
-        if key is None and (None in pairs or len(pairs) != count):
+        if roles.times is None and (None in pairs or len(pairs) != count):
             return ()  # other things of that name
         if None in pairs:
             self.faults.add("not a start and an end in seconds", f"{where}: {str(raw)[:60]}")
@@ -249,14 +242,9 @@ class _Tree:
         return ()
 
 
-def _split(entry: Mapping[str, Any], where: str, faults: Faults) -> str | None:
-    key = find_key(entry, SPLITS)
-    if key is None or entry[key] in (None, ""):
-        return None
-    split = SPLIT_NAMES.get(plain(str(entry[key])))
-    if split is None:
-        faults.add("split is none of train, val, test", f"{where}: {entry[key]!r}")
-    return split
+def _split(entry: Mapping[str, Any], roles: Roles) -> str | None:
+    # A split of another name is none of ours: its videos are then missed where they are counted.
+    return SPLIT_NAMES.get(plain(str(entry[roles.split]))) if roles.split is not None else None
 
 
 def _pair(value: Any) -> tuple[float, float] | None:

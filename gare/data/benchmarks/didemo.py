@@ -22,12 +22,18 @@ from gare.data.benchmarks.reading import (
     gather,
     stem_of,
 )
+from gare.data.faults import Faults
 
 CLIP_END_S = 31.0
 PUBLISHED = {
     "train": Published(8392, 8392, "e84c95b48a3490d03315cf4050b6853549efa393df6cb50bbefde1e7baf56021"),
     "val": Published(1065, 1065, "14e36577c02c7919c1a2e2a8f41aaa96fc63e826557b43465d1bd601bab22c0d"),
-    "test": Published(1004, 1004, "9e98b69db2eed8341d77f2c8dd18e62a8207b79e19cd584b9c709c9431a3ea5e"),
+    "test": Published(
+        1004,
+        1004,
+        "9e98b69db2eed8341d77f2c8dd18e62a8207b79e19cd584b9c709c9431a3ea5e",
+        "736a14316f6651f05c98b52b0669915fe0077e09744eb31e7ba2b8a898ad1576",
+    ),
 }
 _WORDS = {"train": "train", "val": "(val|valid|validation)", "test": "test"}
 
@@ -61,7 +67,7 @@ def read_didemo(location: str) -> Reading:
         ]
         if not sources and not any(video.texts for video in listed.values()):
             folder.need((), f"sentences of {split}", f"{split}_data.json or didemo_{split}_label.csv")
-        sources, strangers = _by_id(listed, sources)
+        sources, strangers = _by_id(split, listed, sources)
         listed = {stem_of(name): video for name, video in listed.items()}
         found, odd = paragraph_clips(split, listed, sources, start_s=0.0, end_s=CLIP_END_S)
         clips += found
@@ -83,7 +89,7 @@ def read_didemo(location: str) -> Reading:
 
 
 def _by_id(
-    listed: Mapping[str, Gathered], sources: Sequence[Mapping[str, Gathered]]
+    split: str, listed: Mapping[str, Gathered], sources: Sequence[Mapping[str, Gathered]]
 ) -> tuple[list[dict[str, Gathered]], tuple[str, ...]]:
     """Sentences by id instead of file name, and the names that were not listed.
 
@@ -91,22 +97,24 @@ def _by_id(
     sentences. The lists have one of the two, and its paragraph is made of the sentences under just this name.
     Where all endings are others than in the list, as in copies whose videos were converted, the name without
     it has to do.
+
+    Raises:
+        DataError: for videos that have two names of which neither is listed.
     """
-    if not listed:
-        return [{stem_of(name): video for name, video in source.items()} for source in sources], ()
     strangers: set[str] = set()
     found = []
     for source in sources:
-        names = {stem_of(name): name for name in source}
-        found.append(
-            {
-                stem_of(name): source[name if name in source else names[stem_of(name)]]
-                for name in listed
-                if name in source or stem_of(name) in names
-            }
-        )
-        used = {name if name in source else names.get(stem_of(name), "") for name in listed}
-        strangers |= source.keys() - used
+        names: dict[str, str] = {}
+        faults = Faults()
+        for name in source:
+            other = names.setdefault(stem_of(name), name)
+            if other != name and name not in listed and other not in listed:
+                faults.add("one video under two names, and no list that says which", f"{other}, {name}")
+        faults.raise_if_any("didemo", accepted=f"{split}_list.txt of Collaborative Experts")
+        names |= {stem_of(name): name for name in source if not listed or name in listed}
+        wanted = {stem_of(name) for name in listed} or names.keys()
+        found.append({stem: source[name] for stem, name in names.items() if stem in wanted})
+        strangers |= source.keys() - {names[stem] for stem in wanted & names.keys()}
     return found, tuple(sorted(strangers))
 
 

@@ -24,7 +24,12 @@ from gare.data.benchmarks.reading import (
 PUBLISHED = {
     "train": Published(101_079, 101_079),
     "val": Published(7_408, 7_408),
-    "test": Published(1000, 1000, "a87544b8124ce4092c0d0b7f88201b3e555f310053cc90da73b8c86f22b0b0d1"),
+    "test": Published(
+        1000,
+        1000,
+        "a87544b8124ce4092c0d0b7f88201b3e555f310053cc90da73b8c86f22b0b0d1",
+        "4797ebfbeedc3dae3271310d61c8ce5617d6b5139badd7af2a5036a75b72fd58",
+    ),
 }
 _FILES = {
     "train": (r"annos?_training", r"(^|[._-])train(ing)?([._-]|$)"),

@@ -25,7 +25,12 @@ from gare.data.benchmarks.reading import (
 from gare.errors import DataError
 
 CAPTIONS_PER_VIDEO = 20
-TEST = Published(1000, 1000, "64462f74c95235d602a0a231e7f2125640ebbf3de0e226fbdd5e64f621c46d83")
+TEST = Published(
+    1000,
+    1000,
+    "64462f74c95235d602a0a231e7f2125640ebbf3de0e226fbdd5e64f621c46d83",
+    "aedce8ee024c8c767642f062c355220a79c55557a3e892ca498d527fb945797c",
+)
 TRAIN = {
     "9k": Published(9000, 180_000, "12e456ceab25905ffc585c4dfdf1d2972f563b63c317effdee7943bc84075ace"),
     "7k": Published(7010, 140_200, "e63825a66cb7194c0502b86c4178dc1dc4b0e84bd47337b563d9f4cd58890596"),
@@ -33,13 +38,15 @@ TRAIN = {
 _TEST_FILES = (
     r"jsfusion.*test|test.*jsfusion",
     r"test_?-?1k|1k-?_?a?[._-]?test",
-    r"^(msrvtt[._-])?(ret[._-])?test\.",
+    r"(^|[._-])ret[._-]test",
+    r"^(msrvtt[._-])?test\.",
 )
 _TRAIN_FILES = {
     "9k": (
         r"train[._-]*9k|9k[._-]*train",
         r"train_list_jsfusion|jsfusion.*train",
-        r"^(msrvtt[._-])?(ret[._-])?train\.",
+        r"(^|[._-])ret[._-]train[._-]",
+        r"^(msrvtt[._-])?train\.",
     ),
     "7k": (r"train[._-]*7k|7k[._-]*train",),
 }

@@ -26,7 +26,12 @@ from gare.errors import DataError
 PUBLISHED = {
     "train": Published(1200, 48_774, "abfb8ab5660b464cf547d63a37a369920ff92c5f547af80f07aedd709df335d3"),
     "val": Published(100, 4_290, "9527cf1ef6c8fe2fb1ecfda0e1856acc563fecef5ff0a409b5d908b65c1e6ed4"),
-    "test": Published(670, 27_763, "95eacd1fddb1d88cd7144267913ef02d0ecb8cc94a88bc484035433a2d8f9c7a"),
+    "test": Published(
+        670,
+        27_763,
+        "95eacd1fddb1d88cd7144267913ef02d0ecb8cc94a88bc484035433a2d8f9c7a",
+        "23a13288bd6ea671cc8aca39e5895cc7e287dbe5c7d205266e1a24f07f14de61",
+    ),
 }
 _CAPTION_FILES = (
     r"captions?_msvd|msvd_?captions?",

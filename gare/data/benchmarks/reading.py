@@ -22,11 +22,13 @@ class Published:
         videos: how many clips.
         captions: how many texts they have together.
         ids_sha256: SHA-256 of the sorted ids, one a line; empty where the ids could not be had.
+        texts_sha256: SHA-256 of the texts; empty where they are not compared.
     """
 
     videos: int
     captions: int
     ids_sha256: str = ""
+    texts_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,11 @@ class Reading:
                 for what, number in (("videos", published.videos), ("captions", published.captions))
                 if count[what] != number
             ]
-            ids = [clip.clip_id for clip in self.clips if clip.split == split]
-            if not parts and published.ids_sha256 not in ("", sha256_of_ids(ids)):
+            clips = [clip for clip in self.clips if clip.split == split]
+            if not parts and published.ids_sha256 not in ("", sha256_of_ids(clip.clip_id for clip in clips)):
                 parts.append("other videos")
+            if not parts and published.texts_sha256 not in ("", sha256_of_texts(clips)):
+                parts.append("other texts")
             lines += [f"{split} {', '.join(parts)}"] if parts else []
         return lines
 
@@ -140,6 +144,14 @@ class Reading:
 def sha256_of_ids(ids: Iterable[str]) -> str:
     """SHA-256 of ids, sorted, one a line."""
     return hashlib.sha256("".join(f"{name}\n" for name in sorted(ids)).encode()).hexdigest()
+
+
+def sha256_of_texts(clips: Iterable[BenchmarkClip]) -> str:
+    """SHA-256 of the texts of clips, in the order of their ids, with case and punctuation."""
+    ordered = sorted(clips, key=lambda clip: clip.clip_id)
+    return hashlib.sha256(
+        "".join(f"{text}\n" for clip in ordered for text in clip.captions).encode()
+    ).hexdigest()
 
 
 @dataclass

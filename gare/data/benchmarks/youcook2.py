@@ -23,7 +23,15 @@ from gare.data.benchmarks.reading import (
     names_of,
 )
 
-PUBLISHED = {"train": Published(10_337, 10_337), "test": Published(3_492, 3_492)}
+PUBLISHED = {
+    "train": Published(10_337, 10_337, "5bc9e34476977169f974ad533c751a66b8507a756bd624dc4504195d3efb0806"),
+    "test": Published(
+        3_492,
+        3_492,
+        "5f0b5052e9e8f27bd6b5f8bb8ea0301842c7407e11d74edd95c118994670b735",
+        "c6d0fc6855548f5466ff4a529c0e91c3160399d4017aec31dcab391dc46479b2",
+    ),
+}
 _FILES = {
     "train": (r"(^|[._-])train(ing)?([._-]|$)",),
     "test": (r"(^|[._-])val(idation)?([._-]|$)",),

@@ -119,9 +119,17 @@ def _of_corpus(row: dict[str, str], keys: list[str]) -> tuple[str, dict[str, str
 
 
 def _without_header(lines: list[tuple[int, str]], faults: Faults) -> list[RowRecord]:
-    delimiter = next((mark for mark in "\t;," if all(mark in line for _, line in lines)), None)
+    # An id has no blanks, so that what stands before a comma of a text is none.
+    delimiter = next(
+        (
+            mark
+            for mark in "\t;,"
+            if all(mark in line and " " not in line.partition(mark)[0].strip() for _, line in lines)
+        ),
+        None,
+    )
     if delimiter is None:
-        # Ids have no blanks: a line with one is an id and a text, as in MSVD's AvailableCorpus.txt.
+        # A line with a blank is an id and a text, as in MSVD's AvailableCorpus.txt.
         pairs = [(number, *line.strip().partition(" ")) for number, line in lines]
         if sum(bool(rest) for *_, rest in pairs) * 2 <= len(pairs):
             return [

@@ -160,7 +160,7 @@ class _Tree:
             yield Annotation(where, entry.strip(), split=split)
         elif isinstance(entry, Mapping):
             is_pair = len(entry) == 1 or all(isinstance(value, Mapping) for value in entry.values())
-            if roles_of(entry).video is None and is_pair:
+            if is_pair and roles_of(entry).video is None and roles_of(entry).text is None:
                 yield from self._mapping(entry, split)  # a line {id: …}
             else:
                 yield from self._record(entry, where, split, None)

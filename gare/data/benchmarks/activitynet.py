@@ -62,7 +62,13 @@ def read_activitynet(location: str) -> Reading:
     clips: list[BenchmarkClip] = []
     deviations: list[Deviation] = []
     for split, name in (("train", "train"), ("test", "val_1")):
-        entries = folder.need(_SENTENCE_FILES[split], f"sentences of {name}", f"{name}.json", besides=_LISTS)
+        entries = folder.part(
+            "train" if split == "train" else "val",
+            _SENTENCE_FILES[split],
+            f"sentences of {name}",
+            f"{name}.json",
+            besides=_LISTS,
+        )
         source = gather(entries, _to_id, f"sentences of {name}")
         listed: dict[str, Gathered] = {}
         for pattern in _LIST_FILES[split]:

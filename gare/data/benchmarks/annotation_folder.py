@@ -13,6 +13,13 @@ from gare.data.benchmarks.annotations import Annotation, read_annotations
 from gare.data.files import list_files, open_fs, read_bytes
 from gare.errors import DataError
 
+#: Files that may hold all splits together.
+_ALL_SPLITS = (
+    r"splits?[._-]|[._-]splits?\.",
+    r"train_?val",
+    r"caption|annotation",
+    r"^(msvd|didemo|activitynet|anet)\.",
+)
 _TEXT_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 _PICKLE_ENDINGS = (".pkl", ".pickle", ".p")
 
@@ -33,6 +40,7 @@ class AnnotationFolder:
     def __init__(self, location: str) -> None:
         self.location = location
         self.sha256: dict[str, str] = {}
+        self._contents: dict[str, list[Annotation]] = {}
         filesystem, path = open_fs(location)
         kind = filesystem.get_file_info(path).type
         if kind == pafs.FileType.NotFound:
@@ -101,6 +109,25 @@ class AnnotationFolder:
         )
         raise DataError(f"has no {role}{pickles} (it holds {have})", where=self.location, accepted=accepted)
 
+    def part(
+        self, split: str, patterns: Sequence[str], role: str, accepted: str, *, besides: str = ""
+    ) -> list[Annotation]:
+        """As ``need``, for a split that may also be in one file with the others, which names its splits.
+
+        Val may be missing, since neither training nor test depends on it: then it is empty.
+
+        Raises:
+            DataError: as ``need``.
+        """
+        if not self.find(patterns, besides=besides):
+            for name in self.find(_ALL_SPLITS):
+                found = [entry for entry in self.read([name], role) if entry.split == split]
+                if found:
+                    return found
+            if split == "val":
+                return []
+        return self.need(patterns, role, accepted, besides=besides)
+
     def read(self, names: Sequence[str], role: str, *, may_be_many: bool = False) -> list[Annotation]:
         """The annotations of a file; of all of them together where a benchmark has several for a part.
 
@@ -126,12 +153,15 @@ class AnnotationFolder:
         return contents[first]
 
     def _read(self, name: str) -> list[Annotation]:
+        if name in self._contents:
+            return self._contents[name]
         data = read_bytes(self._files[name])
         self.sha256[name] = hashlib.sha256(data).hexdigest()
         try:
-            return read_annotations(name, data)
+            self._contents[name] = read_annotations(name, data)
         except DataError as error:
             raise DataError(error.what, where=self._files[name], accepted=error.accepted) from error
+        return self._contents[name]
 
 
 def _meaning(annotations: Sequence[Annotation]) -> list[tuple[object, ...]]:

@@ -132,7 +132,8 @@ class _Tree:
         if self._is_record(tree):
             yield from self._record(tree, "file", split, None)
             return
-        if isinstance(sentences := tree.get("sentences"), list) and isinstance(tree.get("videos"), list):
+        sentences = tree.get("sentences")
+        if isinstance(sentences, (list, Mapping)) and isinstance(tree.get("videos"), list):
             found = list(self.walk(sentences, split))
             yield from found
             known = {annotation.video for annotation in found}

@@ -66,7 +66,9 @@ def read_didemo(location: str) -> Reading:
             if files
         ]
         if not sources and not any(video.texts for video in listed.values()):
-            folder.need((), f"sentences of {split}", f"{split}_data.json or didemo_{split}_label.csv")
+            role = f"sentences of {split}"
+            entries = folder.part(split, (), role, f"{split}_data.json or didemo_{split}_label.csv")
+            sources = [gather(entries, _to_name, role)]
         sources, strangers = _by_id(split, listed, sources)
         listed = {stem_of(name): video for name, video in listed.items()}
         found, odd = paragraph_clips(split, listed, sources, start_s=0.0, end_s=CLIP_END_S)

@@ -76,6 +76,7 @@ def read_lsmdc(location: str) -> Reading:
             annotation_sha256=folder.sha256,
         ),
         test_files="LSMDC16_challenge_1000_publictect.csv with its 1,000 clips",
+        needs_train=False,
     )
 
 

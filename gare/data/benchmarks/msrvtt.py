@@ -134,5 +134,6 @@ def _joined(video: Gathered, known: Gathered) -> Gathered:
 
 
 def _to_id(name: str) -> str | None:
-    stem = stem_of(name)
-    return stem if re.fullmatch(r"video\d+", stem) else None
+    # msr7020 is video7020 in the test file's second column.
+    match = re.fullmatch(r"(?:video|msr)(\d+)", stem_of(name))
+    return f"video{match[1]}" if match else None

@@ -66,7 +66,7 @@ def read_msvd(location: str) -> Reading:
         patterns = (rf"(^|[._-]){word}[._-]?list", rf"(^|[._-])(ret[._-])?{word}([._-]|$)")
         role = f"{split} list"
         members[split] = gather(
-            folder.need(patterns, role, f"{split}_list.txt", besides=r"^sents_"), to_id, role
+            folder.part(split, patterns, role, f"{split}_list.txt", besides=r"^sents_"), to_id, role
         )
     captions: dict[str, Gathered] = {}
     if not all(video.texts for videos in members.values() for video in videos.values()):

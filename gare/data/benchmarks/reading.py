@@ -235,16 +235,25 @@ def check_disjoint(clips: Sequence[BenchmarkClip], benchmark: str) -> None:
     faults.raise_if_any(benchmark)
 
 
-def finish(reading: Reading, *, test_files: str) -> Reading:
+def finish(reading: Reading, *, test_files: str, needs_train: bool = True) -> Reading:
     """A reading in its final order, with the differences from the published counts noted and test required.
 
     Args:
         reading: clips in any order.
         test_files: the files that say which videos test has, for the message.
+        needs_train: whether a train split without one text is a fault.
 
     Raises:
-        DataError: for a video in two splits and for another test split than the protocol's.
+        DataError: for a video in two splits, for another test split than the protocol's, and for no train
+            split where there has to be one.
     """
+    if needs_train and not reading.counts()["train"]["captions"]:
+        known = "; ".join(f"{item.what} ({len(item.ids)})" for item in reading.deviations)
+        raise DataError(
+            "no train video has a text" + (f": {known}" if known else ""),
+            where=reading.benchmark,
+            accepted="annotation files whose ids and texts belong together",
+        )
     check_disjoint(reading.clips, reading.benchmark)
     ordered = replace(reading, clips=tuple(sorted(reading.clips, key=lambda clip: clip.clip_id)))
     return ordered.require("test", test_files)

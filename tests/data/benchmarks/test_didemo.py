@@ -190,6 +190,16 @@ def test_annotations_without_their_list_are_refused(content: Content, tmp_path: 
         read("didemo", write(tmp_path, files))
 
 
+def test_one_file_with_all_splits(content: Content, original: Benchmark, tmp_path: Path) -> None:
+    """Some hand out one file: its own splits are those of the benchmark, or it is refused."""
+    tree = {
+        split: [{"video": name, "caption": texts} for name, texts in videos.items()]
+        for split, videos in content.paragraphs.items()
+    }
+    found = read("didemo", write(tmp_path, {"didemo.json": tree}))
+    assert found.manifest.fingerprint == original.manifest.fingerprint
+
+
 def test_a_split_without_sentences_is_refused(content: Content, tmp_path: Path) -> None:
     """A list alone has nothing to search with."""
     with pytest.raises(DataError, match=r"no sentences of train.*train_data.json"):

@@ -221,6 +221,9 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path, content: Content)
         read("msrvtt", tmp_path / "a")
     with pytest.raises(DataError, match="no 1k-A test file"):
         read("msrvtt", write(tmp_path / "b", {TRAIN: files[TRAIN]}))
+    strange = {"sentences": [{"video_id": "video7020", "caption": "x"}], "videos": []}
+    with pytest.raises(DataError, match=r"no train video has a text.*left out \(9000\)"):
+        read("msrvtt", write(tmp_path / "d", {**files, "MSRVTT_data.json": strange}))
     bad = {**files, "MSRVTT_data.json": {"sentences": [{"video_id": "clip7", "caption": "x"}], "videos": []}}
     with pytest.raises(DataError, match=r"not a video of the benchmark.*'clip7'"):
         read("msrvtt", write(tmp_path / "c", bad))

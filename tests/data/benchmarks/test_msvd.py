@@ -130,7 +130,17 @@ def _table(content: Content, rng: np.random.Generator) -> dict[str, Any]:
     return {**content.texts, "MSR Video Description Corpus.csv": as_table(header, rows)}
 
 
-@pytest.mark.parametrize("copy", [_windows, _corpus, _words, _split_files, _numbers, _table])
+def _one_table(content: Content, rng: np.random.Generator) -> dict[str, Any]:
+    rows = [
+        (split, name, text)
+        for split, names in content.lists.items()
+        for name in names
+        for text in content.captions[name]
+    ]
+    return {"msvd.tsv": as_table(["Split", "video", "caption"], rows, "\t", "\r\n")}
+
+
+@pytest.mark.parametrize("copy", [_one_table, _windows, _corpus, _words, _split_files, _numbers, _table])
 def test_copies_in_other_forms_are_the_same_benchmark(
     copy: Callable[[Content, np.random.Generator], dict[str, Any]],
     content: Content,
@@ -167,6 +177,14 @@ def test_videos_without_captions_and_without_list(content: Content, tmp_path: Pa
     del kept[content.lists["test"][0]]
     with pytest.raises(DataError, match=f"669 videos for 670.*{content.lists['test'][0]}"):
         read("msvd", write(tmp_path / "test", {**content.texts, "captions_msvd.json": kept}))
+
+
+def test_without_val(content: Content, tmp_path: Path) -> None:
+    """Copies with train and test alone can be trained and tested on; that there is no val is said."""
+    files = _split_files(content, np.random.default_rng(0))
+    del files["msvd_ret_val.json"]
+    found = read("msvd", write(tmp_path, files))
+    assert found.manifest.protocol == "1,200/100/670 videos, all captions; not as published: no val"
 
 
 def test_numbers_without_their_mapping(content: Content, tmp_path: Path) -> None:

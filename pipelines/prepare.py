@@ -12,7 +12,7 @@ from cluster.remote import RemoteVideos
 from cluster.storage import Layout, layout
 from gare.config import Config
 from gare.data.benchmarks.folder import read_folder
-from gare.data.benchmarks.published import READERS, read_benchmark, table
+from gare.data.benchmarks.published import READERS, Benchmark, read_benchmark, table
 from gare.data.files import join, write_json
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
 from gare.data.sources import LocalVideos
@@ -117,16 +117,19 @@ def _published(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]
             where="data.videos",
             accepted=f"the folder of {config.data.benchmark}'s videos; --verify looks at annotations alone",
         )
-    benchmark = read_benchmark(config.data)
-    for line in table(benchmark).splitlines():
-        logger.info("%s", line)
+    benchmark = _read_published(config)
     return benchmark.manifest, benchmark.summary()
 
 
-def _verify(config: Config, places: Layout) -> dict[str, Any]:
-    benchmark = read_benchmark(config.data)
+def _read_published(config: Config) -> Benchmark:
+    benchmark = read_benchmark(config.data, RemoteVideos(config.sources, LocalVideos()).list)
     for line in table(benchmark).splitlines():
         logger.info("%s", line)
+    return benchmark
+
+
+def _verify(config: Config, places: Layout) -> dict[str, Any]:
+    benchmark = _read_published(config)
     manifest = benchmark.manifest
     result = {
         "verified": True,

@@ -11,7 +11,7 @@ from pyarrow import fs as pafs
 
 from gare.data.benchmarks.annotations import Annotation, read_annotations
 from gare.data.files import list_files, open_fs, read_bytes
-from gare.errors import DataError
+from gare.errors import DataError, shown
 
 #: Files that may hold all splits together.
 _ALL_SPLITS = (
@@ -44,7 +44,7 @@ class AnnotationFolder:
         filesystem, path = open_fs(location)
         kind = filesystem.get_file_info(path).type
         if kind == pafs.FileType.NotFound:
-            raise DataError("is missing", where=location, accepted="a folder of annotation files")
+            raise DataError("is missing", where=shown(location), accepted="a folder of annotation files")
         found = [location] if kind == pafs.FileType.File else list_files(location, recursive=True)
         self._files = {_relative(file, location): file for file in found}
         self._names = {
@@ -56,7 +56,7 @@ class AnnotationFolder:
         if not self._names and not self.pickles:
             raise DataError(
                 "holds no annotation file",
-                where=location,
+                where=shown(location),
                 accepted=f"names that end in {', '.join(_TEXT_ENDINGS)}, also with .gz",
             )
 
@@ -107,7 +107,9 @@ class AnnotationFolder:
             if self.pickles
             else ""
         )
-        raise DataError(f"has no {role}{pickles} (it holds {have})", where=self.location, accepted=accepted)
+        raise DataError(
+            f"has no {role}{pickles} (it holds {have})", where=shown(self.location), accepted=accepted
+        )
 
     def part(
         self, split: str, patterns: Sequence[str], role: str, accepted: str, *, besides: str = ""
@@ -147,7 +149,7 @@ class AnnotationFolder:
             if _meaning(contents[other]) != _meaning(contents[first]):
                 raise DataError(
                     f"several files could be {role} and differ: {first}, {other}",
-                    where=self.location,
+                    where=shown(self.location),
                     accepted="one of them; move the others elsewhere",
                 )
         return contents[first]
@@ -160,7 +162,7 @@ class AnnotationFolder:
         try:
             self._contents[name] = read_annotations(name, data)
         except DataError as error:
-            raise DataError(error.what, where=self._files[name], accepted=error.accepted) from error
+            raise DataError(error.what, where=shown(self._files[name]), accepted=error.accepted) from error
         return self._contents[name]
 
 

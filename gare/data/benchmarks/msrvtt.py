@@ -22,7 +22,7 @@ from gare.data.benchmarks.reading import (
     names_of,
     stem_of,
 )
-from gare.errors import DataError
+from gare.errors import DataError, shown
 
 CAPTIONS_PER_VIDEO = 20
 TEST = Published(
@@ -94,7 +94,7 @@ def read_msrvtt(location: str, train_list: Literal["9k", "7k"]) -> Reading:
     if bare:
         raise DataError(
             f"{len(bare)} test videos have other than one sentence: {', '.join(bare[:10])}",
-            where=location,
+            where=shown(location),
             accepted="the one sentence that JSFusion chose for each: MSRVTT_JSFUSION_test.csv",
         )
     silent = tuple(sorted(name for name, video in train.items() if not video.texts))

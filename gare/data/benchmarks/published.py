@@ -20,7 +20,7 @@ from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder
 from gare.data.benchmarks.youcook2 import read_youcook2
 from gare.data.faults import Faults
 from gare.data.manifest import SPLITS, Manifest, ManifestRow
-from gare.errors import ConfigError, DataError
+from gare.errors import ConfigError, DataError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Benchmark:
         }
 
 
-def read_benchmark(data: DataConfig) -> Benchmark:
+def read_benchmark(data: DataConfig, list_remote: Callable[[str], list[str]] | None = None) -> Benchmark:
     """Reads the annotations of ``data.benchmark`` and looks for its videos.
 
     The protocol in the manifest says where counts are not the published ones, so that a number made with it
@@ -81,6 +81,8 @@ def read_benchmark(data: DataConfig) -> Benchmark:
 
     Args:
         data: names the annotations and, if they are to be looked for, the videos.
+        list_remote: lists the files below the URI of a folder of videos; without it, only local folders are
+            accepted.
 
     Raises:
         ConfigError: for a benchmark without annotations, and more videos held out for val than there are.
@@ -96,7 +98,7 @@ def read_benchmark(data: DataConfig) -> Benchmark:
     reading = READERS[data.benchmark](data)
     rows, missing = _rows_without_places(reading), None
     if data.videos:
-        rows, missing = _find_videos(reading, data)
+        rows, missing = _find_videos(reading, data, list_remote)
     kept = {row.video_id for row in rows}
     present = replace(reading, clips=tuple(clip for clip in reading.clips if clip.clip_id in kept))
     differences = present.differences()
@@ -125,9 +127,11 @@ def _row(clip: BenchmarkClip, uri: str) -> ManifestRow:
     return ManifestRow(clip.clip_id, uri, clip.start_s, clip.end_s, clip.split, clip.captions)
 
 
-def _find_videos(reading: Reading, data: DataConfig) -> tuple[list[ManifestRow], tuple[str, ...]]:
+def _find_videos(
+    reading: Reading, data: DataConfig, list_remote: Callable[[str], list[str]] | None
+) -> tuple[list[ManifestRow], tuple[str, ...]]:
     faults = Faults()
-    folder = open_folder(data.videos, faults)
+    folder = open_folder(data.videos, faults, list_remote)
     faults.raise_if_any("data.videos")
     assert folder is not None  # otherwise a fault was raised
     rows = []
@@ -141,21 +145,21 @@ def _find_videos(reading: Reading, data: DataConfig) -> tuple[list[ManifestRow],
             missing.append(clip)
         else:
             rows.append(_row(clip, folder.path(file)))
-    faults.raise_if_any(data.videos, accepted="one file for each video")
+    faults.raise_if_any(shown(data.videos), accepted="one file for each video")
     if missing and not (data.allow_missing or data.verify):
         for split in SPLITS:
             for clip in missing:
                 if clip.split == split:
                     faults.add(f"{split} clips without video file", clip.clip_id)
         faults.raise_if_any(
-            data.videos,
+            shown(data.videos),
             accepted="all videos; data.allow_missing=true leaves these out, and the protocol then says so; "
             "--verify lists all of them",
         )
     if not rows and not data.verify:
         raise DataError(
             f"holds no video of {reading.benchmark}",
-            where=data.videos,
+            where=shown(data.videos),
             accepted=f"files such as {reading.clips[0].names[0]}.mp4",
         )
     return rows or _rows_without_places(reading), tuple(clip.clip_id for clip in missing)

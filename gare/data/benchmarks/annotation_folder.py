@@ -11,6 +11,7 @@ from pyarrow import fs as pafs
 
 from gare.data.benchmarks.annotations import Annotation, read_annotations
 from gare.data.files import list_files, open_fs, read_bytes
+from gare.data.uris import is_uri
 from gare.errors import DataError, shown
 
 #: Files that may hold all splits together.
@@ -18,7 +19,7 @@ _ALL_SPLITS = (
     r"splits?[._-]|[._-]splits?\.",
     r"train_?val",
     r"caption|annotation",
-    r"^(msvd|didemo|activitynet|anet)\.",
+    r"^(msvd|didemo|activitynet|anet|youcook_?2|youcookii|yc2)\.",
 )
 _TEXT_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 _PICKLE_ENDINGS = (".pkl", ".pickle", ".p")
@@ -180,10 +181,9 @@ def _base(name: str) -> str:
 
 
 def _relative(file: str, location: str) -> str:
-    if file == location:
-        return file.rstrip("/").rsplit("/", 1)[-1]
-    is_uri = "://" in file
-    plain = urllib.parse.unquote(file.partition("?")[0]) if is_uri else file
-    root = urllib.parse.unquote(location.partition("?")[0]) if is_uri else location
-    shared = root.rstrip("/") + "/"
-    return plain.removeprefix(shared) if plain.startswith(shared) else plain.rsplit("/", 1)[-1]
+    path, root = (
+        urllib.parse.unquote(place.partition("?")[0]) if is_uri(place) else place
+        for place in (file, location)
+    )
+    below = root.rstrip("/") + "/"
+    return path.removeprefix(below) if path.startswith(below) else path.rsplit("/", 1)[-1]

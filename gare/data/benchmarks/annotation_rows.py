@@ -123,7 +123,7 @@ def _without_header(lines: list[tuple[int, str]], faults: Faults) -> list[RowRec
     delimiter = next(
         (
             mark
-            for mark in "\t;,"
+            for mark in "\t|;,"
             if all(mark in line and " " not in line.partition(mark)[0].strip() for _, line in lines)
         ),
         None,

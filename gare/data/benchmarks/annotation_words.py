@@ -13,7 +13,7 @@ from gare.data.benchmarks.captions_file import SPLIT_NAMES as _SPLIT_NAMES
 #: Keys by role, the surest first; written as ``plain`` gives them.
 VIDEOS = (
     *("videoid", "video", "vid", "videoname", "videopath", "videofile", "clipid", "clip", "clipname"),
-    *("filename", "file", "path", "imageid", "image", "id", "name", "key"),
+    *("filename", "file", "path", "imageid", "image", "vidkey", "id", "name", "key"),
 )
 TEXTS = (
     *("captions", "caption", "sentences", "sentence", "texts", "text", "descriptions", "description"),

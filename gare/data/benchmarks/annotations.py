@@ -149,7 +149,12 @@ class _Tree:
             if isinstance(tree.get(body), (list, Mapping)):
                 yield from self.walk(tree[body], split)
                 return
+        if (rows := _rows_of_columns(tree)) is not None:
+            yield from self.walk(rows, split)
+            return
         for key, value in tree.items():
+            if isinstance(value, Mapping) and value and all(number.isdigit() for number in value):
+                value = list(value.values())  # numbered texts
             if isinstance(value, Mapping):
                 yield from self._record(value, f"entry {key!r}", split, key)
             else:
@@ -241,6 +246,21 @@ class _Tree:
         else:
             return tuple(pair for pair in pairs if pair is not None)
         return ()
+
+
+def _rows_of_columns(tree: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of a table that was written by columns, as pandas does; None for what is none."""
+    roles = roles_of(tree)
+    if roles.video is None or roles.text is None:
+        return None
+    columns = {
+        key: list(column.values()) if isinstance(column, Mapping) else column
+        for key, column in ((key, tree[key]) for key in (roles.video, roles.text))
+        if isinstance(column, (list, Mapping))
+    }
+    if len(columns) < 2 or len({len(column) for column in columns.values()}) > 1:
+        return None
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _split(entry: Mapping[str, Any], roles: Roles) -> str | None:

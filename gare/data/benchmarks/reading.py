@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gare.data.benchmarks.annotations import Annotation
-from gare.data.benchmarks.video_folder import VIDEO_ENDINGS
+from gare.data.benchmarks.video_folder import without_ending
 from gare.data.faults import Faults, first_of
 from gare.data.manifest import SPLITS
 from gare.errors import DataError
@@ -210,8 +210,8 @@ def stem_of(name: str) -> str:
     Only the known endings are cut: what follows the last dot of an id may be a part of it.
     """
     base = name.strip().replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    stem, dot, ending = base.rpartition(".")
-    return stem if dot and stem and (not ending or f".{ending.lower()}" in VIDEO_ENDINGS) else base
+    stem = without_ending(base)
+    return stem if stem != base else base.removesuffix(".") or base
 
 
 def names_of(video_id: str, *written: str) -> tuple[str, ...]:

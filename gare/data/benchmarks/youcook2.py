@@ -58,7 +58,7 @@ def read_youcook2(location: str) -> Reading:
         }
     else:
         parts = {
-            split: folder.need(_FILES[split], f"file of {name}", f"yc2_{name}.json")
+            split: folder.part(name, _FILES[split], f"file of {name}", f"yc2_{name}.json")
             for split, name in (("train", "train"), ("test", "val"))
         }
     clips: list[BenchmarkClip] = []

@@ -20,13 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from gare.data_section import DataConfig
 from gare.errors import ConfigError
 from gare.extract_section import ExtractConfig
 from gare.sections import (
     AugmentConfig,
     ClipConfig,
     ClusterConfig,
-    DataConfig,
     DemoConfig,
     EvaluateConfig,
     LossConfig,

@@ -44,30 +44,6 @@ class StorageConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """Which videos and captions, and how they are split."""
-
-    benchmark: Literal["synthetic", "folder"] = Field(
-        "folder", description="synthetic: the generated benchmark; folder: your own videos with captions"
-    )
-    videos: str = Field("", description="folder of your videos or s3://…; empty: captions hold URIs (folder)")
-    captions: str = Field(
-        "", description="CSV, JSON Lines or JSON file with their captions (benchmark: folder)"
-    )
-    seed: Seed = Field(0, description="seed of the generated benchmark and of a split made here")
-    val_fraction: Fraction = Field(0.1, description="share of the videos for val where no split is given")
-    test_fraction: Fraction = Field(0.2, description="share of the videos for test where no split is given")
-    num_train: Count = Field(700, description="videos to generate for train (benchmark: synthetic)")
-    num_val: Count = Field(60, description="videos to generate for val (benchmark: synthetic)")
-    num_test: Count = Field(256, description="videos to generate for test (benchmark: synthetic)")
-
-    @model_validator(mode="after")
-    def _fractions_leave_train(self) -> DataConfig:
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError("val_fraction + test_fraction must stay below 1, so that train gets videos")
-        return self
-
-
 class ClipConfig(Section):
     """The CLIP towers, built by transformers' CLIPModel. Defaults are ViT-B/32's."""
 

@@ -12,6 +12,7 @@ from cluster.remote import RemoteVideos
 from cluster.storage import Layout, layout
 from gare.config import Config
 from gare.data.benchmarks.folder import read_folder
+from gare.data.benchmarks.published import READERS, Benchmark, read_benchmark, table
 from gare.data.files import join, write_json
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
 from gare.data.sources import LocalVideos
@@ -24,12 +25,17 @@ logger = logging.getLogger(__name__)
 def run(config: Config) -> dict[str, Any]:
     """Writes the manifest of the configured benchmark; generates its videos where it is the embedded one.
 
+    With ``data.verify`` it writes none and only says how the annotations and videos compare with the
+    published ones.
+
     Raises:
         ConfigError: for settings that the benchmark needs and lacks.
         DataError: for videos and captions that do not belong together.
     """
     started = time.monotonic()
     places = layout(config)
+    if config.data.verify:
+        return _verify(config, places)
     manifest, extra = _BENCHMARKS[config.data.benchmark](config, places)
     write_manifest(manifest, places.manifest)
     result = {
@@ -104,7 +110,46 @@ def _folder(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
     return manifest, {"left_out": len(manifest.left_out)}
 
 
-_BENCHMARKS = {"synthetic": _synthetic, "folder": _folder}
+def _published(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
+    if not config.data.videos:
+        raise ConfigError(
+            "is empty",
+            where="data.videos",
+            accepted=f"the folder of {config.data.benchmark}'s videos; --verify looks at annotations alone",
+        )
+    benchmark = _read_published(config)
+    return benchmark.manifest, benchmark.summary()
+
+
+def _read_published(config: Config) -> Benchmark:
+    benchmark = read_benchmark(config.data, RemoteVideos(config.sources, LocalVideos()).list)
+    for line in table(benchmark).splitlines():
+        logger.info("%s", line)
+    return benchmark
+
+
+def _verify(config: Config, places: Layout) -> dict[str, Any]:
+    benchmark = _read_published(config)
+    manifest = benchmark.manifest
+    result = {
+        "verified": True,
+        "benchmark": manifest.benchmark,
+        "protocol": manifest.protocol,
+        "fingerprint": manifest.fingerprint,
+        "counts": manifest.counts,
+        **benchmark.summary(),
+    }
+    write_json(join(places.step("verify"), "result.json"), result)
+    return result
+
+
+_BENCHMARKS = {"synthetic": _synthetic, "folder": _folder, **dict.fromkeys(READERS, _published)}
 
 if __name__ == "__main__":
-    main(run, __doc__)
+    main(
+        run,
+        __doc__,
+        flags={
+            "--verify": ("data.verify", "compare with the published counts and write no manifest", "true")
+        },
+    )

@@ -70,6 +70,7 @@ class Manifest:
         protocol: how it was split, as a person would cite it.
         annotation_sha256: SHA-256 of every annotation file, by its name.
         left_out: names of videos that were found but not used, such as those without a caption.
+        deviations: where the annotations or videos of a published benchmark are not as published, with ids.
 
     Raises:
         DataError: for rows that break the contract, with the ids of all of them.
@@ -80,6 +81,7 @@ class Manifest:
     protocol: str
     annotation_sha256: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    deviations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.rows)
@@ -131,6 +133,7 @@ def write_manifest(manifest: Manifest, uri: str) -> None:
         "counts": json.dumps(manifest.counts),
         "fingerprint": manifest.fingerprint,
         "left_out": json.dumps(manifest.left_out),
+        "deviations": json.dumps(manifest.deviations),
     }
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
@@ -165,6 +168,7 @@ def read_manifest(uri: str) -> Manifest:
             protocol=metadata["protocol"],
             annotation_sha256=metadata["annotation_sha256"],
             left_out=tuple(metadata["left_out"]),
+            deviations=tuple(metadata["deviations"]),
         )
     except DataError as error:
         raise DataError(error.what, where=uri, accepted=error.accepted) from error
@@ -223,6 +227,7 @@ def _metadata(table: pa.Table, uri: str) -> dict[str, Any]:
         **raw,
         "annotation_sha256": json.loads(raw["annotation_sha256"]),
         "left_out": json.loads(raw["left_out"]),
+        "deviations": json.loads(raw.get("deviations", "[]")),  # older manifests have none
     }
 
 

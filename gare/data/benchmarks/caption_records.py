@@ -45,7 +45,7 @@ def read_records(
     kind = next((kind for ending, kind in FORMATS.items() if base.endswith(ending)), None)
     if kind is None:
         raise DataError("is of no known format", where=name, accepted=f"{', '.join(FORMATS)}, also with .gz")
-    text = _decode(name, data)
+    text = decode_text(name, data)
     if not text.strip():
         raise DataError("is empty", where=name, accepted="at least one video with a caption")
     if kind == "csv":
@@ -55,21 +55,32 @@ def read_records(
     return _json_records(name, text, faults)
 
 
-def _decode(name: str, data: bytes) -> str:
+def decode_text(name: str, data: bytes, *, may_be_utf16: bool = False) -> str:
+    """The text of a file, unpacked if it is gzip-ed, without a byte order mark.
+
+    Args:
+        name: its name, for messages.
+        data: its content, as stored.
+        may_be_utf16: also UTF-16 with a byte order mark, as spreadsheets save "Unicode text".
+
+    Raises:
+        DataError: for a damaged gzip file and what is no text in UTF-8.
+    """
     # By content, not by name: browsers and download tools unpack .gz files and keep the name.
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"is damaged: {error}", where=name, accepted="a whole gzip file") from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if is_utf16 and not may_be_utf16:
         raise DataError("is UTF-16", where=name, accepted="the same text saved as UTF-8")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"is not UTF-8: byte {data[error.start]:#04x} in line {line}",
+            f"is not {'UTF-16' if is_utf16 else 'UTF-8'}: byte {data[error.start]:#04x} in line {line}",
             where=name,
             accepted="the same text saved as UTF-8",
         ) from error
@@ -142,7 +153,7 @@ def _json_lines_records(text: str, faults: Faults) -> list[Record]:
             continue
         where = f"line {number}"
         try:
-            entry = _parse(line, where, faults)
+            entry = parse_json(line, where, faults)
         except (ValueError, RecursionError) as error:
             faults.add("not JSON", f"{where}: {error}")
             continue
@@ -156,7 +167,7 @@ def _json_lines_records(text: str, faults: Faults) -> list[Record]:
 def _json_records(name: str, text: str, faults: Faults) -> list[Record]:
     own = Faults()
     try:
-        tree = _parse(text, "file", own)
+        tree = parse_json(text, "file", own)
     except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):  # JSON Lines under the name .json
             return _json_lines_records(text, faults)
@@ -189,7 +200,14 @@ def _record_of_pair(video: str, value: Any) -> Record:
     return f"entry {shown(video)!r}", {"video": video, **fields}
 
 
-def _parse(text: str, where: str, faults: Faults) -> Any:
+def parse_json(text: str, where: str, faults: Faults) -> Any:
+    """The value of a JSON text; a key used twice in one object is a fault.
+
+    Raises:
+        ValueError: for what is not JSON.
+        RecursionError: for what is nested too deeply.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entry = dict(pairs)
         if len(entry) < len(pairs):  # json would keep the last one and say nothing

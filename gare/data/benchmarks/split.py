@@ -31,7 +31,7 @@ def split_by_video(
             where="data",
             accepted="0 or more each, below 1 together",
         )
-    order = sorted(set(ids), key=lambda name: (_hash(seed, name), name))
+    order = order_by_hash(ids, seed=seed)
     sizes = []
     for fraction in (val_fraction, test_fraction):
         size = int(len(order) * fraction + 0.5)
@@ -41,6 +41,11 @@ def split_by_video(
     num_val, num_test = sizes
     names = ["val"] * num_val + ["test"] * num_test + ["train"] * (len(order) - num_val - num_test)
     return dict(zip(order, names, strict=True))
+
+
+def order_by_hash(ids: Iterable[str], *, seed: int) -> list[str]:
+    """The different ids in an order that depends on the seed and on them alone."""
+    return sorted(set(ids), key=lambda name: (_hash(seed, name), name))
 
 
 def _hash(seed: int, name: str) -> bytes:

@@ -18,6 +18,7 @@ VIDEO_ENDINGS = frozenset(
     for ending in (
         *("mp4", "m4v", "mov", "mkv", "webm", "avi", "gif", "mpg", "mpeg"),
         *("3gp", "3g2", "wmv", "flv", "ts", "mts", "m2ts", "ogv"),
+        *("3gpp", "asf", "divx", "qt", "null"),  # so in DiDeMo, whose files have the names they came with
     )
 )
 

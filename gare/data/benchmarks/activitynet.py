@@ -1,0 +1,105 @@
+"""ActivityNet Captions as paragraph retrieval: 10,009 videos to train on, the 4,917 of val_1 to test on.
+
+Source: Krishna et al., ICCV 2017; paragraphs and val_1 as in Zhang et al., ECCV 2018, and Collaborative
+Experts. val_2 has other sentences for the same videos: it is no val split, and there is none. The clip is the
+whole video.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from gare.data.benchmarks.annotation_folder import AnnotationFolder
+from gare.data.benchmarks.paragraphs import gathered, odd_times, paragraph_clips
+from gare.data.benchmarks.reading import (
+    BenchmarkClip,
+    Deviation,
+    Gathered,
+    Published,
+    Reading,
+    finish,
+    gather,
+    stem_of,
+)
+
+PUBLISHED = {
+    "train": Published(10_009, 10_009, "1742cdf0c50c460cff811f89f867c77559a6882b27f18d1c2bdc24d8c4b9f4b9"),
+    "test": Published(
+        4_917,
+        4_917,
+        "9b39bfbdf6a256a62addb0c54eb1bd56f487300f02e10df6c4bf886dab720e9d",
+        "019da795e8a2acec4a7ada3ed1ac161e02bcbb8cbf1db976ccad22070f64e68d",
+    ),
+}
+_SENTENCE_FILES = {
+    "train": (r"^train\.", r"(^|[._-])train([._-]|$)"),
+    "test": (
+        r"(^|[._-])val[._-]?1\.",
+        r"(^|[._-])val[._-]?1([._-]|$)",
+        r"^(activitynet|anet)?[._-]?(ret[._-])?val\.",
+    ),
+}
+_LIST_FILES = {
+    "train": (r"(^|[._-])train[._-]?list", r"(^|[._-])train[._-]?ids"),
+    "test": (r"(^|[._-])val[._-]?1[._-]?list", r"(^|[._-])val[._-]?ids"),
+}
+_LISTS = r"[._-]?(list|ids)"
+
+
+def read_activitynet(location: str) -> Reading:
+    """Reads ActivityNet Captions' annotation files.
+
+    Args:
+        location: their folder: train.json and val_1.json, or lists such as [{"video": …, "caption": …}].
+            Lists of videos (train_ids.json, val_ids.json, train_list.txt, val_1_list.txt) are compared with
+            them if they are there.
+
+    Raises:
+        DataError: for files that are missing or cannot be read, and for another test split.
+    """
+    folder = AnnotationFolder(location)
+    clips: list[BenchmarkClip] = []
+    deviations: list[Deviation] = []
+    for split, name in (("train", "train"), ("test", "val_1")):
+        entries = folder.part(
+            "train" if split == "train" else "val",
+            _SENTENCE_FILES[split],
+            f"sentences of {name}",
+            f"{name}.json",
+            besides=_LISTS,
+        )
+        source = gather(entries, _to_id, f"sentences of {name}")
+        listed: dict[str, Gathered] = {}
+        for pattern in _LIST_FILES[split]:
+            files = folder.find((pattern,))
+            # The union: a video that one list alone names has no sentences, and that is said below.
+            listed |= gathered(
+                folder.read(files, f"list of {name}") if files else [], _to_id, f"list of {name}"
+            )
+        found, odd = paragraph_clips(split, listed, [source])
+        # On disk the videos are v_….mp4 or, as downloaders leave them, YouTube's id alone.
+        clips += [replace(clip, names=(*clip.names, clip.clip_id.removeprefix("v_"))) for clip in found]
+        deviations += [*odd, *odd_times(split, source, ("which a paragraph does not use",) * 2)]
+    return finish(
+        Reading(
+            benchmark="activitynet",
+            protocol="paragraphs, test on val_1",
+            clips=tuple(clips),
+            published=PUBLISHED,
+            deviations=tuple(deviations),
+            annotation_sha256=folder.sha256,
+        ),
+        test_files="val_1.json with its 4,917 videos",
+    )
+
+
+def youtube_name(name: str) -> str | None:
+    """The id of a video as both ActivityNet and YouCook2 have it here: YouTube's 11 signs after ``v_``."""
+    stem = stem_of(name)
+    if re.fullmatch(r"[\w-]{11}", stem, re.ASCII):
+        return f"v_{stem}"
+    return stem if re.fullmatch(r"v_[\w-]{11}", stem, re.ASCII) else None
+
+
+_to_id = youtube_name

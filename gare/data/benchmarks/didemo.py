@@ -1,0 +1,125 @@
+"""DiDeMo as paragraph retrieval: 8,392, 1,065 and 1,004 videos, all sentences of a video joined.
+
+Source: Hendricks et al., ICCV 2017; the lists are those of Collaborative Experts, which leave out some
+annotated videos (the data set's own train split has 8,395). Only the first 30 seconds were shown to the
+annotators: as in CLIP4Clip, a clip is the first 31 seconds of its file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from gare.data.benchmarks.annotation_folder import AnnotationFolder
+from gare.data.benchmarks.paragraphs import gathered, paragraph_clips
+from gare.data.benchmarks.reading import (
+    BenchmarkClip,
+    Deviation,
+    Gathered,
+    Published,
+    Reading,
+    finish,
+    gather,
+    stem_of,
+)
+from gare.data.faults import Faults
+
+CLIP_END_S = 31.0
+PUBLISHED = {
+    "train": Published(8392, 8392, "e84c95b48a3490d03315cf4050b6853549efa393df6cb50bbefde1e7baf56021"),
+    "val": Published(1065, 1065, "14e36577c02c7919c1a2e2a8f41aaa96fc63e826557b43465d1bd601bab22c0d"),
+    "test": Published(
+        1004,
+        1004,
+        "9e98b69db2eed8341d77f2c8dd18e62a8207b79e19cd584b9c709c9431a3ea5e",
+        "736a14316f6651f05c98b52b0669915fe0077e09744eb31e7ba2b8a898ad1576",
+    ),
+}
+_WORDS = {"train": "train", "val": "(val|valid|validation)", "test": "test"}
+
+
+def read_didemo(location: str) -> Reading:
+    """Reads DiDeMo's annotation files.
+
+    Args:
+        location: their folder, for each split: the sentences (train_data.json, or didemo_train_label.csv, or
+            a list such as [{"video": …, "caption": …}]) and the list of videos (train_list.txt); without a
+            list, all videos that have sentences.
+
+    Raises:
+        DataError: for files that are missing or cannot be read, and for another test split.
+    """
+    folder = AnnotationFolder(location)
+    clips: list[BenchmarkClip] = []
+    deviations: list[Deviation] = []
+    for split, word in _WORDS.items():
+        lists = folder.find((rf"(^|[._-]){word}[._-]?list",))
+        listed = gathered(folder.read(lists, f"{split} list") if lists else [], _to_name, f"{split} list")
+        originals = folder.find((rf"(^|[._-]){word}[._-]data",))
+        others = folder.find(
+            (rf"{word}[._-]?label", rf"(^|[._-]){word}([._-]|$)"),
+            besides=rf"{word}[._-]?list|{word}[._-]data",
+        )
+        sources = [
+            gather(folder.read(files, f"{split} sentences"), _to_name, f"{split} sentences")
+            for files in (originals, others)
+            if files
+        ]
+        if not sources and not any(video.texts for video in listed.values()):
+            role = f"sentences of {split}"
+            entries = folder.part(split, (), role, f"{split}_data.json or didemo_{split}_label.csv")
+            sources = [gather(entries, _to_name, role)]
+        sources, strangers = _by_id(split, listed, sources)
+        listed = {stem_of(name): video for name, video in listed.items()}
+        found, odd = paragraph_clips(split, listed, sources, start_s=0.0, end_s=CLIP_END_S)
+        clips += found
+        deviations += odd
+        if strangers:
+            what = f"{split} videos with sentences that the list does not name, left out"
+            deviations.append(Deviation(what, strangers))
+    return finish(
+        Reading(
+            benchmark="didemo",
+            protocol="paragraphs, lists of Collaborative Experts",
+            clips=tuple(clips),
+            published=PUBLISHED,
+            deviations=tuple(deviations),
+            annotation_sha256=folder.sha256,
+        ),
+        test_files="test_list.txt of Collaborative Experts with its 1,004 videos, all of them with sentences",
+    )
+
+
+def _by_id(
+    split: str, listed: Mapping[str, Gathered], sources: Sequence[Mapping[str, Gathered]]
+) -> tuple[list[dict[str, Gathered]], tuple[str, ...]]:
+    """Sentences by id instead of file name, and the names that were not listed.
+
+    The annotations have some videos twice, under names that differ in their ending alone and with other
+    sentences. The lists have one of the two, and its paragraph is made of the sentences under just this name.
+    Where all endings are others than in the list, as in copies whose videos were converted, the name without
+    it has to do.
+
+    Raises:
+        DataError: for videos that have two names of which neither is listed.
+    """
+    strangers: set[str] = set()
+    found = []
+    for source in sources:
+        names: dict[str, str] = {}
+        faults = Faults()
+        for name in source:
+            other = names.setdefault(stem_of(name), name)
+            if other != name and name not in listed and other not in listed:
+                faults.add("one video under two names, and no list that says which", f"{other}, {name}")
+        faults.raise_if_any("didemo", accepted=f"{split}_list.txt of Collaborative Experts")
+        names |= {stem_of(name): name for name in source if not listed or name in listed}
+        wanted = {stem_of(name) for name in listed} or names.keys()
+        found.append({stem: source[name] for stem, name in names.items() if stem in wanted})
+        strangers |= source.keys() - {names[stem] for stem in wanted & names.keys()}
+    return found, tuple(sorted(strangers))
+
+
+def _to_name(name: str) -> str | None:
+    base = name.strip().replace("\\", "/").rsplit("/", 1)[-1]
+    return base if re.fullmatch(r"\d+@N\d\d_\d+_[0-9a-f]+", stem_of(base)) else None

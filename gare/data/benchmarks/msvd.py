@@ -1,0 +1,135 @@
+"""MSVD: 1,200, 100 and 670 videos with all their captions, about 41 each; in test every caption is a query.
+
+Source: Chen and Dolan, ACL 2011; the split is that of Venugopalan et al., ICCV 2015, with the captions of its
+lists as Collaborative Experts and CLIP4Clip use them. Captions that a video repeats are kept, as there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from gare.data.benchmarks.annotation_folder import AnnotationFolder
+from gare.data.benchmarks.reading import (
+    BenchmarkClip,
+    Deviation,
+    Gathered,
+    Published,
+    Reading,
+    finish,
+    gather,
+    names_of,
+    stem_of,
+)
+from gare.errors import DataError
+
+PUBLISHED = {
+    "train": Published(1200, 48_774, "abfb8ab5660b464cf547d63a37a369920ff92c5f547af80f07aedd709df335d3"),
+    "val": Published(100, 4_290, "9527cf1ef6c8fe2fb1ecfda0e1856acc563fecef5ff0a409b5d908b65c1e6ed4"),
+    "test": Published(
+        670,
+        27_763,
+        "95eacd1fddb1d88cd7144267913ef02d0ecb8cc94a88bc484035433a2d8f9c7a",
+        "23a13288bd6ea671cc8aca39e5895cc7e287dbe5c7d205266e1a24f07f14de61",
+    ),
+}
+_CAPTION_FILES = (
+    r"captions?_msvd|msvd_?captions?",
+    r"raw-?_?captions",
+    r"availablecorpus|allvideodescriptions",
+    r"video_?\s?corpus|description_?\s?corpus",
+    r"^sents_.*lc_nopunc",
+    r"caption|annotations",
+)
+_MAPPING_FILES = (r"youtube.*mapping|mapping.*youtube|^mapping",)
+_SPLIT_NAMES = {"train": "train", "val": "(val|valid|validation)", "test": "test"}
+
+
+def read_msvd(location: str) -> Reading:
+    """Reads MSVD's annotation files.
+
+    Args:
+        location: their folder: train_list.txt, val_list.txt and test_list.txt with captions_msvd.json,
+            AvailableCorpus.txt or MSVD's own table; or a list such as [{"video": "….avi", "caption": …}] for
+            each split.
+
+    Raises:
+        DataError: for files that are missing or cannot be read, and for another test split.
+    """
+    folder = AnnotationFolder(location)
+    mapping = folder.find(_MAPPING_FILES)
+    youtube_id = _youtube_ids(folder, mapping) if mapping else {}
+    number_of = {name: number for number, name in youtube_id.items()}
+    to_id = _id_by(youtube_id)
+    members = {}
+    for split, word in _SPLIT_NAMES.items():
+        patterns = (rf"(^|[._-]){word}[._-]?list", rf"(^|[._-])(ret[._-])?{word}([._-]|$)")
+        role = f"{split} list"
+        members[split] = gather(
+            folder.part(split, patterns, role, f"{split}_list.txt", besides=r"^sents_"), to_id, role
+        )
+    captions: dict[str, Gathered] = {}
+    if not all(video.texts for videos in members.values() for video in videos.values()):
+        entries = folder.need(
+            _CAPTION_FILES,
+            "captions",
+            'captions_msvd.json, AvailableCorpus.txt or any JSON of {"id": [captions]}; a pickle can '
+            "be written out as such JSON by who trusts it",
+            besides=r"(^|[._-])(train|val|test)_list",
+            may_be_many=True,
+        )
+        captions = gather(entries, to_id, "captions")
+    clips = []
+    silent = []
+    for split, videos in members.items():
+        for name, video in videos.items():
+            texts = video.texts or captions.get(name, Gathered()).texts
+            if not texts:
+                silent.append(name)
+                continue
+            # Copies number and order the captions differently; sorted, all of them train alike.
+            names = names_of(name, *video.names, *filter(None, [number_of.get(name)]))
+            clips.append(BenchmarkClip(name, names, split, tuple(sorted(texts))))
+    used = {clip.clip_id for clip in clips} | set(silent)
+    unlisted = tuple(sorted(captions.keys() - used))
+    found = (
+        ("listed videos without captions, left out", tuple(sorted(silent))),
+        ("videos with captions that no list names, left out", unlisted),
+    )
+    return finish(
+        Reading(
+            benchmark="msvd",
+            protocol="1,200/100/670 videos, all captions",
+            clips=tuple(clips),
+            published=PUBLISHED,
+            deviations=tuple(Deviation(what, ids) for what, ids in found if ids),
+            annotation_sha256=folder.sha256,
+        ),
+        test_files="test_list.txt with its 670 videos, all of them with captions",
+    )
+
+
+def _youtube_ids(folder: AnnotationFolder, files: list[str]) -> dict[str, str]:
+    """YouTube's id of each ``vid<number>``."""
+    found = {}
+    for entry in folder.read(files, "mapping of ids"):
+        pair = [entry.video, *entry.texts]
+        number = next((part for part in pair if re.fullmatch(r"vid\d+", part)), None)
+        name = next((part for part in pair if part != number), None)
+        if number is None or name is None:
+            raise DataError(
+                f"{entry.where} is no pair of ids: {pair}",
+                where=files[0],
+                accepted="lines such as -4wsuPCjDBc_5_15 vid1",
+            )
+        found[number] = name
+    return found
+
+
+def _id_by(youtube_id: dict[str, str]) -> Callable[[str], str | None]:
+    def to_id(name: str) -> str | None:
+        stem = stem_of(name)
+        stem = youtube_id.get(stem, stem)
+        return stem if re.fullmatch(r".{11}_\d+_\d+", stem) else None
+
+    return to_id

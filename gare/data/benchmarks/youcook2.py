@@ -1,0 +1,106 @@
+"""YouCook2: each annotated segment is a clip with one sentence; 10,337 for train, the 3,492 of val for test.
+
+Source: Zhou et al., AAAI 2018, with its own train and val videos; retrieval of segments as in Miech et al.,
+ICCV 2019, who had 3,350 of the val clips: a gallery of another size is another number. There is no val split
+beside test.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from gare.data.benchmarks.activitynet import youtube_name
+from gare.data.benchmarks.annotation_folder import AnnotationFolder
+from gare.data.benchmarks.paragraphs import odd_times
+from gare.data.benchmarks.reading import (
+    BenchmarkClip,
+    Deviation,
+    Gathered,
+    Published,
+    Reading,
+    finish,
+    gather,
+    names_of,
+)
+
+PUBLISHED = {
+    "train": Published(10_337, 10_337, "5bc9e34476977169f974ad533c751a66b8507a756bd624dc4504195d3efb0806"),
+    "test": Published(
+        3_492,
+        3_492,
+        "5f0b5052e9e8f27bd6b5f8bb8ea0301842c7407e11d74edd95c118994670b735",
+        "c6d0fc6855548f5466ff4a529c0e91c3160399d4017aec31dcab391dc46479b2",
+    ),
+}
+_FILES = {
+    "train": (r"(^|[._-])train(ing)?([._-]|$)",),
+    "test": (r"(^|[._-])val(idation)?([._-]|$)",),
+}
+_BOTH = (r"annotations_trainval", r"trainval")
+
+
+def read_youcook2(location: str) -> Reading:
+    """Reads YouCook2's annotation files.
+
+    Args:
+        location: their folder: yc2_train.json and yc2_val.json in ActivityNet's layout, or the data set's own
+            youcookii_annotations_trainval.json.
+
+    Raises:
+        DataError: for files that are missing or cannot be read, and for another test split.
+    """
+    folder = AnnotationFolder(location)
+    if both := folder.find(_BOTH):
+        entries = folder.read(both, "annotations")
+        parts = {
+            "train": [entry for entry in entries if entry.split == "train"],
+            "test": [entry for entry in entries if entry.split == "val"],
+        }
+    else:
+        parts = {
+            split: folder.part(name, _FILES[split], f"file of {name}", f"yc2_{name}.json")
+            for split, name in (("train", "train"), ("test", "val"))
+        }
+    clips: list[BenchmarkClip] = []
+    deviations: list[Deviation] = []
+    for split, listed in parts.items():
+        videos = gather(listed, youtube_name, f"annotations of {split}")
+        untimed, repeated = [], []
+        for name, video in videos.items():
+            if len(video.times) != len(video.texts):
+                untimed.append(name)
+                continue
+            found = _clips(name, video, split)
+            clips += found
+            repeated += [clip.clip_id for clip in found if "~" in clip.clip_id]
+        odd = (
+            (f"{split} videos without a time for each sentence, left out", untimed),
+            (f"{split} clips with the start and end of another", repeated),
+        )
+        deviations += [Deviation(what, tuple(sorted(ids))) for what, ids in odd if ids]
+        deviations += odd_times(split, videos, ("turned round", "where its clip ends"))
+    return finish(
+        Reading(
+            benchmark="youcook2",
+            protocol="segments, test on val",
+            clips=tuple(clips),
+            published=PUBLISHED,
+            deviations=tuple(deviations),
+            annotation_sha256=folder.sha256,
+        ),
+        test_files="yc2_val.json with its 457 videos and 3,492 segments",
+    )
+
+
+def _clips(name: str, video: Gathered, split: str) -> list[BenchmarkClip]:
+    """A clip for each segment; the id holds start and end, and a count where two have both in common."""
+    clips = []
+    seen: Counter[tuple[float, float]] = Counter()
+    for text, times in zip(video.texts, video.times, strict=True):
+        start_s, end_s = sorted(times)
+        seen[start_s, end_s] += 1
+        again = f"~{seen[start_s, end_s]}" if seen[start_s, end_s] > 1 else ""
+        clip_id = f"{name}#{start_s:g}-{end_s:g}{again}"
+        names = names_of(name, *video.names, name.removeprefix("v_"))
+        clips.append(BenchmarkClip(clip_id, names, split, (text,), start_s, end_s))
+    return clips

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from gare.errors import ConfigError
+from gare.evaluate_section import EvaluateConfig
 from gare.extract_section import ExtractConfig
 from gare.sections import (
     AugmentConfig,
@@ -28,7 +29,6 @@ from gare.sections import (
     ClusterConfig,
     DataConfig,
     DemoConfig,
-    EvaluateConfig,
     LossConfig,
     ModelConfig,
     Name,

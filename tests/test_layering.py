@@ -23,7 +23,11 @@ INSIDE_GARE = {
     "sections": set(),
     "sources_section": {"sections"},
     "extract_section": {"sections"},
-    "config": {"errors", "sections", "extract_section", "sources_section", "strict_yaml"},
+    "evaluate_section": {"sections"},
+    "config": {
+        *("errors", "sections", "strict_yaml"),
+        *("evaluate_section", "extract_section", "sources_section"),
+    },
     "data": {"config", "errors"},
     "model": {"config", "errors"},
     "retrieval": {"config", "errors", "data", "model"},

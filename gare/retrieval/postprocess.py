@@ -120,11 +120,11 @@ class QueryBank:
         """From the surveys of the bank and of the split, both with ``bank_looks``."""
         assert bank.best is not None
         assert texts.best is not None
-        activated = top.read_keys(bank.best)[0].unique()
+        activated = torch.unique(top.read_keys(bank.best)[0])
         return cls(scale, bank.video_sums[scale], torch.isin(top.read_keys(texts.best)[0][:, 0], activated))
 
     def by_text(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor:
-        """log of the inverted softmax where the query is normalised, else the score."""
+        """Logarithm of the inverted softmax where the query is normalised, else the score."""
         sums = self.bank_sums.to(scores.device)[videos]
         inverted = (self.scale * scores.double() - sums).to(scores.dtype)
         return torch.where(self.normalised.to(scores.device)[places], inverted, scores)

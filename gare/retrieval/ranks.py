@@ -157,7 +157,7 @@ def count(blocks: Blocks, grid: Grid, share: int, seen: Survey, variants: Sequen
         places = torch.arange(row.start, row.stop, device=scores.device)
         numbers = torch.arange(column.start, column.stop, device=scores.device)
         own = torch.stack(grid.own_pairs(row, column)).to(scores.device)
-        owner, owner_of_row = grid.owner[row].to(scores.device).unique_consecutive(return_inverse=True)
+        owner, owner_of_row = torch.unique_consecutive(grid.owner[row].to(scores.device), return_inverse=True)
         for variant in variants:
             mark = marks[variant.name]
             by_video = variant.by_video(scores, places.unsqueeze(1), numbers)
@@ -194,7 +194,7 @@ def join_counts(
         for name, tally in part.videos.items():
             videos[name].join(columns, tally)
     # From places back to texts.
-    back, captioned = torch.argsort(grid.order), grid.owner.unique()
+    back, captioned = torch.argsort(grid.order), torch.unique(grid.owner)
     found = {}
     for variant in variants:
         marks = Marks.of(grid, seen, variant)

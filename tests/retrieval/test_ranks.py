@@ -38,7 +38,7 @@ def random_matrix(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def test_any_blocks_give_the_whole_matrix_metrics(rng: np.random.Generator) -> None:
-    """A number that moves with the memory of the machine cannot be compared; here they are equal to the bit."""
+    """A number that moves with the memory of the machine cannot be compared; these are equal to the bit."""
     for _ in range(60):
         scores, owner = random_matrix(rng)
         found = rank_blocks(MatrixBlocks(scores), random_grid(rng, owner, scores.shape[1]))[""]

@@ -13,7 +13,7 @@ from torch import Tensor
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.prepared import PreparedVideo
-from gare.model.streaming import block_sizes
+from gare.model.streaming import MEGABYTE, block_sizes
 from gare.retrieval.grid import TEXTS, VIDEOS, Grid
 
 #: Blocks are filled up to multiples of this. Products of matrices of whole tiles treat all places alike, so
@@ -21,17 +21,20 @@ from gare.retrieval.grid import TEXTS, VIDEOS, Grid
 TILE = 64
 #: Videos of a block where texts own the basis, which is then made anew for every block of videos.
 VIDEOS_OF_WORDS = 4096
+#: Of blocks that are kept because they will be asked for again.
+KEPT_BYTES = 64 * MEGABYTE
 
 
 class Blocks(Protocol):
     """A source of scores."""
 
-    def block(self, texts: Tensor, columns: slice) -> Tensor:
-        """Scores (texts, videos), the same bits whenever the same block is asked for.
+    def block(self, texts: Tensor, columns: slice, *, again: bool = False) -> Tensor:
+        """Scores (texts, videos), the same bits whenever the same block is asked for; not to be written to.
 
         Args:
             texts: (T,) int64, which texts.
             columns: which videos.
+            again: whether the same block will be asked for once more.
         """
         ...
 
@@ -46,7 +49,7 @@ class MatrixBlocks:
     def __init__(self, scores: Tensor) -> None:
         self.scores = scores
 
-    def block(self, texts: Tensor, columns: slice) -> Tensor:
+    def block(self, texts: Tensor, columns: slice, *, again: bool = False) -> Tensor:
         """A copy of a part of the matrix."""
         return self.scores[texts, columns]
 
@@ -70,6 +73,8 @@ class ModelBlocks:
         self.text, self.video, self.device = text, video, device
         self._columns: slice | None = None
         self._prepared: VideoFeatures | PreparedVideo | None = None
+        self._kept: dict[tuple[bytes, int, int], Tensor] = {}
+        self._kept_bytes = 0
 
     def grid(self, video_of_text: Tensor) -> Grid:
         """The blocks in which this source is efficient."""
@@ -77,12 +82,24 @@ class ModelBlocks:
         videos = VIDEOS_OF_WORDS
         if not by_rows:
             sizes = block_sizes(self.model, self.video.mask.shape[1], self.text.mask.shape[1], 4)
-            videos = max(min(sizes.owners, 2 * VIDEOS) // TILE * TILE, TILE)
+            # Preparing them may take half of the budget.
+            videos = max(min(2 * sizes.owners, 2 * VIDEOS) // TILE * TILE, TILE)
         return Grid.of(video_of_text, len(self.video), texts=TEXTS, videos=videos, by_rows=by_rows)
 
     @torch.inference_mode()
-    def block(self, texts: Tensor, columns: slice) -> Tensor:
-        """Scores (texts, videos) float32 on the device."""
+    def block(self, texts: Tensor, columns: slice, *, again: bool = False) -> Tensor:
+        """Scores (texts, videos) float32 on the device; some that are asked for again are kept until then."""
+        key = (texts.numpy().tobytes(), columns.start, columns.stop)
+        if (kept := self._kept.pop(key, None)) is not None:
+            self._kept_bytes -= kept.nbytes
+            return kept
+        scores = self._score(texts, columns)
+        if again and self._kept_bytes + scores.nbytes <= KEPT_BYTES:
+            self._kept[key] = scores
+            self._kept_bytes += scores.nbytes
+        return scores
+
+    def _score(self, texts: Tensor, columns: slice) -> Tensor:
         if columns != self._columns or self._prepared is None:
             self._prepared = self._prepare(columns)
             self._columns = columns

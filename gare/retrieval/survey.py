@@ -77,7 +77,7 @@ def survey(blocks: Blocks, grid: Grid, share: int, looks: Looks) -> Survey:
         at, column = grid.own_pairs(rows, columns)
         if not (len(at) or looks.everywhere):
             continue
-        scores = checked_block(blocks, grid, rows, columns)
+        scores = checked_block(blocks, grid, rows, columns, again=True)
         if own is None:
             own = torch.full((num_texts,), torch.nan, dtype=scores.dtype)
         own[rows.start + at] = scores[at.to(scores.device), column.to(scores.device)].cpu()
@@ -121,13 +121,20 @@ def join_surveys(parts: Iterable[Survey], grid: Grid) -> Survey:
     )
 
 
-def checked_block(blocks: Blocks, grid: Grid, rows: slice, columns: slice) -> Tensor:
+def checked_block(blocks: Blocks, grid: Grid, rows: slice, columns: slice, *, again: bool = False) -> Tensor:
     """A block's scores.
+
+    Args:
+        blocks: the scores.
+        grid: of the split.
+        rows: places of the texts.
+        columns: the videos.
+        again: whether the block will be asked for once more.
 
     Raises:
         DataError: for a score that is not finite, naming text and video.
     """
-    scores = blocks.block(grid.order[rows], columns)
+    scores = blocks.block(grid.order[rows], columns, again=again)
     if not scores.isfinite().all():
         row, column = (~scores.isfinite()).nonzero()[0].tolist()
         text, video = int(grid.order[rows.start + row]), columns.start + column

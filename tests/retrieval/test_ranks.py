@@ -157,3 +157,20 @@ def test_owners_out_of_range_are_refused() -> None:
         Grid.of(torch.tensor([0, 3]), 3)
     with pytest.raises(DataError, match="int64"):
         Grid.of(torch.tensor([0.0]), 3)
+
+
+def test_a_block_has_the_same_bits_again(seed: int) -> None:
+    """Marks come from one pass and competitors from another: a last bit between them would turn ties."""
+    torch.manual_seed(seed)
+    model = GARE(tiny_config().model).eval()
+    text = TextFeatures(torch.randn(90, 32), None, torch.ones(90, 1, dtype=torch.bool))
+    video = VideoFeatures(torch.randn(70, 4, 32), torch.ones(70, 4, dtype=torch.bool))
+    blocks, texts, columns = ModelBlocks(model, text, video), torch.arange(5, 90), slice(3, 70)
+    first = blocks.block(texts, columns, again=True)
+    assert blocks.block(texts, columns) is first
+    elsewhere = ModelBlocks(model, text, video)
+    elsewhere.block(torch.arange(7), slice(0, 9))
+    for source in (blocks, elsewhere):
+        again = source.block(texts, columns)
+        assert again is not first
+        assert torch.equal(again, first)

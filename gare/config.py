@@ -22,13 +22,13 @@ from pydantic import (
 
 from gare.data_section import DataConfig
 from gare.errors import ConfigError
+from gare.evaluate_section import EvaluateConfig
 from gare.extract_section import ExtractConfig
 from gare.sections import (
     AugmentConfig,
     ClipConfig,
     ClusterConfig,
     DemoConfig,
-    EvaluateConfig,
     LossConfig,
     ModelConfig,
     Name,

@@ -323,14 +323,6 @@ class AugmentConfig(Section):
         return self
 
 
-class EvaluateConfig(Section):
-    """Scoring a split with a checkpoint."""
-
-    split: Literal["train", "val", "test"] = Field("test", description="which split to score")
-    checkpoint: str = Field("", description="checkpoint folder; empty: the best on val of train.run")
-    num_examples: Count = Field(6, description="queries in the retrieval picture")
-
-
 class TrackingConfig(Section):
     """MLflow."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.actors import Actors
 from cluster.command import main
 from cluster.session import num_cpus, num_gpus, ray_session
 from cluster.storage import Layout, absolute, layout
@@ -18,15 +19,18 @@ from gare.config import Config, differences
 from gare.data.files import exists, join, read_json, write_atomically, write_json
 from gare.data.manifest import ManifestRow
 from gare.errors import CheckpointError, DataError
-from gare.train.data import read_splits
+from gare.train.data import StoredSplits, read_splits
 
 if TYPE_CHECKING:
     from gare.model.gare import GARE
+    from gare.retrieval.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 #: Clips and captions that one encoding task takes.
 CLIPS_PER_TASK, CAPTIONS_PER_TASK = 32, 512
+#: Pairs below which actors would take longer to load than to score.
+PAIRS_ALONE = 1_000_000
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -51,14 +55,16 @@ def run(config: Config) -> dict[str, Any]:
     handle, own = _open_tracking(config, places, checkpoint)
     try:
         with ray_session(config.cluster):
-            features = _encode(config, checkpoint, places.frames, rows)
-        metrics, picture = _score(config, model, places.frames, rows, features)
+            bank = _bank(config, splits.train)
+            features = _encode(config, checkpoint, places.frames, rows, bank)
+            ranks = _rank(config, checkpoint, model, rows, features)
+        picture = _picture(config, places.frames, rows, ranks[""])
+        written = _write(config, places, checkpoint, splits, ranks, picture)
     except BaseException:
         # The training itself has not failed.
         handle.finish("FINISHED" if own else "FAILED")
         raise
-    folder = places.evaluation(config.train.run, split)
-    write_atomically(join(folder, "retrieval.png"), picture)
+    metrics = written["metrics"]
     handle.log_metrics({f"{split}/{name}": value for name, value in metrics.items()}, 0)
     counts = {"videos": len(rows), "captions": len(features["text/embedding"])}
     handle.log_dataset(
@@ -72,12 +78,11 @@ def run(config: Config) -> dict[str, Any]:
         "split": split,
         "num_texts": counts["captions"],
         "num_videos": counts["videos"],
-        "metrics": metrics,
-        "picture": join(folder, "retrieval.png"),
+        **written,
         "mlflow_run_id": handle.run_id,
         "seconds": round(time.monotonic() - started, 2),
     }
-    write_json(join(folder, "result.json"), result)
+    write_json(join(places.evaluation(config.train.run, split), "result.json"), result)
     logger.info(
         "%s on %s: R@1 %.1f t2v, %.1f v2t over %d texts × %d videos",
         config.train.run,
@@ -88,6 +93,32 @@ def run(config: Config) -> dict[str, Any]:
         counts["videos"],
     )
     return result
+
+
+def _write(
+    config: Config,
+    places: Layout,
+    checkpoint: str,
+    splits: StoredSplits,
+    ranks: dict[str, Ranks],
+    picture: bytes,
+) -> dict[str, Any]:
+    """Files of the evaluation; what the result says of them."""
+    from gare.retrieval.results import write_results
+
+    split = config.evaluate.split
+    folder = places.evaluation(config.train.run, split)
+    write_atomically(join(folder, "retrieval.png"), picture)
+    about = {
+        "run": config.train.run,
+        "checkpoint": checkpoint,
+        "split": split,
+        "benchmark": splits.benchmark,
+        "protocol": splits.protocol,
+        "manifest": splits.manifest_fingerprint,
+    }
+    written = write_results(folder, ranks, splits.of_split(split), about, config.evaluate)
+    return written | {"picture": join(folder, "retrieval.png")}
 
 
 def _load(config: Config, checkpoint: str) -> GARE:
@@ -122,79 +153,100 @@ def _open_tracking(config: Config, places: Layout, checkpoint: str) -> tuple[Run
     return tracker.start_run(name, run_id=run_id, tags=tags, pending=pending), own
 
 
+def _bank(config: Config, train: Sequence[ManifestRow]) -> list[str]:
+    """Captions of the training split for query-bank normalisation; none where it is off."""
+    if not config.evaluate.qbnorm:
+        return []
+    captions = [caption for row in train for caption in row.captions]
+    if not captions:
+        raise DataError(
+            "there is no training caption for the query bank",
+            where="evaluate.qbnorm",
+            accepted="a manifest with a train split, or evaluate.qbnorm=false",
+        )
+    rng = np.random.default_rng(config.evaluate.seed)
+    size = min(config.evaluate.qbnorm_bank, len(captions))
+    return [captions[at] for at in sorted(rng.choice(len(captions), size, replace=False))]
+
+
 def _encode(
-    config: Config, checkpoint: str, store: str, rows: Sequence[ManifestRow]
+    config: Config, checkpoint: str, store: str, rows: Sequence[ManifestRow], bank: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """``video/…`` of the clips and ``text/…`` of all their captions, in the order of the rows."""
-    device = "cuda" if config.cluster.use_gpu else "cpu"
+    """``video/…`` of the clips, ``text/…`` of all their captions in the order of the rows, ``bank/…``."""
 
     def load() -> Any:
         from gare.retrieval.encode import Encoder
         from gare.train.state import load_checkpoint
 
-        return Encoder(load_checkpoint(checkpoint), store, device)
+        return Encoder(load_checkpoint(checkpoint), store, _device(config))
 
-    gpus = config.cluster.use_gpu and num_gpus()
-    tasks: list[tuple[str, list[str]]] = []
+    tasks: list[tuple[str, str, list[str]]] = []
     ids = [row.video_id for row in rows]
     captions = [caption for row in rows for caption in row.captions]
-    for kind, items, size in (("clips", ids, CLIPS_PER_TASK), ("captions", captions, CAPTIONS_PER_TASK)):
-        tasks += [(kind, items[first : first + size]) for first in range(0, len(items), size)]
-    results = _map_in_order(load, tasks, actors=int(gpus) or min(num_cpus(), len(tasks)), gpu=bool(gpus))
+    for name, method, items, size in (
+        ("video", "clips", ids, CLIPS_PER_TASK),
+        ("text", "captions", captions, CAPTIONS_PER_TASK),
+        ("bank", "captions", list(bank), CAPTIONS_PER_TASK),
+    ):
+        tasks += [(name, method, items[first : first + size]) for first in range(0, len(items), size)]
+    results = _actors(config, load, len(tasks)).map(task[1:] for task in tasks)
     parts: dict[str, list[np.ndarray]] = {}
-    for (kind, _), result in zip(tasks, results, strict=True):
-        for name, array in result.items():
-            parts.setdefault(f"{'video' if kind == 'clips' else 'text'}/{name}", []).append(array)
+    for (name, *_), result in zip(tasks, results, strict=True):
+        for kind, array in result.items():
+            parts.setdefault(f"{name}/{kind}", []).append(array)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def _map_in_order(
-    load: Callable[[], Any], tasks: Sequence[tuple[str, list[str]]], *, actors: int, gpu: bool
-) -> list[dict[str, np.ndarray]]:
-    """Calls method ``kind`` of ``load()`` with the items of each task, on an actor pool; every task once."""
+def _device(config: Config) -> str:
+    return "cuda" if config.cluster.use_gpu else "cpu"
+
+
+def _actors(config: Config, load: Callable[[], Any], num_tasks: int) -> Actors:
+    gpus = int(config.cluster.use_gpu and num_gpus())
+    return Actors(load, count=min(gpus or num_cpus(), num_tasks), gpu=bool(gpus))
+
+
+def _rank(
+    config: Config, checkpoint: str, model: GARE, rows: Sequence[ManifestRow], features: dict[str, np.ndarray]
+) -> dict[str, Ranks]:
+    """Ranks by variant: shares of the pairs go to actors, or where they are few are done here."""
+    from gare.retrieval.queries import owners_of
+    from gare.retrieval.results import processing_of
+    from gare.retrieval.worker import RankWorker, rank_by_workers
+
+    owners, processing = owners_of(rows), processing_of(config.evaluate)
+    here = RankWorker(model, features, owners, processing)
+    if len(owners) * len(rows) <= PAIRS_ALONE:
+
+        def call(tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+            return (getattr(here, method)(*arguments) for method, *arguments in tasks)
+
+        return rank_by_workers(here, call)
     import ray
-    from ray.util import ActorPool
 
-    class Worker:
-        def __init__(self) -> None:
-            self.encoder: Any = None
+    held = ray.put(features)
 
-        def call(self, kind: str, items: list[str]) -> dict[str, np.ndarray]:
-            # Not in the constructor, whose faults Ray hands over as text alone.
-            self.encoder = self.encoder or load()
-            result: dict[str, np.ndarray] = getattr(self.encoder, kind)(items)
-            return result
+    def load() -> Any:
+        from gare.train.state import load_checkpoint
 
-    remote = ray.remote(num_cpus=0 if gpu else 1, num_gpus=1 if gpu else 0)(Worker)
-    pool = ActorPool([remote.remote() for _ in range(actors)])
-    return list(pool.map(lambda actor, task: actor.call.remote(*task), list(tasks)))
+        return RankWorker(load_checkpoint(checkpoint), ray.get(held), owners, processing, _device(config))
+
+    actors = _actors(config, load, here.grid.num_shares)
+    return rank_by_workers(here, actors.map, share_once=ray.put)
 
 
-def _score(
-    config: Config,
-    model: GARE,
-    store: str,
-    rows: Sequence[ManifestRow],
-    features: dict[str, np.ndarray],
-) -> tuple[dict[str, float], bytes]:
-    import torch
-
+def _picture(config: Config, store: str, rows: Sequence[ManifestRow], ranks: Ranks) -> bytes:
     from gare.data.frames import FrameReader
-    from gare.model.features import TextFeatures, VideoFeatures
     from gare.retrieval.examples import choose_examples
-    from gare.retrieval.metrics import retrieval_metrics
     from gare.retrieval.pictures import retrieval_picture
-    from gare.retrieval.scoring import score_split
+    from gare.retrieval.queries import owners_of
 
-    tensors = {name: torch.from_numpy(array) for name, array in features.items()}
-    text = TextFeatures(tensors["text/embedding"], tensors.get("text/words"), tensors["text/mask"])
-    video = VideoFeatures(tensors["video/frames"], tensors["video/mask"])
-    scores = score_split(model, text, video)
-    owners = torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
     texts = [caption for row in rows for caption in row.captions]
-    examples = choose_examples(scores, owners, texts, rows, FrameReader(store), config.evaluate.num_examples)
+    examples = choose_examples(
+        ranks.t2v, owners_of(rows), texts, rows, FrameReader(store), config.evaluate.num_examples
+    )
     title = f"{config.name}/{config.train.run}: text to video on {config.evaluate.split}"
-    return retrieval_metrics(scores, owners), retrieval_picture(examples, title)
+    return retrieval_picture(examples, title)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from gare.data.frames import FrameReader
 from gare.data.manifest import ManifestRow
-from gare.retrieval.metrics import text_to_video_ranks
 from gare.retrieval.pictures import Candidate, Example
+from gare.retrieval.ranks import Ranking
 
 #: Candidates shown for a query.
 TOP = 5
 
 
 def choose_examples(
-    scores: Tensor,
+    ranking: Ranking,
     video_of_text: Tensor,
     texts: Sequence[str],
     rows: Sequence[ManifestRow],
@@ -31,28 +31,27 @@ def choose_examples(
     """Queries spread evenly over the texts, in order, so that neither hits nor misses are picked out.
 
     Args:
-        scores: (N, M).
+        ranking: of the texts.
         video_of_text: (N,) owner of each text.
         texts: the N captions.
         rows: the M videos.
         reader: for thumbnails.
         count: queries to show.
     """
-    ranks = text_to_video_ranks(scores, video_of_text)
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int))
     examples = []
     for text in chosen:
         right = int(video_of_text[text])
-        best = scores[text].topk(min(TOP, scores.shape[1])).indices.tolist()
-        shown = best if right in best else [*best, right]
+        best = [video for video in ranking.candidates[text, :TOP].tolist() if video >= 0]
+        scores = dict(zip(best, ranking.scores[text].tolist(), strict=False))
+        scores.setdefault(right, float(ranking.own_score[text]))
+        shown = list(scores)
         frames, mask = reader.read([rows[video].video_id for video in shown])
         middle = mask.sum(axis=1) // 2
         candidates = [
-            Candidate(
-                rows[video].video_id, frames[place, middle[place]], float(scores[text, video]), video == right
-            )
+            Candidate(rows[video].video_id, frames[place, middle[place]], scores[video], video == right)
             for place, video in enumerate(shown)
         ]
-        rank = int(torch.ceil(ranks[text]))
+        rank = int(torch.ceil(ranking.rank[text]))
         examples.append(Example(texts[text], candidates, rank))
     return examples

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gare.errors import DataError
+from gare.retrieval.grid import check_owners
 
 #: Depths k of R@k.
 RECALL_DEPTHS = (1, 5, 10, 50)
@@ -35,7 +36,7 @@ def retrieval_metrics(scores: Tensor, video_of_text: Tensor) -> dict[str, float]
         DataError: for shapes that do not fit, scores that are not finite, or an owner out of range.
     """
     _check(scores, video_of_text)
-    return _summary(text_to_video_ranks(scores, video_of_text), "t2v") | _summary(
+    return rank_summary(text_to_video_ranks(scores, video_of_text), "t2v") | rank_summary(
         video_to_text_ranks(scores, video_of_text), "v2t"
     )
 
@@ -63,7 +64,8 @@ def _rank(candidates: Tensor, right: Tensor) -> Tensor:
     return 1 + better + tied / 2
 
 
-def _summary(ranks: Tensor, direction: str) -> dict[str, float]:
+def rank_summary(ranks: Tensor, direction: str) -> dict[str, float]:
+    """R@k in percent, median and mean of the ranks (Q,) float64 of one direction, by metric name."""
     recalls = {
         f"{direction}/R{depth}": 100 * (ranks <= depth).double().mean().item() for depth in RECALL_DEPTHS
     }
@@ -76,21 +78,14 @@ def _summary(ranks: Tensor, direction: str) -> dict[str, float]:
 def _check(scores: Tensor, video_of_text: Tensor) -> None:
     if not (isinstance(scores, Tensor) and scores.is_floating_point()):
         raise DataError("scores are no floating-point tensor", where="retrieval_metrics")
-    if not isinstance(video_of_text, Tensor) or video_of_text.dtype != torch.int64:
-        raise DataError("video_of_text is no int64 tensor", where="retrieval_metrics")
-    if scores.ndim != 2 or video_of_text.shape != scores.shape[:1] or not scores.numel():
+    shape = video_of_text.shape if isinstance(video_of_text, Tensor) else ()
+    if scores.ndim != 2 or shape != scores.shape[:1] or not scores.numel():
         raise DataError(
-            f"scores {tuple(scores.shape)} and video_of_text {tuple(video_of_text.shape)} do not fit",
+            f"scores {tuple(scores.shape)} and video_of_text {tuple(shape)} do not fit",
             where="retrieval_metrics",
             accepted="(N, M) scores and N owners",
         )
     if not scores.isfinite().all():
         bad = (~scores.isfinite()).nonzero()[0].tolist()
         raise DataError(f"score at {bad} is not finite", where="retrieval_metrics")
-    low, high = int(video_of_text.min()), int(video_of_text.max())
-    if low < 0 or high >= scores.shape[1]:
-        raise DataError(
-            f"owners run from {low} to {high}",
-            where="retrieval_metrics",
-            accepted=f"0 to {scores.shape[1] - 1}",
-        )
+    check_owners(video_of_text, scores.shape[1])

@@ -15,8 +15,7 @@ from gare.data.images import normalise
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
-from gare.retrieval.metrics import retrieval_metrics
-from gare.retrieval.scoring import score_split
+from gare.retrieval.ranks import rank_split
 from gare.train.gather import gather_unequal
 
 
@@ -89,8 +88,8 @@ class Validation:
             return {}
         column_of = torch.empty(int(videos.max()) + 1, dtype=torch.int64)
         column_of[videos.cpu()] = torch.arange(len(videos))
-        scores = score_split(self.model, text, VideoFeatures(frames, mask))
-        return retrieval_metrics(scores, column_of[owners.cpu()])
+        video = VideoFeatures(frames, mask)
+        return rank_split(self.model, text, video, column_of[owners.cpu()]).metrics()
 
 
 def _gather(parts: list[Tensor], nothing: Tensor) -> Tensor:

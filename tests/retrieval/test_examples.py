@@ -12,6 +12,9 @@ from gare.config import ExtractConfig
 from gare.data.frames import FrameReader
 from gare.data.manifest import ManifestRow
 from gare.retrieval.examples import TOP, choose_examples
+from gare.retrieval.grid import Grid
+from gare.retrieval.ranks import Ranking, rank_blocks
+from gare.retrieval.scoring import MatrixBlocks
 from tests.stores import write_store
 
 EXTRACT = ExtractConfig(num_frames=4, image_size=16, encoding="raw")
@@ -26,6 +29,11 @@ def rows() -> list[ManifestRow]:
     ]
 
 
+def ranking_of(scores: torch.Tensor, owners: torch.Tensor) -> Ranking:
+    grid = Grid.of(owners, scores.shape[1], texts=3, videos=4)
+    return rank_blocks(MatrixBlocks(scores), grid)[""].t2v
+
+
 @pytest.mark.parametrize("count", [1, 3, 16, 99])
 def test_examples(rows: list[ManifestRow], rng: np.random.Generator, tmp_path: Path, count: int) -> None:
     """A picture with another order, rank or thumbnail than the metrics saw misleads who looks at it."""
@@ -34,7 +42,7 @@ def test_examples(rows: list[ManifestRow], rng: np.random.Generator, tmp_path: P
     scores = torch.from_numpy(rng.permutation(16 * NUM_VIDEOS).reshape(16, NUM_VIDEOS).astype(np.float32))
     texts = [f"text {index}" for index in range(16)]
     reader = FrameReader(str(tmp_path))
-    examples = choose_examples(scores, owners, texts, rows, reader, count)
+    examples = choose_examples(ranking_of(scores, owners), owners, texts, rows, reader, count)
     assert len(examples) == min(count, 16)
     assert len({example.query for example in examples}) == len(examples)
     for example in examples:
@@ -58,9 +66,9 @@ def test_few_videos_are_all_shown(rows: list[ManifestRow], rng: np.random.Genera
     """A first try with two videos must get its picture too."""
     write_store(str(tmp_path), EXTRACT, ["v0", "v1"], rng)
     scores = torch.tensor([[0.1, 0.2], [0.3, 0.3]])
-    examples = choose_examples(
-        scores, torch.tensor([0, 1]), ["x", "y"], rows[:2], FrameReader(str(tmp_path)), 6
-    )
+    owners = torch.tensor([0, 1])
+    ranking = ranking_of(scores, owners)
+    examples = choose_examples(ranking, owners, ["x", "y"], rows[:2], FrameReader(str(tmp_path)), 6)
     assert [len(example.ranked) for example in examples] == [2, 2]
     # Tied with one other, the right one ranks 1.5, which a person reads as second.
     assert [example.right_rank for example in examples] == [2, 2]

@@ -1,0 +1,100 @@
+"""Evaluation on several workers, its tables of queries, and post-processed metrics beside the plain ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.actors import Actors
+from cluster.storage import Layout
+from gare.data.manifest import read_manifest
+from gare.retrieval.compare import compare_runs
+from gare.retrieval.queries import read_queries
+from pipelines import evaluate
+from tests.pipelines.support import tiny
+
+
+class Mortal:
+    """Work whose process dies at its first task."""
+
+    def __init__(self, grave: str) -> None:
+        self.grave = Path(grave)
+
+    def double(self, number: int, held: list[int]) -> int:
+        """Twice the number, and the first of what is held."""
+        if not self.grave.exists():
+            self.grave.touch()
+            os._exit(1)
+        return 2 * number + held[0]
+
+
+def loader(grave: str) -> Callable[[], Mortal]:
+    return lambda: Mortal(grave)
+
+
+def test_a_dead_actor_loses_and_doubles_nothing(ray_local: None, tmp_path: Path) -> None:
+    """A worker lost on a cluster must not end or bend an evaluation of hours."""
+    import ray
+
+    actors = Actors(loader(str(tmp_path / "grave")), count=2)
+    held = ray.put([100])
+    assert list(actors.map([("double", number, held) for number in range(7)])) == [
+        2 * number + 100 for number in range(7)
+    ]
+    assert (tmp_path / "grave").exists()
+
+
+def test_actors_rank_as_one_process_does(
+    trained: dict[str, Any], places: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pair counts once, so that numbers do not depend on the size of the cluster."""
+    plain = trained["evaluation"]
+    table = read_queries(plain["ranks"]["plain"])
+    monkeypatch.setattr(evaluate, "PAIRS_ALONE", 0)
+    switches = ("evaluate.dsl=true", "evaluate.qbnorm=true", "evaluate.qbnorm_bank=30")
+    spread = evaluate.run(tiny(*switches, "cluster.num_cpus=2"))
+    again = read_queries(spread["ranks"]["plain"])
+    assert again.table.equals(table.table)
+    assert {name: spread["metrics"][name] for name in plain["metrics"]} == plain["metrics"]
+    assert {name: spread["intervals"][name] for name in plain["intervals"]} == plain["intervals"]
+    others = set(spread["metrics"]) - set(plain["metrics"])
+    names = ("R1", "R5", "R10", "R50", "MdR", "MnR")
+    assert others == {f"{way}/{name}" for way in ("dsl/t2v", "dsl/v2t", "qbnorm/t2v") for name in names}
+    monkeypatch.undo()
+    alone = evaluate.run(tiny(*switches))
+    assert alone["metrics"] == spread["metrics"]
+    for variant in ("plain", "dsl", "qbnorm"):
+        tables = [read_queries(run["ranks"][variant]).table for run in (alone, spread)]
+        assert tables[0].equals(tables[1]), variant
+    # The shared result of the other tests is the plain one.
+    assert evaluate.run(tiny())["metrics"] == plain["metrics"]
+
+
+def test_table_of_queries_is_read_by_anything(trained: dict[str, Any], places: Layout) -> None:
+    """People look for what failed with their own tools, and find it by the manifest's names."""
+    evaluation = trained["evaluation"]
+    table = pq.read_table(evaluation["ranks"]["plain"]).to_pylist()
+    rows = {row.video_id: row for row in read_manifest(places.manifest).of_split("test")}
+    texts = [row for row in table if row["direction"] == "t2v"]
+    videos = [row for row in table if row["direction"] == "v2t"]
+    assert (len(texts), len(videos)) == (50, 10)
+    for row in texts:
+        assert rows[row["video_id"]].captions[row["caption_index"]] == row["caption"]
+        place = row["top_video_ids"].index(row["video_id"])
+        assert row["top_scores"][place] == row["true_score"]
+        assert row["top_scores"] == sorted(row["top_scores"], reverse=True)
+        assert row["rank"] == pytest.approx(place + 1, abs=row["top_scores"].count(row["true_score"]))
+    for direction, queries in (("t2v", texts), ("v2t", videos)):
+        ranks = np.array([row["rank"] for row in queries])
+        assert evaluation["metrics"][f"{direction}/R1"] == pytest.approx(100 * (ranks <= 1).mean())
+        low, high = evaluation["intervals"][f"{direction}/MnR"]
+        assert low <= evaluation["metrics"][f"{direction}/MnR"] <= high
+    table = read_queries(evaluation["ranks"]["plain"])
+    same = compare_runs(table, table, resamples=50)
+    assert all(one.difference == 0 and one.p_value == 1 for one in same.values())

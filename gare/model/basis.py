@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gare.model.forms import NORM_EPS, Length, gram
+from gare.model.forms import Length, gram
 from gare.model.increment import Increment
 
 
@@ -100,7 +100,7 @@ class BasisMaps:
         attended: (H·D, D): LN1(c) ↦ P·O, by head.
         attended_bias: (D,) of P·O, of all heads together.
         offset: (H, D): LN1(c) ↦ κ⁰.
-        hidden: (D, D): P·O ↦ U, or with dropout W_1(γ2⊙P·O), from which U is then put together for each owner.
+        hidden: (D, D): P·O ↦ U, or with dropout W_1(γ2⊙P·O), from which U is put together for each owner.
         whole: whether it is U.
         to_vectors: (D, D): U ↦ B.
         constant: (D,) the last basis vector W_μ b3 + b_μ.

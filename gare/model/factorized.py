@@ -175,8 +175,8 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     frame_products, delta_products = torch.split(products, [num_frames, num_rows - num_frames], dim=1)
     pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
     text_pooled = (pooling_MFN * frame_products).sum(dim=1)
-    pooled = video.by_frames @ pooling_MFN
-    pooled_square = (pooling_MFN * pooled[:, :num_frames]).sum(dim=1).clamp(min=0)
+    frame_gram, delta_by_frames = torch.split(video.by_frames, [num_frames, num_rows - num_frames], dim=1)
+    pooled_square = quadratic(frame_gram, pooling_MFN).clamp(min=0)
     if video.basis is None:
         scores = corrected_cosine("text", texts.square, text_pooled, pooled_square, None, None, None)
         return PairNumbers(scores, text_pooled, pooled_square, None, None, None, None, pooling_MFN)
@@ -190,7 +190,7 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
         weights = combine(video.basis, None, texts, log_radius)
     text_delta = (weights * delta_products).sum(dim=1)
     delta_square = quadratic(video.basis.gram, weights).clamp(min=0)
-    delta_pooled = (weights * pooled[:, num_frames:]).sum(dim=1)
+    delta_pooled = (weights * (delta_by_frames @ pooling_MFN)).sum(dim=1)
     scores = corrected_cosine(
         rule.corrected_side, texts.square, text_pooled, pooled_square, text_delta, delta_pooled, delta_square
     )

@@ -101,7 +101,7 @@ def _texts_direction(
     the two products.
     """
     num_videos = delta_cMD.shape[1]
-    products_cMM = delta_cMD @ delta_cMD.transpose(1, 2)
+    products_cMM = _products(delta_cMD)
     inverse_cM = products_cMM.diagonal(dim1=1, dim2=2).clamp(min=SHORTEST**2).rsqrt()
     inverse_cMM = inverse_cM.unsqueeze(2) * inverse_cM.unsqueeze(1)
     cosine_cMM = products_cMM.mul_(inverse_cMM)
@@ -123,3 +123,14 @@ def _texts_direction(
     slope_cMM *= inverse_cMM
     slope_cMM.diagonal(dim1=1, dim2=2).sub_(along_cM * inverse_cM.square())
     return value, slope_cMM @ delta_cMD
+
+
+def _products(vectors_cMD: Tensor) -> Tensor:
+    """Products (c, M, M) of vectors with each other; of the two quarters that are equal one is copied."""
+    count = vectors_cMD.shape[1]
+    products_cMM = vectors_cMD.new_empty(len(vectors_cMD), count, count)
+    first, second = slice(0, count // 2), slice(count // 2, count)
+    products_cMM[:, first] = vectors_cMD[:, first] @ vectors_cMD.transpose(1, 2)
+    products_cMM[:, second, first] = products_cMM[:, first, second].transpose(1, 2)
+    products_cMM[:, second, second] = vectors_cMD[:, second] @ vectors_cMD[:, second].transpose(1, 2)
+    return products_cMM

@@ -22,52 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gare.model.forms import Length, gram
 from gare.model.increment import Increment
-
-#: ε of every LayerNorm in ψ.
-NORM_EPS = 1e-5
-#: Lengths below this count as this, as in PyTorch's normalize.
-SHORTEST = 1e-12
-
-
-@dataclass(frozen=True)
-class Length:
-    """The squared length of a base vector plus a combination c of others: at_base + cᵀ(gram·c + 2·slope).
-
-    Attributes:
-        gram: (O, K, K) Gram matrix of the others.
-        slope: (O, K) their products with the base.
-        at_base: (O,) squared length of the base, with what is added to all.
-    """
-
-    gram: Tensor
-    slope: Tensor
-    at_base: Tensor
-
-    @classmethod
-    def of(cls, base_OD: Tensor, others_OKD: Tensor) -> Length:
-        """Of vectors as they are."""
-        slope = (others_OKD @ base_OD.unsqueeze(2)).squeeze(2)
-        return cls(_gram(others_OKD), slope, base_OD.square().sum(dim=1).clamp(min=SHORTEST**2))
-
-    @classmethod
-    def deviation(cls, base_OD: Tensor, others_OKD: Tensor) -> Length:
-        """Of centred vectors over √D, and LayerNorm's ε: its square is LayerNorm's variance."""
-        width = base_OD.shape[1]
-        length = cls.of(base_OD, others_OKD)
-        return cls(length.gram / width, length.slope / width, base_OD.square().mean(dim=1) + NORM_EPS)
-
-    def scales(self, weights_OKX: Tensor, least: float = NORM_EPS) -> tuple[Tensor, Tensor]:
-        """1 over the length (O, 1, X) of combinations (O, K, X), and how far it is from that of the base.
-
-        Squared lengths that rounding takes below ``least`` count as that. The difference is computed by
-        itself: of two nearly equal scales little would be left in float32.
-        """
-        spread = torch.baddbmm(2 * self.slope.unsqueeze(2), self.gram, weights_OKX)
-        change = (weights_OKX * spread).sum(dim=1, keepdim=True)
-        base = self.at_base.reshape(-1, 1, 1)
-        scale, at_base = (base + change).clamp(min=least).rsqrt(), base.rsqrt()
-        return scale, -change * (scale * at_base).square() / (scale + at_base)
 
 
 @dataclass(frozen=True)
@@ -141,21 +97,20 @@ class BasisMaps:
     """ψ's consecutive linear maps combined, once for all owners of a step.
 
     Attributes:
-        from_context: (2·H·D, D): LN1(c) ↦ P·O and U, each by head; with dropout W_1(γ2⊙P·O) instead of U,
-            which is then put together for each owner.
-        offset: (H, D): LN1(c) ↦ κ⁰.
+        attended: (H·D, D): LN1(c) ↦ P·O, by head.
         attended_bias: (D,) of P·O, of all heads together.
-        inner_bias: (D,) of U, or of W_1(γ2⊙P·O).
+        offset: (H, D): LN1(c) ↦ κ⁰.
+        hidden: (D, D): P·O ↦ U, or with dropout W_1(γ2⊙P·O), from which U is put together for each owner.
         whole: whether it is U.
         to_vectors: (D, D): U ↦ B.
         constant: (D,) the last basis vector W_μ b3 + b_μ.
         residual_constant: (D,) W_1 b2 + b_1.
     """
 
-    from_context: Tensor
-    offset: Tensor
+    attended: Tensor
     attended_bias: Tensor
-    inner_bias: Tensor
+    offset: Tensor
+    hidden: Tensor
     whole: bool
     to_vectors: Tensor
     constant: Tensor
@@ -180,19 +135,18 @@ class BasisMaps:
         # P·O = P(W_o x + b_o) with x = W_v LN1(c) + b_v.
         out_DD = centred(layer.out.weight, dim=0)
         attended_HDD = torch.unflatten(out_DD, 1, (heads, d_head)).transpose(0, 1) @ value_HdD
-        attended_bias = out_DD @ layer.value.bias + centred(layer.out.bias)
-        inner_DD = layer.residual.weight * layer.norm2.weight
+        hidden_DD = layer.residual.weight * layer.norm2.weight
         if not drops:
-            inner_DD = inner_DD + torch.diag(layer.norm2.weight)
+            hidden_DD = hidden_DD + torch.diag(layer.norm2.weight)
         # The keys' bias shifts all logits alike: it has a gradient of zero, not none.
         no_effect = 0 * layer.key.bias.sum()
         return cls(
-            torch.cat([attended_HDD.flatten(0, 1), (inner_DD @ attended_HDD).flatten(0, 1)]),
+            attended_HDD.flatten(0, 1),
+            out_DD @ layer.value.bias + centred(layer.out.bias),
             torch.einsum("hd,hde->he", torch.unflatten(asked_D, 0, (heads, d_head)), key_HdD),
-            attended_bias,
-            inner_DD @ attended_bias,
+            hidden_DD,
             not drops,
-            centred(increment.mean.weight * layer.norm3.weight, dim=1),
+            increment.mean.weight * layer.norm3.weight,
             functional.linear(layer.norm3.bias, increment.mean.weight, increment.mean.bias) + no_effect,
             functional.linear(layer.norm2.bias, layer.residual.weight, layer.residual.bias),
         )
@@ -243,38 +197,39 @@ def build_basis(
     Source: factorised derivation, points 1 to 4.
     """
     layer, heads = increment.first, increment.heads
-    _, num_positions, width = context_OCD.shape
     real_OC1 = mask_OC.unsqueeze(-1)
     even_OC1 = real_OC1 / real_OC1.sum(dim=1, keepdim=True).to(context_OCD.dtype)
     normed_OCD = layer.norm1(torch.where(real_OC1, context_OCD, 0))
-    mean_O1D = (even_OC1 * normed_OCD).sum(dim=1, keepdim=True)
+    mean_O1D = even_OC1.transpose(1, 2) @ normed_OCD
     about_OCD = torch.where(real_OC1, normed_OCD - mean_O1D, 0)
-    mapped = functional.linear(torch.cat([about_OCD, mean_O1D], dim=1), maps.from_context)
-    mapped = torch.unflatten(mapped, 2, (2, heads, width))
-    # (O, C, 2, H, D) → two of (O, H·C, D).
-    attended, hidden = mapped[:, :num_positions].permute(2, 0, 3, 1, 4).flatten(2, 3)
-    mean_attended, mean_hidden = mapped[:, num_positions].sum(dim=2).unsqueeze(2).unbind(1)
-    mean_attended = mean_attended + maps.attended_bias
-    about_even = Length.deviation(mean_attended.squeeze(1), attended)
-    # U along each attention weight and along LN2's scale, then U of even attention.
-    hidden = torch.cat([hidden, mean_hidden + maps.inner_bias], dim=1)
+    # In each of these the vectors of single attention weights come first, by head, and even attention last.
+    attended_OKD, mean_O1D = (
+        torch.unflatten(functional.linear(values, maps.attended), 2, (heads, -1)).transpose(1, 2)
+        for values in (about_OCD, mean_O1D)
+    )
+    attended_OKD = torch.cat([attended_OKD.flatten(1, 2), mean_O1D.sum(dim=1) + maps.attended_bias], dim=1)
+    attended = Length.deviation(attended_OKD)
+    hidden_OKD = attended_OKD @ maps.hidden.T
     constant = maps.residual_constant
     if keep_OD is not None:
         assert not maps.whole
-        attended = torch.cat([attended, mean_attended], dim=1)
-        hidden = layer.norm2.weight * attended + hidden * keep_OD.unsqueeze(1)
+        hidden_OKD = torch.addcmul(layer.norm2.weight * attended_OKD, hidden_OKD, keep_OD.unsqueeze(1))
         constant = constant * keep_OD
-    base_OD = about_even.at_base.rsqrt().unsqueeze(1) * hidden[:, -1] + layer.norm2.bias + constant
-    vectors_OKD = torch.cat([hidden, base_OD.unsqueeze(1)], dim=1) @ maps.to_vectors.T
-    third_O1 = (centred(base_OD).square().mean(dim=1, keepdim=True) + NORM_EPS).rsqrt()
-    even_OD = third_O1 * vectors_OKD[:, -1] + maps.constant
-    aimed = None
+    # U along each attention weight and along LN2's scale, then that of even attention.
+    along_OKD, mean_O1D = _but_last(hidden_OKD)
+    second_O11 = attended.at_base.rsqrt().reshape(-1, 1, 1)
+    base_O1D = second_O11 * mean_O1D + (layer.norm2.bias + constant).unsqueeze(-2)
+    hidden_OKD = centred(torch.cat([along_OKD, mean_O1D, base_O1D], dim=1))
+    hidden = Length.deviation(hidden_OKD)
+    along_OKD, base_O1D = _but_last(hidden_OKD @ maps.to_vectors.T)
+    even_O1D = hidden.at_base.rsqrt().reshape(-1, 1, 1) * base_O1D + maps.constant
+    vectors, aimed = [along_OKD, base_O1D, even_O1D], None
     if goal_OD is not None:
-        vectors_OKD, distance_OD = -vectors_OKD, goal_OD - even_OD
-        aimed = Length.of(distance_OD, vectors_OKD)
-        vectors_OKD = torch.cat([vectors_OKD, distance_OD.unsqueeze(1)], dim=1)
-        even_OD = aimed.at_base.rsqrt().unsqueeze(1) * distance_OD
-    vectors_OLD = torch.cat([vectors_OKD, even_OD.unsqueeze(1)], dim=1)
+        distance_O1D = goal_OD.unsqueeze(1) - even_O1D
+        towards_OLD = torch.cat([-along_OKD, -base_O1D, distance_O1D], dim=1)
+        aimed = Length.of(towards_OLD)
+        vectors = [towards_OLD, aimed.at_base.rsqrt().reshape(-1, 1, 1) * distance_O1D]
+    vectors_OLD = torch.cat(vectors, dim=1)
     offset_OCH = functional.linear(about_OCD, maps.offset).masked_fill(~real_OC1, -torch.inf)
     own_logits_OHC = torch.einsum("ocd,hod->ohc", about_OCD, turn(increment, own_OD))
     return Basis(
@@ -284,14 +239,16 @@ def build_basis(
         even=even_OC1.squeeze(2).repeat(1, heads),
         own_mean=own_OD.mean(dim=1),
         own_square=centred(own_OD).square().sum(dim=1),
-        attended=about_even,
-        hidden=Length.deviation(centred(base_OD), centred(hidden)),
+        attended=attended,
+        hidden=hidden,
         aimed=aimed,
         vectors=vectors_OLD,
-        gram=_gram(vectors_OLD),
+        gram=gram(vectors_OLD),
         heads=heads,
     )
 
 
-def _gram(vectors: Tensor) -> Tensor:
-    return vectors @ vectors.transpose(-1, -2)
+def _but_last(vectors_OKD: Tensor) -> tuple[Tensor, Tensor]:
+    """All vectors but the last, and the last, (O, 1, D); by a split, whose gradient needs no zeros."""
+    others, last = torch.split(vectors_OKD, [vectors_OKD.shape[1] - 1, 1], dim=1)
+    return others, last

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gare.model.basis import NORM_EPS, SHORTEST, Basis
+from gare.model.basis import Basis
+from gare.model.forms import NORM_EPS, SHORTEST, quadratic
 from gare.model.increment import IncrementRadius
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 
@@ -103,11 +104,6 @@ def _uneven(logits_OKX: Tensor, basis: Basis) -> Tensor:
     return ((above - mean) * even / (1 + mean)).flatten(1, 2)
 
 
-def quadratic(matrices_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
-    """wᵀGw (O, X) of every column, at least zero."""
-    return (weights_OKX * (matrices_OKK @ weights_OKX)).sum(dim=1).clamp(min=0)
-
-
 def pooling_weights(products: Tensor, bias: Tensor, temperature: float) -> Tensor:
     """Softmax over frames, the last dimension but one, of ⟨t_i, v_jf⟩/τ_pool; padding gets 0."""
     return (products / temperature + bias).softmax(dim=-2)
@@ -179,8 +175,8 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     frame_products, delta_products = torch.split(products, [num_frames, num_rows - num_frames], dim=1)
     pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
     text_pooled = (pooling_MFN * frame_products).sum(dim=1)
-    pooled = video.by_frames @ pooling_MFN
-    pooled_square = (pooling_MFN * pooled[:, :num_frames]).sum(dim=1).clamp(min=0)
+    frame_gram, delta_by_frames = torch.split(video.by_frames, [num_frames, num_rows - num_frames], dim=1)
+    pooled_square = quadratic(frame_gram, pooling_MFN).clamp(min=0)
     if video.basis is None:
         scores = corrected_cosine("text", texts.square, text_pooled, pooled_square, None, None, None)
         return PairNumbers(scores, text_pooled, pooled_square, None, None, None, None, pooling_MFN)
@@ -193,8 +189,8 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
             log_radius = torch.zeros_like(log_radius)
         weights = combine(video.basis, None, texts, log_radius)
     text_delta = (weights * delta_products).sum(dim=1)
-    delta_square = quadratic(video.basis.gram, weights)
-    delta_pooled = (weights * pooled[:, num_frames:]).sum(dim=1)
+    delta_square = quadratic(video.basis.gram, weights).clamp(min=0)
+    delta_pooled = (weights * (delta_by_frames @ pooling_MFN)).sum(dim=1)
     scores = corrected_cosine(
         rule.corrected_side, texts.square, text_pooled, pooled_square, text_delta, delta_pooled, delta_square
     )
@@ -214,7 +210,7 @@ def text_pairs(rule: Rule, text: PreparedText, video: PreparedVideo) -> PairNumb
     assert video.asking is not None
     weights = combine(basis, texts.vectors @ video.mean.T, video.asking)
     text_delta = (weights * text.products.unsqueeze(2)).sum(dim=1)
-    delta_square = quadratic(basis.gram, weights)
+    delta_square = quadratic(basis.gram, weights).clamp(min=0)
     frame_products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_frames, -1)
     pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
     text_pooled = (pooling_MFN * frame_products).sum(dim=1).T

@@ -77,12 +77,12 @@ def block_sizes(model: GARE, num_frames: int, num_words: int, itemsize: int) -> 
     if model.context_of == "text":
         texts = min(64, max(1, math.isqrt(pairs)), owners)
         # Whole blocks of them, so that none is left with a few texts.
-        return Sizes(owners // texts * texts, askers, texts, _even(pairs // texts))
+        return Sizes(owners // texts * texts, askers, texts, even(pairs // texts))
     texts = max(min(TEXTS_PER_BLOCK, pairs), 1)
     return Sizes(owners, askers, texts, max(pairs // texts, 1))
 
 
-def _even(count: int) -> int:
+def even(count: int) -> int:
     """A number of rows that vector units divide."""
     return count // 16 * 16 or max(count, 1)
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gare.model.factorized import PairNumbers, Rule, pair_numbers
 from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.forms import gram
 from gare.model.gare import GARE
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.streaming import MEGABYTE, numbers_of_a_pair
@@ -136,7 +137,7 @@ def _block(
         weights = _looked_at(rule, pairs, owners, others, wanted)
         mean = weights.mean(dim=2, keepdim=True)
         apart = weights - mean
-        moments = (mean.squeeze(2), apart @ apart.transpose(1, 2))
+        moments = (mean.squeeze(2), gram(apart))
     if wanted.sums and reference is not None:
         assert owners.basis is not None
         weights = _looked_at(rule, pairs, owners, others, wanted)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gare.model.basis import SHORTEST
+from gare.model.forms import SHORTEST
+from gare.model.streaming import even
 from gare.train.losses import DIRECTION_FLOOR
 
 Form = Literal["log_mean_exp", "orthogonality"]
@@ -60,8 +61,8 @@ class _Direction(torch.autograd.Function):
         learns = any(ctx.needs_input_grad[:2])
         grad_weights = torch.empty_like(weights) if learns else None
         grad_vectors = torch.zeros_like(vectors) if learns else None
-        text_bytes = weights.element_size() * num_videos * (4 * num_videos + 2 * width)
-        size = max(memory_bytes // text_bytes, 1)
+        text_bytes = weights.element_size() * num_videos * (3 * num_videos + 2 * width)
+        size = even(memory_bytes // text_bytes)
         total = weights.new_zeros(())
         for first in range(0, num_texts, size):
             some = slice(first, first + size)
@@ -100,12 +101,12 @@ def _texts_direction(
     the two products.
     """
     num_videos = delta_cMD.shape[1]
-    products_cMM = delta_cMD @ delta_cMD.transpose(1, 2)
+    products_cMM = _products(delta_cMD)
     inverse_cM = products_cMM.diagonal(dim1=1, dim2=2).clamp(min=SHORTEST**2).rsqrt()
     inverse_cMM = inverse_cM.unsqueeze(2) * inverse_cM.unsqueeze(1)
     cosine_cMM = products_cMM.mul_(inverse_cMM)
     if form == "log_mean_exp":
-        close_cMM = (alpha * cosine_cMM - alpha).exp_()
+        close_cMM = (alpha * cosine_cMM).sub_(alpha).exp_()
         mean_c11 = close_cMM.mean(dim=(1, 2), keepdim=True) + DIRECTION_FLOOR
         value = mean_c11.log().sum()
         slope_cMM = close_cMM.mul_(2 * alpha / num_videos**2 / mean_c11)
@@ -122,3 +123,14 @@ def _texts_direction(
     slope_cMM *= inverse_cMM
     slope_cMM.diagonal(dim1=1, dim2=2).sub_(along_cM * inverse_cM.square())
     return value, slope_cMM @ delta_cMD
+
+
+def _products(vectors_cMD: Tensor) -> Tensor:
+    """Products (c, M, M) of vectors with each other; of the two quarters that are equal one is copied."""
+    count = vectors_cMD.shape[1]
+    products_cMM = vectors_cMD.new_empty(len(vectors_cMD), count, count)
+    first, second = slice(0, count // 2), slice(count // 2, count)
+    products_cMM[:, first] = vectors_cMD[:, first] @ vectors_cMD.transpose(1, 2)
+    products_cMM[:, second, first] = products_cMM[:, first, second].transpose(1, 2)
+    products_cMM[:, second, second] = vectors_cMD[:, second] @ vectors_cMD[:, second].transpose(1, 2)
+    return products_cMM

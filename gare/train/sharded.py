@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gare.config import LossConfig
 from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.forms import quadratic
 from gare.model.gare import GARE
 from gare.model.prepared import PreparedVideo
 from gare.model.streaming import MEGABYTE
@@ -182,7 +183,7 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
         count *= world_size()
         mean, scatter, vectors = whole[sides.own], scatter[sides.own], vectors[sides.own]
     covariance = scatter / (count - 1)
-    variance = ((covariance @ vectors) * vectors).sum(dim=1)
+    variance = quadratic(covariance, vectors)
     with torch.no_grad():
         eps, squares = torch.finfo(vectors.dtype).eps, vectors.square()
         # Coefficients are of differences, and exact where increments differ: only of equal frames, which

@@ -192,16 +192,18 @@ def _modalities(seen: Seen) -> dict[str, Tensor]:
         assert isinstance(sides.others, Embeddings)
         text, video = sides.others.vectors, sides.owners.mean[sides.own]
     unit_text, unit_video = functional.normalize(text, dim=1), functional.normalize(video, dim=1)
-    return {
+    measures = {
         "gap/modality": (text.mean(dim=0) - video.mean(dim=0)).norm(),
         "gap/alignment": (unit_text - unit_video).square().sum(dim=1).mean(),
-        "gap/uniformity_text": _uniformity(unit_text),
-        "gap/uniformity_video": _uniformity(unit_video),
     }
+    if len(text) > 1:  # one row is not spread
+        measures["gap/uniformity_text"] = _uniformity(unit_text)
+        measures["gap/uniformity_video"] = _uniformity(unit_video)
+    return measures
 
 
 def _uniformity(unit: Tensor) -> Tensor:
-    """Log mean exp(−2‖x − y‖²) over different rows."""
+    """Log mean exp(−2‖x − y‖²) over different rows, of which there are two or more."""
     close = (4 * (unit @ unit.T) - 4).exp()
     count = len(unit)
-    return ((close.sum() - close.diagonal().sum()) / max(count * (count - 1), 1)).log()
+    return ((close.sum() - close.diagonal().sum()) / (count * (count - 1))).log()

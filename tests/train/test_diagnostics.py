@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,20 @@ def test_few_texts_are_of_all(seed: int) -> None:
     model = head(32)
     text, video = features(N, N, 4, 5, 32, torch.float64)
     assert measured(model, text, video, 2).keys() == measured(model, text, video, 100).keys()
+
+
+def test_a_worker_of_one_pair_measures_no_spread(seed: int) -> None:
+    """The infinite logarithm of an empty mean is no number of JSON, and would end the run that logs it."""
+    torch.manual_seed(seed)
+    model = head(32)
+    text, video = features(N, N, 4, 5, 32, torch.float64)
+    seen = sharded_terms(model, text, video, LossConfig(), Draws(), watched=True).seen
+    assert seen is not None
+    sides = replace(seen.sides, others=seen.sides.others[torch.tensor([2])], own=slice(2, 3))
+    found = diagnose(model.rule, replace(seen, sides=sides), N)
+    assert "gap/alignment" in found
+    assert not any(name.startswith("gap/uniformity") for name in found)
+    assert np.isfinite(list(found.values())).all()
 
 
 @pytest.mark.parametrize("side", ["text", "video"])

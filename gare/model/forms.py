@@ -1,6 +1,6 @@
 """Squared lengths of combinations of vectors, from the products of the vectors with each other.
 
-Products of vectors with each other are a symmetric matrix, and quadratic forms here are of such.
+Products of vectors with each other are a symmetric matrix, and quadratic forms here are of such matrices.
 PyTorch's own gradients cannot know that and make every product twice; those here are written out.
 
 O owners, K vectors of an owner, X combinations of them, D width of the vectors.

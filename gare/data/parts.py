@@ -134,7 +134,7 @@ def checksum_fault(data: bytes) -> str:
     digest = hashlib.sha256(data[:place])
     digest.update(_BLANK)
     digest.update(data[place + len(_BLANK) :])
-    return "" if digest.hexdigest() == stated.decode() else "its bytes have changed since it was written"
+    return "" if digest.hexdigest().encode() == stated else "its bytes have changed since it was written"
 
 
 def part_files(uri: str, folder: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gare.config import ExtractConfig
@@ -54,7 +55,9 @@ def test_all_faults_of_a_store_are_named(
     write_part(uri, "data", [stored_row(RAW, IDS[0], random_frames(RAW, rng, 2))], frame_schema(RAW), ["x"])
     flipped = Path(parts[1])
     data = bytearray(flipped.read_bytes())
-    data[int(rng.integers(100, len(data) // 2))] ^= 16
+    # In a frame: a byte of the footer would make it no Parquet file at all.
+    column = pq.read_metadata(flipped).row_group(0).column(frame_schema(RAW).names.index("frames"))
+    data[column.data_page_offset + int(rng.integers(column.total_compressed_size))] ^= 16
     flipped.write_bytes(data)
     (tmp_path / "data" / "part-0.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError) as caught:

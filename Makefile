@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test lint bench fuzz ui clean
+.PHONY: help install demo test lint bench bench-reads fuzz ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
+	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
 
@@ -40,6 +41,9 @@ bench: install
 
 fuzz: install
 	$(BIN)/python -m tests.benchmarks.fuzz
+
+bench-reads: install
+	$(BIN)/python -m tests.benchmarks.reads
 
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare

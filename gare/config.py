@@ -20,10 +20,11 @@ from pydantic import (
     model_validator,
 )
 
+from gare.augment_section import AugmentConfig
 from gare.errors import ConfigError
 from gare.extract_section import ExtractConfig
+from gare.feature_section import FeaturesConfig, feature_faults
 from gare.sections import (
-    AugmentConfig,
     ClipConfig,
     ClusterConfig,
     DataConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "DemoConfig",
     "EvaluateConfig",
     "ExtractConfig",
+    "FeaturesConfig",
     "LossConfig",
     "ModelConfig",
     "Section",
@@ -71,6 +73,9 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="videos and captions")
     sources: SourcesConfig = Field(default_factory=SourcesConfig, description="fetching videos")
     extract: ExtractConfig = Field(default_factory=ExtractConfig, description="videos to frame store")
+    features: FeaturesConfig = Field(
+        default_factory=FeaturesConfig, description="frames and captions to feature store"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     loss: LossConfig = Field(default_factory=LossConfig, description="the loss")
     train: TrainConfig = Field(default_factory=TrainConfig, description="training")
@@ -84,7 +89,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _store_fits_model(self) -> Config:
-        faults = []
+        faults = feature_faults(self.train, self.model, self.augment, self.features)
         if self.extract.image_size != self.model.clip.image_size:
             faults.append(
                 f"extract.image_size {self.extract.image_size} differs from "

@@ -42,7 +42,9 @@ def run(config: Config) -> dict[str, Any]:
     split = config.evaluate.split
     checkpoint = absolute(config.evaluate.checkpoint) or places.checkpoint(config.train.run)
     model = _load(config, checkpoint)
-    splits = read_splits(places.manifest, places.frames, config.extract)
+    settings = _feature_settings(config, checkpoint, model)
+    store = places.frames if settings is None else places.features
+    splits = read_splits(places.manifest, store, config.extract, settings)
     rows = splits.of_split(split)
     if not rows:
         raise DataError(
@@ -50,8 +52,11 @@ def run(config: Config) -> dict[str, Any]:
         )
     handle, own = _open_tracking(config, places, checkpoint)
     try:
-        with ray_session(config.cluster):
-            features = _encode(config, checkpoint, places.frames, rows)
+        if settings is None:
+            with ray_session(config.cluster):
+                features = _encode(config, checkpoint, places.frames, rows)
+        else:
+            features = _encode_stored(config, model, store, rows)
         metrics, picture = _score(config, model, places.frames, rows, features)
     except BaseException:
         # The training itself has not failed.
@@ -108,6 +113,29 @@ def _load(config: Config, checkpoint: str) -> GARE:
             accepted="the model settings that it was trained with",
         )
     return load_checkpoint(checkpoint)
+
+
+def _feature_settings(config: Config, checkpoint: str, model: GARE) -> dict[str, Any] | None:
+    """What the feature store must have been made with to be this checkpoint's; None: frames are scored."""
+    from gare.data.feature_store import feature_settings
+    from gare.model.clip import towers_sha256
+    from gare.train.state import read_config
+
+    kind = config.evaluate.input
+    if kind == "auto":
+        kind = read_config(checkpoint).train.input
+    return feature_settings(config, towers_sha256(model.towers)) if kind == "features" else None
+
+
+def _encode_stored(
+    config: Config, model: GARE, store: str, rows: Sequence[ManifestRow]
+) -> dict[str, np.ndarray]:
+    """As ``_encode``, from features; what follows the towers is too little work to be spread."""
+    from gare.data.features import FeatureReader
+    from gare.retrieval.encode import encode_stored
+
+    reader = FeatureReader(store, words=model.needs_words, cache_mb=config.features.cache_mb)
+    return encode_stored(model, reader, [row.video_id for row in rows], batch=CAPTIONS_PER_TASK)
 
 
 def _open_tracking(config: Config, places: Layout, checkpoint: str) -> tuple[RunHandle, bool]:
@@ -179,7 +207,7 @@ def _score(
 ) -> tuple[dict[str, float], bytes]:
     import torch
 
-    from gare.data.frames import FrameReader
+    from gare.data.frames import open_pictures
     from gare.model.features import TextFeatures, VideoFeatures
     from gare.retrieval.examples import choose_examples
     from gare.retrieval.metrics import retrieval_metrics
@@ -192,7 +220,9 @@ def _score(
     scores = score_split(model, text, video)
     owners = torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
     texts = [caption for row in rows for caption in row.captions]
-    examples = choose_examples(scores, owners, texts, rows, FrameReader(store), config.evaluate.num_examples)
+    examples = choose_examples(
+        scores, owners, texts, rows, open_pictures(store), config.evaluate.num_examples
+    )
     title = f"{config.name}/{config.train.run}: text to video on {config.evaluate.split}"
     return retrieval_metrics(scores, owners), retrieval_picture(examples, title)
 

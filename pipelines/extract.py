@@ -1,4 +1,4 @@
-"""extract: manifest → frame store, decoded in parallel by Ray Data, resumed by id, over bad videos."""
+"""extract: manifest → frame or feature store, in parallel by Ray Data, resumed by id, over bad videos."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import time
 from collections import Counter
 from typing import Any
 
+from cluster.beside import Beside
 from cluster.command import main
 from cluster.pool import run_parts
 from cluster.remote import RemoteVideos
-from cluster.session import num_cpus, ray_session
-from cluster.storage import layout
+from cluster.session import num_cpus, num_gpus, ray_session
+from cluster.storage import Layout, absolute, layout
 from gare import __version__
 from gare.config import Config
 from gare.data.extraction import Extractor, part_size, pending_rows
-from gare.data.files import exists, join, read_json, write_json
+from gare.data.files import delete_tree, exists, join, read_json, write_json
 from gare.data.manifest import Manifest, read_manifest
 from gare.data.sources import LocalVideos
 from gare.data.store import (
@@ -37,10 +38,12 @@ logger = logging.getLogger(__name__)
 #: Heap of a decoding actor and its child process; Ray does not see it otherwise.
 ACTOR_MEMORY_BYTES = 600 * 1024**2
 PROGRESS_EVERY_S = 5.0
+#: Between two looks for new frames to encode, each of which reads the ids of all parts.
+TAKE_EVERY_S = 10.0
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Brings the frame store up to the manifest; a second run does only what is left.
+    """Brings the stores that ``extract.store`` names up to the manifest; a second run does what is left.
 
     Raises:
         DataError: for a missing manifest, a store made with other settings, or more failed videos than
@@ -49,6 +52,28 @@ def run(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     places = layout(config)
     manifest = read_manifest(places.manifest)
+    kind, store = config.extract.store, places.frames
+    if kind == "frames":
+        return _frames(config, places, manifest, started)
+    kept = exists(join(store, META)) and read_meta(store).complete
+    with ray_session(config.cluster):
+        if kind == "features" and not kept:
+            result = _features_alone(config, manifest, places)
+        else:
+            encoding = _Encoding(config, manifest, store, places.features, beside=not kept)
+            result = _frames(config, places, manifest, started, encoding)
+            result |= {"features": encoding.finish()}
+    return result | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _frames(
+    config: Config,
+    places: Layout,
+    manifest: Manifest,
+    started: float,
+    encoding: _Encoding | None = None,
+) -> dict[str, Any]:
+    """The frame store alone; what it gets is handed to ``encoding`` as it appears."""
     store = places.frames
     settings = frame_settings(config.extract)
     if exists(join(store, META)):
@@ -60,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
         _describe(config, settings, {}, complete=False)
     if pending:
         with ray_session(config.cluster):
-            _extract(config, store, pending)
+            _extract(config, store, pending, encoding)
     result = _summary(config, manifest, settings, len(pending), time.monotonic() - started)
     record = join(store, "result.json")
     if not pending and exists(record):
@@ -71,7 +96,9 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def _extract(config: Config, store: str, pending: list[dict[str, Any]]) -> None:
+def _extract(
+    config: Config, store: str, pending: list[dict[str, Any]], encoding: _Encoding | None = None
+) -> None:
     workers = min(config.extract.workers or num_cpus(), len(pending))
     size = part_size(len(pending), workers, config.extract.videos_per_part)
     extract, sources = config.extract, config.sources
@@ -84,7 +111,87 @@ def _extract(config: Config, store: str, pending: list[dict[str, Any]]) -> None:
         memory_bytes=ACTOR_MEMORY_BYTES,
     ):
         progress.add(counts)
+        if encoding:
+            encoding.take_some()
     progress.show()
+
+
+class _Encoding:
+    """Brings the feature store up to a frame store, also while that grows."""
+
+    def __init__(
+        self, config: Config, manifest: Manifest, frames: str, features: str, *, beside: bool
+    ) -> None:
+        from gare.model.clip import towers_sha256
+        from gare.retrieval.feature_maker import FeatureMaker
+        from gare.retrieval.feature_pass import FeaturePass
+        from gare.train.start import feature_model
+
+        weights = absolute(config.features.weights or config.train.clip_weights)
+        section = config.features.model_copy(update={"weights": weights})
+        config = config.model_copy(update={"features": section})
+        device = "cuda" if config.cluster.use_gpu else "cpu"
+        towers = towers_sha256(feature_model(config).towers)
+        self.job = FeaturePass(config, manifest, frames, features, towers, __version__)
+        gpus = num_gpus() if config.cluster.use_gpu else 0
+        self.workers = section.workers or gpus or (1 if beside else num_cpus())
+        self.pool = Beside(
+            lambda: FeatureMaker(frames, features, section, feature_model(config).to(device)).write,
+            workers=self.workers,
+            # Beside decoding, which has all CPUs, an encoder without GPU takes what is over.
+            num_cpus=0 if beside or gpus else 1,
+            num_gpus=min(1.0, gpus / self.workers),
+        )
+        self.taken = time.monotonic()
+
+    def take_some(self) -> None:
+        """Hands whole parts of what the frame store holds by now to the encoders, every now and then."""
+        if time.monotonic() - self.taken > TAKE_EVERY_S:
+            self.pool.submit(self.job.parts(self.workers, whole=True))
+            self.taken = time.monotonic()
+
+    def take(self) -> None:
+        """Encodes all that the frame store holds, and waits for it."""
+        self.pool.submit(self.job.parts(self.workers))
+        counts: Counter[str] = Counter()
+        for part in self.pool.finish():
+            counts.update(part)
+        if counts:
+            logger.info("encoded %d clips, %d failed", counts["written"], counts["failed"])
+
+    def finish(self) -> dict[str, Any]:
+        """Encodes what is left; the result."""
+        try:
+            self.take()
+        finally:
+            self.pool.close()
+        return self.job.finish()
+
+
+def _features_alone(config: Config, manifest: Manifest, places: Layout) -> dict[str, Any]:
+    """Features of videos whose frames are not kept: they pass through a store that is emptied as it goes."""
+    passing = join(places.features, "passing")
+    settings = frame_settings(config.extract)
+    if exists(join(passing, META)) and read_meta(passing).fingerprint != fingerprint(settings):
+        delete_tree(passing)
+    encoding = _Encoding(config, manifest, passing, places.features, beside=True)
+    retry = config.extract.retry_failed
+
+    def encode() -> None:
+        encoding.take()
+        encoding.job.take_failures()
+        delete_tree(passing)
+
+    if exists(join(passing, META)):
+        encode()  # what an interrupted run has left there
+    pending = pending_rows(manifest, places.features, retry_failed=retry)
+    logger.info("%s: %d videos, %d to do", places.features, len(manifest.rows), len(pending))
+    size = config.features.videos_per_part * encoding.workers
+    for first in range(0, len(pending), size):
+        _describe(config, settings, {}, complete=False, store=passing)
+        _extract(config, passing, pending[first : first + size])
+        encode()
+    return encoding.finish() | {"attempted": len(pending)}
 
 
 class _Progress:
@@ -116,8 +223,10 @@ class _Progress:
         )
 
 
-def _describe(config: Config, settings: dict[str, Any], counts: dict[str, int], *, complete: bool) -> None:
-    store = layout(config).frames
+def _describe(
+    config: Config, settings: dict[str, Any], counts: dict[str, int], *, complete: bool, store: str = ""
+) -> None:
+    store = store or layout(config).frames
     if exists(join(store, META)):
         known = read_meta(store)
         if (known.fingerprint, known.counts, known.complete) == (fingerprint(settings), counts, complete):

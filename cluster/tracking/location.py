@@ -12,7 +12,9 @@ from gare.errors import ConfigError
 
 #: Databases that MLflow can use without a server in between.
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_ACCEPTED = "sqlite:///FILE.db, http(s)://HOST:PORT of an MLflow server, or postgresql+psycopg2://USER@HOST/DB"
+_ACCEPTED = (
+    "sqlite:///FILE.db, http(s)://HOST:PORT of an MLflow server, or postgresql+psycopg2://USER@HOST/DB"
+)
 
 
 def resolve_tracking_uri(uri: str, root: str) -> str:

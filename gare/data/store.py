@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from gare.config import ExtractConfig
 from gare.data.files import exists, join, list_files, open_fs, read_bytes, write_atomically
+from gare.data.tensor_pages import ENCODING, LEVEL
 from gare.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -206,12 +207,26 @@ def write_part(
     table = pa.Table.from_arrays(columns, schema=schema)
     sink = pa.BufferOutputStream()
     row_group_size = 1 if folder == "data" else len(rows)
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, row_group_size=row_group_size)
+    # Training reads such tensors by their low bytes, see gare.data.tensor_pages.
+    raw = [f"{field.name}.list.element" for field in schema if _is_byte_tensor(field.type)]
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        compression_level=dict.fromkeys(raw, LEVEL) or None,
+        use_dictionary=False,
+        column_encoding=dict.fromkeys(raw, ENCODING) or None,
+        row_group_size=row_group_size,
+    )
     ids = [row["video_id"] for row in rows] if group is None else group
     digest = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:20]
     location = join(uri, folder, f"part-{digest}.parquet")
     write_atomically(location, sink.getvalue().to_pybytes())
     return location
+
+
+def _is_byte_tensor(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.FixedShapeTensorType) and kind.value_type == pa.uint8()
 
 
 def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array[Any]:

@@ -257,10 +257,11 @@ class Objective(nn.Module):
         bf16 = self.train_config.precision == "bf16"
         with torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
             if isinstance(part, FeatureBatch):
-                words = None if part.words is None else part.words.float()
-                stored = TextFeatures(part.text.float(), words, part.token_mask.bool())
+                kind = self.model.logit_scale.dtype
+                words = None if part.words is None else part.words.to(kind)
+                stored = TextFeatures(part.text.to(kind), words, part.token_mask.bool())
                 text = self.model.text_from_towers(stored)
-                video = self.model.video_from_towers(part.frames.float(), part.frame_mask)
+                video = self.model.video_from_towers(part.frames.to(kind), part.frame_mask)
             else:
                 text = self.model.encode_text(part.token_ids, part.token_mask)
                 video = self.model.encode_video(part.frames, part.frame_mask)

@@ -26,8 +26,10 @@ INSIDE_GARE = {
     "extract_section": {"sections"},
     "data_section": {"sections"},
     "evaluate_section": {"sections"},
+    "augment_section": {"sections"},
+    "feature_section": {"augment_section", "sections"},
     "config": {
-        *("errors", "sections", "strict_yaml", "upkeep"),
+        *("errors", "sections", "strict_yaml", "upkeep", "augment_section", "feature_section"),
         *("data_section", "evaluate_section", "extract_section", "sources_section"),
     },
     "data": {"config", "errors"},

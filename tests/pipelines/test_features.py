@@ -126,6 +126,48 @@ def test_new_captions_are_encoded_again(
     assert np.allclose(found["frames"], was["frames"], atol=1e-2)
 
 
+def test_a_changed_file_is_encoded_again(
+    features: dict[str, Any], weights: str, places: Layout, tmp_path: Path
+) -> None:
+    """The nightly run keeps both stores in step: features of a file that was replaced are nobody's."""
+    own = layout(tiny("name=followed"))
+    source = read_manifest(places.manifest)
+    files = [tmp_path / f"{number}.mp4" for number in range(4)]
+    for file, row in zip(files, source.rows, strict=False):
+        shutil.copyfile(row.uri, file)
+    rows = tuple(replace(source.rows[0], video_id=file.stem, uri=str(file)) for file in files)
+    write_manifest(replace(source, rows=rows), own.manifest)
+    settings = ("name=followed", "extract.store=both", "extract.videos_per_part=1", weights)
+
+    def counts(result: dict[str, Any]) -> list[int]:
+        return [result[key] for key in ("new", "changed", "unchanged", "gone", "attempted", "videos")]
+
+    first = extract.run(tiny(*settings))
+    assert counts(first) == counts(first["features"]) == [4, 0, 0, 0, 4, 4]
+    assert first["features"]["mlflow_run_id"] != first["mlflow_run_id"]
+    assert json.loads((Path(own.features) / "result.json").read_text()) == first["features"]
+    before = FeatureReader(own.features).read(["0", "1"])
+
+    shutil.copyfile(source.rows[5].uri, files[0])
+    second = extract.run(tiny(*settings))
+    assert counts(second) == counts(second["features"]) == [0, 1, 3, 0, 1, 4]
+    after = FeatureReader(own.features).read(["0", "1"])
+    known = FeatureReader(places.features).read([source.rows[5].video_id])
+    assert not np.allclose(after["frames"][0], before["frames"][0], atol=1e-2)
+    assert np.allclose(after["frames"][0], known["frames"][0], atol=1e-2)
+    assert np.array_equal(after["frames"][1], before["frames"][1])
+
+    checked = extract.run(tiny(*settings, "upkeep.task=verify"))
+    assert (checked["sound"], checked["features"]["sound"]) == (True, True)
+    compacted = extract.run(tiny(*settings, "upkeep.task=compact"))
+    assert (compacted["parts_after"], compacted["features"]["parts_after"]) == (1, 1)
+    assert compacted["features"]["rows_left_out"] == 1
+    checked = extract.run(tiny(*settings, "upkeep.task=verify"))
+    assert (checked["sound"], checked["features"]["videos"]) == (True, 4)
+    again = FeatureReader(own.features).read(["0", "1"])
+    assert all(np.array_equal(again[name], values) for name, values in after.items())
+
+
 def test_other_towers_are_refused(
     features: dict[str, Any], tiny_yaml: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,8 +149,8 @@ def test_losses_are_those_of_frozen_towers(places: Places, overrides: list[str])
     assert not any("text_model" in name for name in model.state_dict())
     _, from_features = train(places, config, model, features=True)
     assert len(from_features) == 12
-    # Three epochs of three steps and a validation of six queries. float16 keeps 11 bits of each feature, which
-    # may swap the ranks of two clips that score nearly the same.
+    # Three epochs of three steps and a validation of six queries. float16 keeps 11 bits of each feature,
+    # which may swap the ranks of two clips that score nearly the same.
     for place, (ours, theirs) in enumerate(zip(from_features, from_frames, strict=True)):
         is_mean_rank = place % 4 == 3
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1 / 6 + 1e-6 if is_mean_rank else 2e-2)

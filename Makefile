@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test lint bench fuzz ui clean bench-extract
+.PHONY: help install demo test lint bench bench-extract bench-reads fuzz ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
+	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
 
@@ -44,6 +45,9 @@ fuzz: install
 
 bench-extract: install
 	$(BIN)/python -m tests.benchmarks.extraction
+
+bench-reads: install
+	$(BIN)/python -m tests.benchmarks.reads
 
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare

@@ -43,6 +43,11 @@ class Layout:
         """The frame store, which extract writes."""
         return f"{self.data}/frames"
 
+    @property
+    def features(self) -> str:
+        """The feature store, which extract writes."""
+        return f"{self.data}/features"
+
     def run(self, name: str) -> str:
         """Folder of a training run."""
         return f"{self.data}/runs/{name}"

@@ -20,12 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from gare.augment_section import AugmentConfig
 from gare.data_section import DataConfig
 from gare.errors import ConfigError
 from gare.evaluate_section import EvaluateConfig
 from gare.extract_section import ExtractConfig
+from gare.feature_section import FeaturesConfig, feature_faults
 from gare.sections import (
-    AugmentConfig,
     ClipConfig,
     ClusterConfig,
     DemoConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "DemoConfig",
     "EvaluateConfig",
     "ExtractConfig",
+    "FeaturesConfig",
     "LossConfig",
     "ModelConfig",
     "Section",
@@ -74,6 +76,9 @@ class Config(Section):
     sources: SourcesConfig = Field(default_factory=SourcesConfig, description="fetching videos")
     extract: ExtractConfig = Field(default_factory=ExtractConfig, description="videos to frame store")
     upkeep: UpkeepConfig = Field(default_factory=UpkeepConfig, description="care of the stores")
+    features: FeaturesConfig = Field(
+        default_factory=FeaturesConfig, description="frames and captions to feature store"
+    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     loss: LossConfig = Field(default_factory=LossConfig, description="the loss")
     train: TrainConfig = Field(default_factory=TrainConfig, description="training")
@@ -87,7 +92,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _store_fits_model(self) -> Config:
-        faults = []
+        faults = feature_faults(self.train, self.model, self.augment, self.features)
         if self.extract.image_size != self.model.clip.image_size:
             faults.append(
                 f"extract.image_size {self.extract.image_size} differs from "

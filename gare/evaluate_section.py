@@ -13,6 +13,9 @@ class EvaluateConfig(Section):
     """Scoring a split with a checkpoint."""
 
     split: Literal["train", "val", "test"] = Field("test", description="which split to score")
+    input: Literal["auto", "frames", "features"] = Field(
+        "auto", description="store to score from; auto: the kind that the checkpoint learned from"
+    )
     checkpoint: str = Field("", description="checkpoint folder; empty: the best on val of train.run")
     num_examples: Count = Field(6, description="queries in the retrieval picture")
     resamples: int = Field(

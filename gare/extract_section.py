@@ -12,6 +12,10 @@ from gare.sections import Count, Fraction, Positive, Section
 class ExtractConfig(Section):
     """How videos become the frame store. What changes the values is part of the store's fingerprint."""
 
+    store: Literal["frames", "features", "both"] = Field(
+        "frames",
+        description="what to keep: frames, features (see the section features), or both from one pass",
+    )
     num_frames: Count = Field(12, description="F: frames kept of each clip; shorter ones are padded")
     sampling: Literal["released", "uniform", "keyframes"] = Field(
         "released",

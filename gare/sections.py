@@ -105,6 +105,7 @@ class ModelConfig(Section):
         description="a dropout mask for each context of ψ, shared by the pairs that attend to it, or for "
         "each pair as the paper has it, which only the direct form can do",
     )
+    adapters: bool = Field(False, description="linear adapters behind both towers, the identity at the start")
     method: Literal["auto", "direct", "factorized"] = Field(
         "auto",
         description="how pairs are computed; auto: factorised, which is exact, and direct where it has no "
@@ -238,6 +239,10 @@ class TrainConfig(Section):
     """One training run."""
 
     run: Name = Field("gare", description="name of the run: its output folder and its name in MLflow")
+    input: Literal["frames", "features"] = Field(
+        "frames",
+        description="store to learn from; from features the towers stay out and what follows them learns",
+    )
     seed: Seed = Field(0, description="seed of the weights, the order of samples and dropout")
     epochs: Count = Field(5, description="passes over the training captions")
     batch_size: int = Field(128, ge=2, description="global batch: text-video pairs over all workers")
@@ -293,33 +298,6 @@ class TrainConfig(Section):
     def _frozen_parts_know_something(self) -> TrainConfig:
         if self.freeze in ("image", "text", "towers") and not self.clip_weights:
             raise ValueError(f"freeze {self.freeze} would keep random weights: set clip_weights")
-        return self
-
-
-class AugmentConfig(Section):
-    """Random changes of training clips, the same for all frames of a clip. Off by default."""
-
-    operations: int = Field(
-        0, ge=0, le=15, description="N: RandAugment operations on a clip; the paper's is 4"
-    )
-    magnitude: Annotated[float, Field(gt=0, lt=10)] = Field(
-        7.0, description="RandAugment's magnitude, on timm's scale of 0 to 10"
-    )
-    noise: NonNegative = Field(0.5, description="standard deviation of each operation's magnitude")
-    probability: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="share of the drawn operations that are carried out; timm's own is 0.5"
-    )
-    crop_scale: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="smallest share of the picture's area that a random crop keeps; 1: no crop"
-    )
-    flip: Fraction = Field(
-        0.0, description="share of clips that are mirrored; wrong where captions say left or right"
-    )
-
-    @model_validator(mode="after")
-    def _every_key_has_an_effect(self) -> AugmentConfig:
-        if changed := [] if self.operations else self.changed("magnitude", "noise", "probability"):
-            raise ValueError(f"{', '.join(changed)} would change nothing: operations is 0")
         return self
 
 

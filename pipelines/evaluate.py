@@ -1,4 +1,4 @@
-"""evaluate: checkpoint + frame store → retrieval metrics of a split, both directions."""
+"""evaluate: checkpoint + frame or feature store → retrieval metrics of a split, both directions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def run(config: Config) -> dict[str, Any]:
     split = config.evaluate.split
     checkpoint = absolute(config.evaluate.checkpoint) or places.checkpoint(config.train.run)
     model = _load(config, checkpoint)
-    splits = read_splits(places.manifest, places.frames, config.extract)
+    settings = _feature_settings(config, checkpoint, model)
+    store = places.frames if settings is None else places.features
+    splits = read_splits(places.manifest, store, config.extract, settings)
     rows = splits.of_split(split)
     if not rows:
         raise DataError(
@@ -56,7 +58,10 @@ def run(config: Config) -> dict[str, Any]:
     try:
         with ray_session(config.cluster):
             bank = _bank(config, splits.train)
-            features = _encode(config, checkpoint, places.frames, rows, bank)
+            if settings is None:
+                features = _encode(config, checkpoint, places.frames, rows, bank)
+            else:
+                features = _encode_stored(config, model, store, rows, bank)
             ranks = _rank(config, checkpoint, model, rows, features)
         picture = _picture(config, places.frames, rows, ranks[""])
         written = _write(config, places, checkpoint, splits, ranks, picture)
@@ -139,6 +144,35 @@ def _load(config: Config, checkpoint: str) -> GARE:
             accepted="the model settings that it was trained with",
         )
     return load_checkpoint(checkpoint)
+
+
+def _feature_settings(config: Config, checkpoint: str, model: GARE) -> dict[str, Any] | None:
+    """What the feature store must have been made with to be this checkpoint's; None: frames are scored."""
+    from gare.data.feature_store import feature_settings
+    from gare.model.clip import towers_sha256
+    from gare.train.state import read_config
+
+    kind = config.evaluate.input
+    if kind == "auto":
+        kind = read_config(checkpoint).train.input
+    return feature_settings(config, towers_sha256(model.towers)) if kind == "features" else None
+
+
+def _encode_stored(
+    config: Config, model: GARE, store: str, rows: Sequence[ManifestRow], bank: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """As ``_encode``, from features; what follows the towers is too little work to be spread."""
+    from gare.data.features import FeatureReader
+    from gare.retrieval.encode import Encoder, encode_stored
+
+    reader = FeatureReader(store, words=model.needs_words, cache_mb=config.features.cache_mb)
+    features = encode_stored(model, reader, [row.video_id for row in rows], batch=CAPTIONS_PER_TASK)
+    encoder = Encoder(model, store)
+    for first in range(0, len(bank), CAPTIONS_PER_TASK):
+        for kind, array in encoder.captions(bank[first : first + CAPTIONS_PER_TASK]).items():
+            known = features.get(f"bank/{kind}", array[:0])
+            features[f"bank/{kind}"] = np.concatenate([known, array])
+    return features
 
 
 def _open_tracking(config: Config, places: Layout, checkpoint: str) -> tuple[RunHandle, bool]:
@@ -236,14 +270,14 @@ def _rank(
 
 
 def _picture(config: Config, store: str, rows: Sequence[ManifestRow], ranks: Ranks) -> bytes:
-    from gare.data.frames import FrameReader
+    from gare.data.frames import open_pictures
     from gare.retrieval.examples import choose_examples
     from gare.retrieval.pictures import retrieval_picture
     from gare.retrieval.queries import owners_of
 
     texts = [caption for row in rows for caption in row.captions]
     examples = choose_examples(
-        ranks.t2v, owners_of(rows), texts, rows, FrameReader(store), config.evaluate.num_examples
+        ranks.t2v, owners_of(rows), texts, rows, open_pictures(store), config.evaluate.num_examples
     )
     title = f"{config.name}/{config.train.run}: text to video on {config.evaluate.split}"
     return retrieval_picture(examples, title)

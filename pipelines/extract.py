@@ -1,53 +1,36 @@
-"""extract: manifest → frame store, decoded in parallel by Ray Data, resumed by id, over bad videos.
+"""extract: manifest → frame store, feature store or both, on Ray, resumed by id, over bad videos.
 
-A run does what is new or changed in the collection, and marks what is gone. ``--verify`` checks a store,
+A run does what is new or changed in the collection, and marks what is gone. Features are made of a frame
+store that is there, beside its making, or of frames that are not kept. ``--verify`` checks a store,
 ``--compact`` merges its small parts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from cluster.command import main
-from cluster.pool import run_parts
 from cluster.progress import Progress
-from cluster.remote import RemoteVideos
-from cluster.session import num_cpus, ray_session
+from cluster.session import ray_session
 from cluster.storage import Layout, layout
 from cluster.tracking.extraction import ExtractionRun
-from gare import __version__
 from gare.config import Config
-from gare.data.collection import Comparison, compare
+from gare.data.collection import Comparison
 from gare.data.compact import compact
-from gare.data.extraction import Extractor, cut_into_parts
 from gare.data.files import exists, join, write_atomically, write_json
-from gare.data.inventory import Inventory, take_inventory
+from gare.data.inventory import Inventory
 from gare.data.lock import StoreLock
 from gare.data.manifest import Manifest, read_manifest
-from gare.data.sources import LocalVideos
-from gare.data.store import (
-    META,
-    StoreMeta,
-    check_settings,
-    fingerprint,
-    frame_schema,
-    frame_settings,
-    read_meta,
-    read_retired,
-    write_meta,
-    write_retired,
-)
+from gare.data.store import META, read_meta
+from gare.data.store_pass import StorePass
 from gare.data.verify import verify_or_raise
-from gare.errors import DataError
+from pipelines.extraction import Encoding, decode_rows, frame_pass, told, words
 
 logger = logging.getLogger(__name__)
-
-#: Heap of a decoding actor and its child process; Ray does not see it otherwise.
-ACTOR_MEMORY_BYTES = 600 * 1024**2
 
 FLAGS = {
     "--verify": ("upkeep.task", "check all that is in the store", "verify"),
@@ -55,150 +38,137 @@ FLAGS = {
     "--retry-failed": ("extract.retry_failed", "try failed videos again", "true"),
     "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
 }
+#: Does what a comparison found and says how it went; calls the lock's ``check`` after each part.
+Work = Callable[[Comparison, StoreLock], dict[str, Any]]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Brings the frame store up to the manifest, or checks or compacts it, as ``upkeep.task`` says.
+    """Brings the stores up to the manifest, or checks or compacts them, as ``upkeep.task`` says.
 
     Raises:
         DataError: for a missing manifest, a store made with other settings, faults that a check finds, or
             more failed or vanished videos than ``extract.max_failed_fraction``; what was extracted stays.
         GareError: where MLflow cannot be reached, before anything is extracted.
     """
-    started = time.monotonic()
-    places = layout(config)
-    store = places.frames
-    settings = frame_settings(config.extract)
-    if exists(join(store, META)) or config.upkeep.task != "write":
-        check_settings(store, read_meta(store), settings)
+    places, kind = layout(config), config.extract.store
     manifest = read_manifest(places.manifest)
-    if config.upkeep.task == "verify":
-        wanted = {row.video_id for row in manifest.rows}
-        return verify_or_raise(store, frame_schema(config.extract), wanted)
-    if config.upkeep.task == "compact":
-        with _lock(config, store) as lock:
-            merged = compact(store, config.upkeep.part_mb * 10**6, lock.check)
-        return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
-    result, is_new = _write(config, places, manifest)
-    result["seconds"] = round(time.monotonic() - started, 2)
-    if is_new:
-        write_json(join(store, "result.json"), result)
-    if config.upkeep.preview:
-        result["preview"] = _preview(config, store, manifest)
+    is_kept = kind != "features" or _is_complete(places.frames)
+    jobs: list[StorePass] = []
+    if is_kept:
+        jobs = [frame_pass(config, manifest, places.frames)]
+    if kind == "frames":
+        encoding = None
+    else:
+        encoding = Encoding(config, manifest, places, is_kept=is_kept, is_beside=kind == "both")
+        jobs = [*(jobs if kind == "both" else []), encoding.job]
+    if config.upkeep.task != "write":
+        results = [_look_after(config, job) for job in jobs]
+    elif encoding is None:
+        results = [_write(config, places, jobs[0], "extract", _decoding(config, places.frames))]
+    elif kind == "both":
+        results = _write_both(config, places, jobs[0], encoding)
+    else:
+        results = [_write(config, places, encoding.job, "extract-features", encoding.work)]
+    result = results[0] | ({"features": results[1]} if len(results) > 1 else {})
+    if config.upkeep.preview and config.upkeep.task == "write":
+        result["preview"] = _preview(config, places.frames, manifest)
     return result
 
 
-def _write(config: Config, places: Layout, manifest: Manifest) -> tuple[dict[str, Any], bool]:
-    """The result, and whether anything in the store has changed."""
-    store, source = places.frames, RemoteVideos(config.sources, LocalVideos())
+def _is_complete(store: str) -> bool:
+    return exists(join(store, META)) and read_meta(store).complete
 
-    def look() -> Comparison:
-        versions = source.stat([row.uri for row in manifest.rows])
-        return compare(store, manifest.rows, versions, retry_failed=config.extract.retry_failed)
 
-    def count() -> Inventory:
-        return take_inventory(store, manifest.rows, config.extract.max_failed_fraction)
-
-    comparison = look()
-    if not comparison.pending and comparison.retired == read_retired(store) and exists(join(store, META)):
-        meta, inventory = read_meta(store), count()
-        if (meta.counts, meta.complete) == (inventory.counts, inventory.is_complete):
-            logger.info("%s: %s, nothing to do", store, _words(comparison.counts))
-            inventory.raise_if_too_many()
-            return _result(config, store, comparison, inventory), False
+def _look_after(config: Config, job: StorePass) -> dict[str, Any]:
+    """Checks or compacts a store."""
+    started, store = time.monotonic(), job.uri
+    read_meta(store)  # there is one
+    if config.upkeep.task == "verify":
+        return verify_or_raise(store, job.schema, {row.video_id for row in job.manifest.rows})
     with _lock(config, store) as lock:
-        comparison = look()  # another job may have written while this one waited
-        _refuse_lost(config, store, comparison, len(manifest.rows))
-        if not comparison.pending and comparison.retired == read_retired(store):
-            return _finish(config, store, comparison, count(), {}), True
-        _describe(config, {}, complete=False)
-        with ExtractionRun(config, places, "extract") as tracked:
-            write_retired(store, comparison.retired)
-            done = _extract(config, store, comparison, lock) if comparison.pending else {}
-            # Of what a job wrote that took itself for the only one, too, each clip counts once.
-            write_retired(store, look().retired)
-            inventory = count()
-            tracked.log(comparison.counts, done, inventory.failures)
-            result = _finish(config, store, comparison, inventory, done)
-            return result | tracked.log_result(result), True
+        merged = compact(store, config.upkeep.part_mb * 10**6, lock.check)
+    return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _write_both(
+    config: Config, places: Layout, frames: StorePass, encoding: Encoding
+) -> list[dict[str, Any]]:
+    """Brings both stores up to the collection; clips are encoded while others are decoded."""
+    jobs = (frames, encoding.job)
+    looks = [job.look() for job in jobs]
+    done = [job.inventory_if_done(look) for job, look in zip(jobs, looks, strict=True)]
+    if all(done):
+        return [_unchanged(*one) for one in zip(jobs, looks, done, strict=True)]
+    with (
+        _lock(config, encoding.job.uri) as lock,
+        ray_session(config.cluster),
+        contextlib.closing(encoding),
+    ):
+
+        def between_parts() -> None:
+            lock.check()
+            encoding.take_some()
+
+        decoding = _decoding(config, frames.uri, between_parts)
+        first = _write(config, places, frames, "extract", decoding)
+        return [first, _write(config, places, encoding.job, "extract-features", encoding.work, lock)]
+
+
+def _write(
+    config: Config, places: Layout, job: StorePass, step: str, work: Work, held: StoreLock | None = None
+) -> dict[str, Any]:
+    """Brings a store up to the collection, whose lock may be held; nothing changes where nothing is to do."""
+    started = time.monotonic()
+    comparison = job.look()
+    inventory = job.inventory_if_done(comparison)
+    if inventory and not held:
+        return _unchanged(job, comparison, inventory)
+    with contextlib.nullcontext(held) if held else _lock(config, job.uri) as lock:
+        comparison = job.look()  # another job may have written while this one waited
+        job.refuse_lost(comparison)
+        if job.is_settled(comparison) and not held:
+            result = job.finish(comparison, job.count(), {})
+        else:
+            with ExtractionRun(config, places, step) as tracked:
+                job.begin(comparison)
+                done = work(comparison, lock)
+                inventory = job.settle()
+                tracked.log(comparison.counts, done, inventory.failures)
+                result = job.finish(comparison, inventory, done)
+                result |= tracked.log_result(result)
+        result["seconds"] = round(time.monotonic() - started, 2)
+        write_json(join(job.uri, "result.json"), result)
+    return result
+
+
+def _unchanged(job: StorePass, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
+    logger.info("%s: %s, nothing to do", job.uri, words(comparison.counts))
+    inventory.raise_if_too_many()
+    return job.result(comparison, inventory) | {"seconds": 0.0}
 
 
 def _lock(config: Config, store: str) -> StoreLock:
     return StoreLock(store, when_locked=config.upkeep.when_locked, stale_s=config.upkeep.stale_s)
 
 
-def _refuse_lost(config: Config, store: str, comparison: Comparison, total: int) -> None:
-    if len(comparison.lost) > config.extract.max_failed_fraction * total:
-        raise DataError(
-            f"{len(comparison.lost)} videos of the manifest that were there are gone, "
-            f"{comparison.lost[0]!r} the first of them; nothing was changed",
-            where=store,
-            accepted="is their folder mounted? extract.max_failed_fraction="
-            f"{config.extract.max_failed_fraction:g} of them may be gone",
-        )
+def _decoding(config: Config, store: str, between_parts: Callable[[], None] = lambda: None) -> Work:
+    """Extracts what is pending into a frame store."""
 
+    def work(comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+        if not comparison.pending:
+            return {}
 
-def _extract(config: Config, store: str, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
-    """Extracts what is pending; returns counts, rates, seconds by stage and the slowest videos."""
-    pending, extract, sources = comparison.pending, config.extract, config.sources
-    name = uuid.uuid4().hex
-    logger.info("%s: %s, %d to do", store, _words(comparison.counts), len(pending))
-    with ray_session(config.cluster):
-        workers = min(extract.workers or num_cpus(), len(pending))
-        parts = cut_into_parts(pending, workers, extract.videos_per_part)
-        progress = Progress(len(pending), "extracted")
-        for done in run_parts(
-            lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name).write,
-            parts,
-            workers=workers,
-            memory_bytes=ACTOR_MEMORY_BYTES,
-        ):
-            progress.add(done)
+        def check() -> None:
             lock.check()
-        progress.show()
-    for video_id, seconds in progress.slowest:
-        logger.info("slowest: %6.2f s %s", seconds, video_id)
-    return progress.report()
+            between_parts()
 
+        logger.info("%s: %s, %d to do", store, words(comparison.counts), len(comparison.pending))
+        with ray_session(config.cluster):
+            progress = Progress(len(comparison.pending), "extracted")
+            decode_rows(config, store, comparison.pending, progress, check)
+            return told(progress)
 
-def _words(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _describe(config: Config, counts: dict[str, int], *, complete: bool) -> None:
-    store = layout(config).frames
-    settings = frame_settings(config.extract)
-    meta = StoreMeta(
-        kind="frames",
-        fingerprint=fingerprint(settings),
-        settings=settings,
-        counts=counts,
-        complete=complete,
-        config=config.to_yaml(),
-        code_version=__version__,
-    )
-    write_meta(store, meta)
-
-
-def _finish(
-    config: Config, store: str, comparison: Comparison, inventory: Inventory, done: Mapping[str, Any]
-) -> dict[str, Any]:
-    _describe(config, inventory.counts, complete=inventory.is_complete)
-    for reason, count in inventory.reasons.most_common():
-        logger.warning("failed: %d × %s", count, reason)
-    inventory.raise_if_too_many()
-    return _result(config, store, comparison, inventory) | dict(done)
-
-
-def _result(config: Config, store: str, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
-    return {
-        "store": store,
-        "fingerprint": fingerprint(frame_settings(config.extract)),
-        "videos": inventory.num_wanted_stored,
-        "attempted": len(comparison.pending),
-        **comparison.counts,
-        "failed": {key: row["message"] for key, row in sorted(inventory.failures.items())},
-    }
+    return work
 
 
 def _preview(config: Config, store: str, manifest: Manifest) -> str:

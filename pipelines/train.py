@@ -8,7 +8,6 @@ import statistics
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from cluster.stream import stream
 from cluster.tracking import RunHandle, Tracker, connect, git_revision
 from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
-from gare.data.loader import ClipLoader
 from gare.errors import ConfigError, DivergedError, GareError
 from gare.train.data import StoredSplits, read_splits
+from gare.train.from_features import attach_towers, loader_of, settings_of, write_start
 from gare.train.history import History
 from gare.train.plan import Plan, plan_run
 
@@ -35,6 +34,7 @@ LOG_EVERY = 10
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: What matters of data and extract is in the fingerprints.
 FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
+FREE_SECTIONS |= {"features"}
 FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
 FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch"}
 
@@ -51,7 +51,8 @@ def run(config: Config) -> dict[str, Any]:
     config = _with_absolute_paths(config)
     places = layout(config)
     folder = places.run(config.train.run)
-    splits = read_splits(places.manifest, places.frames, config.extract)
+    settings = settings_of(config)
+    splits = read_splits(places.manifest, _store(config, places), config.extract, settings)
     vocabulary = ClipConfig().vocab_size
     if config.model.clip.vocab_size < vocabulary:
         raise ConfigError(
@@ -75,11 +76,15 @@ def run(config: Config) -> dict[str, Any]:
         require_train_resources(config.cluster)
         if config.train.overwrite:
             delete_tree(folder)
+        if settings is not None:
+            write_start(config, join(folder, "start"))
         handle = _start_run(tracker, config, places, splits, earlier.get("mlflow_run_id"))
         write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
         try:
-            best, reported = _fit(config, places, handle, validated=bool(splits.val))
+            best, reported = _fit(config, places, handle, settings, validated=bool(splits.val))
             copy_files(best, places.checkpoint(config.train.run))
+            if settings is not None:
+                attach_towers(config, places.checkpoint(config.train.run))
             result = _finish(config, places, handle, reported, started)
         except BaseException:
             handle.finish("FAILED")
@@ -91,7 +96,12 @@ def run(config: Config) -> dict[str, Any]:
 
 def _with_absolute_paths(config: Config) -> Config:
     train = config.train.model_copy(update={"clip_weights": absolute(config.train.clip_weights)})
-    return config.model_copy(update={"train": train})
+    features = config.features.model_copy(update={"weights": absolute(config.features.weights)})
+    return config.model_copy(update={"train": train, "features": features})
+
+
+def _store(config: Config, places: Layout) -> str:
+    return places.features if config.train.input == "features" else places.frames
 
 
 def _plan(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
@@ -165,7 +175,9 @@ def _start_run(
     return handle
 
 
-def _fit(config: Config, places: Layout, handle: RunHandle, *, validated: bool) -> tuple[str, dict[str, Any]]:
+def _fit(
+    config: Config, places: Layout, handle: RunHandle, settings: dict[str, Any] | None, *, validated: bool
+) -> tuple[str, dict[str, Any]]:
     """Runs the workers; returns the checkpoint that is best on val, the last without val, and its report."""
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -176,7 +188,7 @@ def _fit(config: Config, places: Layout, handle: RunHandle, *, validated: bool) 
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "handle": handle},
+        train_loop_config={"config": config, "handle": handle, "settings": settings},
         scaling_config=ScalingConfig(
             num_workers=cluster.train_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
@@ -238,7 +250,7 @@ def train_worker(task: dict[str, Any]) -> DivergedError | None:
     from ray.train.torch import get_device
 
     from gare.train.loop import run_loop
-    from gare.train.start import initial_model
+    from gare.train.start import initial_model, read_start
     from gare.train.state import restore_learner
     from gare.train.step import build_learner
 
@@ -247,27 +259,30 @@ def train_worker(task: dict[str, Any]) -> DivergedError | None:
     places = layout(config)
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    splits = read_splits(places.manifest, places.frames, config.extract)
+    splits = read_splits(places.manifest, _store(config, places), config.extract, task["settings"])
     rows = {"train": splits.train, "val": splits.val}
     plan = _plan(config, splits, rank=rank)
-    learner = build_learner(initial_model(config), config, plan.num_steps, get_device())
+    from_features = config.train.input == "features"
+    model = read_start(join(places.run(config.train.run), "start"), config.model) if from_features else None
+    learner = build_learner(model or initial_model(config), config, plan.num_steps, get_device())
     start_epoch = 0
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             start_epoch = restore_learner(folder, learner)
     ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
     first = plan.epoch_starts[start_epoch] if start_epoch < len(plan.epoch_starts) else len(ids)
-    clips = stream(_loader(places.frames, ids), range(first, len(ids)))
+    numbers = range(first, len(ids))
+    load = loader_of(config, _store(config, places), ids, plan, words=learner.model.needs_words)
+    loader = load() if from_features else None
+    # Features that fit into memory are read in this process, where they cost next to nothing.
+    near = loader is not None and loader.reader.whole
+    clips = map(loader, numbers) if near else stream(load, numbers)
     report = Reporter(config, places, task["handle"], learner, rank, start_epoch)
     try:
         run_loop(learner, plan, start_epoch, rows, clips, get_device(), report.step, report.epoch)
     except DivergedError as fault:
         return fault
     return None
-
-
-def _loader(store: str, ids: list[list[str]]) -> Callable[[], ClipLoader]:
-    return lambda: ClipLoader(store, ids)
 
 
 class Reporter:

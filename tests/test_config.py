@@ -129,7 +129,7 @@ def test_configurations_are_frozen() -> None:
         ({"trian": {}}, [], ["trian: unknown key", "nearest: train;", "known here: name, storage"]),
         ({"train": {"epoch": 1}}, [], ["train.epoch: unknown key", "nearest: train.epochs;"]),
         ({}, ["model.clip.text_layer=1"], ["model.clip.text_layer:", "nearest: model.clip.text_layers;"]),
-        ({"train": {"zzz": 1}}, [], ["train.zzz: unknown key (known here: run, seed, epochs"]),
+        ({"train": {"zzz": 1}}, [], ["train.zzz: unknown key (known here: run, input, seed, epochs"]),
         ({1: 2}, [], ["1:", "keys should be strings"]),
     ],
 )

@@ -5,13 +5,15 @@ B pairs, F frames, W words.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from gare.config import Config, parse_config
-from gare.data.batch import Batch
+from gare.data.batch import Batch, FeatureBatch
+
+AnyBatch = TypeVar("AnyBatch", Batch, FeatureBatch)
 
 TREE: dict[str, Any] = {
     "name": "tiny",
@@ -69,7 +71,19 @@ def tiny_batch(config: Config, rng: np.random.Generator) -> Batch:
     return Batch(*map(torch.from_numpy, (token_ids, token_mask, frames, frame_mask, video_ids)))
 
 
-def share(batch: Batch, rank: int, workers: int) -> Batch:
+def tiny_feature_batch(config: Config, rng: np.random.Generator) -> FeatureBatch:
+    """As ``tiny_batch``, of stored features."""
+    batch, width = tiny_batch(config, rng), config.model.clip.embed_dim
+    text, words, frames = (
+        torch.from_numpy(rng.standard_normal((*shape, width), dtype=np.float32))
+        for shape in (batch.token_ids.shape[:1], batch.token_ids.shape, batch.frame_mask.shape)
+    )
+    frames *= batch.frame_mask.unsqueeze(-1)
+    words *= batch.token_mask.unsqueeze(-1)
+    return FeatureBatch(text, words, batch.token_mask, frames, batch.frame_mask, batch.video_ids)
+
+
+def share(batch: AnyBatch, rank: int, workers: int) -> AnyBatch:
     """The rows of a global batch that a worker gets."""
     rows = len(batch.frames) // workers
     mine = slice(rank * rows, (rank + 1) * rows)

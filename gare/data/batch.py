@@ -1,6 +1,6 @@
 """What a training or evaluation step consumes.
 
-B text-video pairs, F frames, W words.
+B text-video pairs, F frames, W words, D embedding width.
 """
 
 from __future__ import annotations
@@ -40,6 +40,44 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
             token_ids=change(self.token_ids),
+            token_mask=change(self.token_mask),
+            frames=change(self.frames),
+            frame_mask=change(self.frame_mask),
+            video_ids=None if self.video_ids is None else change(self.video_ids),
+        )
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Captions beside their clips, as the towers' stored output.
+
+    Attributes:
+        text: (B, D) floating.
+        words: (B, W, D) floating, or None where no one attends to words.
+        token_mask: (B, W) bool.
+        frames: (B, F, D) floating, zero at padded frames.
+        frame_mask: (B, F) bool.
+        video_ids: (B,) int64, as in ``Batch``.
+    """
+
+    text: Tensor
+    words: Tensor | None
+    token_mask: Tensor
+    frames: Tensor
+    frame_mask: Tensor
+    video_ids: Tensor | None = None
+
+    def to(self, device: Any) -> FeatureBatch:
+        """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def __getitem__(self, rows: slice) -> FeatureBatch:
+        return self._map(lambda tensor: tensor[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> FeatureBatch:
+        return FeatureBatch(
+            text=change(self.text),
+            words=None if self.words is None else change(self.words),
             token_mask=change(self.token_mask),
             frames=change(self.frames),
             frame_mask=change(self.frame_mask),

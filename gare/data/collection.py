@@ -14,7 +14,7 @@ from typing import Any
 from gare.data.manifest import ManifestRow
 from gare.data.parts import Part, read_parts
 from gare.data.sources import FileVersion
-from gare.data.store import FAILURE_SCHEMA, IDENTITY
+from gare.data.store import FAILURE_SCHEMA, IDENTITY, read_retired
 from gare.errors import DataError, GoneError
 
 #: start_s, end_s, source_bytes, source_version: see ``gare.data.store.IDENTITY``.
@@ -39,6 +39,42 @@ class Comparison:
     lost: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A clip as a store should hold it.
+
+    Attributes:
+        row: of the manifest.
+        identity: of what it is made of, see ``gare.data.store.IDENTITY``; without size and version where
+            they are not known.
+        is_gone: whether what it is made of is there no more.
+        is_decoded: whether its frames are there, so that a failure to decode it is past.
+    """
+
+    row: ManifestRow
+    identity: Identity
+    is_gone: bool = False
+    is_decoded: bool = False
+
+    @classmethod
+    def of(cls, row: ManifestRow, version: FileVersion | DataError | None = None) -> Wanted:
+        """A clip whose file ``stat`` of its source says this of; None: nobody has looked."""
+        if isinstance(version, FileVersion):
+            identity = (row.start_s, row.end_s, version.size_bytes, version.version)
+            return cls(row, identity)
+        return cls(row, (row.start_s, row.end_s, None, None), is_gone=isinstance(version, GoneError))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A row that is in a part, whether it counts or not."""
+
+    part: Part
+    identity: Identity
+    captions: tuple[str, ...]
+    is_retired: bool
+
+
 def compare(
     uri: str,
     rows: Sequence[ManifestRow],
@@ -46,7 +82,7 @@ def compare(
     *,
     retry_failed: bool,
 ) -> Comparison:
-    """Compares the rows of a store with the clips that it should hold.
+    """Compares the rows of a frame store with the clips that it should hold.
 
     Args:
         uri: the store.
@@ -55,43 +91,69 @@ def compare(
             for another reason than that it is gone counts as unchanged.
         retry_failed: whether clips are tried again that failed on this very file.
     """
-    wanted = {row.video_id: row for row in rows}
-    held = _held(read_parts(uri, "data", ["video_id", *IDENTITY])[0])
-    failures = _failures(uri)
+    wanted = [Wanted.of(row, versions[row.uri]) for row in rows]
+    return compare_clips(uri, wanted, retry_failed=retry_failed)
+
+
+def compare_clips(
+    uri: str, clips: Sequence[Wanted], *, retry_failed: bool, captions: bool = False
+) -> Comparison:
+    """As ``compare``, for a store of any kind.
+
+    Args:
+        uri: the store.
+        clips: that it should hold.
+        retry_failed: whether clips are tried again that failed on this very file.
+        captions: whether a row counts only with the captions of the manifest. Pending rows then have
+            ``captions``, ``made``: the part that has the clip with others, None where none has, and
+            ``is_new``: whether it never was there before.
+    """
+    wanted = {clip.row.video_id: clip for clip in clips}
+    held, failures = _held(uri, captions=captions), _failures(uri)
     counts = dict.fromkeys(("new", "changed", "unchanged", "gone"), 0)
     retired: dict[str, dict[str, str]] = {}
     pending: list[dict[str, Any]] = []
     lost: list[str] = []
     for video_id in held.keys() - wanted.keys():
         counts["gone"] += _retire(retired, video_id, held[video_id], None, "gone")
-    for video_id, row in wanted.items():
-        version, stored = versions[row.uri], held.get(video_id, [])
-        is_gone = isinstance(version, GoneError)
-        identity = _identity(row, version)
-        match = None if is_gone else next((one for one in stored if _same(one[2], identity)), None)
-        if is_gone and stored:
+    for video_id, clip in wanted.items():
+        stored, identity = held.get(video_id, []), clip.identity
+        same = [] if clip.is_gone else [one for one in stored if _same(one.identity, identity)]
+        matches = [one for one in same if not captions or one.captions == clip.row.captions]
+        match = matches[0] if matches else None
+        if clip.is_gone and stored:
             lost.append(video_id)
             counts["gone"] += 1
-        _retire(retired, video_id, stored, match, "gone" if is_gone else "changed")
+        _retire(retired, video_id, stored, match, "gone" if clip.is_gone else "changed")
         if match:
             counts["unchanged"] += 1
             continue
         failed = failures.get(video_id, [])
-        known = any(_same(tuple(one[key] for key in IDENTITY), identity) for one in failed)
-        if not is_gone or not stored:
+        known = any(_has_failed(one, clip) for one in failed)
+        if not clip.is_gone or not stored:
             counts["changed" if (stored or failed) and not known else "unchanged" if known else "new"] += 1
         if retry_failed or not known:
-            pending.append(_request(row, identity, max((one["attempts"] for one in failed), default=0)))
+            request = _request(clip, max((one["attempts"] for one in failed), default=0))
+            if captions:
+                request["captions"] = list(clip.row.captions)
+                request["made"] = same[0].part.location if same else None
+                request["is_new"] = not stored and not failed
+            pending.append(request)
     return Comparison(tuple(pending), retired, counts, tuple(sorted(lost)))
 
 
-def _held(parts: Sequence[Part]) -> dict[str, list[tuple[Part, int, Identity]]]:
-    held: dict[str, list[tuple[Part, int, Identity]]] = {}
+def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
+    """Rows of each clip, those first that count until now."""
+    parts, _ = read_parts(uri, "data", ["video_id", *IDENTITY, *(["captions"] if captions else [])])
+    retired = read_retired(uri)
+    held: dict[str, list[_Held]] = {}
     for part in parts:
-        for index, row in enumerate(part.rows):
-            place = (part, index, tuple(row[key] for key in IDENTITY))
-            held.setdefault(row["video_id"], []).append(place)
-    return held
+        for row in part.rows:
+            video_id, captions_of_row = row["video_id"], tuple(row.get("captions") or ())
+            is_retired = video_id in retired.get(part.checksum, {})
+            one = _Held(part, tuple(row[key] for key in IDENTITY), captions_of_row, is_retired)
+            held.setdefault(video_id, []).append(one)
+    return {video_id: sorted(rows, key=lambda one: one.is_retired) for video_id, rows in held.items()}
 
 
 def _failures(uri: str) -> dict[str, list[dict[str, Any]]]:
@@ -102,10 +164,10 @@ def _failures(uri: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _identity(row: ManifestRow, version: FileVersion | DataError) -> Identity:
-    if isinstance(version, DataError):
-        return (row.start_s, row.end_s, None, None)
-    return (row.start_s, row.end_s, version.size_bytes, version.version)
+def _has_failed(failure: Mapping[str, Any], clip: Wanted) -> bool:
+    """Whether a clip has failed as it is now, and would again."""
+    past = clip.is_decoded and failure["stage"] != "encode"
+    return not past and _same(tuple(failure[key] for key in IDENTITY), clip.identity)
 
 
 def _same(stored: Identity, now: Identity) -> bool:
@@ -116,21 +178,21 @@ def _same(stored: Identity, now: Identity) -> bool:
 def _retire(
     retired: dict[str, dict[str, str]],
     video_id: str,
-    stored: Sequence[tuple[Part, int, Identity]],
-    match: tuple[Part, int, Identity] | None,
+    stored: Sequence[_Held],
+    match: _Held | None,
     reason: str,
 ) -> int:
     for one in stored:
         if one is not match:
-            doubled = match is not None and one[2] == match[2]
-            retired.setdefault(one[0].checksum, {})[video_id] = "doubled" if doubled else reason
+            doubled = match is not None and one.identity == match.identity and one.captions == match.captions
+            retired.setdefault(one.part.checksum, {})[video_id] = "doubled" if doubled else reason
     return 1 if stored else 0
 
 
-def _request(row: ManifestRow, identity: Identity, attempts: int) -> dict[str, Any]:
+def _request(clip: Wanted, attempts: int) -> dict[str, Any]:
     return {
-        "video_id": row.video_id,
-        "uri": row.uri,
-        **dict(zip(IDENTITY, identity, strict=True)),
+        "video_id": clip.row.video_id,
+        "uri": clip.row.uri,
+        **dict(zip(IDENTITY, clip.identity, strict=True)),
         "attempts": attempts,
     }

@@ -14,9 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.files import open_fs
+from gare.data.files import exists, join, open_fs
 from gare.data.images import decode_jpeg
-from gare.data.store import ids_in_parts, read_meta
+from gare.data.parts import is_gone
+from gare.data.store import META, ids_in_parts, read_meta
+from gare.data.tensor_pages import UnknownPageError, low_bytes
 from gare.errors import DataError
 
 #: Open Parquet files kept by a process: their footers cost more to read than one clip.
@@ -40,8 +42,9 @@ class FrameReader:
         self.uri = uri
         self.num_frames = int(meta.settings["num_frames"])
         self.size = int(meta.settings["image_size"])
+        self.encoding = str(meta.settings["encoding"])
         self.places = ids_in_parts(uri, "data")
-        self._open = lru_cache(maxsize=OPEN_PARTS)(_open_part)
+        self._open = lru_cache(maxsize=OPEN_PARTS)(_OpenPart)
 
     def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         """Frames (M, F, H, W, 3) uint8, zero where padded, and their mask (M, F).
@@ -49,7 +52,7 @@ class FrameReader:
         Raises:
             DataError: for an id that the store does not hold, or a clip that cannot be read.
         """
-        frames = np.zeros((len(video_ids), self.num_frames, self.size, self.size, 3), dtype=np.uint8)
+        frames = np.empty((len(video_ids), self.num_frames, self.size, self.size, 3), dtype=np.uint8)
         mask = np.zeros((len(video_ids), self.num_frames), dtype=np.bool_)
         for row, video_id in enumerate(video_ids):
             if video_id not in self.places:
@@ -59,7 +62,7 @@ class FrameReader:
                 self._fill(frames[row], mask[row], part, position)
             except DataError as error:
                 # Parts are merged while they are read.
-                self.places = ids_in_parts(self.uri, "data") if _is_gone(error) else self.places
+                self.places = ids_in_parts(self.uri, "data") if is_gone(error) else self.places
                 if self.places.get(video_id) in (None, (part, position)):
                     raise
                 self._fill(frames[row], mask[row], *self.places[video_id])
@@ -69,25 +72,70 @@ class FrameReader:
         self, frames: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_], part: str, position: int
     ) -> None:
         try:
-            row = self._open(part).read_row_group(position, columns=["num_frames", "frames"])
+            opened = self._open(part)
+            raw = self.encoding == "raw"
+            row = opened.read(position, ["num_frames"] if raw else ["num_frames", "frames"])
             count = int(row["num_frames"][0].as_py())
             if not 0 < count <= len(frames):
                 raise ValueError(f"{count} frames; accepted: 1 to {len(frames)}")
-            if isinstance(row.schema.field("frames").type, pa.FixedShapeTensorType):
-                frames[:] = row["frames"].combine_chunks().to_numpy_ndarray()[0]
+            if raw:
+                opened.fill(frames, position)
             else:
                 # strict: a frame that the row lacks would be read as a black one.
-                for index, jpeg in zip(range(count), row["frames"][0].as_py(), strict=True):
-                    frames[index] = decode_jpeg(jpeg)
+                for frame, jpeg in zip(frames[:count], row["frames"][0].as_py(), strict=True):
+                    frame[:] = decode_jpeg(jpeg)
+                frames[count:] = 0
         except (OSError, ValueError, pa.ArrowException, DataError) as error:
             raise DataError(f"row {position} cannot be read: {error}", where=part) from error
         mask[:count] = True
 
 
-def _is_gone(error: DataError) -> bool:
-    return isinstance(error.__cause__, FileNotFoundError)
+class _OpenPart:
+    """A part, of which a row group is a clip."""
+
+    def __init__(self, part: str) -> None:
+        filesystem, path = open_fs(part)
+        self.file: Any = filesystem.open_input_file(path)
+        self.parquet: Any = pq.ParquetFile(self.file, page_checksum_verification=True)
+        names = self.parquet.schema_arrow.names
+        leaves = [self.parquet.schema.column(place).path for place in range(len(self.parquet.schema))]
+        self.leaf = leaves.index("frames.list.element") if "frames" in names else -1
+
+    def read(self, position: int, columns: list[str]) -> pa.Table:
+        table: pa.Table = self.parquet.read_row_group(position, columns=columns)
+        return table
+
+    def fill(self, frames: npt.NDArray[np.uint8], position: int) -> None:
+        """Raw frames of a clip (F, H, W, 3), zero where padded."""
+        chunk = self.parquet.metadata.row_group(position).column(self.leaf)
+        try:
+            data = self.file.read_at(chunk.total_compressed_size, chunk.data_page_offset)
+            pages = low_bytes(data, chunk.compression)
+            if sum(map(len, pages)) != frames.size:
+                raise UnknownPageError("another number of values")
+        except UnknownPageError:
+            column: Any = self.read(position, ["frames"])["frames"].combine_chunks()
+            frames[:] = column.to_numpy_ndarray()[0]
+            return
+        flat, place = frames.reshape(-1), 0
+        for page in pages:
+            flat[place : place + len(page)] = page
+            place += len(page)
 
 
-def _open_part(part: str) -> Any:
-    filesystem, path = open_fs(part)
-    return pq.ParquetFile(path, filesystem=filesystem, memory_map=False, page_checksum_verification=True)
+class NoPictures:
+    """Grey pictures in place of a frame store that was not kept, where pictures are for people alone."""
+
+    def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """As ``FrameReader.read``, one small grey frame a clip."""
+        frames = np.full((len(video_ids), 1, 32, 32, 3), 128, dtype=np.uint8)
+        return frames, np.ones((len(video_ids), 1), dtype=np.bool_)
+
+
+def open_pictures(uri: str) -> FrameReader | NoPictures:
+    """The frame store, or grey pictures where there is none.
+
+    Raises:
+        DataError: for a store that cannot be read.
+    """
+    return FrameReader(uri) if exists(join(uri, META)) else NoPictures()

@@ -23,11 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.files import join, list_files, open_fs, write_atomically
+from gare.data.tensor_pages import ENCODING, LEVEL
 from gare.errors import DataError
 
 CHECKSUM, REPLACES = "gare.sha256", "gare.replaces"
 #: Files that are opened at once: most of the time is waiting, for an object store above all.
 THREADS = 16
+#: Clips of a row group of features, which are small: one that is read by itself costs the reading of so many.
+FEATURES_PER_GROUP = 16
 _BLANK = b"0" * 64
 
 
@@ -83,7 +86,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
 def write_table(
     uri: str, folder: str, table: pa.Table, group: Sequence[str], replaces: Iterable[str] = ()
 ) -> str:
-    """Writes a table as one part; a row group of data holds one clip, so that any is read by itself.
+    """Writes a table as one part; a row group of frames is one clip, so that any is read by itself.
 
     Args:
         uri: the store.
@@ -108,17 +111,35 @@ def put_part(uri: str, folder: str, data: memoryview, group: Sequence[str]) -> s
 
 def encode_part(folder: str, table: pa.Table, replaces: Iterable[str] = ()) -> memoryview:
     """The bytes of a part, with its checksum; see ``write_table`` for the arguments."""
-    row_group_size = 1 if folder == "data" else max(1, len(table))
+    # Training reads such tensors by their low bytes, see gare.data.tensor_pages.
+    raw = [f"{field.name}.list.element" for field in table.schema if _is_tensor(field.type, pa.uint8())]
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
-        sink, table.schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+        sink,
+        table.schema,
+        compression="zstd",
+        compression_level=dict.fromkeys(raw, LEVEL) or None,
+        use_dictionary=False,
+        column_encoding=dict.fromkeys(raw, ENCODING) or None,
+        write_page_checksum=True,
     ) as writer:
-        writer.write_table(table, row_group_size=row_group_size)
+        writer.write_table(table, row_group_size=_rows_per_group(folder, table))
         writer.add_key_value_metadata({REPLACES: json.dumps(sorted(replaces)), CHECKSUM: _BLANK.decode()})
     data = bytearray(sink.getvalue())
     place = data.index(_BLANK, data.rindex(CHECKSUM.encode()))
     data[place : place + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()
     return memoryview(data)
+
+
+def _rows_per_group(folder: str, table: pa.Table) -> int:
+    if folder != "data":
+        return max(1, len(table))
+    are_features = any(_is_tensor(field.type, pa.float16()) for field in table.schema)
+    return FEATURES_PER_GROUP if are_features else 1
+
+
+def _is_tensor(kind: pa.DataType, of: pa.DataType) -> bool:
+    return isinstance(kind, pa.FixedShapeTensorType) and kind.value_type == of
 
 
 def checksum_fault(data: bytes) -> str:
@@ -135,6 +156,11 @@ def checksum_fault(data: bytes) -> str:
     digest.update(_BLANK)
     digest.update(data[place + len(_BLANK) :])
     return "" if digest.hexdigest().encode() == stated else "its bytes have changed since it was written"
+
+
+def is_gone(error: DataError) -> bool:
+    """Whether a part cannot be read because it is not there: it has been merged into another meanwhile."""
+    return isinstance(error.__cause__, FileNotFoundError)
 
 
 def part_files(uri: str, folder: str) -> list[str]:
@@ -161,7 +187,7 @@ def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part
             break
         except DataError as error:
             # Merged into another and deleted since they were listed.
-            if attempt == 2 or not isinstance(error.__cause__, FileNotFoundError):
+            if attempt == 2 or not is_gone(error):
                 raise
     replaced = {checksum for part in parts for checksum in part.replaces}
     return (

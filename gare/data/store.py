@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "read_failures",
     "read_meta",
     "read_retired",
+    "rows_in_parts",
     "write_meta",
     "write_part",
     "write_retired",
@@ -237,10 +238,21 @@ def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
     Raises:
         DataError: for a part that cannot be read, or an id that two parts hold.
     """
-    parts, _ = read_parts(uri, folder, ["video_id"])
+    return {key: place[:2] for key, place in rows_in_parts(uri, folder, ()).items()}
+
+
+def rows_in_parts(
+    uri: str, folder: str, columns: Sequence[str]
+) -> dict[str, tuple[str, int, dict[str, Any]]]:
+    """As ``ids_in_parts``, with some columns of each row beside its place.
+
+    Raises:
+        DataError: for a part that cannot be read or lacks a column, or an id that two parts hold.
+    """
+    parts, _ = read_parts(uri, folder, ["video_id", *columns])
     # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
     retired = read_retired(uri) if folder == "data" else {}
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[str, tuple[str, int, dict[str, Any]]] = {}
     for part in parts:
         left_out = retired.get(part.checksum, {})
         for row, entry in enumerate(part.rows):
@@ -253,7 +265,7 @@ def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
                     where=uri,
                     accepted="run pipelines/extract.py again, which keeps one of them",
                 )
-            found[video_id] = (part.location, row)
+            found[video_id] = (part.location, row, entry)
     return found
 
 

@@ -1,17 +1,21 @@
 """The CLIP towers: Hugging Face's CLIPModel, built from our configuration.
 
-N texts, M images, W words, D embedding width.
+N texts, M images or videos, F frames, W words, D embedding width.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gare.config import ClipConfig
+from gare.errors import ConfigError, DataError
+from gare.model.features import TextFeatures
 
 #: ln(1/0.07), where CLIP starts its learned logit scale.
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -62,8 +66,7 @@ class ClipTowers(nn.Module):
 
     def clamp_logit_scale(self) -> None:
         """Holds κ at 100 or below; called after each optimiser step."""
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        _clamp(self.logit_scale)
 
     def encode_tokens(self, token_ids: Tensor) -> Tensor:
         """Hidden states (N, W, text width) after the final LayerNorm.
@@ -83,3 +86,106 @@ class ClipTowers(nn.Module):
         pooled: Tensor = self.clip.vision_model(pixel_values=images).pooler_output
         projected: Tensor = self.clip.visual_projection(pooled)
         return projected
+
+
+class NoTowers(nn.Module):
+    """Stands for towers that are left out: their logit scale, under the name that it has in ``ClipTowers``.
+
+    Args:
+        logit_scale: of the towers that were there; by default a new one.
+    """
+
+    def __init__(self, logit_scale: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.clip = nn.Module()
+        self.clip.logit_scale = logit_scale or nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Logarithm of the scale κ, a scalar parameter."""
+        scale = self.clip.logit_scale
+        assert isinstance(scale, nn.Parameter)
+        return scale
+
+    def clamp_logit_scale(self) -> None:
+        """Holds κ at 100 or below; called after each optimiser step."""
+        _clamp(self.logit_scale)
+
+
+def _clamp(logit_scale: nn.Parameter) -> None:
+    with torch.no_grad():
+        logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+
+def towers_sha256(towers: ClipTowers | NoTowers) -> str:
+    """SHA-256 of all that features depend on: names, shapes and float32 values of both towers' weights.
+
+    The file that the weights came from does not count, nor does the logit scale.
+
+    Raises:
+        ConfigError: where the towers are left out.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_present(towers).state_dict().items()):
+        if name != "clip.logit_scale":
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def tower_text(towers: ClipTowers | NoTowers, token_ids: Tensor, token_mask: Tensor) -> TextFeatures:
+    """The text tower's output: the end marker's and every token's embedding, zero at padded words.
+
+    Args:
+        towers: to encode with.
+        token_ids: (N, W) int64.
+        token_mask: (N, W) bool or 0/1.
+
+    Raises:
+        DataError: for a caption without a token.
+        ConfigError: where the towers are left out.
+    """
+    mask_NW = token_mask.bool()
+    if not mask_NW.any(dim=1).all():
+        raise DataError(
+            f"caption {int((~mask_NW.any(dim=1)).nonzero()[0])} has no token", where="encode_text"
+        )
+    end_N = mask_NW.sum(dim=1) - 1
+    # Columns beyond the longest caption are padding for all; the causal tower does not look ahead.
+    longest = int(end_N.max()) + 1 if len(end_N) else 1
+    towers = _present(towers)
+    words = towers.project_text(towers.encode_tokens(token_ids[:, :longest]))
+    rows_N = torch.arange(len(end_N), device=end_N.device)
+    embedding_ND = words[rows_N, end_N]
+    # Selected, not multiplied: what stands at a padded word may be anything.
+    words = torch.where(mask_NW[:, :longest, None], words, 0)
+    words_NWD = functional.pad(words, (0, 0, 0, mask_NW.shape[1] - longest))
+    return TextFeatures(embedding_ND, words_NWD, mask_NW)
+
+
+def tower_frames(towers: ClipTowers | NoTowers, frames: Tensor, frame_mask: Tensor) -> Tensor:
+    """The image tower's output (M, F, D) for clips, zero at padded frames, which never enter it.
+
+    Args:
+        towers: to encode with.
+        frames: (M, F, 3, H, W) float, CLIP-normalised.
+        frame_mask: (M, F) bool or 0/1.
+
+    Raises:
+        ConfigError: where the towers are left out.
+    """
+    mask_MF = frame_mask.bool()
+    real_KD = _present(towers).encode_images(frames[mask_MF])
+    frames_MFD = real_KD.new_zeros(*mask_MF.shape, real_KD.shape[-1])
+    frames_MFD[mask_MF] = real_KD
+    return frames_MFD
+
+
+def _present(towers: ClipTowers | NoTowers) -> ClipTowers:
+    if isinstance(towers, NoTowers):
+        raise ConfigError(
+            "the model has no towers: it learned from stored features",
+            where="encode",
+            accepted="features of a store, or the run's best checkpoint, which has its towers",
+        )
+    return towers

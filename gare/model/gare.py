@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from gare.config import ModelConfig
 from gare.errors import ConfigError, DataError
+from gare.model.adapters import Adapters
 from gare.model.basis import BasisMaps, build_basis, turn
-from gare.model.clip import ClipTowers
+from gare.model.clip import ClipTowers, NoTowers, tower_frames, tower_text
 from gare.model.factorized import Rule
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.increment import Increment, IncrementRadius, towards
@@ -45,19 +46,21 @@ class GARE(nn.Module):
 
     Args:
         config: sizes and switches; ``increment: false`` is the baseline s_ij = cos(t_i, p_ij).
+        towers: whether to build CLIP; a model that learns from stored features does without.
 
     Source: arXiv 2505.12499, direct form.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, towers: bool = True) -> None:
         super().__init__()
         self.config = config
         width = config.clip.embed_dim
-        self.towers = ClipTowers(config.clip)
+        self.towers: ClipTowers | NoTowers = ClipTowers(config.clip) if towers else NoTowers()
         self.temporal = TemporalTransformer(
             width, config.temporal_layers, config.num_temporal_heads, config.clip.max_positions
         )
-        self.temporal.start_from_text_tower(self.towers)
+        if isinstance(self.towers, ClipTowers):
+            self.temporal.start_from_text_tower(self.towers)
         self.increment = (
             Increment(width, config.increment_heads, config.increment_dropout, config.increment_layers)
             if config.increment
@@ -67,6 +70,11 @@ class GARE(nn.Module):
         self.radius = (
             IncrementRadius(config.max_frames) if config.increment and config.query == "text" else None
         )
+        self.adapters = Adapters(width) if config.adapters else None
+
+    def drop_towers(self) -> None:
+        """Leaves of CLIP only the logit scale, for a model that learns from stored features."""
+        self.towers = NoTowers(self.logit_scale)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -88,22 +96,7 @@ class GARE(nn.Module):
         Raises:
             DataError: for a caption without a token.
         """
-        mask_NW = token_mask.bool()
-        if not mask_NW.any(dim=1).all():
-            raise DataError(
-                f"caption {int((~mask_NW.any(dim=1)).nonzero()[0])} has no token", where="encode_text"
-            )
-        end_N = mask_NW.sum(dim=1) - 1
-        # Columns beyond the longest caption are padding for all; the causal tower does not look ahead.
-        longest = int(end_N.max()) + 1 if len(end_N) else 1
-        hidden = self.towers.encode_tokens(token_ids[:, :longest])
-        words = self.towers.project_text(hidden)
-        rows_N = torch.arange(len(end_N), device=end_N.device)
-        embedding_ND = words[rows_N, end_N]
-        # Selected, not multiplied: what stands at a padded word may be anything.
-        words = torch.where(mask_NW[:, :longest, None], words, 0)
-        words_NWD = functional.pad(words, (0, 0, 0, mask_NW.shape[1] - longest))
-        return TextFeatures(embedding_ND, words_NWD, mask_NW)
+        return self.text_from_towers(tower_text(self.towers, token_ids, token_mask))
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
         """Encodes clips; padded frames never enter the image tower.
@@ -115,6 +108,31 @@ class GARE(nn.Module):
         Raises:
             DataError: for a clip without a frame, or with more than the model has positions or radii for.
         """
+        self._check_clips(frame_mask)
+        return self.video_from_towers(tower_frames(self.towers, frames, frame_mask), frame_mask)
+
+    def text_from_towers(self, text: TextFeatures) -> TextFeatures:
+        """What ``encode_text`` makes of the text tower's output, which a feature store keeps."""
+        if self.adapters is None:
+            return text
+        words = None if text.words is None else self.adapters.text(text.words)
+        return TextFeatures(self.adapters.text(text.embedding), words, text.mask)
+
+    def video_from_towers(self, frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
+        """What ``encode_video`` makes of the image tower's output, which a feature store keeps.
+
+        Args:
+            frames: (M, F, D), zero at padded frames.
+            frame_mask: (M, F) bool or 0/1, true for real frames.
+
+        Raises:
+            DataError: as ``encode_video``.
+        """
+        mask_MF = self._check_clips(frame_mask)
+        frames_MFD = frames if self.adapters is None else self.adapters.video(frames)
+        return VideoFeatures(self.temporal(frames_MFD, mask_MF), mask_MF)
+
+    def _check_clips(self, frame_mask: Tensor) -> Tensor:
         mask_MF = frame_mask.bool()
         limit = self.temporal.positions.num_embeddings if self.radius is None else self.config.max_frames
         if mask_MF.shape[1] > limit:
@@ -127,10 +145,7 @@ class GARE(nn.Module):
             raise DataError(
                 f"clip {int((~mask_MF.any(dim=1)).nonzero()[0])} has no frame", where="encode_video"
             )
-        real_KD = self.towers.encode_images(frames[mask_MF])
-        frames_MFD = real_KD.new_zeros(*mask_MF.shape, real_KD.shape[-1])
-        frames_MFD[mask_MF] = real_KD
-        return VideoFeatures(self.temporal(frames_MFD, mask_MF), mask_MF)
+        return mask_MF
 
     def prepare_video(self, video: VideoFeatures) -> PreparedVideo:
         """The part of the factorised scores that belongs to videos alone, to be kept for any number of texts.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gare.config import ClipConfig, ModelConfig
 from gare.errors import CheckpointError, ConfigError
+from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
 from gare.model.openai_clip import CLIP_FACTS, block, clip_sizes, openai_clip, some
 from gare.model.weight_files import read_tensors
@@ -85,7 +86,7 @@ def import_released(state_dict: Mapping[str, Tensor], **settings: Any) -> GARE:
         unused += [name for name in tensors if name.startswith("increment.")]
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("increment.")}
     model = GARE(config)
-    _fill(model, tensors, where, may_miss=("radius.",))
+    _fill(model, tensors, where, may_miss=("radius.", "adapters."))
     logger.info("%s: %d tensors used; unused: %s", where, len(given) - len(unused), ", ".join(sorted(unused)))
     return model.eval()
 
@@ -193,7 +194,8 @@ def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
 
 def _start_from_clip(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> GARE:
     model = GARE(config)
-    _fill(model, tensors, where, may_miss=("temporal.", "increment.", "radius."))
+    assert isinstance(model.towers, ClipTowers)
+    _fill(model, tensors, where, may_miss=("temporal.", "increment.", "radius.", "adapters."))
     if random := model.temporal.start_from_text_tower(model.towers):
         logger.warning("%s: the temporal transformer does not start from the text blocks: %s", where, random)
     return model.eval()

@@ -5,14 +5,16 @@ N captions, M clips, F frames, W words, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from gare.data.features import FeatureReader
 from gare.data.frames import FrameReader
 from gare.data.images import normalise
+from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
 
@@ -54,3 +56,55 @@ class Encoder:
         if self.model.needs_words and encoded.words is not None:
             features["words"] = encoded.words.cpu().numpy()
         return features
+
+
+def from_stored(
+    model: GARE, arrays: Mapping[str, np.ndarray], device: str | torch.device
+) -> tuple[TextFeatures, VideoFeatures]:
+    """What the model makes of stored features: all captions of the clips in order, and the clips.
+
+    Args:
+        model: whose towers made the features, or that has none.
+        arrays: from ``FeatureReader.read``.
+        device: where to compute.
+    """
+    real = arrays["caption_mask"]
+
+    def texts(name: str) -> torch.Tensor:
+        return torch.from_numpy(arrays[name][real]).to(device)
+
+    words = texts("words").float() if "words" in arrays else None
+    text = TextFeatures(texts("text").float(), words, texts("token_mask"))
+    frames = torch.from_numpy(arrays["frames"]).to(device).float()
+    mask = torch.from_numpy(arrays["frame_mask"]).to(device)
+    return model.text_from_towers(text), model.video_from_towers(frames, mask)
+
+
+@torch.inference_mode()
+def encode_stored(
+    model: GARE, reader: FeatureReader, video_ids: Sequence[str], *, batch: int, device: str = "cpu"
+) -> dict[str, np.ndarray]:
+    """Features of clips and of all their captions, from a feature store, as ``Encoder`` makes them of frames.
+
+    Args:
+        model: the trained model.
+        reader: of the store.
+        video_ids: M clips.
+        batch: clips at a time.
+        device: where to compute.
+
+    Returns:
+        ``video/frames``, ``video/mask``, ``text/embedding``, ``text/mask`` and, where scores need them,
+        ``text/words``.
+    """
+    model = model.to(device).eval()
+    parts: dict[str, list[np.ndarray]] = {}
+    for first in range(0, len(video_ids), batch):
+        text, video = from_stored(model, reader.read(video_ids[first : first + batch]), device)
+        found = {"video/frames": video.frames, "video/mask": video.mask}
+        found |= {"text/embedding": text.embedding, "text/mask": text.mask}
+        if model.needs_words and text.words is not None:
+            found["text/words"] = text.words
+        for name, tensor in found.items():
+            parts.setdefault(name, []).append(tensor.cpu().numpy())
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gare.data.frames import FrameReader
+from gare.data.frames import FrameReader, NoPictures
 from gare.data.manifest import ManifestRow
 from gare.retrieval.pictures import Candidate, Example
 from gare.retrieval.ranks import Ranking
@@ -25,7 +25,7 @@ def choose_examples(
     video_of_text: Tensor,
     texts: Sequence[str],
     rows: Sequence[ManifestRow],
-    reader: FrameReader,
+    reader: FrameReader | NoPictures,
     count: int,
 ) -> list[Example]:
     """Queries spread evenly over the texts, in order, so that neither hits nor misses are picked out.

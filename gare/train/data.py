@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gare.config import ExtractConfig
+from gare.data.feature_store import with_other_captions
 from gare.data.manifest import ManifestRow, read_manifest
 from gare.data.store import check_settings, frame_settings, ids_in_parts, read_failures, read_meta
 from gare.errors import DataError
@@ -43,16 +46,26 @@ class StoredSplits:
         return rows
 
 
-def read_splits(manifest_uri: str, store_uri: str, extract: ExtractConfig) -> StoredSplits:
+def read_splits(
+    manifest_uri: str, store_uri: str, extract: ExtractConfig, settings: Mapping[str, Any] | None = None
+) -> StoredSplits:
     """Reads the manifest and finds its clips in the store.
+
+    Args:
+        manifest_uri: the manifest.
+        store_uri: a frame store, or a feature store.
+        extract: settings of a frame store.
+        settings: of a feature store, from ``feature_settings``; None: it is a frame store.
 
     Raises:
         DataError: for a store that was made with other settings or that is not complete, or a missing file.
     """
     manifest = read_manifest(manifest_uri)
     meta = read_meta(store_uri)
-    check_settings(store_uri, meta, frame_settings(extract))
-    held = ids_in_parts(store_uri, "data")
+    check_settings(store_uri, meta, frame_settings(extract) if settings is None else settings)
+    held = set(ids_in_parts(store_uri, "data"))
+    if settings is not None:
+        held -= with_other_captions(store_uri, manifest.rows)
     missing = tuple(row.video_id for row in manifest.rows if row.video_id not in held)
     failed = read_failures(store_uri, held).keys() & set(missing)
     # A manifest that has grown since: those videos were never tried.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gare.data.augment import augment
-from gare.data.batch import Batch
+from gare.data.batch import Batch, FeatureBatch
 from gare.data.images import normalise
 from gare.data.manifest import ManifestRow
 from gare.errors import GareError
@@ -41,7 +41,8 @@ def run_loop(
         plan: of this worker.
         start_epoch: epochs done before.
         rows: clips of ``train`` and ``val`` in the order that the plan numbers.
-        clips: ``frames`` and ``frame_mask`` of the plan's batches from the start epoch's first on.
+        clips: ``frames`` and ``frame_mask`` of the plan's batches from the start epoch's first on; from a
+            feature store also ``text`` and what else ``FeatureReader.read`` gives.
         device: where to compute.
         on_step: reports a step; ``time/step_s`` and ``time/data_wait_s`` are among its values.
         on_epoch: reports an epoch.
@@ -64,6 +65,8 @@ def run_loop(
             values = train_step(learner, batch, [rows["train"][video].video_id for video in planned.videos])
             values |= {"time/step_s": time.perf_counter() - arrived, "time/data_wait_s": arrived - asked}
             on_step(learner.step, values)
+        elif "text" in arrays:
+            validation.add_features(planned.videos.tolist(), arrays)
         else:
             validation.add(
                 planned.videos.tolist(),
@@ -81,10 +84,12 @@ def _batch(
     planned: PlannedBatch,
     rows: Sequence[ManifestRow],
     arrays: Mapping[str, np.ndarray],
-) -> Batch:
+) -> Batch | FeatureBatch:
     pairs = list(zip(planned.videos, planned.captions, strict=True))
     if len(arrays["frames"]) != len(pairs):
         raise GareError(f"{len(arrays['frames'])} clips arrived for {len(pairs)} pairs", where="loader")
+    if "text" in arrays:
+        return _feature_batch(planned, arrays)
     captions = [rows[video].captions[caption] for video, caption in pairs]
     token_ids, token_mask = tokenize(captions, learner.config.model.max_words)
     config = learner.config
@@ -95,6 +100,18 @@ def _batch(
         token_ids,
         token_mask,
         normalise(augmented),
+        torch.from_numpy(arrays["frame_mask"]),
+        torch.as_tensor(planned.videos),
+    )
+
+
+def _feature_batch(planned: PlannedBatch, arrays: Mapping[str, np.ndarray]) -> FeatureBatch:
+    words = arrays.get("words")
+    return FeatureBatch(
+        torch.from_numpy(arrays["text"][:, 0]),
+        None if words is None else torch.from_numpy(words[:, 0]),
+        torch.from_numpy(arrays["token_mask"][:, 0]),
+        torch.from_numpy(arrays["frames"]),
         torch.from_numpy(arrays["frame_mask"]),
         torch.as_tensor(planned.videos),
     )

@@ -6,6 +6,7 @@ b pairs on this worker, N = R·b pairs over all R workers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gare.config import LossConfig, TrainConfig
-from gare.data.batch import Batch
+from gare.data.batch import Batch, FeatureBatch
 from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
@@ -203,7 +204,7 @@ class Objective(nn.Module):
         self.train_config = train
         self._said = False
 
-    def forward(self, batch: Batch, seed: int = 0, *, watched: bool = False) -> LossTerms:
+    def forward(self, batch: Batch | FeatureBatch, seed: int = 0, *, watched: bool = False) -> LossTerms:
         """Loss of the global batch; ``batch`` is this worker's share of it.
 
         Args:
@@ -234,7 +235,7 @@ class Objective(nn.Module):
         torch.manual_seed(seed)
         return loss_terms(self.model, text, video, self.config, draws, video_ids)
 
-    def _encode(self, batch: Batch) -> tuple[TextFeatures, VideoFeatures]:
+    def _encode(self, batch: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
         """Features of this worker's pairs, float32 at least.
 
         With ``train.micro_batch`` no activation of the towers outlives its micro-batch: the backward encodes
@@ -244,24 +245,37 @@ class Objective(nn.Module):
         count = len(batch.frames)
         size = self.train_config.micro_batch or count
         if size >= count or not torch.is_grad_enabled():
-            embedding, words, frames = self._towers(batch)
-        else:
-            parts = [
-                checkpoint(self._towers, batch[rows], use_reentrant=False, preserve_rng_state=True)
-                for rows in slices(count, size)
-            ]
-            embedding, words, frames = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return (
-            TextFeatures(embedding, words, batch.token_mask.bool()),
-            VideoFeatures(frames, batch.frame_mask.bool()),
-        )
+            return self._features(batch)
+        parts = [
+            checkpoint(self._features, batch[rows], use_reentrant=False, preserve_rng_state=True)
+            for rows in slices(count, size)
+        ]
+        texts, videos = zip(*parts, strict=True)
+        return _join_texts(texts), _join_videos(videos)
 
-    def _towers(self, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _features(self, part: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
         bf16 = self.train_config.precision == "bf16"
         with torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
-            text = self.model.encode_text(part.token_ids, part.token_mask)
-            video = self.model.encode_video(part.frames, part.frame_mask)
-        if bf16:
-            text, video = text.float(), video.float()
-        assert text.words is not None
-        return text.embedding, text.words, video.frames
+            if isinstance(part, FeatureBatch):
+                kind = self.model.logit_scale.dtype
+                words = None if part.words is None else part.words.to(kind)
+                stored = TextFeatures(part.text.to(kind), words, part.token_mask.bool())
+                text = self.model.text_from_towers(stored)
+                video = self.model.video_from_towers(part.frames.to(kind), part.frame_mask)
+            else:
+                text = self.model.encode_text(part.token_ids, part.token_mask)
+                video = self.model.encode_video(part.frames, part.frame_mask)
+        return (text.float(), video.float()) if bf16 else (text, video)
+
+
+def _join_texts(parts: Sequence[TextFeatures]) -> TextFeatures:
+    words = [part.words for part in parts if part.words is not None]
+    return TextFeatures(
+        torch.cat([part.embedding for part in parts]),
+        torch.cat(words) if words else None,
+        torch.cat([part.mask for part in parts]),
+    )
+
+
+def _join_videos(parts: Sequence[VideoFeatures]) -> VideoFeatures:
+    return VideoFeatures(torch.cat([part.frames for part in parts]), torch.cat([part.mask for part in parts]))

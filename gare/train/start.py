@@ -1,34 +1,88 @@
-"""The model that a run starts from."""
+"""The model that a run starts from, and the towers that make features."""
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from gare.config import Config
+from gare.config import Config, ModelConfig
+from gare.data.files import exists, join
 from gare.errors import ConfigError
+from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
 from gare.model.weights import import_clip
+from gare.train.state import CONFIG, load_checkpoint, load_model
+
+logger = logging.getLogger(__name__)
 
 
 def initial_model(config: Config) -> GARE:
     """A new model with the run's seed, its towers from ``train.clip_weights`` where that is set.
 
+    A run that learns from features starts with the towers that made them.
+
     Raises:
         CheckpointError: for weights that cannot be used.
         ConfigError: where ``model.clip`` has other sizes than they.
     """
+    if config.train.input == "features":
+        return feature_model(config)
+    return _start(config, config.train.clip_weights)
+
+
+def feature_model(config: Config) -> GARE:
+    """A new model with the towers of ``features.weights``, by default those of ``train.clip_weights``.
+
+    Raises:
+        CheckpointError: for weights that cannot be used.
+        ConfigError: where ``model.clip`` has other sizes than they.
+    """
+    weights = config.features.weights or config.train.clip_weights
+    if not weights:
+        logger.warning(
+            "features of random towers, of train.seed %d: set features.weights or train.clip_weights",
+            config.train.seed,
+        )
+    return _start(config, weights)
+
+
+def read_start(uri: str, config: ModelConfig) -> GARE:
+    """The initial model of a run that learns from features, without towers, as its driver left it.
+
+    Raises:
+        CheckpointError: where it is missing or of another model.
+    """
+    model = GARE(config, towers=False)
+    load_model(uri, model)
+    return model.train()
+
+
+def _start(config: Config, weights: str) -> GARE:
     torch.manual_seed(config.train.seed)
-    if not config.train.clip_weights:
+    if not weights:
         return GARE(config.model)
+    if exists(weights) and exists(join(weights, CONFIG)):
+        source = load_checkpoint(weights)
+        _require_sizes(config, source, weights)
+        model = GARE(config.model)
+        model.towers.load_state_dict(source.towers.state_dict())
+        assert isinstance(model.towers, ClipTowers)
+        model.temporal.start_from_text_tower(model.towers)
+        return model
     settings = config.model.model_dump(exclude={"clip"})
-    model = import_clip(config.train.clip_weights, **settings)
+    model = import_clip(weights, **settings)
+    _require_sizes(config, model, weights)
+    return model.train()
+
+
+def _require_sizes(config: Config, model: GARE, weights: str) -> None:
     wanted, found = (one.clip.model_dump() for one in (config.model, model.config))
     if wanted != found:
         raise ConfigError(
             "model.clip has other sizes than the weights",
-            where=config.train.clip_weights,
+            where=weights,
             accepted=", ".join(
                 f"model.clip.{name}={size}" for name, size in found.items() if size != wanted[name]
             ),
         )
-    return model.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 import yaml
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from gare.config import Config, parse_config
 from gare.data.files import exists, join, read_bytes, write_atomically
 from gare.errors import CheckpointError, ConfigError, DataError
+from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
 from gare.train.step import Learner
 
@@ -41,8 +44,7 @@ def save_checkpoint(uri: str, learner: Learner, epoch: int) -> None:
     torch.save(trainer, buffer)
     write_atomically(join(uri, TRAINER), buffer.getvalue())
     write_atomically(join(uri, CONFIG), learner.config.to_yaml().encode())
-    tensors = {name: tensor.contiguous() for name, tensor in learner.model.state_dict().items()}
-    write_atomically(join(uri, MODEL), save_tensors(tensors))
+    write_model(uri, learner.model)
 
 
 def load_checkpoint(uri: str | Path) -> GARE:
@@ -51,8 +53,9 @@ def load_checkpoint(uri: str | Path) -> GARE:
     Raises:
         CheckpointError: for a folder that is not a whole checkpoint, or tensors of another model.
     """
-    model = GARE(read_config(str(uri)).model)
-    load_model(str(uri), model)
+    config = read_config(str(uri))
+    model = GARE(config.model)
+    load_model(str(uri), model, features=config.train.input == "features")
     return model.eval()
 
 
@@ -73,17 +76,65 @@ def read_config(uri: str) -> Config:
         raise CheckpointError(f"cannot be used: {error}", where=location) from error
 
 
-def load_model(uri: str, model: GARE) -> None:
+def complete_checkpoint(uri: str, start: GARE) -> None:
+    """Adds the towers that made the features to the checkpoint of a run that learned from them.
+
+    Any reader of checkpoints can then use it, without the store or the weights that it came from.
+
+    Args:
+        uri: the checkpoint.
+        start: the run's initial model, with its towers; it takes the checkpoint's tensors.
+
+    Raises:
+        CheckpointError: for a checkpoint of another model.
+    """
+    tensors = _read_model(uri)
+    kept = {name: tensor for name, tensor in start.state_dict().items() if name.startswith("towers.")}
+    _fill(join(uri, MODEL), kept | tensors, start)
+    write_model(uri, start)
+
+
+def write_model(uri: str, model: GARE) -> None:
+    """Writes a model's tensors alone."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(join(uri, MODEL), save_tensors(tensors))
+
+
+def load_model(uri: str, model: GARE, *, features: bool = False) -> None:
     """Fills a model with a checkpoint's tensors.
+
+    Args:
+        uri: the checkpoint.
+        model: to fill.
+        features: whether the run that wrote it learned from features, and its checkpoints may lack towers.
 
     Raises:
         CheckpointError: naming tensors that are missing, left over or of another shape.
     """
+    tensors = _read_model(uri)
+    if features and isinstance(model.towers, ClipTowers) and not _has_towers(tensors):
+        raise CheckpointError(
+            "has no towers: its run learned from features",
+            where=uri,
+            accepted="the run's folder best, whose checkpoint has them",
+        )
+    _fill(join(uri, MODEL), tensors, model)
+
+
+def _has_towers(tensors: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("towers.") and not name.endswith("logit_scale") for name in tensors)
+
+
+def _read_model(uri: str) -> dict[str, Tensor]:
     location = join(uri, MODEL)
     try:
-        tensors = load_tensors(read_bytes(location))
+        tensors: dict[str, Tensor] = load_tensors(read_bytes(location))
     except Exception as error:  # safetensors has an exception of its own, not derived from ValueError
         raise CheckpointError(f"cannot be read: {error}", where=location) from error
+    return tensors
+
+
+def _fill(location: str, tensors: Mapping[str, Tensor], model: GARE) -> None:
     ours = model.state_dict()
     faults = [f"{name} is missing" for name in sorted(ours.keys() - tensors.keys())]
     faults += [f"{name} is not of this model" for name in sorted(tensors.keys() - ours.keys())]

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gare.config import Config
-from gare.data.batch import Batch
+from gare.data.batch import Batch, FeatureBatch
 from gare.errors import DivergedError
 from gare.model.gare import GARE
 from gare.train.diagnostics import diagnose
@@ -61,7 +61,9 @@ def build_learner(model: GARE, config: Config, num_steps: int, device: torch.dev
     return Learner(model, objective, build_optimizer(model, config.train), config, num_steps)
 
 
-def train_step(learner: Learner, batch: Batch, video_ids: Sequence[str] = ()) -> dict[str, float]:
+def train_step(
+    learner: Learner, batch: Batch | FeatureBatch, video_ids: Sequence[str] = ()
+) -> dict[str, float]:
     """One step on this worker's share of the global batch.
 
     Args:
@@ -112,7 +114,7 @@ def _measures(learner: Learner, seen: Seen) -> dict[str, float]:
 
 
 def compute_gradients(
-    learner: Learner, batch: Batch, video_ids: Sequence[str] = (), *, watched: bool = False
+    learner: Learner, batch: Batch | FeatureBatch, video_ids: Sequence[str] = (), *, watched: bool = False
 ) -> LossTerms:
     """Forward and backward; every parameter's gradient is then that of the global batch's loss.
 

@@ -5,9 +5,10 @@ M clips and N captions on this worker, F frames, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from gare.data.images import normalise
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
+from gare.retrieval.encode import from_stored
 from gare.retrieval.ranks import rank_split
 from gare.train.gather import gather_unequal
 
@@ -52,18 +54,34 @@ class Validation:
         """
         self.model.eval()
         encoded = self.model.encode_video(normalise(frames.to(self.device)), mask.to(self.device))
-        self._frames.append(encoded.frames)
-        self._masks.append(encoded.mask)
-        self._videos.append(torch.tensor(videos))
         texts = [text for group in captions for text in group]
         token_ids, token_mask = tokenize(texts, self.model.config.max_words)
         text = self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device))
+        self._keep(videos, [len(group) for group in captions], text, encoded)
+
+    @torch.inference_mode()
+    def add_features(self, videos: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes clips with all their captions from stored features.
+
+        Args:
+            videos: position of each clip in the split.
+            arrays: from ``FeatureReader.read``.
+        """
+        self.model.eval()
+        text, video = from_stored(self.model, arrays, self.device)
+        self._keep(videos, arrays["caption_mask"].sum(axis=1).tolist(), text, video)
+
+    def _keep(
+        self, videos: Sequence[int], counts: Sequence[int], text: TextFeatures, video: VideoFeatures
+    ) -> None:
+        self._frames.append(video.frames)
+        self._masks.append(video.mask)
+        self._videos.append(torch.tensor(videos))
         self._texts.append(text.embedding)
         self._text_masks.append(text.mask)
         if self.model.needs_words and text.words is not None:
             self._words.append(text.words)
-        counts = torch.tensor([len(group) for group in captions])
-        self._owners.append(torch.tensor(videos).repeat_interleave(counts))
+        self._owners.append(torch.tensor(videos).repeat_interleave(torch.tensor(counts)))
 
     @torch.inference_mode()
     def metrics(self) -> dict[str, float]:

@@ -23,7 +23,7 @@ from gare.model.gare import GARE
 from gare.train.gather import gather, gather_unequal, rank, require_equal_rows, world_size
 from gare.train.step import Learner, build_learner, compute_gradients, train_step
 from gare.train.validation import Validation
-from tests.tiny import share, tiny_batch, tiny_config
+from tests.tiny import share, tiny_batch, tiny_config, tiny_feature_batch
 
 WORLDS = (2, 3)
 #: What has sums over the workers, or draws, of its own.
@@ -38,6 +38,7 @@ OPTIONS = (
     "loss.positives=video loss.direction_form=orthogonality",
     "train.micro_batch=1 model.memory_mb=1",
     "model.increment=false loss.positives=video",
+    "train.input=features model.adapters=true train.micro_batch=1",
 )
 STEPS = 2
 
@@ -79,7 +80,8 @@ def run(
     leave them.
     """
     rng = np.random.default_rng(seed)
-    batches = [share(tiny_batch(config(), rng), rank(), world_size()) for _ in range(STEPS)]
+    draw = tiny_batch if config(*overrides).train.input == "frames" else tiny_feature_batch
+    batches = [share(draw(config(), rng), rank(), world_size()) for _ in range(STEPS)]
     batches = [replace(batch, frames=batch.frames.to(dtype)) for batch in batches]
     seen: list[bool] = []
 
@@ -128,6 +130,11 @@ def unequal_shares() -> str:
 def _learner(seed: int, dtype: torch.dtype, *overrides: str) -> Learner:
     torch.manual_seed(seed)
     model = GARE(config(*overrides).model)
+    if config(*overrides).train.input == "features":
+        model.drop_towers()
+        assert model.adapters is not None
+        for parameter in model.adapters.parameters():  # at zero, their gradient would be that of the start
+            torch.nn.init.normal_(parameter, std=0.1)
     model.to(dtype)
     _give_strided_features(model)
     learner = build_learner(model, config(*overrides), num_steps=10, device=torch.device("cpu"))
@@ -136,18 +143,18 @@ def _learner(seed: int, dtype: torch.dtype, *overrides: str) -> Learner:
 
 
 def _give_strided_features(model: GARE) -> None:
-    encode_text, encode_video = model.encode_text, model.encode_video
+    text_from_towers, video_from_towers = model.text_from_towers, model.video_from_towers
 
-    def strided_text(token_ids: Tensor, token_mask: Tensor) -> TextFeatures:
-        text = encode_text(token_ids, token_mask)
+    def strided_text(tower_text: TextFeatures) -> TextFeatures:
+        text = text_from_towers(tower_text)
         assert text.words is not None
         return TextFeatures(_transposed(text.embedding), _transposed(text.words), text.mask)
 
     def strided_video(frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
-        video = encode_video(frames, frame_mask)
+        video = video_from_towers(frames, frame_mask)
         return VideoFeatures(_transposed(video.frames), video.mask)
 
-    model.encode_text, model.encode_video = strided_text, strided_video
+    model.text_from_towers, model.video_from_towers = strided_text, strided_video
 
 
 def _transposed(features: Tensor) -> Tensor:

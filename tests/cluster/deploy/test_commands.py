@@ -15,7 +15,7 @@ import yaml
 
 from cluster.session import LOADER_CPUS
 from gare.config import Config, load_config
-from pipelines.extract import ACTOR_MEMORY_BYTES
+from pipelines.extraction import ACTOR_MEMORY_BYTES
 from tests.cluster.deploy.support import (
     DEPLOY,
     IN_IMAGE,

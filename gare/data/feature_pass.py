@@ -1,0 +1,180 @@
+"""The pass that brings a feature store up to a frame store, or to the files where frames are not kept.
+
+Parts are made by ``gare.retrieval.feature_maker``, of frames that have all been there before or that appear
+meanwhile. A clip whose captions alone have changed keeps the features of its frames, which need not be in the
+frame store any more; one whose frames were made again, of another file, is encoded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import pyarrow as pa
+
+from gare.config import Config
+from gare.data.collection import Comparison, Wanted, compare_clips
+from gare.data.feature_store import feature_schema, feature_settings
+from gare.data.files import exists, join
+from gare.data.inventory import Inventory
+from gare.data.manifest import Manifest
+from gare.data.store import (
+    FAILURE_SCHEMA,
+    IDENTITY,
+    META,
+    ids_in_parts,
+    read_failures,
+    rows_in_parts,
+    write_part,
+    write_retired,
+)
+from gare.data.store_pass import Stat, StorePass
+
+logger = logging.getLogger(__name__)
+
+#: A part to be made: rows of ``Comparison.pending`` with ``place``, the part that has their frames, and
+#: ``made``, the part that has features of them already; one of both is None.
+Part = list[dict[str, Any]]
+
+
+class FeaturePass(StorePass):
+    """A feature store that is to hold a manifest's clips.
+
+    Args:
+        config: of the run.
+        manifest: what the store should hold.
+        frames_uri: frame store that features are made of.
+        uri: the feature store.
+        towers_sha256: of the towers that make them.
+        code_version: of this package.
+        stat: says of uris which files there are now; None: the frame store is kept, and it alone counts.
+
+    Raises:
+        DataError: for a store that was made with other settings, naming each that differs.
+    """
+
+    kind = "features"
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        frames_uri: str,
+        uri: str,
+        towers_sha256: str,
+        code_version: str,
+        stat: Stat | None = None,
+    ) -> None:
+        super().__init__(config, manifest, uri, feature_settings(config, towers_sha256), code_version)
+        self.frames_uri = frames_uri
+        self._stat = stat
+        #: Clips that are being made, and those of this pass by id: whether they are new.
+        self._in_work: set[str] = set()
+        self._handed_out: dict[str, bool] = {}
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the store's data parts."""
+        model = self.config.model
+        words = model.max_words if self.config.features.words else 0
+        return feature_schema(model.max_frames, model.clip.embed_dim, words)
+
+    def look(self) -> Comparison:
+        """The store beside what it is made of, as both are now.
+
+        Where the frame store is kept, what it lacks is not pending here.
+        """
+        frames = rows_in_parts(self.frames_uri, "data", IDENTITY)
+        versions = self._stat([row.uri for row in self.manifest.rows]) if self._stat else None
+        failed = {} if versions is not None else read_failures(self.frames_uri, frames)
+        wanted, places = [], {}
+        for row in self.manifest.rows:
+            place, _, stored = frames.get(row.video_id, (None, 0, {}))
+            if place and (stored["start_s"], stored["end_s"]) == (row.start_s, row.end_s):
+                places[row.video_id] = place
+                wanted.append(Wanted(row, tuple(stored[key] for key in IDENTITY), is_decoded=True))
+            elif versions is not None:
+                wanted.append(Wanted.of(row, versions[row.uri]))
+            else:
+                is_gone = row.video_id in failed
+                wanted.append(dataclasses.replace(Wanted.of(row), is_gone=is_gone))
+        found = compare_clips(self.uri, wanted, retry_failed=self.config.extract.retry_failed, captions=True)
+        pending = tuple(row | {"place": places.get(row["video_id"])} for row in found.pending)
+        counts = self._with_handed_out(found.counts, {row["video_id"] for row in pending})
+        if versions is not None:
+            return dataclasses.replace(found, pending=pending, counts=counts)
+        # Videos that are gone are the frame store's to refuse.
+        pending = tuple(filter(can_be_made, pending))
+        return dataclasses.replace(found, pending=pending, counts=counts, lost=())
+
+    def _with_handed_out(self, counts: dict[str, int], pending: set[str]) -> dict[str, int]:
+        """What was there before this pass began, which may have made something since."""
+        counts = dict(counts)
+        for video_id, is_new in self._handed_out.items():
+            if video_id not in pending:
+                counts["unchanged"] -= 1
+                counts["new" if is_new else "changed"] += 1
+        return counts
+
+    def is_settled(self, comparison: Comparison) -> bool:
+        """Whether nothing is left to do, the recording of failures included."""
+        return super().is_settled(comparison) and not self._new_failures()
+
+    def settle(self) -> Inventory:
+        """What the store holds after the work, with the failures of the frame store."""
+        write_retired(self.uri, self.look().retired)
+        self.take_failures()
+        return self.count()
+
+    def parts(self, workers: int, *, whole: bool = False) -> list[Part]:
+        """What can be made now and was not handed out before; what it takes the place of counts no more.
+
+        Args:
+            workers: that will share the parts.
+            whole: only parts of the full size, since more clips will come.
+        """
+        comparison = self.look()
+        rows = [
+            row for row in comparison.pending if can_be_made(row) and row["video_id"] not in self._in_work
+        ]
+        rows.sort(key=lambda row: row["made"] or row["place"])  # so that a part is read from few others
+        limit = self.config.features.videos_per_part
+        size = limit if whole else max(1, min(limit, math.ceil(len(rows) / (2 * workers))))
+        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+        if whole:
+            parts = [part for part in parts if len(part) == size]
+        if parts:
+            self.begin(comparison)
+        handed_out = {row["video_id"]: row["is_new"] for part in parts for row in part}
+        self._in_work |= handed_out.keys()
+        self._handed_out = handed_out | self._handed_out
+        return parts
+
+    def all_made(self) -> None:
+        """All that was handed out is made or failed."""
+        self._in_work.clear()
+
+    def take_failures(self) -> None:
+        """Records which clips the frame store could not get, as it says it.
+
+        Raises:
+            DataError: if they cannot be read or written.
+        """
+        if rows := self._new_failures():
+            write_part(self.uri, "failures", rows, FAILURE_SCHEMA)
+
+    def _new_failures(self) -> list[dict[str, Any]]:
+        if not exists(join(self.frames_uri, META)):
+            return []
+        stored = ids_in_parts(self.uri, "data")
+        wanted = {row.video_id for row in self.manifest.rows} - stored.keys()
+        theirs = read_failures(self.frames_uri, ids_in_parts(self.frames_uri, "data"))
+        ours = read_failures(self.uri, stored)
+        return [row for key, row in sorted(theirs.items()) if key in wanted and ours.get(key) != row]
+
+
+def can_be_made(row: dict[str, Any]) -> bool:
+    """Whether the frames of a pending row, or features of them, are there."""
+    return row["place"] is not None or row["made"] is not None

@@ -1,0 +1,149 @@
+"""One pass that brings a store of any kind up to its collection: what is left to do, and what came of it.
+
+Whoever runs it holds the store's lock and decides where the work is done.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from gare.config import Config
+from gare.data.collection import Comparison
+from gare.data.files import exists, join
+from gare.data.inventory import Inventory, take_inventory
+from gare.data.manifest import Manifest
+from gare.data.sources import FileVersion
+from gare.data.store import (
+    META,
+    StoreMeta,
+    check_settings,
+    fingerprint,
+    read_meta,
+    read_retired,
+    write_meta,
+    write_retired,
+)
+from gare.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+#: What ``stat`` of a source says of uris.
+Stat = Callable[[Sequence[str]], Mapping[str, FileVersion | DataError]]
+
+
+class StorePass(ABC):
+    """A store that is to hold a manifest's clips.
+
+    Args:
+        config: of the run.
+        manifest: what the store should hold.
+        uri: the store.
+        settings: all that changes its values.
+        code_version: of this package.
+
+    Attributes:
+        kind: frames or features.
+
+    Raises:
+        DataError: for a store that was made with other settings, naming each that differs.
+    """
+
+    kind: str
+
+    def __init__(
+        self, config: Config, manifest: Manifest, uri: str, settings: dict[str, Any], code_version: str
+    ) -> None:
+        self.config, self.manifest, self.uri, self.settings = config, manifest, uri, settings
+        self.code_version = code_version
+        if exists(join(uri, META)):
+            check_settings(uri, read_meta(uri), settings)
+
+    @property
+    @abstractmethod
+    def schema(self) -> pa.Schema:
+        """Columns of the store's data parts."""
+
+    @abstractmethod
+    def look(self) -> Comparison:
+        """The store beside its collection as both are now."""
+
+    def count(self) -> Inventory:
+        """What the store holds now."""
+        return take_inventory(self.uri, self.manifest.rows, self.config.extract.max_failed_fraction)
+
+    def is_settled(self, comparison: Comparison) -> bool:
+        """Whether nothing is left to do, though the description may have to be brought up to date."""
+        return not comparison.pending and comparison.retired == read_retired(self.uri)
+
+    def inventory_if_done(self, comparison: Comparison) -> Inventory | None:
+        """What the store holds where it is as this pass would leave it, else None."""
+        if not self.is_settled(comparison) or not exists(join(self.uri, META)):
+            return None
+        meta, inventory = read_meta(self.uri), self.count()
+        is_done = (meta.counts, meta.complete) == (inventory.counts, inventory.is_complete)
+        return inventory if is_done else None
+
+    def refuse_lost(self, comparison: Comparison) -> None:
+        """Refuses a collection most of which has vanished, before anything is changed.
+
+        Raises:
+            DataError: where more of it is gone than ``extract.max_failed_fraction``.
+        """
+        most, lost = self.config.extract.max_failed_fraction, comparison.lost
+        if len(lost) > most * len(self.manifest.rows):
+            raise DataError(
+                f"{len(lost)} videos of the manifest that were there are gone, {lost[0]!r} the first of "
+                "them; nothing was changed",
+                where=self.uri,
+                accepted=f"is their folder mounted? extract.max_failed_fraction={most:g} of them may be gone",
+            )
+
+    def begin(self, comparison: Comparison) -> None:
+        """Marks the store as incomplete, and what no longer counts."""
+        self._describe({}, complete=False)
+        write_retired(self.uri, comparison.retired)
+
+    def settle(self) -> Inventory:
+        """What the store holds after the work, of which each clip counts once, whoever wrote it."""
+        write_retired(self.uri, self.look().retired)
+        return self.count()
+
+    def finish(self, comparison: Comparison, inventory: Inventory, done: Mapping[str, Any]) -> dict[str, Any]:
+        """Records what the store holds; ``result`` with ``done`` of the work.
+
+        Raises:
+            DataError: for more failures than ``extract.max_failed_fraction``; what was made stays.
+        """
+        self._describe(inventory.counts, complete=inventory.is_complete)
+        for reason, count in inventory.reasons.most_common():
+            logger.warning("failed: %d × %s", count, reason)
+        inventory.raise_if_too_many()
+        return self.result(comparison, inventory) | dict(done)
+
+    def result(self, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
+        """What a run says of the store."""
+        return {
+            "store": self.uri,
+            "fingerprint": fingerprint(self.settings),
+            "videos": inventory.num_wanted_stored,
+            "attempted": len(comparison.pending),
+            **comparison.counts,
+            "failed": {key: row["message"] for key, row in sorted(inventory.failures.items())},
+        }
+
+    def _describe(self, counts: dict[str, int], *, complete: bool) -> None:
+        meta = StoreMeta(
+            kind=self.kind,
+            fingerprint=fingerprint(self.settings),
+            settings=self.settings,
+            counts=counts,
+            complete=complete,
+            config=self.config.to_yaml(),
+            code_version=self.code_version,
+        )
+        write_meta(self.uri, meta)

@@ -1,0 +1,121 @@
+"""A tensor of bytes out of Parquet, without the way over 32-bit integers that makes its reading slow.
+
+Parquet has no 8-bit numbers: a uint8 tensor is written as INT32. With BYTE_STREAM_SPLIT the low bytes of a
+page lie together, and they are the tensor; the others are zeros, which zstd makes nothing of. Any reader of
+Parquet understands that, but takes its time: of 12 frames of 224 × 224, pyarrow 15 ms, plain INT32 40 ms, the
+low bytes alone 2 ms.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+#: zstd's level for such tensors: pictures shrink as much as at 1, and are back in two thirds of the time.
+LEVEL = -5
+ENCODING = "BYTE_STREAM_SPLIT"
+#: Largest page that is believed.
+MAX_PAGE_BYTES = 2**30
+
+_DATA_PAGE, _BYTE_STREAM_SPLIT = 0, 9
+#: Fields of Parquet's PageHeader and DataPageHeader.
+_TYPE, _SIZE, _COMPRESSED_SIZE, _CRC, _DATA_HEADER = 1, 2, 3, 4, 5
+_NUM_VALUES, _ENCODING = 1, 2
+
+
+class UnknownPageError(Exception):
+    """A page of another kind, which pyarrow has to read."""
+
+
+def low_bytes(chunk: bytes, codec: str) -> list[npt.NDArray[np.uint8]]:
+    """The low bytes of the INT32 values of a column chunk, page by page.
+
+    Args:
+        chunk: the chunk's bytes, from its first data page on.
+        codec: of its pages, as the footer names it.
+
+    Raises:
+        UnknownPageError: for pages that are not BYTE_STREAM_SPLIT data pages of version 1.
+        OSError: for a page whose bytes are not those of its checksum, where it has one.
+    """
+    if codec != "ZSTD":
+        raise UnknownPageError(codec)
+    found = []
+    place = 0
+    view = memoryview(chunk)  # parts of which are no copies
+    try:
+        while place < len(chunk):
+            header, place = _read_struct(chunk, place)
+            end = place + header[_COMPRESSED_SIZE]
+            known = header[_TYPE] == _DATA_PAGE and header[_DATA_HEADER][_ENCODING] == _BYTE_STREAM_SPLIT
+            if not (known and place < end <= len(chunk) and 0 < header[_SIZE] <= MAX_PAGE_BYTES):
+                raise UnknownPageError(str(header))
+            if _CRC in header and zlib.crc32(view[place:end]) != header[_CRC] & 0xFFFFFFFF:
+                raise OSError("a page's bytes have changed since it was written")
+            page: Any = pa.Codec("zstd").decompress(view[place:end], decompressed_size=header[_SIZE])
+            found.append(_low_bytes_of_page(page, header[_DATA_HEADER][_NUM_VALUES]))
+            place = end
+    except (KeyError, IndexError, TypeError, struct.error) as error:
+        raise UnknownPageError(str(error)) from error
+    return found
+
+
+def _low_bytes_of_page(page: Any, count: int) -> npt.NDArray[np.uint8]:
+    start = 0
+    for _ in range(2):  # repetition and definition levels, each behind its length
+        start += 4 + int(struct.unpack_from("<I", page, start)[0])
+    if len(page) - start != 4 * count:
+        raise UnknownPageError(f"{len(page) - start} bytes of {count} values")
+    return np.frombuffer(page, np.uint8, count, start)
+
+
+# Thrift's compact protocol, as much of it as page headers use.
+_TRUE, _FALSE, _BYTE, _INTEGERS, _BINARY, _STRUCT = 1, 2, 3, (4, 5, 6), 8, 12
+
+
+def _read_struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    if depth > 3:  # a page header has three levels
+        raise UnknownPageError("no page header")
+    fields: dict[int, Any] = {}
+    number = 0
+    while head := data[place]:
+        place += 1
+        kind = head & 15
+        if step := head >> 4:
+            number += step
+        else:
+            number, place = _read_integer(data, place)
+        if kind in (_TRUE, _FALSE):
+            fields[number] = kind == _TRUE
+        elif kind in _INTEGERS:
+            fields[number], place = _read_integer(data, place)
+        elif kind == _STRUCT:
+            fields[number], place = _read_struct(data, place, depth + 1)
+        elif kind == _BINARY:
+            size, place = _read_varint(data, place)
+            place += size
+        elif kind == _BYTE:
+            place += 1
+        else:
+            raise UnknownPageError(f"a field of kind {kind}")
+    return fields, place + 1
+
+
+def _read_varint(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[place]
+        value |= (byte & 127) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 128:
+            return value, place
+
+
+def _read_integer(data: bytes, place: int) -> tuple[int, int]:
+    value, place = _read_varint(data, place)
+    return (value >> 1) ^ -(value & 1), place

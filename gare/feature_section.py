@@ -1,0 +1,52 @@
+"""The section of the feature store, and what does not go together with it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gare.augment_section import AugmentConfig
+from gare.sections import Count, ModelConfig, Section, TrainConfig
+
+
+class FeaturesConfig(Section):
+    """How frames and captions become the feature store. What changes its values is in its fingerprint."""
+
+    weights: str = Field(
+        "",
+        description="towers that make features: as train.clip_weights, or a checkpoint folder; empty: "
+        "train.clip_weights",
+    )
+    words: bool = Field(False, description="store word features too, which model.context=words needs")
+    precision: Literal["float32", "bf16", "float16"] = Field(
+        "float32", description="of the towers while they make features, which are stored in float16"
+    )
+    batch: Count = Field(32, description="clips that go through the image tower at once")
+    videos_per_part: Count = Field(256, description="videos that a Parquet part of the store holds at most")
+    workers: int = Field(
+        0, ge=0, description="encoding actors; 0: one for each GPU with cluster.use_gpu, else for each CPU"
+    )
+    cache_mb: float = Field(
+        4096.0,
+        ge=0,
+        description="MB of features that a reader keeps in memory; a larger store is read as it goes",
+    )
+
+
+def feature_faults(
+    train: TrainConfig, model: ModelConfig, augment: AugmentConfig, features: FeaturesConfig
+) -> list[str]:
+    """What training from features cannot do, one line each."""
+    if train.input != "features":
+        return []
+    faults = []
+    if augment.operations or augment.crop_scale < 1 or augment.flip:
+        faults.append("augment changes pictures, and train.input features has none: set it off")
+    if train.freeze not in ("auto", "towers"):
+        faults.append(
+            f"train.freeze {train.freeze} would change nothing: with train.input features no tower learns"
+        )
+    if model.increment and model.context == "words" and not features.words:
+        faults.append("model.context words needs features.words=true with train.input features")
+    return faults

@@ -1,0 +1,187 @@
+"""Making parts of a feature store from a frame store.
+
+M clips, F frames, C captions, W words, D embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gare.config import FeaturesConfig
+from gare.data.feature_pass import Part
+from gare.data.feature_store import feature_schema, feature_table, stored_frames
+from gare.data.frames import FrameReader
+from gare.data.images import normalise
+from gare.data.parts import write_table
+from gare.data.store import FAILURE_SCHEMA, IDENTITY, write_part
+from gare.errors import DataError, shown
+from gare.model.clip import tower_frames, tower_text
+from gare.model.gare import GARE
+from gare.model.tokenizer import tokenize
+
+logger = logging.getLogger(__name__)
+
+#: Captions that go through the text tower at once, for each clip that does through the image tower.
+CAPTIONS_PER_CLIP = 8
+#: Largest finite float16, beyond which a feature cannot be stored.
+LARGEST = float(np.finfo(np.float16).max)
+
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
+
+
+class FeatureMaker:
+    """Encodes clips and their captions with a model's towers and writes each group of them as one part.
+
+    Args:
+        frames_uri: the frame store.
+        uri: the feature store.
+        features: its settings.
+        model: whose towers encode; its device is where.
+        run: what tells this run's parts from those of others, such as an earlier one over the same clips.
+    """
+
+    def __init__(
+        self, frames_uri: str, uri: str, features: FeaturesConfig, model: GARE, run: str = ""
+    ) -> None:
+        self.frames_uri, self.uri, self.features, self.run = frames_uri, uri, features, run
+        self.model = model.eval()
+        self.device = model.logit_scale.device
+        self.reader: FrameReader | None = None
+        config = model.config
+        num_words = config.max_words if features.words else 0
+        self.schema = feature_schema(config.max_frames, config.clip.embed_dim, num_words)
+
+    def write(self, part: Part) -> dict[str, int]:
+        """Makes a part of ``FeaturePass.parts``; it appears after the last of its clips.
+
+        Returns:
+            Numbers of clips written, clips failed and frames encoded.
+
+        Raises:
+            DataError: if the store cannot be written.
+        """
+        good: list[dict[str, Any]] = []
+        bad: list[dict[str, Any]] = []
+        known = _made_before(part)
+        self._follow_the_store([row for row in part if row["video_id"] not in known])
+        for first in range(0, len(part), self.features.batch):
+            some = part[first : first + self.features.batch]
+            frames = self._frames([row for row in some if row["video_id"] not in known], bad) | known
+            made = self._with_texts(
+                [row | frames[row["video_id"]] for row in some if row["video_id"] in frames]
+            )
+            for row in made:
+                if reason := _unfit(row):
+                    bad.append(_failure(row, "ValueError", reason))
+                else:
+                    good.append(row)
+        for failure in bad:
+            logger.warning("%s: %s", failure["video_id"], failure["message"])
+        # Failures first, as in extraction.
+        group = [self.run, *(row["video_id"] for row in part)]
+        if bad:
+            write_part(self.uri, "failures", bad, FAILURE_SCHEMA, group)
+        if good:
+            write_table(self.uri, "data", feature_table(good, self.schema), group)
+        return {"written": len(good), "failed": len(bad), "frames": sum(row["num_frames"] for row in good)}
+
+    @torch.inference_mode()
+    def _frames(
+        self, rows: Sequence[Mapping[str, Any]], bad: list[dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """``frames`` and ``num_frames`` by id; a clip that cannot be read is added to ``bad``."""
+        clips: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]] = {}
+        for row in rows:
+            try:
+                clips[row["video_id"]] = self._clip(row["video_id"])
+            except DataError as error:
+                bad.append(_failure(row, type(error.__cause__ or error).__name__, error.what))
+        if not clips:
+            return {}
+        pictures, masks = (
+            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*clips.values(), strict=True)
+        )
+        with self._autocast():
+            encoded = tower_frames(
+                self.model.towers, normalise(pictures.to(self.device)), masks.to(self.device)
+            )
+        rows_made = zip(clips, _half(encoded), masks.sum(dim=1).tolist(), strict=True)
+        return {one: {"frames": frames, "num_frames": int(count)} for one, frames, count in rows_made}
+
+    def _follow_the_store(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Looks up the clips again where they are not where they were; the store changes meanwhile."""
+        places = self.reader.places if self.reader else {}
+        if any(places.get(row["video_id"], ("", 0))[0] != row["place"] for row in rows):
+            self.reader = FrameReader(self.frames_uri)
+
+    def _clip(self, video_id: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        assert self.reader is not None
+        return self.reader.read([video_id])
+
+    @torch.inference_mode()
+    def _with_texts(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        texts = self._texts([text for row in rows for text in row["captions"]])
+        ends = np.cumsum([len(row["captions"]) for row in rows])
+        return [
+            {**row, "uri": shown(row["uri"])}
+            | {name: values[end - len(row["captions"]) : end] for name, values in texts.items()}
+            for row, end in zip(rows, ends, strict=True)
+        ]
+
+    def _texts(self, captions: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        parts: dict[str, list[npt.NDArray[Any]]] = {}
+        size = self.features.batch * CAPTIONS_PER_CLIP
+        for first in range(0, len(captions), size):
+            token_ids, mask = tokenize(captions[first : first + size], self.model.config.max_words)
+            with self._autocast():
+                text = tower_text(self.model.towers, token_ids.to(self.device), mask.to(self.device))
+            lengths = mask.sum(dim=1).numpy().astype(np.int32)
+            found: dict[str, npt.NDArray[Any]] = {"text": _half(text.embedding), "num_tokens": lengths}
+            if self.features.words:
+                assert text.words is not None
+                found["words"] = _half(text.words)
+            for name, values in found.items():
+                parts.setdefault(name, []).append(values)
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def _autocast(self) -> torch.autocast:
+        kind = _DTYPES[self.features.precision]
+        return torch.autocast(self.device.type, kind, enabled=kind is not torch.float32)
+
+
+def _made_before(part: Part) -> dict[str, dict[str, Any]]:
+    """Features of frames that the store has already, of the part's clips by id."""
+    known: dict[str, dict[str, Any]] = {}
+    for location in sorted({row["made"] for row in part if row["made"]}):
+        ids = {row["video_id"] for row in part if row["made"] == location}
+        known |= {key: frames for key, frames in stored_frames(location).items() if key in ids}
+    return known
+
+
+def _half(values: torch.Tensor) -> npt.NDArray[np.float16]:
+    return values.to(torch.float16).cpu().numpy()
+
+
+def _unfit(made: Mapping[str, Any]) -> str:
+    for name in ("frames", "text", "words"):
+        if name in made and not np.isfinite(made[name]).all():
+            return f"{name} features are not finite in float16, whose largest number is {LARGEST:g}"
+    return ""
+
+
+def _failure(row: Mapping[str, Any], kind: str, message: str) -> dict[str, Any]:
+    return {
+        "video_id": row["video_id"],
+        "uri": shown(row["uri"]),
+        **{key: row[key] for key in IDENTITY},
+        "stage": "encode",
+        "error_type": kind,
+        "message": message,
+        "attempts": row["attempts"] + 1,
+    }

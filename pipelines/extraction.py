@@ -1,0 +1,198 @@
+"""What extract does on Ray: clips are decoded into a frame store, and encoded into a feature store."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cluster.beside import Beside
+from cluster.pool import run_parts
+from cluster.progress import Progress
+from cluster.remote import RemoteVideos
+from cluster.session import num_cpus, num_gpus, ray_session
+from cluster.storage import Layout, absolute
+from gare import __version__
+from gare.config import Config
+from gare.data.collection import Comparison
+from gare.data.extraction import Extractor, cut_into_parts
+from gare.data.feature_pass import FeaturePass, can_be_made
+from gare.data.files import delete_tree, exists, join
+from gare.data.frame_pass import FramePass
+from gare.data.lock import StoreLock
+from gare.data.manifest import Manifest
+from gare.data.sources import LocalVideos
+from gare.data.store import META, fingerprint, frame_settings, read_meta
+
+logger = logging.getLogger(__name__)
+
+#: Heap of a decoding actor and its child process; Ray does not see it otherwise.
+ACTOR_MEMORY_BYTES = 600 * 1024**2
+#: Seconds after which clips that were decoded meanwhile are handed to the encoders.
+TAKE_EVERY_S = 5.0
+
+
+def videos_of(config: Config) -> RemoteVideos:
+    """The videos, wherever they are."""
+    return RemoteVideos(config.sources, LocalVideos())
+
+
+def frame_pass(config: Config, manifest: Manifest, store: str) -> FramePass:
+    """The pass that brings a frame store up to the videos."""
+    return FramePass(config, manifest, store, videos_of(config).stat, __version__)
+
+
+def words(counts: Mapping[str, int]) -> str:
+    """Counts as a person reads them."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def decode_rows(
+    config: Config,
+    store: str,
+    rows: Sequence[Mapping[str, Any]],
+    progress: Progress,
+    check: Callable[[], None],
+) -> None:
+    """Decodes pending rows of a comparison into a frame store.
+
+    Args:
+        config: of the run.
+        store: the frame store, whose lock is the caller's.
+        rows: what to decode.
+        progress: is shown what each part came to.
+        check: called after each part; raises to end the work.
+    """
+    extract, sources, name = config.extract, config.sources, uuid.uuid4().hex
+    workers = min(extract.workers or num_cpus(), len(rows))
+    parts = cut_into_parts(rows, workers, extract.videos_per_part)
+    for done in run_parts(
+        lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name).write,
+        parts,
+        workers=workers,
+        memory_bytes=ACTOR_MEMORY_BYTES,
+    ):
+        progress.add(done)
+        check()
+
+
+def told(progress: Progress) -> dict[str, Any]:
+    """Counts, rates, seconds by stage and the slowest videos."""
+    progress.show()
+    for video_id, seconds in progress.slowest:
+        logger.info("slowest: %6.2f s %s", seconds, video_id)
+    return progress.report()
+
+
+class Encoding:
+    """Brings the feature store up to a frame store, also while that grows, or to frames that are not kept.
+
+    Args:
+        config: of the run.
+        manifest: what the store should hold.
+        places: where the stores are.
+        is_kept: whether there is a frame store; else the frames pass through one that is emptied as it goes.
+        is_beside: whether other frames are decoded at the same time.
+    """
+
+    def __init__(
+        self, config: Config, manifest: Manifest, places: Layout, *, is_kept: bool, is_beside: bool
+    ) -> None:
+        from gare.model.clip import towers_sha256
+        from gare.train.start import feature_model
+
+        weights = absolute(config.features.weights or config.train.clip_weights)
+        section = config.features.model_copy(update={"weights": weights})
+        self.config = config.model_copy(update={"features": section})
+        self.manifest, self.is_kept, self.shares_cpus = manifest, is_kept, is_beside or not is_kept
+        self.frames_uri = places.frames if is_kept else join(places.features, "passing")
+        stat = None if is_kept else videos_of(config).stat
+        towers = towers_sha256(feature_model(self.config).towers)
+        self.job = FeaturePass(
+            self.config, manifest, self.frames_uri, places.features, towers, __version__, stat
+        )
+        self.progress: Progress | None = None
+        self.taken = time.monotonic()
+
+    def _start(self) -> Progress:
+        """The pool, with the first clips."""
+        if self.progress:
+            return self.progress
+        from gare.retrieval.feature_maker import FeatureMaker
+        from gare.train.start import feature_model
+
+        config, frames, features = self.config, self.frames_uri, self.job.uri
+        device, name = "cuda" if config.cluster.use_gpu else "cpu", uuid.uuid4().hex
+        gpus = num_gpus() if config.cluster.use_gpu else 0
+        self.workers = config.features.workers or gpus or (1 if self.shares_cpus else num_cpus())
+        self.pool = Beside(
+            lambda: (
+                FeatureMaker(frames, features, config.features, feature_model(config).to(device), name).write
+            ),
+            workers=self.workers,
+            # Beside decoding, which has all CPUs, an encoder without GPU takes what is over.
+            num_cpus=0 if self.shares_cpus or gpus else 1,
+            num_gpus=min(1.0, gpus / self.workers),
+        )
+        self.progress = Progress(0, "encoded")
+        return self.progress
+
+    def take_some(self) -> None:
+        """Hands whole parts of what the frame store holds by now to the encoders, every now and then."""
+        if time.monotonic() - self.taken > TAKE_EVERY_S:
+            self._submit(whole=True)
+            self.taken = time.monotonic()
+
+    def _submit(self, *, whole: bool = False) -> Progress:
+        progress = self._start()
+        parts = self.job.parts(self.workers, whole=whole)
+        progress.total += sum(map(len, parts))
+        self.pool.submit(parts)
+        return progress
+
+    def take(self, check: Callable[[], None]) -> Progress:
+        """Encodes all that the frame store holds, and waits for it."""
+        progress = self._submit()
+        for done in self.pool.finish():
+            progress.add(done)
+            check()
+        self.job.all_made()
+        return progress
+
+    def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+        """Encodes what is left."""
+        logger.info("%s: %s, %d to do", self.job.uri, words(comparison.counts), len(comparison.pending))
+        with ray_session(self.config.cluster), contextlib.closing(self):
+            if not self.is_kept:
+                return self._work_alone(lock)
+            progress = self.take(lock.check)
+            return told(progress) | {"attempted": progress.total}
+
+    def _work_alone(self, lock: StoreLock) -> dict[str, Any]:
+        passing = self.frames_uri
+
+        def encode() -> None:
+            self.take(lock.check)
+            self.job.take_failures()
+            delete_tree(passing)
+
+        frames = frame_settings(self.config.extract)
+        if exists(join(passing, META)) and read_meta(passing).fingerprint != fingerprint(frames):
+            delete_tree(passing)
+        encode()  # captions that have changed, and what an interrupted run has left there
+        pending = [row for row in self.job.look().pending if not can_be_made(row)]
+        progress = Progress(len(pending), "extracted")
+        size = self.config.features.videos_per_part * self.workers
+        for first in range(0, len(pending), size):
+            frame_pass(self.config, self.manifest, passing).begin(Comparison((), {}, {}, ()))
+            decode_rows(self.config, passing, pending[first : first + size], progress, lock.check)
+            encode()
+        return told(progress)
+
+    def close(self) -> None:
+        """Ends the encoders."""
+        if self.progress:
+            self.pool.close()

@@ -1,0 +1,330 @@
+"""Learning from stored features is learning from frames with frozen towers."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from gare.config import Config
+from gare.data.compact import compact
+from gare.data.feature_pass import FeaturePass
+from gare.data.features import FeatureReader
+from gare.data.loader import ClipLoader, FeatureLoader
+from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
+from gare.data.parts import read_columns, read_parts, write_table
+from gare.data.store import (
+    frame_schema,
+    ids_in_parts,
+    part_files,
+    read_failures,
+    rows_in_parts,
+    write_part,
+    write_retired,
+)
+from gare.data.verify import verify
+from gare.errors import CheckpointError, ConfigError
+from gare.model.clip import towers_sha256
+from gare.model.gare import GARE
+from gare.retrieval.encode import Encoder, encode_stored
+from gare.retrieval.feature_maker import FeatureMaker
+from gare.train.data import read_splits
+from gare.train.loop import run_loop
+from gare.train.plan import plan_run
+from gare.train.state import complete_checkpoint, load_checkpoint, save_checkpoint
+from gare.train.step import Learner, build_learner
+from tests.stores import random_frames, stored_row, write_store
+from tests.tiny import tiny_config
+
+COLOURS = ("red", "green", "blue", "pink")
+
+
+@dataclass
+class Places:
+    """A manifest with a frame store and a feature store of one model's towers."""
+
+    config: Config
+    manifest: str
+    frames: str
+    features: str
+    seed: int
+
+    def model(self, config: Config | None = None) -> GARE:
+        torch.manual_seed(self.seed)
+        return GARE((config or self.config).model)
+
+    def feature_pass(self, model: GARE) -> FeaturePass:
+        manifest, towers = read_manifest(self.manifest), towers_sha256(model.towers)
+        return FeaturePass(self.config, manifest, self.frames, self.features, towers, "0")
+
+    def encode(self, model: GARE) -> FeaturePass:
+        job = self.feature_pass(model)
+        maker = FeatureMaker(self.frames, self.features, self.config.features, model, uuid.uuid4().hex)
+        job.begin(job.look())
+        for part in job.parts(1):
+            maker.write(part)
+        job.finish(job.look(), job.settle(), {})
+        return job
+
+
+@pytest.fixture
+def places(tmp_path: Path, rng: np.random.Generator, seed: int) -> Places:
+    overrides = ["model.clip.vocab_size=49408", "train.clip_weights=x", "train.freeze=towers"]
+    config = tiny_config(*overrides, f"train.seed={seed}", "features.batch=4", "features.words=true")
+    rows = tuple(
+        ManifestRow(
+            f"{split}{index}",
+            f"/videos/{split}{index}.mp4",
+            None,
+            None,
+            split,
+            tuple(f"a {COLOURS[index % 4]} thing, take {take}" for take in range(1 + index % 3)),
+        )
+        for split, count in (("train", 9), ("val", 3))
+        for index in range(count)
+    )
+    manifest, frames, features = (str(tmp_path / name) for name in ("m.parquet", "frames", "features"))
+    write_manifest(Manifest(rows, benchmark="folder", protocol="own"), manifest)
+    write_store(frames, config.extract, [row.video_id for row in rows], rng)
+    return Places(config, manifest, frames, features, seed)
+
+
+def train(places: Places, config: Config, model: GARE, *, features: bool) -> tuple[Learner, list[Any]]:
+    """Runs the loop on either store; losses by step and metrics by epoch."""
+    splits = read_splits(
+        places.manifest,
+        places.features if features else places.frames,
+        config.extract,
+        places.feature_pass(places.model()).settings if features else None,
+    )
+    rows = {"train": splits.train, "val": splits.val}
+    plan = plan_run([len(row.captions) for row in splits.train], 3, config.train, rank=0, world_size=1)
+    learner = build_learner(model, config, plan.num_steps, torch.device("cpu"))
+    ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
+    load: Callable[[int], dict[str, np.ndarray]] = ClipLoader(places.frames, ids)
+    if features:
+        reader = FeatureReader(places.features, words=model.needs_words)
+        load = FeatureLoader(reader, ids, [batch.captions.tolist() for batch in plan.batches])
+    clips: Iterator[dict[str, np.ndarray]] = map(load, range(len(ids)))
+    seen: list[Any] = []
+    run_loop(
+        learner,
+        plan,
+        0,
+        rows,
+        clips,
+        torch.device("cpu"),
+        lambda step, values: seen.append(values["loss/total"]),
+        lambda epoch, metrics: seen.append(metrics["t2v/MnR"]),
+    )
+    return learner, seen
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.micro_batch=2"],
+        ["model.context=words", "model.corrected_side=video"],
+        ["model.adapters=true"],
+    ],
+    ids=["frames", "in parts", "words", "adapters"],
+)
+def test_losses_are_those_of_frozen_towers(places: Places, overrides: list[str]) -> None:
+    """A head that learned something else from features than from frames would be another method."""
+    tree = places.config.model_dump(mode="json")
+    config = tiny_config(*(f"{key}={value}" for key, value in flat(tree)), *overrides)
+    places.encode(places.model(config))
+    _, from_frames = train(places, config, places.model(config), features=False)
+    model = places.model(config)
+    model.drop_towers()
+    assert not any("text_model" in name for name in model.state_dict())
+    _, from_features = train(places, config, model, features=True)
+    assert len(from_features) == 12
+    # Three epochs of three steps and a validation of six queries. float16 keeps 11 bits of each feature,
+    # which may swap the ranks of two clips that score nearly the same.
+    for place, (ours, theirs) in enumerate(zip(from_features, from_frames, strict=True)):
+        is_mean_rank = place % 4 == 3
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1 / 6 + 1e-6 if is_mean_rank else 2e-2)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_a_checkpoint_gets_its_towers(places: Places, tmp_path: Path, rng: np.random.Generator) -> None:
+    """A trained head without towers can neither search nor be served."""
+    config = places.config.model_copy(
+        update={"train": places.config.train.model_copy(update={"input": "features"})}
+    )
+    places.encode(places.model())
+    model = places.model()
+    model.drop_towers()
+    learner, _ = train(places, config, model, features=True)
+    uri = str(tmp_path / "checkpoint")
+    save_checkpoint(uri, learner, 3)
+    with pytest.raises(CheckpointError, match="has no towers: its run learned from features"):
+        load_checkpoint(uri)
+    with pytest.raises(ConfigError, match="has no towers"):
+        learner.model.encode_text(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8))
+    complete_checkpoint(uri, places.model())
+    whole = load_checkpoint(uri)
+    assert towers_sha256(whole.towers) == towers_sha256(places.model().towers)
+    for name, tensor in learner.model.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+
+    ids = list(ids_in_parts(places.frames, "data"))
+    stored = encode_stored(whole, FeatureReader(places.features), ids, batch=5)
+    rows = {row.video_id: row for row in read_manifest(places.manifest).rows}
+    encoder = Encoder(whole, places.frames)
+    clips, texts = encoder.clips(ids), encoder.captions([text for one in ids for text in rows[one].captions])
+    assert np.array_equal(stored["video/mask"], clips["mask"])
+    assert np.array_equal(stored["text/mask"], texts["mask"])
+    assert np.allclose(stored["video/frames"], clips["frames"], atol=2e-2)
+    assert np.allclose(stored["text/embedding"], texts["embedding"], atol=2e-2)
+
+
+def test_adapters_start_as_the_identity(places: Places, rng: np.random.Generator) -> None:
+    """Else a run with adapters would start from worse than CLIP."""
+    config = tiny_config("model.clip.vocab_size=49408", "model.adapters=true")
+    with_adapters, without = places.model(config).eval(), places.model().eval()
+    assert places.model(config).state_dict().keys() - without.state_dict().keys() == {
+        "adapters.text.weight",
+        "adapters.video.weight",
+    }
+    for name, tensor in without.state_dict().items():
+        assert torch.equal(tensor, with_adapters.state_dict()[name]), name
+    frames = torch.from_numpy(rng.standard_normal((3, 4, 32), dtype=np.float32))
+    mask = torch.ones(3, 4)
+    expected = without.video_from_towers(frames, mask).frames
+    assert torch.equal(with_adapters.video_from_towers(frames, mask).frames, expected)
+
+
+def test_features_that_are_not_finite_are_failures(places: Places) -> None:
+    """One infinite number in a store ends every training on it, or spoils it silently."""
+    model = places.model()
+    with torch.no_grad():
+        model.towers.clip.visual_projection.weight.mul_(1e9)
+    job = places.feature_pass(model)
+    for part in job.parts(1):
+        FeatureMaker(places.frames, places.features, places.config.features, model).write(part)
+    assert not ids_in_parts(places.features, "data")
+    failures = read_failures(places.features, ())
+    assert len(failures) == 12
+    assert {row["stage"] for row in failures.values()} == {"encode"}
+    assert all("frames features are not finite in float16" in row["message"] for row in failures.values())
+
+
+def same(found: dict[str, np.ndarray], known: dict[str, np.ndarray]) -> bool:
+    """Whether two readings are the same; what stands in place of captions that a clip lacks is nobody's."""
+    real = known["caption_mask"]
+    return all(
+        np.array_equal(found[name][real], values[real])
+        if name in ("text", "words")
+        else np.array_equal(found[name], values)
+        for name, values in known.items()
+    )
+
+
+def stored_again(places: Places, model: GARE, rows: Sequence[ManifestRow]) -> dict[str, int]:
+    """Brings the store up to these rows; what there was to do, by reason."""
+    write_manifest(Manifest(tuple(rows), benchmark="folder", protocol="own"), places.manifest)
+    job = places.encode(model)
+    counts = job.look().counts
+    assert places.feature_pass(model).inventory_if_done(places.feature_pass(model).look())
+    assert places.feature_pass(model).parts(1) == []
+    return counts
+
+
+def test_new_captions_alone_are_encoded(places: Places) -> None:
+    """A store follows its manifest; what is there is not made again, though its frames are gone."""
+    model = places.model()
+    places.encode(model)
+    before = FeatureReader(places.features).read(["train1", "train2"])
+    shutil.rmtree(places.frames)
+    rows = list(read_manifest(places.manifest).rows)
+    old, rows[1] = rows[1], replace(rows[1], captions=("all new",))
+    counts = stored_again(places, model, rows)
+    assert counts == {"new": 0, "changed": 1, "unchanged": len(rows) - 1, "gone": 0}
+    after = FeatureReader(places.features).read(["train1", "train2"])
+    assert np.array_equal(after["frames"], before["frames"])
+    assert after["caption_mask"].sum(axis=1).tolist() == [1, 3]
+    assert np.array_equal(after["text"][1], before["text"][1])
+    # The old captions again: their row is still there, and counts again.
+    rows[1] = old
+    parts = part_files(places.features, "data")
+    stored_again(places, model, rows)
+    assert part_files(places.features, "data") == parts
+    again = FeatureReader(places.features, cache_mb=0).read(["train1", "train2"])
+    assert same(again, before)
+
+
+def test_frames_that_were_made_again_are_encoded_again(places: Places, rng: np.random.Generator) -> None:
+    """Features of a file that has been replaced would be learned under the new one's name."""
+    model = places.model()
+    places.encode(model)
+    before = FeatureReader(places.features).read(["train1", "val0"])
+    manifest, extract = read_manifest(places.manifest), places.config.extract
+    places_of_parts = {part.checksum: part for part in read_parts(places.frames, "data", ["video_id"])[0]}
+    (old,) = [key for key, part in places_of_parts.items() if {"video_id": "train1"} in part.rows]
+    write_retired(places.frames, {old: {"train1": "changed"}})
+    row = stored_row(extract, "train1", random_frames(extract, rng, 2)) | {"source_version": "mtime 2"}
+    write_part(places.frames, "data", [row], frame_schema(extract))
+    counts = stored_again(places, model, manifest.rows)
+    assert counts["changed"] == 1
+    stored = rows_in_parts(places.features, "data", ["source_version"])
+    assert {
+        key: one[2]["source_version"] for key, one in stored.items() if one[2]["source_version"] != "mtime 1"
+    } == {"train1": "mtime 2"}
+    for cache_mb in (0.0, 100.0):
+        after = FeatureReader(places.features, cache_mb=cache_mb).read(["train1", "val0"])
+        assert after["frame_mask"][0].sum() == 2
+        assert not np.array_equal(after["frames"][0], before["frames"][0])
+        assert np.array_equal(after["frames"][1], before["frames"][1])
+    # What left the collection no longer counts either.
+    counts = stored_again(places, model, manifest.rows[1:])
+    assert counts["gone"] == 1
+    assert "train0" not in FeatureReader(places.features).places
+
+
+def test_feature_stores_are_checked_and_compacted(places: Places) -> None:
+    """A store that cannot be checked cannot be trusted, and one of many small parts is slow to open."""
+    config = places.config.features.model_copy(update={"videos_per_part": 2})
+    places.config = places.config.model_copy(update={"features": config})
+    model, wanted = places.model(), {row.video_id for row in read_manifest(places.manifest).rows}
+    places.encode(model)
+    schema = places.feature_pass(model).schema
+    assert verify(places.features, schema, wanted)[0] == []
+    opened = FeatureReader(places.features, cache_mb=0, words=True)
+    whole = FeatureReader(places.features, words=True)
+    before = FeatureReader(places.features, words=True).read(sorted(wanted))
+    merged = compact(places.features, 10**8)
+    assert (merged["parts_before"], merged["parts_after"]) == (6, 1)
+    assert verify(places.features, schema, wanted)[0] == []
+    # Also where a reader was open before the parts were merged.
+    for reader in (FeatureReader(places.features, words=True), opened, whole):
+        after = reader.read(sorted(wanted))
+        assert same(after, before)
+    (part,) = part_files(places.features, "data")
+    rows = read_columns(part, None)
+    spoilt = rows["frames"].combine_chunks().to_numpy_ndarray().copy()
+    spoilt[3, 0, 0] = np.nan
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(spoilt.reshape(-1)), spoilt[0].size)
+    column = pa.ExtensionArray.from_storage(schema.field("frames").type, storage)
+    table = rows.set_column(rows.column_names.index("frames"), schema.field("frames"), column)
+    write_table(places.features, "data", table.replace_schema_metadata(None), ["x"], [])
+    Path(part).unlink()
+    (fault,) = verify(places.features, schema, wanted)[0]
+    assert (fault["video_id"], fault["fault"]) == (rows["video_id"][3].as_py(), "frames is not finite")

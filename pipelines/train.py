@@ -16,11 +16,12 @@ from cluster.command import main, set_up_logging
 from cluster.session import fault_of, ray_session, require_train_resources
 from cluster.storage import Layout, absolute, layout
 from cluster.stream import stream
-from cluster.tracking import RunHandle, Tracker, connect, git_revision
+from cluster.tracking import RunHandle, Tracker, connect, git_revision, run_tags, split_tags
 from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.data.loader import ClipLoader
 from gare.errors import ConfigError, DivergedError, GareError
+from gare.retrieval.evaluated import split_hash_of
 from gare.train.data import StoredSplits, read_splits
 from gare.train.history import History
 from gare.train.plan import Plan, plan_run
@@ -145,11 +146,8 @@ def _start_run(
         run_id=run_id,
         params=config.model_dump(mode="json", exclude={"storage", "tracking", "demo", "evaluate"}),
         tags={
-            "benchmark": splits.benchmark,
-            "protocol": splits.protocol,
+            **run_tags(config, splits.benchmark, splits.protocol),
             "model": "gare" if config.model.increment else "baseline",
-            "seed": train.seed,
-            "world_size": config.cluster.train_workers,
             "manifest.fingerprint": splits.manifest_fingerprint,
             "store.fingerprint": splits.store_fingerprint,
             "git.revision": git_revision(Path(__file__).parent),
@@ -159,9 +157,10 @@ def _start_run(
     for split in ("train", "val"):
         rows = splits.of_split(split)
         counts = {"videos": len(rows), "captions": sum(len(row.captions) for row in rows)}
-        handle.log_dataset(
-            f"{splits.benchmark}-{split}", splits.manifest_fingerprint, places.manifest, split, counts
-        )
+        if rows:
+            digest = split_hash_of(rows)
+            handle.log_dataset(f"{splits.benchmark}-{split}", digest, places.manifest, split, counts)
+            handle.set_tags(split_tags(split, digest, counts["captions"], counts["videos"]))
     return handle
 
 

@@ -54,16 +54,32 @@ class RunHandle:
             logger.warning("MLflow keeps the first value of %s; the new ones are tags", ", ".join(changed))
             self.set_tags({f"resumed.{key}": value for key, value in changed.items()})
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(
+        self,
+        metrics: Mapping[str, float],
+        step: int,
+        *,
+        dataset: tuple[str, str] | None = None,
+        model: str = "",
+    ) -> None:
         """Logs metrics of a step. Where the store is lost it warns once, keeps them in ``pending``, goes on.
+
+        Args:
+            metrics: values by name.
+            step: of them.
+            dataset: name and digest of the data set that they were measured on, as given to ``log_dataset``.
+            model: URI of the logged model that they are of, as ``log_model`` returned it.
 
         Raises:
             GareError: for a metric name that MLflow does not allow.
         """
         check_metric_names(metrics)
         now_ms = time.time_ns() // 1_000_000
+        about = client.measured_on(*dataset) if dataset else {}
+        if model:
+            about["model_id"] = model.removeprefix("models:/")
         rows = [
-            {"key": key, "value": float(value), "timestamp": now_ms, "step": int(step)}
+            {"key": key, "value": float(value), "timestamp": now_ms, "step": int(step), **about}
             for key, value in metrics.items()
         ]
         for chunk in _chunks(rows, outbox.MAX_METRICS):
@@ -103,6 +119,10 @@ class RunHandle:
     def log_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Uploads a mapping as a JSON file. Where the store is lost it warns, and it is not there."""
         self._attempt(name, lambda mlflow: mlflow.log_dict(self.run_id, dict(content), name))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Uploads a text file. Where the store is lost it warns, and it is not there."""
+        self._attempt(name, lambda mlflow: mlflow.log_text(self.run_id, text, name))
 
     def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Uploads a table that MLflow's pages show. Where the store is lost it warns, and it is not there.

@@ -99,7 +99,7 @@ def retrieval_picture(examples: Sequence[Example], title: str = "Text to video")
         if missed is not None and not any(c.is_right for c in example.ranked[:_TOP]):
             box = (left + _TOP * width + 0.018, top - 1.4 / height, width - 0.008, 1.15 / height)
             _thumbnail(figure, box, missed, example.right_rank, WRONG)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _query_text(figure: Figure, example: Example, top: float, height: float) -> None:
@@ -163,7 +163,7 @@ def curves_picture(
             (value for points in recalls.values() for _, value in points if math.isfinite(value)), default=0
         )
         right.set_ylim(0, min(102.0, max(best * 1.15, 5.0)))
-    return _png(figure)
+    return as_png(figure)
 
 
 def _lines(
@@ -248,7 +248,7 @@ def contact_sheet(images: Sequence[NDArray[np.uint8]], captions: Sequence[str], 
             va="top",
             ha="center",
         )
-    return _png(figure)
+    return as_png(figure)
 
 
 def _shrink(image: NDArray[np.uint8], longest_px: int) -> NDArray[np.uint8]:
@@ -270,6 +270,11 @@ def _plain(text: str) -> str:
     return "".join(c if ord(c) in known else "□" for c in normal if c.isprintable())
 
 
+def drawable(text: str) -> str:
+    """The text on one line, as matplotlib draws it literally."""
+    return _literal(_plain(text))
+
+
 def _literal(text: str) -> str:
     """Keeps matplotlib from reading mathematics between dollar signs."""
     return text.replace("$", r"\$")
@@ -283,7 +288,8 @@ def _ellipsis(text: str, length: int) -> str:
     return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """A figure as PNG, whatever a person's own matplotlib settings are."""
     buffer = io.BytesIO()
     # A person's own matplotlib settings, LaTeX text among them, must not change these.
     with rc_context({"font.family": "DejaVu Sans", "text.usetex": False}):

@@ -22,7 +22,7 @@ FOLDER_TAG = "evaluation.folder."
 
 
 def compare(config: Config) -> dict[str, Any]:
-    """Compares the two runs of ``evaluate.compare``, in all data sets that have both where RUN alone is given.
+    """Compares two runs, in all data sets that have both where they are named by RUN alone.
 
     Raises:
         DataError: for runs that were not evaluated.
@@ -53,7 +53,7 @@ def _folder_of(config: Config, tracker: Tracker, run: str) -> str:
 
 
 def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]:
-    """Collects ``evaluate.runs`` under one MLflow run; those that were not evaluated are, as they were trained.
+    """Collects ``evaluate.runs`` under one MLflow run; those not evaluated yet are, as they were trained.
 
     Args:
         config: of the suite.

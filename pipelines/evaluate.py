@@ -22,6 +22,7 @@ from gare.errors import CheckpointError, DataError
 from gare.retrieval.evaluated import split_hash_of
 from gare.train.data import StoredSplits, read_splits
 from pipelines.comparison import FOLDER_TAG, collect, compare
+from pipelines.registration import write_and_register
 
 if TYPE_CHECKING:
     from gare.model.gare import GARE
@@ -86,6 +87,7 @@ def run(config: Config) -> dict[str, Any]:
     logged = read_json(trained)["mlflow_model"] if own and exists(trained) else ""
     named = {f"{split}/{name}": value for name, value in metrics.items()}
     handle.log_metrics(named, 0, dataset=dataset, model=logged)
+    registered = write_and_register(config, places, handle, rows, splits.val, features) if own else ""
     handle.log_figure_bytes(f"retrieval-{split}.png", picture)
     handle.finish()
     result = {
@@ -96,6 +98,7 @@ def run(config: Config) -> dict[str, Any]:
         "num_videos": counts["videos"],
         **written,
         "mlflow_run_id": handle.run_id,
+        "registered": registered,
         "seconds": round(time.monotonic() - started, 2),
     }
     write_json(join(places.evaluation(config.train.run, split), "result.json"), result)

@@ -41,7 +41,7 @@ TOP_LEVEL = {
 }
 MAX_LINES = 400
 #: Files of pipelines that are no step, but part of one.
-PARTS = {"comparison"}
+PARTS = {"comparison", "registration"}
 
 SOURCES = sorted(path for room in ROOMS for path in (REPOSITORY / room).rglob("*.py"))
 

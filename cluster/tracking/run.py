@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from cluster.tracking import client, outbox, served
+from cluster.tracking import client, outbox, registry, served
 from cluster.tracking.location import mask_credentials
 from gare.errors import GareError
 
@@ -169,6 +169,7 @@ class RunHandle:
         code: str | Path,
         *,
         embed_dim: int,
+        ranked: bool = False,
         requirements: Sequence[str],
         code_paths: Sequence[str | Path] = (),
         example: Sequence[str] = ("a man plays guitar", "a red circle moves to the left"),
@@ -180,6 +181,7 @@ class RunHandle:
         Args:
             checkpoint: local checkpoint folder.
             code: the Python file that calls ``serve_model``.
+            ranked: whether it answers with ranked ``video_ids`` and ``scores`` in place of embeddings.
             embed_dim: D of the (captions, D) float32 embeddings that it returns.
             requirements: pip requirements; given, so that MLflow does not try to find them out.
             code_paths: packages to copy into the model, for places where they are not installed.
@@ -202,6 +204,7 @@ class RunHandle:
                     staged,
                     Path(code),
                     embed_dim=embed_dim,
+                    ranked=ranked,
                     requirements=requirements,
                     code_paths=[str(path) for path in code_paths],
                     example=example,
@@ -219,6 +222,28 @@ class RunHandle:
                 )
                 or ""
             )
+
+    def register(self, name: str, model: str, *, val_score: float | None, val_hash: str) -> str:
+        """``registry.register`` of a model of this run; empty where the store is lost, which it warns of."""
+        return (
+            self._attempt(
+                f"version of {name}",
+                lambda _: registry.register(
+                    self.tracking_uri, name, model, self.run_id, val_score=val_score, val_hash=val_hash
+                ),
+            )
+            or ""
+        )
+
+    def versions(self, name: str) -> list[str]:
+        """Versions of a registered model that are of this run."""
+        return (
+            self._attempt(
+                f"question for {name}",
+                lambda _: registry.versions_of_run(self.tracking_uri, name, self.run_id),
+            )
+            or []
+        )
 
     def _send(self, entry: outbox.Entry) -> None:
         try:

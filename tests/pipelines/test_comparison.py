@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from cluster.storage import Layout
+from cluster.tracking import use_served_model
 from cluster.tracking.client import client
 from cluster.tracking.tracker import connect
 from gare.data.files import copy_files
+from gare.retrieval.queries import read_queries
 from pipelines import evaluate
 from tests.pipelines.support import in_process, tiny
 
@@ -89,3 +91,23 @@ def test_suite_and_comparison(
     unknown = ("--config", tiny_yaml, "--compare", "first", "nothing")
     refused = in_process(capsys, evaluate.run, *unknown, flags=evaluate.FLAGS)
     refused.refused(3, "run nothing", "pipelines/evaluate.py")
+
+
+def test_the_registered_model_ranks_videos(trained: dict[str, Any], places: Layout) -> None:
+    """What was evaluated is what answers people's captions, found by its alias."""
+    assert trained["evaluation"]["registered"] == "gare-tiny/1"
+    uri = connect(tiny().tracking, places.root).tracking_uri
+    served = use_served_model(uri, "models:/gare-tiny@champion")
+    rows = read_queries(trained["evaluation"]["ranks"]["plain"]).of_direction("t2v").to_pylist()[:3]
+    answers = served.predict([row["caption"] for row in rows])
+    assert served.metadata.signature.outputs.input_names() == ["video_ids", "scores"]
+    for answer, row in zip(answers, rows, strict=True):
+        assert answer["scores"] == pytest.approx(row["top_scores"], abs=1e-5)
+        assert set(answer["video_ids"]) == set(row["top_video_ids"])
+    (metric,) = registry_tags(places)
+    assert float(metric) == trained["val/t2v/R1"]
+
+
+def registry_tags(places: Layout) -> list[str]:
+    versions = stored(places).search_model_versions("name = 'gare-tiny'")
+    return [version.tags["val.score"] for version in versions]

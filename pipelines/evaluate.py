@@ -17,6 +17,7 @@ from cluster.storage import Layout, absolute, layout
 from cluster.tracking import RunHandle, connect, git_revision, processing_tag, run_tags, split_tags
 from gare.config import Config, differences
 from gare.data.files import exists, join, read_json, write_atomically, write_json
+from gare.data.frames import FrameReader
 from gare.data.manifest import ManifestRow
 from gare.errors import CheckpointError, DataError
 from gare.retrieval.evaluated import split_hash_of
@@ -54,6 +55,8 @@ def run(config: Config) -> dict[str, Any]:
         return compare(config)
     if config.evaluate.suite:
         return collect(config, run)
+    from gare.retrieval.evaluation_figures import figures_of
+
     started = time.monotonic()
     places = layout(config)
     split = config.evaluate.split
@@ -72,7 +75,12 @@ def run(config: Config) -> dict[str, Any]:
             features = _encode(config, checkpoint, places.frames, rows, bank)
             ranks = _rank(config, checkpoint, model, rows, features)
             handle.set_tags(_tags(config, splits, places, len(features["text/embedding"])))
-        picture = _picture(config, places.frames, rows, ranks[""])
+        reader = FrameReader(places.frames)
+        picture = _picture(config, reader, rows, ranks[""])
+        title = f"{config.name}/{config.train.run} on {split}"
+        figures = figures_of(
+            model, features, rows, ranks[""], reader, count=config.evaluate.num_examples, title=title
+        )
         written = _write(config, places, checkpoint, splits, ranks, picture)
     except BaseException:
         # The training itself has not failed.
@@ -88,7 +96,8 @@ def run(config: Config) -> dict[str, Any]:
     named = {f"{split}/{name}": value for name, value in metrics.items()}
     handle.log_metrics(named, 0, dataset=dataset, model=logged)
     registered = write_and_register(config, places, handle, rows, splits.val, features) if own else ""
-    handle.log_figure_bytes(f"retrieval-{split}.png", picture)
+    for figure, png in {"retrieval": picture, **figures}.items():
+        handle.log_figure_bytes(f"{figure}-{split}.png", png)
     handle.finish()
     result = {
         "run": config.train.run,
@@ -266,16 +275,13 @@ def _rank(
     return rank_by_workers(here, actors.map, share_once=ray.put)
 
 
-def _picture(config: Config, store: str, rows: Sequence[ManifestRow], ranks: Ranks) -> bytes:
-    from gare.data.frames import FrameReader
+def _picture(config: Config, reader: FrameReader, rows: Sequence[ManifestRow], ranks: Ranks) -> bytes:
     from gare.retrieval.examples import choose_examples
     from gare.retrieval.pictures import retrieval_picture
     from gare.retrieval.queries import owners_of
 
     texts = [caption for row in rows for caption in row.captions]
-    examples = choose_examples(
-        ranks.t2v, owners_of(rows), texts, rows, FrameReader(store), config.evaluate.num_examples
-    )
+    examples = choose_examples(ranks.t2v, owners_of(rows), texts, rows, reader, config.evaluate.num_examples)
     title = f"{config.name}/{config.train.run}: text to video on {config.evaluate.split}"
     return retrieval_picture(examples, title)
 

@@ -338,6 +338,7 @@ def _finish(
     config: Config, places: Layout, handle: RunHandle, best: dict[str, Any], started: float
 ) -> dict[str, Any]:
     """Pictures and model to MLflow; the result."""
+    from gare.retrieval.figures import increments_picture
     from gare.retrieval.pictures import curves_picture
 
     folder, checkpoint = places.run(config.train.run), places.checkpoint(config.train.run)
@@ -346,6 +347,8 @@ def _finish(
     recalls = {name: points for name, points in history.epochs.items() if name.endswith("R1")}
     png = curves_picture(losses | recalls, title=f"{config.name}/{config.train.run}", accuracy_axis="epoch")
     handle.log_figure_bytes("curves.png", png)
+    if geometry := increments_picture(history.steps, f"{config.name}/{config.train.run}: geometry of Δ"):
+        handle.log_figure_bytes("increments.png", geometry)
     with tempfile.TemporaryDirectory() as local:
         copy_files(checkpoint, local)
         for name in ("config.yaml",):

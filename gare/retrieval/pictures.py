@@ -155,9 +155,9 @@ def curves_picture(
             _literal(_ellipsis(_plain(title), 120)), size=13, weight="bold", color=INK, x=0.01, ha="left"
         )
     left, right = figure.subplots(1, 2)
-    _lines(left, losses, "loss", "step", "Loss terms")
+    draw_lines(left, losses, "loss", "step", "Loss terms")
     pretty = {_recall_name(name): points for name, points in recalls.items()}
-    _lines(right, pretty, "R@1 (%)", accuracy_axis, "R@1 on validation")
+    draw_lines(right, pretty, "R@1 (%)", accuracy_axis, "R@1 on validation")
     if recalls:
         best = max(
             (value for points in recalls.values() for _, value in points if math.isfinite(value)), default=0
@@ -166,9 +166,10 @@ def curves_picture(
     return as_png(figure)
 
 
-def _lines(
+def draw_lines(
     axes: Any, curves: Mapping[str, Sequence[tuple[int, float]]], y_label: str, x_label: str, title: str
 ) -> None:
+    """Draws (step, value) points by name as lines with a legend; small beside large ones on a log scale."""
     axes.set_title(title, size=11, color=INK, loc="left")
     axes.set_xlabel(x_label, size=10, color=INK)
     axes.set_ylabel(y_label, size=10, color=INK)

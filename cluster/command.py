@@ -24,9 +24,9 @@ keys (give any of them as section.key=value):
 """
 
 
-#: Options of one command beside ``--config``: flag → (key that it sets, meaning), or for a flag that takes no
-#: value (key, meaning, the value that it sets).
-Flags = Mapping[str, tuple[str, str] | tuple[str, str, str]]
+#: Options of one command beside ``--config``: flag → (key that it sets, meaning), for a flag that takes no
+#: value (key, meaning, the value that it sets), for one that takes several (key, meaning, their names).
+Flags = Mapping[str, tuple[str, str] | tuple[str, str, str] | tuple[str, str, tuple[str, ...]]]
 
 
 def main(
@@ -83,6 +83,8 @@ def _overrides_of(options: argparse.Namespace, flags: Flags) -> list[str]:
         value = getattr(options, flag.lstrip("-").replace("-", "_"))
         if value is None:
             continue
+        if isinstance(value, list):
+            value = json.dumps(value)
         other, other_value = given.setdefault(key, (flag, value))
         if value != other_value:
             raise ConfigError(
@@ -129,7 +131,10 @@ def _parser(description: str, flags: Flags) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as conf/demo.yaml")
     for flag, (key, meaning, *constant) in flags.items():
-        if constant:
+        if constant and isinstance(constant[0], tuple):
+            names = constant[0]
+            parser.add_argument(flag, nargs=len(names), metavar=names, help=f"{meaning}; sets {key}")
+        elif constant:
             text = f"{meaning}; sets {key}={constant[0]}"
             parser.add_argument(flag, action="store_const", const=constant[0], help=text)
         else:

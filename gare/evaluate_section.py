@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from gare.sections import Count, Positive, Section, Seed
+
+#: RUN or NAME/RUN: parts of a path below the storage root.
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")]
 
 
 class EvaluateConfig(Section):
@@ -39,11 +42,31 @@ class EvaluateConfig(Section):
         5000, description="training captions in the query bank, drawn by seed; all where there are fewer"
     )
 
+    compare: tuple[RunName, ...] = Field(
+        (),
+        max_length=2,
+        description="two evaluated runs to compare, by train.run (in all data sets below storage.root), by "
+        "NAME/RUN or by MLflow run id; nothing is evaluated then",
+    )
+    suite: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = Field(
+        "", description="collect evaluate.runs under an MLflow run of this name, with mean ± deviation"
+    )
+    runs: tuple[RunName, ...] = Field(
+        (),
+        description="runs of the suite, named as in compare; empty: all of this data set",
+    )
+
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> EvaluateConfig:
         for switch, keys in (("dsl", ["dsl_scale"]), ("qbnorm", ["qbnorm_scale", "qbnorm_bank"])):
             if changed := [] if getattr(self, switch) else self.changed(*keys):
                 raise ValueError(f"{', '.join(changed)} would change nothing: {switch} is off")
+        if len(self.compare) == 1:
+            raise ValueError("compare takes two runs")
+        if self.compare and self.suite:
+            raise ValueError("compare and suite exclude each other")
+        if self.runs and not self.suite:
+            raise ValueError("runs would change nothing: suite is empty")
         if self.split == "train" and self.qbnorm:
             raise ValueError("qbnorm on split train would take its bank from the queries themselves")
         return self

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.actors import Actors
-from cluster.command import main
+from cluster.command import Flags, main
 from cluster.session import num_cpus, num_gpus, ray_session
 from cluster.storage import Layout, absolute, layout
-from cluster.tracking import RunHandle, connect
+from cluster.tracking import RunHandle, connect, git_revision, processing_tag, run_tags, split_tags
 from gare.config import Config, differences
 from gare.data.files import exists, join, read_json, write_atomically, write_json
+from gare.data.frames import FrameReader, NoPictures, open_pictures
 from gare.data.manifest import ManifestRow
 from gare.errors import CheckpointError, DataError
+from gare.retrieval.evaluated import split_hash_of
 from gare.train.data import StoredSplits, read_splits
+from pipelines.comparison import FOLDER_TAG, collect, compare
+from pipelines.registration import write_and_register
 
 if TYPE_CHECKING:
     from gare.model.gare import GARE
@@ -29,18 +33,30 @@ logger = logging.getLogger(__name__)
 
 #: Clips and captions that one encoding task takes.
 CLIPS_PER_TASK, CAPTIONS_PER_TASK = 32, 512
+#: The options of this command.
+FLAGS: Flags = {
+    "--compare": ("evaluate.compare", "compare two evaluated runs", ("RUN_A", "RUN_B")),
+    "--suite": ("evaluate.suite", "collect evaluate.runs under one MLflow run of this name"),
+}
 #: Pairs below which actors would take longer to load than to score.
 PAIRS_ALONE = 1_000_000
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Scores a split and logs the metrics to the training's MLflow run.
+    """Scores a split and logs the metrics to the training's MLflow run; or compares runs that were scored.
 
     Raises:
         CheckpointError: for a checkpoint that is missing or of another model.
-        DataError: for a store that is missing or made with other settings, or a split without videos.
+        DataError: for a store that is missing or made with other settings, a split without videos, or runs to
+            compare that were not evaluated.
         GareError: where MLflow cannot be reached.
     """
+    if config.evaluate.compare:
+        return compare(config)
+    if config.evaluate.suite:
+        return collect(config, run)
+    from gare.retrieval.evaluation_figures import figures_of
+
     started = time.monotonic()
     places = layout(config)
     split = config.evaluate.split
@@ -63,19 +79,30 @@ def run(config: Config) -> dict[str, Any]:
             else:
                 features = _encode_stored(config, model, store, rows, bank)
             ranks = _rank(config, checkpoint, model, rows, features)
-        picture = _picture(config, places.frames, rows, ranks[""])
+            handle.set_tags(_tags(config, splits, places, len(features["text/embedding"])))
+        reader = open_pictures(places.frames)
+        picture = _picture(config, reader, rows, ranks[""])
+        title = f"{config.name}/{config.train.run} on {split}"
+        figures = figures_of(
+            model, features, rows, ranks[""], reader, count=config.evaluate.num_examples, title=title
+        )
         written = _write(config, places, checkpoint, splits, ranks, picture)
     except BaseException:
         # The training itself has not failed.
         handle.finish("FINISHED" if own else "FAILED")
         raise
     metrics = written["metrics"]
-    handle.log_metrics({f"{split}/{name}": value for name, value in metrics.items()}, 0)
     counts = {"videos": len(rows), "captions": len(features["text/embedding"])}
-    handle.log_dataset(
-        f"{splits.benchmark}-{split}", splits.manifest_fingerprint, places.manifest, split, counts
-    )
-    handle.log_figure_bytes(f"retrieval-{split}.png", picture)
+    dataset = f"{splits.benchmark}-{split}", split_hash_of(rows)
+    handle.log_dataset(*dataset, places.manifest, split, counts)
+    # MLflow keeps a metric's data set only where it is a model's metric too.
+    trained = join(places.run(config.train.run), "result.json")
+    logged = read_json(trained)["mlflow_model"] if own and exists(trained) else ""
+    named = {f"{split}/{name}": value for name, value in metrics.items()}
+    handle.log_metrics(named, 0, dataset=dataset, model=logged)
+    registered = write_and_register(config, places, handle, rows, splits.val, features) if own else ""
+    for figure, png in {"retrieval": picture, **figures}.items():
+        handle.log_figure_bytes(f"{figure}-{split}.png", png)
     handle.finish()
     result = {
         "run": config.train.run,
@@ -85,6 +112,7 @@ def run(config: Config) -> dict[str, Any]:
         "num_videos": counts["videos"],
         **written,
         "mlflow_run_id": handle.run_id,
+        "registered": registered,
         "seconds": round(time.monotonic() - started, 2),
     }
     write_json(join(places.evaluation(config.train.run, split), "result.json"), result)
@@ -98,6 +126,18 @@ def run(config: Config) -> dict[str, Any]:
         counts["videos"],
     )
     return result
+
+
+def _tags(config: Config, splits: StoredSplits, places: Layout, num_texts: int) -> dict[str, Any]:
+    split = config.evaluate.split
+    rows = splits.of_split(split)
+    return {
+        **run_tags(config, splits.benchmark, splits.protocol),
+        **split_tags(split, split_hash_of(rows), num_texts, len(rows)),
+        f"{split}.post-processing": processing_tag(config),
+        "git.revision.evaluated": git_revision(Path(__file__).parent),
+        FOLDER_TAG + split: places.evaluation(config.train.run, split),
+    }
 
 
 def _write(
@@ -269,19 +309,18 @@ def _rank(
     return rank_by_workers(here, actors.map, share_once=ray.put)
 
 
-def _picture(config: Config, store: str, rows: Sequence[ManifestRow], ranks: Ranks) -> bytes:
-    from gare.data.frames import open_pictures
+def _picture(
+    config: Config, reader: FrameReader | NoPictures, rows: Sequence[ManifestRow], ranks: Ranks
+) -> bytes:
     from gare.retrieval.examples import choose_examples
     from gare.retrieval.pictures import retrieval_picture
     from gare.retrieval.queries import owners_of
 
     texts = [caption for row in rows for caption in row.captions]
-    examples = choose_examples(
-        ranks.t2v, owners_of(rows), texts, rows, open_pictures(store), config.evaluate.num_examples
-    )
+    examples = choose_examples(ranks.t2v, owners_of(rows), texts, rows, reader, config.evaluate.num_examples)
     title = f"{config.name}/{config.train.run}: text to video on {config.evaluate.split}"
     return retrieval_picture(examples, title)
 
 
 if __name__ == "__main__":
-    main(run, __doc__)
+    main(run, __doc__, FLAGS)

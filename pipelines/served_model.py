@@ -1,23 +1,40 @@
-"""The model as MLflow serves it: captions in, text embeddings (captions, D) float32 out."""
+"""The model as MLflow serves it: captions in, ranked videos of its gallery with their scores out.
+
+A model without a gallery gives text embeddings (captions, D) float32.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from cluster.tracking import serve_model
 from gare import load_checkpoint, tokenize
+from gare.data.files import exists, join
+from gare.retrieval.gallery import FILE, read_gallery, search
+
+#: Videos that are named for a caption.
+TOP = 10
 
 
-def predict(model: Any, captions: list[str]) -> np.ndarray:
-    """Embeds captions."""
+def load(folder: str) -> tuple[Any, Any]:
+    """The model and the gallery beside it, or None."""
+    gallery = join(folder, FILE)
+    return load_checkpoint(folder).eval(), read_gallery(gallery) if exists(gallery) else None
+
+
+def predict(loaded: tuple[Any, Any], captions: list[str]) -> Any:
+    """``video_ids`` and ``scores`` of each caption, the best first; embeddings where there is no gallery."""
     import torch
 
+    model, gallery = loaded
+    if gallery is not None:
+        found = search(model, gallery, captions, TOP)
+        return [
+            {"video_ids": [video for video, _ in ranked], "scores": [score for _, score in ranked]}
+            for ranked in found
+        ]
     with torch.inference_mode():
-        features = model.encode_text(*tokenize(captions, model.config.max_words))
-    embeddings: np.ndarray = features.embedding.numpy()
-    return embeddings
+        return model.encode_text(*tokenize(captions, model.config.max_words)).embedding.numpy()
 
 
-serve_model(load_checkpoint, predict)
+serve_model(load, predict)

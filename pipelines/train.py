@@ -15,10 +15,11 @@ from cluster.command import main, set_up_logging
 from cluster.session import fault_of, ray_session, require_train_resources
 from cluster.storage import Layout, absolute, layout
 from cluster.stream import stream
-from cluster.tracking import RunHandle, Tracker, connect, git_revision
+from cluster.tracking import RunHandle, Tracker, connect, git_revision, run_tags, split_tags
 from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.errors import ConfigError, DivergedError, GareError
+from gare.retrieval.evaluated import split_hash_of
 from gare.train.data import StoredSplits, read_splits
 from gare.train.from_features import attach_towers, loader_of, settings_of, write_start
 from gare.train.history import History
@@ -155,11 +156,8 @@ def _start_run(
         run_id=run_id,
         params=config.model_dump(mode="json", exclude={"storage", "tracking", "demo", "evaluate"}),
         tags={
-            "benchmark": splits.benchmark,
-            "protocol": splits.protocol,
+            **run_tags(config, splits.benchmark, splits.protocol),
             "model": "gare" if config.model.increment else "baseline",
-            "seed": train.seed,
-            "world_size": config.cluster.train_workers,
             "manifest.fingerprint": splits.manifest_fingerprint,
             "store.fingerprint": splits.store_fingerprint,
             "git.revision": git_revision(Path(__file__).parent),
@@ -169,9 +167,10 @@ def _start_run(
     for split in ("train", "val"):
         rows = splits.of_split(split)
         counts = {"videos": len(rows), "captions": sum(len(row.captions) for row in rows)}
-        handle.log_dataset(
-            f"{splits.benchmark}-{split}", splits.manifest_fingerprint, places.manifest, split, counts
-        )
+        if rows:
+            digest = split_hash_of(rows)
+            handle.log_dataset(f"{splits.benchmark}-{split}", digest, places.manifest, split, counts)
+            handle.set_tags(split_tags(split, digest, counts["captions"], counts["videos"]))
     return handle
 
 
@@ -354,6 +353,7 @@ def _finish(
     config: Config, places: Layout, handle: RunHandle, best: dict[str, Any], started: float
 ) -> dict[str, Any]:
     """Pictures and model to MLflow; the result."""
+    from gare.retrieval.figures import increments_picture
     from gare.retrieval.pictures import curves_picture
 
     folder, checkpoint = places.run(config.train.run), places.checkpoint(config.train.run)
@@ -362,6 +362,8 @@ def _finish(
     recalls = {name: points for name, points in history.epochs.items() if name.endswith("R1")}
     png = curves_picture(losses | recalls, title=f"{config.name}/{config.train.run}", accuracy_axis="epoch")
     handle.log_figure_bytes("curves.png", png)
+    if geometry := increments_picture(history.steps, f"{config.name}/{config.train.run}: geometry of Δ"):
+        handle.log_figure_bytes("increments.png", geometry)
     with tempfile.TemporaryDirectory() as local:
         copy_files(checkpoint, local)
         for name in ("config.yaml",):

@@ -1,5 +1,6 @@
 """MLflow: runs, metrics, pictures, data sets and models. ``client`` is the only file that imports mlflow."""
 
+from cluster.tracking.described import processing_tag, run_tags, split_tags
 from cluster.tracking.location import mask_credentials, resolve_tracking_uri
 from cluster.tracking.revision import git_revision
 from cluster.tracking.run import RunHandle, check_metric_names
@@ -13,7 +14,10 @@ __all__ = [
     "connect",
     "git_revision",
     "mask_credentials",
+    "processing_tag",
     "resolve_tracking_uri",
+    "run_tags",
     "serve_model",
+    "split_tags",
     "use_served_model",
 ]

@@ -22,6 +22,9 @@ from gare.errors import GareError
 #: Seconds to wait for a server's answer where something else waits for it: the start, a training step.
 ANSWER_S = 5
 
+#: MLflow's tag that makes a run the child of another.
+PARENT_TAG = "mlflow.parentRunId"
+
 
 class RefusedError(Exception):
     """The store answered that it does not take this, and never will."""
@@ -148,6 +151,11 @@ def open_run(uri: str, experiment_id: str, name: str, run_id: str | None) -> tup
     return experiment_id, str(run.info.run_id)
 
 
+def tags_of(uri: str, run_id: str) -> dict[str, str]:
+    """Tags of a run."""
+    return dict(client(uri).get_run(run_id).data.tags)
+
+
 def add_params(uri: str, run_id: str, params: Mapping[str, str]) -> dict[str, str]:
     """Logs the parameters that are new; returns those that the run has with another value."""
     mlflow_module()
@@ -184,7 +192,7 @@ def send(uri: str, entry: outbox.Entry) -> None:
         if metrics or tags:
             client(uri).log_batch(
                 run_id,
-                metrics=[Metric(row["key"], row["value"], row["timestamp"], row["step"]) for row in metrics],
+                metrics=[Metric(**row) for row in metrics],
                 tags=[RunTag(key, value) for key, value in tags.items()],
             )
         if "status" in entry:
@@ -227,12 +235,18 @@ def link_dataset(
     mlflow_module()
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
+    linked = measured_on(name, digest)
     dataset = Dataset(
-        name=name[:500],
-        digest=digest[:36],  # MLflow's limit
+        name=linked["dataset_name"],
+        digest=linked["dataset_digest"],
         source_type="uri",
         source=json.dumps({"uri": source}),
         profile=json.dumps(dict(profile)),
     )
     entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
     client(uri).log_inputs(run_id, datasets=[entry])
+
+
+def measured_on(name: str, digest: str) -> dict[str, str]:
+    """A data set as a metric names it, within MLflow's limits."""
+    return {"dataset_name": name[:500], "dataset_digest": digest[:36]}

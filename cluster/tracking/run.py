@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from cluster.tracking import client, outbox, served
+from cluster.tracking import client, outbox, registry, served
 from cluster.tracking.location import mask_credentials
 from gare.errors import GareError
 
@@ -54,16 +54,32 @@ class RunHandle:
             logger.warning("MLflow keeps the first value of %s; the new ones are tags", ", ".join(changed))
             self.set_tags({f"resumed.{key}": value for key, value in changed.items()})
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(
+        self,
+        metrics: Mapping[str, float],
+        step: int,
+        *,
+        dataset: tuple[str, str] | None = None,
+        model: str = "",
+    ) -> None:
         """Logs metrics of a step. Where the store is lost it warns once, keeps them in ``pending``, goes on.
+
+        Args:
+            metrics: values by name.
+            step: of them.
+            dataset: name and digest of the data set that they were measured on, as given to ``log_dataset``.
+            model: URI of the logged model that they are of, as ``log_model`` returned it.
 
         Raises:
             GareError: for a metric name that MLflow does not allow.
         """
         check_metric_names(metrics)
         now_ms = time.time_ns() // 1_000_000
+        about = client.measured_on(*dataset) if dataset else {}
+        if model:
+            about["model_id"] = model.removeprefix("models:/")
         rows = [
-            {"key": key, "value": float(value), "timestamp": now_ms, "step": int(step)}
+            {"key": key, "value": float(value), "timestamp": now_ms, "step": int(step), **about}
             for key, value in metrics.items()
         ]
         for chunk in _chunks(rows, outbox.MAX_METRICS):
@@ -103,6 +119,10 @@ class RunHandle:
     def log_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Uploads a mapping as a JSON file. Where the store is lost it warns, and it is not there."""
         self._attempt(name, lambda mlflow: mlflow.log_dict(self.run_id, dict(content), name))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Uploads a text file. Where the store is lost it warns, and it is not there."""
+        self._attempt(name, lambda mlflow: mlflow.log_text(self.run_id, text, name))
 
     def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Uploads a table that MLflow's pages show. Where the store is lost it warns, and it is not there.
@@ -149,6 +169,7 @@ class RunHandle:
         code: str | Path,
         *,
         embed_dim: int,
+        ranked: bool = False,
         requirements: Sequence[str],
         code_paths: Sequence[str | Path] = (),
         example: Sequence[str] = ("a man plays guitar", "a red circle moves to the left"),
@@ -160,6 +181,7 @@ class RunHandle:
         Args:
             checkpoint: local checkpoint folder.
             code: the Python file that calls ``serve_model``.
+            ranked: whether it answers with ranked ``video_ids`` and ``scores`` in place of embeddings.
             embed_dim: D of the (captions, D) float32 embeddings that it returns.
             requirements: pip requirements; given, so that MLflow does not try to find them out.
             code_paths: packages to copy into the model, for places where they are not installed.
@@ -182,6 +204,7 @@ class RunHandle:
                     staged,
                     Path(code),
                     embed_dim=embed_dim,
+                    ranked=ranked,
                     requirements=requirements,
                     code_paths=[str(path) for path in code_paths],
                     example=example,
@@ -199,6 +222,28 @@ class RunHandle:
                 )
                 or ""
             )
+
+    def register(self, name: str, model: str, *, val_score: float | None, val_hash: str) -> str:
+        """``registry.register`` of a model of this run; empty where the store is lost, which it warns of."""
+        return (
+            self._attempt(
+                f"version of {name}",
+                lambda _: registry.register(
+                    self.tracking_uri, name, model, self.run_id, val_score=val_score, val_hash=val_hash
+                ),
+            )
+            or ""
+        )
+
+    def versions(self, name: str) -> list[str]:
+        """Versions of a registered model that are of this run."""
+        return (
+            self._attempt(
+                f"question for {name}",
+                lambda _: registry.versions_of_run(self.tracking_uri, name, self.run_id),
+            )
+            or []
+        )
 
     def _send(self, entry: outbox.Entry) -> None:
         try:

@@ -16,6 +16,7 @@ def pack_model(
     code: Path,
     *,
     embed_dim: int,
+    ranked: bool,
     requirements: Sequence[str],
     code_paths: Sequence[str],
     example: Sequence[str],
@@ -25,6 +26,10 @@ def pack_model(
     import numpy as np
 
     types = mlflow.types
+    outputs = types.Schema([types.TensorSpec(np.dtype(np.float32), (-1, embed_dim))])
+    if ranked:
+        columns = (("video_ids", types.DataType.string), ("scores", types.DataType.double))
+        outputs = types.Schema([types.ColSpec(types.schema.Array(kind), name) for name, kind in columns])
 
     model = mlflow.models.Model()
     mlflow.pyfunc.save_model(
@@ -35,7 +40,7 @@ def pack_model(
         # A named column would refuse a plain list of captions.
         signature=mlflow.models.ModelSignature(
             inputs=types.Schema([types.ColSpec(types.DataType.string)]),
-            outputs=types.Schema([types.TensorSpec(np.dtype(np.float32), (-1, embed_dim))]),
+            outputs=outputs,
         ),
         input_example=list(example),
         pip_requirements=list(requirements),
@@ -71,7 +76,8 @@ def serve_model(load: Callable[[str], Any], predict: Callable[[Any, list[str]], 
 
     Args:
         load: gets the checkpoint folder, returns whatever ``predict`` needs.
-        predict: gets that and the captions, returns a float32 array (captions, D).
+        predict: gets that and the captions, returns a float32 array (captions, D), or a
+            mapping for each caption.
     """
     mlflow = mlflow_module()
 
@@ -94,9 +100,13 @@ def use_served_model(tracking_uri: str, model_uri: str) -> Any:
 
     Args:
         tracking_uri: the store it is in.
-        model_uri: what ``RunHandle.log_model`` returned.
+        model_uri: what ``RunHandle.log_model`` returned, or ``models:/NAME@ALIAS`` of the registry.
     """
-    folder = client(tracking_uri).get_logged_model(model_uri.removeprefix("models:/")).artifact_location
+    name, _, alias = model_uri.removeprefix("models:/").partition("@")
+    if alias:
+        folder = client(tracking_uri).get_model_version_by_alias(name, alias).source
+    else:
+        folder = client(tracking_uri).get_logged_model(name).artifact_location
     mlflow = mlflow_module()
     # Fetched first: load_model knows no tracking URI but the global one.
     local = mlflow.artifacts.download_artifacts(artifact_uri=folder, tracking_uri=tracking_uri)

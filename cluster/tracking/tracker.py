@@ -82,3 +82,23 @@ class Tracker:
             ) from None
         run.set_tags(tags or {})
         return run
+
+    def tags_of(self, run_id: str) -> dict[str, str]:
+        """Tags of a run.
+
+        Raises:
+            GareError: where there is no such run.
+        """
+        try:
+            return client.tags_of(self.tracking_uri, run_id)
+        except Exception as error:
+            raise GareError(
+                f"there is no MLflow run {run_id}: {brief(error)}",
+                where=f"tracking.uri {mask_credentials(self.tracking_uri)}",
+            ) from None
+
+    def nest(self, run_id: str, parent: RunHandle) -> None:
+        """Makes a run the child of another; a run has one parent, the last."""
+        RunHandle(self.tracking_uri, self.experiment_id, run_id, parent.pending).set_tags(
+            {client.PARENT_TAG: parent.run_id}
+        )

@@ -6,6 +6,7 @@ N texts, M videos.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ def choose_examples(
     rows: Sequence[ManifestRow],
     reader: FrameReader | NoPictures,
     count: int,
+    order: Literal["spread", "best and worst"] = "spread",
 ) -> list[Example]:
     """Queries spread evenly over the texts, in order, so that neither hits nor misses are picked out.
 
@@ -37,8 +39,13 @@ def choose_examples(
         rows: the M videos.
         reader: for thumbnails.
         count: queries to show.
+        order: the half that is ranked best and the half that is ranked worst, in place of such a sample.
     """
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int))
+    if order == "best and worst":
+        by_rank = np.argsort(ranking.rank.numpy(), kind="stable")
+        head = (len(chosen) + 1) // 2
+        chosen = np.concatenate([by_rank[:head], by_rank[len(by_rank) - (len(chosen) - head) :]])
     examples = []
     for text in chosen:
         right = int(video_of_text[text])

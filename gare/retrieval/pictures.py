@@ -99,7 +99,7 @@ def retrieval_picture(examples: Sequence[Example], title: str = "Text to video")
         if missed is not None and not any(c.is_right for c in example.ranked[:_TOP]):
             box = (left + _TOP * width + 0.018, top - 1.4 / height, width - 0.008, 1.15 / height)
             _thumbnail(figure, box, missed, example.right_rank, WRONG)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _query_text(figure: Figure, example: Example, top: float, height: float) -> None:
@@ -155,20 +155,21 @@ def curves_picture(
             _literal(_ellipsis(_plain(title), 120)), size=13, weight="bold", color=INK, x=0.01, ha="left"
         )
     left, right = figure.subplots(1, 2)
-    _lines(left, losses, "loss", "step", "Loss terms")
+    draw_lines(left, losses, "loss", "step", "Loss terms")
     pretty = {_recall_name(name): points for name, points in recalls.items()}
-    _lines(right, pretty, "R@1 (%)", accuracy_axis, "R@1 on validation")
+    draw_lines(right, pretty, "R@1 (%)", accuracy_axis, "R@1 on validation")
     if recalls:
         best = max(
             (value for points in recalls.values() for _, value in points if math.isfinite(value)), default=0
         )
         right.set_ylim(0, min(102.0, max(best * 1.15, 5.0)))
-    return _png(figure)
+    return as_png(figure)
 
 
-def _lines(
+def draw_lines(
     axes: Any, curves: Mapping[str, Sequence[tuple[int, float]]], y_label: str, x_label: str, title: str
 ) -> None:
+    """Draws (step, value) points by name as lines with a legend; small beside large ones on a log scale."""
     axes.set_title(title, size=11, color=INK, loc="left")
     axes.set_xlabel(x_label, size=10, color=INK)
     axes.set_ylabel(y_label, size=10, color=INK)
@@ -248,7 +249,7 @@ def contact_sheet(images: Sequence[NDArray[np.uint8]], captions: Sequence[str], 
             va="top",
             ha="center",
         )
-    return _png(figure)
+    return as_png(figure)
 
 
 def _shrink(image: NDArray[np.uint8], longest_px: int) -> NDArray[np.uint8]:
@@ -270,6 +271,11 @@ def _plain(text: str) -> str:
     return "".join(c if ord(c) in known else "□" for c in normal if c.isprintable())
 
 
+def drawable(text: str) -> str:
+    """The text on one line, as matplotlib draws it literally."""
+    return _literal(_plain(text))
+
+
 def _literal(text: str) -> str:
     """Keeps matplotlib from reading mathematics between dollar signs."""
     return text.replace("$", r"\$")
@@ -283,7 +289,8 @@ def _ellipsis(text: str, length: int) -> str:
     return f"{text[:head]}…{text[len(text) - (length - 1 - head) :]}"
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """A figure as PNG, whatever a person's own matplotlib settings are."""
     buffer = io.BytesIO()
     # A person's own matplotlib settings, LaTeX text among them, must not change these.
     with rc_context({"font.family": "DejaVu Sans", "text.usetex": False}):

@@ -72,3 +72,15 @@ def test_few_videos_are_all_shown(rows: list[ManifestRow], rng: np.random.Genera
     assert [len(example.ranked) for example in examples] == [2, 2]
     # Tied with one other, the right one ranks 1.5, which a person reads as second.
     assert [example.right_rank for example in examples] == [2, 2]
+
+
+def test_best_and_worst(rows: list[ManifestRow], rng: np.random.Generator, tmp_path: Path) -> None:
+    """Where the model fails is seen only if the failures are those that are shown."""
+    write_store(str(tmp_path), EXTRACT, [row.video_id for row in rows], rng)
+    owners = torch.arange(NUM_VIDEOS).repeat_interleave(2)
+    ranking = ranking_of(torch.from_numpy(rng.random((16, NUM_VIDEOS), np.float32)), owners)
+    texts = [str(index) for index in range(16)]
+    reader = FrameReader(str(tmp_path))
+    examples = choose_examples(ranking, owners, texts, rows, reader, 5, "best and worst")
+    ranks = sorted(ranking.rank.tolist())
+    assert [example.right_rank for example in examples] == [*ranks[:3], *ranks[-2:]]

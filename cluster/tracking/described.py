@@ -1,0 +1,51 @@
+"""Tags that say what a run's numbers were measured on and how, so that runs compare or visibly do not."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gare.config import Config
+
+
+def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
+    """Tags of a training and of its evaluation that come from the configuration and from Ray.
+
+    Args:
+        config: of the run.
+        benchmark: the manifest's.
+        protocol: the manifest's.
+    """
+    import ray
+
+    job = os.environ.get("RAY_JOB_SUBMISSION_ID", "")
+    if not job and ray.is_initialized():
+        job = ray.get_runtime_context().get_job_id()
+    return {
+        "benchmark": benchmark,
+        "protocol": protocol,
+        "decoder": config.extract.decoder,
+        "frames": config.extract.num_frames,
+        "world_size": config.cluster.train_workers,
+        "batch": config.train.batch_size,
+        "precision": config.train.precision,
+        "seed": config.train.seed,
+        "ray.job": job or "none",
+    }
+
+
+def split_tags(split: str, split_sha256: str, num_texts: int, num_videos: int) -> dict[str, Any]:
+    """Tags of the split that numbers were measured on, also under the split's own name.
+
+    The plain ones are those of the split measured last; those under ``test.`` stay when val follows.
+    """
+    about = {"split_hash": split_sha256, "N_text": num_texts, "N_video": num_videos}
+    return {"split": split} | about | {f"{split}.{name}": value for name, value in about.items()}
+
+
+def processing_tag(config: Config) -> str:
+    """The post-processed metrics that an evaluation has beside the plain ones; ``none`` for none."""
+    chosen = config.evaluate
+    parts = [f"dsl({chosen.dsl_scale:g})"] if chosen.dsl else []
+    parts += [f"qbnorm({chosen.qbnorm_scale:g}, {chosen.qbnorm_bank} captions)"] if chosen.qbnorm else []
+    return "+".join(parts) or "none"

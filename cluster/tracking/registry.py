@@ -1,0 +1,76 @@
+"""Versions of a model in MLflow's registry, and the alias of the one that is best on val."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from cluster.tracking.client import client, mlflow_module
+
+logger = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+#: Tags of a version: the score on val that it was chosen by, and which val that was.
+SCORE, VAL = "val.score", "val.split_hash"
+
+
+def register(
+    uri: str, name: str, model_uri: str, run_id: str, *, val_score: float | None, val_hash: str
+) -> str:
+    """Makes a logged model a version of a registered one; it becomes champion where it is best on val.
+
+    There is no argument for a score on test, so that none can choose. A model without val, or with another
+    val than the champion's, is registered and never champion.
+
+    Args:
+        uri: tracking URI.
+        name: of the registered model.
+        model_uri: ``models:/ID`` of the logged one.
+        run_id: that it is of.
+        val_score: what it reached on val, higher is better.
+        val_hash: hash of the val split.
+
+    Returns:
+        The version's number.
+
+    Raises:
+        Exception: MLflow's.
+    """
+    mlflow = mlflow_module()
+    stored = client(uri)
+    try:
+        stored.create_registered_model(name)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    model_id = model_uri.removeprefix("models:/")
+    tags = {VAL: val_hash} | ({} if val_score is None else {SCORE: repr(float(val_score))})
+    source = stored.get_logged_model(model_id).artifact_location
+    version = stored.create_model_version(name, source, run_id=run_id, tags=tags, model_id=model_id).version
+    if val_score is not None and _beats(champion_of(uri, name), val_score, val_hash):
+        stored.set_registered_model_alias(name, CHAMPION, version)
+    return str(version)
+
+
+def champion_of(uri: str, name: str) -> Any:
+    """The version that the alias is at; None where there is none."""
+    mlflow = mlflow_module()
+    try:
+        return client(uri).get_model_version_by_alias(name, CHAMPION)
+    except mlflow.MlflowException:
+        return None
+
+
+def _beats(champion: Any, val_score: float, val_hash: str) -> bool:
+    if champion is None:
+        return True
+    if champion.tags.get(VAL) != val_hash:
+        logger.warning("the champion %s was chosen on another val split; it stays", champion.version)
+        return False
+    return val_score > float(champion.tags[SCORE])
+
+
+def versions_of_run(uri: str, name: str, run_id: str) -> list[str]:
+    """Numbers of the versions that a run has made."""
+    found = client(uri).search_model_versions(f"name = '{name}'")
+    return [str(version.version) for version in found if version.run_id == run_id]

@@ -1,0 +1,90 @@
+"""Encoded clips as one safetensors file, and captions ranked against them: what a served model searches.
+
+M videos, F frames, D embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from gare.data.files import read_bytes, write_atomically
+from gare.errors import DataError
+from gare.model.features import VideoFeatures
+from gare.model.gare import GARE
+from gare.model.tokenizer import tokenize
+
+#: Name of the file, in an evaluation's folder and beside a served model's weights.
+FILE = "gallery.safetensors"
+_IDS = "video_ids"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Encoded clips.
+
+    Attributes:
+        video_ids: M names.
+        features: of the clips.
+    """
+
+    video_ids: tuple[str, ...]
+    features: VideoFeatures
+
+
+def write_gallery(uri: str, video_ids: Sequence[str], frames: np.ndarray, mask: np.ndarray) -> None:
+    """Writes a gallery, whole or not at all.
+
+    Args:
+        uri: the file.
+        video_ids: M names.
+        frames: (M, F, D) float32.
+        mask: (M, F) bool.
+    """
+    # The names are bytes of JSON in an array: readers of the format need not give its metadata.
+    ids = np.frombuffer(json.dumps(list(video_ids)).encode(), np.uint8)
+    content = {"frames": np.ascontiguousarray(frames), "mask": np.ascontiguousarray(mask), _IDS: ids}
+    write_atomically(uri, save(content))
+
+
+def read_gallery(uri: str) -> Gallery:
+    """Reads a gallery.
+
+    Raises:
+        DataError: where it is missing or not a gallery.
+    """
+    try:
+        content = load(read_bytes(uri))
+        ids = tuple(str(one) for one in json.loads(content[_IDS].tobytes()))
+        features = VideoFeatures(torch.from_numpy(content["frames"]), torch.from_numpy(content["mask"]))
+        if features.frames.shape[:2] != features.mask.shape or len(ids) != len(features):
+            raise ValueError(f"{len(ids)} names, frames {tuple(features.frames.shape)}")
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"is no gallery: {error}", where=uri, accepted="one that evaluate wrote") from error
+    return Gallery(ids, features)
+
+
+@torch.inference_mode()
+def search(model: GARE, gallery: Gallery, captions: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
+    """The best videos of each caption with their scores, the best first.
+
+    Args:
+        model: the trained model.
+        gallery: what is searched.
+        captions: queries.
+        top: videos of each at most.
+    """
+    token_ids, token_mask = tokenize(captions, model.config.max_words)
+    scores: Tensor = model.score(model.encode_text(token_ids, token_mask), gallery.features).float()
+    best = scores.topk(min(top, len(gallery.video_ids)), dim=1)
+    return [
+        [(gallery.video_ids[video], score) for video, score in zip(videos, values, strict=True)]
+        for videos, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

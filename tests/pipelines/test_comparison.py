@@ -1,0 +1,115 @@
+"""--compare and --suite: one table of runs that were trained and scored, in MLflow too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.storage import Layout
+from cluster.tracking import use_served_model
+from cluster.tracking.client import client
+from cluster.tracking.tracker import connect
+from gare.data.files import copy_files
+from gare.retrieval.queries import read_queries
+from pipelines import evaluate
+from tests.pipelines.support import in_process, tiny
+
+
+def stored(places: Layout) -> Any:
+    return client(connect(tiny().tracking, places.root).tracking_uri)
+
+
+@pytest.fixture(scope="module")
+def second(trained: dict[str, Any], places: Layout) -> str:
+    """A copy of the run ``first`` as if of another seed, not evaluated, with an MLflow run of its own."""
+    source, target = Path(places.run("first")), Path(places.run("again"))
+    copy_files(str(source / "best"), str(target / "best"))
+    record = json.loads((source / "run.json").read_text())
+    record["settings"]["train"] |= {"seed": 1, "run": "again"}
+    record["mlflow_run_id"] = connect(tiny().tracking, places.root).start_run("tiny/again").run_id
+    (target / "run.json").write_text(json.dumps(record))
+    saved = target / "best" / "config.yaml"
+    saved.write_text(saved.read_text().replace("run: first", "run: again"))
+    return str(record["mlflow_run_id"])
+
+
+def test_a_run_says_what_it_was_measured_on(trained: dict[str, Any], places: Layout) -> None:
+    """Without these, two rows of the UI that are of different things look alike."""
+    run = stored(places).get_run(trained["mlflow_run_id"])
+    tags = run.data.tags
+    assert (tags["benchmark"], tags["split"], tags["N_text"], tags["N_video"]) == (
+        "synthetic",
+        "test",
+        "50",
+        "10",
+    )
+    assert tags["test.split_hash"] == tags["split_hash"]
+    assert tags["val.split_hash"] != tags["test.split_hash"]
+    known = {"decoder": "auto", "frames": "4", "world_size": "2", "batch": "8", "precision": "float32"}
+    assert known.items() <= tags.items()
+    assert {"protocol", "seed", "git.revision"} <= set(tags)
+    assert tags["test.post-processing"] == "none"
+    assert tags["ray.job"] != "none"
+    model = stored(places).get_logged_model(trained["mlflow_model"].removeprefix("models:/"))
+    (metric,) = [one for one in model.metrics if one.key == "test/t2v/R1"]
+    digests = {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs}
+    assert (metric.dataset_name, metric.dataset_digest) == ("synthetic-test", digests["synthetic-test"])
+    assert tags["split_hash"].startswith(metric.dataset_digest)
+    assert metric.value == run.data.metrics["test/t2v/R1"] == trained["evaluation"]["metrics"]["t2v/R1"]
+
+
+def test_suite_and_comparison(
+    trained: dict[str, Any], second: str, places: Layout, tiny_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is asked of two runs is answered by one command, and is found again in MLflow."""
+    runs = 'evaluate.runs=["first", "tiny/again"]'
+    arguments = ("--config", tiny_yaml, "--suite", "seeds", runs)
+    answer = in_process(capsys, evaluate.run, *arguments, flags=evaluate.FLAGS)
+    assert answer.status == 0, answer.stderr
+    suite = json.loads(answer.stdout)
+    score = trained["evaluation"]["metrics"]["t2v/R1"]
+    assert suite["numbers"]["synthetic/gare/t2v/R1/mean"] == pytest.approx(score)
+    assert suite["numbers"]["synthetic/gare/t2v/R1/deviation"] == 0
+    assert "gare: mean of 2 seeds" in answer.stderr
+    parent = stored(places).get_run(suite["mlflow_run_id"])
+    assert parent.data.metrics["synthetic/gare/t2v/R1/mean"] == pytest.approx(score)
+    for child in (trained["mlflow_run_id"], second):
+        assert stored(places).get_run(child).data.tags["mlflow.parentRunId"] == parent.info.run_id
+    files = stored(places).list_artifacts(parent.info.run_id)
+    assert {item.path for item in files} == {"table.md", "figures"}
+    again = in_process(capsys, evaluate.run, *arguments, flags=evaluate.FLAGS)
+    assert json.loads(again.stdout)["mlflow_run_id"] == parent.info.run_id
+
+    compare = ("--config", tiny_yaml, "--compare", "first", second)
+    answer = in_process(capsys, evaluate.run, *compare, flags=evaluate.FLAGS)
+    assert answer.status == 0, answer.stderr
+    assert json.loads(answer.stdout)["numbers"]["synthetic/t2v/R1/difference"] == 0
+    assert "second − first" in answer.stderr
+    unknown = ("--config", tiny_yaml, "--compare", "first", "nothing")
+    refused = in_process(capsys, evaluate.run, *unknown, flags=evaluate.FLAGS)
+    refused.refused(3, "run nothing", "pipelines/evaluate.py")
+
+
+def test_the_registered_model_ranks_videos(trained: dict[str, Any], places: Layout) -> None:
+    """What was evaluated is what answers people's captions, found by its alias."""
+    assert trained["evaluation"]["registered"] == "gare-tiny/1"
+    uri = connect(tiny().tracking, places.root).tracking_uri
+    served = use_served_model(uri, "models:/gare-tiny@champion")
+    rows = read_queries(trained["evaluation"]["ranks"]["plain"]).of_direction("t2v").to_pylist()[:3]
+    answers = served.predict([row["caption"] for row in rows])
+    assert served.metadata.signature.outputs.input_names() == ["video_ids", "scores"]
+    for answer, row in zip(answers, rows, strict=True):
+        assert answer["scores"] == pytest.approx(row["top_scores"], abs=1e-5)
+        assert set(answer["video_ids"]) == set(row["top_video_ids"])
+    (version,) = stored(places).search_model_versions("name = 'gare-tiny'")
+    assert float(version.tags["val.score"]) == trained["val/t2v/R1"]
+
+
+def test_figures_are_in_mlflow(trained: dict[str, Any], places: Layout) -> None:
+    """A run is judged in the UI by what it shows there."""
+    files = {item.path for item in stored(places).list_artifacts(trained["mlflow_run_id"], "figures")}
+    names = ("curves", "increments", "retrieval-test", "ranks-test", "similarity-test", "best-and-worst-test")
+    assert files >= {f"figures/{name}.png" for name in names}

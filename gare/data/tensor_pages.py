@@ -57,21 +57,29 @@ def low_bytes(chunk: bytes, codec: str) -> list[npt.NDArray[np.uint8]]:
                 raise UnknownPageError(str(header))
             if _CRC in header and zlib.crc32(view[place:end]) != header[_CRC] & 0xFFFFFFFF:
                 raise OSError("a page's bytes have changed since it was written")
-            page: Any = pa.Codec("zstd").decompress(view[place:end], decompressed_size=header[_SIZE])
-            found.append(_low_bytes_of_page(page, header[_DATA_HEADER][_NUM_VALUES]))
+            page: Any = pa.CompressedInputStream(pa.BufferReader(view[place:end]), "zstd")
+            found.append(_low_bytes_of_page(page, header[_SIZE], header[_DATA_HEADER][_NUM_VALUES]))
             place = end
     except (KeyError, IndexError, TypeError, struct.error) as error:
         raise UnknownPageError(str(error)) from error
     return found
 
 
-def _low_bytes_of_page(page: Any, count: int) -> npt.NDArray[np.uint8]:
-    start = 0
+def _low_bytes_of_page(page: Any, size: int, count: int) -> npt.NDArray[np.uint8]:
+    """The low bytes come first; what follows them is not even decompressed."""
+    levels = 0
     for _ in range(2):  # repetition and definition levels, each behind its length
-        start += 4 + int(struct.unpack_from("<I", page, start)[0])
-    if len(page) - start != 4 * count:
-        raise UnknownPageError(f"{len(page) - start} bytes of {count} values")
-    return np.frombuffer(page, np.uint8, count, start)
+        (length,) = struct.unpack("<I", page.read(4))
+        if levels + length > size:
+            raise UnknownPageError(f"levels of {length} bytes in a page of {size}")
+        page.read(length)
+        levels += 4 + length
+    if size - levels != 4 * count:
+        raise UnknownPageError(f"{size - levels} bytes of {count} values")
+    low = page.read_buffer(count)
+    if len(low) != count:
+        raise UnknownPageError(f"{len(low)} low bytes of {count} values")
+    return np.frombuffer(low, np.uint8)
 
 
 # Thrift's compact protocol, as much of it as page headers use.

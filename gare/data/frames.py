@@ -6,7 +6,7 @@ M clips, F frames, H×W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -73,16 +73,15 @@ class FrameReader:
     ) -> None:
         try:
             opened = self._open(part)
-            raw = self.encoding == "raw"
-            row = opened.read(position, ["num_frames"] if raw else ["num_frames", "frames"])
-            count = int(row["num_frames"][0].as_py())
+            count = opened.num_frames[position]
             if not 0 < count <= len(frames):
                 raise ValueError(f"{count} frames; accepted: 1 to {len(frames)}")
-            if raw:
+            if self.encoding == "raw":
                 opened.fill(frames, position)
             else:
+                jpegs = opened.read(position, ["frames"])["frames"][0].as_py()
                 # strict: a frame that the row lacks would be read as a black one.
-                for frame, jpeg in zip(frames[:count], row["frames"][0].as_py(), strict=True):
+                for frame, jpeg in zip(frames[:count], jpegs, strict=True):
                     frame[:] = decode_jpeg(jpeg)
                 frames[count:] = 0
         except (OSError, ValueError, pa.ArrowException, DataError) as error:
@@ -100,6 +99,11 @@ class _OpenPart:
         names = self.parquet.schema_arrow.names
         leaves = [self.parquet.schema.column(place).path for place in range(len(self.parquet.schema))]
         self.leaf = leaves.index("frames.list.element") if "frames" in names else -1
+
+    @cached_property
+    def num_frames(self) -> list[int]:
+        """Real frames of each clip."""
+        return [int(count) for count in self.parquet.read(columns=["num_frames"])["num_frames"].to_pylist()]
 
     def read(self, position: int, columns: list[str]) -> pa.Table:
         table: pa.Table = self.parquet.read_row_group(position, columns=columns)

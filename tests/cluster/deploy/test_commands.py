@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -215,23 +217,29 @@ def test_crontab_is_one_that_cron_takes() -> None:
 
 def test_nightly_job_that_is_ended_early_stops_what_it_submitted(tmp_path: Path) -> None:
     """Else the job goes on unwatched, and the next night starts beside it."""
-    os.mkfifo(tmp_path / "submitted")
+    # A copy, in a tree without the .venv whose own `ray` the script would prefer.
+    nightly = tmp_path / "cluster/deploy/nightly-extract.sh"
+    nightly.parent.mkdir(parents=True)
+    shutil.copy(DEPLOY / nightly.name, nightly)
     os.mkfifo(tmp_path / "held")
     (tmp_path / "ray").write_text(
         '#!/bin/sh\ncd "$(dirname "$0")"\necho "$*" >> calls\n'
-        "case $2 in submit) echo > submitted; cat held;; esac\n"
+        "case $2 in submit) touch submitted; cat held;; esac\n"
     )
     (tmp_path / "ray").chmod(0o755)
     script = subprocess.Popen(
-        [DEPLOY / "nightly-extract.sh", "--config", "conf/own.yaml"],
+        [nightly, "--config", "conf/own.yaml"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
     )
-    (tmp_path / "submitted").read_text()
+    while not (tmp_path / "submitted").exists():
+        assert script.poll() is None
+        time.sleep(0.02)
     script.terminate()
     _, mail = script.communicate(timeout=60)
-    (tmp_path / "held").write_text("")
+    # The client goes on until its pipe ends.
+    os.close(os.open(tmp_path / "held", os.O_WRONLY | os.O_NONBLOCK))
     assert script.returncode == 4
     submit, stop = (tmp_path / "calls").read_text().splitlines()
     [job] = re.findall(r"--submission-id (\S+)", submit)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import statistics
 import tempfile
 import time
@@ -11,27 +10,23 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from cluster.command import main, set_up_logging
+from cluster.command import main
 from cluster.session import fault_of, ray_session, require_train_resources
 from cluster.storage import Layout, absolute, layout
-from cluster.stream import stream
 from cluster.tracking import RunHandle, Tracker, connect, git_revision, run_tags, split_tags
 from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.errors import ConfigError, DivergedError, GareError
 from gare.retrieval.evaluated import split_hash_of
 from gare.train.data import StoredSplits, read_splits
-from gare.train.from_features import attach_towers, loader_of, settings_of, write_start
+from gare.train.from_features import attach_towers, settings_of, write_start
 from gare.train.history import History
-from gare.train.plan import Plan, plan_run
+from pipelines.training import plan_of, store_of, train_worker
 
 logger = logging.getLogger(__name__)
 
 #: What the best checkpoint is best at; always on val.
 SELECTION = "val/t2v/R1"
-PROGRESS_EVERY_S = 10.0
-#: Steps whose metrics go to MLflow together.
-LOG_EVERY = 10
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: What matters of data and extract is in the fingerprints.
 FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
@@ -53,7 +48,7 @@ def run(config: Config) -> dict[str, Any]:
     places = layout(config)
     folder = places.run(config.train.run)
     settings = settings_of(config)
-    splits = read_splits(places.manifest, _store(config, places), config.extract, settings)
+    splits = read_splits(places.manifest, store_of(config, places), config.extract, settings)
     vocabulary = ClipConfig().vocab_size
     if config.model.clip.vocab_size < vocabulary:
         raise ConfigError(
@@ -61,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
             where="model.clip.vocab_size",
             accepted=f"{vocabulary}, the tokens of CLIP, or more",
         )
-    _plan(config, splits, rank=0)
+    plan_of(config, splits, rank=0)
     earlier = {} if config.train.overwrite else _earlier_run(config, folder, splits)
     if earlier and exists(join(folder, "result.json")):
         logger.info("%s is done; train.overwrite=true trains it again", folder)
@@ -99,16 +94,6 @@ def _with_absolute_paths(config: Config) -> Config:
     train = config.train.model_copy(update={"clip_weights": absolute(config.train.clip_weights)})
     features = config.features.model_copy(update={"weights": absolute(config.features.weights)})
     return config.model_copy(update={"train": train, "features": features})
-
-
-def _store(config: Config, places: Layout) -> str:
-    return places.features if config.train.input == "features" else places.frames
-
-
-def _plan(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
-    captions = [len(row.captions) for row in splits.train]
-    workers = config.cluster.train_workers
-    return plan_run(captions, len(splits.val), config.train, rank=rank, world_size=workers)
 
 
 def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
@@ -237,116 +222,6 @@ def _cause(error: Exception) -> GareError:
     first = failures[0] if failures else error
     lines = str(first).strip().splitlines() or ["no more is known"]
     return GareError(f"training failed: {type(first).__name__}: {lines[-1]}")
-
-
-def train_worker(task: dict[str, Any]) -> DivergedError | None:
-    """One Ray Train worker: builds its learner, restores it, runs its share of the plan.
-
-    Returns:
-        What made training diverge, on all workers together; raised, it would have Ray try again in vain.
-    """
-    import ray.train
-    from ray.train.torch import get_device
-
-    from gare.train.loop import run_loop
-    from gare.train.start import initial_model, read_start
-    from gare.train.state import restore_learner
-    from gare.train.step import build_learner
-
-    set_up_logging(replace=True)
-    config: Config = task["config"]
-    places = layout(config)
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    splits = read_splits(places.manifest, _store(config, places), config.extract, task["settings"])
-    rows = {"train": splits.train, "val": splits.val}
-    plan = _plan(config, splits, rank=rank)
-    from_features = config.train.input == "features"
-    model = read_start(join(places.run(config.train.run), "start"), config.model) if from_features else None
-    learner = build_learner(model or initial_model(config), config, plan.num_steps, get_device())
-    start_epoch = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            start_epoch = restore_learner(folder, learner)
-    ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
-    first = plan.epoch_starts[start_epoch] if start_epoch < len(plan.epoch_starts) else len(ids)
-    numbers = range(first, len(ids))
-    load = loader_of(config, _store(config, places), ids, plan, words=learner.model.needs_words)
-    loader = load() if from_features else None
-    # Features that fit into memory are read in this process, where they cost next to nothing.
-    near = loader is not None and loader.reader.whole
-    clips = map(loader, numbers) if near else stream(load, numbers)
-    report = Reporter(config, places, task["handle"], learner, rank, start_epoch)
-    try:
-        run_loop(learner, plan, start_epoch, rows, clips, get_device(), report.step, report.epoch)
-    except DivergedError as fault:
-        return fault
-    return None
-
-
-class Reporter:
-    """Writes what the loop reports: progress, MLflow, the record and checkpoints; on rank 0 but for Ray's."""
-
-    def __init__(
-        self, config: Config, places: Layout, handle: RunHandle, learner: Any, rank: int, start_epoch: int
-    ) -> None:
-        self.config, self.handle, self.learner, self.rank = config, handle, learner, rank
-        record = join(places.run(config.train.run), "history.json")
-        self.history = History.read(record, step=learner.step, epoch=start_epoch)
-        self.shown = time.monotonic()
-        self.started, self.first_step = self.shown, learner.step
-
-    def step(self, step: int, values: dict[str, float]) -> None:
-        """After an optimiser step."""
-        if self.rank:
-            return
-        self.history.add_step(step, values)
-        if step % LOG_EVERY == 0 or step == self.learner.num_steps:
-            self.handle.log_metrics(values, step)
-        now = time.monotonic()
-        if now - self.shown > PROGRESS_EVERY_S or step == self.learner.num_steps:
-            self.shown = now
-            rate = (step - self.first_step) / (now - self.started)
-            logger.info(
-                "%s: step %d of %d, loss %.3f, %.0f pairs/s, data wait %.0f %%, %.0f s left",
-                self.config.train.run,
-                step,
-                self.learner.num_steps,
-                values["loss/total"],
-                rate * self.config.train.batch_size,
-                100 * values["time/data_wait_s"] / (values["time/data_wait_s"] + values["time/step_s"]),
-                (self.learner.num_steps - step) / rate,
-            )
-
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        """After an epoch; all workers must call it."""
-        import ray.train
-
-        from gare.train.state import save_checkpoint
-
-        named = {f"val/{name}": value for name, value in metrics.items()}
-        report = named | {"epoch": epoch, "step": self.learner.step}
-        if self.rank:
-            ray.train.report(report)
-            return
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.history.add_epoch(epoch, named | {"memory/worker_peak_bytes": memory})
-        self.history.save()
-        self.handle.log_metrics(
-            named | {"memory/worker_peak_bytes": memory, "epoch": epoch}, self.learner.step
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(folder, self.learner, epoch)
-            ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        if named:
-            logger.info(
-                "%s: epoch %d of %d, val R@1 %.1f t2v, %.1f v2t",
-                self.config.train.run,
-                epoch,
-                self.config.train.epochs,
-                named["val/t2v/R1"],
-                named["val/v2t/R1"],
-            )
 
 
 def _finish(

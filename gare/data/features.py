@@ -209,7 +209,7 @@ def _open_part(part: str) -> Any:
     try:
         filesystem, path = open_fs(part)
         return pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"cannot be read: {error}", where=part) from error
 
 

@@ -153,7 +153,7 @@ def read_manifest(uri: str) -> Manifest:
     data = read_bytes(uri)
     try:
         table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"is not a Parquet file: {error}",
             where=uri,

@@ -146,7 +146,7 @@ def checksum_fault(data: bytes) -> str:
     """What is wrong with the bytes of a part by their checksum; empty if nothing is."""
     try:
         metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         return f"is not whole Parquet: {error}"
     stated = metadata.get(CHECKSUM.encode(), b"")
     place = data.rfind(stated)
@@ -223,7 +223,7 @@ def read_columns(part: str, columns: Sequence[str] | None) -> pa.Table:
                 )
             table = file.read(columns=None if columns is None else list(columns))
             return table.replace_schema_metadata(file.metadata.metadata)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
             f"cannot be read: {error}", where=part, accepted="a Parquet part of a store"
         ) from error

@@ -163,7 +163,7 @@ def _check_group(location: str, file: pq.ParquetFile, group: int, meta: StoreMet
     """A row group: one clip of a data part, all rows of a failures part."""
     try:
         table = file.read_row_group(group)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         yield _fault(location, "", f"row group {group} cannot be read: {error}")
         return
     for index in range(len(table)):

@@ -31,6 +31,11 @@ def test_every_changed_byte_is_found(rng: np.random.Generator, tmp_path: Path) -
         changed = bytearray(data)
         changed[place] ^= 1 << int(rng.integers(8))
         assert checksum_fault(bytes(changed)), place
+    # All of the footer: names that are no UTF-8 any more, counts, offsets.
+    for place in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 0x80
+        assert checksum_fault(bytes(changed)), place
     assert checksum_fault(data[:-1])
     assert checksum_fault(b"")
 

@@ -78,7 +78,7 @@ class Outage(threading.Thread):
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             runs = json.load(answer).get("runs", [])
         return bool(runs and runs[0]["data"].get("metrics"))
 
@@ -130,7 +130,7 @@ def test_server_lost_in_the_middle_of_a_run_loses_and_doubles_nothing(
     names = {Path(file.path).name for file in mlflow.list_artifacts(run.info.run_id, "figures")}
     assert "retrieval-test.png" in names
     with urllib.request.urlopen(
-        f"{server.environment['AWS_ENDPOINT_URL']}/gare?list-type=2", timeout=30
+        f"{server.environment['AWS_ENDPOINT_URL']}/gare?list-type=2", timeout=120
     ) as bucket:
         assert f"{run.info.run_id}/artifacts/figures/retrieval-test.png" in bucket.read().decode()
     log = server.log.read_text()
@@ -147,7 +147,7 @@ def test_server_refuses_a_page_of_another_site(server: MlflowServer) -> None:
             {"Content-Type": "application/json", "Host": host},
         )
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:
                 seen = answer.status
         except urllib.error.HTTPError as error:
             seen = error.code

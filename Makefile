@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test lint bench bench-extract bench-reads fuzz ui clean
+.PHONY: help install demo test suite screenshots lint bench bench-extract bench-reads fuzz ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests"
+	@echo "make suite    two benchmarks, two models, two seeds: the whole way to one table, checked (5 min)"
+	@echo "make screenshots  the MLflow pages of the suite's runs as pictures (needs Chromium)"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
@@ -30,6 +32,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+suite: install
+	$(BIN)/python -m tests.suite
+
+screenshots: install
+	$(BIN)/python -m tests.screenshots
 
 lint: install
 	$(BIN)/ruff check .

@@ -151,7 +151,7 @@ def heading_of(run: Evaluated) -> str:
     """What a run was measured on."""
     on = run.measured_on
     return (
-        f"{on['benchmark']} {on['split']}: {on['protocol']}; {on['num_texts']:,} texts × "
+        f"{run.benchmark} {on['split']}: {on['protocol']}; {on['num_texts']:,} texts × "
         f"{on['num_videos']:,} videos; split {on['split_sha256'][:12]}"
     )
 

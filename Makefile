@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test suite screenshots lint bench bench-extract bench-reads fuzz ui clean
+.PHONY: help install demo test suite screenshots lint bench bench-extract bench-reads bench-evaluate fuzz ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -16,6 +16,7 @@ help:
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
+	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
 
@@ -56,6 +57,9 @@ bench-extract: install
 
 bench-reads: install
 	$(BIN)/python -m tests.benchmarks.reads
+
+bench-evaluate: install
+	$(BIN)/python -m tests.benchmarks.evaluation
 
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare

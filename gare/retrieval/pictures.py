@@ -79,7 +79,7 @@ def retrieval_picture(examples: Sequence[Example], title: str = "Text to video")
     figure.text(
         0.012,
         1 - 0.3 / height,
-        _literal(_ellipsis(_plain(title), 60)),
+        _literal(ellipsis(_plain(title), 60)),
         size=14,
         weight="bold",
         color=INK,
@@ -130,7 +130,7 @@ def _thumbnail(
     weight = "bold" if candidate.is_right else "normal"
     colour = frame or INK
     axes.text(0, 1.045, label, transform=axes.transAxes, size=9.5, weight=weight, color=colour, va="bottom")
-    name = _literal(_ellipsis(_plain(candidate.video_id), 21))
+    name = _literal(ellipsis(_plain(candidate.video_id), 21))
     axes.text(0.5, -0.05, name, transform=axes.transAxes, size=8.5, color=FAINT, va="top", ha="center")
 
 
@@ -155,7 +155,7 @@ def curves_picture(
     figure = Figure(figsize=(width, 4.4), dpi=100, facecolor="white", layout="constrained")
     if title:
         figure.suptitle(
-            _literal(_ellipsis(_plain(title), 120)), size=13, weight="bold", color=INK, x=0.01, ha="left"
+            _literal(ellipsis(_plain(title), 120)), size=13, weight="bold", color=INK, x=0.01, ha="left"
         )
     *lefts, right = figure.subplots(1, len(panels) + 1)
     for left, (curves, heading) in zip(lefts, panels, strict=True):
@@ -218,7 +218,7 @@ def draw_lines(
         style = "-" if index < len(LINES) else "--"
         axes.plot(
             points[:, 0], points[:, 1], style, color=LINES[index % len(LINES)], marker=marker, markersize=4.5,
-            linewidth=1.7, label=f"{_literal(_ellipsis(_plain(name), 40))}  (last {_last(points):.4g})",
+            linewidth=1.7, label=f"{_literal(ellipsis(_plain(name), 40))}  (last {_last(points):.4g})",
         )  # fmt: skip
     steps = np.concatenate([points[:, 0] for points in drawn.values()])
     if steps.min() == steps.max():
@@ -263,7 +263,7 @@ def contact_sheet(images: Sequence[NDArray[np.uint8]], captions: Sequence[str], 
         axes.imshow(_shrink(image, 320))
         axes.set_axis_off()
         lines = textwrap.wrap(_plain(caption), 28)
-        text = "\n".join([*lines[:2], _ellipsis(lines[2], 26) + " …"] if len(lines) > 3 else lines)
+        text = "\n".join([*lines[:2], ellipsis(lines[2], 26) + " …"] if len(lines) > 3 else lines)
         figure.text(
             (column + 0.5) / columns,
             1 - (row + 0.73) / rows,
@@ -305,7 +305,7 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _ellipsis(text: str, length: int) -> str:
+def ellipsis(text: str, length: int) -> str:
     """Keeps both ends: ids often differ only in the last characters."""
     if len(text) <= length:
         return text

@@ -64,7 +64,7 @@ bench-evaluate: install
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare
 ui: install
-	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(abspath $(GARE_ROOT))/mlflow.db
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(abspath $(GARE_ROOT))/mlflow.db
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -20,8 +20,9 @@ from gare.errors import GareError
 
 logger = logging.getLogger(__name__)
 
-#: MLflow's tag of a run's description, ours for the hash of the one that we wrote, and what a tag holds.
-NOTE, WRITTEN_NOTE, NOTE_LENGTH = "mlflow.note.content", "note.written", 8000
+#: MLflow's tag of a run's description, ours for the hash of the one that we wrote (its pages show no tags of
+#: that prefix), and what a tag holds.
+NOTE, WRITTEN_NOTE, NOTE_LENGTH = "mlflow.note.content", "mlflow.note.written", 8000
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 T = TypeVar("T")

@@ -13,9 +13,10 @@ from typing import Any
 #: Says that the experiment has had its views, so that a person who deletes one is not given it again.
 MARK = "gare.views"
 VERSION = "1"
-_VIEW = "mlflow.sharedViewState."
+#: Prefix of the tags that are views.
+VIEW = "mlflow.sharedViewState."
 #: Keys of the views, as in a link to one: ``…/#/experiments/ID/runs?viewStateShareKey=scores``.
-SCORES, MEANS = "scores", "means"
+SCORES, MEANS, CHARTS = "scores", "means", "charts"
 #: Columns with their widths in pixels, in order.
 _WHAT = {"tags.`benchmark`": 110, "tags.`model`": 90, "tags.`seed`": 60}
 _SCORES = {
@@ -40,8 +41,9 @@ def experiment_tags(known: Container[str] = ()) -> dict[str, str]:
         MARK: VERSION,
         # Else the pages open among those for language models, and hide the model's metrics.
         "mlflow.experimentKind": "custom_model_development",
-        _VIEW + SCORES: _view("Scores on test, run by run", _scores()),
-        _VIEW + MEANS: _view("Mean over seeds", _means()),
+        VIEW + SCORES: _view("Scores on test, run by run", _scores()),
+        VIEW + MEANS: _view("Mean over seeds", _means()),
+        VIEW + CHARTS: _view("Scores on test, as charts", _charts()),
     }
     return {key: value for key, value in tags.items() if key not in known}
 
@@ -57,6 +59,10 @@ def _scores() -> dict[str, Any]:
 def _means() -> dict[str, Any]:
     keys = [{"mode": "tag", "groupByData": name} for name in ("benchmark", "split_hash", "model")]
     return _state(_SCORES) | {"groupBy": {"aggregateFunction": "average", "groupByKeys": keys}}
+
+
+def _charts() -> dict[str, Any]:
+    return _state(_WHAT | _SCORES) | {"chartsSearchFilter": "^test/(t2v|v2t)/(R1|R5|R10|MdR)$"}
 
 
 def _state(columns: Mapping[str, int]) -> dict[str, Any]:

@@ -51,11 +51,13 @@ class Section:
         heading: what that is.
         rows: its lines.
         notes: what a reader must know, such as why runs are not comparable.
+        verdict: what it comes to, in a line.
     """
 
     heading: str
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    verdict: str = ""
 
 
 @dataclass
@@ -81,6 +83,10 @@ class ScoreTable:
             lines += [row.markdown() for row in section.rows]
             lines += ["", *(f"- {_cell(note)}" for note in section.notes)] if section.notes else []
         return "\n".join(lines) + "\n"
+
+    def note(self) -> str:
+        """The verdicts, then the table, as Markdown: pages that fold a text away show its first lines."""
+        return "".join(f"- {_cell(section.verdict)}\n" for section in self.sections) + "\n" + self.markdown()
 
 
 def _cell(text: str) -> str:
@@ -112,12 +118,16 @@ def compared_table(
         if reasons:
             said = f"NOT COMPARABLE: {first.name} and {second.name}: {'; '.join(reasons)}"
             for run in (first, second):
-                table.sections.append(Section(heading_of(run), [run_row(run)], [said]))
+                verdict = f"{run.benchmark}: NOT COMPARABLE, {run.name} has R@1 {run.metrics['t2v/R1']:.1f}"
+                table.sections.append(Section(heading_of(run), [run_row(run)], [said], verdict))
                 _add_paper(table.sections[-1], run)
             continue
         section = Section(heading_of(first), [run_row(first), run_row(second)])
         section.rows.append(_difference_row(differences))
-        section.notes.append(_verdict(first, second, differences["t2v/R1"]))
+        verdict = _verdict(first, second, differences["t2v/R1"])
+        scores = f"{first.metrics['t2v/R1']:.1f} and {second.metrics['t2v/R1']:.1f}"
+        section.verdict = f"{first.benchmark}: {verdict}; {scores}"
+        section.notes.append(verdict)
         if section.rows[-1].better | section.rows[-1].worse:
             section.notes.append("marked: intervals without 0; green or red: the second is better or worse")
         _add_paper(section, first)
@@ -144,6 +154,7 @@ def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
         by_settings: dict[str, list[Evaluated]] = {}
         for run in members:
             by_settings.setdefault(run.settings, []).append(run)
+        said = []
         models = [seeds[0].model for seeds in by_settings.values()]
         all_means = [
             {metric: _mean_of(seeds, metric) for metric in seeds[0].metrics} for seeds in by_settings.values()
@@ -153,10 +164,12 @@ def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
             model = seeds[0].model
             label = model if models.count(model) == 1 else f"{model}-{settings[:8]}"
             section.rows.append(_mean_row(label, len(seeds), means, all_means))
+            said.append(f"{label} {section.rows[-1].cells[1]}")
             for metric, (mean, deviation) in means.items():
                 table.numbers[f"{name}/{label}/{metric}/mean"] = mean
                 if deviation is not None:
                     table.numbers[f"{name}/{label}/{metric}/deviation"] = deviation
+        section.verdict = f"{name}, text → video R@1: {', '.join(said)}"
         if any(row.better for row in section.rows):
             section.notes.append("marked: the best mean; the deviations say whether that is more than chance")
         if any(len(seeds) == 1 for seeds in by_settings.values()):

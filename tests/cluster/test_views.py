@@ -9,10 +9,8 @@ import pytest
 from cluster.tracking import connect
 from cluster.tracking.client import client
 from cluster.tracking.tracker import Tracker
-from cluster.tracking.views import MARK, MEANS, SCORES
+from cluster.tracking.views import CHARTS, MARK, MEANS, SCORES, VIEW
 from gare.config import TrackingConfig
-
-VIEW = "mlflow.sharedViewState."
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def tags(tracker: Tracker) -> dict[str, str]:
 
 def test_a_new_experiment_has_views_of_scores(root: str, tracker: Tracker) -> None:
     """Else the first page that anyone opens shows no score."""
-    for key in (SCORES, MEANS):
+    for key in (SCORES, MEANS, CHARTS):
         view = json.loads(tags(tracker)[VIEW + key])
         state = json.loads(view["state"])
         assert view["name"]
@@ -51,7 +49,7 @@ def test_an_experiment_of_before_gets_them_once(root: str, tracker: Tracker) -> 
     stored = client(tracker.tracking_uri)
     stored.create_experiment("old")
     connected = connect(TrackingConfig(experiment="old"), root)
-    assert {MARK, VIEW + SCORES, VIEW + MEANS} <= set(tags(connected))
+    assert {MARK, VIEW + SCORES, VIEW + MEANS, VIEW + CHARTS} <= set(tags(connected))
 
 
 def test_a_description_that_a_person_wrote_stays(tracker: Tracker) -> None:

@@ -76,7 +76,8 @@ def _best_and_worst(rank: NDArray[np.float64], video: NDArray[np.int64], count: 
 def _of_different_videos(texts: NDArray[np.int64], video: NDArray[np.int64]) -> list[int]:
     """The texts in their order, but those of a video that has had its turn after all others."""
     seen: set[int] = set()
-    first, later = [], []
+    first: list[int] = []
+    later: list[int] = []
     for text in texts.tolist():
         (later if int(video[text]) in seen else first).append(text)
         seen.add(int(video[text]))

@@ -204,7 +204,9 @@ def _number(value: float | None) -> str:
 
 
 def _difference_row(differences: dict[str, Difference]) -> Row:
-    cells, better, worse = [], set(), set()
+    cells: list[str] = []
+    better: set[int] = set()
+    worse: set[int] = set()
     for column, metric in enumerate(METRICS, 1):
         found = differences.get(metric)
         low, high = (found.interval.low, found.interval.high) if found else (0.0, 0.0)
@@ -234,7 +236,8 @@ def _mean_of(seeds: Sequence[Evaluated], metric: str) -> tuple[float, float | No
 
 
 def _mean_row(label: str, count: int, means: Means, others: Sequence[Means]) -> Row:
-    cells, better = [], set()
+    cells: list[str] = []
+    better: set[int] = set()
     for column, metric in enumerate(METRICS, 1):
         mean, deviation = means.get(metric, (None, None))
         cells.append(_number(mean) + ("" if deviation is None else f" ± {deviation:.1f}"))

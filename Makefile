@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test lint bench bench-extract bench-reads fuzz ui clean
+.PHONY: help install demo test suite screenshots lint bench bench-extract bench-reads bench-evaluate fuzz ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests"
+	@echo "make suite    two benchmarks, two models, two seeds: the whole way to one table, checked (5 min)"
+	@echo "make screenshots  the MLflow pages of the suite's runs as pictures (needs Chromium)"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
+	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
 
@@ -30,6 +33,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+suite: install
+	$(BIN)/python -m tests.suite
+
+screenshots: install
+	$(BIN)/python -m tests.screenshots
 
 lint: install
 	$(BIN)/ruff check .
@@ -49,10 +58,13 @@ bench-extract: install
 bench-reads: install
 	$(BIN)/python -m tests.benchmarks.reads
 
+bench-evaluate: install
+	$(BIN)/python -m tests.benchmarks.evaluation
+
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare
 ui: install
-	$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(abspath $(GARE_ROOT))/mlflow.db
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(abspath $(GARE_ROOT))/mlflow.db
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -98,6 +98,7 @@ def _log_table(
     handle = tracker.start_run(name, run_id=run_id, tags=tags)
     handle.log_metrics(table.numbers, 0)
     handle.log_text("table.md", markdown)
+    handle.describe(table.note())
     handle.log_figure_bytes("table.png", picture)
     for child in children:
         if child.mlflow_run_id:

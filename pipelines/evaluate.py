@@ -14,13 +14,22 @@ from cluster.actors import Actors
 from cluster.command import Flags, main
 from cluster.session import num_cpus, num_gpus, ray_session
 from cluster.storage import Layout, absolute, layout
-from cluster.tracking import RunHandle, connect, git_revision, processing_tag, run_tags, split_tags
+from cluster.tracking import (
+    RunHandle,
+    benchmark_name,
+    connect,
+    git_revision,
+    processing_tag,
+    run_tags,
+    split_tags,
+)
 from gare.config import Config, differences
 from gare.data.files import exists, join, read_json, write_atomically, write_json
 from gare.data.frames import FrameReader, NoPictures, open_pictures
-from gare.data.manifest import ManifestRow
+from gare.data.manifest import SPLITS, ManifestRow
 from gare.errors import CheckpointError, DataError
 from gare.retrieval.evaluated import split_hash_of
+from gare.retrieval.notes import evaluation_note
 from gare.train.data import StoredSplits, read_splits
 from pipelines.comparison import FOLDER_TAG, collect, compare
 from pipelines.registration import write_and_register
@@ -103,11 +112,13 @@ def run(config: Config) -> dict[str, Any]:
     registered = write_and_register(config, places, handle, rows, splits.val, features) if own else ""
     for figure, png in {"retrieval": picture, **figures}.items():
         handle.log_figure_bytes(f"{figure}-{split}.png", png)
-    handle.finish()
     result = {
         "run": config.train.run,
         "checkpoint": checkpoint,
+        "benchmark": benchmark_name(config, splits.benchmark),
+        "protocol": splits.protocol,
         "split": split,
+        "split_hash": dataset[1],
         "num_texts": counts["captions"],
         "num_videos": counts["videos"],
         **written,
@@ -116,6 +127,8 @@ def run(config: Config) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 2),
     }
     write_json(join(places.evaluation(config.train.run, split), "result.json"), result)
+    handle.describe(_note(places, config.train.run, result))
+    handle.finish()
     logger.info(
         "%s on %s: R@1 %.1f t2v, %.1f v2t over %d texts × %d videos",
         config.train.run,
@@ -126,6 +139,18 @@ def run(config: Config) -> dict[str, Any]:
         counts["videos"],
     )
     return result
+
+
+def _note(places: Layout, run: str, result: dict[str, Any]) -> str:
+    """The scores of this evaluation, and of those of the checkpoint's other splits."""
+    found = {result["split"]: result}
+    for split in SPLITS:
+        location = join(places.evaluation(run, split), "result.json")
+        if split not in found and exists(location):
+            other = read_json(location)
+            if other.get("mlflow_run_id") == result["mlflow_run_id"] and "split_hash" in other:
+                found[split] = other
+    return evaluation_note([found[split] for split in reversed(SPLITS) if split in found])
 
 
 def _tags(config: Config, splits: StoredSplits, places: Layout, num_texts: int) -> dict[str, Any]:

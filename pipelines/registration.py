@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from gare.data.files import copy_files, exists, join, read_bytes, read_json
 from gare.data.manifest import ManifestRow
 from gare.retrieval.evaluated import split_hash_of
 from gare.retrieval.gallery import FILE, write_gallery
+
+logger = logging.getLogger(__name__)
 
 #: What a champion is best at; of the training's result, and so never of test.
 SELECTION = "val/t2v/R1"
@@ -65,7 +68,16 @@ def write_and_register(
         )
     if not model:
         return ""
-    version = handle.register(
-        name, model, val_score=trained.get(SELECTION) if val else None, val_hash=split_hash_of(val)
-    )
+    score = trained.get(SELECTION) if val else None
+    version = handle.register(name, model, val_score=score, val_hash=split_hash_of(val))
+    if version and score is None:
+        logger.warning(
+            "%s/%s is registered and cannot be its champion: %s has no val split, and test never chooses%s",
+            name,
+            version,
+            config.name,
+            "; data.val_videos=N in prepare holds train videos out for val"
+            if config.data.is_published
+            else "",
+        )
     return f"{name}/{version}" if version else ""

@@ -1,6 +1,6 @@
 """MLflow: runs, metrics, pictures, data sets and models. ``client`` is the only file that imports mlflow."""
 
-from cluster.tracking.described import processing_tag, run_tags, split_tags
+from cluster.tracking.described import benchmark_name, processing_tag, run_tags, split_tags
 from cluster.tracking.location import mask_credentials, resolve_tracking_uri
 from cluster.tracking.revision import git_revision
 from cluster.tracking.run import RunHandle, check_metric_names
@@ -10,6 +10,7 @@ from cluster.tracking.tracker import Tracker, connect
 __all__ = [
     "RunHandle",
     "Tracker",
+    "benchmark_name",
     "check_metric_names",
     "connect",
     "git_revision",

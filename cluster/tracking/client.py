@@ -17,7 +17,10 @@ from typing import Any
 
 from cluster.tracking import outbox
 from cluster.tracking.location import check_port, json_number, scheme_of, sqlite_file
+from cluster.tracking.views import experiment_tags
 from gare.errors import GareError
+
+logger = logging.getLogger(__name__)
 
 #: Seconds to wait for a server's answer where something else waits for it: the start, a training step.
 ANSWER_S = 5
@@ -119,7 +122,8 @@ def find_or_create_experiment(uri: str, name: str, artifacts: str | None) -> str
     found = client(uri).get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client(uri).create_experiment(name, artifact_location=artifacts))
+            tags = experiment_tags()
+            return str(client(uri).create_experiment(name, artifact_location=artifacts, tags=tags))
         except mlflow.MlflowException as error:
             # Another process may have made it in between.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -131,6 +135,13 @@ def find_or_create_experiment(uri: str, name: str, artifacts: str | None) -> str
             where="tracking.experiment",
             accepted=f"another name, or `mlflow experiments restore --experiment-id {found.experiment_id}`",
         )
+    for key, value in experiment_tags(found.tags).items():
+        try:
+            client(uri).set_experiment_tag(found.experiment_id, key, value)
+        except mlflow.MlflowException as error:
+            # A server may let people add runs and no more; its pages then show what they show by default.
+            logger.info("MLflow takes no views of the experiment: %s", error.error_code)
+            break
     return str(found.experiment_id)
 
 

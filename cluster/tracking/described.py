@@ -8,6 +8,11 @@ from typing import Any
 from gare.config import Config
 
 
+def benchmark_name(config: Config, benchmark: str) -> str:
+    """What a person calls it: folders of one's own are all ``folder``, told apart by the data set's name."""
+    return config.name if benchmark == "folder" else benchmark
+
+
 def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
     """Tags of a training and of its evaluation that come from the configuration and from Ray.
 
@@ -22,7 +27,7 @@ def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
     if not job and ray.is_initialized():
         job = ray.get_runtime_context().get_job_id()
     return {
-        "benchmark": benchmark,
+        "benchmark": benchmark_name(config, benchmark),
         "protocol": protocol,
         "decoder": config.extract.decoder,
         "frames": config.extract.num_frames,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shutil
@@ -18,6 +19,10 @@ from cluster.tracking.location import mask_credentials
 from gare.errors import GareError
 
 logger = logging.getLogger(__name__)
+
+#: MLflow's tag of a run's description, ours for the hash of the one that we wrote (its pages show no tags of
+#: that prefix), and what a tag holds.
+NOTE, WRITTEN_NOTE, NOTE_LENGTH = "mlflow.note.content", "mlflow.note.written", 8000
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 T = TypeVar("T")
@@ -89,6 +94,22 @@ class RunHandle:
         """Sets tags; a lost store is survived as in ``log_metrics``."""
         for chunk in _chunks([(key, str(value)[:8000]) for key, value in tags.items()], outbox.MAX_TAGS):
             self._deliver({"tags": dict(chunk)})
+
+    def describe(self, markdown: str) -> None:
+        """Sets the description on the run's page, but for one that a person has written there.
+
+        Where the store is lost it warns, and the description is not there.
+        """
+        text = markdown[:NOTE_LENGTH]
+        digest = hashlib.sha256(text.encode()).hexdigest()
+
+        def write(stored: Any) -> None:
+            tags = client.tags_of(self.tracking_uri, self.run_id)
+            note = tags.get(NOTE, "")
+            if not note or hashlib.sha256(note.encode()).hexdigest() == tags.get(WRITTEN_NOTE):
+                self.set_tags({NOTE: text, WRITTEN_NOTE: digest})
+
+        self._attempt("the description", write)
 
     def finish(self, status: Status = "FINISHED") -> None:
         """Ends the run; a lost store is survived as in ``log_metrics``."""

@@ -56,8 +56,9 @@ class Evaluated:
 
     @property
     def benchmark(self) -> str:
-        """The benchmark's name."""
-        return str(self.measured_on["benchmark"])
+        """The benchmark's name; that of the data set for a folder of one's own, which all are ``folder``."""
+        name = str(self.measured_on["benchmark"])
+        return self.name.partition("/")[0] if name == "folder" else name
 
 
 def split_hash(captions: Iterable[tuple[str, str]]) -> str:
@@ -98,7 +99,9 @@ def read_evaluated(folder: str) -> Evaluated:
     run_folder = folder.rsplit("/", 1)[0]
     data_set, _, run = run_folder.rsplit("/", 3)[1:]
     record = join(run_folder, "run.json")
-    settings = read_json(record)["settings"] if exists(record) else {}
+    # Another checkpoint may have been scored under the run's name; it has not the run's settings.
+    own = str(result.get("checkpoint", "")).endswith(f"/{data_set}/runs/{run}/best")
+    settings = read_json(record)["settings"] if own and exists(record) else {}
     return Evaluated(
         f"{data_set}/{run}",
         folder,

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gare.data.frames import FrameReader, NoPictures
@@ -39,13 +40,12 @@ def choose_examples(
         rows: the M videos.
         reader: for thumbnails.
         count: queries to show.
-        order: the half that is ranked best and the half that is ranked worst, in place of such a sample.
+        order: the half that is ranked best and the half that is ranked worst, of different videos where
+            there are enough, in place of such a sample.
     """
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int))
     if order == "best and worst":
-        by_rank = np.argsort(ranking.rank.numpy(), kind="stable")
-        head = (len(chosen) + 1) // 2
-        chosen = np.concatenate([by_rank[:head], by_rank[len(by_rank) - (len(chosen) - head) :]])
+        chosen = _best_and_worst(ranking.rank.numpy(), video_of_text.numpy(), len(chosen))
     examples = []
     for text in chosen:
         right = int(video_of_text[text])
@@ -62,3 +62,23 @@ def choose_examples(
         rank = int(torch.ceil(ranking.rank[text]))
         examples.append(Example(texts[text], candidates, rank))
     return examples
+
+
+def _best_and_worst(rank: NDArray[np.float64], video: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Texts, best first: captions of one video tend to be ranked alike, so each video gives one if it can."""
+    by_rank = np.argsort(rank, kind="stable")
+    tail = count // 2
+    best = _of_different_videos(by_rank, video)[: count - tail]
+    worst = [text for text in _of_different_videos(by_rank[::-1], video) if text not in set(best)][:tail]
+    return np.array([*best, *worst[::-1]])
+
+
+def _of_different_videos(texts: NDArray[np.int64], video: NDArray[np.int64]) -> list[int]:
+    """The texts in their order, but those of a video that has had its turn after all others."""
+    seen: set[int] = set()
+    first: list[int] = []
+    later: list[int] = []
+    for text in texts.tolist():
+        (later if int(video[text]) in seen else first).append(text)
+        seen.add(int(video[text]))
+    return first + later

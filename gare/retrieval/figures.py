@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,12 +87,23 @@ def increments_picture(steps: Mapping[str, Sequence[tuple[int, float]]], title: 
     if not delta and not gap:
         return None
     angles = {name: points for name, points in delta.items() if "cos" in name or "angle" in name}
-    norms = {name: points for name, points in delta.items() if name not in angles}
-    panels = [(norms, "Norms and distances"), (angles, "Angles of Δ"), (gap, "Modality gap")]
-    panels = [(curves, name) for curves, name in panels if curves]
-    figure = _figure(title, 7.2 * len(panels), 5.6)
-    for axes, (curves, name) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        draw_lines(axes, curves, "value", "step", name)
+    distances = {name: points for name, points in delta.items() if name.startswith("distance")}
+    norms = {name: points for name, points in delta.items() if name not in angles | distances}
+    panels = [
+        (norms, "Lengths", "length"),
+        (distances, "Distances of text and video", "distance"),
+        (angles, "Angles of Δ", "cosine"),
+        (gap, "Modality gap", "value"),
+    ]
+    panels = [panel for panel in panels if panel[0]]
+    columns = min(len(panels), 2)
+    grid = math.ceil(len(panels) / columns)
+    figure = _figure(title, 7.2 * columns, 4.4 * grid)
+    every = np.atleast_1d(figure.subplots(grid, columns)).ravel()
+    for axes, (curves, name, unit) in zip(every, panels, strict=False):
+        draw_lines(axes, curves, unit, "step", name)
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
     return as_png(figure)
 
 

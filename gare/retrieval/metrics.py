@@ -67,7 +67,9 @@ def _rank(candidates: Tensor, right: Tensor) -> Tensor:
 def rank_summary(ranks: Tensor, direction: str) -> dict[str, float]:
     """R@k in percent, median and mean of the ranks (Q,) float64 of one direction, by metric name."""
     recalls = {
-        f"{direction}/R{depth}": 100 * (ranks <= depth).double().mean().item() for depth in RECALL_DEPTHS
+        # Of the count, not of its mean, so that 15.9375 is not shown as 15.937499999999998.
+        f"{direction}/R{depth}": ((ranks <= depth).double().sum() * 100 / len(ranks)).item()
+        for depth in RECALL_DEPTHS
     }
     return recalls | {
         f"{direction}/MdR": ranks.quantile(0.5).item(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import re
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,7 @@ def retrieval_picture(examples: Sequence[Example], title: str = "Text to video")
     figure.text(
         0.012,
         1 - 0.3 / height,
-        _literal(_ellipsis(_plain(title), 60)),
+        _literal(ellipsis(_plain(title), 60)),
         size=14,
         weight="bold",
         color=INK,
@@ -129,14 +130,14 @@ def _thumbnail(
     weight = "bold" if candidate.is_right else "normal"
     colour = frame or INK
     axes.text(0, 1.045, label, transform=axes.transAxes, size=9.5, weight=weight, color=colour, va="bottom")
-    name = _literal(_ellipsis(_plain(candidate.video_id), 21))
+    name = _literal(ellipsis(_plain(candidate.video_id), 21))
     axes.text(0.5, -0.05, name, transform=axes.transAxes, size=8.5, color=FAINT, va="top", ha="center")
 
 
 def curves_picture(
     history: Mapping[str, Sequence[tuple[int, float]]], title: str = "", accuracy_axis: str = "step"
 ) -> bytes:
-    """Draws the loss terms on the left and R@1 of both directions on the right.
+    """Draws the loss, its terms on the increments where there are any, and R@1 of both directions.
 
     Args:
         history: (step, value) points by metric name. Names that end in ``R1`` are recalls in percent, all
@@ -149,13 +150,16 @@ def curves_picture(
     """
     recalls = {name: points for name, points in history.items() if name.rsplit("/", 1)[-1] == "R1"}
     losses = {name: points for name, points in history.items() if name not in recalls}
-    figure = Figure(figsize=(12.4, 4.4), dpi=100, facecolor="white", layout="constrained")
+    panels = _loss_panels(losses)
+    width = 6.2 * (len(panels) + 1)
+    figure = Figure(figsize=(width, 4.4), dpi=100, facecolor="white", layout="constrained")
     if title:
         figure.suptitle(
-            _literal(_ellipsis(_plain(title), 120)), size=13, weight="bold", color=INK, x=0.01, ha="left"
+            _literal(ellipsis(_plain(title), 120)), size=13, weight="bold", color=INK, x=0.01, ha="left"
         )
-    left, right = figure.subplots(1, 2)
-    draw_lines(left, losses, "loss", "step", "Loss terms")
+    *lefts, right = figure.subplots(1, len(panels) + 1)
+    for left, (curves, heading) in zip(lefts, panels, strict=True):
+        draw_lines(left, curves, "loss", "step", heading)
     pretty = {_recall_name(name): points for name, points in recalls.items()}
     draw_lines(right, pretty, "R@1 (%)", accuracy_axis, "R@1 on validation")
     if recalls:
@@ -164,6 +168,22 @@ def curves_picture(
         )
         right.set_ylim(0, min(102.0, max(best * 1.15, 5.0)))
     return as_png(figure)
+
+
+def _loss_panels(
+    losses: Mapping[str, Sequence[tuple[int, float]]],
+) -> list[tuple[Mapping[str, Sequence[tuple[int, float]]], str]]:
+    """Curves by panel, with its heading: the terms on the increments, if any is not 0, in one of their own.
+
+    They are recorded without their weights, and can be hundreds of times the loss that is watched.
+    """
+    main = {name: points for name, points in losses.items() if re.search(r"total$|nce_", name)}
+    others = {
+        name: points for name, points in losses.items() if name not in main and any(v for _, v in points)
+    }
+    if not main:
+        return [(losses, "Loss")]
+    return [(main, "Loss"), *([(others, "Terms on Δ, before their weights")] if others else [])]
 
 
 def draw_lines(
@@ -187,14 +207,18 @@ def draw_lines(
         axes.set(xticks=[], yticks=[])
         return
     positive = values[values > 0]
+    sizes = [np.abs(line).max() for line in finite if np.any(line)]
+    # Small terms would be a line on the floor beside large ones.
     if y_label == "loss" and len(positive) == len(values) and values.max() > 300 * values.min():
-        axes.set_yscale("log")  # small terms would be a line on the floor beside large ones
+        axes.set_yscale("log")
+    elif y_label == "loss" and sizes and max(sizes) > 300 * min(sizes):
+        axes.set_yscale("symlog", linthresh=max(float(min(sizes)), 1e-3 * float(max(sizes)) ** 0.5))
     for index, (name, points) in enumerate(drawn.items()):
         marker = "o" if len(points) <= 25 else None
         style = "-" if index < len(LINES) else "--"
         axes.plot(
             points[:, 0], points[:, 1], style, color=LINES[index % len(LINES)], marker=marker, markersize=4.5,
-            linewidth=1.7, label=f"{_literal(_ellipsis(_plain(name), 40))}  (last {_last(points):.4g})",
+            linewidth=1.7, label=f"{_literal(ellipsis(_plain(name), 40))}  (last {_last(points):.4g})",
         )  # fmt: skip
     steps = np.concatenate([points[:, 0] for points in drawn.values()])
     if steps.min() == steps.max():
@@ -239,7 +263,7 @@ def contact_sheet(images: Sequence[NDArray[np.uint8]], captions: Sequence[str], 
         axes.imshow(_shrink(image, 320))
         axes.set_axis_off()
         lines = textwrap.wrap(_plain(caption), 28)
-        text = "\n".join([*lines[:2], _ellipsis(lines[2], 26) + " …"] if len(lines) > 3 else lines)
+        text = "\n".join([*lines[:2], ellipsis(lines[2], 26) + " …"] if len(lines) > 3 else lines)
         figure.text(
             (column + 0.5) / columns,
             1 - (row + 0.73) / rows,
@@ -281,7 +305,7 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _ellipsis(text: str, length: int) -> str:
+def ellipsis(text: str, length: int) -> str:
     """Keeps both ends: ids often differ only in the last characters."""
     if len(text) <= length:
         return text

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gare.config import EvaluateConfig
-from gare.data.files import join
+from gare.data.files import delete_file, join, list_files
 from gare.data.manifest import ManifestRow
 from gare.retrieval.bootstrap import Interval, metric_intervals
+from gare.retrieval.gallery import FILE as GALLERY
 from gare.retrieval.postprocess import Processing
 from gare.retrieval.queries import owners_of, query_table, write_queries
 from gare.retrieval.ranks import Ranks
@@ -44,6 +45,23 @@ def intervals_of(
     return found
 
 
+def forget_results(folder: str) -> None:
+    """Deletes what an earlier evaluation left in the folder, its result first.
+
+    With other settings, or of another checkpoint, not all of it would be written again, and what was left
+    would pass for current. Files of other names stay.
+
+    Raises:
+        DataError: where they cannot be deleted.
+    """
+    # Without a result there is no evaluation: an end in between leaves nothing to be taken for one.
+    delete_file(join(folder, "result.json"))
+    for location in list_files(folder):
+        name = location.rsplit("/", 1)[-1]
+        if name == GALLERY or (name.startswith("ranks") and name.endswith(".parquet")):
+            delete_file(location)
+
+
 def write_results(
     folder: str,
     ranks: Mapping[str, Ranks],
@@ -64,6 +82,7 @@ def write_results(
         ``metrics`` by name, ``intervals`` as [low, high] by name, and ``ranks``, the table's location by
         variant with ``plain`` for the empty name.
     """
+    forget_results(folder)
     owners = owners_of(rows)
     metrics: dict[str, float] = {}
     intervals: dict[str, list[float]] = {}

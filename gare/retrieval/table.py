@@ -15,6 +15,8 @@ from gare.retrieval.published import SOURCE, published_scores
 METRICS = ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MdR", "t2v/MnR", "v2t/R1", "v2t/MnR")
 HEADINGS = ("t→v R@1", "R@5", "R@10", "MdR", "MnR", "v→t R@1", "MnR")
 COLUMNS = ("run", *HEADINGS)
+#: Mean and deviation by metric.
+Means = dict[str, tuple[float, float | None]]
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,21 @@ class Row:
     Attributes:
         kind: ``run``, ``mean``, ``difference`` or ``paper``, for its look.
         cells: text by column, as many as ``COLUMNS``.
+        better: columns to mark: of a mean, where it is the best of its section; of a difference, where the
+            interval says that the second run is better.
+        worse: of a difference, columns where the interval says that the first run is better.
     """
 
     kind: str
     cells: tuple[str, ...]
+    better: frozenset[int] = frozenset()
+    worse: frozenset[int] = frozenset()
+
+    def markdown(self) -> str:
+        """The row of a Markdown table, marked cells in bold."""
+        marked = self.better | self.worse
+        cells = [f"**{_cell(cell)}**" if at in marked else _cell(cell) for at, cell in enumerate(self.cells)]
+        return f"| {' | '.join(cells)} |"
 
 
 @dataclass
@@ -38,11 +51,13 @@ class Section:
         heading: what that is.
         rows: its lines.
         notes: what a reader must know, such as why runs are not comparable.
+        verdict: what it comes to, in a line.
     """
 
     heading: str
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    verdict: str = ""
 
 
 @dataclass
@@ -65,9 +80,13 @@ class ScoreTable:
         for section in self.sections:
             lines += ["", f"## {_cell(section.heading)}", "", f"| {' | '.join(COLUMNS)} |"]
             lines.append("| --- |" + " ---: |" * len(METRICS))
-            lines += [f"| {' | '.join(_cell(cell) for cell in row.cells)} |" for row in section.rows]
+            lines += [row.markdown() for row in section.rows]
             lines += ["", *(f"- {_cell(note)}" for note in section.notes)] if section.notes else []
         return "\n".join(lines) + "\n"
+
+    def note(self) -> str:
+        """The verdicts, then the table, as Markdown: pages that fold a text away show its first lines."""
+        return "".join(f"- {_cell(section.verdict)}\n" for section in self.sections) + "\n" + self.markdown()
 
 
 def _cell(text: str) -> str:
@@ -99,12 +118,18 @@ def compared_table(
         if reasons:
             said = f"NOT COMPARABLE: {first.name} and {second.name}: {'; '.join(reasons)}"
             for run in (first, second):
-                table.sections.append(Section(heading_of(run), [run_row(run)], [said]))
+                verdict = f"{run.benchmark}: NOT COMPARABLE, {run.name} has R@1 {run.metrics['t2v/R1']:.1f}"
+                table.sections.append(Section(heading_of(run), [run_row(run)], [said], verdict))
                 _add_paper(table.sections[-1], run)
             continue
         section = Section(heading_of(first), [run_row(first), run_row(second)])
         section.rows.append(_difference_row(differences))
-        section.notes.append(_verdict(first, second, differences["t2v/R1"]))
+        verdict = _verdict(first, second, differences["t2v/R1"])
+        scores = f"{first.metrics['t2v/R1']:.1f} and {second.metrics['t2v/R1']:.1f}"
+        section.verdict = f"{first.benchmark}: {verdict}; {scores}"
+        section.notes.append(verdict)
+        if section.rows[-1].better | section.rows[-1].worse:
+            section.notes.append("marked: intervals without 0; green or red: the second is better or worse")
         _add_paper(section, first)
         table.sections.append(section)
         for name, found in differences.items():
@@ -129,17 +154,24 @@ def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
         by_settings: dict[str, list[Evaluated]] = {}
         for run in members:
             by_settings.setdefault(run.settings, []).append(run)
+        said = []
         models = [seeds[0].model for seeds in by_settings.values()]
-        for settings, seeds in by_settings.items():
+        all_means = [
+            {metric: _mean_of(seeds, metric) for metric in seeds[0].metrics} for seeds in by_settings.values()
+        ]
+        for (settings, seeds), means in zip(by_settings.items(), all_means, strict=True):
             section.rows += [run_row(run) for run in seeds]
             model = seeds[0].model
             label = model if models.count(model) == 1 else f"{model}-{settings[:8]}"
-            means = {metric: _mean_of(seeds, metric) for metric in seeds[0].metrics}
-            section.rows.append(_mean_row(label, len(seeds), means))
+            section.rows.append(_mean_row(label, len(seeds), means, all_means))
+            said.append(f"{label} {section.rows[-1].cells[1]}")
             for metric, (mean, deviation) in means.items():
                 table.numbers[f"{name}/{label}/{metric}/mean"] = mean
                 if deviation is not None:
                     table.numbers[f"{name}/{label}/{metric}/deviation"] = deviation
+        section.verdict = f"{name}, text → video R@1: {', '.join(said)}"
+        if any(row.better for row in section.rows):
+            section.notes.append("marked: the best mean; the deviations say whether that is more than chance")
         if any(len(seeds) == 1 for seeds in by_settings.values()):
             section.notes.append("a single seed has no deviation")
         _add_paper(section, members[0])
@@ -151,7 +183,7 @@ def heading_of(run: Evaluated) -> str:
     """What a run was measured on."""
     on = run.measured_on
     return (
-        f"{on['benchmark']} {on['split']}: {on['protocol']}; {on['num_texts']:,} texts × "
+        f"{run.benchmark} {on['split']}: {on['protocol']}; {on['num_texts']:,} texts × "
         f"{on['num_videos']:,} videos; split {on['split_sha256'][:12]}"
     )
 
@@ -172,12 +204,22 @@ def _number(value: float | None) -> str:
 
 
 def _difference_row(differences: dict[str, Difference]) -> Row:
-    cells = []
-    for metric in METRICS:
+    cells: list[str] = []
+    better: set[int] = set()
+    worse: set[int] = set()
+    for column, metric in enumerate(METRICS, 1):
         found = differences.get(metric)
         low, high = (found.interval.low, found.interval.high) if found else (0.0, 0.0)
         cells.append(f"{found.difference:+.1f} [{low:+.1f}, {high:+.1f}]" if found else "")
-    return Row("difference", ("second − first, 95 % interval", *cells))
+        if low > 0 or high < 0:
+            (better if (low > 0) == _more_is_better(metric) else worse).add(column)
+    cells = ["second − first, 95 % interval", *cells]
+    return Row("difference", tuple(cells), frozenset(better), frozenset(worse))
+
+
+def _more_is_better(metric: str) -> bool:
+    """Whether it is a recall; else it is a rank."""
+    return metric.rpartition("/")[2].startswith("R")
 
 
 def _verdict(first: Evaluated, second: Evaluated, found: Difference) -> str:
@@ -193,12 +235,20 @@ def _mean_of(seeds: Sequence[Evaluated], metric: str) -> tuple[float, float | No
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _mean_row(label: str, count: int, means: dict[str, tuple[float, float | None]]) -> Row:
-    cells = []
-    for metric in METRICS:
+def _mean_row(label: str, count: int, means: Means, others: Sequence[Means]) -> Row:
+    cells: list[str] = []
+    better: set[int] = set()
+    for column, metric in enumerate(METRICS, 1):
         mean, deviation = means.get(metric, (None, None))
         cells.append(_number(mean) + ("" if deviation is None else f" ± {deviation:.1f}"))
-    return Row("mean", (f"{label}: mean of {count} seed{'s' if count > 1 else ''}", *cells))
+        known = [one[metric][0] for one in others if metric in one]
+        best = (max if _more_is_better(metric) else min)(known, default=None)
+        # Where all are the same none is the best.
+        if mean is not None and mean == best and len(set(known)) > 1:
+            better.add(column)
+    return Row(
+        "mean", (f"{label}: mean of {count} seed{'s' if count > 1 else ''}", *cells), frozenset(better)
+    )
 
 
 def _add_paper(section: Section, run: Evaluated) -> None:

@@ -6,7 +6,7 @@ import textwrap
 
 from matplotlib.figure import Figure
 
-from gare.retrieval.pictures import FAINT, INK, LINES, WRONG, as_png, drawable
+from gare.retrieval.pictures import FAINT, INK, LINES, RIGHT, WRONG, as_png, drawable, ellipsis
 from gare.retrieval.table import COLUMNS, ScoreTable
 
 _LINE, _WIDTH = 0.3, 14.0  # inches
@@ -26,7 +26,8 @@ def table_picture(table: ScoreTable) -> bytes:
         A PNG.
     """
     notes = [
-        [line for note in section.notes for line in textwrap.wrap(note, 170)] for section in table.sections
+        [(line, *_look_of(note)) for note in section.notes for line in textwrap.wrap(note, 170)]
+        for section in table.sections
     ]
     headings = [textwrap.wrap(section.heading, 135) for section in table.sections]
     count = 2 + sum(
@@ -55,12 +56,22 @@ def table_picture(table: ScoreTable) -> bytes:
         for row in section.rows:
             colour, weight = _LOOK[row.kind]
             for column, cell in enumerate(row.cells):
-                text = cell if column else textwrap.shorten(cell, 44, placeholder=" …")
                 wide = column > 0 and row.kind == "difference"
-                write(at, column, text, colour, "normal" if wide else weight, 8 if wide else 9.5)
+                marked = RIGHT if column in row.better else WRONG if column in row.worse else ""
+                # Bold where it is marked; numbers with intervals leave no room for all of them to be.
+                thick = weight if not wide else "bold" if marked else "normal"
+                text = cell if column else ellipsis(cell, 44)
+                write(at, column, text, marked or colour, thick, 7.5 if wide else 9.5)
             at += 1
-        for line in lines:
-            write(at, 0, line, WRONG if "not comparable" in line.lower() else FAINT, "normal", 9)
+        for line, colour, weight in lines:
+            write(at, 0, line, colour, weight, 9)
             at += 1
         at += 0.8
     return as_png(figure)
+
+
+def _look_of(note: str) -> tuple[str, str]:
+    """Colour and weight of a note: what must not be overlooked, the verdict, and the rest."""
+    if "not comparable" in note.lower():
+        return WRONG, "normal"
+    return (INK, "bold") if " is better in " in note else (FAINT, "normal")

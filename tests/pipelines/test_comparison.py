@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.storage import Layout
 from cluster.tracking import use_served_model
 from cluster.tracking.client import client
+from cluster.tracking.registry import champion_of
 from cluster.tracking.tracker import connect
 from gare.data.files import copy_files
+from gare.data.manifest import read_manifest
 from gare.retrieval.queries import read_queries
 from pipelines import evaluate
+from pipelines.registration import write_and_register
 from tests.pipelines.support import in_process, tiny
 
 
@@ -88,6 +92,10 @@ def test_suite_and_comparison(
     assert answer.status == 0, answer.stderr
     assert json.loads(answer.stdout)["numbers"]["synthetic/t2v/R1/difference"] == 0
     assert "second − first" in answer.stderr
+    note = stored(places).get_run(json.loads(answer.stdout)["mlflow_run_id"]).data.tags["mlflow.note.content"]
+    assert note.startswith("- synthetic: no difference in text → video R@1")
+    note = stored(places).get_run(trained["mlflow_run_id"]).data.tags["mlflow.note.content"]
+    assert note.startswith("**test** of synthetic (")
     unknown = ("--config", tiny_yaml, "--compare", "first", "nothing")
     refused = in_process(capsys, evaluate.run, *unknown, flags=evaluate.FLAGS)
     refused.refused(3, "run nothing", "pipelines/evaluate.py")
@@ -106,6 +114,25 @@ def test_the_registered_model_ranks_videos(trained: dict[str, Any], places: Layo
         assert set(answer["video_ids"]) == set(row["top_video_ids"])
     (version,) = stored(places).search_model_versions("name = 'gare-tiny'")
     assert float(version.tags["val.score"]) == trained["val/t2v/R1"]
+
+
+def test_without_val_there_is_no_champion_and_it_is_said(
+    trained: dict[str, Any], places: Layout, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who loads the champion of a benchmark without val must learn why there is none."""
+    rows = read_manifest(places.manifest).of_split("val")
+    features = {
+        "video/frames": np.zeros((len(rows), 4, 32), np.float32),
+        "video/mask": np.ones((len(rows), 4), bool),
+    }
+    handle = connect(tiny().tracking, places.root).start_run("tiny/no-val")
+    # Of a name of its own, so that the versions of the tests' model stay what they are.
+    config = tiny("name=unvalidated", "evaluate.split=val")
+    assert write_and_register(config, places, handle, rows, (), features) == "gare-unvalidated/1"
+    said = "gare-unvalidated/1 is registered and cannot be its champion: unvalidated has no val split"
+    assert said in caplog.text
+    assert champion_of(handle.tracking_uri, "gare-unvalidated") is None
+    handle.finish()
 
 
 def test_figures_are_in_mlflow(trained: dict[str, Any], places: Layout) -> None:

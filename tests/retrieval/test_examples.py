@@ -75,12 +75,21 @@ def test_few_videos_are_all_shown(rows: list[ManifestRow], rng: np.random.Genera
 
 
 def test_best_and_worst(rows: list[ManifestRow], rng: np.random.Generator, tmp_path: Path) -> None:
-    """Where the model fails is seen only if the failures are those that are shown."""
+    """Where the model fails is seen only if the failures are those shown, and not one video's alone."""
     write_store(str(tmp_path), EXTRACT, [row.video_id for row in rows], rng)
     owners = torch.arange(NUM_VIDEOS).repeat_interleave(2)
     ranking = ranking_of(torch.from_numpy(rng.random((16, NUM_VIDEOS), np.float32)), owners)
     texts = [str(index) for index in range(16)]
     reader = FrameReader(str(tmp_path))
     examples = choose_examples(ranking, owners, texts, rows, reader, 5, "best and worst")
-    ranks = sorted(ranking.rank.tolist())
-    assert [example.right_rank for example in examples] == [*ranks[:3], *ranks[-2:]]
+    of_video = ranking.rank.reshape(NUM_VIDEOS, 2)
+    best, worst = sorted(of_video.amin(1).tolist()), sorted(of_video.amax(1).tolist())
+    assert [example.right_rank for example in examples] == [*best[:3], *worst[-2:]]
+    right = [next(one.video_id for one in example.ranked if one.is_right) for example in examples]
+    assert len(set(right[:3])) == 3
+    assert len(set(right[3:])) == 2
+    # One video with all the captions: there are no others to choose.
+    alone = torch.zeros(16, dtype=torch.long)
+    single = ranking_of(torch.from_numpy(rng.random((16, 1), np.float32)), alone)
+    shown = choose_examples(single, alone, texts, rows[:1], reader, 5, "best and worst")
+    assert len({example.query for example in shown}) == 5

@@ -16,7 +16,7 @@ from PIL import Image
 from gare.errors import DataError
 from gare.retrieval.evaluated import Evaluated, evaluation_pairs, split_hash, split_hash_of
 from gare.retrieval.published import published_scores
-from gare.retrieval.table import compared_table, suite_table
+from gare.retrieval.table import COLUMNS, compared_table, suite_table
 from gare.retrieval.table_picture import table_picture
 from tests.retrieval.test_compare import gallery, run_of
 
@@ -48,6 +48,34 @@ def test_a_difference_is_shown_beside_the_paper(rng: np.random.Generator) -> Non
     assert "d/strong is better" in text
     assert re.search(r"paper, gare \| 46\.4 \| 76\.1 \| 84\.5 \|  \| 10\.6", text)
     assert "NOT COMPARABLE" not in text
+
+
+def test_what_is_better_is_marked(rng: np.random.Generator) -> None:
+    """The eye finds the better run by the mark; of ranks the lower one is better, of recalls the higher."""
+    weak, strong = evaluated("d/weak", rng, 1.0), evaluated("d/strong", rng, 4.0)
+    recall, rank = (COLUMNS.index(name, 1) for name in ("t→v R@1", "MnR"))
+    for pair, marked in (((weak, strong), "better"), ((strong, weak), "worse")):
+        (section,) = compared_table([pair], resamples=200, seed=0, title="two").sections
+        (row,) = [row for row in section.rows if row.kind == "difference"]
+        assert {recall, rank} <= getattr(row, marked)
+        assert not row.better & row.worse
+        assert f"**{row.cells[recall]}**" in row.markdown()
+    (section,) = compared_table([(weak, weak)], resamples=50, seed=0, title="same").sections
+    assert not any(row.better | row.worse for row in section.rows)
+    other = dataclasses.replace(strong, model="baseline", settings="t")
+    (section,) = suite_table([weak, other], title="suite").sections
+    means = {row.cells[0].partition(":")[0]: row.better for row in section.rows if row.kind == "mean"}
+    assert means == {"gare": frozenset(), "baseline": {recall, rank}}
+    (section,) = suite_table([weak], title="one").sections
+    assert not any(row.better for row in section.rows), "there is nothing that it is better than"
+
+
+def test_folders_of_ones_own_are_told_apart(rng: np.random.Generator) -> None:
+    """All of them are read by the same reader, and are as different as benchmarks can be."""
+    runs = [evaluated(f"{name}/a", rng, 1.0, benchmark="folder", protocol=name) for name in ("cats", "dogs")]
+    table = suite_table(runs, title="own")
+    assert {name.split("/")[0] for name in table.numbers} == {"cats", "dogs"}
+    assert "## dogs test: dogs;" in table.markdown()
 
 
 @pytest.mark.parametrize(

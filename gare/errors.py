@@ -60,6 +60,12 @@ class DataError(GareError):
     exit_code = 3
 
 
+class FullDiskError(DataError):
+    """Something that could not be written for lack of room; nothing is wrong with the data."""
+
+    exit_code = 4
+
+
 class FetchError(DataError):
     """A video that could not be brought to where it is decoded, whole and unchanged."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,13 @@ import numpy as np
 
 #: What an actor does with a part: JSON-able in, JSON-able out.
 Work = Callable[[Any], dict[str, Any]]
+
+#: Logs the trace of an exception that ends the work and then raises it.
+_EXECUTOR = "ray.data._internal.execution.streaming_executor_state"
+
+
+def _is_told_nowhere_else(record: logging.LogRecord) -> bool:
+    return "execution will now abort" not in record.getMessage()
 
 
 def run_parts(
@@ -38,6 +46,8 @@ def run_parts(
         return
     import ray
     from ray.data import ActorPoolStrategy
+
+    logging.getLogger(_EXECUTOR).addFilter(_is_told_nowhere_else)
 
     class Worker:
         def __init__(self) -> None:

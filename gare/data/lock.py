@@ -170,8 +170,11 @@ class StoreLock:
         mine = stat_file(self._location)
         # A job that has lost the lock and does not know yet may still be writing.
         before_ns = mine[1] - int(self._stale_s * 1e9) if mine else 0
-        if deleted := delete_leftovers(self.uri, before_ns):
-            logger.info("%s: removed %d temporary files of killed jobs", self.uri, deleted)
+        try:
+            if deleted := delete_leftovers(self.uri, before_ns):
+                logger.info("%s: removed %d temporary files of killed jobs", self.uri, deleted)
+        except DataError as error:  # another user's, for one: nothing that the work needs
+            logger.warning("%s", error)
 
     def _refuse(self, others: list[Claim]) -> None:
         raise DataError(

@@ -44,7 +44,7 @@ def test_a_local_session_listens_on_this_machine_alone(repository: Path, root: P
         [sys.executable, "-c", LISTENERS],
         cwd=repository,
         env={name: value for name, value in os.environ.items() if name not in without}
-        | {"PYTHONPATH": str(repository)},
+        | {"PYTHONPATH": str(repository), "RAY_raylet_start_wait_time_s": "240"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -58,3 +58,10 @@ def test_a_local_session_listens_on_this_machine_alone(repository: Path, root: P
     for process in ("gcs_server", "raylet", "dashboard", "DashboardAgent", "RuntimeEnvAgent", "ray::Worker"):
         assert process in named, named
     assert {ip.removeprefix("::ffff:") for _, ip in found} <= {"127.0.0.1", "::1"}, found
+
+
+def test_the_ui_listens_on_this_machine_alone(repository: Path) -> None:
+    """MLflow has no accounts: whoever reaches it reads, changes and deletes all runs."""
+    done = subprocess.run(["make", "-n", "ui"], cwd=repository, capture_output=True, text=True, check=True)
+    [line] = [line for line in done.stdout.splitlines() if "mlflow ui" in line]
+    assert "--host 127.0.0.1 " in line

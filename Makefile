@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test suite screenshots lint bench bench-extract bench-reads bench-evaluate fuzz ui clean
+.PHONY: help install demo test suite screenshots lint bench bench-extract bench-reads bench-evaluate fuzz audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
+	@echo "make audit    known vulnerabilities of the pinned packages, by pip-audit (asks pypi.org)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
 
@@ -60,6 +61,14 @@ bench-reads: install
 
 bench-evaluate: install
 	$(BIN)/python -m tests.benchmarks.evaluation
+
+# In an environment of its own, so that its packages are not among those that it looks at. --strict: a package
+# that nothing is known of (no way to pypi.org, a private index) is a fault and not a silent pass.
+AUDIT ?= --strict
+audit: install
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit==2.10.1'
+	$(VENV)/audit/bin/pip-audit $(AUDIT) --requirement constraints.txt --no-deps --disable-pip
 
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare

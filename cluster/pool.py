@@ -8,8 +8,28 @@ from typing import Any
 
 import numpy as np
 
+from gare import errors
+from gare.errors import GareError
+
 #: What an actor does with a part: JSON-able in, JSON-able out.
 Work = Callable[[Any], dict[str, Any]]
+
+
+def _result_of(work: Work, part: Any) -> dict[str, Any]:
+    """What the work returned, or its fault: Ray Data hands on the text of an exception, not the exception."""
+    try:
+        return {"done": work(part)}
+    except GareError as error:
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        return {"fault": [kind.__name__, error.what, error.where, error.accepted]}
+
+
+def _done(result: dict[str, Any]) -> dict[str, Any]:
+    if "fault" in result:
+        kind, what, where, accepted = result["fault"]
+        raise getattr(errors, kind)(what, where=where, accepted=accepted)
+    done: dict[str, Any] = result["done"]
+    return done
 
 
 def run_parts(
@@ -33,6 +53,9 @@ def run_parts(
         num_cpus: of an actor.
         num_gpus: of an actor.
         memory_bytes: heap of an actor and its children, which Ray does not see otherwise.
+
+    Raises:
+        GareError: of the work, which ends with it.
     """
     if not parts:
         return
@@ -44,7 +67,7 @@ def run_parts(
             self.work = load()
 
         def __call__(self, block: dict[str, Any]) -> dict[str, np.ndarray]:
-            return {"result": np.array([json.dumps(self.work(json.loads(block["part"][0])))])}
+            return {"result": np.array([json.dumps(_result_of(self.work, json.loads(block["part"][0])))])}
 
     rows = [{"part": json.dumps(part)} for part in parts]
     most = min(workers, len(parts))
@@ -59,4 +82,4 @@ def run_parts(
         memory=memory_bytes or None,
     )
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-        yield from map(json.loads, batch["result"])
+        yield from (_done(json.loads(result)) for result in batch["result"])

@@ -22,7 +22,7 @@ from pydantic import (
 
 from gare.augment_section import AugmentConfig
 from gare.data_section import DataConfig
-from gare.errors import ConfigError
+from gare.errors import ConfigError, masked
 from gare.evaluate_section import EvaluateConfig
 from gare.extract_section import ExtractConfig
 from gare.feature_section import FeaturesConfig, feature_faults
@@ -137,7 +137,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"is not YAML: {error}", where=str(path), accepted="key: value lines") from error
+        raise ConfigError(
+            f"is not YAML: {masked(str(error))}", where=str(path), accepted="key: value lines"
+        ) from error
     return parse_config(tree, overrides, where=str(path))
 
 
@@ -199,11 +201,11 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
     dotted, equals, text = item.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        return f"override {item!r} is not of the form section.key=value"
+        return f"override {masked(item)!r} is not of the form section.key=value"
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
-        return f"override {item!r}: the value is not YAML"
+        return f"override {masked(item)!r}: the value is not YAML"
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
@@ -223,8 +225,8 @@ def _explain(fault: dict[str, Any]) -> str:
         return f"{dotted}: unknown key ({hint}known here: {', '.join(known)})"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{dotted}: {message}"
-    return f"{dotted}: got {fault['input']!r}; {message[0].lower()}{message[1:]}"
+        return f"{dotted}: {masked(message)}"
+    return f"{dotted}: got {masked(repr(fault['input']))}; {message[0].lower()}{message[1:]}"
 
 
 def _keys_beside(location: Sequence[str]) -> list[str]:

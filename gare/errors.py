@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,12 @@ class DataError(GareError):
     exit_code = 3
 
 
+class FullDiskError(DataError):
+    """Something that could not be written for lack of room; nothing is wrong with the data."""
+
+    exit_code = 4
+
+
 class FetchError(DataError):
     """A video that could not be brought to where it is decoded, whole and unchanged."""
 
@@ -85,3 +92,36 @@ def shown(uri: str) -> str:
     rest = rest.partition("?")[0].partition("#")[0]
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+#: Between ``://`` and ``@``. A database's password may hold '/', '?' and '#', as SQLAlchemy reads it.
+_USER = r"://[^/?#\s'\"]*@"
+_DATABASE_USER = r"((?:postgresql|mysql|mariadb|mssql|oracle)(?:\+\w+)?)://[^\s'\"]*@"
+_SECRET_KEYS = (
+    "password|passwd|pwd|token|secret|sslpassword|access_key|secret_key|api_key|"
+    "x-amz-signature|x-amz-credential|x-amz-security-token|x-goog-signature|sig|signature"
+)
+_SECRET_QUERY = rf"(?i)([?&;](?:{_SECRET_KEYS})=)[^&\s'\"]+"
+
+
+def masked(text: str) -> str:
+    """A text in which every URI has ``***`` for its name and password and for secrets in its query."""
+    text = re.sub(_DATABASE_USER, r"\1://***@", text)
+    return re.sub(_SECRET_QUERY, r"\1***", re.sub(_USER, "://***@", text))
+
+
+def secret_in(uri: str) -> str:
+    """What a URI holds that belongs into the environment, in words; empty where it holds nothing secret.
+
+    A database's user alone, ``postgresql://USER@HOST/DB``, is no secret; a web server's may be a token.
+    """
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    if not found:
+        return ""
+    if re.match(_DATABASE_USER, uri):
+        if re.match(r"[a-z0-9+_]+://[^:/@\s]*:[^@\s]*@", uri):
+            return "a password"
+    elif re.match(rf"[A-Za-z0-9+.-]+{_USER}", uri):
+        return "a name or password"
+    key = re.search(_SECRET_QUERY, uri)
+    return f"a secret in its query, {key[1][1:-1]}" if key else ""

@@ -48,7 +48,7 @@ class EvaluateConfig(Section):
         description="two evaluated runs to compare, by train.run (in all data sets below storage.root), by "
         "NAME/RUN or by MLflow run id; nothing is evaluated then",
     )
-    suite: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = Field(
+    suite: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=100)] = Field(
         "", description="collect evaluate.runs under an MLflow run of this name, with mean ± deviation"
     )
     runs: tuple[RunName, ...] = Field(

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from gare.errors import masked, secret_in
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -27,6 +29,19 @@ class Section(BaseModel):
         field = cls.model_fields[str(info.field_name)]
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError(f"got {value!r}; true and false are no value of this key")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_secret_in_a_uri(cls, value: Any) -> Any:
+        # The configuration is saved with every output and logged: what is secret in it is so no longer.
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and (secret := secret_in(text)):
+                raise ValueError(
+                    f"{masked(text)} holds {secret}, and the configuration is saved and logged; it belongs "
+                    "into the environment or a file of your own: MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN, PGPASSWORD or ~/.pgpass, AWS_…"
+                )
         return value
 
     def changed(self, *keys: str) -> list[str]:

@@ -46,7 +46,9 @@ class SourcesConfig(Section):
     private_addresses: bool = Field(
         False,
         description="whether http and https URIs may lead to this machine or a private network; link-local "
-        "and metadata addresses are refused always. The S3 endpoint may be anywhere",
+        "and metadata addresses are refused always, also where names and redirects lead there. That is seen "
+        "to before connecting, so videos are fetched directly: a proxy (HTTPS_PROXY) would resolve names "
+        "itself and is not used. The S3 endpoint may be anywhere",
     )
 
     @field_validator("schemes")

@@ -21,6 +21,7 @@ from cluster.tracking.extraction import ExtractionRun
 from gare.config import Config
 from gare.data.collection import Comparison
 from gare.data.compact import compact
+from gare.data.feature_pass import without_frames
 from gare.data.files import exists, join, write_atomically, write_json
 from gare.data.inventory import Inventory
 from gare.data.lock import StoreLock
@@ -68,6 +69,7 @@ def run(config: Config) -> dict[str, Any]:
     elif kind == "both":
         results = _write_both(config, places, jobs[0], encoding)
     else:
+        _warn_of_missing_frames(places.frames, manifest, is_kept=is_kept)
         results = [_write(config, places, encoding.job, "extract-features", encoding.work)]
     result = results[0] | ({"features": results[1]} if len(results) > 1 else {})
     if config.upkeep.preview and config.upkeep.task == "write":
@@ -77,6 +79,20 @@ def run(config: Config) -> dict[str, Any]:
 
 def _is_complete(store: str) -> bool:
     return exists(join(store, META)) and read_meta(store).complete
+
+
+def _warn_of_missing_frames(frames: str, manifest: Manifest, *, is_kept: bool) -> None:
+    """Says what becomes of clips that a frame store beside the features lacks."""
+    if not exists(join(frames, META)) or not (missing := without_frames(frames, manifest)):
+        return
+    effect = (
+        "no features are made of these; extract.store=both decodes them too"
+        if is_kept
+        else "its run did not go through, so all are decoded again for the features alone; "
+        "extract.store=both finishes it instead"
+    )
+    counts = len(missing), len(manifest.rows)
+    logger.warning("%s lacks %d of %d videos, %r the first of them: %s", frames, *counts, missing[0], effect)
 
 
 def _look_after(config: Config, job: StorePass) -> dict[str, Any]:

@@ -274,3 +274,49 @@ def test_a_described_default_can_be_given_back() -> None:
     """What --help prints can be copied onto the command line."""
     overrides = [f"{key}={default}" for key, default, _ in describe_keys()]
     assert parse_config({}, overrides) == Config()
+
+
+#: Where a URI may stand, and URIs with what must stay out of a configuration.
+URI_KEYS = ("tracking.uri", "storage.root", "data.videos", "features.weights", "cluster.address")
+SECRET_URIS = (
+    *("http://me:hush@host:5000", "https://hush@host", "s3://key:hush@bucket/a", "ray://x:hush@host:1"),
+    *("postgresql+psycopg2://me:hu/sh#hush@host/db", "mysql://host/db?user=me&password=hush"),
+    *("https://host/a?X-Amz-Signature=hush&x=1", "https://host/a?sig=hush"),
+)
+
+
+@pytest.mark.parametrize("uri", SECRET_URIS)
+@pytest.mark.parametrize("key", URI_KEYS)
+def test_secrets_in_uris_are_refused_and_not_shown(key: str, uri: str) -> None:
+    """The configuration is saved beside every output and logged to MLflow, where others read it."""
+    section, name = key.split(".")
+    message = message_of({section: {name: uri}})
+    assert key in message
+    assert "environment" in message
+    assert "hush" not in message
+
+
+@pytest.mark.parametrize("uri", SECRET_URIS)
+def test_secrets_are_not_shown_by_other_faults(uri: str, tmp_path: Path) -> None:
+    """A slip of the key, the type or the quotes is the likeliest moment for one to land in a log."""
+    assert "hush" not in message_of({}, f"tracking.uri=[{uri}]")
+    assert "hush" not in message_of({}, uri)
+    assert "hush" not in message_of({}, f"tracking.uri={{{uri}")
+    assert "hush" not in message_of({"tracking": {"ury": uri}})
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"tracking:\n  uri: {uri}\n  uri: [{uri}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://host:5000/a@b", "postgresql+psycopg2://mlflow@host/db", "sqlite:////data/a@b:c.db"),
+        *("s3://bucket/a@b?region=eu-west-1", "/data/me:you@here", "postgresql://me@host/db?opt=a:b@c"),
+    ],
+)
+def test_uris_without_secrets_are_accepted(uri: str) -> None:
+    """A refusal of names and paths that people have would teach them to work around it."""
+    assert parse_config({"tracking": {"uri": uri}}).tracking.uri == uri

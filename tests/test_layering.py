@@ -20,7 +20,7 @@ ROOMS = ("gare", "cluster", "pipelines")
 INSIDE_GARE = {
     "errors": set(),
     "strict_yaml": set(),
-    "sections": set(),
+    "sections": {"errors"},
     "upkeep": {"sections"},
     "sources_section": {"sections"},
     "extract_section": {"sections"},

@@ -24,16 +24,18 @@ def check_address(address: str, *, private: bool, where: str) -> None:
     """Refuses addresses that a video cannot be meant to come from.
 
     Args:
-        address: of the server that a connection has been made to, so that no name can lead elsewhere later.
+        address: of the server that is about to be connected to: a name would be free to lead elsewhere.
         private: whether this machine and private networks are allowed.
         where: what is fetched, as it may be shown.
 
     Raises:
-        FetchError: for link-local, metadata, multicast and unspecified addresses, and without ``private`` for
-            all that are not public.
+        FetchError: for link-local, metadata, multicast, unspecified and IPv6's reserved addresses, and
+            without ``private`` for all that are not public.
     """
     ip = _reached(ipaddress.ip_address(address.partition("%")[0]))
-    if ip.is_link_local or ip in _METADATA or ip.is_multicast or ip.is_unspecified:
+    # Of IPv6 the reserved ranges hold ::127.0.0.1, an old notation of IPv4's, and nothing that is assigned.
+    is_reserved = ip.version == 6 and ip.is_reserved and not ip.is_loopback
+    if ip.is_link_local or ip in _METADATA or ip.is_multicast or ip.is_unspecified or is_reserved:
         raise FetchError(
             f"leads to {ip}, a link-local, metadata or multicast address",
             where=where,

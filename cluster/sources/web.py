@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.parse
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
+from urllib.request import getproxies
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -132,17 +134,15 @@ class WebServer:
 
 
 def _checked_pools(*, private: bool) -> dict[str, type[HTTPConnectionPool]]:
-    """urllib3's pools, whose connections look at whom they have reached before they send anything."""
+    """urllib3's pools, whose connections go to no address that has not been looked at."""
 
     class Plain(HTTPConnection):
-        def connect(self) -> None:
-            super().connect()
-            _check_peer(self, private=private)
+        def _new_conn(self) -> socket.socket:
+            return _connect(self, super()._new_conn, private=private)
 
     class Encrypted(HTTPSConnection):
-        def connect(self) -> None:
-            super().connect()
-            _check_peer(self, private=private)
+        def _new_conn(self) -> socket.socket:
+            return _connect(self, super()._new_conn, private=private)
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain
@@ -153,13 +153,43 @@ def _checked_pools(*, private: bool) -> dict[str, type[HTTPConnectionPool]]:
     return {"http": PlainPool, "https": EncryptedPool}
 
 
-def _check_peer(connection: HTTPConnection, *, private: bool) -> None:
-    assert connection.sock is not None
+def _connect(
+    connection: HTTPConnection, connect: Callable[[], socket.socket], *, private: bool
+) -> socket.socket:
+    """Connects to an address that the host's name has now and that is allowed.
+
+    The name is resolved once: what is looked at is what is connected to, so no name can lead elsewhere in
+    between. Not one packet goes to an address that is refused, so that nobody learns what answers there.
+    """
+    name = connection._dns_host
+    allowed, refused = [], None
+    for address in _addresses(connection, name):
+        try:
+            check_address(address, private=private, where=name)
+            allowed.append(address)
+        except FetchError as error:
+            refused = refused or error
+    if refused and not allowed:
+        raise refused
     try:
-        check_address(connection.sock.getpeername()[0], private=private, where=connection.host)
-    except FetchError:
-        connection.close()
-        raise
+        for address in allowed[:-1]:
+            connection.host = address
+            with suppress(urllib3.exceptions.HTTPError):  # such as no route to that family of addresses
+                return connect()
+        connection.host = allowed[-1]
+        return connect()
+    finally:
+        connection.host = name  # which the request and the server's certificate are for
+
+
+def _addresses(connection: HTTPConnection, name: str) -> list[str]:
+    """All addresses of a name; numbers in any notation that the system knows are addresses too."""
+    try:
+        found = socket.getaddrinfo(name.strip("[]"), connection.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # the latter: what can be no name, such as 300 letters
+        fault = socket.gaierror(str(error))
+        raise urllib3.exceptions.NameResolutionError(name, connection, fault) from error
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def _check_status(response: urllib3.BaseHTTPResponse, uri: str) -> None:
@@ -200,6 +230,12 @@ def _chunks(response: urllib3.BaseHTTPResponse, uri: str) -> Iterator[bytes]:
             yield chunk
 
 
+def _beside_proxy() -> str:
+    """What a person behind a proxy has to know."""
+    # A proxy resolves names itself: which address one leads to could not be looked at here.
+    return "; videos are fetched directly, without the proxy of the environment" if getproxies() else ""
+
+
 @contextmanager
 def _faults(uri: str) -> Iterator[None]:
     """Turns what urllib3 raises into a disturbance or a fault, in words without the URL and its query."""
@@ -215,9 +251,9 @@ def _faults(uri: str) -> Iterator[None]:
             raise FetchError("the certificate of the server is not trusted", where=shown(uri)) from error
         raise TransientError("the connection was lost") from error
     except errors.NameResolutionError as error:
-        raise TransientError("the name of the server cannot be resolved") from error
+        raise TransientError(f"the name of the server cannot be resolved{_beside_proxy()}") from error
     except errors.NewConnectionError as error:
-        raise TransientError("the server cannot be connected to") from error
+        raise TransientError(f"the server cannot be connected to{_beside_proxy()}") from error
     except errors.TimeoutError as error:
         raise TransientError("there was no answer in time") from error
     except (errors.HTTPError, OSError) as error:

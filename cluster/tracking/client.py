@@ -38,6 +38,7 @@ def mlflow_module() -> Any:
     """The mlflow package, for the files beside this one."""
     # No usage reports from clusters that are cut off or confidential; a person's own setting wins.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with warnings.catch_warnings():
         # What it warns of while it is imported is about its own modules.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from gare.errors import ConfigError
+from gare.errors import masked as mask_credentials
 
 #: Databases that MLflow can use without a server in between.
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -85,12 +85,6 @@ def check_port(uri: str, timeout_s: float) -> None:
     default = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}[scheme_of(uri)]
     with socket.create_connection((parts.hostname or "localhost", parts.port or default), timeout_s):
         pass
-
-
-def mask_credentials(text: str) -> str:
-    """Replaces ``user:password@`` in every URI of the text, and passwords in their queries, by ``***``."""
-    text = re.sub(r"://[^/?#\s'\"]*@", "://***@", text)
-    return re.sub(r"(?i)([?&](?:password|token|secret|sslpassword)=)[^&\s'\"]+", r"\1***", text)
 
 
 def json_number(value: float) -> float | str:

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.tracking.client import client, mlflow_module
+from gare.errors import GareError
+
+#: How MLflow names models whose code is a file; what others are loaded from may be pickles.
+_CODE_LOADER = "mlflow.pyfunc.loaders.code_model"
 
 
 def pack_model(
@@ -98,9 +102,14 @@ def serve_model(load: Callable[[str], Any], predict: Callable[[Any, list[str]], 
 def use_served_model(tracking_uri: str, model_uri: str) -> Any:
     """Loads a logged model, with ``predict(["a man plays guitar"])``.
 
+    Its code is run, as that of every model in a registry; nothing is unpickled.
+
     Args:
         tracking_uri: the store it is in.
         model_uri: what ``RunHandle.log_model`` returned, or ``models:/NAME@ALIAS`` of the registry.
+
+    Raises:
+        GareError: for a model that is a pickle or of another library.
     """
     name, _, alias = model_uri.removeprefix("models:/").partition("@")
     if alias:
@@ -110,4 +119,11 @@ def use_served_model(tracking_uri: str, model_uri: str) -> Any:
     mlflow = mlflow_module()
     # Fetched first: load_model knows no tracking URI but the global one.
     local = mlflow.artifacts.download_artifacts(artifact_uri=folder, tracking_uri=tracking_uri)
+    flavour = mlflow.models.Model.load(local).flavors.get("python_function", {})
+    if flavour.get("loader_module") != _CODE_LOADER or not flavour.get("model_code_path"):
+        raise GareError(
+            "is not a model of code and weights, and may be a pickle, which can run any program",
+            where=model_uri,
+            accepted="one that train or evaluate has logged",
+        )
     return mlflow.pyfunc.load_model(local)

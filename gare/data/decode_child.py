@@ -11,14 +11,13 @@ import os
 import resource
 import signal
 import sys
-import urllib.parse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from gare.data.decode import DecodedClip, decode_clip
 from gare.data.decode_pipe import LENGTH_BYTES
 from gare.data.images import encode_jpeg, prepare_frame
+from gare.data.uris import local_path
 from gare.errors import GareError
 
 
@@ -61,14 +60,9 @@ def _limit_memory(memory_mb: float) -> None:
     )
 
 
-def _local_path(uri: str) -> str:
-    path = uri.removeprefix("file://")
-    return path if path == uri or Path(path).exists() else urllib.parse.unquote(path)
-
-
 def _extract(request: dict[str, Any]) -> tuple[DecodedClip, list[bytes]]:
     size, quality = request["image_size"], request["jpeg_quality"]
-    path = _local_path(request["path"])
+    path = local_path(request["path"])
     clip = decode_clip(path, prepare=lambda rgb: prepare_frame(rgb, size), **request["clip"])
     if request["encoding"] == "raw":
         return clip, [rgb.tobytes() for rgb in clip.frames]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from gare.data.decode_pipe import Child
 from gare.data.sampling import Sampling
-from gare.errors import ConfigError, DataError
+from gare.data.uris import scheme_of
+from gare.errors import ConfigError, DataError, shown
 
 #: Importing the decoders on a busy machine; not part of a video's deadline.
 _START_DEADLINE_S = 120.0
@@ -203,8 +204,8 @@ class DecodeProcess:
 
 
 def _checked(uri: str) -> str:
-    if "://" in uri and not uri.startswith("file://"):
-        raise DataError("is not on this machine", where=uri, accepted="a local path or a file:// URI")
+    if scheme_of(uri) != "file":
+        raise DataError("is not on this machine", where=shown(uri), accepted="a local path or a file:// URI")
     return uri
 
 

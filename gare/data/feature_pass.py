@@ -175,6 +175,13 @@ class FeaturePass(StorePass):
         return [row for key, row in sorted(theirs.items()) if key in wanted and ours.get(key) != row]
 
 
+def without_frames(frames_uri: str, manifest: Manifest) -> list[str]:
+    """Ids of the manifest that a frame store neither has nor has failed at."""
+    stored = ids_in_parts(frames_uri, "data")
+    known = stored.keys() | read_failures(frames_uri, stored).keys()
+    return [row.video_id for row in manifest.rows if row.video_id not in known]
+
+
 def can_be_made(row: dict[str, Any]) -> bool:
     """Whether the frames of a pending row, or features of them, are there."""
     return row["place"] is not None or row["made"] is not None

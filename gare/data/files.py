@@ -21,11 +21,12 @@ from pyarrow import fs as pafs
 
 from gare.data.object_store import open_s3
 from gare.data.uris import is_uri, scheme_of
-from gare.errors import DataError, shown
+from gare.errors import DataError, FullDiskError, shown
 
 ACCEPTED = "a local path, file:///… or an object store's URI such as s3://bucket/key"
 
 _TEMPORARY = ".gare-"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_fs(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -97,7 +98,7 @@ def write_atomically(uri: str, data: bytes | memoryview) -> None:
     all of it is uploaded.
 
     Raises:
-        DataError: if it cannot be written; an older file is then as it was.
+        DataError: if it cannot be written (FullDiskError for lack of room); an older file is then as it was.
     """
     filesystem, path = open_fs(uri)
     with _faults_of(uri, "cannot be written"):
@@ -144,6 +145,35 @@ def delete_file(uri: str) -> None:
     filesystem, path = open_fs(uri)
     with _faults_of(uri, "cannot be deleted"), contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)
+
+
+def delete_leftovers(uri: str, before_ns: int) -> int:
+    """Deletes what killed writers have left below a local folder: temporary files that never got their name.
+
+    An object store keeps none that could be listed: what is uploaded in part is not there.
+
+    Args:
+        uri: the folder; one that is missing holds nothing.
+        before_ns: time of the last change, nanoseconds, from which on they are left alone: somebody may be
+            writing them.
+
+    Returns:
+        The number of files that were deleted.
+
+    Raises:
+        DataError: if the folder cannot be listed or a file cannot be deleted.
+    """
+    filesystem, path = open_fs(uri)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        return 0
+    deleted = 0
+    with _faults_of(uri, "cannot be cleared of temporary files"):
+        for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True)):
+            is_old = info.mtime_ns is not None and info.mtime_ns < before_ns
+            if info.type == pafs.FileType.File and _is_temporary(info.base_name) and is_old:
+                Path(info.path).unlink(missing_ok=True)
+                deleted += 1
+    return deleted
 
 
 def stat_file(uri: str) -> tuple[int, int] | None:
@@ -222,7 +252,8 @@ def _faults_of(uri: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise DataError(f"{what}: {_reason(error)}", where=shown(uri), accepted=_next_step(error)) from error
+        kind = FullDiskError if getattr(error, "errno", None) in _NO_ROOM else DataError
+        raise kind(f"{what}: {_reason(error)}", where=shown(uri), accepted=_next_step(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -238,6 +269,8 @@ def _next_step(error: Exception) -> str:
         return "a location that exists"
     if isinstance(error, PermissionError):
         return "a location that you may read and write"
+    if getattr(error, "errno", None) in _NO_ROOM:
+        return "make room there, then run the same command again: it continues where this one stopped"
     return "" if isinstance(error, OSError) else ACCEPTED
 
 

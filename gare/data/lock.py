@@ -25,7 +25,16 @@ from typing import Literal, Self
 
 import psutil
 
-from gare.data.files import delete_file, join, list_files, open_fs, read_bytes, stat_file, write_json
+from gare.data.files import (
+    delete_file,
+    delete_leftovers,
+    join,
+    list_files,
+    open_fs,
+    read_bytes,
+    stat_file,
+    write_json,
+)
 from gare.errors import DataError, GareError
 
 logger = logging.getLogger(__name__)
@@ -83,6 +92,9 @@ class StoreLock:
         when_locked: whether to wait for another job or to refuse.
         stale_s: seconds without a sign of life after which the claim of a job elsewhere is void.
 
+    Who enters removes temporary files that killed jobs have left in the store, once they are older than
+    ``stale_s``.
+
     Raises:
         DataError: on entering, where another job has the store and ``when_locked`` is ``refuse``, or if the
             folder cannot be written.
@@ -103,6 +115,7 @@ class StoreLock:
     def __enter__(self) -> Self:
         try:
             self._acquire()
+            self._clear()
         except BaseException:
             delete_file(self._location)
             raise
@@ -152,6 +165,16 @@ class StoreLock:
                 first, told = False, now
             time.sleep(_POLL_S)
             self._renew()
+
+    def _clear(self) -> None:
+        mine = stat_file(self._location)
+        # A job that has lost the lock and does not know yet may still be writing.
+        before_ns = mine[1] - int(self._stale_s * 1e9) if mine else 0
+        try:
+            if deleted := delete_leftovers(self.uri, before_ns):
+                logger.info("%s: removed %d temporary files of killed jobs", self.uri, deleted)
+        except DataError as error:  # another user's, for one: nothing that the work needs
+            logger.warning("%s", error)
 
     def _refuse(self, others: list[Claim]) -> None:
         raise DataError(

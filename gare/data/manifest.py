@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from gare.data.faults import Faults
 from gare.data.files import exists, read_bytes, write_atomically
+from gare.data.uris import is_uri
 from gare.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -256,6 +258,9 @@ def _check_row(row: ManifestRow, name: str, faults: Faults) -> None:
         faults.add("empty video_id", name)
     if not row.uri:
         faults.add("no uri", name)
+    # The signature of a presigned URL is the link itself, and ends by itself; a password is more than that.
+    if is_uri(row.uri or "") and "@" in re.split(r"[/?#]", row.uri.partition("://")[2])[0]:
+        faults.add("name or password in the uri; credentials belong into the environment", name)
     if row.split not in SPLITS:
         faults.add(f"split is none of {', '.join(SPLITS)}", f"{name}: {row.split!r}")
     if not row.captions:

@@ -22,6 +22,7 @@ from cluster.tracking import (
     git_revision,
     mask_credentials,
     resolve_tracking_uri,
+    served,
     use_served_model,
 )
 from cluster.tracking import client as client_module
@@ -142,10 +143,12 @@ def test_a_server_that_is_not_there_is_one_clear_error(monkeypatch: pytest.Monke
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     for scheme in ("http", "postgresql"):
-        with pytest.raises(
-            GareError, match=rf"{scheme}://\*\*\*@127.0.0.1:{port}.*start the server"
-        ) as caught:
-            connect(TrackingConfig(uri=f"{scheme}://user:hunter2@127.0.0.1:{port}/db"), "/nowhere")
+        # Such a URI is refused where it is configured; what is said of one hides it all the same.
+        uri = f"{scheme}://user:hunter2@127.0.0.1:{port}/db"
+        settings = TrackingConfig.model_construct(uri=uri, experiment="gare")
+        said = rf"{scheme}://\*\*\*@127.0.0.1:{port}.*start the server"
+        with pytest.raises(GareError, match=said) as caught:
+            connect(settings, "/nowhere")
         assert caught.value.exit_code == 4
         assert "hunter2" not in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -300,6 +303,39 @@ def test_the_logged_model_answers_captions(prepared: Path, tmp_path: Path) -> No
     files = [path.name for path in (prepared / "mlartifacts").rglob("*")]
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt"))]
     assert not list(Path.cwd().iterdir())
+
+
+PICKLED = """
+import sys
+from pathlib import Path
+import mlflow
+
+class Bomb(mlflow.pyfunc.PythonModel):
+    def __reduce__(self):
+        return Path.touch, (Path(sys.argv[2]),)
+    def predict(self, context, model_input, params=None): ...
+
+mlflow.pyfunc.save_model(sys.argv[1], python_model=Bomb(), pip_requirements=["numpy"])
+"""
+
+
+def test_a_pickled_model_of_the_registry_is_refused(prepared: Path, tmp_path: Path) -> None:
+    # Else a model that is passed on runs what it likes where it is loaded, without a line of code to be seen.
+    proof, packed = tmp_path / "proof", tmp_path / "packed"
+    command = [sys.executable, "-W", "ignore", "-c", PICKLED, str(packed), str(proof)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (packed / "python_model.pkl").exists()
+    assert not proof.exists()
+    mlflow = client_module.mlflow_module()
+    run = connect(TrackingConfig(experiment="pickled"), str(prepared)).start_run("m")
+    model = mlflow.models.Model.load(str(packed))
+    uri = served.upload_model(run.tracking_uri, run.experiment_id, run.run_id, model, packed, 0)
+    with pytest.raises(GareError, match="may be a pickle"):
+        use_served_model(run.tracking_uri, uri)
+    # MLflow's own loader, which README shows, refuses it as well in a process of ours.
+    with pytest.raises(mlflow.MlflowException, match="pickle is disallowed"):
+        mlflow.pyfunc.load_model(str(packed))
+    assert not proof.exists()
 
 
 def test_broken_model_code_is_an_error_that_names_the_checkpoint(prepared: Path, tmp_path: Path) -> None:

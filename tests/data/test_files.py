@@ -10,7 +10,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from gare.data.files import delete_tree, exists, join, list_files, open_fs, read_bytes, write_atomically
-from gare.errors import DataError
+from gare.errors import DataError, FullDiskError
 
 AWKWARD = [
     "with space",
@@ -114,8 +114,9 @@ def test_write_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(FullDiskError, match=r"No space left.*make room") as caught:
         write_atomically(location, b"newer")
+    assert caught.value.exit_code == 4
     assert read_bytes(location) == b"new"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.json"]
 

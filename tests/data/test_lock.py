@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gare.data import lock as module
+from gare.data.files import list_files, stat_file, write_json
 from gare.data.lock import Claim, StoreLock
 from gare.errors import DataError, GareError
 
@@ -136,3 +138,94 @@ def test_claims_are_ordered_by_their_start() -> None:
     assert one < dataclasses.replace(one, since_ns=one.since_ns + 1, job="0", claimed=True)
     assert isinstance(one, Claim)
     assert not one.is_dead()
+
+
+def test_what_killed_jobs_leave_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each kill leaves up to a part of a hundred megabytes; nights with kills would fill the disk."""
+    caplog.set_level("INFO")
+    old, fresh, other = ".gare-0a.tmp", ".gare-0b.tmp", "part-0.parquet"
+    folders = [tmp_path, *(tmp_path / name for name in ("data", "failures", "lock", "passing/data"))]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (old, fresh, other):
+            (folder / name).write_bytes(b"half a part")
+            if name != fresh:
+                os.utime(folder / name, (1, 1))
+    with StoreLock(str(tmp_path)):
+        for folder in folders:
+            # Not one that a job may be writing which has only just lost the lock, nor anything with a name.
+            assert {path.name for path in folder.iterdir() if path.is_file()} >= {fresh, other}
+            assert not (folder / old).exists()
+    assert f"removed {len(folders)} temporary files" in caplog.text
+
+
+def test_nothing_is_removed_while_another_job_has_the_store(tmp_path: Path) -> None:
+    """A slow disk may keep a temporary file for longer than the lock allows."""
+    put_claim(tmp_path, machine="elsewhere", host="other", since_ns=0)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".gare-0a.tmp").touch()
+    os.utime(tmp_path / "data" / ".gare-0a.tmp", (1, 1))
+    with pytest.raises(DataError, match="@other"), StoreLock(str(tmp_path), when_locked="refuse"):
+        pass
+    assert (tmp_path / "data" / ".gare-0a.tmp").exists()
+
+
+#: Locks on S3 take turns by its clock, which counts seconds.
+ON_S3 = "s3://videos/store"
+
+
+@pytest.mark.usefixtures("s3")
+def test_jobs_on_s3_take_turns() -> None:
+    """A cluster without a shared disk has nothing else that could keep two nights apart."""
+    inside: list[int] = []
+    turns: list[int] = []
+
+    def job(number: int) -> None:
+        for _ in range(2):
+            with StoreLock(ON_S3) as lock:
+                inside.append(number)
+                assert inside == [number]
+                lock.check()
+                turns.append(number)
+                inside.remove(number)
+
+    threads = [threading.Thread(target=job, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(turns) == [0, 0, 1, 1, 2, 2]
+    assert list_files(f"{ON_S3}/lock") == []
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_living_job_on_s3_is_refused_by_name_however_long_it_takes() -> None:
+    """Else the second job of a night takes the store over from the first, which is still at work."""
+    with StoreLock(ON_S3, stale_s=3.0) as first:
+        started = stat_file(first._location)
+        deadline = time.monotonic() + 60
+        # Until it has shown more signs of life than it may be silent for.
+        while stat_file(first._location)[1] - started[1] < 4e9 and time.monotonic() < deadline:
+            threading.Event().wait(0.1)
+        with (
+            pytest.raises(DataError, match=f"process {os.getpid()}"),
+            StoreLock(ON_S3, when_locked="refuse", stale_s=3.0),
+        ):
+            pass
+        first.check()
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_silent_job_on_s3_is_succeeded_and_notices(caplog: pytest.LogCaptureFixture) -> None:
+    """A machine that is taken away leaves its claim behind; the next night must not wait for ever."""
+    with StoreLock(ON_S3, stale_s=1000.0) as silent:
+        # As one of another machine, of which only the signs of life can tell.
+        claim = dataclasses.replace(silent._claim, machine="elsewhere", host="other")
+        write_json(silent._location, dataclasses.asdict(claim))
+        with StoreLock(ON_S3, stale_s=1.5) as lock:
+            lock.check()
+            assert len(list_files(f"{ON_S3}/lock")) == 1
+        assert "@other" in caplog.text
+        assert "no sign of life" in caplog.text
+        assert not silent._renew()
+    assert list_files(f"{ON_S3}/lock") == []

@@ -97,6 +97,8 @@ def test_fingerprint_knows_what_matters(manifest: Manifest) -> None:
     [
         ({"video_id": ""}, "empty video_id"),
         ({"uri": ""}, "no uri"),
+        ({"uri": "https://me:hush@host/a.mp4"}, r"^(?!.*hush).*credentials belong into the environment"),
+        ({"uri": "S3://key@bucket/a.mp4"}, "credentials belong into the environment"),
         ({"split": "validate"}, "split is none of train, val, test"),
         ({"captions": ()}, "no caption"),
         ({"captions": ("fine", " \n")}, "blank caption"),
@@ -112,6 +114,12 @@ def test_broken_rows_are_refused(change: dict[str, object], message: str) -> Non
     """A row that breaks the contract would fail hours later in extract or train, far from its cause."""
     with pytest.raises(DataError, match=message):
         Manifest((replace(ROWS[0], **change), ROWS[1]), "folder", "own split")
+
+
+def test_an_at_sign_elsewhere_is_no_password() -> None:
+    """Presigned links and files of an album have them; without those a collection could not be read."""
+    for uri in ("/videos/me@home.mp4", "./a:b@c", "https://host/a@b.mp4?sign=a@b", "s3://bucket/a@b.mp4"):
+        assert Manifest((replace(ROWS[0], uri=uri),), "folder", "own split").rows[0].uri == uri
 
 
 def test_all_faults_come_at_once_with_their_ids() -> None:

@@ -33,6 +33,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GARE_ROOT", str(folder))
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Nobody asks for these; test_secrets.py looks where they have got to.
+        for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD"):
+            patch.setenv(name, secrets.token_hex(32))
         # A report waits for the controller, which looks every two seconds by default; an epoch is less.
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         for name in ("RAY_ADDRESS", "GARE_DEBUG", "MLFLOW_TRACKING_URI"):

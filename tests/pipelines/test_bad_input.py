@@ -170,10 +170,10 @@ def test_tracking_server_that_does_not_answer(
     """It must fail before the work, not after it, and take nothing of an earlier run with it."""
     before = snapshot(places.data)
     name = "train.run=untracked" if overwrite == "false" else "train.run=first"
-    answer = run(
-        train.run, name, "tracking.uri=http://user:secret@127.0.0.1:9", f"train.overwrite={overwrite}"
-    )
+    answer = run(train.run, name, "tracking.uri=http://127.0.0.1:9", f"train.overwrite={overwrite}")
     answer.refused(4, "tracking.uri", "127.0.0.1:9", "start the server")
+    answer = run(train.run, name, "tracking.uri=http://user:secret@127.0.0.1:9")
+    answer.refused(2, "tracking.uri", "http://***@127.0.0.1:9", "MLFLOW_TRACKING_PASSWORD")
     assert "secret" not in answer.stderr
     run(evaluate.run, "tracking.uri=http://127.0.0.1:9").refused(4, "127.0.0.1:9")
     assert snapshot(places.data) == before

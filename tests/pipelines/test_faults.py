@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import ray
 
 from cluster.storage import Layout, layout
 from gare.data.files import list_files
-from gare.data.store import read_failures, read_meta
+from gare.data.store import ids_in_parts, read_failures, read_meta
 from pipelines import extract
-from tests.pipelines.support import tiny
+from tests.pipelines.support import in_process, tiny
 from tests.stores import stored_values
 
 #: Long enough for a machine that is busy with other things.
@@ -98,11 +98,13 @@ def test_a_killed_worker(what: str, name: str, places: Layout, rng: np.random.Ge
     assert_undisturbed(store, places)
 
 
-def start_job(name: str, repository: Path, root: Path, tiny_yaml: str) -> subprocess.Popen[bytes]:
+def start_job(
+    name: str, repository: Path, root: Path, tiny_yaml: str, *overrides: str
+) -> subprocess.Popen[bytes]:
     """The command as a process of its own, in the Ray of these tests, as a job of a cluster would be."""
     with (root / f"{name}.log").open("wb") as stderr:
         return subprocess.Popen(
-            [sys.executable, "pipelines/extract.py", "--config", tiny_yaml, f"name={name}"],
+            [sys.executable, "pipelines/extract.py", "--config", tiny_yaml, f"name={name}", *overrides],
             cwd=repository,
             env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
             stdout=subprocess.DEVNULL,
@@ -206,3 +208,40 @@ def test_two_jobs_at_once(name: str, places: Layout) -> None:
         job.join(PATIENCE_S)
     assert sorted(result["attempted"] for result in results) == [0, 40]
     assert_undisturbed(layout(tiny(f"name={name}")).frames, places)
+
+
+@pytest.fixture
+def small_disk(name: str, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The folder of a data set's frame store, on a disk of its own with room for some of its parts."""
+    folder = Path(layout(tiny(f"name={name}")).frames)
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small disk cannot be mounted here, which takes root: {error}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk(
+    small_disk: Path, name: str, places: Layout, tiny_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commonest end of a night: said in a line, nothing half there, gone on with once there is room."""
+    store = str(small_disk)
+    answer = in_process(capsys, extract.run, "--config", tiny_yaml, f"name={name}")
+    answer.refused(4, store, "No space left on device", "make room there, then run the same command again")
+    kept = {part: Path(part).read_bytes() for part in list_files(f"{store}/data")}
+    assert 0 < len(ids_in_parts(store, "data")) < 40
+    assert not read_meta(store).complete
+    assert not [path for path in small_disk.rglob("*") if path.suffix == ".tmp" or path.parent.name == "lock"]
+    # Still full: the same again, and what is there stays.
+    answer = in_process(capsys, extract.run, "--config", tiny_yaml, f"name={name}")
+    answer.refused(4, "No space left on device")
+    assert {part: Path(part).read_bytes() for part in kept} == kept
+
+    subprocess.run(["mount", "-o", "remount,size=16m", store], check=True)
+    result = extract.run(tiny(f"name={name}"))
+    assert 0 < result["attempted"] < 40
+    assert {part: Path(part).read_bytes() for part in kept} == kept
+    assert_undisturbed(store, places)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import pytest
 from cluster.storage import Layout, layout
 from gare import load_checkpoint
 from gare.data.features import FeatureReader
+from gare.data.files import copy_files, delete_file, list_files, stat_file
 from gare.data.manifest import read_manifest, write_manifest
-from gare.data.store import read_meta
+from gare.data.store import ids_in_parts, read_meta, write_meta
 from gare.model.clip import towers_sha256
 from pipelines import evaluate, extract, train
 from tests.pipelines.support import STEPS, in_process, snapshot, tiny
+from tests.pipelines.test_faults import num_parts, start_job, wait_for
 
 RUN = ("train.input=features", "train.run=from-features", "model.adapters=true")
 
@@ -166,6 +170,116 @@ def test_a_changed_file_is_encoded_again(
     assert (checked["sound"], checked["features"]["videos"]) == (True, 4)
     again = FeatureReader(own.features).read(["0", "1"])
     assert all(np.array_equal(again[name], values) for name, values in after.items())
+
+
+def of_one_store(one: FeatureReader, other: FeatureReader, ids: list[str]) -> None:
+    """Asserts that two feature stores hold the same, id by id."""
+    assert one.places.keys() == other.places.keys() == set(ids)
+    found, known = one.read(ids), other.read(ids)
+    assert found.keys() == known.keys()
+    for name, values in known.items():
+        assert found[name].shape == values.shape
+        # Of a clip that was encoded beside others the last digit of float16 may differ.
+        assert np.allclose(found[name], values, atol=2e-3), name
+
+
+def test_a_killed_job(
+    features: dict[str, Any],
+    weights: str,
+    places: Layout,
+    repository: Path,
+    root: Path,
+    tiny_yaml: str,
+    rng: np.random.Generator,
+) -> None:
+    """Encoding takes hours on many clips: what a kill -9 leaves is gone on with, nothing lost or doubled."""
+    name, ids = "killed-features", [row.video_id for row in read_manifest(places.manifest).rows]
+    own = layout(tiny(f"name={name}"))
+    Path(own.data).mkdir()
+    shutil.copy2(places.manifest, own.manifest)
+    shutil.copytree(places.frames, own.frames)
+    settings = (f"name={name}", "extract.store=features", weights, "features.videos_per_part=4")
+    after = int(rng.integers(1, 4))
+    process = start_job(name, repository, root, tiny_yaml, *settings[1:])
+    try:
+        assert wait_for(lambda: num_parts(own.features) >= after, lambda: process.poll() is None)
+        process.kill()
+        status = process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+    said = (root / f"{name}.log").read_text()
+    assert (status, read_meta(own.features).complete) == (-signal.SIGKILL, False), said
+    # As of a kill in the middle of a write, an hour ago.
+    leftover = Path(own.features) / "data" / ".gare-0a.tmp"
+    leftover.write_bytes(b"half a part")
+    os.utime(leftover, (1, 1))
+    kept = {part: Path(part).read_bytes() for part in list_files(f"{own.features}/data")}
+    result = extract.run(tiny(*settings))
+    assert 0 < result["attempted"] < 40
+    assert (result["videos"], result["failed"]) == (40, {})
+    assert not leftover.exists()
+    assert {part: Path(part).read_bytes() for part in kept} == kept
+    of_one_store(FeatureReader(own.features), FeatureReader(places.features), ids)
+    assert extract.run(tiny(*settings, "upkeep.task=verify"))["sound"]
+
+
+def test_features_on_s3(features: dict[str, Any], weights: str, places: Layout, root: Path, s3: Any) -> None:
+    """A cluster without a shared disk keeps both stores there; a lost part is made again, the others stay."""
+    own = layout(tiny("name=both", "storage.root=s3://videos/root"))
+    manifest = read_manifest(places.manifest)
+    write_manifest(manifest, own.manifest)
+    copy_files(places.frames, own.frames)
+    copy_files(f"{places.frames}/data", f"{own.frames}/data")
+    settings = (
+        *("name=both", "storage.root=s3://videos/root", "extract.store=features", weights),
+        *(f"tracking.uri=sqlite:///{root / 'mlflow-features.db'}", "features.videos_per_part=16"),
+    )
+    result = extract.run(tiny(*settings))
+    assert (result["videos"], result["attempted"], result["failed"]) == (40, 40, {})
+    ids = [row.video_id for row in manifest.rows]
+    of_one_store(FeatureReader(own.features), FeatureReader(places.features), ids)
+    assert list_files(f"{own.features}/lock") == []
+
+    parts = list_files(f"{own.features}/data")
+    lost = [key for key, (part, _) in ids_in_parts(own.features, "data").items() if part == parts[0]]
+    versions = {part: stat_file(part) for part in parts[1:]}
+    delete_file(parts[0])
+    assert extract.run(tiny(*settings))["attempted"] == len(lost)
+    assert {part: stat_file(part) for part in versions} == versions
+    of_one_store(FeatureReader(own.features), FeatureReader(places.features), ids)
+
+
+def test_clips_without_frames_are_told(
+    features: dict[str, Any],
+    weights: str,
+    places: Layout,
+    tiny_yaml: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else features of a part of the collection pass for those of all."""
+    own = layout(tiny("name=lacking"))
+    manifest = read_manifest(places.manifest)
+    shutil.copytree(places.frames, own.frames)
+    shutil.copytree(places.features, own.features)
+    more = [replace(row, video_id=f"{row.video_id} again") for row in manifest.rows[:3]]
+    write_manifest(replace(manifest, rows=(*manifest.rows, *more)), own.manifest)
+    settings = ("--config", tiny_yaml, "name=lacking", "extract.store=features", weights)
+    answer = in_process(capsys, extract.run, *settings)
+    assert answer.status == 0, answer.stderr
+    assert f"lacks 3 of 43 videos, {more[0].video_id!r} the first of them" in answer.stderr
+    assert "no features are made of these" in answer.stderr
+    assert json.loads(answer.stdout)["videos"] == 40
+
+    # A frame store whose own run was interrupted is no source of features: the videos themselves are.
+    write_meta(own.frames, replace(read_meta(own.frames), complete=False))
+    answer = in_process(capsys, extract.run, *settings)
+    assert answer.status == 0, answer.stderr
+    assert "lacks 3 of 43 videos" in answer.stderr
+    assert "decoded again for the features alone; extract.store=both finishes it" in answer.stderr
+    assert json.loads(answer.stdout)["videos"] == 43
+    answer = in_process(capsys, extract.run, *settings[:-2], "extract.store=both", weights)
+    assert "lacks" not in answer.stderr
 
 
 def test_other_towers_are_refused(

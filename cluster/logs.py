@@ -188,4 +188,4 @@ def job_id() -> str:
     ray = sys.modules.get("ray")
     if ray is None or not getattr(ray, "is_initialized", bool)():
         return ""
-    return str(ray.get_runtime_context().getjob_id())
+    return str(ray.get_runtime_context().get_job_id())

@@ -93,7 +93,7 @@ def memory_of(device: Any) -> str:
     import torch
 
     # Kilobytes on Linux.
-    held = f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
+    held = f"memory peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
     if device.type != "cuda":
         return held
     return f"{held}, GPU {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"

@@ -129,11 +129,13 @@ def watch_gradients(objective: nn.Module, recorder: Recorder) -> None:
     """Lets DDP say when the last gradients are there: what it still exchanges then is told apart."""
     if not isinstance(objective, DistributedDataParallel):
         return
+    # Without annotations: DDP compares them with types, and here they are texts.
+    objective.register_comm_hook(recorder, lambda recorder, bucket: _exchange(recorder, bucket))
+
+
+def _exchange(recorder: Recorder, bucket: Any) -> torch.futures.Future[torch.Tensor]:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    def hook(group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-        if bucket.is_last():
-            recorder.gradients_ready()
-        return allreduce_hook(group, bucket)
-
-    objective.register_comm_hook(dist.group.WORLD, hook)
+    if bucket.is_last():
+        recorder.gradients_ready()
+    return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 The bytes are those of the program: ``tests/train/test_stages.py`` counts them in a real step. The seconds
 come from measured parts of a step and published speeds; ``ASSUMPTIONS`` lists what is assumed.
 
-R GPUs, b pairs on each, N = R·b pairs of the global batch, F frames, W words, D width, L = F·H + 2 numbers
+R GPUs, b pairs on each, N = R·b pairs of the global batch, F frames, W words, D width, L = F·H + 3 numbers
 that an increment of the video's basis has, P parameters that learn.
 """
 
@@ -111,7 +111,7 @@ def loss_traffic(form: Form, num_pairs: int, shape: Shape) -> Traffic:
     masks = num_pairs * shape.frames
     equal_rows = 16
     if form == "sharded":
-        vectors = shape.frames * shape.heads + 2
+        vectors = shape.frames * shape.heads + 3
         columns = 3 * num_pairs * FLOAT  # the largest, the sums, and those back
         moments = 2 * num_pairs * (vectors + vectors**2) * FLOAT
         scalars = (2 + 6) * FLOAT  # the radii there and back; six terms for the log
@@ -120,7 +120,7 @@ def loss_traffic(form: Form, num_pairs: int, shape: Shape) -> Traffic:
     return Traffic(
         frames + texts + masks + num_pairs * shape.words,
         frames + texts + equal_rows,
-        8 + 2 * form.endswith("words"),
+        7 + 2 * form.endswith("words"),
     )
 
 

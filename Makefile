@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test lint bench bench-extract bench-reads fuzz ui clean
+.PHONY: help install demo test test-cluster lint bench bench-scaling bench-extract bench-reads fuzz ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests"
+	@echo "make test-cluster  the same model and store on four nodes (5 min)"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
+	@echo "make bench-scaling  extraction and a training step on 1 and 2 workers, and a model of 8 to 512 GPUs (10 min)"
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
@@ -31,6 +33,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +47,9 @@ bench: install
 
 fuzz: install
 	$(BIN)/python -m tests.benchmarks.fuzz
+
+bench-scaling: install
+	$(BIN)/python -m tests.benchmarks.scaling
 
 bench-extract: install
 	$(BIN)/python -m tests.benchmarks.extraction

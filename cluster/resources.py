@@ -106,13 +106,13 @@ def settle_resources(config: Config) -> Config:
     if settled == config.cluster:
         return config
     logger.info(
-        "cluster: %d training workers of %g CPU%s, of %d CPU and %d GPU on %d nodes",
+        "training workers: %d, each with %g CPU%s; the cluster's nodes: %d with %d CPU and %d GPU",
         settled.train_workers,
         settled.cpus_per_worker,
         " and 1 GPU" if settled.use_gpu else "",
+        len(nodes()),
         num_cpus(),
         num_gpus(),
-        len(nodes()),
     )
     return config.model_copy(update={"cluster": settled})
 
@@ -217,30 +217,33 @@ def _wait_for(config: ClusterConfig, needed: dict[str, float], *, is_growing: bo
     Raises:
         GareError: after ``cluster.wait_s``.
     """
-    deadline = time.monotonic() + config.wait_s
-    asked = False
-    while lacking := _lacking(needed):
-        if time.monotonic() >= deadline:
-            holder = "the autoscaler has not added" if is_growing else "other jobs hold"
-            raise GareError(
-                f"{holder} {lacking}, still after {config.wait_s:g} s",
-                where="cluster",
-                accepted="end them, wait longer (cluster.wait_s), or ask for less",
-            )
-        if is_growing and not asked:
-            asked = _ask_autoscaler(config)
-        logger.warning(
-            "waiting for %s that %s", lacking, "are being added" if is_growing else "other jobs hold"
-        )
-        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
-
-
-def _ask_autoscaler(config: ClusterConfig) -> bool:
+    if not _lacking(needed):
+        return
+    if not is_growing:
+        _wait(config, needed, "other jobs hold", "that other jobs hold", "end them")
+        return
     from ray.autoscaler.sdk import request_resources
 
     bundle = {"CPU": max(1, math.ceil(cpus_of_worker(config)))} | ({"GPU": 1} if config.use_gpu else {})
     request_resources(bundles=[bundle] * config.train_workers)
-    return True
+    try:
+        _wait(config, needed, "the autoscaler has not added", "to be added", "look at its log")
+    finally:
+        # It stands until it is taken back, and would keep the nodes after the training.
+        request_resources(bundles=[])
+
+
+def _wait(config: ClusterConfig, needed: dict[str, float], failed: str, why: str, help_: str) -> None:
+    deadline = time.monotonic() + config.wait_s
+    while lacking := _lacking(needed):
+        if time.monotonic() >= deadline:
+            raise GareError(
+                f"{failed} {lacking}, still after {config.wait_s:g} s",
+                where="cluster",
+                accepted=f"{help_}, wait longer (cluster.wait_s), or ask for less",
+            )
+        logger.warning("waiting for %s %s", lacking, why)
+        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
 
 
 def _lacking(needed: dict[str, float]) -> str:

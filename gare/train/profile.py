@@ -94,8 +94,9 @@ def table(profile: Mapping[str, Any]) -> str:
     mean = {name: statistics.fmean(worker.get(name, 0.0) for worker in means) for name in names}
     whole = sum(mean.values()) or 1.0
     out = ", the first and the traced ones left out" if profile["left_out"] else ""
+    of = f"{profile['workers']} worker{'s' * (profile['workers'] > 1)}"
     lines = [
-        f"profile: mean seconds a step, {profile['steps']} steps{out}, {profile['workers']} workers",
+        f"profile: mean seconds a step, {profile['steps']} steps{out}, {of}",
         f"  {'stage':<14} {'seconds':>9} {'share':>7}  {'slowest worker':<16} what it is",
     ]
     for name in names:

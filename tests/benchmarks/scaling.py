@@ -24,7 +24,7 @@ import torch.distributed as dist
 from gare.config import Config, parse_config
 from gare.data.batch import Batch
 from gare.model.gare import GARE
-from gare.train.stages import start_recording, stop_recording
+from gare.train.stages import start_recording, stop_recording, watch_gradients
 from gare.train.step import build_learner, train_step
 from tests.benchmarks.clips import write_clips
 from tests.benchmarks.cost import ASSUMPTIONS, Parts, Shape, table
@@ -68,8 +68,10 @@ def worker(rank: int, world: int, folder: str, pairs: int, frames: int, image_si
     learner = build_learner(GARE(config.model), config, 100, torch.device("cpu"))
     share = pairs // world
     batch = batch_of(config, slice(rank * share, (rank + 1) * share))
-    train_step(learner, batch)  # memory is allocated there
     recorder = start_recording(torch.device("cpu"))
+    watch_gradients(learner.objective, recorder)
+    train_step(learner, batch)  # memory is allocated there
+    recorder.take()
     seconds = []
     for _ in range(steps):
         started = time.perf_counter()

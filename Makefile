@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test suite screenshots lint bench bench-extract bench-reads bench-evaluate fuzz audit ui clean
+.PHONY: help install demo test test-cluster suite screenshots lint bench bench-scaling bench-extract bench-reads
+.PHONY: bench-evaluate fuzz audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests"
 	@echo "make suite    two benchmarks, two models, two seeds: the whole way to one table, checked (5 min)"
 	@echo "make screenshots  the MLflow pages of the suite's runs as pictures (needs Chromium)"
+	@echo "make test-cluster  the same model and store on four nodes (5 min)"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
+	@echo "make bench-scaling  extraction and a training step on 1 and 2 workers, and a model of 8 to 512 GPUs (10 min)"
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
@@ -41,6 +44,9 @@ suite: install
 screenshots: install
 	$(BIN)/python -m tests.screenshots
 
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,6 +58,9 @@ bench: install
 
 fuzz: install
 	$(BIN)/python -m tests.benchmarks.fuzz
+
+bench-scaling: install
+	$(BIN)/python -m tests.benchmarks.scaling
 
 bench-extract: install
 	$(BIN)/python -m tests.benchmarks.extraction

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from cluster.logs import JsonStream, json_lines, set_up_logging
 from gare.config import Config, describe_keys, load_config
 from gare.errors import ConfigError, GareError
-
-logger = logging.getLogger(__name__)
 
 EPILOG = """exit status:
   0 done   2 bad configuration or arguments   3 bad data   4 the run failed
@@ -46,30 +45,46 @@ def execute(
     """``main`` without the exit: returns the status."""
     set_up_logging()
     options = _parser(description, flags).parse_intermixed_args(arguments)
-    try:
-        config = load_config(options.config, [*options.overrides, *_overrides_of(options, flags)])
-        # Ray prints here what its workers print; stdout is for the result alone.
-        with contextlib.redirect_stdout(sys.stderr):
-            result = run(config)
-        line = json.dumps(result, ensure_ascii=False, allow_nan=False)
-    except GareError as error:
-        if error.result is not None:
-            sys.stdout.write(json.dumps(error.result, ensure_ascii=False, allow_nan=False) + "\n")
-        if os.environ.get("GARE_DEBUG"):
-            traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; the same command continues where this one stopped\n")
-        return 4
-    except Exception as error:
-        # Not a fault that we foresaw: the trace is what a report of it needs.
-        traceback.print_exc()
-        sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
-        return 4
+    with contextlib.ExitStack() as stack:
+        try:
+            config = load_config(options.config, [*options.overrides, *_overrides_of(options, flags)])
+            if config.tracking.log_format == "json":
+                stack.enter_context(json_lines(_run_of(config)))
+            # Ray prints here what its workers print; stdout is for the result alone.
+            with contextlib.redirect_stdout(sys.stderr):
+                result = run(config)
+            line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+        except GareError as error:
+            if error.result is not None:
+                sys.stdout.write(json.dumps(error.result, ensure_ascii=False, allow_nan=False) + "\n")
+            _say(str(error), traced=bool(os.environ.get("GARE_DEBUG")))
+            return error.exit_code
+        except KeyboardInterrupt:
+            _say("interrupted; the same command continues where this one stopped")
+            return 4
+        except Exception as error:
+            # Not a fault that we foresaw: the trace is what a report of it needs.
+            _say(f"{type(error).__name__}: {error}", traced=True)
+            return 4
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
     return 0
+
+
+def _say(message: str, *, traced: bool = False) -> None:
+    """Says why the command ends."""
+    if isinstance(sys.stderr, JsonStream):
+        sys.stderr.error(message, traceback.format_exc() if traced else "")
+        return
+    if traced:
+        traceback.print_exc()
+    sys.stderr.write(f"error: {message}\n")
+
+
+def _run_of(config: Config) -> str:
+    """The run as MLflow has it, or the data set's step."""
+    step = Path(sys.argv[0]).stem
+    return f"{config.name}/{config.train.run if step in ('train', 'evaluate') else step}"
 
 
 def _overrides_of(options: argparse.Namespace, flags: Flags) -> list[str]:
@@ -91,26 +106,6 @@ def _overrides_of(options: argparse.Namespace, flags: Flags) -> list[str]:
                 f"{other} and {flag} exclude each other", where="arguments", accepted="one of them"
             )
     return [f"{key}={value}" for key, (_, value) in given.items()]
-
-
-def set_up_logging(*, replace: bool = False) -> None:
-    """One line a record on stderr; libraries from warnings up.
-
-    Args:
-        replace: take the place of what a library has set up already, as Ray Train does in its workers.
-    """
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=replace,
-    )
-    for name in ("gare", "cluster", "pipelines", "__main__"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    # Ray's libraries report every step of theirs; the pipelines have one line of their own.
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -87,11 +87,12 @@ class Progress:
             rates["videos_per_s"],
             rates["frames_per_s"],
             self.counts["bytes"] / 1e9,
-            _duration(left / max(rates["videos_per_s"], 1e-9)) if rates["videos_per_s"] or not left else "?",
+            duration(left / max(rates["videos_per_s"], 1e-9)) if rates["videos_per_s"] or not left else "?",
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 12 s, 3:05 min, 2:03:05 h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

@@ -1,4 +1,4 @@
-"""Starting or joining Ray, and saying at once what it cannot give."""
+"""Starting or joining Ray, and what comes out of it as faults of ours."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import logging
 import os
 import secrets
 import sys
-import time
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.logs import runtime_env
+from cluster.resources import joins_cluster, object_store_bytes
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, GareError
 
 logger = logging.getLogger(__name__)
-
-#: Object store of a local Ray; frames are small and a laptop's memory is not ours alone.
-LOCAL_OBJECT_STORE_BYTES = 512 * 1024**2
-#: CPUs of the actor that loads a training worker's data: reading stored frames is short work beside training.
-LOADER_CPUS = 0.25
 
 
 @contextmanager
@@ -33,7 +30,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     Raises:
         GareError: where a named cluster cannot be joined.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    address = joins_cluster(config)
     _set_environment(local=not address)
     import ray
 
@@ -43,8 +40,11 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             yield
         return
     quiet = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": False}
+    quiet |= runtime_env()
     try:
         if address:
+            if config.changed("num_cpus", "object_store_mb", "spill_dir"):
+                logger.warning("cluster.num_cpus, object_store_mb and spill_dir are of a local Ray alone")
             ray.init(address=address, **quiet)
         else:
             # "local" never joins a cluster that happens to run on this machine.
@@ -55,9 +55,12 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 dashboard_port=0,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                object_store_memory=object_store_bytes(config),
+                **_spilling(config),
                 **quiet,
             )
+    except GareError:
+        raise
     except Exception as error:  # Ray raises Exception itself where a process of its own does not start
         raise GareError(
             f"Ray cannot be {'reached' if address else 'started'}: {error}",
@@ -72,6 +75,25 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def _spilling(config: ClusterConfig) -> dict[str, str]:
+    """Where a local Ray puts objects for which its store has no room.
+
+    Raises:
+        ConfigError: where nothing can be written there.
+    """
+    if not config.spill_dir:
+        return {}
+    folder = Path(config.spill_dir).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error}", where="cluster.spill_dir", accepted="a folder of this machine"
+        ) from error
+    return {"object_spilling_directory": str(folder)}
 
 
 @contextmanager
@@ -135,62 +157,3 @@ def quiet_data() -> None:
             handler.setLevel(logging.WARNING)
     # Warns that the bars are off.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-
-
-def num_cpus() -> int:
-    """CPUs that the cluster has, whoever uses them now."""
-    import ray
-
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-
-def num_gpus() -> int:
-    """GPUs that the cluster has."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
-def require_train_resources(config: ClusterConfig) -> None:
-    """Makes sure that the training workers fit, each with the actor that loads its data.
-
-    Raises:
-        ConfigError: for more than the cluster has at all.
-        GareError: where other jobs still hold it after ``cluster.wait_s``.
-    """
-    import ray
-
-    needed = {"CPU": config.train_workers * (config.cpus_per_worker + LOADER_CPUS)}
-    if config.use_gpu:
-        needed["GPU"] = float(config.train_workers)
-    total = ray.cluster_resources()
-    for kind, amount in needed.items():
-        if total.get(kind, 0) < amount:
-            raise ConfigError(
-                f"{config.train_workers} workers of {config.cpus_per_worker:g} CPU"
-                f"{' and 1 GPU' if config.use_gpu else ''}, each with {LOADER_CPUS:g} CPU to load its data, "
-                f"need {amount:g} {kind}, the cluster has {total.get(kind, 0):g}",
-                where="cluster.train_workers",
-                accepted="fewer workers, a smaller cluster.cpus_per_worker or a larger cluster",
-            )
-    deadline = time.monotonic() + config.wait_s
-    while lacking := _lacking(needed):
-        if time.monotonic() >= deadline:
-            raise GareError(
-                f"other jobs hold {lacking}, still after {config.wait_s:g} s",
-                where="cluster",
-                accepted="end them, wait longer (cluster.wait_s), or ask for less",
-            )
-        logger.warning("waiting for %s that other jobs hold", lacking)
-        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
-
-
-def _lacking(needed: dict[str, float]) -> str:
-    import ray
-
-    free = ray.available_resources()
-    return " and ".join(
-        f"{amount - free.get(kind, 0):g} {kind}"
-        for kind, amount in needed.items()
-        if free.get(kind, 0) < amount - 1e-6
-    )

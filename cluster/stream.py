@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.session import LOADER_CPUS, quiet_data
+from cluster.resources import LOADER_CPUS
+from cluster.session import quiet_data
 
 #: Batches that one Ray task loads; each leaves the task as soon as it is there.
 BATCHES_PER_BLOCK = 8

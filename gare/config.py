@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from gare.augment_section import AugmentConfig
+from gare.cluster_section import ClusterConfig
 from gare.data_section import DataConfig
 from gare.errors import ConfigError, masked
 from gare.evaluate_section import EvaluateConfig
@@ -28,7 +29,6 @@ from gare.extract_section import ExtractConfig
 from gare.feature_section import FeaturesConfig, feature_faults
 from gare.sections import (
     ClipConfig,
-    ClusterConfig,
     DemoConfig,
     LossConfig,
     ModelConfig,
@@ -103,7 +103,8 @@ class Config(Section):
                 f"extract.num_frames {self.extract.num_frames} differs from "
                 f"model.max_frames {self.model.max_frames}"
             )
-        if self.train.batch_size % self.cluster.train_workers:
+        # Of an automatic number those are taken that divide it.
+        if self.train.batch_size % (self.cluster.train_workers or 1):
             faults.append(
                 f"train.batch_size {self.train.batch_size} is not a multiple of "
                 f"cluster.train_workers {self.cluster.train_workers}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -27,7 +27,8 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML's yes, no, on and off are booleans, which Python would take for 1 and 0.
         field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and field.annotation is not bool:
+        is_switch = field.annotation is bool or True in get_args(field.annotation)
+        if isinstance(value, bool) and not is_switch:
             raise ValueError(f"got {value!r}; true and false are no value of this key")
         return value
 
@@ -306,6 +307,9 @@ class TrainConfig(Section):
     max_failures: int = Field(
         2, ge=0, description="worker failures survived by restarting from the checkpoint"
     )
+    profile: bool = Field(
+        False, description="measure the stages of every step; a table, a picture and a trace at the end"
+    )
     resume: bool = Field(True, description="continue an interrupted run of the same name")
     overwrite: bool = Field(False, description="delete an earlier run of the same name first")
 
@@ -323,19 +327,15 @@ class TrackingConfig(Section):
         "sqlite:///mlflow.db", description="MLflow tracking URI; a relative SQLite path is below storage.root"
     )
     experiment: str = Field("gare", min_length=1, description="MLflow experiment")
-
-
-class ClusterConfig(Section):
-    """What the program asks of Ray."""
-
-    address: str = Field("", description="Ray cluster to join; empty: RAY_ADDRESS if set, else a local one")
-    num_cpus: int = Field(0, ge=0, description="CPUs of a local Ray; 0: all of this machine (at least 2)")
-    train_workers: Count = Field(2, description="training workers")
-    cpus_per_worker: Positive = Field(
-        0.5, description="CPUs of a training worker; the rest decodes and loads"
+    system_metrics: bool = Field(
+        True, description="log CPU, memory, disk, network and GPUs of every node while a run lasts"
     )
-    use_gpu: bool = Field(False, description="give each training worker a GPU")
-    wait_s: NonNegative = Field(120.0, description="seconds to wait for CPUs or GPUs that other jobs hold")
+    system_metrics_every_s: Annotated[float, Field(ge=0.1)] = Field(
+        10.0, description="seconds between samples of them"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of the lines on stderr, workers' included; json: one object a line"
+    )
 
 
 class DemoConfig(Section):

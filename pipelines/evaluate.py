@@ -12,7 +12,8 @@ import numpy as np
 
 from cluster.actors import Actors
 from cluster.command import Flags, main
-from cluster.session import num_cpus, num_gpus, ray_session
+from cluster.resources import num_cpus, usable_gpus, wants_gpus
+from cluster.session import ray_session
 from cluster.storage import Layout, absolute, layout
 from cluster.tracking import (
     RunHandle,
@@ -297,11 +298,11 @@ def _encode(
 
 
 def _device(config: Config) -> str:
-    return "cuda" if config.cluster.use_gpu else "cpu"
+    return "cuda" if wants_gpus(config.cluster) else "cpu"
 
 
 def _actors(config: Config, load: Callable[[], Any], num_tasks: int) -> Actors:
-    gpus = int(config.cluster.use_gpu and num_gpus())
+    gpus = usable_gpus(config.cluster)
     return Actors(load, count=min(gpus or num_cpus(), num_tasks), gpu=bool(gpus))
 
 

@@ -40,7 +40,7 @@ FLAGS = {
     "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
 }
 #: Does what a comparison found and says how it went; calls the lock's ``check`` after each part.
-Work = Callable[[Comparison, StoreLock], dict[str, Any]]
+Work = Callable[[Comparison, StoreLock, ExtractionRun], dict[str, Any]]
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _write(
         else:
             with ExtractionRun(config, places, step) as tracked:
                 job.begin(comparison)
-                done = work(comparison, lock)
+                done = work(comparison, lock, tracked)
                 inventory = job.settle()
                 tracked.log(comparison.counts, done, inventory.failures)
                 result = job.finish(comparison, inventory, done)
@@ -170,7 +170,7 @@ def _lock(config: Config, store: str) -> StoreLock:
 def _decoding(config: Config, store: str, between_parts: Callable[[], None] = lambda: None) -> Work:
     """Extracts what is pending into a frame store."""
 
-    def work(comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+    def work(comparison: Comparison, lock: StoreLock, tracked: ExtractionRun) -> dict[str, Any]:
         if not comparison.pending:
             return {}
 
@@ -179,7 +179,7 @@ def _decoding(config: Config, store: str, between_parts: Callable[[], None] = la
             between_parts()
 
         logger.info("%s: %s, %d to do", store, words(comparison.counts), len(comparison.pending))
-        with ray_session(config.cluster):
+        with ray_session(config.cluster), tracked.system_metrics():
             progress = Progress(len(comparison.pending), "extracted")
             decode_rows(config, store, comparison.pending, progress, check)
             return told(progress)

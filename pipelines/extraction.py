@@ -13,8 +13,10 @@ from cluster.beside import Beside
 from cluster.pool import run_parts
 from cluster.progress import Progress
 from cluster.remote import RemoteVideos
-from cluster.session import num_cpus, num_gpus, ray_session
+from cluster.resources import extraction_cpus, usable_gpus, wants_gpus
+from cluster.session import ray_session
 from cluster.storage import Layout, absolute
+from cluster.tracking.extraction import ExtractionRun
 from gare import __version__
 from gare.config import Config
 from gare.data.collection import Comparison
@@ -67,7 +69,7 @@ def decode_rows(
         check: called after each part; raises to end the work.
     """
     extract, sources, name = config.extract, config.sources, uuid.uuid4().hex
-    workers = min(extract.workers or num_cpus(), len(rows))
+    workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
     parts = cut_into_parts(rows, workers, extract.videos_per_part)
     for done in run_parts(
         lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name).write,
@@ -125,9 +127,10 @@ class Encoding:
         from gare.train.start import feature_model
 
         config, frames, features = self.config, self.frames_uri, self.job.uri
-        device, name = "cuda" if config.cluster.use_gpu else "cpu", uuid.uuid4().hex
-        gpus = num_gpus() if config.cluster.use_gpu else 0
-        self.workers = config.features.workers or gpus or (1 if self.shares_cpus else num_cpus())
+        device, name = "cuda" if wants_gpus(config.cluster) else "cpu", uuid.uuid4().hex
+        gpus = usable_gpus(config.cluster)
+        alone = 1 if self.shares_cpus else extraction_cpus(config.cluster)
+        self.workers = config.features.workers or gpus or alone
         self.pool = Beside(
             lambda: (
                 FeatureMaker(frames, features, config.features, feature_model(config).to(device), name).write
@@ -162,10 +165,10 @@ class Encoding:
         self.job.all_made()
         return progress
 
-    def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+    def work(self, comparison: Comparison, lock: StoreLock, tracked: ExtractionRun) -> dict[str, Any]:
         """Encodes what is left."""
         logger.info("%s: %s, %d to do", self.job.uri, words(comparison.counts), len(comparison.pending))
-        with ray_session(self.config.cluster), contextlib.closing(self):
+        with ray_session(self.config.cluster), tracked.system_metrics(), contextlib.closing(self):
             if not self.is_kept:
                 return self._work_alone(lock)
             progress = self.take(lock.check)

@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from cluster.command import main
-from cluster.session import fault_of, ray_session, require_train_resources
+from cluster.resources import require_train_resources, settle_resources
+from cluster.session import fault_of, ray_session
 from cluster.storage import Layout, absolute, layout
-from cluster.tracking import RunHandle, Tracker, connect, git_revision, run_tags, split_tags
+from cluster.tracking import (
+    RunHandle,
+    Tracker,
+    connect,
+    git_revision,
+    run_tags,
+    split_tags,
+    system_metrics,
+)
 from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.errors import ConfigError, DivergedError, GareError
@@ -32,7 +41,7 @@ SELECTION = "val/t2v/R1"
 FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
 FREE_SECTIONS |= {"features"}
 FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
-FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch"}
+FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch", "profile"}
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -69,6 +78,7 @@ def run(config: Config) -> dict[str, Any]:
         initial_model(config)
     tracker = connect(config.tracking, places.root)
     with ray_session(config.cluster):
+        config = settle_resources(config)
         require_train_resources(config.cluster)
         if config.train.overwrite:
             delete_tree(folder)
@@ -77,7 +87,8 @@ def run(config: Config) -> dict[str, Any]:
         handle = _start_run(tracker, config, places, splits, earlier.get("mlflow_run_id"))
         write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
         try:
-            best, reported = _fit(config, places, handle, settings, validated=bool(splits.val))
+            with system_metrics(handle, config.tracking):
+                best, reported = _fit(config, places, handle, settings, validated=bool(splits.val))
             copy_files(best, places.checkpoint(config.train.run))
             if settings is not None:
                 attach_towers(config, places.checkpoint(config.train.run))
@@ -174,7 +185,10 @@ def _fit(
         train_worker,
         train_loop_config={"config": config, "handle": handle, "settings": settings},
         scaling_config=ScalingConfig(
-            num_workers=cluster.train_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+            num_workers=cluster.train_workers,
+            use_gpu=bool(cluster.use_gpu),
+            resources_per_worker=resources,
+            placement_strategy=cluster.placement.upper(),
         ),
         run_config=RunConfig(
             name="ray",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import resource
 import tempfile
-import time
 from typing import Any
 
-from cluster.command import set_up_logging
+from cluster.logs import set_up_logging
 from cluster.storage import Layout, layout
 from cluster.stream import stream
 from cluster.tracking import RunHandle
@@ -19,10 +18,10 @@ from gare.train.data import StoredSplits, read_splits
 from gare.train.from_features import loader_of
 from gare.train.history import History
 from gare.train.plan import Plan, plan_run
+from pipelines.watching import Watch
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_EVERY_S = 10.0
 #: Steps whose metrics go to MLflow together.
 LOG_EVERY = 10
 
@@ -35,7 +34,7 @@ def store_of(config: Config, places: Layout) -> str:
 def plan_of(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
     """What a worker reads, batch by batch; the same for every worker but for its share."""
     captions = [len(row.captions) for row in splits.train]
-    workers = config.cluster.train_workers
+    workers = config.cluster.train_workers or 1  # automatic, and not settled yet
     return plan_run(captions, len(splits.val), config.train, rank=rank, world_size=workers)
 
 
@@ -53,11 +52,12 @@ def train_worker(task: dict[str, Any]) -> DivergedError | None:
     from gare.train.state import restore_learner
     from gare.train.step import build_learner
 
-    set_up_logging(replace=True)
     config: Config = task["config"]
     places = layout(config)
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    name = f"{config.name}/{config.train.run}"
+    set_up_logging(replace=True, log_format=config.tracking.log_format, run=name, rank=rank)
     splits = read_splits(places.manifest, store_of(config, places), config.extract, task["settings"])
     rows = {"train": splits.train, "val": splits.val}
     plan = plan_of(config, splits, rank=rank)
@@ -75,12 +75,14 @@ def train_worker(task: dict[str, Any]) -> DivergedError | None:
     loader = load() if from_features else None
     # Features that fit into memory are read in this process, where they cost next to nothing.
     near = loader is not None and loader.reader.whole
-    clips = map(loader, numbers) if near else stream(load, numbers)
-    report = Reporter(config, places, task["handle"], learner, rank, start_epoch)
+    clips = map(loader, numbers) if near else stream(load, numbers, actors=config.cluster.loaders_per_worker)
+    watch = Watch(config, learner, plan, rank, get_device())
+    report = Reporter(config, places, task["handle"], learner, rank, start_epoch, watch)
     try:
         run_loop(learner, plan, start_epoch, rows, clips, get_device(), report.step, report.epoch)
     except DivergedError as fault:
         return fault
+    watch.finish(task["handle"])
     return None
 
 
@@ -88,35 +90,29 @@ class Reporter:
     """Writes what the loop reports: progress, MLflow, the record and checkpoints; on rank 0 but for Ray's."""
 
     def __init__(
-        self, config: Config, places: Layout, handle: RunHandle, learner: Any, rank: int, start_epoch: int
+        self,
+        config: Config,
+        places: Layout,
+        handle: RunHandle,
+        learner: Any,
+        rank: int,
+        start_epoch: int,
+        watch: Watch,
     ) -> None:
         self.config, self.handle, self.learner, self.rank = config, handle, learner, rank
         record = join(places.run(config.train.run), "history.json")
         self.history = History.read(record, step=learner.step, epoch=start_epoch)
-        self.shown = time.monotonic()
-        self.started, self.first_step = self.shown, learner.step
+        self.watch = watch
+        watch.validated_before(self.history.epochs)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """After an optimiser step."""
+        self.watch.step(step, values)
         if self.rank:
             return
         self.history.add_step(step, values)
         if step % LOG_EVERY == 0 or step == self.learner.num_steps:
             self.handle.log_metrics(values, step)
-        now = time.monotonic()
-        if now - self.shown > PROGRESS_EVERY_S or step == self.learner.num_steps:
-            self.shown = now
-            rate = (step - self.first_step) / (now - self.started)
-            logger.info(
-                "%s: step %d of %d, loss %.3f, %.0f pairs/s, data wait %.0f %%, %.0f s left",
-                self.config.train.run,
-                step,
-                self.learner.num_steps,
-                values["loss/total"],
-                rate * self.config.train.batch_size,
-                100 * values["time/data_wait_s"] / (values["time/data_wait_s"] + values["time/step_s"]),
-                (self.learner.num_steps - step) / rate,
-            )
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         """After an epoch; all workers must call it."""
@@ -125,6 +121,7 @@ class Reporter:
         from gare.train.state import save_checkpoint
 
         named = {f"val/{name}": value for name, value in metrics.items()}
+        self.watch.status.validated(epoch, named)
         report = named | {"epoch": epoch, "step": self.learner.step}
         if self.rank:
             ray.train.report(report)

@@ -27,9 +27,11 @@ INSIDE_GARE = {
     "data_section": {"sections"},
     "evaluate_section": {"sections"},
     "augment_section": {"sections"},
+    "cluster_section": {"sections"},
     "feature_section": {"augment_section", "sections"},
     "config": {
         *("errors", "sections", "strict_yaml", "upkeep", "augment_section", "feature_section"),
+        "cluster_section",
         *("data_section", "evaluate_section", "extract_section", "sources_section"),
     },
     "data": {"config", "errors"},

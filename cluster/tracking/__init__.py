@@ -5,6 +5,7 @@ from cluster.tracking.location import mask_credentials, resolve_tracking_uri
 from cluster.tracking.revision import git_revision
 from cluster.tracking.run import RunHandle, check_metric_names
 from cluster.tracking.served import serve_model, use_served_model
+from cluster.tracking.system import system_metrics
 from cluster.tracking.tracker import Tracker, connect
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "run_tags",
     "serve_model",
     "split_tags",
+    "system_metrics",
     "use_served_model",
 ]

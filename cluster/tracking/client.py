@@ -259,6 +259,16 @@ def link_dataset(
     client(uri).log_inputs(run_id, datasets=[entry])
 
 
+def system_monitor(uri: str, run_id: str, node: str) -> Any:
+    """What samples this machine: it numbers its samples on from those that the run has."""
+    mlflow_module()
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    level = logging.getLogger(SystemMetricsMonitor.__module__)
+    level.setLevel(logging.WARNING)  # it tells each time that there is no GPU to measure
+    return SystemMetricsMonitor(run_id, resume_logging=True, node_id=node, tracking_uri=uri)
+
+
 def measured_on(name: str, digest: str) -> dict[str, str]:
     """A data set as a metric names it, within MLflow's limits."""
     return {"dataset_name": name[:500], "dataset_digest": digest[:36]}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from cluster.logs import job_id
 from gare.config import Config
 
 
@@ -21,21 +21,17 @@ def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
         benchmark: the manifest's.
         protocol: the manifest's.
     """
-    import ray
-
-    job = os.environ.get("RAY_JOB_SUBMISSION_ID", "")
-    if not job and ray.is_initialized():
-        job = ray.get_runtime_context().get_job_id()
-    return {
+    workers = config.cluster.train_workers
+    # An automatic number that is not settled says nothing of how the run was trained.
+    return ({"world_size": workers} if workers else {}) | {
         "benchmark": benchmark_name(config, benchmark),
         "protocol": protocol,
         "decoder": config.extract.decoder,
         "frames": config.extract.num_frames,
-        "world_size": config.cluster.train_workers,
         "batch": config.train.batch_size,
         "precision": config.train.precision,
         "seed": config.train.seed,
-        "ray.job": job or "none",
+        "ray.job": job_id() or "none",
     }
 
 

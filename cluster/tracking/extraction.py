@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from cluster.storage import Layout
 from cluster.tracking.run import RunHandle
+from cluster.tracking.system import system_metrics
 from cluster.tracking.tracker import connect
 from gare.config import Config
 
@@ -47,6 +49,10 @@ class ExtractionRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.finish("FINISHED" if kind is None else "FAILED")
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """Logs what the cluster's nodes do meanwhile; needs Ray."""
+        return system_metrics(self._handle, self._config.tracking)
 
     def log(
         self, counts: Mapping[str, int], done: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gare.errors import GareError
+from gare.train.stages import stage
 
 
 def world_size() -> int:
@@ -35,7 +36,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
         blocks = [torch.empty_like(local) for _ in range(world_size())]
-        dist.all_gather(blocks, local)
+        with stage("communication"):
+            dist.all_gather(blocks, local)
         return torch.cat(blocks)
 
     @staticmethod
@@ -43,7 +45,8 @@ class _Gather(torch.autograd.Function):
         # A copy: the incoming gradient may be another consumer's too, and the all-reduce works in place.
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         # gloo has no reduce-scatter; an all-reduce of the same bytes and a slice give the same sum.
-        dist.all_reduce(grad)
+        with stage("communication"):
+            dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()].contiguous()
 
 
@@ -66,13 +69,15 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
         total = local.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        with stage("communication"):
+            dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
+        with stage("communication"):
+            dist.all_reduce(grad)
         return grad
 
 
@@ -88,7 +93,8 @@ def max_over_workers(local: Tensor) -> Tensor:
     """The largest of all workers' numbers, element by element, without gradient."""
     highest = local.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        with stage("communication"):
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return highest
 
 
@@ -101,7 +107,8 @@ def require_equal_rows(count: int, device: torch.device) -> None:
     if world_size() == 1:
         return
     extremes = torch.tensor([count, -count], device=device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    with stage("communication"):
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     most, least = int(extremes[0]), -int(extremes[1])
     if most != least:
         raise GareError(

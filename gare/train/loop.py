@@ -15,6 +15,7 @@ from gare.data.manifest import ManifestRow
 from gare.errors import GareError
 from gare.model.tokenizer import tokenize
 from gare.train.plan import Plan, PlannedBatch
+from gare.train.stages import stage
 from gare.train.step import Learner, step_seed, train_step
 from gare.train.validation import Validation
 
@@ -61,7 +62,10 @@ def run_loop(
             )
         arrived = time.perf_counter()
         if planned.kind == "train":
-            batch = _batch(learner, planned, rows["train"], arrays).to(device)
+            with stage("prepare"):
+                batch = _batch(learner, planned, rows["train"], arrays)
+            with stage("to_device"):
+                batch = batch.to(device)
             values = train_step(learner, batch, [rows["train"][video].video_id for video in planned.videos])
             values |= {"time/step_s": time.perf_counter() - arrived, "time/data_wait_s": arrived - asked}
             on_step(learner.step, values)

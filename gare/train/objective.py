@@ -22,6 +22,7 @@ from gare.model.streaming import slices
 from gare.train.gather import gather, require_equal_rows, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
 from gare.train.sharded import Seen, shares
+from gare.train.stages import stage
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,8 @@ class Objective(nn.Module):
         video = VideoFeatures(gather(video.frames), gather(video.mask))
         draws = Draws.of_step(self.model, self.config, len(video), seed)
         if not self.model.takes_direct(self.model.config.method):
-            return sharded_terms(self.model, text, video, self.config, draws, video_ids, watched=watched)
+            with stage("head"):
+                return sharded_terms(self.model, text, video, self.config, draws, video_ids, watched=watched)
         # Words are large; they travel only where ψ attends to them.
         words = gather(text.words) if text.words is not None and self.model.needs_words else None
         text = TextFeatures(gather(text.embedding), words, gather(text.mask))
@@ -233,7 +235,8 @@ class Objective(nn.Module):
             logger.warning("tension, increments and modality gap are measured in the factorised form only")
             self._said = True
         torch.manual_seed(seed)
-        return loss_terms(self.model, text, video, self.config, draws, video_ids)
+        with stage("head"):
+            return loss_terms(self.model, text, video, self.config, draws, video_ids)
 
     def _encode(self, batch: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
         """Features of this worker's pairs, float32 at least.
@@ -255,7 +258,7 @@ class Objective(nn.Module):
 
     def _features(self, part: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
         bf16 = self.train_config.precision == "bf16"
-        with torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
+        with stage("towers"), torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
             if isinstance(part, FeatureBatch):
                 kind = self.model.logit_scale.dtype
                 words = None if part.words is None else part.words.to(kind)

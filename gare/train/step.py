@@ -21,6 +21,7 @@ from gare.train.gather import gather_names, world_size
 from gare.train.objective import LossTerms, Objective
 from gare.train.optim import build_optimizer, clip_gradients, freeze, set_learning_rate
 from gare.train.sharded import Seen
+from gare.train.stages import stage
 from gare.train.trust_region import trust_region_step
 
 #: Pairs of this worker that the analytic trust-region step is computed of, in the direct form.
@@ -82,7 +83,8 @@ def train_step(
     factor = set_learning_rate(learner.optimizer, learner.step, learner.num_steps, train)
     watched = bool(train.diagnostics_every) and learner.step % train.diagnostics_every == 0
     terms = compute_gradients(learner, batch, video_ids, watched=watched)
-    norm = clip_gradients(learner.model, train.max_grad_norm)
+    with stage("optimizer"):
+        norm = clip_gradients(learner.model, train.max_grad_norm)
     if not math.isfinite(norm):
         wrong = [
             name
@@ -95,9 +97,11 @@ def train_step(
     values |= {"train/grad_norm": norm, "train/lr_factor": factor}
     if terms.seen is not None:
         # Before the weights move: measures are of the loss that was computed.
-        values |= _measures(learner, terms.seen)
-    learner.optimizer.step()
-    learner.model.towers.clamp_logit_scale()
+        with stage("diagnostics"):
+            values |= _measures(learner, terms.seen)
+    with stage("optimizer"):
+        learner.optimizer.step()
+        learner.model.towers.clamp_logit_scale()
     learner.step += 1
     return values
 
@@ -135,7 +139,8 @@ def compute_gradients(
             f"{name} is {value:g}" for name, value in values.items() if not math.isfinite(value)
         )
         raise _not_finite(learner, f"the loss is not finite: {wrong or 'the sum of its terms'}", video_ids)
-    terms.objective.backward()  # type: ignore[no-untyped-call]
+    with stage("backward"):
+        terms.objective.backward()  # type: ignore[no-untyped-call]
     return terms
 
 

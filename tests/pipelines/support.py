@@ -54,6 +54,8 @@ TINY: dict[str, Any] = {
         "lr": 1e-3,
     },
     "cluster": {"num_cpus": 2, "train_workers": 2, "cpus_per_worker": 0.5},
+    # A process for each run that the tests pay for; test_watching has it on.
+    "tracking": {"system_metrics": False},
 }
 STEPS = 24  # 8 epochs of 3
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.session import LOADER_CPUS
+from cluster.resources import LOADER_CPUS
 from gare.config import Config, load_config
 from pipelines.extraction import ACTOR_MEMORY_BYTES
 from tests.cluster.deploy.support import (

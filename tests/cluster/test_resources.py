@@ -1,0 +1,111 @@
+"""What of the cluster is taken, and what is refused: without Ray, over nodes made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.resources import (
+    Node,
+    cpus_of_worker,
+    num_that_fit,
+    object_store_bytes,
+    settle,
+)
+from gare.config import ClusterConfig, parse_config
+from gare.errors import ConfigError
+
+LAPTOP = [Node(8, 0)]
+WORKSTATION = [Node(32, 4)]
+CLUSTER = [Node(4, 0), *[Node(96, 8)] * 4, *[Node(16, 0)] * 6]
+CPU_NODES = [Node(0, 0), Node(16, 0), Node(8, 0), Node(16, 0)]
+
+
+def automatic(**settings: object) -> ClusterConfig:
+    asked = {"train_workers": "auto", "cpus_per_worker": "auto", "use_gpu": "auto"}
+    return ClusterConfig.model_validate(asked | settings)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "batch", "expected"),
+    [
+        (LAPTOP, 128, (1, 4.0, False)),
+        ([Node(2, 0)], 128, (1, 1.0, False)),
+        ([Node(1, 0)], 128, (1, 0.5, False)),
+        (WORKSTATION, 128, (4, 4.0, True)),
+        ([Node(8, 4)], 128, (4, 1.0, True)),
+        ([Node(4, 4)], 128, (4, 0.5, True)),
+        (CLUSTER, 128, (32, 4.0, True)),
+        # 6 GPUs cannot share 128 pairs, 4 of them can.
+        ([Node(24, 6)], 128, (4, 2.0, True)),
+        ([Node(24, 6)], 120, (6, 2.0, True)),
+        # One for each node that has CPUs to give; the smallest says how many.
+        (CPU_NODES, 120, (3, 4.0, False)),
+        (CPU_NODES, 128, (2, 4.0, False)),
+    ],
+)
+def test_automatic_values(nodes: list[Node], batch: int, expected: tuple[int, float, bool]) -> None:
+    """One configuration for a laptop and a cluster: what it comes to must use both well, and fit."""
+    settled = settle(automatic(), batch, nodes)
+    assert (settled.train_workers, settled.cpus_per_worker, settled.use_gpu) == expected
+    assert num_that_fit(settled, nodes) == settled.train_workers
+    needed = settled.train_workers * cpus_of_worker(settled)
+    assert needed <= sum(node.cpus for node in nodes)
+    assert settle(settled, batch, nodes) == settled
+
+
+def test_what_is_given_stays() -> None:
+    """An automatic value that overrules a person's is a fault that nobody finds."""
+    asked = ClusterConfig(train_workers=3, cpus_per_worker=2.5, use_gpu=False)
+    assert settle(asked, 128, CLUSTER) == asked
+    settled = settle(automatic(train_workers=3), 120, CLUSTER)
+    assert (settled.train_workers, settled.use_gpu) == (3, True)
+    assert settle(automatic(use_gpu=False), 110, CLUSTER).train_workers == 11
+    assert settle(automatic(use_gpu=True), 128, LAPTOP).use_gpu is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "expected"),
+    [
+        ({"train_workers": 4, "cpus_per_worker": 4}, [Node(2, 0)] * 8, 0),
+        ({"train_workers": 4, "cpus_per_worker": 2}, [Node(3, 0)] * 3, 3),
+        ({"train_workers": 4, "cpus_per_worker": 0.5}, [Node(2, 0)], 4),
+        ({"train_workers": 4, "cpus_per_worker": 1, "use_gpu": True}, [Node(16, 2), Node(16, 0)], 2),
+        ({"train_workers": 4, "cpus_per_worker": 2, "placement": "strict_pack"}, [Node(4, 0)] * 4, 2),
+        ({"train_workers": 4, "cpus_per_worker": 2, "placement": "strict_spread"}, [Node(16, 0)] * 3, 3),
+        ({"train_workers": 4, "cpus_per_worker": 2, "placement": "spread"}, [Node(16, 0)] * 3, 4),
+        ({"train_workers": 4}, [], 0),
+    ],
+)
+def test_workers_that_nodes_can_hold(settings: dict[str, object], nodes: list[Node], expected: int) -> None:
+    """Sixteen CPUs on eight nodes are no room for a worker of four: Ray would wait for ever."""
+    assert num_that_fit(ClusterConfig.model_validate(settings), nodes) == expected
+
+
+def test_the_object_store_is_a_part_of_the_memory() -> None:
+    """A store as large as the memory leaves none for the work."""
+    assert object_store_bytes(ClusterConfig(object_store_mb=700)) == 700 * 10**6
+    assert 512 * 10**6 <= object_store_bytes(ClusterConfig()) <= 8192 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("cluster.train_workers=-1", "cluster.train_workers: got -1"),
+        ("cluster.use_gpu=some", "input should be True, False or 'auto'"),
+        ("cluster.placement=everywhere", "'pack', 'spread', 'strict_pack' or 'strict_spread'"),
+        ("cluster.leave_cpus=-2", "greater than or equal to -1"),
+        ("cluster.leave_cpus=true", "true and false are no value"),
+    ],
+)
+def test_what_is_no_value_is_refused(override: str, part: str) -> None:
+    """Also where a key takes a word beside its numbers."""
+    with pytest.raises(ConfigError, match=part):
+        parse_config({}, [override])
+
+
+def test_words_and_numbers_mean_the_same() -> None:
+    """Both are in use: the other keys of the file have 0 for what is automatic."""
+    words = parse_config({}, ["cluster.train_workers=auto", "cluster.leave_cpus=auto", "cluster.use_gpu=1"])
+    numbers = parse_config({}, ["cluster.train_workers=0", "cluster.leave_cpus=-1", "cluster.use_gpu=true"])
+    assert words == numbers
+    assert parse_config(words.model_dump(mode="json")) == words

@@ -122,6 +122,11 @@ def _set_environment(*, local: bool) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def watches_preemption() -> bool:
+    """Whether Ray Train looks for nodes that are about to be taken away; not on a local Ray."""
+    return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") not in ("0", "false", "False")
+
+
 def quiet_data() -> None:
     """Leaves of Ray Data's reports only its warnings; the pipelines print one line of their own."""
     from ray.data import DataContext

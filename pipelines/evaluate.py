@@ -23,6 +23,7 @@ from gare.errors import CheckpointError, DataError
 from gare.retrieval.evaluated import split_hash_of
 from gare.train.data import StoredSplits, read_splits
 from pipelines.comparison import FOLDER_TAG, collect, compare
+from pipelines.pending import pending_of
 from pipelines.registration import write_and_register
 
 if TYPE_CHECKING:
@@ -221,10 +222,9 @@ def _open_tracking(config: Config, places: Layout, checkpoint: str) -> tuple[Run
     record = join(places.run(config.train.run), "run.json")
     own = checkpoint == places.checkpoint(config.train.run) and exists(record)
     run_id = read_json(record)["mlflow_run_id"] if own else None
-    pending = str(Path(places.data) / "mlflow-pending.jsonl") if places.is_local else ""
     tags = {} if own else {"checkpoint": checkpoint}
     name = f"{config.name}/{config.train.run if own else 'evaluate'}"
-    return tracker.start_run(name, run_id=run_id, tags=tags, pending=pending), own
+    return tracker.start_run(name, run_id=run_id, tags=tags, pending=pending_of(places)), own
 
 
 def _bank(config: Config, train: Sequence[ManifestRow]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.tracking import client
+from cluster.tracking import client, outbox
 from cluster.tracking.location import artifact_root, mask_credentials, resolve_tracking_uri
 from cluster.tracking.run import RunHandle, brief
 from gare.config import TrackingConfig
@@ -57,7 +57,7 @@ class Tracker:
         run_id: str | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
-        pending: str = "",
+        pending: str | outbox.Outbox = "",
     ) -> RunHandle:
         """Continues the run of an earlier start where it still exists, else makes a new one.
 
@@ -66,7 +66,8 @@ class Tracker:
             run_id: id of the run to continue.
             params: see ``RunHandle.log_params``.
             tags: tags.
-            pending: local file for what cannot be delivered later on; without one it is dropped.
+            pending: local file, or another outbox, for what cannot be delivered later on; without one it
+                is dropped.
 
         Raises:
             GareError: where the store refuses.

@@ -18,7 +18,7 @@ import pytest
 
 from cluster.storage import Layout
 from cluster.tracking import client as client_module
-from pipelines import evaluate, train
+from pipelines import evaluate, train, training
 from tests.pipelines.support import tiny
 from tests.services import MlflowServer, postgres, s3
 
@@ -114,7 +114,7 @@ def test_server_lost_in_the_middle_of_a_run_loses_and_doubles_nothing(
     assert run.info.status == "FINISHED"
     assert [found.info.run_id for found in mlflow.search_runs([run.info.experiment_id])] == [run.info.run_id]
     record = json.loads(Path(places.run("outage"), "history.json").read_text())
-    logged = {*range(train.LOG_EVERY, result["steps"], train.LOG_EVERY), result["steps"]}
+    logged = {*range(training.LOG_EVERY, result["steps"], training.LOG_EVERY), result["steps"]}
     for name, points in record["steps"].items():
         expected = {step: value for step, value in points if step in logged}
         received = mlflow.get_metric_history(run.info.run_id, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from gare.train.checkpoints import Entry
 from gare.train.data import StoredSplits, read_splits
 from gare.train.from_features import attach_towers, settings_of, write_start
 from gare.train.history import History
+from pipelines.finishing import log_outputs
 from pipelines.pending import pending_of
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
 from pipelines.training import plan_of, store_of, train_worker
@@ -226,27 +226,9 @@ def _cause(error: Exception) -> GareError:
 
 def _finish(config: Config, places: Layout, handle: RunHandle, best: Entry, started: float) -> dict[str, Any]:
     """Pictures and model to MLflow; the result."""
-    from gare.retrieval.figures import increments_picture
-    from gare.retrieval.pictures import curves_picture
-
-    folder, checkpoint = places.run(config.train.run), places.checkpoint(config.train.run)
-    history = History.read(join(folder, "history.json"))
-    losses = {name: points for name, points in history.steps.items() if name.startswith("loss/")}
-    recalls = {name: points for name, points in history.epochs.items() if name.endswith("R1")}
-    png = curves_picture(losses | recalls, title=f"{config.name}/{config.train.run}", accuracy_axis="epoch")
-    handle.log_figure_bytes("curves.png", png)
-    if geometry := increments_picture(history.steps, f"{config.name}/{config.train.run}: geometry of Δ"):
-        handle.log_figure_bytes("increments.png", geometry)
-    with tempfile.TemporaryDirectory() as local:
-        copy_files(checkpoint, local)
-        for name in ("config.yaml",):
-            handle.log_artifact_file(Path(local) / name)
-        model = handle.log_model(
-            local,
-            Path(__file__).parent / "served_model.py",
-            embed_dim=config.model.clip.embed_dim,
-            requirements=["torch", "transformers", "safetensors", "instant-clip-tokenizer", "ftfy"],
-        )
+    checkpoint = places.checkpoint(config.train.run)
+    history = History.read(join(places.run(config.train.run), "history.json"))
+    model = log_outputs(config, places, handle)
     step_seconds = [value for _, value in history.steps["time/step_s"]]
     return {
         "run": config.train.run,

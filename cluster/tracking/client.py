@@ -26,6 +26,12 @@ ANSWER_S = 5
 PARENT_TAG = "mlflow.parentRunId"
 
 
+#: Steps at which a run has a metric, by tracking URI, run id and key.
+_Steps = dict[tuple[str, str, str], set[int]]
+# Asked for once a process: it alone writes them from then on.
+_known: _Steps = {}
+
+
 class RefusedError(Exception):
     """The store answered that it does not take this, and never will."""
 
@@ -177,8 +183,9 @@ def send(uri: str, entry: outbox.Entry) -> None:
     """
     mlflow = mlflow_module()
     run_id, metrics, tags = entry["run_id"], entry.get("metrics", []), entry.get("tags", {})
+    known = _Steps()
     if entry.get("once"):
-        metrics = _without_known(uri, run_id, metrics)
+        metrics, known = _without_known(uri, run_id, metrics)
     if is_server(uri):
         if metrics or tags:
             rows = [{**row, "value": json_number(row["value"])} for row in metrics]
@@ -187,6 +194,7 @@ def send(uri: str, entry: outbox.Entry) -> None:
         if "status" in entry:
             status = {"status": entry["status"], "end_time": entry["end_time"]}
             _post(uri, "runs/update", {"run_id": run_id, **status})
+        _known.update(known)
         return
     from mlflow.entities import Metric, RunTag
 
@@ -199,29 +207,30 @@ def send(uri: str, entry: outbox.Entry) -> None:
             )
         if "status" in entry:
             client(uri).set_terminated(run_id, entry["status"], entry["end_time"])
+        _known.update(known)
     except mlflow.MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"):
             raise RefusedError(str(error)) from error
         raise
 
 
-def _without_known(uri: str, run_id: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of steps that the run does not have.
+def _without_known(uri: str, run_id: str, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], _Steps]:
+    """Rows of steps that the run does not have, and what it has once they are there.
 
     Rows that were logged together arrive together, so the first of them stands for all.
     """
     together: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in rows:
         together.setdefault((row["step"], row["timestamp"]), []).append(row)
-    new, known = [], dict[str, set[int]]()
+    new, known = list[dict[str, Any]](), _Steps()
     for (step, _), group in together.items():
-        key = group[0]["key"]
-        if key not in known:
-            known[key] = _steps_of(uri, run_id, key)
-        if step not in known[key]:
-            known[key].add(step)
+        which = (uri, run_id, group[0]["key"])
+        if which not in known:
+            known[which] = set(_known[which] if which in _known else _steps_of(*which))
+        if step not in known[which]:
+            known[which].add(step)
             new += group
-    return new
+    return new, known
 
 
 def _steps_of(uri: str, run_id: str, key: str) -> set[int]:

@@ -106,13 +106,21 @@ class RunHandle:
         _lost_at.pop(self.tracking_uri, None)  # the last chance, so try at once
         self._deliver({"status": status, "end_time": time.time_ns() // 1_000_000})
 
-    def deliver_pending(self) -> int:
+    def deliver_pending(self, seen: Callable[[outbox.Entry], None] = lambda entry: None) -> int:
         """Delivers what waits in ``pending``, of this and other runs; returns the number of entries.
+
+        Args:
+            seen: called with each entry, or those joined to one, once it is delivered.
 
         Raises:
             Exception: whatever keeps the store from answering; the file stays as it was.
         """
-        return self._outbox.deliver(self._send) if self._outbox else 0
+
+        def send(entry: outbox.Entry) -> None:
+            self._send(entry)
+            seen(entry)
+
+        return self._outbox.deliver(send) if self._outbox else 0
 
     def log_artifact_file(self, path: str | Path, folder: str = "") -> None:
         """Uploads a local file. Where the store is lost it warns, and the file is not there."""

@@ -84,6 +84,31 @@ class Tracker:
         run.set_tags(tags or {})
         return run
 
+    def deliver(self, pending: str | outbox.Outbox) -> dict[str, Any]:
+        """Delivers what runs could not: numbers of ``metrics`` and ``tags``, and the ids of the ``runs``.
+
+        Raises:
+            GareError: where the store cannot take it now; all stays where it is.
+        """
+        handle = RunHandle(self.tracking_uri, self.experiment_id, "", pending)
+        counts: dict[str, int] = {"metrics": 0, "tags": 0}
+        runs: set[str] = set()
+
+        def count(entry: outbox.Entry) -> None:
+            runs.add(entry["run_id"])
+            for kind in counts:
+                counts[kind] += len(entry.get(kind, ()))
+
+        try:
+            handle.deliver_pending(count)
+        except Exception as error:
+            raise GareError(
+                f"MLflow did not take all: {brief(error)}",
+                where=str(pending),
+                accepted="the same command later",
+            ) from None
+        return {**counts, "runs": sorted(runs)}
+
     def tags_of(self, run_id: str) -> dict[str, str]:
         """Tags of a run.
 

@@ -46,7 +46,7 @@ class Entry:
 
     step: int
     epoch: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SELECTION = "val/t2v/R1"
 #: Seconds between looks for a request to stop, and between questions to Ray whether a node is drained.
 LOOK_EVERY_S = 1.0
-ASK_EVERY_S = 2.0
+ASK_EVERY_S = 0.5
 
 
 def checkpoints_of(config: Config, places: Layout, *, validated: bool) -> Checkpoints:
@@ -98,30 +98,36 @@ class Saver:
         from gare.train.gather import max_over_workers
         from gare.train.state import restore_learner
 
-        entries = self.checkpoints.entries()
-        number, epoch = -1, 0
-        if not self.rank and entries:
-            number, epoch = self._newest_usable(entries)
+        chosen = self._newest_usable() if not self.rank else None
         if not self.rank:
-            self.checkpoints.rewind(entries[number] if number >= 0 else None)
-        number = int(max_over_workers(torch.tensor(number, device=self.device)))
-        if self.rank and number >= 0:
-            epoch = restore_learner(self.checkpoints.location(entries[number]), self.learner)
-        if not self.rank and number >= 0:
-            logger.info("%s: continues after step %d", self.train.run, self.learner.step)
+            self.checkpoints.rewind(chosen)
+        # Rank 0's word and not the index, which a cache of another machine may still show as it was.
+        mine = [chosen.step, chosen.epoch] if chosen else [-1, -1]
+        step, epoch = map(int, max_over_workers(torch.tensor(mine, device=self.device)))
+        if step < 0:
+            return 0
+        if self.rank:
+            restore_learner(self.checkpoints.location(Entry(step, epoch)), self.learner)
+        else:
+            logger.info("%s: continues after step %d of %d", self.train.run, step, self.learner.num_steps)
         return epoch
 
-    def _newest_usable(self, entries: list[Entry]) -> tuple[int, int]:
+    def _newest_usable(self) -> Entry | None:
+        """Restores the learner from the last checkpoint that can be read; None: there is none."""
         from gare.train.state import restore_learner
 
         faults: list[CheckpointError] = []
-        for number in reversed(range(len(entries))):
+        for entry in reversed(self.checkpoints.entries()):
             try:
-                return number, restore_learner(self.checkpoints.location(entries[number]), self.learner)
+                restore_learner(self.checkpoints.location(entry), self.learner)
             except CheckpointError as fault:
                 logger.warning("a checkpoint is left out: %s", fault)
                 faults.append(fault)
-        raise faults[0]
+            else:
+                return entry
+        if faults:
+            raise faults[0]
+        return None
 
     def step(self, epoch: int, history: History) -> None:
         """After an optimiser step.

@@ -32,6 +32,7 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait(20)
 
 
+@pytest.mark.faults
 def test_killed_run_continues_as_if_undisturbed(
     trained: dict[str, Any], places: Layout, repository: Path, root: Path, tiny_yaml: str
 ) -> None:

@@ -222,9 +222,10 @@ class CheckpointWriter:
                 delete_tree(location)
         except GareError:
             earlier = []
+        reason = error.what.removeprefix("cannot be written: ")
         last = f"step {earlier[-1].step}, whose checkpoint is kept" if earlier else "its beginning"
         self.fault = GareError(
-            f"the checkpoint of step {entry.step} cannot be written: {error.what}",
+            f"the checkpoint of step {entry.step} cannot be written: {reason}",
             where=error.where or location,
             accepted=f"make room there, or mend it; the same command then continues from {last}",
         )

@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test test-cluster suite screenshots lint bench bench-scaling bench-extract bench-reads
-.PHONY: bench-evaluate fuzz audit ui clean
+.PHONY: help install demo test test-cluster faults faults-short suite screenshots lint bench bench-scaling
+.PHONY: bench-extract bench-reads bench-evaluate fuzz audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
-	@echo "make test     install, then the tests"
+	@echo "make test     install, then the tests, without those of faults"
+	@echo "make faults   the tests of faults: killed workers, nodes and heads, full disks, lost servers (20 min)"
+	@echo "make faults-short  those of them that take less than 10 minutes together"
 	@echo "make suite    two benchmarks, two models, two seeds: the whole way to one table, checked (5 min)"
 	@echo "make screenshots  the MLflow pages of the suite's runs as pictures (needs Chromium)"
 	@echo "make test-cluster  the same model and store on four nodes (5 min)"
@@ -37,6 +39,13 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# What is killed and when is drawn from a seed, which a failure prints: GARE_TEST_SEED=N makes it the same again.
+faults: install
+	$(BIN)/python -m pytest -m faults --durations=0
+
+faults-short: install
+	$(BIN)/python -m pytest -m "faults and not long" --durations=0
 
 suite: install
 	$(BIN)/python -m tests.suite

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.listening import listen_here_alone
 from cluster.logs import runtime_env
 from cluster.resources import joins_cluster, object_store_bytes
 from gare.config import ClusterConfig
@@ -138,10 +139,16 @@ def _set_environment(*, local: bool) -> None:
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    listen_here_alone()
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if not has_token and not (Path.home() / ".ray" / "auth_token").exists():
         # A token of this session alone; Ray would otherwise write one to the home folder, readable by all.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def watches_preemption() -> bool:
+    """Whether Ray Train looks for nodes that are about to be taken away; not on a local Ray."""
+    return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") not in ("0", "false", "False")
 
 
 def quiet_data() -> None:

@@ -48,6 +48,10 @@ class DivergedError(GareError):
     """
 
 
+class StoppedError(GareError):
+    """A run that was asked to stop, and did so where it can be continued."""
+
+
 class ConfigError(GareError):
     """A configuration or command line that cannot be run as it stands."""
 

@@ -56,6 +56,12 @@ class EvaluateConfig(Section):
         description="runs of the suite, named as in compare; empty: all of this data set",
     )
 
+    sync: bool = Field(
+        False,
+        description="deliver to MLflow what the runs of this data set could not while it was lost; nothing "
+        "is evaluated then",
+    )
+
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> EvaluateConfig:
         for switch, keys in (("dsl", ["dsl_scale"]), ("qbnorm", ["qbnorm_scale", "qbnorm_bank"])):
@@ -63,8 +69,8 @@ class EvaluateConfig(Section):
                 raise ValueError(f"{', '.join(changed)} would change nothing: {switch} is off")
         if len(self.compare) == 1:
             raise ValueError("compare takes two runs")
-        if self.compare and self.suite:
-            raise ValueError("compare and suite exclude each other")
+        if sum(map(bool, (self.compare, self.suite, self.sync))) > 1:
+            raise ValueError("compare, suite and sync exclude each other")
         if self.runs and not self.suite:
             raise ValueError("runs would change nothing: suite is empty")
         if self.split == "train" and self.qbnorm:

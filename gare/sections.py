@@ -303,9 +303,15 @@ class TrainConfig(Section):
     warmup_fraction: Fraction = Field(0.1, description="share of the steps that warm up linearly")
     max_grad_norm: Positive = Field(1.0, description="global norm that gradients are clipped to")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: run all epochs")
-    keep_checkpoints: Count = Field(2, description="checkpoints kept beside the best on val and the last")
+    keep_checkpoints: Count = Field(2, description="last checkpoints kept, beside the best on val")
+    checkpoint_every_steps: int = Field(
+        0, ge=0, description="steps between checkpoints within an epoch; each epoch ends with one; 0: none"
+    )
+    checkpoint_every_s: NonNegative = Field(
+        600.0, description="seconds between checkpoints within an epoch; 0: none for the time alone"
+    )
     max_failures: int = Field(
-        2, ge=0, description="worker failures survived by restarting from the checkpoint"
+        2, ge=0, description="worker failures survived by restarting from the last checkpoint"
     )
     profile: bool = Field(
         False, description="measure the stages of every step; a table, a picture and a trace at the end"

@@ -33,7 +33,9 @@ from gare.retrieval.evaluated import split_hash_of
 from gare.retrieval.notes import evaluation_note
 from gare.train.data import StoredSplits, read_splits
 from pipelines.comparison import FOLDER_TAG, collect, compare
+from pipelines.pending import pending_of
 from pipelines.registration import write_and_register
+from pipelines.syncing import sync
 
 if TYPE_CHECKING:
     from gare.model.gare import GARE
@@ -47,13 +49,14 @@ CLIPS_PER_TASK, CAPTIONS_PER_TASK = 32, 512
 FLAGS: Flags = {
     "--compare": ("evaluate.compare", "compare two evaluated runs", ("RUN_A", "RUN_B")),
     "--suite": ("evaluate.suite", "collect evaluate.runs under one MLflow run of this name"),
+    "--sync": ("evaluate.sync", "deliver to MLflow what it missed while it was lost", "true"),
 }
 #: Pairs below which actors would take longer to load than to score.
 PAIRS_ALONE = 1_000_000
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Scores a split and logs the metrics to the training's MLflow run; or compares runs that were scored.
+    """Scores a split and logs the metrics to the training's MLflow run; or compares runs, or syncs.
 
     Raises:
         CheckpointError: for a checkpoint that is missing or of another model.
@@ -65,6 +68,8 @@ def run(config: Config) -> dict[str, Any]:
         return compare(config)
     if config.evaluate.suite:
         return collect(config, run)
+    if config.evaluate.sync:
+        return sync(config)
     from gare.retrieval.evaluation_figures import figures_of
 
     started = time.monotonic()
@@ -247,10 +252,9 @@ def _open_tracking(config: Config, places: Layout, checkpoint: str) -> tuple[Run
     record = join(places.run(config.train.run), "run.json")
     own = checkpoint == places.checkpoint(config.train.run) and exists(record)
     run_id = read_json(record)["mlflow_run_id"] if own else None
-    pending = str(Path(places.data) / "mlflow-pending.jsonl") if places.is_local else ""
     tags = {} if own else {"checkpoint": checkpoint}
     name = f"{config.name}/{config.train.run if own else 'evaluate'}"
-    return tracker.start_run(name, run_id=run_id, tags=tags, pending=pending), own
+    return tracker.start_run(name, run_id=run_id, tags=tags, pending=pending_of(places)), own
 
 
 def _bank(config: Config, train: Sequence[ManifestRow]) -> list[str]:

@@ -30,6 +30,7 @@ from gare.data.store import META, read_meta
 from gare.data.store_pass import StorePass
 from gare.data.verify import verify_or_raise
 from pipelines.extraction import Encoding, decode_rows, frame_pass, told, words
+from pipelines.pending import pending_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _write(
         if job.is_settled(comparison) and not held:
             result = job.finish(comparison, job.count(), {})
         else:
-            with ExtractionRun(config, places, step) as tracked:
+            with ExtractionRun(config, step, places.root, pending_of(places)) as tracked:
                 job.begin(comparison)
                 done = work(comparison, lock, tracked)
                 inventory = job.settle()

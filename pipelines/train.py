@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import statistics
-import tempfile
 import time
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from cluster.command import main
 from cluster.resources import require_train_resources, settle_resources
-from cluster.session import fault_of, ray_session
+from cluster.session import fault_of, ray_session, watches_preemption
+from cluster.stopping import on_sigterm
 from cluster.storage import Layout, absolute, layout
 from cluster.tracking import (
     RunHandle,
@@ -25,22 +24,25 @@ from cluster.tracking import (
 )
 from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
-from gare.errors import ConfigError, DivergedError, GareError
+from gare.errors import ConfigError, DivergedError, GareError, StoppedError
 from gare.retrieval.evaluated import split_hash_of
+from gare.train.checkpoints import Entry
 from gare.train.data import StoredSplits, read_splits
 from gare.train.from_features import attach_towers, settings_of, write_start
 from gare.train.history import History
+from pipelines.finishing import log_outputs
+from pipelines.pending import pending_of
+from pipelines.saving import SELECTION, StopRequest, checkpoints_of
 from pipelines.training import plan_of, store_of, train_worker
 
 logger = logging.getLogger(__name__)
 
-#: What the best checkpoint is best at; always on val.
-SELECTION = "val/t2v/R1"
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: What matters of data and extract is in the fingerprints.
 FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
 FREE_SECTIONS |= {"features"}
 FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
+FREE_TRAIN_KEYS |= {"checkpoint_every_steps", "checkpoint_every_s"}
 FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch", "profile"}
 
 
@@ -88,13 +90,13 @@ def run(config: Config) -> dict[str, Any]:
         write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
         try:
             with system_metrics(handle, config.tracking):
-                best, reported = _fit(config, places, handle, settings, validated=bool(splits.val))
-            copy_files(best, places.checkpoint(config.train.run))
+                location, best = _fit(config, places, handle, settings, validated=bool(splits.val))
+            copy_files(location, places.checkpoint(config.train.run))
             if settings is not None:
                 attach_towers(config, places.checkpoint(config.train.run))
-            result = _finish(config, places, handle, reported, started)
-        except BaseException:
-            handle.finish("FAILED")
+            result = _finish(config, places, handle, best, started)
+        except BaseException as error:
+            handle.finish("KILLED" if isinstance(error, StoppedError) else "FAILED")
             raise
     write_json(join(folder, "result.json"), result)
     handle.finish()
@@ -145,7 +147,6 @@ def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str,
 def _start_run(
     tracker: Tracker, config: Config, places: Layout, splits: StoredSplits, run_id: str | None
 ) -> RunHandle:
-    pending = str(Path(places.data) / "mlflow-pending.jsonl") if places.is_local else ""
     train = config.train
     handle = tracker.start_run(
         f"{config.name}/{train.run}",
@@ -158,7 +159,7 @@ def _start_run(
             "store.fingerprint": splits.store_fingerprint,
             "git.revision": git_revision(Path(__file__).parent),
         },
-        pending=pending,
+        pending=pending_of(places),
     )
     for split in ("train", "val"):
         rows = splits.of_split(split)
@@ -172,18 +173,25 @@ def _start_run(
 
 def _fit(
     config: Config, places: Layout, handle: RunHandle, settings: dict[str, Any] | None, *, validated: bool
-) -> tuple[str, dict[str, Any]]:
-    """Runs the workers; returns the checkpoint that is best on val, the last without val, and its report."""
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+) -> tuple[str, Entry]:
+    """Runs the workers; returns the checkpoint that is best on val, the last without val, and what it is."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    cluster = config.cluster
+    cluster, run_folder = config.cluster, places.run(config.train.run)
     # Ray would open the URI by itself, without our endpoint and tries.
-    filesystem, folder = open_fs(places.run(config.train.run))
+    filesystem, folder = open_fs(run_folder)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    # Ray's own record of checkpoints is written in place: a kill or a full disk at that moment loses it, and
+    # with it the run. Ours is not, so Ray starts workers again and knows nothing of checkpoints.
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "handle": handle, "settings": settings},
+        train_loop_config={
+            "config": config,
+            "handle": handle,
+            "settings": settings,
+            "watch_preemption": watches_preemption(),
+        },
         scaling_config=ScalingConfig(
             num_workers=cluster.train_workers,
             use_gpu=bool(cluster.use_gpu),
@@ -195,37 +203,29 @@ def _fit(
             storage_path=folder,
             storage_filesystem=None if places.is_local else filesystem,
             failure_config=FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=config.train.keep_checkpoints,
-                checkpoint_score_attribute=SELECTION if validated else None,
-                checkpoint_score_order="max",
-            ),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+    request = StopRequest(run_folder)
+    request.withdraw()
     try:
-        result = trainer.fit()
+        with on_sigterm(lambda: request.make("SIGTERM")):
+            fault = trainer.fit().return_value
     except Exception as error:
         raise _cause(error) from error
-    if isinstance(fault := result.return_value, DivergedError):
-        held = [_checkpoint_uri(places, checkpoint) for checkpoint, _ in result.best_checkpoints or []]
+    checkpoints = checkpoints_of(config, places, validated=validated)
+    if isinstance(fault, StoppedError):
+        request.withdraw()
+    if isinstance(fault, DivergedError):
+        held = [checkpoints.location(entry) for entry in checkpoints.entries()]
         kept = f"; checkpoints of this run: {', '.join(held)}" if held else "; it had no checkpoint yet"
         raise DivergedError(fault.what + kept, where=fault.where, accepted=fault.accepted)
-    if not result.best_checkpoints:
-        raise GareError("training ended without a checkpoint", where=places.run(config.train.run))
-
-    # The first of the best: Ray's order does not say which of equals comes first.
-    def rank(report: dict[str, Any]) -> tuple[float, float]:
-        return (report[SELECTION], -report["epoch"]) if validated else (report["epoch"], 0)
-
-    best, reported = max(result.best_checkpoints, key=lambda pair: rank(pair[1]))
-    return _checkpoint_uri(places, best), reported
-
-
-def _checkpoint_uri(places: Layout, checkpoint: Any) -> str:
-    if places.is_local:
-        return str(checkpoint.path)
-    return f"{places.root.partition('://')[0]}://{urllib.parse.quote(checkpoint.path, safe='/')}"
+    if isinstance(fault, GareError):
+        raise fault
+    best = checkpoints.best()
+    if best is None:
+        raise GareError("training ended without a checkpoint", where=run_folder)
+    return checkpoints.location(best), best
 
 
 def _cause(error: Exception) -> GareError:
@@ -238,39 +238,19 @@ def _cause(error: Exception) -> GareError:
     return GareError(f"training failed: {type(first).__name__}: {lines[-1]}")
 
 
-def _finish(
-    config: Config, places: Layout, handle: RunHandle, best: dict[str, Any], started: float
-) -> dict[str, Any]:
+def _finish(config: Config, places: Layout, handle: RunHandle, best: Entry, started: float) -> dict[str, Any]:
     """Pictures and model to MLflow; the result."""
-    from gare.retrieval.figures import increments_picture
-    from gare.retrieval.pictures import curves_picture
-
-    folder, checkpoint = places.run(config.train.run), places.checkpoint(config.train.run)
-    history = History.read(join(folder, "history.json"))
-    losses = {name: points for name, points in history.steps.items() if name.startswith("loss/")}
-    recalls = {name: points for name, points in history.epochs.items() if name.endswith("R1")}
-    png = curves_picture(losses | recalls, title=f"{config.name}/{config.train.run}", accuracy_axis="epoch")
-    handle.log_figure_bytes("curves.png", png)
-    if geometry := increments_picture(history.steps, f"{config.name}/{config.train.run}: geometry of Δ"):
-        handle.log_figure_bytes("increments.png", geometry)
-    with tempfile.TemporaryDirectory() as local:
-        copy_files(checkpoint, local)
-        for name in ("config.yaml",):
-            handle.log_artifact_file(Path(local) / name)
-        model = handle.log_model(
-            local,
-            Path(__file__).parent / "served_model.py",
-            embed_dim=config.model.clip.embed_dim,
-            requirements=["torch", "transformers", "safetensors", "instant-clip-tokenizer", "ftfy"],
-        )
+    checkpoint = places.checkpoint(config.train.run)
+    history = History.read(join(places.run(config.train.run), "history.json"))
+    model = log_outputs(config, places, handle)
     step_seconds = [value for _, value in history.steps["time/step_s"]]
     return {
         "run": config.train.run,
         "checkpoint": checkpoint,
         "checkpoint_files": [file.rsplit("/", 1)[-1] for file in list_files(checkpoint)],
         "steps": len(step_seconds),
-        "best_epoch": best["epoch"],
-        SELECTION: best.get(SELECTION),
+        "best_epoch": best.epoch,
+        SELECTION: best.metrics.get(SELECTION),
         "loss": history.steps["loss/total"][-1][1],
         "seconds_per_step": round(statistics.median(step_seconds), 4),
         "worker_peak_bytes": int(max(value for _, value in history.epochs["memory/worker_peak_bytes"])),

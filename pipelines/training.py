@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import tempfile
 from typing import Any
 
 from cluster.logs import set_up_logging
@@ -13,11 +12,12 @@ from cluster.stream import stream
 from cluster.tracking import RunHandle
 from gare.config import Config
 from gare.data.files import join
-from gare.errors import DivergedError
+from gare.errors import DivergedError, GareError, StoppedError
 from gare.train.data import StoredSplits, read_splits
 from gare.train.from_features import loader_of
 from gare.train.history import History
 from gare.train.plan import Plan, plan_run
+from pipelines.saving import Saver
 from pipelines.watching import Watch
 
 logger = logging.getLogger(__name__)
@@ -38,24 +38,24 @@ def plan_of(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
     return plan_run(captions, len(splits.val), config.train, rank=rank, world_size=workers)
 
 
-def train_worker(task: dict[str, Any]) -> DivergedError | None:
+def train_worker(task: dict[str, Any]) -> GareError | None:
     """One Ray Train worker: builds its learner, restores it, runs its share of the plan.
 
     Returns:
-        What made training diverge, on all workers together; raised, it would have Ray try again in vain.
+        What ended training on all workers together: that it diverged, was stopped, or could not be saved.
+        Raised, it would have Ray try again in vain.
     """
     import ray.train
     from ray.train.torch import get_device
 
     from gare.train.loop import run_loop
     from gare.train.start import initial_model, read_start
-    from gare.train.state import restore_learner
     from gare.train.step import build_learner
 
     config: Config = task["config"]
     places = layout(config)
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
+    device = get_device()
+    rank = ray.train.get_context().get_world_rank()
     name = f"{config.name}/{config.train.run}"
     set_up_logging(replace=True, log_format=config.tracking.log_format, run=name, rank=rank)
     splits = read_splits(places.manifest, store_of(config, places), config.extract, task["settings"])
@@ -63,78 +63,79 @@ def train_worker(task: dict[str, Any]) -> DivergedError | None:
     plan = plan_of(config, splits, rank=rank)
     from_features = config.train.input == "features"
     model = read_start(join(places.run(config.train.run), "start"), config.model) if from_features else None
-    learner = build_learner(model or initial_model(config), config, plan.num_steps, get_device())
-    start_epoch = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            start_epoch = restore_learner(folder, learner)
+    learner = build_learner(model or initial_model(config), config, plan.num_steps, device)
+    saver = Saver(
+        config, places, learner, rank, device, validated=bool(splits.val), watch=task["watch_preemption"]
+    )
+    start_epoch = saver.restore()
     ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
-    first = plan.epoch_starts[start_epoch] if start_epoch < len(plan.epoch_starts) else len(ids)
+    first = plan.position(start_epoch, learner.step)
     numbers = range(first, len(ids))
     load = loader_of(config, store_of(config, places), ids, plan, words=learner.model.needs_words)
     loader = load() if from_features else None
     # Features that fit into memory are read in this process, where they cost next to nothing.
     near = loader is not None and loader.reader.whole
     clips = map(loader, numbers) if near else stream(load, numbers, actors=config.cluster.loaders_per_worker)
-    watch = Watch(config, learner, plan, rank, get_device())
-    report = Reporter(config, places, task["handle"], learner, rank, start_epoch, watch)
+    watch = Watch(config, learner, plan, rank, device)
+    report = Reporter(config, places, task["handle"], saver, start_epoch, watch)
     try:
-        run_loop(learner, plan, start_epoch, rows, clips, get_device(), report.step, report.epoch)
-    except DivergedError as fault:
+        run_loop(learner, plan, first, rows, clips, device, report.step, report.epoch)
+        saver.close()
+    except (DivergedError, StoppedError) as fault:
         return fault
+    except GareError as fault:
+        if fault is saver.writer.fault:
+            return fault
+        raise
     watch.finish(task["handle"])
     return None
 
 
 class Reporter:
-    """Writes what the loop reports: progress, MLflow, the record and checkpoints; on rank 0 but for Ray's."""
+    """Writes what the loop reports: progress, MLflow, the record; and has the saver write checkpoints."""
 
     def __init__(
         self,
         config: Config,
         places: Layout,
         handle: RunHandle,
-        learner: Any,
-        rank: int,
+        saver: Saver,
         start_epoch: int,
         watch: Watch,
     ) -> None:
-        self.config, self.handle, self.learner, self.rank = config, handle, learner, rank
+        self.config, self.handle, self.saver = config, handle, saver
+        self.learner, self.rank, self.epochs = saver.learner, saver.rank, start_epoch
         record = join(places.run(config.train.run), "history.json")
-        self.history = History.read(record, step=learner.step, epoch=start_epoch)
+        self.history = History.read(record, step=self.learner.step, epoch=start_epoch)
         self.watch = watch
         watch.validated_before(self.history.epochs)
+        if self.learner.step and not self.rank:
+            self.history.resumed = sorted({*self.history.resumed, self.learner.step})
+            steps = ", ".join(map(str, self.history.resumed))
+            handle.set_tags({"resumed.after_steps": steps})
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """After an optimiser step."""
+        """After an optimiser step; all workers must call it."""
         self.watch.step(step, values)
-        if self.rank:
-            return
-        self.history.add_step(step, values)
-        if step % LOG_EVERY == 0 or step == self.learner.num_steps:
-            self.handle.log_metrics(values, step)
+        if not self.rank:
+            self.history.add_step(step, values)
+            if step % LOG_EVERY == 0 or step == self.learner.num_steps:
+                self.handle.log_metrics(values, step, once=True)
+        self.saver.step(self.epochs, self.history)
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         """After an epoch; all workers must call it."""
-        import ray.train
-
-        from gare.train.state import save_checkpoint
-
         named = {f"val/{name}": value for name, value in metrics.items()}
+        self.epochs = epoch
         self.watch.status.validated(epoch, named)
-        report = named | {"epoch": epoch, "step": self.learner.step}
         if self.rank:
-            ray.train.report(report)
+            self.saver.epoch(epoch, named, self.history)
             return
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.history.add_epoch(epoch, named | {"memory/worker_peak_bytes": memory})
-        self.history.save()
-        self.handle.log_metrics(
-            named | {"memory/worker_peak_bytes": memory, "epoch": epoch}, self.learner.step
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(folder, self.learner, epoch)
-            ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        measured = named | {"memory/worker_peak_bytes": memory}
+        self.history.add_epoch(epoch, measured)
+        self.handle.log_metrics(measured | {"epoch": epoch}, self.learner.step, once=True)
+        self.saver.epoch(epoch, named, self.history)
         if named:
             logger.info(
                 "%s: epoch %d of %d, val R@1 %.1f t2v, %.1f v2t",

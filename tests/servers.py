@@ -50,6 +50,8 @@ class DroppingProxy:
         self._lock = threading.Lock()
         self._drops_left = 0
         self._most_bytes, self._share = 0, 0.0
+        self._refused_word = b""
+        self.refused = 0
         self.dropped = {"connect": 0, "body": 0}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.address: tuple[str, int] = self._listener.getsockname()
@@ -64,6 +66,15 @@ class DroppingProxy:
         with self._lock:
             self._drops_left, self._most_bytes, self._share = drops, most_bytes, share
             self.dropped = {"connect": 0, "body": 0}
+
+    def refuse(self, word: str) -> None:
+        """Answers 503 to what is written to a path with this in it, as under load; empty: to nothing."""
+        self._refused_word = word.encode()
+        self.refused = 0 if word else self.refused
+
+    def _refuses(self, data: bytes) -> bool:
+        line = data.split(b"\r\n", 1)[0]
+        return bool(self._refused_word) and line[:4] in (b"PUT ", b"POST") and self._refused_word in line
 
     def close(self) -> None:
         self.disturb(0)
@@ -100,6 +111,11 @@ class DroppingProxy:
                     if not data:
                         client.close()
                         return
+                    if ready is client and self._refuses(data):
+                        with self._lock:
+                            self.refused += 1
+                        _answer_busy(client)
+                        return
                     if left is not None:
                         other[ready].sendall(data[:left])
                         left -= len(data)
@@ -109,6 +125,17 @@ class DroppingProxy:
                     else:
                         other[ready].sendall(data)
         client.close()
+
+
+def _answer_busy(client: socket.socket) -> None:
+    client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    client.shutdown(socket.SHUT_WR)
+    # Closed with the body unread, the answer would be lost in a reset.
+    client.settimeout(2)
+    with contextlib.suppress(OSError):
+        while client.recv(1 << 16):
+            pass
+    client.close()
 
 
 def _reset(client: socket.socket) -> None:

@@ -29,6 +29,12 @@ ANSWER_S = 5
 PARENT_TAG = "mlflow.parentRunId"
 
 
+#: Steps at which a run has a metric, by tracking URI, run id and key.
+_Steps = dict[tuple[str, str, str], set[int]]
+# Asked for once a process: it alone writes them from then on.
+_known: _Steps = {}
+
+
 class RefusedError(Exception):
     """The store answered that it does not take this, and never will."""
 
@@ -189,6 +195,9 @@ def send(uri: str, entry: outbox.Entry) -> None:
     """
     mlflow = mlflow_module()
     run_id, metrics, tags = entry["run_id"], entry.get("metrics", []), entry.get("tags", {})
+    known = _Steps()
+    if entry.get("once"):
+        metrics, known = _without_known(uri, run_id, metrics)
     if is_server(uri):
         if metrics or tags:
             rows = [{**row, "value": json_number(row["value"])} for row in metrics]
@@ -197,6 +206,7 @@ def send(uri: str, entry: outbox.Entry) -> None:
         if "status" in entry:
             status = {"status": entry["status"], "end_time": entry["end_time"]}
             _post(uri, "runs/update", {"run_id": run_id, **status})
+        _known.update(known)
         return
     from mlflow.entities import Metric, RunTag
 
@@ -209,13 +219,51 @@ def send(uri: str, entry: outbox.Entry) -> None:
             )
         if "status" in entry:
             client(uri).set_terminated(run_id, entry["status"], entry["end_time"])
+        _known.update(known)
     except mlflow.MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"):
             raise RefusedError(str(error)) from error
         raise
 
 
+def _without_known(uri: str, run_id: str, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], _Steps]:
+    """Rows of steps that the run does not have, and what it has once they are there.
+
+    Rows that were logged together arrive together, so the first of them stands for all.
+    """
+    together: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        together.setdefault((row["step"], row["timestamp"]), []).append(row)
+    new, known = list[dict[str, Any]](), _Steps()
+    for (step, _), group in together.items():
+        which = (uri, run_id, group[0]["key"])
+        if which not in known:
+            known[which] = set(_known[which] if which in _known else _steps_of(*which))
+        if step not in known[which]:
+            known[which].add(step)
+            new += group
+    return new, known
+
+
+def _steps_of(uri: str, run_id: str, key: str) -> set[int]:
+    """Steps at which the run has a metric."""
+    if not is_server(uri):
+        return {int(point.step) for point in client(uri).get_metric_history(run_id, key)}
+    steps: set[int] = set()
+    asked = {"run_id": run_id, "metric_key": key, "max_results": 20000}
+    while True:
+        answer = _request(uri, "metrics/get-history", "GET", params=asked)
+        steps |= {int(point.get("step", 0)) for point in answer.get("metrics", ())}
+        if not answer.get("next_page_token"):
+            return steps
+        asked["page_token"] = answer["next_page_token"]
+
+
 def _post(uri: str, endpoint: str, body: Mapping[str, Any]) -> None:
+    _request(uri, endpoint, "POST", json=dict(body))
+
+
+def _request(uri: str, endpoint: str, method: str, **content: Any) -> dict[str, Any]:
     # MlflowClient waits and retries as its environment variables say, by default for minutes, and changing
     # those would change them for everything else in this process.
     mlflow_module()
@@ -225,15 +273,14 @@ def _post(uri: str, endpoint: str, body: Mapping[str, Any]) -> None:
     answer = http_request(  # type: ignore[no-untyped-call]
         get_default_host_creds(uri),  # type: ignore[no-untyped-call]
         f"/api/2.0/mlflow/{endpoint}",
-        "POST",
+        method,
         max_retries=0,
         timeout=ANSWER_S,
         raise_on_status=False,
-        json=dict(body),
+        **content,
     )
     if answer.status_code == 200:
-        answer.json()  # a page of something that is no MLflow server
-        return
+        return dict(answer.json())  # fails for a page of something that is no MLflow server
     message = f"HTTP {answer.status_code} from {endpoint}: {answer.text[:300]}"
     if answer.status_code in (400, 404, 422) and "error_code" in answer.text:
         raise RefusedError(message)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cluster.storage import Layout
+from cluster.tracking.outbox import Outbox
 from cluster.tracking.run import RunHandle
 from cluster.tracking.system import system_metrics
 from cluster.tracking.tracker import connect
@@ -22,26 +21,27 @@ class ExtractionRun:
 
     Args:
         config: what is extracted; its sections ``extract`` and ``upkeep`` become parameters.
-        places: where its outputs are.
         step: the command, which names the run.
+        root: the storage root, as for ``connect``.
+        pending: where what MLflow has not taken waits; see ``Tracker.start_run``.
 
     Raises:
         GareError: on entering, where MLflow cannot be reached.
     """
 
-    def __init__(self, config: Config, places: Layout, step: str) -> None:
+    def __init__(self, config: Config, step: str, root: str, pending: str | Outbox) -> None:
         self._config = config
-        self._places = places
+        self._root, self._pending = root, pending
         self._step = step
         self._handle: RunHandle
 
     def __enter__(self) -> Self:
-        config, places = self._config, self._places
-        self._handle = connect(config.tracking, places.root).start_run(
+        config = self._config
+        self._handle = connect(config.tracking, self._root).start_run(
             f"{config.name}/{self._step}",
             params=config.model_dump(mode="json", include={"name", "extract", "upkeep"}),
             tags={"step": self._step},
-            pending=str(Path(places.data) / "mlflow-pending.jsonl") if places.is_local else "",
+            pending=self._pending,
         )
         return self
 

@@ -10,8 +10,9 @@ import fcntl
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,41 @@ logger = logging.getLogger(__name__)
 MAX_METRICS = 1000
 MAX_TAGS = 100
 
-#: ``run_id``, and any of ``metrics`` (key, value, timestamp in ms, step), ``tags`` (key, value), ``status``.
+#: ``run_id``, and any of ``metrics`` (key, value, timestamp in ms, step), ``tags`` (key, value), ``status``;
+#: ``once`` where metrics of a step that the run has already are left out.
 Entry = dict[str, Any]
+
+
+class Outbox(Protocol):
+    """What keeps entries until they can be delivered; it can be pickled, and ``str`` says where it is."""
+
+    def add(self, entry: Entry) -> None:
+        """Keeps one entry.
+
+        Raises:
+            Exception: where it cannot be kept.
+        """
+
+    def deliver(self, send: Callable[[Entry], None]) -> int:
+        """Sends all that is kept, as ``deliver``."""
+
+
+@dataclass(frozen=True)
+class FileOutbox:
+    """Entries in a local file."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+    def add(self, entry: Entry) -> None:
+        """As ``add``."""
+        add(self.path, entry)
+
+    def deliver(self, send: Callable[[Entry], None]) -> int:
+        """As ``deliver``."""
+        return deliver(self.path, send)
 
 
 def add(path: str | Path, entry: Entry) -> None:
@@ -66,13 +100,14 @@ def merge(entries: Iterable[Entry]) -> Iterator[Entry]:
         fits = (
             batch.get("run_id") == entry["run_id"]
             and "status" not in batch
+            and batch.get("once") == entry.get("once")
             and len(batch.get("metrics", ())) + len(entry.get("metrics", ())) <= MAX_METRICS
             and len({**batch.get("tags", {}), **entry.get("tags", {})}) <= MAX_TAGS
         )
         if not fits:
             if batch:
                 yield batch
-            batch = {"run_id": entry["run_id"]}
+            batch = {"run_id": entry["run_id"]} | ({"once": True} if entry.get("once") else {})
         batch["metrics"] = [*batch.get("metrics", ()), *entry.get("metrics", ())]
         batch["tags"] = {**batch.get("tags", {}), **entry.get("tags", {})}
         if "status" in entry:

@@ -42,7 +42,15 @@ class RunHandle:
     tracking_uri: str = field(repr=False)  # may hold a password
     experiment_id: str
     run_id: str
-    pending: str = ""
+    pending: str | outbox.Outbox = ""
+
+    @property
+    def _outbox(self) -> outbox.Outbox | None:
+        return (
+            outbox.FileOutbox(self.pending)
+            if isinstance(self.pending, str) and self.pending
+            else (self.pending or None)
+        )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Logs parameters; nested mappings become dotted keys, long values are cut.
@@ -66,6 +74,7 @@ class RunHandle:
         *,
         dataset: tuple[str, str] | None = None,
         model: str = "",
+        once: bool = False,
     ) -> None:
         """Logs metrics of a step. Where the store is lost it warns once, keeps them in ``pending``, goes on.
 
@@ -74,6 +83,8 @@ class RunHandle:
             step: of them.
             dataset: name and digest of the data set that they were measured on, as given to ``log_dataset``.
             model: URI of the logged model that they are of, as ``log_model`` returned it.
+            once: leave them out where the run has the first of them at that step already, as a run that is
+                continued from before that step does.
 
         Raises:
             GareError: for a metric name that MLflow does not allow.
@@ -88,7 +99,7 @@ class RunHandle:
             for key, value in metrics.items()
         ]
         for chunk in _chunks(rows, outbox.MAX_METRICS):
-            self._deliver({"metrics": chunk})
+            self._deliver({"metrics": chunk} | ({"once": True} if once else {}))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Sets tags; a lost store is survived as in ``log_metrics``."""
@@ -116,13 +127,21 @@ class RunHandle:
         _lost_at.pop(self.tracking_uri, None)  # the last chance, so try at once
         self._deliver({"status": status, "end_time": time.time_ns() // 1_000_000})
 
-    def deliver_pending(self) -> int:
+    def deliver_pending(self, seen: Callable[[outbox.Entry], None] = lambda entry: None) -> int:
         """Delivers what waits in ``pending``, of this and other runs; returns the number of entries.
+
+        Args:
+            seen: called with each entry, or those joined to one, once it is delivered.
 
         Raises:
             Exception: whatever keeps the store from answering; the file stays as it was.
         """
-        return outbox.deliver(self.pending, self._send) if self.pending else 0
+
+        def send(entry: outbox.Entry) -> None:
+            self._send(entry)
+            seen(entry)
+
+        return self._outbox.deliver(send) if self._outbox else 0
 
     def log_artifact_file(self, path: str | Path, folder: str = "") -> None:
         """Uploads a local file. Where the store is lost it warns, and the file is not there."""
@@ -291,10 +310,10 @@ class RunHandle:
             self._keep(entry)
 
     def _keep(self, entry: outbox.Entry) -> None:
-        if self.pending:
+        if self._outbox:
             try:
-                outbox.add(self.pending, entry)
-            except OSError as error:
+                self._outbox.add(entry)
+            except Exception as error:
                 self._warn_once("pending", f"{self.pending} cannot be written", error)
 
     def _attempt(self, what: str, action: Callable[[Any], T]) -> T | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.tracking import client
+from cluster.tracking import client, outbox
 from cluster.tracking.location import artifact_root, mask_credentials, resolve_tracking_uri
 from cluster.tracking.run import RunHandle, brief
 from gare.config import TrackingConfig
@@ -57,7 +57,7 @@ class Tracker:
         run_id: str | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
-        pending: str = "",
+        pending: str | outbox.Outbox = "",
     ) -> RunHandle:
         """Continues the run of an earlier start where it still exists, else makes a new one.
 
@@ -66,7 +66,8 @@ class Tracker:
             run_id: id of the run to continue.
             params: see ``RunHandle.log_params``.
             tags: tags.
-            pending: local file for what cannot be delivered later on; without one it is dropped.
+            pending: local file, or another outbox, for what cannot be delivered later on; without one it
+                is dropped.
 
         Raises:
             GareError: where the store refuses.
@@ -82,6 +83,31 @@ class Tracker:
             ) from None
         run.set_tags(tags or {})
         return run
+
+    def deliver(self, pending: str | outbox.Outbox) -> dict[str, Any]:
+        """Delivers what runs could not: numbers of ``metrics`` and ``tags``, and the ids of the ``runs``.
+
+        Raises:
+            GareError: where the store cannot take it now; all stays where it is.
+        """
+        handle = RunHandle(self.tracking_uri, self.experiment_id, "", pending)
+        counts: dict[str, int] = {"metrics": 0, "tags": 0}
+        runs: set[str] = set()
+
+        def count(entry: outbox.Entry) -> None:
+            runs.add(entry["run_id"])
+            for kind in counts:
+                counts[kind] += len(entry.get(kind, ()))
+
+        try:
+            handle.deliver_pending(count)
+        except Exception as error:
+            raise GareError(
+                f"MLflow did not take all: {brief(error)}",
+                where=str(pending),
+                accepted="the same command later",
+            ) from None
+        return {**counts, "runs": sorted(runs)}
 
     def tags_of(self, run_id: str) -> dict[str, str]:
         """Tags of a run.

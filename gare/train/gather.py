@@ -98,6 +98,13 @@ def max_over_workers(local: Tensor) -> Tensor:
     return highest
 
 
+def any_worker(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Which of the flags one worker or more has set, the same on all. All must call it."""
+    if world_size() == 1:
+        return list(flags)
+    return [bool(flag) for flag in max_over_workers(torch.tensor(list(map(int, flags)), device=device))]
+
+
 def require_equal_rows(count: int, device: torch.device) -> None:
     """Refuses a batch of which workers hold unequal shares, on all of them together.
 

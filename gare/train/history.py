@@ -15,11 +15,13 @@ class History:
         uri: JSON file that holds it.
         steps: per optimiser step.
         epochs: per validation.
+        resumed: steps after which the run was continued.
     """
 
     uri: str
     steps: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     epochs: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    resumed: list[int] = field(default_factory=list)
 
     @classmethod
     def read(cls, uri: str, *, step: int | None = None, epoch: int | None = None) -> History:
@@ -34,7 +36,8 @@ class History:
                 for name, rows in points.items()
             }
 
-        return cls(uri, keep(tree["steps"], step), keep(tree["epochs"], epoch))
+        resumed = [at for at in tree.get("resumed", ()) if step is None or at <= step]
+        return cls(uri, keep(tree["steps"], step), keep(tree["epochs"], epoch), resumed)
 
     def add_step(self, step: int, values: dict[str, float]) -> None:
         """Adds the values of an optimiser step."""
@@ -46,6 +49,14 @@ class History:
         for name, value in values.items():
             self.epochs.setdefault(name, []).append((epoch, value))
 
+    def copy(self) -> History:
+        """The record as it is now, to be saved while it grows."""
+        steps, epochs = (
+            {name: list(points) for name, points in record.items()} for record in (self.steps, self.epochs)
+        )
+        return History(self.uri, steps, epochs, list(self.resumed))
+
     def save(self) -> None:
         """Writes the record."""
-        write_json(self.uri, {"steps": self.steps, "epochs": self.epochs})
+        record = {"steps": self.steps, "epochs": self.epochs, "resumed": self.resumed}
+        write_json(self.uri, record)

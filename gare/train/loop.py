@@ -28,31 +28,28 @@ OnEpoch = Callable[[int, dict[str, float]], None]
 def run_loop(
     learner: Learner,
     plan: Plan,
-    start_epoch: int,
+    first: int,
     rows: Mapping[str, Sequence[ManifestRow]],
     clips: Iterator[Mapping[str, np.ndarray]],
     device: torch.device,
     on_step: OnStep,
     on_epoch: OnEpoch,
 ) -> None:
-    """Trains from an epoch to the end of the plan.
+    """Trains from a batch to the end of the plan.
 
     Args:
-        learner: model and optimiser, already where ``start_epoch`` begins.
+        learner: model and optimiser, as they are before that batch.
         plan: of this worker.
-        start_epoch: epochs done before.
+        first: number of the batch, from ``Plan.position``.
         rows: clips of ``train`` and ``val`` in the order that the plan numbers.
-        clips: ``frames`` and ``frame_mask`` of the plan's batches from the start epoch's first on; from a
+        clips: ``frames`` and ``frame_mask`` of the plan's batches from the first on; from a
             feature store also ``text`` and what else ``FeatureReader.read`` gives.
         device: where to compute.
         on_step: reports a step; ``time/step_s`` and ``time/data_wait_s`` are among its values.
         on_epoch: reports an epoch.
     """
-    if start_epoch >= len(plan.epoch_starts):
-        return
     validation = Validation(learner.model, device)
     ends = {*plan.epoch_starts[1:], len(plan.batches)}
-    first = plan.epoch_starts[start_epoch]
     asked = time.perf_counter()
     for position, planned in enumerate(plan.batches[first:], start=first + 1):
         arrays = next(clips, None)

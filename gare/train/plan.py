@@ -44,6 +44,17 @@ class Plan:
     epoch_starts: tuple[int, ...]
     num_steps: int
 
+    def position(self, epoch: int, step: int) -> int:
+        """The batch that comes next after so many epochs and so many optimiser steps in all.
+
+        The same for a run that continues on another number of workers, whose validation has other batches.
+        """
+        if epoch >= len(self.epoch_starts):
+            return len(self.batches)
+        start = self.epoch_starts[epoch]
+        done = sum(batch.kind == "train" for batch in self.batches[:start])
+        return start + step - done
+
 
 def plan_run(
     num_captions: Sequence[int], num_val: int, config: TrainConfig, *, rank: int, world_size: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,47 @@ CONFIG = "config.yaml"
 TRAINER = "trainer.pt"
 
 
+@dataclass(frozen=True)
+class Captured:
+    """A checkpoint in memory, which training does not change any more.
+
+    Attributes:
+        tensors: of the model, on the CPU.
+        config: of the run, as YAML.
+        trainer: what training needs to go on.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: str
+    trainer: Mapping[str, Any]
+
+
+def capture(learner: Learner, epoch: int) -> Captured:
+    """Copies to the CPU's memory what a checkpoint holds.
+
+    Args:
+        learner: what to copy.
+        epoch: epochs done. The batch that comes next follows from it and from the step (``Plan.position``).
+    """
+    trainer = {
+        "optimizer": _copied(learner.optimizer.state_dict()),
+        "schedule": {"num_steps": learner.num_steps},
+        "random_state": torch.get_rng_state(),
+        "step": learner.step,
+        "epoch": epoch,
+    }
+    return Captured(_copied(learner.model.state_dict()), learner.config.to_yaml(), trainer)
+
+
+def _copied(tree: Any) -> Any:
+    """A tree of mappings, lists and tensors with every tensor copied."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def save_checkpoint(uri: str, learner: Learner, epoch: int) -> None:
     """Writes the model, the configuration and what training needs to go on.
 
@@ -33,18 +75,20 @@ def save_checkpoint(uri: str, learner: Learner, epoch: int) -> None:
         learner: what to save.
         epoch: epochs done.
     """
-    trainer = {
-        "optimizer": learner.optimizer.state_dict(),
-        "schedule": {"num_steps": learner.num_steps},
-        "random_state": torch.get_rng_state(),
-        "step": learner.step,
-        "epoch": epoch,
-    }
+    write_checkpoint(uri, capture(learner, epoch))
+
+
+def write_checkpoint(uri: str, captured: Captured) -> None:
+    """Writes what was captured, in the order of ``save_checkpoint``.
+
+    Raises:
+        DataError: where a file cannot be written.
+    """
     buffer = io.BytesIO()
-    torch.save(trainer, buffer)
+    torch.save(dict(captured.trainer), buffer)
     write_atomically(join(uri, TRAINER), buffer.getvalue())
-    write_atomically(join(uri, CONFIG), learner.config.to_yaml().encode())
-    write_model(uri, learner.model)
+    write_atomically(join(uri, CONFIG), captured.config.encode())
+    write_atomically(join(uri, MODEL), save_tensors(dict(captured.tensors)))
 
 
 def load_checkpoint(uri: str | Path) -> GARE:

@@ -27,6 +27,7 @@ from cluster.tracking import (
 )
 from cluster.tracking import client as client_module
 from cluster.tracking import run as run_module
+from cluster.tracking.outbox import FileOutbox
 from gare.config import TrackingConfig
 from gare.errors import ConfigError, GareError
 
@@ -261,6 +262,32 @@ def test_a_lost_server_neither_stops_the_run_nor_loses_metrics(
     ]  # fmt: skip
     [update] = [body for path, body in server.posts if path == "runs/update"]
     assert update["status"] == "FINISHED"
+
+
+def test_a_run_that_goes_back_a_little_doubles_no_step(prepared: Path, tmp_path: Path) -> None:
+    # Else curves run twice over what was done again, and a mean of them is of the wrong steps.
+    run = connect(TrackingConfig(experiment="once"), str(prepared)).start_run("m")
+    for step in (10, 20):
+        run.log_metrics({"loss": 1.0 * step, "kappa": 0.5}, step, once=True)
+    client_module._known.clear()  # a new process
+    pending = tmp_path / "pending.jsonl"
+    again = RunHandle(run.tracking_uri, run.experiment_id, run.run_id, str(pending))
+    for step in (20, 30):
+        again.log_metrics({"loss": 2.0 * step, "kappa": 0.6}, step, once=True)
+    # What waited while the store was lost, and was kept by two processes that both came there.
+    for _ in range(2):
+        entry = {"metrics": [{"key": "loss", "value": 8.0, "timestamp": _, "step": 40}], "once": True}
+        FileOutbox(str(pending)).add({"run_id": run.run_id, **entry})
+    delivered = connect(TrackingConfig(experiment="once"), str(prepared)).deliver(str(pending))
+    assert delivered["runs"] == [run.run_id]
+    stored = client_module.client(run.tracking_uri)
+    points = [(point.step, point.value) for point in stored.get_metric_history(run.run_id, "loss")]
+    assert sorted(points) == [(10, 10.0), (20, 20.0), (30, 60.0), (40, 8.0)]
+    kappas = [point.step for point in stored.get_metric_history(run.run_id, "kappa")]
+    assert sorted(kappas) == [10, 20, 30]
+    # What is measured anew is logged anew: an evaluation that is repeated.
+    again.log_metrics({"loss": 5.0}, 10)
+    assert len(stored.get_metric_history(run.run_id, "loss")) == 5
 
 
 def test_what_a_server_refuses_does_not_block_the_rest(server: FakeServer, tmp_path: Path) -> None:

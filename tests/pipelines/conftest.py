@@ -13,6 +13,7 @@ import yaml
 from cluster.session import ray_session
 from cluster.storage import Layout, layout
 from pipelines import evaluate, extract, prepare, train
+from tests.pipelines.recovery import recovering
 from tests.pipelines.support import TINY, tiny
 
 #: Warnings that Ray and MLflow give about themselves; all others are errors.
@@ -75,3 +76,9 @@ def trained(benchmark: dict[str, Any]) -> dict[str, Any]:
     """The result of the run ``first``: two workers, never disturbed, and evaluated."""
     result = train.run(tiny())
     return result | {"evaluation": evaluate.run(tiny())}
+
+
+@pytest.fixture(scope="session")
+def calm(benchmark: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run of 48 steps, never disturbed, with checkpoints at the ends of epochs alone."""
+    return train.run(recovering("calm", "train.checkpoint_every_steps=0"))

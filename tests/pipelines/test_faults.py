@@ -26,6 +26,8 @@ from pipelines import extract
 from tests.pipelines.support import in_process, tiny
 from tests.stores import stored_values
 
+pytestmark = pytest.mark.faults
+
 #: Long enough for a machine that is busy with other things.
 PATIENCE_S = 240
 

@@ -11,11 +11,9 @@ from pathlib import Path
 LISTENERS = """
 import json, os, sys
 import psutil
-from cluster.listening import listen_here_alone
 from cluster.session import ray_session
 from gare.config import parse_config
 
-listen_here_alone()
 with ray_session(parse_config({"cluster": {"num_cpus": 1}}).cluster):
     import ray
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait(20)
 
 
+@pytest.mark.faults
 def test_killed_run_continues_as_if_undisturbed(
     trained: dict[str, Any], places: Layout, repository: Path, root: Path, tiny_yaml: str
 ) -> None:
@@ -45,10 +45,8 @@ def test_killed_run_continues_as_if_undisturbed(
             cwd=repository,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
-            # Epochs slow enough to be killed in.
-            env=os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2"},
         )
-        record = folder / "ray" / "checkpoint_manager_snapshot.json"
+        record = folder / "checkpoints" / "index.json"
         deadline = time.monotonic() + 240
         while not record.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -57,7 +55,7 @@ def test_killed_run_continues_as_if_undisturbed(
     assert not (folder / "result.json").exists(), "it was done before it could be killed"
     assert not Path(places.checkpoint("killed")).exists()
     before = json.loads((folder / "run.json").read_text())
-    done = json.loads(record.read_text())["latest_checkpoint_result"]["metrics"]["epoch"]
+    done = json.loads(record.read_text())[-1]["epoch"]
     assert 1 <= done < 8
 
     result = train.run(tiny("train.run=killed"))

@@ -72,19 +72,19 @@ class Seen:
 
 
 def train(places: Places, seed: int, folder: Path, start: str = "", clips: int | None = None) -> Seen:
-    """Runs the loop; saves a checkpoint an epoch; starts from one, or stops the stream after some clips."""
+    """Runs the loop; saves a checkpoint a step and an epoch; starts from one, or stops the stream early."""
     splits, config = places.splits(), places.config
     rows = {"train": splits.train, "val": splits.val}
     plan = plan_run([len(row.captions) for row in splits.train], 3, config.train, rank=0, world_size=1)
     torch.manual_seed(seed)
     learner = build_learner(GARE(config.model), config, plan.num_steps, torch.device("cpu"))
     epoch = restore_learner(start, learner) if start else 0
+    first = plan.position(epoch, learner.step)
     ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
     loader = ClipLoader(places.store, ids)
     seen = Seen()
 
     def stream() -> Iterator[dict[str, np.ndarray]]:
-        first = plan.epoch_starts[epoch]
         for number in range(first, len(ids))[:clips]:
             yield loader(number)
 
@@ -92,12 +92,13 @@ def train(places: Places, seed: int, folder: Path, start: str = "", clips: int |
         assert {"time/step_s", "time/data_wait_s", "train/grad_norm"} <= values.keys()
         seen.steps.append(step)
         seen.losses.append(values["loss/total"])
+        save_checkpoint(str(folder / f"step{step}"), learner, epoch + len(seen.epochs))
 
     def on_epoch(done: int, metrics: dict[str, float]) -> None:
         seen.epochs.append((done, metrics))
         save_checkpoint(str(folder / str(done)), learner, done)
 
-    run_loop(learner, plan, epoch, rows, stream(), torch.device("cpu"), on_step, on_epoch)
+    run_loop(learner, plan, first, rows, stream(), torch.device("cpu"), on_step, on_epoch)
     return seen
 
 
@@ -115,6 +116,20 @@ def test_a_run_and_its_continuation(places: Places, seed: int, tmp_path: Path) -
     assert continued.losses == whole.losses[3:]
     assert continued.epochs == whole.epochs[1:]
     assert train(places, seed, tmp_path / "again").losses == whole.losses
+
+
+def test_a_continuation_within_an_epoch(
+    places: Places, seed: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Epochs take hours: a job preempted within one goes on from the batch that comes next, to the bit."""
+    whole = train(places, seed, tmp_path / "whole")
+    for step in sorted(rng.choice(np.arange(1, 9), 3, replace=False)):
+        start = str(tmp_path / "whole" / f"step{step}")
+        continued = train(places, seed + 1, tmp_path / "continued", start=start)
+        assert continued.steps == whole.steps[step:], step
+        assert continued.losses == whole.losses[step:], step
+        # The validation after an epoch's last step is done again where the checkpoint was taken before it.
+        assert continued.epochs == whole.epochs[(step - 1) // 3 :], step
 
 
 def test_a_stream_that_ends_early_is_an_error(places: Places, seed: int, tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""The checkpoints of a run: which there are, which are kept, and the thread that writes them.
+
+``INDEX`` is the truth: a folder that it does not name is one that was never finished. It is written last and
+appears whole or not at all, so that whatever is killed, and whenever, the checkpoints before it stay.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from gare.data.files import delete_tree, exists, join, list_files, read_json, write_json
+from gare.errors import CheckpointError, DataError, GareError
+from gare.train.history import History
+
+if TYPE_CHECKING:
+    from gare.train.state import Captured
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.json"
+#: Seconds for which a checkpoint is tried again where the storage does not take it; training goes on.
+PATIENCE_S = 600.0
+#: The longest pause between two tries.
+MAX_PAUSE_S = 20.0
+#: What does not pass by itself: a full disk, a quota, a folder that may not be written.
+LASTING = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint.
+
+    Attributes:
+        step: optimiser steps done.
+        epoch: epochs done, with their validation.
+        metrics: on val; empty for a checkpoint within an epoch.
+    """
+
+    step: int
+    epoch: int
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """Of its folder; the order of the names is that of the training."""
+        return f"epoch-{self.epoch:04d}-step-{self.step:08d}"
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints.
+
+    Args:
+        uri: the folder.
+        keep: so many of the last are kept.
+        score: metric whose highest value is kept too, the first of equals; empty: none.
+    """
+
+    def __init__(self, uri: str, *, keep: int = 1, score: str = "") -> None:
+        self.uri, self.keep, self.score = uri, keep, score
+
+    def entries(self) -> list[Entry]:
+        """Those that are whole, in the order of the training.
+
+        Raises:
+            CheckpointError: for an index that cannot be read.
+        """
+        index = join(self.uri, INDEX)
+        if not exists(index):
+            return []
+        try:
+            found = [
+                Entry(int(row["step"]), int(row["epoch"]), dict(row["metrics"])) for row in read_json(index)
+            ]
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"cannot be read: {error}", where=index) from error
+        return sorted(found, key=lambda entry: entry.name)
+
+    def location(self, entry: Entry) -> str:
+        """Where a checkpoint is."""
+        return join(self.uri, entry.name)
+
+    def best(self) -> Entry | None:
+        """The one with the highest score, the first of equals; without a score the last."""
+        return _best(self.entries(), self.score)
+
+    def add(self, entry: Entry) -> None:
+        """Makes a folder that has been written count, and deletes those that are no longer kept.
+
+        Raises:
+            DataError: where the index cannot be written; the folder then does not count.
+        """
+        known = [one for one in self.entries() if one.name != entry.name]
+        entries = sorted([*known, entry], key=lambda one: one.name)
+        best = _best(entries, self.score)
+        kept = [one for one in entries if one in entries[-self.keep :] or one is best]
+        self._write(kept)
+        for one in entries:
+            if one not in kept:
+                self._delete(one.name)
+
+    def rewind(self, entry: Entry | None) -> None:
+        """Forgets what comes after a checkpoint, all for None, and deletes what was never finished."""
+        entries = self.entries()
+        kept = [one for one in entries if entry is not None and one.name <= entry.name]
+        if len(kept) < len(entries):
+            self._write(kept)
+        names = {one.name for one in kept}
+        prefix = self.uri.rstrip("/") + "/"
+        found = {file.removeprefix(prefix).split("/")[0] for file in list_files(self.uri, recursive=True)}
+        for name in sorted(found - names - {INDEX}):
+            self._delete(name)
+
+    def _write(self, entries: list[Entry]) -> None:
+        write_json(join(self.uri, INDEX), [asdict(entry) for entry in entries])
+
+    def _delete(self, name: str) -> None:
+        try:
+            delete_tree(join(self.uri, name))
+        except DataError as error:
+            # It costs space and nothing else; the next start tries again.
+            logger.warning("an old checkpoint stays: %s", error)
+
+
+def _best(entries: list[Entry], score: str) -> Entry | None:
+    if not score:
+        return entries[-1] if entries else None
+    scored = [entry for entry in entries if score in entry.metrics]
+    return max(scored, key=lambda entry: entry.metrics[score], default=None)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, one at a time, while training goes on.
+
+    Args:
+        checkpoints: where to.
+        patience_s: seconds for which a storage that fails is tried again.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, *, patience_s: float = PATIENCE_S) -> None:
+        self.checkpoints, self.patience_s = checkpoints, patience_s
+        self.fault: GareError | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def write(self, captured: Captured, entry: Entry, history: History) -> None:
+        """Starts to write one; waits for an earlier one first, since each holds a copy of the model.
+
+        Args:
+            captured: what to write.
+            entry: what it is.
+            history: the record up to this step, which nobody changes any more; it is saved first.
+        """
+        self.wait()
+        self._thread = threading.Thread(
+            target=self._write, args=(captured, entry, history), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns once nothing is being written; ``fault`` says whether it went well."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, captured: Captured, entry: Entry, history: History) -> None:
+        from gare.train.state import write_checkpoint
+
+        location = self.checkpoints.location(entry)
+
+        def attempt() -> None:
+            history.save()
+            write_checkpoint(location, captured)
+            self.checkpoints.add(entry)
+
+        try:
+            self._persist(attempt, entry)
+        except GareError as error:
+            self._give_up(entry, location, error)
+        except Exception as error:
+            self._give_up(entry, location, GareError(f"{type(error).__name__}: {error}"))
+
+    def _persist(self, attempt: Callable[[], None], entry: Entry) -> None:
+        """Tries until it is written, the fault is one that lasts, or patience ends."""
+        deadline, pause, tries = time.monotonic() + self.patience_s, 1.0, 1
+        while True:
+            try:
+                attempt()
+            except DataError as error:
+                if is_lasting(error) or time.monotonic() + pause > deadline:
+                    raise
+                if tries == 1:
+                    logger.warning(
+                        "the checkpoint of step %d cannot be written, it is tried again for %.0f s while "
+                        "training goes on: %s",
+                        entry.step,
+                        self.patience_s,
+                        error,
+                    )
+                threading.Event().wait(pause)
+                pause, tries = min(2 * pause, MAX_PAUSE_S), tries + 1
+            else:
+                if tries > 1:
+                    logger.warning("the checkpoint of step %d is written, at try %d", entry.step, tries)
+                return
+
+    def _give_up(self, entry: Entry, location: str, error: GareError) -> None:
+        try:
+            earlier = self.checkpoints.entries()
+            if not any(one.name == entry.name for one in earlier):
+                # Half a checkpoint would keep the space that the next one needs.
+                delete_tree(location)
+        except GareError:
+            earlier = []
+        reason = error.what.removeprefix("cannot be written: ")
+        last = f"step {earlier[-1].step}, whose checkpoint is kept" if earlier else "its beginning"
+        self.fault = GareError(
+            f"the checkpoint of step {entry.step} cannot be written: {reason}",
+            where=error.where or location,
+            accepted=f"make room there, or mend it; the same command then continues from {last}",
+        )
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether a fault of the storage is one that a person has to mend."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in LASTING:
+            return True
+        cause = cause.__cause__
+    return False

@@ -1,0 +1,105 @@
+"""When a worker writes a checkpoint, when it stops and where it continues, without a cluster around it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.storage import layout
+from gare.errors import CheckpointError, StoppedError
+from gare.model.gare import GARE
+from gare.train.checkpoints import Entry
+from gare.train.history import History
+from gare.train.state import MODEL
+from gare.train.step import build_learner
+from pipelines.saving import LOOK_EVERY_S, Saver, StopRequest
+from tests.tiny import tiny_config
+
+STEPS = 6
+
+
+@pytest.fixture
+def savers() -> Iterator[list[Saver]]:
+    made: list[Saver] = []
+    yield made
+    for saver in made:
+        saver.writer.wait()
+        saver.over.set()
+
+
+def new_saver(savers: list[Saver], folder: Path, *overrides: str) -> Saver:
+    config = tiny_config(f"storage.root={folder}", "train.keep_checkpoints=20", *overrides)
+    cpu = torch.device("cpu")
+    learner = build_learner(GARE(config.model), config, STEPS, cpu)
+    savers.append(Saver(config, layout(config), learner, 0, cpu, validated=True, watch=False))
+    return savers[-1]
+
+
+def run(saver: Saver, folder: Path, *, upto: int = STEPS) -> list[tuple[int, int]]:
+    """Steps without training, three an epoch, each written at once; (step, epochs done) of those kept."""
+    history = History(str(folder / "history.json"))
+    for step in range(saver.learner.step + 1, upto + 1):
+        saver.learner.step = step
+        saver.step((step - 1) // 3, history)
+        saver.writer.wait()
+        if step % 3 == 0:
+            saver.epoch(step // 3, {"val/t2v/R1": 1.0 * step}, history)
+            saver.writer.wait()
+    return [(entry.step, entry.epoch) for entry in saver.checkpoints.entries()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "within"),
+    [
+        (["train.checkpoint_every_s=0"], []),
+        (["train.checkpoint_every_s=3600"], []),
+        (["train.checkpoint_every_s=1e-9"], [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]),
+        (["train.checkpoint_every_steps=2"], [(2, 0), (4, 1), (6, 1)]),
+        (["train.checkpoint_every_steps=5", "train.checkpoint_every_s=0"], [(5, 1)]),
+    ],
+)
+def test_when_a_checkpoint_is_written(
+    tmp_path: Path, savers: list[Saver], overrides: list[str], within: list[tuple[int, int]]
+) -> None:
+    """An epoch of a large data set takes hours, which a preemption must not cost."""
+    kept = run(new_saver(savers, tmp_path, *overrides), tmp_path)
+    assert kept == sorted([*within, (3, 1), (6, 2)], key=lambda entry: (entry[1], entry[0]))
+
+
+def test_a_run_that_is_asked_to_stop_writes_first(tmp_path: Path, savers: list[Saver]) -> None:
+    """What was learned until a scheduler takes the machines away is all there when they come back."""
+    saver = new_saver(savers, tmp_path)
+    run(saver, tmp_path, upto=4)
+    config = tiny_config(f"storage.root={tmp_path}")
+    StopRequest(layout(config).run(config.train.run)).make("SIGTERM")
+    deadline = time.monotonic() + 60
+    while not saver.reason and time.monotonic() < deadline:
+        threading.Event().wait(LOOK_EVERY_S / 10)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM after step 5 of 6, and a checkpoint written"):
+        run(saver, tmp_path, upto=6)
+    assert saver.checkpoints.entries()[-1] == Entry(5, 1)
+    again = new_saver(savers, tmp_path)
+    assert (again.restore(), again.learner.step) == (1, 5)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, savers: list[Saver]) -> None:
+    """That is what the last K are kept for; and where none is left, a person has to decide."""
+    kept = run(new_saver(savers, tmp_path, "train.checkpoint_every_steps=1"), tmp_path, upto=5)
+    assert kept[-2:] == [(4, 1), (5, 1)]
+    saver = new_saver(savers, tmp_path)
+    newest = Path(saver.checkpoints.location(Entry(5, 1)))
+    (newest / MODEL).write_bytes(b"damaged")
+    assert (saver.restore(), saver.learner.step) == (1, 4)
+    assert saver.checkpoints.entries()[-1] == Entry(4, 1)
+    assert not newest.exists()
+    for entry in saver.checkpoints.entries():
+        (Path(saver.checkpoints.location(entry)) / MODEL).write_bytes(b"damaged")
+    before = saver.checkpoints.entries()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        new_saver(savers, tmp_path).restore()
+    assert saver.checkpoints.entries() == before

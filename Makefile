@@ -12,7 +12,7 @@ help:
 	@echo "make test     install, then the tests, without those of faults"
 	@echo "make faults   the tests of faults: killed workers, nodes and heads, full disks, lost servers (20 min)"
 	@echo "make faults-short  those of them that take less than 10 minutes together"
-	@echo "make suite    two benchmarks, two models, two seeds: the whole way to one table, checked (5 min)"
+	@echo "make suite    two benchmarks, two models: the whole way to one table, checked (5 min)"
 	@echo "make screenshots  the MLflow pages of the suite's runs as pictures (needs Chromium)"
 	@echo "make test-cluster  the same model and store on four nodes (5 min)"
 	@echo "make lint     ruff and mypy"
@@ -22,9 +22,10 @@ help:
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
-	@echo "make audit    known vulnerabilities of the pinned packages, by pip-audit (asks pypi.org)"
+	@echo "make audit    known vulnerabilities of the pinned packages, by pip-audit (asks the package index)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
+	@echo "make clean    removes it, build and egg-info"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "error: Python %d.%d; 3.11 or 3.12 is needed: make PYTHON=python3.11" % v)'
@@ -81,7 +82,7 @@ bench-evaluate: install
 	$(BIN)/python -m tests.benchmarks.evaluation
 
 # In an environment of its own, so that its packages are not among those that it looks at. --strict: a package
-# that nothing is known of (no way to pypi.org, a private index) is a fault and not a silent pass.
+# that nothing is known of (no way to the public index, a private one) is a fault and not a silent pass.
 AUDIT ?= --strict
 audit: install
 	$(PYTHON) -m venv $(VENV)/audit

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from cluster.storage import Layout
 from gare.config import Config
 from gare.data.files import delete_file, exists, join, read_json, write_json
 from gare.errors import CheckpointError, GareError, StoppedError
-from gare.train.checkpoints import Checkpoints, CheckpointWriter, Entry
+from gare.train.checkpoints import Checkpoints, CheckpointWriter, Entry, patiently
 from gare.train.history import History
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class Saver:
         if step < 0:
             return 0
         if self.rank:
-            restore_learner(self.checkpoints.location(Entry(step, epoch)), self.learner)
+            location = self.checkpoints.location(Entry(step, epoch))
+            patiently(lambda: restore_learner(location, self.learner), f"{location} cannot be read")
         else:
             logger.info("%s: continues after step %d of %d", self.train.run, step, self.learner.num_steps)
         return epoch
@@ -117,9 +119,12 @@ class Saver:
         from gare.train.state import restore_learner
 
         faults: list[CheckpointError] = []
-        for entry in reversed(self.checkpoints.entries()):
+        entries = patiently(self.checkpoints.entries, f"{self.checkpoints.uri} cannot be read")
+        for entry in reversed(entries):
+            restore = partial(restore_learner, self.checkpoints.location(entry), self.learner)
             try:
-                restore_learner(self.checkpoints.location(entry), self.learner)
+                # A storage that does not answer says nothing of the checkpoint.
+                patiently(restore, f"the checkpoint of step {entry.step} cannot be read")
             except CheckpointError as fault:
                 logger.warning("a checkpoint is left out: %s", fault)
                 faults.append(fault)
@@ -169,6 +174,8 @@ class Saver:
     def _write(self, entry: Entry, history: History) -> None:
         from gare.train.state import capture
 
+        # Before the copy: each is as large as the model and its optimiser.
+        self.writer.wait()
         self.writer.write(capture(self.learner, entry.epoch), entry, history.copy())
         self.due, self.saved = False, time.monotonic()
 

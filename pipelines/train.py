@@ -27,13 +27,13 @@ from gare.data.files import copy_files, delete_tree, exists, join, list_files, o
 from gare.errors import ConfigError, DivergedError, GareError, StoppedError
 from gare.retrieval.evaluated import split_hash_of
 from gare.train.checkpoints import Entry
-from gare.train.data import StoredSplits, read_splits
+from gare.train.data import StoredSplits
 from gare.train.from_features import attach_towers, settings_of, write_start
 from gare.train.history import History
 from pipelines.finishing import log_outputs
 from pipelines.pending import pending_of
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
-from pipelines.training import plan_of, store_of, train_worker
+from pipelines.training import clips_file, plan_of, splits_of, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ def run(config: Config) -> dict[str, Any]:
     places = layout(config)
     folder = places.run(config.train.run)
     settings = settings_of(config)
-    splits = read_splits(places.manifest, store_of(config, places), config.extract, settings)
+    begun = exists(join(folder, "run.json")) and not config.train.overwrite
+    splits = splits_of(config, places, settings, begun=begun)
     vocabulary = ClipConfig().vocab_size
     if config.model.clip.vocab_size < vocabulary:
         raise ConfigError(
@@ -68,7 +69,7 @@ def run(config: Config) -> dict[str, Any]:
             accepted=f"{vocabulary}, the tokens of CLIP, or more",
         )
     plan_of(config, splits, rank=0)
-    earlier = {} if config.train.overwrite else _earlier_run(config, folder, splits)
+    earlier = _earlier_run(config, folder, splits) if begun else {}
     if earlier and exists(join(folder, "result.json")):
         logger.info("%s is done; train.overwrite=true trains it again", folder)
         finished: dict[str, Any] = read_json(join(folder, "result.json"))
@@ -87,18 +88,19 @@ def run(config: Config) -> dict[str, Any]:
         if settings is not None:
             write_start(config, join(folder, "start"))
         handle = _start_run(tracker, config, places, splits, earlier.get("mlflow_run_id"))
-        write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
         try:
+            write_json(clips_file(config, places), splits.ids())
+            write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
             with system_metrics(handle, config.tracking):
-                location, best = _fit(config, places, handle, settings, validated=bool(splits.val))
+                location, best = _fit(config, places, handle, settings, splits)
             copy_files(location, places.checkpoint(config.train.run))
             if settings is not None:
                 attach_towers(config, places.checkpoint(config.train.run))
             result = _finish(config, places, handle, best, started)
+            write_json(join(folder, "result.json"), result)
         except BaseException as error:
             handle.finish("KILLED" if isinstance(error, StoppedError) else "FAILED")
             raise
-    write_json(join(folder, "result.json"), result)
     handle.finish()
     return result
 
@@ -123,12 +125,11 @@ def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
         "settings": settings,
         "manifest_fingerprint": splits.manifest_fingerprint,
         "store_fingerprint": splits.store_fingerprint,
+        "clips": splits.hashes(),
     }
 
 
 def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str, Any]:
-    if not exists(join(folder, "run.json")):
-        return {}
     earlier: dict[str, Any] = read_json(join(folder, "run.json"))
     now = _identity(config, splits)
     differing = [
@@ -136,7 +137,7 @@ def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str,
     ]
     if differing or not config.train.resume:
         reason = (
-            f"a run of this name has other settings: {'; '.join(differing[:8])}"
+            f"a run of this name has other settings or clips: {'; '.join(differing[:8])}"
             if differing
             else "a run of this name exists and train.resume is false"
         )
@@ -172,7 +173,7 @@ def _start_run(
 
 
 def _fit(
-    config: Config, places: Layout, handle: RunHandle, settings: dict[str, Any] | None, *, validated: bool
+    config: Config, places: Layout, handle: RunHandle, settings: dict[str, Any] | None, splits: StoredSplits
 ) -> tuple[str, Entry]:
     """Runs the workers; returns the checkpoint that is best on val, the last without val, and what it is."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -190,6 +191,7 @@ def _fit(
             "config": config,
             "handle": handle,
             "settings": settings,
+            "clips": splits.hashes(),
             "watch_preemption": watches_preemption(),
         },
         scaling_config=ScalingConfig(
@@ -213,7 +215,7 @@ def _fit(
             fault = trainer.fit().return_value
     except Exception as error:
         raise _cause(error) from error
-    checkpoints = checkpoints_of(config, places, validated=validated)
+    checkpoints = checkpoints_of(config, places, validated=bool(splits.val))
     if isinstance(fault, StoppedError):
         request.withdraw()
     if isinstance(fault, DivergedError):

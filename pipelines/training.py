@@ -11,8 +11,8 @@ from cluster.storage import Layout, layout
 from cluster.stream import stream
 from cluster.tracking import RunHandle
 from gare.config import Config
-from gare.data.files import join
-from gare.errors import DivergedError, GareError, StoppedError
+from gare.data.files import exists, join, read_json
+from gare.errors import DataError, DivergedError, GareError, StoppedError
 from gare.train.data import StoredSplits, read_splits
 from gare.train.from_features import loader_of
 from gare.train.history import History
@@ -29,6 +29,20 @@ LOG_EVERY = 10
 def store_of(config: Config, places: Layout) -> str:
     """The store that a run reads: of frames or of features."""
     return places.features if config.train.input == "features" else places.frames
+
+
+def splits_of(
+    config: Config, places: Layout, settings: dict[str, Any] | None, *, begun: bool
+) -> StoredSplits:
+    """What the store holds; where the run has begun, of the clips that it began with."""
+    splits = read_splits(places.manifest, store_of(config, places), config.extract, settings)
+    clips = clips_file(config, places)
+    return splits.only(read_json(clips)) if begun and exists(clips) else splits
+
+
+def clips_file(config: Config, places: Layout) -> str:
+    """Where the ids of the clips that a run began with are."""
+    return join(places.run(config.train.run), "clips.json")
 
 
 def plan_of(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
@@ -58,7 +72,14 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     rank = ray.train.get_context().get_world_rank()
     name = f"{config.name}/{config.train.run}"
     set_up_logging(replace=True, log_format=config.tracking.log_format, run=name, rank=rank)
-    splits = read_splits(places.manifest, store_of(config, places), config.extract, task["settings"])
+    splits = splits_of(config, places, task["settings"], begun=True)
+    if splits.hashes() != task["clips"]:
+        # Another order of samples, perhaps another number of steps than the other workers'.
+        raise DataError(
+            "lacks clips that this training began with, or has other captions of them",
+            where=store_of(config, places),
+            accepted="the clips of the run's clips.json; train.overwrite=true starts anew",
+        )
     rows = {"train": splits.train, "val": splits.val}
     plan = plan_of(config, splits, rank=rank)
     from_features = config.train.input == "features"

@@ -73,6 +73,9 @@ class Tracker:
             GareError: where the store refuses.
         """
         try:
+            if run_id and pending:
+                # First what an earlier start left, its end among it: else that would end this one.
+                RunHandle(self.tracking_uri, self.experiment_id, run_id, pending).deliver_pending()
             experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
             run = RunHandle(self.tracking_uri, experiment_id, run_id, pending)
             run.log_params(params or {})

@@ -12,16 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from gare.data.files import delete_tree, exists, join, list_files, read_json, write_json
-from gare.errors import CheckpointError, DataError, GareError
+from gare.data.files import delete_leftovers, delete_tree, exists, join, list_files, read_json, write_json
+from gare.errors import CheckpointError, DataError, FullDiskError, GareError
 from gare.train.history import History
 
 if TYPE_CHECKING:
     from gare.train.state import Captured
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 INDEX = "index.json"
 #: Seconds for which a checkpoint is tried again where the storage does not take it; training goes on.
@@ -70,7 +72,8 @@ class Checkpoints:
         """Those that are whole, in the order of the training.
 
         Raises:
-            CheckpointError: for an index that cannot be read.
+            CheckpointError: for an index that is none.
+            DataError: where the storage does not answer.
         """
         index = join(self.uri, INDEX)
         if not exists(index):
@@ -80,6 +83,8 @@ class Checkpoints:
                 Entry(int(row["step"]), int(row["epoch"]), dict(row["metrics"])) for row in read_json(index)
             ]
         except (DataError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             raise CheckpointError(f"cannot be read: {error}", where=index) from error
         return sorted(found, key=lambda entry: entry.name)
 
@@ -108,6 +113,11 @@ class Checkpoints:
 
     def rewind(self, entry: Entry | None) -> None:
         """Forgets what comes after a checkpoint, all for None, and deletes what was never finished."""
+        try:
+            # Of a writer that was killed: there is one writer, and it has not started.
+            delete_leftovers(self.uri, time.time_ns())
+        except DataError as error:
+            logger.warning("what a killed writer left stays: %s", error)
         entries = self.entries()
         kept = [one for one in entries if entry is not None and one.name <= entry.name]
         if len(kept) < len(entries):
@@ -184,51 +194,56 @@ class CheckpointWriter:
             self.checkpoints.add(entry)
 
         try:
-            self._persist(attempt, entry)
+            patiently(attempt, f"the checkpoint of step {entry.step} cannot be written", self.patience_s)
         except GareError as error:
             self._give_up(entry, location, error)
         except Exception as error:
             self._give_up(entry, location, GareError(f"{type(error).__name__}: {error}"))
 
-    def _persist(self, attempt: Callable[[], None], entry: Entry) -> None:
-        """Tries until it is written, the fault is one that lasts, or patience ends."""
-        deadline, pause, tries = time.monotonic() + self.patience_s, 1.0, 1
-        while True:
-            try:
-                attempt()
-            except DataError as error:
-                if is_lasting(error) or time.monotonic() + pause > deadline:
-                    raise
-                if tries == 1:
-                    logger.warning(
-                        "the checkpoint of step %d cannot be written, it is tried again for %.0f s while "
-                        "training goes on: %s",
-                        entry.step,
-                        self.patience_s,
-                        error,
-                    )
-                threading.Event().wait(pause)
-                pause, tries = min(2 * pause, MAX_PAUSE_S), tries + 1
-            else:
-                if tries > 1:
-                    logger.warning("the checkpoint of step %d is written, at try %d", entry.step, tries)
-                return
-
     def _give_up(self, entry: Entry, location: str, error: GareError) -> None:
+        last = "its last checkpoint"
         try:
             earlier = self.checkpoints.entries()
+            last = f"step {earlier[-1].step}, whose checkpoint is kept" if earlier else "its beginning"
             if not any(one.name == entry.name for one in earlier):
                 # Half a checkpoint would keep the space that the next one needs.
                 delete_tree(location)
-        except GareError:
-            earlier = []
-        reason = error.what.removeprefix("cannot be written: ")
-        last = f"step {earlier[-1].step}, whose checkpoint is kept" if earlier else "its beginning"
+        except GareError as fault:
+            logger.warning("what was written of the checkpoint of step %d stays: %s", entry.step, fault)
+        mend = "make room there" if isinstance(error, FullDiskError) else "mend that"
         self.fault = GareError(
-            f"the checkpoint of step {entry.step} cannot be written: {reason}",
+            f"the checkpoint of step {entry.step} cannot be written: {error.what}",
             where=error.where or location,
-            accepted=f"make room there, or mend it; the same command then continues from {last}",
+            accepted=f"{mend}; the same command then continues from {last}",
         )
+
+
+def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_S) -> T:
+    """Tries until a storage that does not answer answers, its fault is one that lasts, or patience ends.
+
+    Args:
+        action: what to do.
+        fault: what could not be done, for the warning.
+        patience_s: seconds to try.
+
+    Raises:
+        DataError: of the last try.
+    """
+    deadline, pause, tries = time.monotonic() + patience_s, 1.0, 1
+    while True:
+        try:
+            done = action()
+        except DataError as error:
+            if is_lasting(error) or time.monotonic() + pause > deadline:
+                raise
+            if tries == 1:
+                logger.warning("%s, it is tried again for %.0f s: %s", fault, patience_s, error)
+            threading.Event().wait(pause)
+            pause, tries = min(2 * pause, MAX_PAUSE_S), tries + 1
+        else:
+            if tries > 1:
+                logger.warning("the storage answers again, at try %d", tries)
+            return done
 
 
 def is_lasting(error: BaseException) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gare.config import ExtractConfig
@@ -12,6 +12,7 @@ from gare.data.feature_store import with_other_captions
 from gare.data.manifest import ManifestRow, read_manifest
 from gare.data.store import check_settings, frame_settings, ids_in_parts, read_failures, read_meta
 from gare.errors import DataError
+from gare.retrieval.evaluated import split_hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,22 @@ class StoredSplits:
     store_fingerprint: str
     benchmark: str
     protocol: str
+
+    def ids(self) -> dict[str, list[str]]:
+        """Ids of the clips that a run learns from and validates with."""
+        return {split: [row.video_id for row in self.of_split(split)] for split in ("train", "val")}
+
+    def only(self, ids: Mapping[str, Sequence[str]]) -> StoredSplits:
+        """Without the clips of train and val that a run did not begin with: a store may grow meanwhile."""
+        train, val = (
+            tuple(row for row in self.of_split(split) if row.video_id in chosen)
+            for split, chosen in (("train", set(ids["train"])), ("val", set(ids["val"])))
+        )
+        return replace(self, train=train, val=val)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the clips of train and val with their captions."""
+        return {split: split_hash_of(self.of_split(split)) for split in ("train", "val")}
 
     def of_split(self, split: str) -> tuple[ManifestRow, ...]:
         """Rows of train, val or test."""

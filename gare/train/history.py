@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from gare.data.files import exists, read_json, write_json
@@ -40,9 +41,10 @@ class History:
         return cls(uri, keep(tree["steps"], step), keep(tree["epochs"], epoch), resumed)
 
     def add_step(self, step: int, values: dict[str, float]) -> None:
-        """Adds the values of an optimiser step."""
+        """Adds the values of an optimiser step; a measure that has none (a mean of no pairs) has no point."""
         for name, value in values.items():
-            self.steps.setdefault(name, []).append((step, value))
+            if math.isfinite(value):
+                self.steps.setdefault(name, []).append((step, value))
 
     def add_epoch(self, epoch: int, values: dict[str, float]) -> None:
         """Adds the metrics of a validation."""

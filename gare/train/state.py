@@ -84,11 +84,15 @@ def write_checkpoint(uri: str, captured: Captured) -> None:
     Raises:
         DataError: where a file cannot be written.
     """
-    buffer = io.BytesIO()
-    torch.save(dict(captured.trainer), buffer)
-    write_atomically(join(uri, TRAINER), buffer.getvalue())
+    write_atomically(join(uri, TRAINER), _packed(captured.trainer))
     write_atomically(join(uri, CONFIG), captured.config.encode())
     write_atomically(join(uri, MODEL), save_tensors(dict(captured.tensors)))
+
+
+def _packed(trainer: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(trainer), buffer)
+    return buffer.getvalue()
 
 
 def load_checkpoint(uri: str | Path) -> GARE:
@@ -171,11 +175,22 @@ def _has_towers(tensors: Mapping[str, Tensor]) -> bool:
 
 def _read_model(uri: str) -> dict[str, Tensor]:
     location = join(uri, MODEL)
+    content = _content(location)
     try:
-        tensors: dict[str, Tensor] = load_tensors(read_bytes(location))
+        tensors: dict[str, Tensor] = load_tensors(content)
     except Exception as error:  # safetensors has an exception of its own, not derived from ValueError
         raise CheckpointError(f"cannot be read: {error}", where=location) from error
     return tensors
+
+
+def _content(location: str) -> bytes:
+    """What a file of a checkpoint holds; one that is missing is the checkpoint's fault, not the storage's."""
+    try:
+        return read_bytes(location)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CheckpointError(f"cannot be read: {error}", where=location) from error
+        raise
 
 
 def _fill(location: str, tensors: Mapping[str, Tensor], model: GARE) -> None:
@@ -205,11 +220,13 @@ def restore_learner(uri: str, learner: Learner) -> int:
 
     Raises:
         CheckpointError: for a checkpoint of another model or another length of the run.
+        DataError: where the storage does not answer.
     """
     load_model(uri, learner.model)
     location = join(uri, TRAINER)
+    content = _content(location)
     try:
-        trainer: dict[str, Any] = torch.load(io.BytesIO(read_bytes(location)), weights_only=True)
+        trainer: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
         if trainer["schedule"]["num_steps"] != learner.num_steps:
             raise CheckpointError(
                 f"belongs to a run of {trainer['schedule']['num_steps']} steps, this one has "

@@ -290,6 +290,18 @@ def test_a_run_that_goes_back_a_little_doubles_no_step(prepared: Path, tmp_path:
     assert len(stored.get_metric_history(run.run_id, "loss")) == 5
 
 
+def test_a_torn_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    # A process that was killed while it wrote leaves half a line; the next one must not be glued to it.
+    outbox = FileOutbox(str(tmp_path / "pending.jsonl"))
+    outbox.add({"run_id": "a", "tags": {"n": "1"}})
+    with Path(outbox.path).open("a") as file:
+        file.write('{"run_id": "a", "tags": {"n"')
+    outbox.add({"run_id": "b", "tags": {"n": "2"}})
+    sent: list[dict[str, object]] = []
+    outbox.deliver(sent.append)
+    assert [entry["run_id"] for entry in sent] == ["a", "b"]
+
+
 def test_what_a_server_refuses_does_not_block_the_rest(server: FakeServer, tmp_path: Path) -> None:
     # Else one bad entry keeps a run's later metrics in the file for ever.
     pending = tmp_path / "pending.jsonl"

@@ -103,3 +103,28 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, savers: list[Saver]
     with pytest.raises(CheckpointError, match="cannot be read"):
         new_saver(savers, tmp_path).restore()
     assert saver.checkpoints.entries() == before
+
+
+def test_a_storage_that_fails_while_a_run_continues_costs_no_checkpoint(
+    savers: list[Saver], tmp_path: Path
+) -> None:
+    """Else the newest checkpoint, perhaps the best, is taken for damaged, and deleted."""
+    run(new_saver(savers, tmp_path, "train.checkpoint_every_s=0"), tmp_path)
+    saver = new_saver(savers, tmp_path)
+    newest = Path(saver.checkpoints.location(saver.checkpoints.entries()[-1]), MODEL)
+    kept = newest.with_name("kept")
+    newest.rename(kept)
+    newest.mkdir()  # can be neither read nor called missing
+
+    def mend() -> None:
+        threading.Event().wait(0.5)
+        newest.rmdir()
+        kept.rename(newest)
+
+    mending = threading.Thread(target=mend)
+    mending.start()
+    before = saver.checkpoints.entries()
+    assert saver.restore() == 2
+    mending.join()
+    assert saver.learner.step == STEPS
+    assert saver.checkpoints.entries() == before

@@ -171,3 +171,39 @@ def test_which_faults_last() -> None:
     assert is_lasting(outer)
     assert not is_lasting(OSError("AWS Error SLOW_DOWN"))
     assert not is_lasting(ConnectionResetError(errno.ECONNRESET, "lost"))
+
+
+def test_an_index_that_cannot_be_read_for_a_while_is_tried_again(tmp_path: Path, learner: Learner) -> None:
+    """The storage fails at any of the writer's requests, the reading of what there is among them."""
+    folder = tmp_path / "c"
+    (folder / INDEX).mkdir(parents=True)
+    writer = CheckpointWriter(Checkpoints(str(folder)), patience_s=60)
+    writer.write(capture(learner, 0), Entry(1, 0), History(str(tmp_path / "history.json")))
+    deadline = time.monotonic() + 60
+    while not (folder / Entry(1, 0).name / MODEL).exists() and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert writer.busy
+    (folder / INDEX).rmdir()
+    writer.wait()
+    assert writer.fault is None
+    assert Checkpoints(str(folder)).entries() == [Entry(1, 0)]
+
+
+def test_half_a_file_of_a_killed_writer_does_not_stay(tmp_path: Path, learner: Learner) -> None:
+    """Each is as large as a model, and its folder's name need not come again."""
+    checkpoints = Checkpoints(str(tmp_path / "c"))
+    write(checkpoints, learner, Entry(1, 0), tmp_path)
+    half = tmp_path / "c" / Entry(2, 0).name / ".gare-0123456789abcdef.tmp"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    checkpoints.rewind(Entry(1, 0))
+    assert not half.exists()
+    assert checkpoints.entries() == [Entry(1, 0)]
+
+
+def test_a_measure_without_a_value_has_no_point(tmp_path: Path) -> None:
+    """A mean over no pairs must not end a run that is otherwise well: JSON knows no NaN."""
+    history = History(str(tmp_path / "history.json"))
+    history.add_step(1, {"loss/total": 1.0, "tension/negative": float("nan")})
+    history.save()
+    assert History.read(history.uri).steps == {"loss/total": [(1, 1.0)]}

@@ -26,6 +26,7 @@ from gare.data.store import FAILURE_SCHEMA, frame_schema, read_failures, write_p
 from gare.errors import ConfigError
 from gare.retrieval.gallery import read_gallery, write_gallery
 from gare.retrieval.preview import draw_preview
+from pipelines.pending import pending_of
 from tests.stores import describe_store, failure_row, pending_rows, random_frames, stored_row
 
 EXTRACT = ExtractConfig(num_frames=2, image_size=16, encoding="raw")
@@ -144,7 +145,7 @@ def test_real_videos_with_such_ids_go_the_whole_way(
         worker.close()
     failures = read_failures(places.frames, ())
     assert sum(one["failed"] for one in done) == len(failures) == len(rows[::4])
-    with ExtractionRun(config, places, "extract") as tracked:
+    with ExtractionRun(config, "extract", places.root, pending_of(places)) as tracked:
         tracked.log({"new": len(rows)}, {}, failures)
         tracked.log_result({"fingerprint": "0", "store": places.frames, "failed": list(failures)})
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}

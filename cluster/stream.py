@@ -1,71 +1,79 @@
-"""Streaming batches through Ray Data, in order."""
+"""Batches loaded ahead by actors and handed over in order."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from cluster.resources import LOADER_CPUS
-from cluster.session import quiet_data
 
-#: Batches that one Ray task loads; each leaves the task as soon as it is there.
-BATCHES_PER_BLOCK = 8
+#: Batches that each actor has loaded, is loading or will load next.
+AHEAD = 3
+#: Times that a batch is asked for again whose actor has died: nodes come and go, a batch that kills must end.
+RETRIES = 3
+
+
+class Loader:
+    """What an actor does: it makes what loads once, and then loads batches."""
+
+    def __init__(self, load: Callable[[], Callable[[int], dict[str, np.ndarray]]]) -> None:
+        self._make, self._load = load, None
+
+    def batch(self, number: int) -> dict[str, np.ndarray]:
+        """The batch of a number."""
+        # Not in the constructor, whose faults Ray hands over as text alone.
+        self._load = self._load or self._make()
+        return self._load(number)
 
 
 def stream(
-    load: Callable[[], Callable[[int], dict[str, np.ndarray]]], numbers: range, *, actors: int = 1
+    load: Callable[[], Callable[[int], dict[str, np.ndarray]]],
+    numbers: range,
+    *,
+    actors: int = 1,
+    reserved: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields one batch a number, in order, loaded ahead by Ray Data actors.
+    """Yields one batch a number, in order, loaded ahead by actors.
 
-    The order is that of the numbers whatever the actors do, so that a seed gives the same training again.
+    Not by Ray Data, whose scheduler runs in the process that reads: while batches wait to be taken it polls
+    without a pause (2.60) and holds Python's lock against the training, whose steps of many small operations
+    then take several times as long.
+
+    The order is that of the numbers whatever the actors do, so that a seed gives the same training again. An
+    actor that dies with its process or node is started again, and loads again what was asked of it.
 
     Args:
-        load: called once in each actor; what it returns turns a number into a batch, a mapping of arrays
-            of equal length ≥ 1.
+        load: called once in each actor; what it returns turns a number into a batch, a mapping of arrays.
         numbers: of the batches.
         actors: loading actors.
+        reserved: whether their CPUs are reserved on this node, with those of the process that reads; else
+            they run where CPUs are free.
     """
     if not numbers:
         return
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    quiet_data()
-    DataContext.get_current().execution_options.preserve_order = True
-
-    class Load:
-        def __init__(self) -> None:
-            self.load = load()
-
-        def __call__(self, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            number = int(row["item"][0])
-            batch = self.load(number)
-            return batch | {"batch_number": np.full(len(next(iter(batch.values()))), number)}
-
-    # from_items makes its blocks here; a range would need tasks of a whole CPU each, which training holds.
-    dataset = ray.data.from_items(list(numbers), override_num_blocks=-(-len(numbers) // BATCHES_PER_BLOCK))
-    dataset = dataset.map_batches(
-        Load,
-        batch_size=1,
-        num_cpus=LOADER_CPUS,
-        compute=ActorPoolStrategy(size=actors),
-    )
-    # Ray may cut or join blocks where it likes; the numbers say where a batch ends.
-    held: list[dict[str, np.ndarray]] = []
-    for block in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
-        numbers_here = block["batch_number"]
-        edges = np.flatnonzero(np.diff(numbers_here)) + 1
-        for start, stop in zip([0, *edges], [*edges, len(numbers_here)], strict=True):
-            piece = {name: column[start:stop] for name, column in block.items()}
-            if held and held[0]["batch_number"][0] != piece["batch_number"][0]:
-                yield _join(held)
-                held = []
-            held.append(piece)
-    if held:
-        yield _join(held)
+    options: dict[str, Any] = {"num_cpus": LOADER_CPUS, "max_restarts": -1, "max_task_retries": RETRIES}
+    if reserved:
+        here = ray.get_runtime_context().get_node_id()
+        options |= {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+    remote = ray.remote(**options)(Loader)
+    pool = [remote.remote(load) for _ in range(actors)]
+    waiting: deque[Any] = deque()
+    for place, number in enumerate(numbers):
+        waiting.append(pool[place % actors].batch.remote(number))
+        if len(waiting) >= AHEAD * actors:
+            yield _taken(waiting.popleft())
+    while waiting:
+        yield _taken(waiting.popleft())
 
 
-def _join(pieces: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+def _taken(reference: Any) -> dict[str, np.ndarray]:
+    """The batch, in this process's own memory: what Ray shares cannot be written to."""
+    import ray
+
+    return {name: values.copy() for name, values in ray.get(reference).items()}

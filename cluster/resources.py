@@ -91,6 +91,16 @@ def cpus_of_worker(config: ClusterConfig) -> float:
     return config.cpus_per_worker + config.loaders_per_worker * LOADER_CPUS
 
 
+def resources_of_worker(config: ClusterConfig) -> dict[str, float]:
+    """What Ray reserves for a training worker.
+
+    Where their number may change Ray takes as many as fit: what loads for each must be reserved with it, or
+    there would be no room left for that.
+    """
+    cpus = cpus_of_worker(config) if config.min_workers else config.cpus_per_worker
+    return {"CPU": cpus} | ({"GPU": 1.0} if config.use_gpu else {})
+
+
 def object_store_bytes(config: ClusterConfig) -> int:
     """Object store of a local Ray; frames are small, and a laptop's memory is not ours alone."""
     import psutil
@@ -122,7 +132,7 @@ def settle(config: ClusterConfig, batch_size: int, there: Sequence[Node]) -> Clu
 
     Args:
         config: what is asked for.
-        batch_size: that the workers must divide; 0: any number does.
+        batch_size: pairs that the workers share, each one or more; 0: any number.
         there: nodes of the cluster.
     """
     on_gpus = config.use_gpu is True or (config.use_gpu == "auto" and any(node.gpus >= 1 for node in there))
@@ -130,7 +140,7 @@ def settle(config: ClusterConfig, batch_size: int, there: Sequence[Node]) -> Clu
     workers = config.train_workers
     if not workers:
         workers = int(sum(node.gpus for node in able)) if on_gpus else len(able)
-        workers = max(number for number in range(1, max(workers, 1) + 1) if batch_size % number == 0)
+        workers = min(max(workers, config.min_workers, 1), batch_size or workers)
     cpus = config.cpus_per_worker
     if not cpus:
         if on_gpus:
@@ -154,7 +164,7 @@ def require_train_resources(config: ClusterConfig) -> None:
         ConfigError: for more than the cluster has at all, or can grow to.
         GareError: where other jobs still hold it after ``cluster.wait_s``.
     """
-    workers = config.train_workers
+    workers = config.min_workers or config.train_workers
     needed = {"CPU": workers * cpus_of_worker(config)}
     if config.use_gpu:
         needed["GPU"] = float(workers)
@@ -169,7 +179,7 @@ def require_train_resources(config: ClusterConfig) -> None:
             raise ConfigError(
                 f"{what}, each with {config.loaders_per_worker * LOADER_CPUS:g} CPU to load its data, "
                 f"need {amount:g} {kind}, the cluster has {total[kind]:g}{growing}",
-                where="cluster.train_workers",
+                where="cluster.min_workers" if config.min_workers else "cluster.train_workers",
                 accepted="fewer workers, a smaller cluster.cpus_per_worker or a larger cluster",
             )
     is_growing = any(grown.get(kind, 0) > total[kind] for kind in needed)
@@ -185,7 +195,7 @@ def require_train_resources(config: ClusterConfig) -> None:
 
 def num_that_fit(config: ClusterConfig, there: Sequence[Node]) -> int:
     """Training workers that these nodes can hold when nobody else uses them, at most as many as asked for."""
-    each = max(config.cpus_per_worker, _SLACK)
+    each = max(resources_of_worker(config)["CPU"], _SLACK)
     rooms = [
         int(min((node.cpus + _SLACK) / each, node.gpus if config.use_gpu else math.inf)) for node in there
     ] or [0]

@@ -26,8 +26,20 @@ class ClusterConfig(Section):
     train_workers: int = Field(
         2,
         ge=0,
-        description="training workers; 0 or auto: one for each GPU, without GPUs one for each node, and of "
-        "those as many as divide train.batch_size",
+        description="training workers, which share train.batch_size; the gradient is the same whatever their "
+        "number; 0 or auto: one for each GPU, without GPUs one for each node",
+    )
+    min_workers: int = Field(
+        0,
+        ge=0,
+        description="training goes on with as few workers as this where nodes are lost, and takes "
+        "train_workers again where they come back; the global batch stays, of more micro-batches; "
+        "0: with train_workers or not at all",
+    )
+    resize_every_s: NonNegative = Field(
+        300.0,
+        description="with min_workers: seconds between looks for nodes that have come; the steps since the "
+        "last checkpoint are done again where there are any",
     )
     cpus_per_worker: NonNegative = Field(
         0.5,

@@ -103,11 +103,20 @@ class Config(Section):
                 f"extract.num_frames {self.extract.num_frames} differs from "
                 f"model.max_frames {self.model.max_frames}"
             )
-        # Of an automatic number those are taken that divide it.
-        if self.train.batch_size % (self.cluster.train_workers or 1):
+        if self.train.batch_size < self.cluster.train_workers:
             faults.append(
-                f"train.batch_size {self.train.batch_size} is not a multiple of "
+                f"train.batch_size {self.train.batch_size} is less than "
                 f"cluster.train_workers {self.cluster.train_workers}"
+            )
+        if self.cluster.min_workers > (self.cluster.train_workers or self.train.batch_size):
+            faults.append(
+                f"cluster.min_workers {self.cluster.min_workers} is more than "
+                f"cluster.train_workers {self.cluster.train_workers}"
+            )
+        if self.cluster.min_workers and self.cluster.placement.startswith("strict"):
+            faults.append(
+                f"cluster.placement {self.cluster.placement} with cluster.min_workers: where the number of "
+                "workers may change, Ray does not look at it"
             )
         if faults:
             raise ValueError("; ".join(faults))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from cluster.command import main
-from cluster.resources import require_train_resources, settle_resources
+from cluster.resources import require_train_resources, resources_of_worker, settle_resources
 from cluster.session import fault_of, ray_session, watches_preemption
 from cluster.stopping import on_sigterm
 from cluster.storage import Layout, absolute, layout
@@ -22,8 +23,10 @@ from cluster.tracking import (
     split_tags,
     system_metrics,
 )
+from cluster.waiting import tells_of_lost_nodes
 from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
+from gare.data.lock import StoreLock
 from gare.errors import ConfigError, DivergedError, GareError, StoppedError
 from gare.retrieval.evaluated import split_hash_of
 from gare.train.checkpoints import Entry
@@ -40,7 +43,7 @@ logger = logging.getLogger(__name__)
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: What matters of data and extract is in the fingerprints.
 FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
-FREE_SECTIONS |= {"features"}
+FREE_SECTIONS |= {"features", "upkeep"}
 FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
 FREE_TRAIN_KEYS |= {"checkpoint_every_steps", "checkpoint_every_s"}
 FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch", "profile"}
@@ -54,9 +57,23 @@ def run(config: Config) -> dict[str, Any]:
         DataError: for a store that is missing, incomplete or made with other settings.
         GareError: where MLflow cannot be reached at the start, or training fails.
     """
-    started = time.monotonic()
     config = _with_absolute_paths(config)
     places = layout(config)
+    with _lock(config, places):
+        return _run(config, places)
+
+
+def _lock(config: Config, places: Layout) -> AbstractContextManager[object]:
+    """One driver at a time in a run: schedulers submit again what they take for lost, while it lives."""
+    if not exists(places.manifest):  # there is nothing to train on, which _run says without leaving a file
+        return nullcontext()
+    # Not in the run's folder, which train.overwrite deletes.
+    uri = join(places.data, "run-locks", config.train.run)
+    return StoreLock(uri, when_locked=config.upkeep.when_locked, stale_s=config.upkeep.stale_s)
+
+
+def _run(config: Config, places: Layout) -> dict[str, Any]:
+    started = time.monotonic()
     folder = places.run(config.train.run)
     settings = settings_of(config)
     begun = exists(join(folder, "run.json")) and not config.train.overwrite
@@ -182,7 +199,6 @@ def _fit(
     cluster, run_folder = config.cluster, places.run(config.train.run)
     # Ray would open the URI by itself, without our endpoint and tries.
     filesystem, folder = open_fs(run_folder)
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     # Ray's own record of checkpoints is written in place: a kill or a full disk at that moment loses it, and
     # with it the run. Ours is not, so Ray starts workers again and knows nothing of checkpoints.
     trainer = TorchTrainer(
@@ -195,9 +211,12 @@ def _fit(
             "watch_preemption": watches_preemption(),
         },
         scaling_config=ScalingConfig(
-            num_workers=cluster.train_workers,
+            num_workers=(cluster.min_workers, cluster.train_workers)
+            if cluster.min_workers
+            else cluster.train_workers,
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
             use_gpu=bool(cluster.use_gpu),
-            resources_per_worker=resources,
+            resources_per_worker=resources_of_worker(cluster),
             placement_strategy=cluster.placement.upper(),
         ),
         run_config=RunConfig(
@@ -211,7 +230,7 @@ def _fit(
     request = StopRequest(run_folder)
     request.withdraw()
     try:
-        with on_sigterm(lambda: request.make("SIGTERM")):
+        with on_sigterm(lambda: request.make("SIGTERM")), tells_of_lost_nodes(cluster):
             fault = trainer.fit().return_value
     except Exception as error:
         raise _cause(error) from error

@@ -45,11 +45,22 @@ def clips_file(config: Config, places: Layout) -> str:
     return join(places.run(config.train.run), "clips.json")
 
 
-def plan_of(config: Config, splits: StoredSplits, *, rank: int) -> Plan:
+def plan_of(config: Config, splits: StoredSplits, *, rank: int = 0, world_size: int = 1) -> Plan:
     """What a worker reads, batch by batch; the same for every worker but for its share."""
     captions = [len(row.captions) for row in splits.train]
-    workers = config.cluster.train_workers or 1  # automatic, and not settled yet
-    return plan_run(captions, len(splits.val), config.train, rank=rank, world_size=workers)
+    return plan_run(captions, len(splits.val), config.train, rank=rank, world_size=world_size)
+
+
+def within_memory(config: Config, world_size: int) -> Config:
+    """The configuration with which a worker holds no more at once than where all workers are there.
+
+    The same pairs are shared by fewer where nodes are lost; their towers run in as many micro-batches.
+    """
+    most = config.cluster.train_workers
+    if world_size >= most or config.train.micro_batch:
+        return config
+    train = config.train.model_copy(update={"micro_batch": -(-config.train.batch_size // most)})
+    return config.model_copy(update={"train": train})
 
 
 def train_worker(task: dict[str, Any]) -> GareError | None:
@@ -69,8 +80,9 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     config: Config = task["config"]
     places = layout(config)
     device = get_device()
-    rank = ray.train.get_context().get_world_rank()
-    name = f"{config.name}/{config.train.run}"
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    config, name = within_memory(config, world_size), f"{config.name}/{config.train.run}"
     set_up_logging(replace=True, log_format=config.tracking.log_format, run=name, rank=rank)
     splits = splits_of(config, places, task["settings"], begun=True)
     if splits.hashes() != task["clips"]:
@@ -81,7 +93,7 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
             accepted="the clips of the run's clips.json; train.overwrite=true starts anew",
         )
     rows = {"train": splits.train, "val": splits.val}
-    plan = plan_of(config, splits, rank=rank)
+    plan = plan_of(config, splits, rank=rank, world_size=world_size)
     from_features = config.train.input == "features"
     model = read_start(join(places.run(config.train.run), "start"), config.model) if from_features else None
     learner = build_learner(model or initial_model(config), config, plan.num_steps, device)
@@ -96,9 +108,10 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     loader = load() if from_features else None
     # Features that fit into memory are read in this process, where they cost next to nothing.
     near = loader is not None and loader.reader.whole
-    clips = map(loader, numbers) if near else stream(load, numbers, actors=config.cluster.loaders_per_worker)
+    loaders, is_elastic = config.cluster.loaders_per_worker, bool(config.cluster.min_workers)
+    clips = map(loader, numbers) if near else stream(load, numbers, actors=loaders, reserved=is_elastic)
     watch = Watch(config, learner, plan, rank, device)
-    report = Reporter(config, places, task["handle"], saver, start_epoch, watch)
+    report = Reporter(config, places, task["handle"], saver, start_epoch, watch, world_size)
     try:
         run_loop(learner, plan, first, rows, clips, device, report.step, report.epoch)
         saver.close()
@@ -123,20 +136,30 @@ class Reporter:
         saver: Saver,
         start_epoch: int,
         watch: Watch,
+        world_size: int,
     ) -> None:
         self.config, self.handle, self.saver = config, handle, saver
         self.learner, self.rank, self.epochs = saver.learner, saver.rank, start_epoch
         record = join(places.run(config.train.run), "history.json")
         self.history = History.read(record, step=self.learner.step, epoch=start_epoch)
-        self.watch = watch
+        self.watch, self.world_size = watch, world_size
         watch.validated_before(self.history.epochs)
         if self.learner.step and not self.rank:
             self.history.resumed = sorted({*self.history.resumed, self.learner.step})
             steps = ", ".join(map(str, self.history.resumed))
             handle.set_tags({"resumed.after_steps": steps})
+        if config.cluster.min_workers and not self.rank:
+            logger.info(
+                "%s: %d of %d workers share its batches",
+                config.train.run,
+                world_size,
+                config.cluster.train_workers,
+            )
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """After an optimiser step; all workers must call it."""
+        if self.config.cluster.min_workers:
+            values |= {"train/workers": float(self.world_size)}
         self.watch.step(step, values)
         if not self.rank:
             self.history.add_step(step, values)

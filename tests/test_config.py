@@ -187,7 +187,12 @@ def test_bad_values_say_key_value_and_what_is_accepted(override: str, parts: lis
         (["model.temporal_heads=3"], ["model: clip.embed_dim 512", "temporal_heads 3"]),
         (["extract.num_frames=8"], ["extract.num_frames 8", "model.max_frames 12"]),
         (["extract.image_size=64"], ["extract.image_size 64", "model.clip.image_size 224"]),
-        (["train.batch_size=5"], ["train.batch_size 5", "cluster.train_workers 2"]),
+        (
+            ["train.batch_size=2", "cluster.train_workers=3"],
+            ["train.batch_size 2", "cluster.train_workers 3"],
+        ),
+        (["cluster.min_workers=3"], ["cluster.min_workers 3", "cluster.train_workers 2"]),
+        (["cluster.min_workers=1", "cluster.placement=strict_spread"], ["strict_spread", "min_workers"]),
     ],
 )
 def test_keys_that_contradict_each_other(overrides: list[str], parts: list[str]) -> None:
@@ -213,7 +218,7 @@ def test_all_faults_at_once() -> None:
         "override '=1' is not of the form",
     ):
         assert part in message
-    both = message_of({}, "train.batch_size=5", "extract.num_frames=8")
+    both = message_of({}, "train.batch_size=2", "cluster.train_workers=3", "extract.num_frames=8")
     assert "train.batch_size" in both
     assert "extract.num_frames" in both
 

@@ -12,6 +12,7 @@ import torch
 
 from gare.config import Config, parse_config
 from gare.data.batch import Batch, FeatureBatch
+from gare.data.sampler import share_of
 
 AnyBatch = TypeVar("AnyBatch", Batch, FeatureBatch)
 
@@ -85,6 +86,4 @@ def tiny_feature_batch(config: Config, rng: np.random.Generator) -> FeatureBatch
 
 def share(batch: AnyBatch, rank: int, workers: int) -> AnyBatch:
     """The rows of a global batch that a worker gets."""
-    rows = len(batch.frames) // workers
-    mine = slice(rank * rows, (rank + 1) * rows)
-    return batch[mine]
+    return batch[share_of(len(batch.frames), rank, workers)]

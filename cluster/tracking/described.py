@@ -21,7 +21,9 @@ def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
         benchmark: the manifest's.
         protocol: the manifest's.
     """
-    workers = config.cluster.train_workers
+    workers: int | str = config.cluster.train_workers
+    if config.cluster.min_workers:
+        workers = f"{config.cluster.min_workers} to {workers}"
     # An automatic number that is not settled says nothing of how the run was trained.
     return ({"world_size": workers} if workers else {}) | {
         "benchmark": benchmark_name(config, benchmark),

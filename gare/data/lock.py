@@ -1,9 +1,10 @@
 """One writer at a time in a store, with nothing but files: a mounted disk or an object store will do.
 
-Every job that wants to write keeps a file of its own in the store's folder ``lock``: ``waiting``, or
-``claimed``. It holds the store once it has claimed it and *then* sees no other claim of a living job: of two
-that claim at once at least the one that looks later sees both, and the elder goes first. A claim is renewed
-while its job lives. The times that are compared are those of the storage, so that clocks need not agree.
+A training run has one driver at a time by the same means. Every job that wants to write keeps a file of its
+own in the store's folder ``lock``: ``waiting``, or ``claimed``. It holds the store once it has claimed it and
+*then* sees no other claim of a living job: of two that claim at once at least the one that looks later sees
+both, and the elder goes first. A claim is renewed while its job lives. The times that are compared are those
+of the storage, so that clocks need not agree.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class StoreLock:
     """Holds a store while the context lasts.
 
     Args:
-        uri: the store.
+        uri: the store, or another folder that one job at a time is to work in.
         when_locked: whether to wait for another job or to refuse.
         stale_s: seconds without a sign of life after which the claim of a job elsewhere is void.
 
@@ -178,7 +179,7 @@ class StoreLock:
 
     def _refuse(self, others: list[Claim]) -> None:
         raise DataError(
-            f"another job writes this store: {min(others)}",
+            f"another job works here: {min(others)}",
             where=self.uri,
             accepted="wait for it, or upkeep.when_locked=wait",
         )

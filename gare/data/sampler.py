@@ -22,8 +22,8 @@ def epoch_batches(
     """Global batches of one epoch.
 
     Pairs are shuffled over the whole data set; those that do not fill a last batch are left out of this
-    epoch (others are in the next, whose order is another). Worker r of R takes columns r·b … (r+1)·b of each
-    batch, so the batches do not depend on the number of workers.
+    epoch (others are in the next, whose order is another). Workers share the pairs of each batch, so the
+    batches do not depend on their number.
 
     Args:
         num_captions: captions of each video, in the order of the manifest.
@@ -63,6 +63,17 @@ def epoch_batches(
     if unique_videos:
         return _without_repeats(shuffled, batch_size)
     return shuffled[: num_steps * batch_size].reshape(num_steps, batch_size, 2)
+
+
+def share_of(total: int, rank: int, world_size: int) -> slice:
+    """The rows of a batch that a worker takes; blocks differ by one row at most.
+
+    Args:
+        total: rows of the batch.
+        rank: of the worker.
+        world_size: number of workers.
+    """
+    return slice(rank * total // world_size, (rank + 1) * total // world_size)
 
 
 def _without_repeats(pairs: np.ndarray, batch_size: int) -> np.ndarray:

@@ -1,11 +1,13 @@
 """Gathering rows from all workers, with the true gradient.
 
-R workers, each with its own block of rows; everyone gets all blocks in the order of the ranks.
+R workers, each with its own block of b rows of a global batch of N; everyone gets all blocks in the order of
+the ranks. Blocks need not be equal: a batch is the same whatever number of workers shares it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,40 +28,91 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a global batch each worker has: one block each, in the order of the ranks.
+
+    Attributes:
+        counts: rows of each worker, not necessarily equal.
+    """
+
+    counts: tuple[int, ...]
+
+    @property
+    def own(self) -> slice:
+        """Those of this worker."""
+        first = sum(self.counts[: rank()])
+        return slice(first, first + self.counts[rank()])
+
+    @property
+    def most(self) -> int:
+        """Of the largest block."""
+        return max(self.counts)
+
+
+def rows_of(count: int, device: torch.device) -> Rows:
+    """What all workers hold of a batch of which this one holds ``count`` rows. All must call it.
+
+    Raises:
+        GareError: where a worker holds none; on all of them together.
+    """
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    counts[rank()] = count
+    if world_size() > 1:
+        with stage("communication"):
+            dist.all_reduce(counts)
+    rows = Rows(tuple(counts.tolist()))
+    if not min(rows.counts):
+        raise GareError(
+            f"{world_size()} workers hold {', '.join(map(str, rows.counts))} pairs of one batch",
+            where="training step",
+            accepted="one pair or more on each worker: a larger train.batch_size, or fewer workers",
+        )
+    return rows
+
+
 class _Gather(torch.autograd.Function):
-    """All-gather of equal blocks; its backward sums what every worker says about the local block.
+    """All-gather of blocks; its backward sums what every worker says about the local block.
 
     PyTorch's own differentiable all_gather hands gloo the incoming gradient as it lies in memory, and a
     non-contiguous one comes back permuted without a word (2.13). Here both directions are contiguous.
     """
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        blocks = [torch.empty_like(local) for _ in range(world_size())]
+    def forward(ctx: Any, local: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        missing = rows.most - len(local)
+        if missing:  # collectives want equal blocks
+            local = torch.cat([local, local.new_zeros(missing, *local.shape[1:])])
+        blocks = [torch.empty_like(local) for _ in rows.counts]
         with stage("communication"):
             dist.all_gather(blocks, local)
-        return torch.cat(blocks)
+        return torch.cat([block[:count] for block, count in zip(blocks, rows.counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # A copy: the incoming gradient may be another consumer's too, and the all-reduce works in place.
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         # gloo has no reduce-scatter; an all-reduce of the same bytes and a slice give the same sum.
         with stage("communication"):
             dist.all_reduce(grad)
-        return grad.chunk(world_size())[rank()].contiguous()
+        return grad[ctx.rows.own].contiguous(), None
 
 
-def gather(local: Tensor) -> Tensor:
-    """All workers' rows: (b, …) on each of R workers → (R·b, …), differentiable.
+def gather(local: Tensor, rows: Rows) -> Tensor:
+    """All workers' rows: (b, …) on each worker → (N, …), differentiable.
 
     The gradient of the local rows is the sum over the workers of their gradients. With every worker
     computing the whole batch's loss, DDP's mean over workers then gives the gradient of one worker that
-    holds the whole batch. b must be the same everywhere.
+    holds the whole batch.
+
+    Args:
+        local: as many rows as ``rows`` says.
+        rows: from ``rows_of``, the same on all.
     """
     if world_size() == 1:
         return local
-    gathered: Tensor = _Gather.apply(local.contiguous())  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(local.contiguous(), rows)  # type: ignore[no-untyped-call]
     return gathered
 
 
@@ -103,26 +156,6 @@ def any_worker(flags: Sequence[bool], device: torch.device) -> list[bool]:
     if world_size() == 1:
         return list(flags)
     return [bool(flag) for flag in max_over_workers(torch.tensor(list(map(int, flags)), device=device))]
-
-
-def require_equal_rows(count: int, device: torch.device) -> None:
-    """Refuses a batch of which workers hold unequal shares, on all of them together.
-
-    Raises:
-        GareError: with the smallest and the largest share.
-    """
-    if world_size() == 1:
-        return
-    extremes = torch.tensor([count, -count], device=device)
-    with stage("communication"):
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    most, least = int(extremes[0]), -int(extremes[1])
-    if most != least:
-        raise GareError(
-            f"workers hold from {least} to {most} pairs of one batch",
-            where="training step",
-            accepted="the same number on each worker: a train.batch_size that the workers divide",
-        )
 
 
 def gather_names(local: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The training objective: encode a worker's share of the batch, gather, score all pairs, add up the terms.
 
-b pairs on this worker, N = R·b pairs over all R workers.
+b pairs on this worker, N pairs over all R workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.streaming import slices
-from gare.train.gather import gather, require_equal_rows, sum_over_workers, world_size
+from gare.train.gather import Rows, gather, rows_of, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
 from gare.train.sharded import Seen, shares
 from gare.train.stages import stage
@@ -145,6 +145,7 @@ def sharded_terms(
     draws: Draws,
     video_ids: Tensor | None = None,
     *,
+    rows: Rows | None = None,
     watched: bool = False,
 ) -> LossTerms:
     """All terms in the factorised form, from this worker's captions and the clips of all workers."""
@@ -156,6 +157,7 @@ def sharded_terms(
         sample=draws.sample,
         keep=draws.keep,
         video_ids=video_ids,
+        rows=rows,
         watched=watched,
     )
     own = _weighted(
@@ -209,28 +211,30 @@ class Objective(nn.Module):
         """Loss of the global batch; ``batch`` is this worker's share of it.
 
         Args:
-            batch: b pairs, as many on every worker.
+            batch: b pairs, one at least.
             seed: of what is random in the loss, the same on every worker.
             watched: whether the terms are to hold what diagnostics need.
 
         Raises:
-            GareError: where workers hold unequal shares, or positives by video lack the videos.
+            GareError: where a worker has no pair, or positives by video lack the videos.
         """
-        require_equal_rows(len(batch.frames), batch.frames.device)
+        rows = rows_of(len(batch.frames), batch.frames.device)
         text, video = self._encode(batch)
         video_ids = None
         if self.config.positives == "video":
             if batch.video_ids is None:
                 raise GareError("the batch does not say whose its captions are", where="loss.positives video")
-            video_ids = gather(batch.video_ids)
-        video = VideoFeatures(gather(video.frames), gather(video.mask))
+            video_ids = gather(batch.video_ids, rows)
+        video = VideoFeatures(gather(video.frames, rows), gather(video.mask, rows))
         draws = Draws.of_step(self.model, self.config, len(video), seed)
         if not self.model.takes_direct(self.model.config.method):
             with stage("head"):
-                return sharded_terms(self.model, text, video, self.config, draws, video_ids, watched=watched)
+                return sharded_terms(
+                    self.model, text, video, self.config, draws, video_ids, rows=rows, watched=watched
+                )
         # Words are large; they travel only where ψ attends to them.
-        words = gather(text.words) if text.words is not None and self.model.needs_words else None
-        text = TextFeatures(gather(text.embedding), words, gather(text.mask))
+        words = gather(text.words, rows) if text.words is not None and self.model.needs_words else None
+        text = TextFeatures(gather(text.embedding, rows), words, gather(text.mask, rows))
         if watched and not self._said:
             logger.warning("tension, increments and modality gap are measured in the factorised form only")
             self._said = True

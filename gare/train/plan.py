@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from gare.config import TrainConfig
-from gare.data.sampler import epoch_batches
+from gare.data.sampler import epoch_batches, share_of
 from gare.errors import ConfigError
 
 
@@ -61,8 +61,9 @@ def plan_run(
 ) -> Plan:
     """Plans a run for worker ``rank`` of ``world_size``.
 
-    The global batches do not depend on the number of workers; each takes its own columns of them. Val clips
-    are dealt out one by one, each to exactly one worker.
+    The global batches do not depend on the number of workers; each takes its own pairs of them, one more or
+    less than the others where they cannot be shared equally. Val clips are dealt out one by one, each to
+    exactly one worker.
 
     Args:
         num_captions: captions of each training video.
@@ -72,17 +73,17 @@ def plan_run(
         world_size: number of workers.
 
     Raises:
-        ConfigError: for a global batch that the workers cannot share equally.
+        ConfigError: for a global batch with fewer pairs than there are workers.
         DataError: for fewer pairs than one batch.
     """
-    if config.batch_size % world_size:
+    if config.batch_size < world_size:
         raise ConfigError(
             f"{config.batch_size} pairs cannot be shared by {world_size} workers",
             where="train.batch_size",
-            accepted=f"a multiple of {world_size}",
+            accepted=f"{world_size} or more, or fewer workers (cluster.train_workers)",
         )
-    share = config.batch_size // world_size
-    mine = slice(rank * share, (rank + 1) * share)
+    mine = share_of(config.batch_size, rank, world_size)
+    share = mine.stop - mine.start
     val = np.arange(rank, num_val, world_size)
     batches: list[PlannedBatch] = []
     starts: list[int] = []

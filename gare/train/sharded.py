@@ -1,6 +1,6 @@
 """The factorised loss of a global batch, each worker with its own rows of it.
 
-A worker scores its n texts against all N = R·n videos, block by block, and shares with the others only
+A worker scores its n texts against all N videos, block by block, and shares with the others only
 numbers by video: the column sums of InfoNCE, the moments of the bottleneck, the spread of the radii. What it
 backpropagates, its share ℓ_r, sums to the loss over the workers, so the gradient is that of one worker with
 the whole batch. No tensor here has both pairs and the embedding width, but blocks where Δ itself is needed.
@@ -24,7 +24,7 @@ from gare.model.prepared import PreparedVideo
 from gare.model.streaming import MEGABYTE
 from gare.train.blocks import Block, Sides, Wanted, blocks_of, reference_of, sides_of
 from gare.train.direction import factorized_direction
-from gare.train.gather import max_over_workers, rank, sum_over_workers, world_size
+from gare.train.gather import Rows, max_over_workers, sum_over_workers, world_size
 from gare.train.losses import NOISE_ULPS, bounded, divergence, positive_shares, rounding_noise
 
 #: As much as a chunk of texts takes whose cosines are computed together.
@@ -88,6 +88,7 @@ def shares(
     sample: Tensor | None = None,
     keep: Tensor | None = None,
     video_ids: Tensor | None = None,
+    rows: Rows | None = None,
     watched: bool = False,
 ) -> Shares:
     """This worker's share of the loss terms in the factorised form; a term that is off is zero.
@@ -100,12 +101,13 @@ def shares(
         sample: global indices of the texts of the directional diversity; None: all.
         keep: dropout of the global batch's N contexts, from ``GARE.draw_dropout``.
         video_ids: (N,) the video of each pair where its pairs are each other's positives.
+        rows: of each worker; None: this one is the only one.
         watched: whether the result is to hold what diagnostics need; all workers must agree.
 
     Source: factorised derivation, points 6 and 7, and its row-sharded training.
     """
-    num_pairs, num_texts = len(video), len(text.embedding)
-    own = slice(rank() * num_texts, (rank() + 1) * num_texts)
+    num_pairs = len(video)
+    own = (rows or Rows((num_pairs,))).own
     sides = sides_of(model, text, video, keep, own)
     own_sample = None if sample is None else sample[(sample >= own.start) & (sample < own.stop)] - own.start
     has_delta, anchor_owns = sides.owner != "none", config.bottleneck_anchor == sides.owner
@@ -177,10 +179,10 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
     vectors, count = sides.owners.basis.vectors, sides.num_others
     if sides.owner == "video":
         # Each worker has a part of the texts: the moments of the parts make those of the whole.
-        whole = sum_over_workers(mean) / world_size()
+        part, count = count, len(sides.owners)
+        whole = sum_over_workers(mean * (part / count))
         apart = (mean - whole).unsqueeze(2)
-        scatter = sum_over_workers(scatter + count * (apart @ apart.transpose(1, 2)))
-        count *= world_size()
+        scatter = sum_over_workers(scatter + part * (apart @ apart.transpose(1, 2)))
         mean, scatter, vectors = whole[sides.own], scatter[sides.own], vectors[sides.own]
     covariance = scatter / (count - 1)
     variance = quadratic(covariance, vectors)
@@ -209,7 +211,7 @@ def _others_bottleneck(sides: Sides, blocks: list[Block], reference: Tensor, con
     count = len(sides.owners)
     if sides.owner == "text":
         sums, reference = sum_over_workers(sums)[:, sides.own], reference[sides.own]
-        count *= world_size()
+        count = sides.num_others
     mean = sums[0] / count
     variance = (sums[1] - sums[0] * mean) / (count - 1)
     mean = reference + mean

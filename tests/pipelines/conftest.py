@@ -13,7 +13,7 @@ import yaml
 from cluster.session import ray_session
 from cluster.storage import Layout, layout
 from pipelines import evaluate, extract, prepare, train
-from tests.pipelines.recovery import recovering
+from tests.pipelines.recovery import SECONDS, recovering
 from tests.pipelines.support import TINY, tiny
 
 #: Warnings that Ray and MLflow give about themselves; all others are errors.
@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(Path(__file__).parent):
             for warning in LIBRARY_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests of faults measured, for the README's table."""
+    for fault, seconds in sorted(SECONDS.items()):
+        times = ", ".join(f"{value:.0f}" for value in sorted(seconds))
+        terminalreporter.write_line(f"time to recover: {fault}: {times} s")
 
 
 @pytest.fixture(scope="session")

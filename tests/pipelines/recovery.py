@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from pipelines import training
 from tests.pipelines.support import losses, tiny
 
 EPOCHS, STEPS = 16, 48
+#: Seconds from a fault until the run was beyond the step that it had reached, by fault; printed at the end.
+SECONDS: dict[str, list[float]] = {}
+PATIENCE_S = 600
 
 
 def recovering(run: str, *overrides: str) -> Config:
@@ -34,6 +39,29 @@ def last_entry(folder: str | Path) -> Entry | None:
         return (Checkpoints(f"{folder}/checkpoints").entries() or [None])[-1]
     except CheckpointError:
         return None
+
+
+class Recovery(threading.Thread):
+    """Measures from now until a run is beyond a step.
+
+    Args:
+        fault: by what name to report it.
+        folder: of the run.
+        step: of its last checkpoint.
+    """
+
+    def __init__(self, fault: str, folder: str | Path, step: int) -> None:
+        super().__init__(daemon=True)
+        self.fault, self.folder, self.step, self.began = fault, folder, step, time.monotonic()
+        self.start()
+
+    def run(self) -> None:
+        while time.monotonic() < self.began + PATIENCE_S:
+            entry = last_entry(self.folder)
+            if entry and entry.step > self.step:
+                SECONDS.setdefault(self.fault, []).append(time.monotonic() - self.began)
+                return
+            threading.Event().wait(0.05)
 
 
 def workers() -> list[psutil.Process]:

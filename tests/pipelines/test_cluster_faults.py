@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 
 from cluster.storage import Layout
-from tests.pipelines.recovery import assert_as_undisturbed, last_entry, recovering, resumed
+from tests.pipelines.recovery import (
+    SECONDS,
+    Recovery,
+    assert_as_undisturbed,
+    last_entry,
+    recovering,
+    resumed,
+)
 from tests.pipelines.test_faults import PATIENCE_S, wait_for
 from tests.services import free_port
 
@@ -29,7 +36,7 @@ from ray.cluster_utils import Cluster
 from cluster.storage import layout
 from gare.config import parse_config
 from pipelines import train
-from tests.pipelines.recovery import last_entry, send, workers
+from tests.pipelines.recovery import SECONDS, Recovery, last_entry, send, workers
 from tests.pipelines.test_faults import wait_for
 
 how, after, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
@@ -70,6 +77,7 @@ def strike():
     events["saved"] = step()
     here = {one["Pid"] for one in training() if one["Address"]["NodeID"] == lost.node_id}
     cluster.remove_node(lost, allow_graceful=False)
+    Recovery(f"a node is {how}", folder, events["saved"])
     send([process for process in held if process.pid in here], "kill")
     send([process for process in held if process.pid not in here], "resume")
 
@@ -79,7 +87,7 @@ result = train.run(config)
 thread.join()
 ray.shutdown()
 cluster.shutdown()
-print(json.dumps(result | events))
+print(json.dumps(result | events | {"seconds": SECONDS}))
 """
 
 
@@ -104,6 +112,7 @@ def on_nodes(how: str, after: int, repository: Path, **environment: str) -> dict
     )
     assert done.returncode == 0, f"{how} after step {after}: {done.stderr[-5000:]}"
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    SECONDS.update(result.pop("seconds"))
     return result | {"stderr": done.stderr}
 
 
@@ -205,6 +214,7 @@ def test_a_lost_head(
         assert not (Path(folder) / "result.json").exists(), "it was done before its head could be lost"
         entry = last_entry(folder)
         assert entry
+        Recovery("the head is lost: from a new one's start on", folder, entry.step)
         head.start()
         process = begin()
         answer, _ = process.communicate(timeout=PATIENCE_S)

@@ -16,6 +16,7 @@ from gare.train.checkpoints import Checkpoints
 from pipelines import train
 from tests.pipelines.recovery import (
     STEPS,
+    Recovery,
     assert_as_undisturbed,
     last_entry,
     recovering,
@@ -60,6 +61,7 @@ class Killer(threading.Thread):
         if there() and len(found) == 2 and entry:
             self.killed.append(entry.step)
             send(found, "kill")
+            Recovery("all training workers are killed", self.folder, entry.step)
             psutil.wait_procs(found, timeout=30)
             return True
         send(found, "resume")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from cluster.storage import Layout
 from cluster.tracking import resolve_tracking_uri
+from gare.data.lock import StoreLock
 from pipelines import train
 from tests.pipelines.support import in_process, losses, tiny
 
@@ -103,3 +106,18 @@ def test_name_of_another_run_is_refused(
     answer = in_process(capsys, train.run, "--config", tiny_yaml, override)
     answer.refused(2, places.run("first"), *words)
     assert Path(trained["checkpoint"]).exists()
+
+
+def test_two_drivers_of_one_run(
+    trained: dict[str, Any], places: Layout, tiny_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Schedulers submit again what they take for lost, while it lives: checkpoints must have one writer."""
+    lock = StoreLock(f"{places.data}/run-locks/first")
+    with lock:
+        refused = in_process(capsys, train.run, "--config", tiny_yaml, "upkeep.when_locked=refuse")
+        refused.refused(3, "another job works here", f"process {os.getpid()}", "upkeep.when_locked=wait")
+        end = threading.Timer(1.5, lock.__exit__, (None, None, None))
+        end.start()
+        waited = train.run(tiny())
+        end.join()
+    assert waited["mlflow_run_id"] == trained["mlflow_run_id"]

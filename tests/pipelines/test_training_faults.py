@@ -25,7 +25,7 @@ from gare.data.files import read_json
 from gare.train.checkpoints import Checkpoints
 from pipelines import train
 from pipelines.saving import StopRequest
-from tests.pipelines.recovery import assert_as_undisturbed, last_entry, resumed, send, workers
+from tests.pipelines.recovery import Recovery, assert_as_undisturbed, last_entry, resumed, send, workers
 from tests.pipelines.support import in_process, losses, tiny
 from tests.pipelines.test_faults import PATIENCE_S, wait_for
 from tests.servers import DroppingProxy
@@ -87,6 +87,7 @@ def test_a_driver_that_is_told_to_end(
     client = mlflow.MlflowClient(resolve_tracking_uri("sqlite:///mlflow.db", str(root)))
     run_id = json.loads((Path(folder) / "run.json").read_text())["mlflow_run_id"]
     assert client.get_run(run_id).info.status == "KILLED"
+    Recovery("the driver gets SIGTERM: from the same command on", folder, entry.step)
     result = train.run(tiny(*overrides))
     assert resumed(folder) == [entry.step]
     assert_as_undisturbed(result, calm, places, root, folder)
@@ -170,6 +171,7 @@ def test_a_full_disk(
     ):
         assert words in message
     (small_disk / "filler").unlink()
+    Recovery("the disk is full: from the same command on", folder, entry.step)
     result = train.run(tiny(*arguments))
     assert resumed(folder) == [entry.step]
     assert_as_undisturbed(result, calm, places, root, folder)

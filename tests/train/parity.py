@@ -20,7 +20,7 @@ from gare.config import Config
 from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.train.gather import gather, gather_unequal, rank, require_equal_rows, world_size
+from gare.train.gather import Rows, gather, gather_unequal, rank, rows_of, world_size
 from gare.train.step import Learner, build_learner, compute_gradients, train_step
 from gare.train.validation import Validation
 from tests.tiny import share, tiny_batch, tiny_config, tiny_feature_batch
@@ -40,6 +40,8 @@ OPTIONS = (
     "model.increment=false loss.positives=video",
     "train.input=features model.adapters=true train.micro_batch=1",
 )
+#: Batches that neither two nor three workers share equally.
+UNEVEN = tuple(f"train.batch_size=7 {option}" for option in ("train.micro_batch=2", *OPTIONS))
 STEPS = 2
 
 
@@ -71,7 +73,7 @@ def config(*overrides: str) -> Config:
 def run(
     seed: int,
     dtype: torch.dtype = torch.float32,
-    gatherer: Callable[[Tensor], Tensor] = gather,
+    gatherer: Callable[[Tensor, Rows], Tensor] = gather,
     *overrides: str,
 ) -> Outcome:
     """Gradients of one batch, then weights after two steps, of this worker's share of the batches.
@@ -90,10 +92,10 @@ def run(
         seen.append(not grad.is_contiguous())
         return grad
 
-    def watched(local: Tensor) -> Tensor:
+    def watched(local: Tensor, rows: Rows) -> Tensor:
         if local.requires_grad:
             seen.append(not local.is_contiguous())
-        gathered = gatherer(local)
+        gathered = gatherer(local, rows)
         if gathered.requires_grad:
             gathered.register_hook(come_back_strided)
         return gathered
@@ -118,10 +120,10 @@ def run(
     return Outcome(terms, gradients, weights, moved, losses, seen)
 
 
-def unequal_shares() -> str:
-    """What this worker is told where each holds one pair more than the one before."""
+def nothing_to_do() -> str:
+    """What this worker is told where the first has no pair."""
     try:
-        require_equal_rows(1 + rank(), torch.device("cpu"))
+        rows_of(rank(), torch.device("cpu"))
     except GareError as error:
         return str(error)
     return "nothing"
@@ -163,7 +165,7 @@ def _transposed(features: Tensor) -> Tensor:
     return strided
 
 
-def torch_gather(local: Tensor) -> Tensor:
+def torch_gather(local: Tensor, rows: Rows) -> Tensor:
     """PyTorch's own differentiable gather, which permutes gradients that are not contiguous (2.13, gloo)."""
     from torch.distributed.nn.functional import all_gather
 
@@ -175,7 +177,7 @@ def shared_gradient() -> Tensor:
     local = torch.ones(2, 3, requires_grad=True)
     other = torch.zeros(2 * world_size(), 3, requires_grad=True)
     doubled = 2 * other  # made before the gather, so its backward runs after the gather's
-    summed = gather(local) + doubled
+    summed = gather(local, rows_of(2, torch.device("cpu"))) + doubled
     (summed * (1 + rank())).sum().backward()
     assert other.grad is not None
     assert local.grad is not None
@@ -217,9 +219,9 @@ def main() -> None:
                     str(dtype).removeprefix("torch."): vars(run(seed, dtype, gather, *option.split()))
                     for dtype in (torch.float32, torch.float64)
                 }
-                for option in OPTIONS
+                for option in OPTIONS + UNEVEN
             },
-            "unequal_shares": unequal_shares(),
+            "nothing_to_do": nothing_to_do(),
             "torch": vars(run(seed, gatherer=torch_gather)),
             "shared_gradient": shared_gradient(),
             "validation": {count: validate(seed, count) for count in (2, 7)},

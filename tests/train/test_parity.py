@@ -121,7 +121,7 @@ def test_gradient_of_each_parameter_is_exact(
         assert differences[worst] < 1e-10, f"{worst}: {differences[worst]:g}, seed {session_seed}"
 
 
-@pytest.mark.parametrize("option", parity.OPTIONS)
+@pytest.mark.parametrize("option", parity.OPTIONS + parity.UNEVEN)
 @pytest.mark.parametrize("world", parity.WORLDS)
 def test_every_option_is_that_of_one_worker(world: int, option: str, found: Found, session_seed: int) -> None:
     """Each option has sums of its own over the workers, and draws that must not depend on their number.
@@ -152,12 +152,12 @@ def test_every_option_is_that_of_one_worker(world: int, option: str, found: Foun
 
 
 @pytest.mark.parametrize("world", parity.WORLDS)
-def test_unequal_shares_are_refused(world: int, found: Found) -> None:
-    """A gather of unequal blocks hangs, or mixes rows up; all workers must hear of it."""
+def test_a_worker_without_pairs_is_refused(world: int, found: Found) -> None:
+    """It could not tell the others, who would wait for its gradients for ever: all must hear of it."""
     for rank in range(world):
-        assert found[world, rank]["unequal_shares"] == (
-            f"training step: workers hold from 1 to {world} pairs of one batch (the same number on each "
-            "worker: a train.batch_size that the workers divide)"
+        assert found[world, rank]["nothing_to_do"] == (
+            f"training step: {world} workers hold {', '.join(map(str, range(world)))} pairs of one batch "
+            "(one pair or more on each worker: a larger train.batch_size, or fewer workers)"
         )
 
 

@@ -19,14 +19,22 @@ RETRIES = 3
 class Loader:
     """What an actor does: it makes what loads once, and then loads batches."""
 
-    def __init__(self, load: Callable[[], Callable[[int], dict[str, np.ndarray]]]) -> None:
-        self._make, self._load = load, None
+    def __init__(self) -> None:
+        self._load: Any = None
 
-    def batch(self, number: int) -> dict[str, np.ndarray]:
-        """The batch of a number."""
-        # Not in the constructor, whose faults Ray hands over as text alone.
-        self._load = self._load or self._make()
-        return self._load(number)
+    def batch(self, made_by: list[Any], number: int) -> dict[str, np.ndarray]:
+        """The batch of a number.
+
+        Args:
+            made_by: reference to what makes what loads. Not for the constructor, whose faults Ray hands over
+                as text alone, and whose arguments a restart no longer finds once they are out of scope.
+            number: of the batch.
+        """
+        import ray
+
+        self._load = self._load or ray.get(made_by[0])()
+        loaded: dict[str, np.ndarray] = self._load(number)
+        return loaded
 
 
 def stream(
@@ -62,10 +70,11 @@ def stream(
         here = ray.get_runtime_context().get_node_id()
         options |= {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
     remote = ray.remote(**options)(Loader)
-    pool = [remote.remote(load) for _ in range(actors)]
+    pool = [remote.remote() for _ in range(actors)]
+    made_by = [ray.put(load)]
     waiting: deque[Any] = deque()
     for place, number in enumerate(numbers):
-        waiting.append(pool[place % actors].batch.remote(number))
+        waiting.append(pool[place % actors].batch.remote(made_by, number))
         if len(waiting) >= AHEAD * actors:
             yield _taken(waiting.popleft())
     while waiting:

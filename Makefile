@@ -10,7 +10,7 @@ SEEDS ?= 1
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests, without those of faults"
-	@echo "make faults   the tests of faults: killed workers, nodes and heads, full disks, lost servers (20 min)"
+	@echo "make faults   the tests of faults: killed workers, nodes and heads, full disks, lost servers (14 min)"
 	@echo "make faults-short  those of them that take less than 10 minutes together"
 	@echo "make suite    two benchmarks, two models: the whole way to one table, checked (5 min)"
 	@echo "make screenshots  the MLflow pages of the suite's runs as pictures (needs Chromium)"

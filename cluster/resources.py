@@ -95,9 +95,12 @@ def resources_of_worker(config: ClusterConfig) -> dict[str, float]:
     """What Ray reserves for a training worker.
 
     Where their number may change Ray takes as many as fit: what loads for each must be reserved with it, or
-    there would be no room left for that.
+    there would be no room left for that. It counts by dividing floats: the share of a worker has to be one
+    that is exact in binary.
     """
-    cpus = cpus_of_worker(config) if config.min_workers else config.cpus_per_worker
+    cpus = config.cpus_per_worker
+    if config.min_workers:
+        cpus = math.ceil((cpus_of_worker(config) - _SLACK) * 4) / 4
     return {"CPU": cpus} | ({"GPU": 1.0} if config.use_gpu else {})
 
 
@@ -140,7 +143,8 @@ def settle(config: ClusterConfig, batch_size: int, there: Sequence[Node]) -> Clu
     workers = config.train_workers
     if not workers:
         workers = int(sum(node.gpus for node in able)) if on_gpus else len(able)
-        workers = min(max(workers, config.min_workers, 1), batch_size or workers)
+        workers = max(workers, config.min_workers, 1)
+        workers = min(workers, batch_size or workers)
     cpus = config.cpus_per_worker
     if not cpus:
         if on_gpus:
@@ -165,7 +169,9 @@ def require_train_resources(config: ClusterConfig) -> None:
         GareError: where other jobs still hold it after ``cluster.wait_s``.
     """
     workers = config.min_workers or config.train_workers
-    needed = {"CPU": workers * cpus_of_worker(config)}
+    # Rounded up where Ray reserves what loads with the worker.
+    each = max(cpus_of_worker(config), resources_of_worker(config)["CPU"])
+    needed = {"CPU": workers * each}
     if config.use_gpu:
         needed["GPU"] = float(workers)
     grown = _can_grow_to(config)

@@ -10,8 +10,8 @@ import numpy as np
 
 from cluster.resources import LOADER_CPUS
 
-#: Batches that each actor has loaded, is loading or will load next.
-AHEAD = 3
+#: Batches, beside one for each actor, that are loaded, being loaded or loaded next: they wait in memory.
+AHEAD = 2
 #: Times that a batch is asked for again whose actor has died: nodes come and go, a batch that kills must end.
 RETRIES = 3
 
@@ -75,7 +75,7 @@ def stream(
     waiting: deque[Any] = deque()
     for place, number in enumerate(numbers):
         waiting.append(pool[place % actors].batch.remote(made_by, number))
-        if len(waiting) >= AHEAD * actors:
+        if len(waiting) >= actors + AHEAD:
             yield _taken(waiting.popleft())
     while waiting:
         yield _taken(waiting.popleft())

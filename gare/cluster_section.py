@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from gare.sections import Count, NonNegative, Section
+from gare.sections import Count, NonNegative, Positive, Section
 
 
 class ClusterConfig(Section):
@@ -36,10 +36,10 @@ class ClusterConfig(Section):
         "train_workers again where they come back; the global batch stays, of more micro-batches; "
         "0: with train_workers or not at all",
     )
-    resize_every_s: NonNegative = Field(
+    resize_every_s: Positive = Field(
         300.0,
-        description="with min_workers: seconds between looks for nodes that have come; the steps since the "
-        "last checkpoint are done again where there are any",
+        description="with min_workers: seconds between looks for nodes that have come; a checkpoint is "
+        "written at least twice as often, since the steps after the last one are then done again",
     )
     cpus_per_worker: NonNegative = Field(
         0.5,

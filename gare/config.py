@@ -111,12 +111,16 @@ class Config(Section):
         if self.cluster.min_workers > (self.cluster.train_workers or self.train.batch_size):
             faults.append(
                 f"cluster.min_workers {self.cluster.min_workers} is more than "
-                f"cluster.train_workers {self.cluster.train_workers}"
+                + (
+                    f"cluster.train_workers {self.cluster.train_workers}"
+                    if self.cluster.train_workers
+                    else f"train.batch_size {self.train.batch_size}"
+                )
             )
         if self.cluster.min_workers and self.cluster.placement.startswith("strict"):
             faults.append(
-                f"cluster.placement {self.cluster.placement} with cluster.min_workers: where the number of "
-                "workers may change, Ray does not look at it"
+                f"cluster.placement {self.cluster.placement} with cluster.min_workers: Ray would choose "
+                "numbers of workers that cannot be placed so"
             )
         if faults:
             raise ValueError("; ".join(faults))

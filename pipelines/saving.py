@@ -35,6 +35,18 @@ def checkpoints_of(config: Config, places: Layout, *, validated: bool) -> Checkp
     return Checkpoints(folder, keep=config.train.keep_checkpoints, score=SELECTION if validated else "")
 
 
+def _seconds_between(config: Config) -> float:
+    """Between checkpoints within an epoch; 0: none for the time alone.
+
+    Ray ends workers without a word to make them more: each of its looks for nodes must find a newer
+    checkpoint, or the run would do the same steps for ever.
+    """
+    every, resize = config.train.checkpoint_every_s, config.cluster.resize_every_s
+    if not config.cluster.min_workers:
+        return every
+    return min(every or resize, resize / 2)
+
+
 class StopRequest:
     """A file of the run by which the driver asks its workers, on whatever machine, to stop."""
 
@@ -79,6 +91,7 @@ class Saver:
         watch: bool,
     ) -> None:
         self.train, self.learner, self.rank, self.device = config.train, learner, rank, device
+        self.every_s = _seconds_between(config)
         self.checkpoints = checkpoints_of(config, places, validated=validated)
         self.writer = CheckpointWriter(self.checkpoints)
         self.request = StopRequest(places.run(config.train.run))
@@ -143,7 +156,7 @@ class Saver:
         now = time.monotonic()
         train, step = self.train, self.learner.step
         self.due |= bool(train.checkpoint_every_steps) and step % train.checkpoint_every_steps == 0
-        self.due |= bool(train.checkpoint_every_s) and now - self.saved >= train.checkpoint_every_s
+        self.due |= bool(self.every_s) and now - self.saved >= self.every_s
         ask = self.watch and not self.noticed and now - self.asked >= ASK_EVERY_S
         failed, stop, ask = self._agree(self.writer.fault is not None, bool(self.reason), ask)
         if failed:

@@ -59,11 +59,11 @@ def run(config: Config) -> dict[str, Any]:
     """
     config = _with_absolute_paths(config)
     places = layout(config)
-    with _lock(config, places):
-        return _run(config, places)
+    with _lock(config, places) as lock:
+        return _run(config, places, lock)
 
 
-def _lock(config: Config, places: Layout) -> AbstractContextManager[object]:
+def _lock(config: Config, places: Layout) -> AbstractContextManager[StoreLock | None]:
     """One driver at a time in a run: schedulers submit again what they take for lost, while it lives."""
     if not exists(places.manifest):  # there is nothing to train on, which _run says without leaving a file
         return nullcontext()
@@ -72,7 +72,7 @@ def _lock(config: Config, places: Layout) -> AbstractContextManager[object]:
     return StoreLock(uri, when_locked=config.upkeep.when_locked, stale_s=config.upkeep.stale_s)
 
 
-def _run(config: Config, places: Layout) -> dict[str, Any]:
+def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, Any]:
     started = time.monotonic()
     folder = places.run(config.train.run)
     settings = settings_of(config)
@@ -110,6 +110,8 @@ def _run(config: Config, places: Layout) -> dict[str, Any]:
             write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
             with system_metrics(handle, config.tracking):
                 location, best = _fit(config, places, handle, settings, splits)
+            if lock:
+                lock.check()
             copy_files(location, places.checkpoint(config.train.run))
             if settings is not None:
                 attach_towers(config, places.checkpoint(config.train.run))
@@ -148,6 +150,9 @@ def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
 
 def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str, Any]:
     earlier: dict[str, Any] = read_json(join(folder, "run.json"))
+    # What an earlier version held to be part of a run may not be any more.
+    for section in FREE_SECTIONS & earlier.get("settings", {}).keys():
+        del earlier["settings"][section]
     now = _identity(config, splits)
     differing = [
         line.removeprefix("settings.") for line in differences({key: earlier.get(key) for key in now}, now)

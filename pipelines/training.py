@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import resource
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from cluster.logs import set_up_logging
 from cluster.storage import Layout, layout
@@ -12,6 +16,7 @@ from cluster.stream import stream
 from cluster.tracking import RunHandle
 from gare.config import Config
 from gare.data.files import exists, join, read_json
+from gare.data.loader import ClipLoader, FeatureLoader
 from gare.errors import DataError, DivergedError, GareError, StoppedError
 from gare.train.data import StoredSplits, read_splits
 from gare.train.from_features import loader_of
@@ -52,14 +57,16 @@ def plan_of(config: Config, splits: StoredSplits, *, rank: int = 0, world_size: 
 
 
 def within_memory(config: Config, world_size: int) -> Config:
-    """The configuration with which a worker holds no more at once than where all workers are there.
+    """The configuration with which the towers hold no more pairs at once than where all workers are there.
 
-    The same pairs are shared by fewer where nodes are lost; their towers run in as many micro-batches.
+    The same pairs are shared by fewer where nodes are lost: their towers run in as many micro-batches more.
+    Frames, scores and validation are a larger share as well, and small beside what the towers keep.
     """
-    most = config.cluster.train_workers
-    if world_size >= most or config.train.micro_batch:
+    most, train = config.cluster.train_workers, config.train
+    if world_size >= most:
         return config
-    train = config.train.model_copy(update={"micro_batch": -(-config.train.batch_size // most)})
+    share = -(-train.batch_size // most)
+    train = train.model_copy(update={"micro_batch": min(train.micro_batch or share, share)})
     return config.model_copy(update={"train": train})
 
 
@@ -82,7 +89,7 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     device = get_device()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    config, name = within_memory(config, world_size), f"{config.name}/{config.train.run}"
+    name = f"{config.name}/{config.train.run}"
     set_up_logging(replace=True, log_format=config.tracking.log_format, run=name, rank=rank)
     splits = splits_of(config, places, task["settings"], begun=True)
     if splits.hashes() != task["clips"]:
@@ -96,20 +103,20 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     plan = plan_of(config, splits, rank=rank, world_size=world_size)
     from_features = config.train.input == "features"
     model = read_start(join(places.run(config.train.run), "start"), config.model) if from_features else None
-    learner = build_learner(model or initial_model(config), config, plan.num_steps, device)
+    learner = replace(
+        build_learner(
+            model or initial_model(config), within_memory(config, world_size), plan.num_steps, device
+        ),
+        config=config,
+    )
     saver = Saver(
         config, places, learner, rank, device, validated=bool(splits.val), watch=task["watch_preemption"]
     )
     start_epoch = saver.restore()
     ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
     first = plan.position(start_epoch, learner.step)
-    numbers = range(first, len(ids))
     load = loader_of(config, store_of(config, places), ids, plan, words=learner.model.needs_words)
-    loader = load() if from_features else None
-    # Features that fit into memory are read in this process, where they cost next to nothing.
-    near = loader is not None and loader.reader.whole
-    loaders, is_elastic = config.cluster.loaders_per_worker, bool(config.cluster.min_workers)
-    clips = map(loader, numbers) if near else stream(load, numbers, actors=loaders, reserved=is_elastic)
+    clips = _clips(config, load, range(first, len(ids)))
     watch = Watch(config, learner, plan, rank, device)
     report = Reporter(config, places, task["handle"], saver, start_epoch, watch, world_size)
     try:
@@ -123,6 +130,20 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
         raise
     watch.finish(task["handle"])
     return None
+
+
+def _clips(
+    config: Config, load: Callable[[], ClipLoader | FeatureLoader], numbers: range
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of the plan, in order."""
+    if config.train.input == "features":
+        loader = load()
+        # What fits into memory is read in this process, where it costs next to nothing.
+        if isinstance(loader, FeatureLoader) and loader.reader.whole:
+            return map(loader, numbers)
+    return stream(
+        load, numbers, actors=config.cluster.loaders_per_worker, reserved=bool(config.cluster.min_workers)
+    )
 
 
 class Reporter:

@@ -56,12 +56,14 @@ def rows_of(count: int, device: torch.device) -> Rows:
     Raises:
         GareError: where a worker holds none; on all of them together.
     """
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    counts[rank()] = count
-    if world_size() > 1:
+    if world_size() == 1:
+        rows = Rows((count,))
+    else:
+        counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
+        counts[rank()] = count
         with stage("communication"):
             dist.all_reduce(counts)
-    rows = Rows(tuple(counts.tolist()))
+        rows = Rows(tuple(counts.tolist()))
     if not min(rows.counts):
         raise GareError(
             f"{world_size()} workers hold {', '.join(map(str, rows.counts))} pairs of one batch",

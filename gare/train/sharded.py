@@ -110,14 +110,7 @@ def shares(
     own = (rows or Rows((num_pairs,))).own
     sides = sides_of(model, text, video, keep, own)
     own_sample = None if sample is None else sample[(sample >= own.start) & (sample < own.stop)] - own.start
-    has_delta, anchor_owns = sides.owner != "none", config.bottleneck_anchor == sides.owner
-    wanted = Wanted(
-        has_delta and bool(config.bottleneck_weight) and anchor_owns,
-        has_delta and bool(config.bottleneck_weight) and not anchor_owns,
-        config.kl_normalised,
-        (has_delta and bool(config.direction_weight), own_sample),
-        watched,
-    )
+    wanted = _wanted(sides, config, own_sample, watched)
     reference = reference_of(model.rule, sides, wanted) if wanted.sums else None
     blocks = list(blocks_of(model, sides, wanted, reference))
     scores, scale = _join(sides, [block.scores for block in blocks]), model.logit_scale.exp()
@@ -145,6 +138,18 @@ def shares(
         total = _direction(sides, blocks, own_sample, config, model.config.memory_bytes)
         direction = total / (num_pairs if sample is None else len(sample))
     return Shares(*nce, bottleneck, radii, direction, seen)
+
+
+def _wanted(sides: Sides, config: LossConfig, own_sample: Tensor | None, watched: bool) -> Wanted:
+    """What the configured terms need of each block."""
+    has_delta, anchor_owns = sides.owner != "none", config.bottleneck_anchor == sides.owner
+    return Wanted(
+        has_delta and bool(config.bottleneck_weight) and anchor_owns,
+        has_delta and bool(config.bottleneck_weight) and not anchor_owns,
+        config.kl_normalised,
+        (has_delta and bool(config.direction_weight), own_sample),
+        watched,
+    )
 
 
 def _join(sides: Sides, by_owner: list[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from gare.config import LossConfig
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.diagnostics import diagnose
+from gare.train.gather import rows_of
 from gare.train.objective import Draws, loss_terms, sharded_terms
 from tests.benchmarks.inputs import features, head
 from tests.memory import peak_mb, reset_peak
@@ -85,7 +86,8 @@ def worker(rank: int, world: int, folder: str, num_pairs: int) -> None:
         if number == 1:
             started = time.perf_counter()
         draws = Draws.of_step(model, config, num_pairs, 0)
-        terms = sharded_terms(model, own, VideoFeatures(frames, video.mask), config, draws)
+        rows = rows_of(share, torch.device("cpu"))
+        terms = sharded_terms(model, own, VideoFeatures(frames, video.mask), config, draws, rows=rows)
         terms.objective.backward()
     if rank == 0:
         sys.stdout.write(str((time.perf_counter() - started) / (rounds - 1)))

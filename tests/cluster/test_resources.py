@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from cluster.resources import (
@@ -9,8 +11,10 @@ from cluster.resources import (
     cpus_of_worker,
     num_that_fit,
     object_store_bytes,
+    resources_of_worker,
     settle,
 )
+from cluster.waiting import tells_of_lost_nodes, workers_held
 from gare.config import ClusterConfig, parse_config
 from gare.errors import ConfigError
 
@@ -60,6 +64,47 @@ def test_what_is_given_stays() -> None:
     assert (settled.train_workers, settled.use_gpu) == (3, True)
     assert settle(automatic(use_gpu=False), 110, CLUSTER).train_workers == len(CLUSTER)
     assert settle(automatic(use_gpu=True), 128, LAPTOP).use_gpu is True
+
+
+def test_fewest_workers() -> None:
+    """An elastic training may have to begin before the nodes that it is to grow to are there."""
+    assert settle(automatic(min_workers=3), 128, LAPTOP).train_workers == 3
+    assert settle(automatic(min_workers=3, use_gpu=True), 0, []).train_workers == 3
+    assert settle(automatic(use_gpu=True), 0, []).train_workers == 1
+
+
+@pytest.mark.parametrize("cpus", [0.1, 0.5, 0.7, 1.4, 2.0])
+def test_elastic_workers_reserve_what_loads_for_them(cpus: float) -> None:
+    """Ray divides what a node has by what a worker takes: it must come out whole, and leave nothing out."""
+    config = ClusterConfig(train_workers=3, cpus_per_worker=cpus)
+    assert resources_of_worker(config) == {"CPU": cpus}
+    elastic = config.model_copy(update={"min_workers": 1})
+    each = resources_of_worker(elastic)["CPU"]
+    assert cpus_of_worker(config) <= each + 1e-9 < cpus_of_worker(config) + 0.25
+    assert sum([each] * 3) // each == 3
+    assert num_that_fit(elastic, [Node(3 * each, 0)]) == 3
+    on_gpus = config.model_copy(update={"use_gpu": True})
+    assert resources_of_worker(on_gpus) == {"CPU": cpus, "GPU": 1}
+
+
+def test_nodes_that_are_too_few_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray waits for them without a word, and a person believes that the training goes on."""
+    config = ClusterConfig(train_workers=2, cpus_per_worker=0.5)
+    assert workers_held(config, [Node(2, 0)]) == 2
+    assert workers_held(config, [Node(1, 0)]) == 1  # the workers would fit, and what loads for them would not
+    there = [Node(1, 0)]
+    monkeypatch.setattr("cluster.waiting.nodes", lambda: there)
+    with tells_of_lost_nodes(config, every_s=0.01):
+        deadline = time.monotonic() + 30
+        while "training waits" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "the 1 that are left hold 1 of the 2 workers" in caplog.text
+    caplog.clear()
+    with tells_of_lost_nodes(config.model_copy(update={"min_workers": 1}), every_s=0.01):
+        time.sleep(0.2)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(

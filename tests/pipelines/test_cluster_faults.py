@@ -17,11 +17,11 @@ import pytest
 
 from cluster.storage import Layout
 from tests.pipelines.recovery import (
-    SECONDS,
     Recovery,
     assert_as_undisturbed,
     last_entry,
     recovering,
+    remember,
     resumed,
 )
 from tests.pipelines.test_faults import PATIENCE_S, wait_for
@@ -112,7 +112,7 @@ def on_nodes(how: str, after: int, repository: Path, **environment: str) -> dict
     )
     assert done.returncode == 0, f"{how} after step {after}: {done.stderr[-5000:]}"
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    SECONDS.update(result.pop("seconds"))
+    remember(result.pop("seconds"))
     return result | {"stderr": done.stderr}
 
 
@@ -210,7 +210,8 @@ def test_a_lost_head(
     try:
         assert wait_for(there, lambda: process.poll() is None), log.read_text()
         head.kill()
-        assert process.wait(PATIENCE_S) != 0
+        process.communicate(timeout=PATIENCE_S)
+        assert process.returncode != 0
         assert not (Path(folder) / "result.json").exists(), "it was done before its head could be lost"
         entry = last_entry(folder)
         assert entry

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.storage import Layout
-from tests.pipelines.recovery import SECONDS
+from tests.pipelines.recovery import remember
 from tests.pipelines.support import losses, tiny
 from tests.pipelines.test_faults import PATIENCE_S
 
@@ -113,7 +113,7 @@ def test_fewer_workers_make_the_same_run(
     )
     assert done.returncode == 0, f"after step {after}: {done.stderr[-5000:]}"
     assert "went on with 1" in done.stderr
-    SECONDS.update(json.loads(done.stdout.splitlines()[-1]))
+    remember(json.loads(done.stdout.splitlines()[-1]))
     train.run(settings("fixed", "cluster.train_workers=1"))
     elastic, fixed = losses(places.run("elastic")), losses(places.run("fixed"))
     workers = [int(value) for _, value in elastic.pop("train/workers")]

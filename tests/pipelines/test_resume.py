@@ -108,6 +108,20 @@ def test_name_of_another_run_is_refused(
     assert Path(trained["checkpoint"]).exists()
 
 
+def test_what_computes_nothing_may_change(trained: dict[str, Any], places: Layout) -> None:
+    """Also where an earlier version wrote it down as part of the run."""
+    record = Path(places.run("first")) / "run.json"
+    written = record.read_text()
+    earlier = json.loads(written)
+    earlier["settings"]["upkeep"] = {"when_locked": "wait"}
+    try:
+        record.write_text(json.dumps(earlier))
+        again = train.run(tiny("upkeep.when_locked=refuse", "upkeep.part_mb=7"))
+    finally:
+        record.write_text(written)
+    assert again["mlflow_run_id"] == trained["mlflow_run_id"]
+
+
 def test_two_drivers_of_one_run(
     trained: dict[str, Any], places: Layout, tiny_yaml: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

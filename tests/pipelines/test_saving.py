@@ -18,6 +18,7 @@ from gare.train.history import History
 from gare.train.state import MODEL
 from gare.train.step import build_learner
 from pipelines.saving import LOOK_EVERY_S, Saver, StopRequest
+from pipelines.training import within_memory
 from tests.tiny import tiny_config
 
 STEPS = 6
@@ -51,6 +52,32 @@ def run(saver: Saver, folder: Path, *, upto: int = STEPS) -> list[tuple[int, int
             saver.epoch(step // 3, {"val/t2v/R1": 1.0 * step}, history)
             saver.writer.wait()
     return [(entry.step, entry.epoch) for entry in saver.checkpoints.entries()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seconds"),
+    [
+        (["train.checkpoint_every_s=600"], 600),
+        (["train.checkpoint_every_s=600", "cluster.min_workers=1", "cluster.resize_every_s=100"], 50),
+        (["train.checkpoint_every_s=0", "cluster.min_workers=1", "cluster.resize_every_s=100"], 50),
+        (["train.checkpoint_every_s=20", "cluster.min_workers=1", "cluster.resize_every_s=100"], 20),
+    ],
+)
+def test_elastic_runs_save_before_they_are_resized(
+    savers: list[Saver], tmp_path: Path, overrides: list[str], seconds: float
+) -> None:
+    """Ray ends workers to make them more: without a newer checkpoint each time the run would never end."""
+    assert new_saver(savers, tmp_path, *overrides).every_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("asked", "world_size", "found"), [(0, 4, 0), (0, 1, 2), (1, 2, 1), (6, 2, 2), (6, 4, 6)]
+)
+def test_fewer_workers_hold_no_more(asked: int, world_size: int, found: int) -> None:
+    """Half of the workers with twice the pairs each must not run out of the memory of their GPUs."""
+    elastic = ("cluster.train_workers=4", "cluster.min_workers=1", "train.batch_size=8")
+    config = tiny_config(*elastic, f"train.micro_batch={asked}")
+    assert within_memory(config, world_size).train.micro_batch == found
 
 
 @pytest.mark.parametrize(

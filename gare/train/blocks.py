@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ from gare.model.factorized import PairNumbers, Rule, pair_numbers
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.forms import gram
 from gare.model.gare import GARE
+from gare.model.heap import give_back_free_memory
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.streaming import MEGABYTE, numbers_of_a_pair
 from gare.train.gather import sum_over_workers, world_size
 
+#: Blocks that are computed, or computed again, between two times that their holes in the heap are given back.
+TRIM_EVERY = 16
 #: A block has so many pairs that its numbers stay in a processor's cache.
 BLOCK_BYTES = 8 * MEGABYTE
 
@@ -113,10 +117,17 @@ def blocks_of(model: GARE, sides: Sides, wanted: Wanted, reference: Tensor | Non
             texts = texts[(texts >= first) & (texts < first + size)] - first
         arguments = (model.rule, sides.owner, owners, sides.others, wanted, texts, reference)
         if recompute:
-            block: Block = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            run = _block if number % TRIM_EVERY else _block_on_trimmed_heap
+            block: Block = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
             yield block
         else:
             yield _block(*arguments)
+
+
+def _block_on_trimmed_heap(*arguments: Any) -> Block:
+    """``_block`` after the holes that earlier blocks have left are given back; in the backward again."""
+    give_back_free_memory()
+    return _block(*arguments)
 
 
 def _block(

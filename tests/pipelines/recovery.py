@@ -41,6 +41,12 @@ def last_entry(folder: str | Path) -> Entry | None:
         return None
 
 
+def last_step(folder: str | Path) -> int:
+    """Of the last checkpoint; -1: there is none yet."""
+    entry = last_entry(folder)
+    return entry.step if entry else -1
+
+
 def remember(measured: dict[str, list[float]]) -> None:
     """Adds what another process of a test measured."""
     for fault, seconds in measured.items():
@@ -63,11 +69,18 @@ class Recovery(threading.Thread):
 
     def run(self) -> None:
         while time.monotonic() < self.began + PATIENCE_S:
-            entry = last_entry(self.folder)
-            if entry and entry.step > self.step:
-                SECONDS.setdefault(self.fault, []).append(time.monotonic() - self.began)
+            if last_step(self.folder) > self.step:
+                remember({self.fault: [time.monotonic() - self.began]})
                 return
             threading.Event().wait(0.05)
+
+
+def training_actors() -> list[dict[str, Any]]:
+    """Training workers that are alive, as the cluster that this process has joined knows them."""
+    import ray
+
+    alive = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
+    return [one for one in alive if "RayTrainWorker" in one["ActorClassName"]]
 
 
 def workers() -> list[psutil.Process]:

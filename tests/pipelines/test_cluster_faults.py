@@ -36,7 +36,7 @@ from ray.cluster_utils import Cluster
 from cluster.storage import layout
 from gare.config import parse_config
 from pipelines import train
-from tests.pipelines.recovery import SECONDS, Recovery, last_entry, send, workers
+from tests.pipelines.recovery import SECONDS, Recovery, last_step, send, training_actors, workers
 from tests.pipelines.test_faults import wait_for
 
 how, after, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
@@ -48,21 +48,13 @@ ray.init(address=cluster.address, logging_level="warning")
 cluster.wait_for_nodes()
 events = {}
 
-def step():
-    entry = last_entry(folder)
-    return entry.step if entry else -1
-
-def training():
-    alive = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
-    return [one for one in alive if "RayTrainWorker" in one["ActorClassName"]]
-
 def strike():
-    wait_for(lambda: step() >= after)
+    wait_for(lambda: last_step(folder) >= after)
     # Held meanwhile, so that some of the run is left on any machine.
     held = workers()
     send(held, "suspend")
     # A node with a training worker, the head excepted: that is another test.
-    at = {one["Address"]["NodeID"] for one in training()}
+    at = {one["Address"]["NodeID"] for one in training_actors()}
     lost = next(node for node in nodes if node.node_id in at)
     if how == "drained":
         drain = ["drain-node", "--address", cluster.address, "--node-id", lost.node_id]
@@ -72,10 +64,10 @@ def strike():
         threading.Event().wait(2)
         send(held, "resume")
         # Checkpoints are written at the ends of epochs, and now.
-        wait_for(lambda: step() % 3)
+        wait_for(lambda: last_step(folder) % 3)
         send(held, "suspend")
-    events["saved"] = step()
-    here = {one["Pid"] for one in training() if one["Address"]["NodeID"] == lost.node_id}
+    events["saved"] = last_step(folder)
+    here = {one["Pid"] for one in training_actors() if one["Address"]["NodeID"] == lost.node_id}
     cluster.remove_node(lost, allow_graceful=False)
     Recovery(f"a node is {how}", folder, events["saved"])
     send([process for process in held if process.pid in here], "kill")

@@ -31,7 +31,7 @@ from ray.cluster_utils import Cluster
 from cluster.storage import layout
 from gare.config import parse_config
 from pipelines import train
-from tests.pipelines.recovery import SECONDS, Recovery, last_entry, send, workers
+from tests.pipelines.recovery import SECONDS, Recovery, last_step, send, training_actors, workers
 from tests.pipelines.test_faults import wait_for
 
 after, config = int(sys.argv[1]), parse_config(json.loads(sys.argv[2]))
@@ -42,28 +42,20 @@ nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
 ray.init(address=cluster.address, logging_level="warning")
 cluster.wait_for_nodes()
 
-def step():
-    entry = last_entry(folder)
-    return entry.step if entry else -1
-
-def training():
-    alive = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
-    return [one for one in alive if "RayTrainWorker" in one["ActorClassName"]]
-
 def strike():
-    assert wait_for(lambda: step() >= after)
+    assert wait_for(lambda: last_step(folder) >= after)
     held = workers()
     send(held, "suspend")
     lost = nodes[0]
-    here = {one["Pid"] for one in training() if one["Address"]["NodeID"] == lost.node_id}
+    here = {one["Pid"] for one in training_actors() if one["Address"]["NodeID"] == lost.node_id}
     assert len(here) == 1, here
     cluster.remove_node(lost, allow_graceful=False)
     send([process for process in held if process.pid in here], "kill")
     send([process for process in held if process.pid not in here], "resume")
-    saved = step()
+    saved = last_step(folder)
     Recovery("a node is killed, elastic: to go on with fewer", folder, saved)
-    assert wait_for(lambda: step() > saved + 3)
-    print("went on with", len(training()), file=sys.stderr)
+    assert wait_for(lambda: last_step(folder) > saved + 3)
+    print("went on with", len(training_actors()), file=sys.stderr)
     signal.signal = lambda *_: None  # a node wants one, which a thread cannot have
     cluster.add_node(num_cpus=2)
     # Linux ends what a thread has started with the thread.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +12,8 @@ from gare.model.gare import GARE
 from gare.model.heap import give_back_free_memory
 from gare.train import blocks
 from gare.train.step import build_learner, compute_gradients
+from tests.memory import held_mb
 from tests.tiny import tiny_batch, tiny_config
-
-
-def held_mb() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line)
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of this C library alone")

@@ -16,12 +16,12 @@ from cluster.stream import stream
 from cluster.tracking import RunHandle
 from gare.config import Config
 from gare.data.files import exists, join, read_json
-from gare.data.loader import ClipLoader, FeatureLoader
 from gare.errors import DataError, DivergedError, GareError, StoppedError
 from gare.train.data import StoredSplits, read_splits
 from gare.train.from_features import loader_of
 from gare.train.history import History
-from gare.train.plan import Plan, plan_run
+from gare.train.input.loader import ClipLoader, FeatureLoader
+from gare.train.input.plan import Plan, plan_run
 from pipelines.saving import Saver
 from pipelines.watching import Watch
 

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.status import TrainStatus, Whole, advice
 from cluster.tracking import RunHandle
 from gare.config import Config
-from gare.train.plan import Plan
+from gare.train.input.plan import Plan
 
 logger = logging.getLogger(__name__)
 

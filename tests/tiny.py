@@ -12,7 +12,7 @@ import torch
 
 from gare.config import Config, parse_config
 from gare.data.batch import Batch, FeatureBatch
-from gare.data.sampler import share_of
+from gare.train.input.sampler import share_of
 
 AnyBatch = TypeVar("AnyBatch", Batch, FeatureBatch)
 

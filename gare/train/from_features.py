@@ -12,8 +12,8 @@ from typing import Any
 from gare.config import Config
 from gare.data.feature_store import feature_settings
 from gare.data.features import FeatureReader
-from gare.data.loader import ClipLoader, FeatureLoader
-from gare.train.plan import Plan
+from gare.train.input.loader import ClipLoader, FeatureLoader
+from gare.train.input.plan import Plan
 
 
 def settings_of(config: Config) -> dict[str, Any] | None:

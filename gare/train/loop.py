@@ -14,7 +14,7 @@ from gare.data.images import normalise
 from gare.data.manifest import ManifestRow
 from gare.errors import GareError
 from gare.model.tokenizer import tokenize
-from gare.train.plan import Plan, PlannedBatch
+from gare.train.input.plan import Plan, PlannedBatch
 from gare.train.stages import stage
 from gare.train.step import Learner, step_seed, train_step
 from gare.train.validation import Validation

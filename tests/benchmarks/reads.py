@@ -29,10 +29,10 @@ from gare.data.extraction import Extractor
 from gare.data.feature_store import feature_schema, feature_settings, feature_table
 from gare.data.features import FeatureReader
 from gare.data.images import prepare_frame
-from gare.data.loader import ClipLoader, FeatureLoader
 from gare.data.parts import write_table
 from gare.data.sampling import choose
 from gare.data.store import IDENTITY, StoreMeta, fingerprint, frame_settings, ids_in_parts, write_meta
+from gare.train.input.loader import ClipLoader, FeatureLoader
 
 #: Least ratio to decoding on the fly.
 BARS = {"jpeg": 10, "raw": 40, "features": 200}

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gare.data.features import FeatureReader
-from gare.data.loader import FeatureLoader
 from gare.data.store import check_settings, part_files, read_meta
 from gare.errors import DataError
+from gare.train.input.loader import FeatureLoader
 from tests.features import write_feature_store
 from tests.stores import write_store
 from tests.tiny import tiny_config

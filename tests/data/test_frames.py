@@ -10,9 +10,9 @@ import pytest
 from gare.config import ExtractConfig
 from gare.data.frames import FrameReader
 from gare.data.images import decode_jpeg, encode_jpeg
-from gare.data.loader import ClipLoader
 from gare.data.store import META, frame_schema, write_part
 from gare.errors import DataError
+from gare.train.input.loader import ClipLoader
 from tests.stores import describe_store, random_frames, stored_row, write_store
 
 RAW = ExtractConfig(num_frames=4, image_size=16, encoding="raw")

@@ -18,7 +18,6 @@ from gare.config import Config
 from gare.data.compact import compact
 from gare.data.feature_pass import FeaturePass
 from gare.data.features import FeatureReader
-from gare.data.loader import ClipLoader, FeatureLoader
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.parts import read_columns, read_parts, write_table
 from gare.data.store import (
@@ -37,8 +36,9 @@ from gare.model.gare import GARE
 from gare.retrieval.encode import Encoder, encode_stored
 from gare.retrieval.feature_maker import FeatureMaker
 from gare.train.data import read_splits
+from gare.train.input.loader import ClipLoader, FeatureLoader
+from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
-from gare.train.plan import plan_run
 from gare.train.state import complete_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.step import Learner, build_learner
 from tests.stores import random_frames, stored_row, write_store

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from gare.config import Config
-from gare.data.loader import ClipLoader
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.store import FAILURE_SCHEMA, write_part
 from gare.errors import DataError, GareError
 from gare.model.gare import GARE
 from gare.train.data import StoredSplits, read_splits
 from gare.train.history import History
+from gare.train.input.loader import ClipLoader
+from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
-from gare.train.plan import plan_run
 from gare.train.state import restore_learner, save_checkpoint
 from gare.train.step import build_learner
 from tests.stores import describe_store, failure_row, write_store

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from gare.config import TrainConfig
-from gare.data.sampler import epoch_batches, share_of
 from gare.errors import ConfigError
+from gare.train.input.sampler import epoch_batches, share_of
 
 
 @dataclass(frozen=True)

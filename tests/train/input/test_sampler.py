@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gare.config import TrainConfig
-from gare.data.sampler import epoch_batches
 from gare.errors import ConfigError, DataError
-from gare.train.plan import Plan, plan_run
+from gare.train.input.plan import Plan, plan_run
+from gare.train.input.sampler import epoch_batches
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Where the program runs: sessions, resources and actors of Ray."""

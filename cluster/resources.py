@@ -14,8 +14,10 @@ from gare.errors import ConfigError, GareError
 
 logger = logging.getLogger(__name__)
 
-#: CPUs of an actor that loads a training worker's data: reading stored frames is short work beside training.
+#: CPUs reserved for an actor that loads a training worker's data: it has nothing to do while batches wait.
 LOADER_CPUS = 0.25
+#: Loaders that an automatic number comes to at most: more than any step needs.
+MAX_LOADERS = 16
 #: CPUs that an automatic training worker with a GPU takes at most: it starts kernels and copies.
 GPU_WORKER_CPUS = 4
 _MEGABYTE = 10**6
@@ -87,21 +89,17 @@ def extraction_cpus(config: ClusterConfig) -> int:
 
 
 def cpus_of_worker(config: ClusterConfig) -> float:
-    """CPUs of a training worker and of the actors that load for it."""
-    return config.cpus_per_worker + config.loaders_per_worker * LOADER_CPUS
+    """CPUs that are reserved for a training worker, with those of the actors that load for it on its node.
+
+    Ray counts workers by dividing floats: the share of one has to be exact in binary.
+    """
+    cpus = config.cpus_per_worker + max(config.loaders_per_worker, 1) * LOADER_CPUS
+    return math.ceil((cpus - _SLACK) * 4) / 4
 
 
 def resources_of_worker(config: ClusterConfig) -> dict[str, float]:
-    """What Ray reserves for a training worker.
-
-    Where their number may change Ray takes as many as fit: what loads for each must be reserved with it, or
-    there would be no room left for that. It counts by dividing floats: the share of a worker has to be one
-    that is exact in binary.
-    """
-    cpus = config.cpus_per_worker
-    if config.min_workers:
-        cpus = math.ceil((cpus_of_worker(config) - _SLACK) * 4) / 4
-    return {"CPU": cpus} | ({"GPU": 1.0} if config.use_gpu else {})
+    """What Ray reserves for a training worker."""
+    return {"CPU": cpus_of_worker(config)} | ({"GPU": 1.0} if config.use_gpu else {})
 
 
 def object_store_bytes(config: ClusterConfig) -> int:
@@ -119,10 +117,13 @@ def settle_resources(config: Config) -> Config:
     if settled == config.cluster:
         return config
     logger.info(
-        "training workers: %d, each with %g CPU%s; the cluster's nodes: %d with %d CPU and %d GPU",
+        "training workers: %d, each with %g CPU%s and %d loader%s; the cluster's nodes: %d with %d CPU and "
+        "%d GPU",
         settled.train_workers,
         settled.cpus_per_worker,
         " and 1 GPU" if settled.use_gpu else "",
+        settled.loaders_per_worker,
+        "s" * (settled.loaders_per_worker > 1),
         len(nodes()),
         num_cpus(),
         num_gpus(),
@@ -155,7 +156,28 @@ def settle(config: ClusterConfig, batch_size: int, there: Sequence[Node]) -> Clu
         cpus = share / 2
         cpus = max(0.5, float(math.floor(cpus)) if cpus >= 1 else 0.5)
         cpus = min(cpus, float(GPU_WORKER_CPUS)) if on_gpus else cpus
-    return config.model_copy(update={"train_workers": workers, "cpus_per_worker": cpus, "use_gpu": on_gpus})
+    settled = config.model_copy(
+        update={"train_workers": workers, "cpus_per_worker": cpus, "use_gpu": on_gpus}
+    )
+    loaders = config.loaders_per_worker or _loaders_that_fit(settled, able)
+    return settled.model_copy(update={"loaders_per_worker": loaders})
+
+
+def _loaders_that_fit(config: ClusterConfig, able: Sequence[Node]) -> int:
+    """Loaders for which a node has CPUs left when it is full of training workers, on the node with least.
+
+    Args:
+        config: settled but for them.
+        able: nodes that can hold a training worker.
+    """
+    spread = config.placement.endswith("spread")
+    even = math.ceil(config.train_workers / len(able))
+    rooms = []
+    for node in able:
+        most = node.gpus if config.use_gpu else node.cpus // max(config.cpus_per_worker, _SLACK)
+        here = max(1, min(even if spread else config.train_workers, int(most)))
+        rooms.append(node.cpus / here - config.cpus_per_worker)
+    return max(1, min(int(min(rooms) + _SLACK), MAX_LOADERS))
 
 
 def require_train_resources(config: ClusterConfig) -> None:
@@ -169,9 +191,7 @@ def require_train_resources(config: ClusterConfig) -> None:
         GareError: where other jobs still hold it after ``cluster.wait_s``.
     """
     workers = config.min_workers or config.train_workers
-    # Rounded up where Ray reserves what loads with the worker.
-    each = max(cpus_of_worker(config), resources_of_worker(config)["CPU"])
-    needed = {"CPU": workers * each}
+    needed = {"CPU": workers * cpus_of_worker(config)}
     if config.use_gpu:
         needed["GPU"] = float(workers)
     grown = _can_grow_to(config)
@@ -183,8 +203,8 @@ def require_train_resources(config: ClusterConfig) -> None:
         if most < amount - _SLACK:
             growing = f" and can grow to {most:g}" if most > total[kind] else ""
             raise ConfigError(
-                f"{what}, each with {config.loaders_per_worker * LOADER_CPUS:g} CPU to load its data, "
-                f"need {amount:g} {kind}, the cluster has {total[kind]:g}{growing}",
+                f"{what}, each with {cpus_of_worker(config) - config.cpus_per_worker:g} CPU to load its "
+                f"data, need {amount:g} {kind}, the cluster has {total[kind]:g}{growing}",
                 where="cluster.min_workers" if config.min_workers else "cluster.train_workers",
                 accepted="fewer workers, a smaller cluster.cpus_per_worker or a larger cluster",
             )
@@ -201,7 +221,7 @@ def require_train_resources(config: ClusterConfig) -> None:
 
 def num_that_fit(config: ClusterConfig, there: Sequence[Node]) -> int:
     """Training workers that these nodes can hold when nobody else uses them, at most as many as asked for."""
-    each = max(resources_of_worker(config)["CPU"], _SLACK)
+    each = cpus_of_worker(config)
     rooms = [
         int(min((node.cpus + _SLACK) / each, node.gpus if config.use_gpu else math.inf)) for node in there
     ] or [0]

@@ -20,6 +20,13 @@ _TERMS = {
     "loss/radii": "radii",
     "loss/direction": "direction",
 }
+#: Parts of what a batch takes to load: the metric's name, and what the line calls it.
+PARTS = {
+    "fetch": "fetching from the store",
+    "jpeg": "decoding JPEG",
+    "augment": "augmentation",
+    "transfer": "the way to the device",
+}
 _SCORES = {"val/t2v/R1": "t2v", "val/v2t/R1": "v2t"}
 
 
@@ -32,14 +39,16 @@ class Whole:
         epoch_ends: steps done at the end of each epoch.
         batch_size: global batch.
         rank: of this worker; those above 0 speak only where they wait for data.
-        advice: what to do about that.
+        advice: what to do about that, given the part of the loading that takes longest.
+        on_device: parts of the loading that are done on the way to the device; the others are the loaders'.
     """
 
     run: str
     epoch_ends: tuple[int, ...]
     batch_size: int
     rank: int = 0
-    advice: str = ""
+    advice: Callable[[str], str] = str
+    on_device: tuple[str, ...] = ("transfer",)
 
     @property
     def steps(self) -> int:
@@ -72,6 +81,7 @@ class TrainStatus:
         self._first, self._said_step = step, step
         self._began = self._said = clock()
         self._waited = self._worked = 0.0
+        self._parts = dict.fromkeys(PARTS, 0.0)
         self._spoke = False
         self._scores: dict[str, tuple[int, float]] = {}
         self._best = 0.0
@@ -90,10 +100,13 @@ class TrainStatus:
 
         Args:
             step: steps done.
-            values: the step's, by metric name; ``time/step_s`` and ``time/data_wait_s`` among them.
+            values: the step's, by metric name; ``time/step_s`` and ``time/data_wait_s`` among them, and
+                where it is known ``time/data_PART_s`` of each of ``PARTS``.
         """
         self._waited += values["time/data_wait_s"]
         self._worked += values["time/step_s"]
+        for part in PARTS:
+            self._parts[part] += values.get(f"time/data_{part}_s", 0.0)
         now = self._clock()
         if self._spoke and now - self._said < EVERY_S and step != self.whole.steps:
             return ""
@@ -102,6 +115,7 @@ class TrainStatus:
         is_slow = self._spoke and self._share() > SLOW_SHARE
         self._spoke, self._said, self._said_step = True, now, step
         self._waited = self._worked = 0.0
+        self._parts = dict.fromkeys(PARTS, 0.0)
         if self.whole.rank:
             return line if is_slow else ""
         return line
@@ -127,8 +141,19 @@ class TrainStatus:
         ]
         line = ", ".join(part for part in parts if part)
         if self._spoke and share > SLOW_SHARE:
-            line += f"; SLOW because of data: {whole.advice}"
+            line += f"; SLOW because of data: {self._slow(step - self._said_step)}"
         return line
+
+    def _slow(self, steps: int) -> str:
+        """The part of the loading that holds the others up, and what to do about it.
+
+        Loaders work side by side with the way to the device: the slower of the two is what a step waits for.
+        """
+        seconds = {part: spent / max(steps, 1) for part, spent in self._parts.items()}
+        lines = [self.whole.on_device, [part for part in PARTS if part not in self.whole.on_device]]
+        slower = max(lines, key=lambda parts: sum(seconds[part] for part in parts))
+        part = max(slower, key=lambda name: seconds[name])
+        return f"{PARTS[part]} takes {seconds[part]:.3g} s a batch: {self.whole.advice(part)}"
 
     def _val(self) -> str:
         if not self._scores:
@@ -144,16 +169,25 @@ def _bracketed(values: Mapping[str, float]) -> str:
     return f" ({', '.join(terms)})" if terms else ""
 
 
-def advice(*, from_features: bool, is_raw: bool, loaders: int) -> str:
+def advice(part: str, *, from_features: bool, is_raw: bool, loaders: int, on_gpu: bool = False) -> str:
     """What makes data arrive faster.
 
     Args:
-        from_features: whether the run learns from a feature store.
-        is_raw: whether the frame store holds raw frames.
+        part: of ``PARTS``, which takes longest.
+        from_features: the run learns from a feature store.
+        is_raw: the frame store holds raw frames.
         loaders: actors that load for each worker.
+        on_gpu: clips are augmented on a GPU.
     """
     more = f"raise cluster.loaders_per_worker (now {loaders}) where CPUs are free"
+    features = "learn from features (train.input=features)"
+    if part == "transfer":
+        return "give the worker CPUs of its own (cluster.cpus_per_worker), for others use those that copy"
     if from_features:
         return f"raise features.cache_mb so that the store fits into memory, or {more}"
+    if part == "fetch":
+        return f"{more}, bring the store nearer (storage.root), or {features}"
+    if part == "augment":
+        return f"lower augment.operations, or {'' if on_gpu else f'{more}, or '}{features}"
     raw = "" if is_raw else ", extract with extract.encoding=raw"
-    return f"{more}{raw}, or learn from features (train.input=features)"
+    return f"{more}{raw}, or {features}"

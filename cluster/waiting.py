@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.resources import Node, cpus_of_worker, nodes, num_that_fit
+from cluster.resources import nodes, num_that_fit
 from gare.config import ClusterConfig
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 30.0
-
-
-def workers_held(config: ClusterConfig, there: Sequence[Node]) -> int:
-    """Training workers that the nodes can hold, each with the actors that load for it.
-
-    Args:
-        config: settled.
-        there: nodes of the cluster.
-    """
-    with_loaders = (sum(node.cpus for node in there) + 1e-6) // cpus_of_worker(config)
-    return min(num_that_fit(config, there), int(with_loaders))
 
 
 @contextmanager
@@ -43,7 +32,7 @@ def tells_of_lost_nodes(config: ClusterConfig, every_s: float = LOOK_EVERY_S) ->
                 there = nodes()
             except Exception:  # of Ray, whose head may be gone, which the training itself says
                 continue
-            held = workers_held(config, there)
+            held = num_that_fit(config, there)
             if held < fewest:
                 logger.warning(
                     "training waits for nodes: the %d that are left hold %d of the %d workers that it needs",

@@ -29,6 +29,11 @@ class AugmentConfig(Section):
         0.0, description="share of clips that are mirrored; wrong where captions say left or right"
     )
 
+    @property
+    def is_on(self) -> bool:
+        """True if clips are changed at all."""
+        return bool(self.operations or self.flip or self.crop_scale < 1)
+
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> AugmentConfig:
         if changed := [] if self.operations else self.changed("magnitude", "noise", "probability"):

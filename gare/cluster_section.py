@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from gare.sections import Count, NonNegative, Positive, Section
+from gare.sections import NonNegative, Positive, Section
 
 
 class ClusterConfig(Section):
@@ -46,8 +46,16 @@ class ClusterConfig(Section):
         description="CPUs of a training worker; 0 or auto: half of its share of the CPUs, 4 at most with a "
         "GPU; the rest decodes and loads",
     )
-    loaders_per_worker: Count = Field(
-        1, description="actors that load each training worker's clips; more where the status line says so"
+    loaders_per_worker: int = Field(
+        0,
+        ge=0,
+        description="actors on its node that load each training worker's clips and, without a GPU, augment "
+        "them; 0 or auto: as many as it has CPUs left for each worker, 16 at most",
+    )
+    prefetch_mb: Positive = Field(
+        1024.0,
+        description="MB of clips, loaded or being loaded, that wait for a training worker at most, beside "
+        "the batch that it puts together; less where the object store is small",
     )
     use_gpu: Literal[True, False, "auto"] = Field(
         False, description="give each training worker a GPU; auto: where the cluster has any"
@@ -70,7 +78,9 @@ class ClusterConfig(Section):
         120.0, description="seconds to wait for CPUs or GPUs that other jobs hold or that are being added"
     )
 
-    @field_validator("object_store_mb", "train_workers", "cpus_per_worker", mode="before")
+    @field_validator(
+        "object_store_mb", "train_workers", "cpus_per_worker", "loaders_per_worker", mode="before"
+    )
     @classmethod
     def _auto_is_zero(cls, value: Any) -> Any:
         return 0 if value == "auto" else value

@@ -41,7 +41,7 @@ def feature_faults(
     if train.input != "features":
         return []
     faults = []
-    if augment.operations or augment.crop_scale < 1 or augment.flip:
+    if augment.is_on:
         faults.append("augment changes pictures, and train.input features has none: set it off")
     if train.freeze not in ("auto", "towers"):
         faults.append(

@@ -7,7 +7,7 @@ import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.command import main
 from cluster.resources import require_train_resources, resources_of_worker, settle_resources
@@ -31,12 +31,14 @@ from gare.errors import ConfigError, DivergedError, GareError, StoppedError
 from gare.retrieval.evaluated import split_hash_of
 from gare.train.checkpoints import Entry
 from gare.train.data import StoredSplits
-from gare.train.from_features import attach_towers, settings_of, write_start
 from gare.train.history import History
 from pipelines.finishing import log_outputs
 from pipelines.pending import pending_of
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
-from pipelines.training import clips_file, plan_of, splits_of, train_worker
+from pipelines.training import clips_file, input_of_run, plan_of, splits_of, train_worker
+
+if TYPE_CHECKING:
+    from gare.train.input.inputs import TrainInput
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +77,9 @@ def _lock(config: Config, places: Layout) -> AbstractContextManager[StoreLock | 
 def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, Any]:
     started = time.monotonic()
     folder = places.run(config.train.run)
-    settings = settings_of(config)
+    source = input_of_run(config, places)
     begun = exists(join(folder, "run.json")) and not config.train.overwrite
-    splits = splits_of(config, places, settings, begun=begun)
+    splits = splits_of(config, places, source, begun=begun)
     vocabulary = ClipConfig().vocab_size
     if config.model.clip.vocab_size < vocabulary:
         raise ConfigError(
@@ -93,28 +95,24 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         return finished
     # All that can be refused is, before anything is deleted or written.
     if config.train.clip_weights and not earlier:
-        from gare.train.start import initial_model
-
-        initial_model(config)
+        source.check_weights()
     tracker = connect(config.tracking, places.root)
     with ray_session(config.cluster):
         config = settle_resources(config)
         require_train_resources(config.cluster)
         if config.train.overwrite:
             delete_tree(folder)
-        if settings is not None:
-            write_start(config, join(folder, "start"))
+        source.begin(folder)
         handle = _start_run(tracker, config, places, splits, earlier.get("mlflow_run_id"))
         try:
             write_json(clips_file(config, places), splits.ids())
             write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
             with system_metrics(handle, config.tracking):
-                location, best = _fit(config, places, handle, settings, splits)
+                location, best = _fit(config, places, handle, source, splits)
             if lock:
                 lock.check()
             copy_files(location, places.checkpoint(config.train.run))
-            if settings is not None:
-                attach_towers(config, places.checkpoint(config.train.run))
+            source.finish(places.checkpoint(config.train.run))
             result = _finish(config, places, handle, best, started)
             write_json(join(folder, "result.json"), result)
         except BaseException as error:
@@ -195,7 +193,7 @@ def _start_run(
 
 
 def _fit(
-    config: Config, places: Layout, handle: RunHandle, settings: dict[str, Any] | None, splits: StoredSplits
+    config: Config, places: Layout, handle: RunHandle, source: TrainInput, splits: StoredSplits
 ) -> tuple[str, Entry]:
     """Runs the workers; returns the checkpoint that is best on val, the last without val, and what it is."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -211,7 +209,8 @@ def _fit(
         train_loop_config={
             "config": config,
             "handle": handle,
-            "settings": settings,
+            "settings": source.store_settings,
+            "shared": source.shared(splits),
             "clips": splits.hashes(),
             "watch_preemption": watches_preemption(),
         },

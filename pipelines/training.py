@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import logging
 import resource
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from cluster.logs import set_up_logging
+from cluster.runtime.batches import ahead_bytes, stream
+from cluster.runtime.devices import device_of_worker, explained_memory
 from cluster.storage import Layout, layout
-from cluster.stream import stream
 from cluster.tracking import RunHandle
 from gare.config import Config
 from gare.data.files import exists, join, read_json
 from gare.errors import DataError, DivergedError, GareError, StoppedError
 from gare.train.data import StoredSplits, read_splits
-from gare.train.from_features import loader_of
 from gare.train.history import History
-from gare.train.input.loader import ClipLoader, FeatureLoader
+from gare.train.input.loader import FeatureLoader, Listed
 from gare.train.input.plan import Plan, plan_run
 from pipelines.saving import Saver
 from pipelines.watching import Watch
+
+if TYPE_CHECKING:
+    import torch
+
+    from gare.model.gare import GARE
+    from gare.train.input.feed import Feed
+    from gare.train.input.inputs import TrainInput
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +35,16 @@ logger = logging.getLogger(__name__)
 LOG_EVERY = 10
 
 
-def store_of(config: Config, places: Layout) -> str:
-    """The store that a run reads: of frames or of features."""
-    return places.features if config.train.input == "features" else places.frames
+def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None = None) -> TrainInput:
+    """What the run learns from, of its own stores."""
+    from gare.train.input.inputs import input_of  # here: --help needs no torch, which takes seconds
+
+    return input_of(config, places.frames, places.features, settings)
 
 
-def splits_of(
-    config: Config, places: Layout, settings: dict[str, Any] | None, *, begun: bool
-) -> StoredSplits:
+def splits_of(config: Config, places: Layout, source: TrainInput, *, begun: bool) -> StoredSplits:
     """What the store holds; where the run has begun, of the clips that it began with."""
-    splits = read_splits(places.manifest, store_of(config, places), config.extract, settings)
+    splits = read_splits(places.manifest, source.store, config.extract, source.store_settings)
     clips = clips_file(config, places)
     return splits.only(read_json(clips)) if begun and exists(clips) else splits
 
@@ -70,6 +74,12 @@ def within_memory(config: Config, world_size: int) -> Config:
     return config.model_copy(update={"train": train})
 
 
+def _pairs_at_once(config: Config, world_size: int) -> tuple[int, int]:
+    """Pairs that go through a worker's towers at once, and the pairs of a worker."""
+    share = -(-config.train.batch_size // world_size)
+    return within_memory(config, world_size).train.micro_batch or share, share
+
+
 def train_worker(task: dict[str, Any]) -> GareError | None:
     """One Ray Train worker: builds its learner, restores it, runs its share of the plan.
 
@@ -78,49 +88,36 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
         Raised, it would have Ray try again in vain.
     """
     import ray.train
-    from ray.train.torch import get_device
 
     from gare.train.loop import run_loop
-    from gare.train.start import initial_model, read_start
     from gare.train.step import build_learner
+    from gare.train.validation import Validation
 
     config: Config = task["config"]
     places = layout(config)
-    device = get_device()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     name = f"{config.name}/{config.train.run}"
     set_up_logging(replace=True, log_format=config.tracking.log_format, run=name, rank=rank)
-    splits = splits_of(config, places, task["settings"], begun=True)
-    if splits.hashes() != task["clips"]:
-        # Another order of samples, perhaps another number of steps than the other workers'.
-        raise DataError(
-            "lacks clips that this training began with, or has other captions of them",
-            where=store_of(config, places),
-            accepted="the clips of the run's clips.json; train.overwrite=true starts anew",
-        )
-    rows = {"train": splits.train, "val": splits.val}
-    plan = plan_of(config, splits, rank=rank, world_size=world_size)
-    from_features = config.train.input == "features"
-    model = read_start(join(places.run(config.train.run), "start"), config.model) if from_features else None
-    learner = replace(
-        build_learner(
-            model or initial_model(config), within_memory(config, world_size), plan.num_steps, device
-        ),
-        config=config,
-    )
-    saver = Saver(
-        config, places, learner, rank, device, validated=bool(splits.val), watch=task["watch_preemption"]
-    )
+    device = device_of_worker(config.cluster)
+    source = input_of_run(config, places, task["settings"])
+    listed = _listed(config, places, source, task["clips"], rank, world_size)
+    model = source.worker_model(places.run(config.train.run))
+    learner = build_learner(model, within_memory(config, world_size), listed.plan.num_steps, device)
+    learner = replace(learner, config=config)
+    validated, watches = bool(listed.ids["val"]), task["watch_preemption"]
+    saver = Saver(config, places, learner, rank, device, validated=validated, watch=watches)
     start_epoch = saver.restore()
-    ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
-    first = plan.position(start_epoch, learner.step)
-    load = loader_of(config, store_of(config, places), ids, plan, words=learner.model.needs_words)
-    clips = _clips(config, load, range(first, len(ids)))
-    watch = Watch(config, learner, plan, rank, device)
+    first = listed.plan.position(start_epoch, learner.step)
+    watch = Watch(config, learner, listed.plan, rank, device)
     report = Reporter(config, places, task["handle"], saver, start_epoch, watch, world_size)
+    validation = Validation(learner.model, device)
     try:
-        run_loop(learner, plan, first, rows, clips, device, report.step, report.epoch)
+        with (
+            explained_memory(*_pairs_at_once(config, world_size)),
+            _feed(config, source, listed, task["shared"], first, device, learner.model) as feed,
+        ):
+            run_loop(learner, listed, first, source, feed, validation, report.step, report.epoch)
         saver.close()
     except (DivergedError, StoppedError) as fault:
         return fault
@@ -132,17 +129,62 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     return None
 
 
-def _clips(
-    config: Config, load: Callable[[], ClipLoader | FeatureLoader], numbers: range
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of the plan, in order."""
-    if config.train.input == "features":
-        loader = load()
+def _listed(
+    config: Config, places: Layout, source: TrainInput, clips: dict[str, str], rank: int, world_size: int
+) -> Listed:
+    """This worker's batches of the clips that the training began with.
+
+    Raises:
+        DataError: where the store lacks some of them, or has other captions of them.
+    """
+    splits = splits_of(config, places, source, begun=True)
+    if splits.hashes() != clips:
+        # Another order of samples, perhaps another number of steps than the other workers'.
+        raise DataError(
+            "lacks clips that this training began with, or has other captions of them",
+            where=source.store,
+            accepted="the clips of the run's clips.json; train.overwrite=true starts anew",
+        )
+    ids = {split: [row.video_id for row in splits.of_split(split)] for split in ("train", "val")}
+    return Listed(plan_of(config, splits, rank=rank, world_size=world_size), ids)
+
+
+def _feed(
+    config: Config,
+    source: TrainInput,
+    listed: Listed,
+    shared: Any,
+    first: int,
+    device: torch.device,
+    model: GARE,
+) -> Feed:
+    """Batches of the plan from the first on, on the device."""
+    import ray.train
+
+    from gare.train.input.feed import Feed
+
+    plan, loaders = listed.plan, config.cluster.loaders_per_worker
+    sizes = [len(batch.videos) for batch in plan.batches]
+    load = source.loader(listed, shared, device, model)
+    here = load() if config.train.input == "features" else None
+    if isinstance(here, FeatureLoader) and here.reader.whole:
         # What fits into memory is read in this process, where it costs next to nothing.
-        if isinstance(loader, FeatureLoader) and loader.reader.whole:
-            return map(loader, numbers)
-    return stream(
-        load, numbers, actors=config.cluster.loaders_per_worker, reserved=bool(config.cluster.min_workers)
+        loaders = 1
+        chunks = (here(number, 0, sizes[number]) for number in range(first, len(sizes)))
+    else:
+        chunks = stream(
+            load,
+            ((number, sizes[number]) for number in range(first, len(sizes))),
+            row_bytes=source.row_bytes(model),
+            loaders=loaders,
+            ahead_bytes=ahead_bytes(config.cluster, ray.train.get_context().get_local_world_size()),
+        )
+    return Feed(
+        chunks,
+        sizes[first:],
+        device,
+        finish=lambda place, tensors: source.finished(plan.batches[first + place], tensors),
+        loaders=loaders,
     )
 
 

@@ -6,6 +6,7 @@ import logging
 import resource
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class Watch:
 
     def __init__(self, config: Config, learner: Any, plan: Plan, rank: int, device: Any) -> None:
         self._config, self._rank = config, rank
-        self.status = TrainStatus(_whole(config, plan, rank), learner.step, lambda: memory_of(device))
+        self.status = TrainStatus(
+            _whole(config, plan, rank, on_gpu=device.type == "cuda"), learner.step, lambda: memory_of(device)
+        )
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._profile: Any = None
         if config.train.profile:
@@ -75,17 +78,20 @@ class Watch:
         self._folder.cleanup()
 
 
-def _whole(config: Config, plan: Plan, rank: int) -> Whole:
+def _whole(config: Config, plan: Plan, rank: int, *, on_gpu: bool) -> Whole:
     train = config.train
     steps = [0] * (max((batch.epoch for batch in plan.batches), default=0) + 1)
     for batch in plan.batches:
         steps[batch.epoch] += batch.kind == "train"
-    help_ = advice(
+    help_ = partial(
+        advice,
         from_features=train.input == "features",
         is_raw=config.extract.encoding == "raw",
         loaders=config.cluster.loaders_per_worker,
+        on_gpu=on_gpu,
     )
-    return Whole(train.run, tuple(accumulate(steps)), train.batch_size, rank, help_)
+    on_device = ("augment", "transfer") if on_gpu else ("transfer",)
+    return Whole(train.run, tuple(accumulate(steps)), train.batch_size, rank, help_, on_device)
 
 
 def memory_of(device: Any) -> str:

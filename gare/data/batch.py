@@ -17,9 +17,10 @@ class Batch:
     """Captions beside their clips.
 
     Attributes:
-        token_ids: (B, W) int64.
+        token_ids: (B, W) int32 or int64.
         token_mask: (B, W) bool.
-        frames: (B, F, 3, H, W) float32, CLIP-normalised.
+        frames: (B, F, H, W, 3) uint8, which are normalised where they are encoded, or (B, F, 3, H, W)
+            floating, CLIP-normalised.
         frame_mask: (B, F) bool.
         video_ids: (B,) int64, the same number for captions of the same video; None where no one asks.
     """

@@ -59,24 +59,20 @@ class Encoder:
 
 
 def from_stored(
-    model: GARE, arrays: Mapping[str, np.ndarray], device: str | torch.device
+    model: GARE, arrays: Mapping[str, np.ndarray] | Mapping[str, torch.Tensor], device: str | torch.device
 ) -> tuple[TextFeatures, VideoFeatures]:
     """What the model makes of stored features: all captions of the clips in order, and the clips.
 
     Args:
         model: whose towers made the features, or that has none.
-        arrays: from ``FeatureReader.read``.
+        arrays: from ``FeatureReader.read``, or tensors of the same.
         device: where to compute.
     """
-    real = arrays["caption_mask"]
-
-    def texts(name: str) -> torch.Tensor:
-        return torch.from_numpy(arrays[name][real]).to(device)
-
-    words = texts("words").float() if "words" in arrays else None
-    text = TextFeatures(texts("text").float(), words, texts("token_mask"))
-    frames = torch.from_numpy(arrays["frames"]).to(device).float()
-    mask = torch.from_numpy(arrays["frame_mask"]).to(device)
+    held = {name: torch.as_tensor(array).to(device) for name, array in arrays.items()}
+    real = held["caption_mask"]
+    words = held["words"][real].float() if "words" in held else None
+    text = TextFeatures(held["text"][real].float(), words, held["token_mask"][real])
+    frames, mask = held["frames"].float(), held["frame_mask"]
     return model.text_from_towers(text), model.video_from_towers(frames, mask)
 
 

@@ -1,22 +1,14 @@
-"""The training loop of one worker, from a stream of clips to reports of steps and epochs."""
+"""The training loop of one worker, from a feed of batches to reports of steps and epochs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 
-import numpy as np
-import torch
-
-from gare.data.augment import augment
-from gare.data.batch import Batch, FeatureBatch
-from gare.data.images import normalise
-from gare.data.manifest import ManifestRow
-from gare.errors import GareError
-from gare.model.tokenizer import tokenize
-from gare.train.input.plan import Plan, PlannedBatch
-from gare.train.stages import stage
-from gare.train.step import Learner, step_seed, train_step
+from gare.train.input.feed import Feed
+from gare.train.input.inputs import TrainInput
+from gare.train.input.loader import PARTS, Listed
+from gare.train.step import Learner, train_step
 from gare.train.validation import Validation
 
 #: Called after each optimiser step: step (from 1), values by metric name.
@@ -27,11 +19,11 @@ OnEpoch = Callable[[int, dict[str, float]], None]
 
 def run_loop(
     learner: Learner,
-    plan: Plan,
+    listed: Listed,
     first: int,
-    rows: Mapping[str, Sequence[ManifestRow]],
-    clips: Iterator[Mapping[str, np.ndarray]],
-    device: torch.device,
+    source: TrainInput,
+    feed: Feed,
+    validation: Validation,
     on_step: OnStep,
     on_epoch: OnEpoch,
 ) -> None:
@@ -39,80 +31,35 @@ def run_loop(
 
     Args:
         learner: model and optimiser, as they are before that batch.
-        plan: of this worker.
+        listed: batches of this worker.
         first: number of the batch, from ``Plan.position``.
-        rows: clips of ``train`` and ``val`` in the order that the plan numbers.
-        clips: ``frames`` and ``frame_mask`` of the plan's batches from the first on; from a
-            feature store also ``text`` and what else ``FeatureReader.read`` gives.
-        device: where to compute.
-        on_step: reports a step; ``time/step_s`` and ``time/data_wait_s`` are among its values.
+        source: what the run learns from.
+        feed: of the plan's batches from the first on.
+        validation: of the learner's model.
+        on_step: reports a step. Among its values are ``time/step_s``, ``time/data_wait_s``, which the step
+            stood still for its batch on the host or on the device, and by part what the batch took to load:
+            ``time/data_fetch_s``, ``time/data_jpeg_s``, ``time/data_augment_s``, ``time/data_transfer_s``.
         on_epoch: reports an epoch.
+
+    Raises:
+        GareError: where the loaders end before the plan does.
     """
-    validation = Validation(learner.model, device)
+    plan = listed.plan
     ends = {*plan.epoch_starts[1:], len(plan.batches)}
-    asked = time.perf_counter()
     for position, planned in enumerate(plan.batches[first:], start=first + 1):
-        arrays = next(clips, None)
-        if arrays is None:
-            raise GareError(
-                f"ended before batch {position - first} of {len(plan.batches) - first}", where="loader"
-            )
-        arrived = time.perf_counter()
+        asked = time.perf_counter()
+        arrived = next(feed)
         if planned.kind == "train":
-            with stage("prepare"):
-                batch = _batch(learner, planned, rows["train"], arrays)
-            with stage("to_device"):
-                batch = batch.to(device)
-            values = train_step(learner, batch, [rows["train"][video].video_id for video in planned.videos])
-            values |= {"time/step_s": time.perf_counter() - arrived, "time/data_wait_s": arrived - asked}
+            started = time.perf_counter()
+            batch = source.batch(planned, arrived.tensors)
+            values = train_step(learner, batch, [listed.ids["train"][video] for video in planned.videos])
+            seconds = feed.seconds(arrived)
+            on_device = seconds["device_wait"]
+            values |= {f"time/data_{part}_s": seconds[part] for part in (*PARTS, "transfer")}
+            values["time/data_wait_s"] = started - asked + on_device
+            values["time/step_s"] = time.perf_counter() - started - on_device
             on_step(learner.step, values)
-        elif "text" in arrays:
-            validation.add_features(planned.videos.tolist(), arrays)
         else:
-            validation.add(
-                planned.videos.tolist(),
-                [rows["val"][video].captions for video in planned.videos],
-                torch.from_numpy(arrays["frames"]),
-                torch.from_numpy(arrays["frame_mask"]),
-            )
+            source.validate(validation, planned, arrived.tensors)
         if position in ends:
             on_epoch(planned.epoch + 1, validation.metrics())
-        asked = time.perf_counter()
-
-
-def _batch(
-    learner: Learner,
-    planned: PlannedBatch,
-    rows: Sequence[ManifestRow],
-    arrays: Mapping[str, np.ndarray],
-) -> Batch | FeatureBatch:
-    pairs = list(zip(planned.videos, planned.captions, strict=True))
-    if len(arrays["frames"]) != len(pairs):
-        raise GareError(f"{len(arrays['frames'])} clips arrived for {len(pairs)} pairs", where="loader")
-    if "text" in arrays:
-        return _feature_batch(planned, arrays)
-    captions = [rows[video].captions[caption] for video, caption in pairs]
-    token_ids, token_mask = tokenize(captions, learner.config.model.max_words)
-    config = learner.config
-    # Of the pair and not of its place, so that the number of workers changes nothing.
-    seeds = [step_seed(config.train.seed, planned.epoch, video, caption) for video, caption in pairs]
-    augmented = augment(torch.from_numpy(arrays["frames"]), config.augment, seeds)
-    return Batch(
-        token_ids,
-        token_mask,
-        normalise(augmented),
-        torch.from_numpy(arrays["frame_mask"]),
-        torch.as_tensor(planned.videos),
-    )
-
-
-def _feature_batch(planned: PlannedBatch, arrays: Mapping[str, np.ndarray]) -> FeatureBatch:
-    words = arrays.get("words")
-    return FeatureBatch(
-        torch.from_numpy(arrays["text"][:, 0]),
-        None if words is None else torch.from_numpy(words[:, 0]),
-        torch.from_numpy(arrays["token_mask"][:, 0]),
-        torch.from_numpy(arrays["frames"]),
-        torch.from_numpy(arrays["frame_mask"]),
-        torch.as_tensor(planned.videos),
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gare.config import LossConfig, TrainConfig
 from gare.data.batch import Batch, FeatureBatch
+from gare.data.images import normalise
 from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
@@ -262,6 +263,11 @@ class Objective(nn.Module):
 
     def _features(self, part: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
         bf16 = self.train_config.precision == "bf16"
+        if isinstance(part, Batch) and part.frames.dtype == torch.uint8:
+            # Here and not where batches are made: as floats they are four times as large, and this way only
+            # those of a micro-batch are.
+            with stage("normalise"):
+                part = replace(part, token_ids=part.token_ids.long(), frames=normalise(part.frames))
         with stage("towers"), torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
             if isinstance(part, FeatureBatch):
                 kind = self.model.logit_scale.dtype

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from gare.train.gather import world_size
+from gare.train.input.loader import PARTS
 from gare.train.stages import STAGES, start_recording, stop_recording, watch_gradients
 from gare.train.step import Learner
 
@@ -33,6 +34,7 @@ class Profile:
         self.recorder = start_recording(device)
         watch_gradients(learner.objective, self.recorder)
         self.steps: list[dict[str, float]] = []
+        self.loading: list[dict[str, float]] = []
         left = learner.num_steps - learner.step
         self._trace, self._device = trace, device
         self._traced = range(min(WARM_UP, max(left - TRACED, 0)), min(WARM_UP + TRACED, left))
@@ -44,6 +46,7 @@ class Profile:
         seconds = self.recorder.take()
         seconds["other"] = max(values["time/step_s"] - sum(seconds.values()), 0.0)
         self.steps.append(seconds | {"data_wait": values["time/data_wait_s"]})
+        self.loading.append({part: values.get(f"time/data_{part}_s", 0.0) for part in (*PARTS, "transfer")})
         if self._profiler is not None and len(self.steps) == self._traced.stop:
             self._profiler.stop()
             self._profiler.export_chrome_trace(self._trace)
@@ -64,12 +67,14 @@ class Profile:
 
         Returns:
             ``workers``, ``steps`` (that the means are of), ``left_out``, ``mean_s`` by stage for each worker,
-            and ``by_step`` of this one.
+            and of this one ``by_step`` and ``loading_s``, the mean seconds by part that loading a batch took
+            beside the steps.
         """
         stop_recording()
         left_out = {0, *self._traced} if self._trace else {0}
         counted = [step for number, step in enumerate(self.steps) if number not in left_out]
         counted, left_out = (counted, left_out) if counted else (self.steps, set())
+        loading = [self.loading[number] for number in range(len(self.steps)) if number not in left_out]
         means = {
             name: statistics.fmean(step.get(name, 0.0) for step in counted)
             for name in STAGES
@@ -84,6 +89,11 @@ class Profile:
             "left_out": sorted(number for number in left_out if number < len(self.steps)),
             "mean_s": of_all,
             "by_step": self.steps,
+            "loading_s": {
+                part: statistics.fmean(one[part] for one in loading) for part in (*PARTS, "transfer")
+            }
+            if loading
+            else {},
         }
 
 
@@ -105,7 +115,13 @@ def table(profile: Mapping[str, Any]) -> str:
         lines.append(
             f"  {name:<14} {mean[name]:>9.4f} {100 * mean[name] / whole:>5.1f} %  {worst:<16} {STAGES[name]}"
         )
-    return "\n".join([*lines, f"  {'all':<14} {whole:>9.4f}"])
+    lines.append(f"  {'all':<14} {whole:>9.4f}")
+    parts = [f"{part} {seconds:.4f}" for part, seconds in profile.get("loading_s", {}).items()]
+    if parts:
+        lines.append(
+            f"  loading a batch took, beside the steps and shared by the loaders: {', '.join(parts)}"
+        )
+    return "\n".join(lines)
 
 
 def picture(profile: Mapping[str, Any], title: str) -> bytes:

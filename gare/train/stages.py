@@ -19,9 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 #: Stages in the order of a step, and what a reader of the table is told of them.
 STAGES = {
-    "data_wait": "waiting for the batch",
-    "prepare": "tokens, augmentation, normalisation",
-    "to_device": "host to device",
+    "data_wait": "waiting for the batch, on the host or on the device",
+    "normalise": "8-bit frames to what the towers take",
     "towers": "forward of the towers and the temporal transformer",
     "communication": "gathered features, sums over workers; waiting for the slowest is in it",
     "head": "forward of scores and losses",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from gare.errors import DivergedError
 from gare.model.gare import GARE
 from gare.train.diagnostics import diagnose
 from gare.train.gather import gather_names, world_size
+from gare.train.input.sampler import step_seed
 from gare.train.objective import LossTerms, Objective
 from gare.train.optim import build_optimizer, clip_gradients, freeze, set_learning_rate
 from gare.train.sharded import Seen
@@ -153,9 +153,3 @@ def _not_finite(learner: Learner, what: str, video_ids: Sequence[str]) -> Diverg
         where=f"step {learner.step}",
         accepted="a lower train.lr, or look at the batch's videos; the last checkpoint is untouched",
     )
-
-
-def step_seed(*numbers: int) -> int:
-    """A 63-bit seed from numbers such as (seed, step), without the correlations of their sum."""
-    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

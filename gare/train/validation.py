@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gare.data.images import normalise
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.model.tokenizer import tokenize
 from gare.retrieval.encode import from_stored
 from gare.retrieval.ranks import rank_split
 from gare.train.gather import gather_unequal
@@ -41,35 +39,32 @@ class Validation:
     _owners: list[Tensor] = field(default_factory=list)
 
     @torch.inference_mode()
-    def add(
-        self, videos: Sequence[int], captions: Sequence[Sequence[str]], frames: Tensor, mask: Tensor
-    ) -> None:
+    def add(self, videos: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Encodes clips with all their captions.
 
         Args:
             videos: position of each clip in the split.
-            captions: texts of each clip.
-            frames: (M, F, H, W, 3) uint8.
-            mask: (M, F) bool.
+            tensors: as ``FrameLoader`` loads them.
         """
         self.model.eval()
-        encoded = self.model.encode_video(normalise(frames.to(self.device)), mask.to(self.device))
-        texts = [text for group in captions for text in group]
-        token_ids, token_mask = tokenize(texts, self.model.config.max_words)
-        text = self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device))
-        self._keep(videos, [len(group) for group in captions], text, encoded)
+        frames, mask = tensors["frames"].to(self.device), tensors["frame_mask"].to(self.device)
+        encoded = self.model.encode_video(normalise(frames), mask)
+        text = self.model.encode_text(
+            tensors["token_ids"].to(self.device).long(), tensors["token_mask"].to(self.device)
+        )
+        self._keep(videos, tensors["caption_counts"].tolist(), text, encoded)
 
     @torch.inference_mode()
-    def add_features(self, videos: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
+    def add_features(self, videos: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
         """Takes clips with all their captions from stored features.
 
         Args:
             videos: position of each clip in the split.
-            arrays: from ``FeatureReader.read``.
+            tensors: as ``FeatureReader.read`` gives them.
         """
         self.model.eval()
-        text, video = from_stored(self.model, arrays, self.device)
-        self._keep(videos, arrays["caption_mask"].sum(axis=1).tolist(), text, video)
+        text, video = from_stored(self.model, tensors, self.device)
+        self._keep(videos, tensors["caption_mask"].sum(dim=1).tolist(), text, video)
 
     def _keep(
         self, videos: Sequence[int], counts: Sequence[int], text: TextFeatures, video: VideoFeatures

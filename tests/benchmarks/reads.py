@@ -32,7 +32,9 @@ from gare.data.images import prepare_frame
 from gare.data.parts import write_table
 from gare.data.sampling import choose
 from gare.data.store import IDENTITY, StoreMeta, fingerprint, frame_settings, ids_in_parts, write_meta
-from gare.train.input.loader import ClipLoader, FeatureLoader
+from gare.train.input.loader import FeatureLoader, FrameLoader
+from gare.train.input.tokens import CaptionTokens
+from tests.helpers.plans import listed
 
 #: Least ratio to decoding on the fly.
 BARS = {"jpeg": 10, "raw": 40, "features": 200}
@@ -145,14 +147,19 @@ def measure(videos: list[Path], folder: Path) -> dict[str, object]:
     def decode(number: int) -> list[np.ndarray]:
         return [on_the_fly(place[one], extract.num_frames, extract.image_size) for one in batches[number]]
 
-    captions = [[7] * len(batch) for batch in batches]
+    plan = listed(batches, [[7] * len(batch) for batch in batches])
+    tokens = {"train": CaptionTokens.of([["a caption"] * CAPTIONS] * len(plan.ids["train"]), 32)}
+
+    def whole(loader: FrameLoader | FeatureLoader) -> Callable[[int], object]:
+        return lambda number: loader(number, 0, len(batches[number]))
+
     loaders: dict[str, Callable[[int], object]] = {
         "on the fly": decode,
-        "jpeg": ClipLoader(str(folder / "jpeg"), batches),
-        "raw": ClipLoader(str(folder / "raw"), batches),
-        "features": FeatureLoader(FeatureReader(str(folder / "features")), batches, captions),
-        "features, not in memory": FeatureLoader(
-            FeatureReader(str(folder / "features"), cache_mb=0), batches, captions
+        "jpeg": whole(FrameLoader(str(folder / "jpeg"), plan, tokens)),
+        "raw": whole(FrameLoader(str(folder / "raw"), plan, tokens)),
+        "features": whole(FeatureLoader(FeatureReader(str(folder / "features")), plan)),
+        "features, not in memory": whole(
+            FeatureLoader(FeatureReader(str(folder / "features"), cache_mb=0), plan)
         ),
     }
     numbers = range(len(batches))

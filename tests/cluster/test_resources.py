@@ -7,6 +7,7 @@ import time
 import pytest
 
 from cluster.resources import (
+    LOADER_CPUS,
     Node,
     cpus_of_worker,
     num_that_fit,
@@ -14,7 +15,7 @@ from cluster.resources import (
     resources_of_worker,
     settle,
 )
-from cluster.waiting import tells_of_lost_nodes, workers_held
+from cluster.waiting import tells_of_lost_nodes
 from gare.config import ClusterConfig, parse_config
 from gare.errors import ConfigError
 
@@ -58,7 +59,7 @@ def test_automatic_values(nodes: list[Node], batch: int, expected: tuple[int, fl
 
 def test_what_is_given_stays() -> None:
     """An automatic value that overrules a person's is a fault that nobody finds."""
-    asked = ClusterConfig(train_workers=3, cpus_per_worker=2.5, use_gpu=False)
+    asked = ClusterConfig(train_workers=3, cpus_per_worker=2.5, loaders_per_worker=3, use_gpu=False)
     assert settle(asked, 128, CLUSTER) == asked
     settled = settle(automatic(train_workers=3), 120, CLUSTER)
     assert (settled.train_workers, settled.use_gpu) == (3, True)
@@ -73,18 +74,43 @@ def test_fewest_workers() -> None:
     assert settle(automatic(use_gpu=True), 0, []).train_workers == 1
 
 
+@pytest.mark.parametrize("loaders", [1, 3, 12])
 @pytest.mark.parametrize("cpus", [0.1, 0.5, 0.7, 1.4, 2.0])
-def test_elastic_workers_reserve_what_loads_for_them(cpus: float) -> None:
+def test_workers_reserve_what_loads_for_them(cpus: float, loaders: int) -> None:
     """Ray divides what a node has by what a worker takes: it must come out whole, and leave nothing out."""
-    config = ClusterConfig(train_workers=3, cpus_per_worker=cpus)
-    assert resources_of_worker(config) == {"CPU": cpus}
-    elastic = config.model_copy(update={"min_workers": 1})
-    each = resources_of_worker(elastic)["CPU"]
-    assert cpus_of_worker(config) <= each + 1e-9 < cpus_of_worker(config) + 0.25
+    config = ClusterConfig(train_workers=3, cpus_per_worker=cpus, loaders_per_worker=loaders)
+    each = resources_of_worker(config)["CPU"]
+    assert each == cpus_of_worker(config)
+    wanted = cpus + loaders * LOADER_CPUS
+    assert wanted <= each + 1e-9 < wanted + 0.25
     assert sum([each] * 3) // each == 3
-    assert num_that_fit(elastic, [Node(3 * each, 0)]) == 3
+    assert num_that_fit(config, [Node(3 * each, 0)]) == 3
     on_gpus = config.model_copy(update={"use_gpu": True})
-    assert resources_of_worker(on_gpus) == {"CPU": cpus, "GPU": 1}
+    assert resources_of_worker(on_gpus) == {"CPU": each, "GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "expected"),
+    [
+        # All but the worker's own CPUs, up to what any step needs.
+        ({"train_workers": 1, "cpus_per_worker": 1, "use_gpu": True}, [Node(16, 1)], 15),
+        ({"train_workers": 1, "cpus_per_worker": 4, "use_gpu": True}, [Node(64, 1)], 16),
+        ({"train_workers": 4, "cpus_per_worker": 4, "use_gpu": True}, WORKSTATION, 4),
+        # One is needed in any case.
+        ({"train_workers": 2, "cpus_per_worker": 0.5}, [Node(2, 0)], 1),
+        ({"train_workers": 4, "cpus_per_worker": 0.5, "use_gpu": True}, [Node(4, 4)], 1),
+        # Packed onto one node, or spread over both; the smallest node decides.
+        ({"train_workers": 2, "cpus_per_worker": 2}, [Node(16, 0)] * 2, 6),
+        ({"train_workers": 2, "cpus_per_worker": 2, "placement": "spread"}, [Node(16, 0)] * 2, 14),
+        ({"train_workers": 2, "cpus_per_worker": 2, "placement": "spread"}, [Node(16, 0), Node(6, 0)], 4),
+        ({"train_workers": 1, "loaders_per_worker": 7}, [Node(2, 0)], 7),
+    ],
+)
+def test_loaders_take_the_cpus_that_are_left(
+    settings: dict[str, object], nodes: list[Node], expected: int
+) -> None:
+    """One loader starves a GPU beside fifteen idle CPUs; more than there are CPUs slow each other down."""
+    assert settle(ClusterConfig.model_validate(settings), 128, nodes).loaders_per_worker == expected
 
 
 def test_nodes_that_are_too_few_are_told(
@@ -92,8 +118,8 @@ def test_nodes_that_are_too_few_are_told(
 ) -> None:
     """Ray waits for them without a word, and a person believes that the training goes on."""
     config = ClusterConfig(train_workers=2, cpus_per_worker=0.5)
-    assert workers_held(config, [Node(2, 0)]) == 2
-    assert workers_held(config, [Node(1, 0)]) == 1  # the workers would fit, and what loads for them would not
+    assert num_that_fit(config, [Node(2, 0)]) == 2
+    assert num_that_fit(config, [Node(1, 0)]) == 1  # the workers would fit, and what loads for them would not
     there = [Node(1, 0)]
     monkeypatch.setattr("cluster.waiting.nodes", lambda: there)
     with tells_of_lost_nodes(config, every_s=0.01):
@@ -112,9 +138,10 @@ def test_nodes_that_are_too_few_are_told(
     [
         ({"train_workers": 4, "cpus_per_worker": 4}, [Node(2, 0)] * 8, 0),
         ({"train_workers": 4, "cpus_per_worker": 2}, [Node(3, 0)] * 3, 3),
-        ({"train_workers": 4, "cpus_per_worker": 0.5}, [Node(2, 0)], 4),
+        ({"train_workers": 4, "cpus_per_worker": 0.5}, [Node(2, 0)], 2),
+        ({"train_workers": 4, "cpus_per_worker": 0.5}, [Node(3, 0)], 4),
         ({"train_workers": 4, "cpus_per_worker": 1, "use_gpu": True}, [Node(16, 2), Node(16, 0)], 2),
-        ({"train_workers": 4, "cpus_per_worker": 2, "placement": "strict_pack"}, [Node(4, 0)] * 4, 2),
+        ({"train_workers": 4, "cpus_per_worker": 2, "placement": "strict_pack"}, [Node(5, 0)] * 4, 2),
         ({"train_workers": 4, "cpus_per_worker": 2, "placement": "strict_spread"}, [Node(16, 0)] * 3, 3),
         ({"train_workers": 4, "cpus_per_worker": 2, "placement": "spread"}, [Node(16, 0)] * 3, 4),
         ({"train_workers": 4}, [], 0),

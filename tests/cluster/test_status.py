@@ -6,7 +6,8 @@ import pytest
 
 from cluster.status import EVERY_S, SLOW_SHARE, TrainStatus, Whole, advice
 
-ADVICE = "raise cluster.loaders_per_worker"
+ADVICE = {"jpeg": "raise cluster.loaders_per_worker", "augment": "less of it", "transfer": "more CPUs"}
+LOADING = {"time/data_fetch_s": 0.1, "time/data_jpeg_s": 3.0, "time/data_augment_s": 2.0}
 VALUES = {
     "loss/total": 2.3144,
     "loss/nce_t2v": 2.1,
@@ -32,14 +33,24 @@ def clock() -> Clock:
     return Clock()
 
 
-def status_of(clock: Clock, *, rank: int = 0, step: int = 0, memory: str = "peak 3.2 GB") -> TrainStatus:
-    whole = Whole("first", (100, 200, 300), 128, rank, ADVICE)
+def status_of(
+    clock: Clock,
+    *,
+    rank: int = 0,
+    step: int = 0,
+    memory: str = "peak 3.2 GB",
+    on_device: tuple[str, ...] = ("transfer",),
+) -> TrainStatus:
+    whole = Whole("first", (100, 200, 300), 128, rank, ADVICE.__getitem__, on_device)
     return TrainStatus(whole, step, lambda: memory, clock)
 
 
-def after(status: TrainStatus, clock: Clock, step: int, *, waited: float = 0.0, worked: float = 1.0) -> str:
+def after(
+    status: TrainStatus, clock: Clock, step: int, *, waited: float = 0.0, worked: float = 1.0, **parts: float
+) -> str:
     clock.now += waited + worked
-    return status.step(step, VALUES | {"time/data_wait_s": waited, "time/step_s": worked})
+    loading = LOADING | {f"time/data_{part}_s": seconds for part, seconds in parts.items()}
+    return status.step(step, VALUES | {"time/data_wait_s": waited, "time/step_s": worked} | loading)
 
 
 def test_a_line_says_all_of_it(clock: Clock) -> None:
@@ -86,7 +97,7 @@ def test_a_run_that_waits_for_data_says_so_and_what_to_do(clock: Clock) -> None:
     after(status, clock, 1)
     line = after(status, clock, 2, waited=7.0, worked=4.0)
     assert "data wait 64 %" in line
-    assert line.endswith(f"; SLOW because of data: {ADVICE}")
+    assert line.endswith(f"; SLOW because of data: decoding JPEG takes 3 s a batch: {ADVICE['jpeg']}")
     for step in range(3, 12):
         after(status, clock, step)
     line = after(status, clock, 12)
@@ -94,6 +105,24 @@ def test_a_run_that_waits_for_data_says_so_and_what_to_do(clock: Clock) -> None:
     assert "SLOW" not in line
     share = SLOW_SHARE - 0.01
     assert "SLOW" not in after(status, clock, 13, waited=20 * share, worked=20 * (1 - share))
+
+
+def test_the_part_that_holds_the_others_up_is_named(clock: Clock) -> None:
+    """More loaders do not help where the way to the GPU is slow, and nothing else does where they are few."""
+    status = status_of(clock)
+    after(status, clock, 1)
+    line = after(status, clock, 2, waited=7.0, worked=4.0, augment=9.0)
+    assert "SLOW because of data: augmentation takes 9 s a batch: less of it" in line
+    # All loaders' parts together are slower than the way to the device, or faster.
+    line = after(status, clock, 3, waited=7.0, worked=4.0, transfer=5.0)
+    assert "decoding JPEG takes 3 s" in line
+    line = after(status, clock, 4, waited=7.0, worked=4.0, transfer=5.2)
+    assert "the way to the device takes 5.2 s a batch: more CPUs" in line
+    # On a GPU the augmentation is done on that way.
+    status = status_of(clock, on_device=("augment", "transfer"))
+    after(status, clock, 1)
+    line = after(status, clock, 2, waited=7.0, worked=4.0, augment=2.5, transfer=1.0)
+    assert "augmentation takes 2.5 s" in line
 
 
 def test_waiting_for_the_first_batch_is_no_slow_data(clock: Clock) -> None:
@@ -124,11 +153,18 @@ def test_a_run_that_goes_on_counts_its_own_steps(clock: Clock) -> None:
 
 def test_advice_fits_the_run() -> None:
     """What cannot help must not be proposed."""
-    frames = advice(from_features=False, is_raw=False, loaders=2)
+    frames = advice("jpeg", from_features=False, is_raw=False, loaders=2)
     assert "cluster.loaders_per_worker (now 2)" in frames
     assert "extract.encoding=raw" in frames
     assert "train.input=features" in frames
-    assert "encoding" not in advice(from_features=False, is_raw=True, loaders=1)
-    features = advice(from_features=True, is_raw=False, loaders=1)
+    assert "encoding" not in advice("fetch", from_features=False, is_raw=True, loaders=1)
+    assert "storage.root" in advice("fetch", from_features=False, is_raw=True, loaders=1)
+    augmented = [
+        advice("augment", from_features=False, is_raw=False, loaders=1, on_gpu=gpu) for gpu in (0, 1)
+    ]
+    assert ["loaders_per_worker" in one for one in augmented] == [True, False]
+    assert all("augment.operations" in one for one in augmented)
+    assert "cpus_per_worker" in advice("transfer", from_features=True, is_raw=False, loaders=1)
+    features = advice("fetch", from_features=True, is_raw=False, loaders=1)
     assert "features.cache_mb" in features
     assert "train.input" not in features

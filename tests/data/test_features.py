@@ -16,6 +16,7 @@ from gare.data.store import check_settings, part_files, read_meta
 from gare.errors import DataError
 from gare.train.input.loader import FeatureLoader
 from tests.features import write_feature_store
+from tests.helpers.plans import listed
 from tests.stores import write_store
 from tests.tiny import tiny_config
 
@@ -53,7 +54,7 @@ def test_features_come_back_as_stored(
         row = rows[video_id]
         stored(found, place, row, list(range(len(row["captions"]))))
     chosen = [int(rng.integers(len(rows[video_id]["captions"]))) for video_id in asked]
-    found = FeatureLoader(reader, [[], asked], [[], chosen])(1)
+    found = FeatureLoader(reader, listed([[], asked], [[], chosen]))(1, 0, 12)
     assert found["text"].shape == (12, 1, 32)
     for place, (video_id, caption) in enumerate(zip(asked, chosen, strict=True)):
         stored(found, place, rows[video_id], [caption])

@@ -12,7 +12,6 @@ from gare.data.frames import FrameReader
 from gare.data.images import decode_jpeg, encode_jpeg
 from gare.data.store import META, frame_schema, write_part
 from gare.errors import DataError
-from gare.train.input.loader import ClipLoader
 from tests.stores import describe_store, random_frames, stored_row, write_store
 
 RAW = ExtractConfig(num_frames=4, image_size=16, encoding="raw")
@@ -42,19 +41,6 @@ def test_clips_come_back_as_stored(extract: ExtractConfig, rng: np.random.Genera
     empty, none = FrameReader(str(tmp_path)).read([])
     assert empty.shape == (0, 4, 16, 16, 3)
     assert none.shape == (0, 4)
-
-
-def test_the_loader_reads_numbered_batches(rng: np.random.Generator, tmp_path: Path) -> None:
-    """The stream of training asks by number; another batch than planned pairs captions with other clips."""
-    write_store(str(tmp_path), RAW, IDS, rng)
-    batches = [IDS[:2], IDS[5:6]]
-    loader = ClipLoader(str(tmp_path), batches)
-    reader = FrameReader(str(tmp_path))
-    for number in (1, 0):
-        found = loader(number)
-        expected, mask = reader.read(batches[number])
-        assert np.array_equal(found["frames"], expected)
-        assert np.array_equal(found["frame_mask"], mask)
 
 
 def test_an_unknown_id_is_named(rng: np.random.Generator, tmp_path: Path) -> None:

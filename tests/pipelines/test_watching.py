@@ -53,11 +53,14 @@ def test_a_profile_is_among_the_artifacts(watched: dict[str, Any], store: Any, t
     found = json.loads((folder / "profile.json").read_text())
     assert len(found["by_step"]) == watched["steps"]
     assert found["steps"] == watched["steps"] - len(found["left_out"])
-    assert {"data_wait", "prepare", "to_device", "towers", "head", "backward", "optimizer"} <= set(
-        found["mean_s"][0]
-    )
+    assert {"data_wait", "normalise", "towers", "head", "backward", "optimizer"} <= set(found["mean_s"][0])
     assert json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
-    assert "slowest worker" in (folder / "profile.txt").read_text()
+    text = (folder / "profile.txt").read_text()
+    assert "slowest worker" in text
+    # Raw frames: read, and brought to the device.
+    assert found["loading_s"]["fetch"] > 0
+    assert found["loading_s"]["jpeg"] == found["loading_s"]["augment"] == 0
+    assert "loading a batch took, beside the steps" in text
     assert np.asarray(Image.open(io.BytesIO((folder / "profile.png").read_bytes()))).std() > 1
 
 
@@ -76,6 +79,7 @@ def test_automatic_settings_are_logged_as_what_they_came_to(watched: dict[str, A
     assert run.params["cluster.train_workers"] == run.tags["world_size"] == "1"
     assert run.params["cluster.use_gpu"] == "False"
     assert float(run.params["cluster.cpus_per_worker"]) == 1.0
+    assert run.params["cluster.loaders_per_worker"] == "1"
     assert run.tags["ray.job"] != "none"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,14 @@ from gare.model.gare import GARE
 from gare.retrieval.encode import Encoder, encode_stored
 from gare.retrieval.feature_maker import FeatureMaker
 from gare.train.data import read_splits
-from gare.train.input.loader import ClipLoader, FeatureLoader
+from gare.train.input.feed import Feed
+from gare.train.input.inputs import FeatureInput, FrameInput, TrainInput
+from gare.train.input.loader import Listed
 from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
 from gare.train.state import complete_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.step import Learner, build_learner
+from gare.train.validation import Validation
 from tests.stores import random_frames, stored_row, write_store
 from tests.tiny import tiny_config
 
@@ -99,29 +102,31 @@ def places(tmp_path: Path, rng: np.random.Generator, seed: int) -> Places:
 
 def train(places: Places, config: Config, model: GARE, *, features: bool) -> tuple[Learner, list[Any]]:
     """Runs the loop on either store; losses by step and metrics by epoch."""
-    splits = read_splits(
-        places.manifest,
-        places.features if features else places.frames,
-        config.extract,
-        places.feature_pass(places.model()).settings if features else None,
-    )
-    rows = {"train": splits.train, "val": splits.val}
+    source: TrainInput = FrameInput(config, places.frames)
+    if features:
+        settings = places.feature_pass(places.model()).settings
+        source = FeatureInput(config, places.features, settings)
+    splits = read_splits(places.manifest, source.store, config.extract, source.store_settings)
     plan = plan_run([len(row.captions) for row in splits.train], 3, config.train, rank=0, world_size=1)
     learner = build_learner(model, config, plan.num_steps, torch.device("cpu"))
-    ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
-    load: Callable[[int], dict[str, np.ndarray]] = ClipLoader(places.frames, ids)
-    if features:
-        reader = FeatureReader(places.features, words=model.needs_words)
-        load = FeatureLoader(reader, ids, [batch.captions.tolist() for batch in plan.batches])
-    clips: Iterator[dict[str, np.ndarray]] = map(load, range(len(ids)))
+    device = torch.device("cpu")
+    listed = Listed(plan, splits.ids())
+    load = source.loader(listed, source.shared(splits), device, model)()
+    sizes = [len(batch.videos) for batch in plan.batches]
+    # In chunks, as several loaders share a batch.
+    chunks = (
+        load(number, start, min(start + 4, size))
+        for number, size in enumerate(sizes)
+        for start in range(0, size, 4)
+    )
     seen: list[Any] = []
     run_loop(
         learner,
-        plan,
+        listed,
         0,
-        rows,
-        clips,
-        torch.device("cpu"),
+        source,
+        Feed(chunks, sizes, device),
+        Validation(model, device),
         lambda step, values: seen.append(values["loss/total"]),
         lambda epoch, metrics: seen.append(metrics["t2v/MnR"]),
     )

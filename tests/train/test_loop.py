@@ -17,11 +17,14 @@ from gare.errors import DataError, GareError
 from gare.model.gare import GARE
 from gare.train.data import StoredSplits, read_splits
 from gare.train.history import History
-from gare.train.input.loader import ClipLoader
+from gare.train.input.feed import Feed
+from gare.train.input.inputs import FrameInput
+from gare.train.input.loader import Listed
 from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
 from gare.train.state import restore_learner, save_checkpoint
 from gare.train.step import build_learner
+from gare.train.validation import Validation
 from tests.stores import describe_store, failure_row, write_store
 from tests.tiny import tiny_config
 
@@ -80,16 +83,20 @@ def train(places: Places, seed: int, folder: Path, start: str = "", clips: int |
     learner = build_learner(GARE(config.model), config, plan.num_steps, torch.device("cpu"))
     epoch = restore_learner(start, learner) if start else 0
     first = plan.position(epoch, learner.step)
-    ids = [[rows[batch.kind][video].video_id for video in batch.videos] for batch in plan.batches]
-    loader = ClipLoader(places.store, ids)
+    listed = Listed(plan, {split: [row.video_id for row in some] for split, some in rows.items()})
+    source, device = FrameInput(config, places.store), torch.device("cpu")
+    loader = source.loader(listed, source.shared(splits), device, learner.model)()
+    sizes = [len(batch.videos) for batch in plan.batches]
     seen = Seen()
 
     def stream() -> Iterator[dict[str, np.ndarray]]:
-        for number in range(first, len(ids))[:clips]:
-            yield loader(number)
+        for number in range(first, len(sizes))[:clips]:
+            # In chunks, as several loaders share a batch.
+            for start in range(0, sizes[number], 4):
+                yield loader(number, start, min(start + 4, sizes[number]))
 
     def on_step(step: int, values: dict[str, float]) -> None:
-        assert {"time/step_s", "time/data_wait_s", "train/grad_norm"} <= values.keys()
+        assert {"time/step_s", "time/data_wait_s", "time/data_jpeg_s", "train/grad_norm"} <= values.keys()
         seen.steps.append(step)
         seen.losses.append(values["loss/total"])
         save_checkpoint(str(folder / f"step{step}"), learner, epoch + len(seen.epochs))
@@ -98,7 +105,9 @@ def train(places: Places, seed: int, folder: Path, start: str = "", clips: int |
         seen.epochs.append((done, metrics))
         save_checkpoint(str(folder / str(done)), learner, done)
 
-    run_loop(learner, plan, first, rows, stream(), torch.device("cpu"), on_step, on_epoch)
+    with Feed(stream(), sizes[first:], device) as feed:
+        validation = Validation(learner.model, device)
+        run_loop(learner, listed, first, source, feed, validation, on_step, on_epoch)
     return seen
 
 

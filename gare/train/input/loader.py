@@ -1,56 +1,165 @@
-"""Turning planned batches into arrays, in whatever process has the time.
+"""Loading rows of planned batches as arrays, in whatever process has the time.
 
-M clips, F frames, H×W pixels.
+m clips of a batch, F frames, S×S pixels, W words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
+from gare.config import AugmentConfig
 from gare.data.features import FeatureReader
 from gare.data.frames import FrameReader
+from gare.data.images import crop_centre
+from gare.train.input.augment_cpu import augment_clip
+from gare.train.input.plan import Plan, PlannedBatch
+from gare.train.input.sampler import step_seed
+from gare.train.input.tokens import CaptionTokens
+
+#: Arrays by name, each with one row a clip or one a caption.
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
+#: Loads the rows of a batch: number of the batch, first row, row after the last.
+Load: TypeAlias = Callable[[int, int, int], Arrays]
+
+#: What a loader does with its time, in the order of the array ``seconds`` that it hands over.
+PARTS = ("fetch", "jpeg", "augment")
+#: Arrays that say how others are to be read, and so stay where Python is.
+ON_HOST = frozenset({"sizes", "caption_counts"})
 
 
-class ClipLoader:
-    """Reads the clips of numbered batches from a frame store.
+@dataclass(frozen=True)
+class Listed:
+    """The batches of a worker and the clips that they are numbered by.
+
+    Attributes:
+        plan: of the worker.
+        ids: video ids of each split, in the order that the plan numbers.
+    """
+
+    plan: Plan
+    ids: Mapping[str, Sequence[str]]
+
+    def rows(self, number: int, first: int, stop: int) -> tuple[PlannedBatch, list[str]]:
+        """Some rows of a batch, and the ids of their videos."""
+        batch = self.plan.batches[number]
+        some = PlannedBatch(batch.kind, batch.epoch, batch.videos[first:stop], batch.captions[first:stop])
+        return some, [self.ids[batch.kind][video] for video in some.videos]
+
+
+class FrameLoader:
+    """Loads clips and their captions' tokens from a frame store.
 
     Args:
         store: the frame store.
-        batches: video ids of each batch.
-    """
-
-    def __init__(self, store: str, batches: Sequence[Sequence[str]]) -> None:
-        self.reader = FrameReader(store)
-        self.batches = batches
-
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
-        """``frames`` (M, F, H, W, 3) uint8 and ``frame_mask`` (M, F) bool of a batch."""
-        frames, mask = self.reader.read(self.batches[number])
-        return {"frames": frames, "frame_mask": mask}
-
-
-class FeatureLoader:
-    """Reads the clips and captions of numbered batches from a feature store.
-
-    Args:
-        reader: of the store.
-        batches: video ids of each batch.
-        captions: caption of each clip of each batch; none at all for a batch that wants all captions.
+        listed: batches to load from.
+        tokens: of the captions of each split.
+        augment: how training clips are changed here; None: they are changed elsewhere, or not at all.
+        seed: of the run, for the augmentation.
+        whole: hand over the whole frames of training clips, to be cropped after an augmentation elsewhere.
     """
 
     def __init__(
         self,
-        reader: FeatureReader,
-        batches: Sequence[Sequence[str]],
-        captions: Sequence[Sequence[int]],
+        store: str,
+        listed: Listed,
+        tokens: Mapping[str, CaptionTokens],
+        *,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        whole: bool = False,
     ) -> None:
-        self.reader = reader
-        self.batches = batches
-        self.captions = captions
+        self.reader = FrameReader(store)
+        self.listed, self.tokens = listed, tokens
+        self.augment, self.seed, self.whole = augment, seed, whole
 
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of ``FeatureReader.read`` for a batch."""
-        captions = self.captions[number]
-        return self.reader.read(self.batches[number], captions if len(captions) else None)
+    def __call__(self, number: int, first: int, stop: int) -> Arrays:
+        """Loads the rows from ``first`` to ``stop`` of a batch.
+
+        Returns:
+            ``frames`` (m, F, S, S, 3) uint8, or with ``whole`` the ``pixels`` of all clips (P,) uint8 and
+            their ``sizes`` (m, 2) int32, height and width; ``frame_mask`` (m, F) bool; ``token_ids`` and
+            ``token_mask`` of each pair's caption, for validation of all captions, with ``caption_counts``
+            (m,); ``seconds`` (1, 3), the time that each of ``PARTS`` took.
+
+        Raises:
+            DataError: for a clip that the store does not hold or that cannot be read.
+        """
+        some, ids = self.listed.rows(number, first, stop)
+        before = self.reader.fetch_s, self.reader.jpeg_s
+        augmented_s = 0.0
+        if some.kind == "val":
+            frames, mask = self.reader.read(ids)
+            arrays: Arrays = {"frames": frames, "frame_mask": mask}
+            arrays |= self.tokens["val"].of_videos(some.videos)
+        else:
+            arrays, augmented_s = self._training_clips(some, ids)
+            arrays |= self.tokens["train"].of_pairs(some.videos, some.captions)
+        spent = [self.reader.fetch_s - before[0], self.reader.jpeg_s - before[1], augmented_s]
+        return arrays | {"seconds": np.array([spent])}
+
+    def _training_clips(self, some: PlannedBatch, ids: Sequence[str]) -> tuple[Arrays, float]:
+        if self.augment is None and not self.whole:
+            frames, mask = self.reader.read(ids)
+            return {"frames": frames, "frame_mask": mask}, 0.0
+        clips, masks, spent = [], [], 0.0
+        seeds = clip_seeds(self.seed, some)
+        for video_id, seed in zip(ids, seeds, strict=True):
+            clip, mask = self.reader.read_whole(video_id)
+            if self.augment is not None:
+                started = time.perf_counter()
+                clip = self._squares(augment_clip(clip[mask], self.augment, seed))
+                spent += time.perf_counter() - started
+            clips.append(clip)
+            masks.append(mask)
+        if self.augment is not None:
+            return {"frames": np.stack(clips), "frame_mask": np.stack(masks)}, spent
+        sizes = np.array([clip.shape[1:3] for clip in clips], np.int32)
+        pixels = np.concatenate([clip.reshape(-1) for clip in clips])
+        return {"pixels": pixels, "sizes": sizes, "frame_mask": np.stack(masks)}, spent
+
+    def _squares(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Centres of real frames, with zeros for those that are padded."""
+        size = self.reader.size
+        squares = np.zeros((self.reader.num_frames, size, size, 3), np.uint8)
+        for square, frame in zip(squares, frames, strict=False):
+            square[:] = crop_centre(frame, size)
+        return squares
+
+
+def clip_seeds(seed: int, batch: PlannedBatch) -> list[int]:
+    """Seeds of the augmentation, of the pair and not of its place: the number of workers changes nothing."""
+    pairs = zip(batch.videos, batch.captions, strict=True)
+    return [step_seed(seed, batch.epoch, video, caption) for video, caption in pairs]
+
+
+class FeatureLoader:
+    """Loads clips and captions from a feature store.
+
+    Args:
+        reader: of the store.
+        listed: batches to load from.
+    """
+
+    def __init__(self, reader: FeatureReader, listed: Listed) -> None:
+        self.reader, self.listed = reader, listed
+
+    def __call__(self, number: int, first: int, stop: int) -> Arrays:
+        """Loads the rows from ``first`` to ``stop`` of a batch.
+
+        Returns:
+            The arrays of ``FeatureReader.read``, of one caption a clip or for validation of all, and
+            ``seconds`` as ``FrameLoader`` has it.
+
+        Raises:
+            DataError: for a clip that the store does not hold or that cannot be read.
+        """
+        started = time.perf_counter()
+        some, ids = self.listed.rows(number, first, stop)
+        arrays = self.reader.read(ids, None if some.kind == "val" else some.captions.tolist())
+        return arrays | {"seconds": np.array([[time.perf_counter() - started, 0.0, 0.0]])}

@@ -1,7 +1,8 @@
-"""The order in which training sees text-video pairs: a pure function of the seed and the epoch."""
+"""The order in which training sees text-video pairs, and the seeds of what is random: pure functions."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Sequence
 
@@ -63,6 +64,12 @@ def epoch_batches(
     if unique_videos:
         return _without_repeats(shuffled, batch_size)
     return shuffled[: num_steps * batch_size].reshape(num_steps, batch_size, 2)
+
+
+def step_seed(*numbers: int) -> int:
+    """A 63-bit seed from numbers such as (seed, step), without the correlations of their sum."""
+    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def share_of(total: int, rank: int, world_size: int) -> slice:

@@ -1,0 +1,296 @@
+"""The two things that a run can learn from, frames and stored features, with all in which they differ.
+
+A run chooses one of them at its start. Its driver asks it for what the store must be and for the initial
+model, its workers for their model, their loader and what a batch is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gare.config import Config
+from gare.data.batch import Batch, FeatureBatch
+from gare.data.feature_store import feature_settings
+from gare.data.features import FeatureReader
+from gare.data.files import join
+from gare.data.images import crop_centre
+from gare.model.gare import GARE
+from gare.train.data import StoredSplits
+from gare.train.input.augment_batch import augment_batch
+from gare.train.input.feed import Tensors
+from gare.train.input.loader import FeatureLoader, FrameLoader, Listed, Load, clip_seeds
+from gare.train.input.plan import PlannedBatch
+from gare.train.input.tokens import CaptionTokens
+from gare.train.start import initial_model, read_start
+from gare.train.state import complete_checkpoint, write_model
+from gare.train.validation import Validation
+
+#: Folder of a run with the initial model that its driver leaves to the workers.
+START = "start"
+
+
+class TrainInput(ABC):
+    """What a run learns from.
+
+    Args:
+        config: of the run.
+        store: of the clips.
+    """
+
+    def __init__(self, config: Config, store: str) -> None:
+        self.config, self.store = config, store
+
+    def check_weights(self) -> None:
+        """Builds the initial model, to find faults of its weights before anything is written; on the driver.
+
+        Raises:
+            CheckpointError, ConfigError: as ``initial_model``.
+        """
+        initial_model(self.config)
+
+    @property
+    @abstractmethod
+    def store_settings(self) -> dict[str, Any] | None:
+        """Settings that a feature store must have been made with; None for a frame store."""
+
+    @abstractmethod
+    def begin(self, folder: str) -> None:
+        """Leaves in the run's folder what its workers need; on the driver."""
+
+    @abstractmethod
+    def shared(self, splits: StoredSplits) -> Any:
+        """Computes, once a run and on the driver, what the loaders of all workers need; it is pickled."""
+
+    @abstractmethod
+    def worker_model(self, folder: str) -> GARE:
+        """The model that a worker starts from."""
+
+    @abstractmethod
+    def loader(self, listed: Listed, shared: Any, device: torch.device, model: GARE) -> Callable[[], Load]:
+        """Gives what makes a loader, in this process or another.
+
+        Args:
+            listed: batches of the worker.
+            shared: from ``shared``.
+            device: that the worker trains on.
+            model: of the worker.
+        """
+
+    @abstractmethod
+    def row_bytes(self, model: GARE) -> int:
+        """Bytes of a loaded training clip with its caption, about."""
+
+    def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
+        """Does on a GPU what the loaders have left to it."""
+        del planned
+        return tensors
+
+    @abstractmethod
+    def batch(self, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> Batch | FeatureBatch:
+        """Makes a training batch of loaded tensors."""
+
+    @abstractmethod
+    def validate(self, validation: Validation, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> None:
+        """Adds loaded clips to a validation."""
+
+    @abstractmethod
+    def finish(self, checkpoint: str) -> None:
+        """Completes the run's best checkpoint; on the driver."""
+
+
+class FrameInput(TrainInput):
+    """Frames of a frame store, which the towers learn from."""
+
+    @property
+    def store_settings(self) -> None:
+        """None: the store is one of frames."""
+
+    def begin(self, folder: str) -> None:
+        """Nothing: each worker builds the initial model from the same seed and weights."""
+
+    def shared(self, splits: StoredSplits) -> dict[str, CaptionTokens]:
+        """Tokens of the captions of train and val."""
+        max_words = self.config.model.max_words
+        return {
+            split: CaptionTokens.of([row.captions for row in splits.of_split(split)], max_words)
+            for split in ("train", "val")
+        }
+
+    def worker_model(self, folder: str) -> GARE:
+        """The initial model, of the run's seed and weights."""
+        del folder
+        return initial_model(self.config)
+
+    def loader(
+        self, listed: Listed, shared: Mapping[str, CaptionTokens], device: torch.device, model: GARE
+    ) -> Callable[[], Load]:
+        """Reads frames and, without a GPU, augments them."""
+        del model
+        store, seed, augment = self.store, self.config.train.seed, self.config.augment
+        on_gpu = augment.is_on and device.type == "cuda"
+        in_loader = augment if augment.is_on and not on_gpu else None
+        whole = on_gpu and self.config.extract.crop == "none"
+        return lambda: FrameLoader(store, listed, shared, augment=in_loader, seed=seed, whole=whole)
+
+    def row_bytes(self, model: GARE) -> int:
+        """Bytes of the frames as uint8; whole ones are taken to be 16:9."""
+        square = 3 * model.config.max_frames * model.config.clip.image_size**2
+        return square * 16 // 9 if self.config.extract.crop == "none" else square
+
+    def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
+        """Augments training clips on a GPU, and crops whole frames after it."""
+        augment = self.config.augment
+        device = tensors["frame_mask"].device
+        if planned.kind == "val" or not augment.is_on or device.type != "cuda":
+            return tensors
+        seeds = clip_seeds(self.config.train.seed, planned)
+        if "pixels" in tensors:
+            frames = self._augment_whole(tensors, seeds)
+        else:
+            frames = augment_batch(tensors["frames"], augment, seeds)
+        return {name: tensor for name, tensor in tensors.items() if name != "pixels"} | {"frames": frames}
+
+    def _augment_whole(self, tensors: Tensors, seeds: Sequence[int]) -> Tensor:
+        """Augments whole frames, clips of one size together, and crops their centres."""
+        pixels, mask, size = tensors["pixels"], tensors["frame_mask"], self.config.extract.image_size
+        sizes = [tuple(one) for one in tensors["sizes"].tolist()]
+        starts = np.cumsum([0, *(3 * mask.shape[1] * height * width for height, width in sizes)])
+        frames = pixels.new_empty(*mask.shape, size, size, 3)
+        for height, width in sorted(set(sizes)):
+            places = [place for place, one in enumerate(sizes) if one == (height, width)]
+            clips = torch.stack([pixels[starts[at] : starts[at + 1]] for at in places])
+            clips = clips.view(len(places), -1, height, width, 3)
+            changed = augment_batch(clips, self.config.augment, [seeds[at] for at in places])
+            for at, clip in zip(places, crop_centre(changed, size), strict=True):
+                frames[at] = clip
+        return frames
+
+    def batch(self, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> Batch:
+        """Frames as uint8, which the objective normalises, beside tokens."""
+        videos = torch.from_numpy(planned.videos).to(tensors["frames"].device)
+        names = ("token_ids", "token_mask", "frames", "frame_mask")
+        return Batch(*(tensors[name] for name in names), videos)
+
+    def validate(self, validation: Validation, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> None:
+        """Encodes clips and all their captions."""
+        validation.add(planned.videos.tolist(), tensors)
+
+    def finish(self, checkpoint: str) -> None:
+        """Nothing: the checkpoint has its towers."""
+
+
+class FeatureInput(TrainInput):
+    """Stored features, which what follows the towers learns from.
+
+    Its workers hold no towers: the driver leaves them the initial model without, and gives the best
+    checkpoint its towers in the end, so that whoever loads it can encode new captions and videos.
+
+    Args:
+        config: of the run.
+        store: the feature store.
+        settings: that the store must have been made with, where they are known; else they follow from the
+            weights of the towers.
+    """
+
+    def __init__(self, config: Config, store: str, settings: dict[str, Any] | None = None) -> None:
+        super().__init__(config, store)
+        self._settings = settings
+
+    @cached_property
+    def initial_model(self) -> GARE:
+        """The model that the run starts from, built once.
+
+        Raises:
+            CheckpointError: for weights that cannot be used.
+            ConfigError: where ``model.clip`` has other sizes than they.
+        """
+        return initial_model(self.config)
+
+    @property
+    def store_settings(self) -> dict[str, Any]:
+        """Settings of the store, the hash of the towers among them."""
+        if self._settings is None:
+            from gare.model.clip import towers_sha256
+
+            self._settings = feature_settings(self.config, towers_sha256(self.initial_model.towers))
+        return self._settings
+
+    def check_weights(self) -> None:
+        """Builds the initial model, which is kept for the steps that need it.
+
+        Raises:
+            CheckpointError, ConfigError: as ``initial_model``.
+        """
+        _ = self.initial_model
+
+    def begin(self, folder: str) -> None:
+        """Writes the initial model without its towers."""
+        model = self.initial_model
+        towers = model.towers
+        model.drop_towers()
+        try:
+            write_model(join(folder, START), model)
+        finally:
+            model.towers = towers  # which the checkpoint gets in the end
+
+    def shared(self, splits: StoredSplits) -> None:
+        """Nothing: the store has the captions' features."""
+
+    def worker_model(self, folder: str) -> GARE:
+        """The initial model without towers, as the driver left it."""
+        return read_start(join(folder, START), self.config.model)
+
+    def loader(self, listed: Listed, shared: Any, device: torch.device, model: GARE) -> Callable[[], Load]:
+        """Reads features of clips and captions."""
+        del shared, device
+        store, words, cache_mb = self.store, model.needs_words, self.config.features.cache_mb
+        return lambda: FeatureLoader(FeatureReader(store, words=words, cache_mb=cache_mb), listed)
+
+    def row_bytes(self, model: GARE) -> int:
+        """Bytes of the features as float16."""
+        config = model.config
+        vectors = config.max_frames + 1 + (config.max_words if model.needs_words else 0)
+        return 2 * vectors * config.clip.embed_dim
+
+    def batch(self, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> FeatureBatch:
+        """Features of clips, each with one caption."""
+        words = tensors.get("words")
+        return FeatureBatch(
+            tensors["text"][:, 0],
+            None if words is None else words[:, 0],
+            tensors["token_mask"][:, 0],
+            tensors["frames"],
+            tensors["frame_mask"],
+            torch.from_numpy(planned.videos).to(tensors["frames"].device),
+        )
+
+    def validate(self, validation: Validation, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> None:
+        """Takes clips and all their captions."""
+        validation.add_features(planned.videos.tolist(), tensors)
+
+    def finish(self, checkpoint: str) -> None:
+        """Adds the towers, so that it is like the checkpoint of a run on frames."""
+        complete_checkpoint(checkpoint, self.initial_model)
+
+
+def input_of(
+    config: Config, frames: str, features: str, settings: dict[str, Any] | None = None
+) -> TrainInput:
+    """The input that ``train.input`` names.
+
+    Args:
+        config: of the run.
+        frames: the frame store.
+        features: the feature store.
+        settings: of the feature store, where they are known.
+    """
+    if config.train.input == "features":
+        return FeatureInput(config, features, settings)
+    return FrameInput(config, frames)

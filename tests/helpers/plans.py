@@ -1,0 +1,25 @@
+"""Plans of batches that a test names by their videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gare.train.input.loader import Listed
+from gare.train.input.plan import Plan, PlannedBatch
+
+
+def listed(batches: Sequence[Sequence[str]], captions: Sequence[Sequence[int]] | None = None) -> Listed:
+    """Training batches of videos, as a worker's plan lists them, with a caption of each or the first one."""
+    ids = sorted({video_id for batch in batches for video_id in batch})
+    planned = tuple(
+        PlannedBatch(
+            "train",
+            0,
+            np.array([ids.index(video_id) for video_id in batch], np.int64),
+            np.array(captions[number] if captions else [0] * len(batch), np.int64),
+        )
+        for number, batch in enumerate(batches)
+    )
+    return Listed(Plan(planned, (0,), len(planned)), {"train": ids, "val": []})

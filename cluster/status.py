@@ -144,16 +144,16 @@ def _bracketed(values: Mapping[str, float]) -> str:
     return f" ({', '.join(terms)})" if terms else ""
 
 
-def advice(*, from_features: bool, is_raw: bool, loaders: int) -> str:
+def advice(*, from_features: bool, can_be_raw: bool, loaders: int) -> str:
     """What makes data arrive faster.
 
     Args:
         from_features: whether the run learns from a feature store.
-        is_raw: whether the frame store holds raw frames.
+        can_be_raw: whether the frame store holds JPEGs that could be raw frames.
         loaders: actors that load for each worker.
     """
     more = f"raise cluster.loaders_per_worker (now {loaders}) where CPUs are free"
     if from_features:
         return f"raise features.cache_mb so that the store fits into memory, or {more}"
-    raw = "" if is_raw else ", extract with extract.encoding=raw"
+    raw = ", extract with extract.encoding=raw" if can_be_raw else ""
     return f"{more}{raw}, or learn from features (train.input=features)"

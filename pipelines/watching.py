@@ -82,7 +82,7 @@ def _whole(config: Config, plan: Plan, rank: int) -> Whole:
         steps[batch.epoch] += batch.kind == "train"
     help_ = advice(
         from_features=train.input == "features",
-        is_raw=config.extract.encoding == "raw",
+        can_be_raw=config.extract.encoding == "jpeg" and config.extract.crop == "center",
         loaders=config.cluster.loaders_per_worker,
     )
     return Whole(train.run, tuple(accumulate(steps)), train.batch_size, rank, help_)

@@ -24,6 +24,9 @@ Crop: TypeAlias = Literal["center", "none"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+#: Pixels of the longest side that libjpeg encodes.
+MAX_SIDE = 65500
+
 #: Pixels of the largest picture that is decoded; a few bytes can claim any size.
 MAX_PIXELS = 2**26
 
@@ -114,7 +117,17 @@ def size_fault(picture: NDArray[np.uint8], size_px: int, shape: tuple[int, ...] 
 
 
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
-    """A picture (H, W, 3), uint8, as JPEG of the given quality (1 to 100)."""
+    """A picture (H, W, 3), uint8, as JPEG of the given quality (1 to 100).
+
+    Raises:
+        DataError: for a picture that is larger than a JPEG can be.
+    """
+    height, width = rgb.shape[:2]
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise DataError(
+            f"a picture of {width} × {height} pixels is larger than a JPEG can be",
+            accepted=f"{MAX_SIDE} pixels a side, {MAX_PIXELS} in all; extract.crop=center cuts longer ones",
+        )
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue()

@@ -80,6 +80,14 @@ def test_a_picture_of_another_size_keeps_its_centre(rng: np.random.Generator) ->
         assert (fit_frame(picture, picture, 8) == picture).all()
 
 
+def test_a_picture_that_is_too_long_for_jpeg_is_named() -> None:
+    """Lost otherwise: why a banner, kept whole, is among the failures."""
+    banner = prepare_frame(np.zeros((1, 2100, 3), np.uint8), 32, "none")
+    with pytest.raises(DataError, match="67200 × 32 pixels is larger than a JPEG can be") as caught:
+        encode_jpeg(banner, 95)
+    assert "extract.crop=center" in str(caught.value)
+
+
 def test_prepare_leaves_pixels_of_the_right_size_alone(rng: np.random.Generator) -> None:
     """Lost otherwise: sharpness, by resampling pictures that already fit."""
     rgb = rng.integers(0, 256, (32, 52, 3), dtype=np.uint8)

@@ -169,13 +169,13 @@ def _bracketed(values: Mapping[str, float]) -> str:
     return f" ({', '.join(terms)})" if terms else ""
 
 
-def advice(part: str, *, from_features: bool, is_raw: bool, loaders: int, on_gpu: bool = False) -> str:
+def advice(part: str, *, from_features: bool, can_be_raw: bool, loaders: int, on_gpu: bool = False) -> str:
     """What makes data arrive faster.
 
     Args:
         part: of ``PARTS``, which takes longest.
         from_features: the run learns from a feature store.
-        is_raw: the frame store holds raw frames.
+        can_be_raw: the frame store holds JPEGs that could be raw frames.
         loaders: actors that load for each worker.
         on_gpu: clips are augmented on a GPU.
     """
@@ -189,5 +189,5 @@ def advice(part: str, *, from_features: bool, is_raw: bool, loaders: int, on_gpu
         return f"{more}, bring the store nearer (storage.root), or {features}"
     if part == "augment":
         return f"lower augment.operations, or {'' if on_gpu else f'{more}, or '}{features}"
-    raw = "" if is_raw else ", extract with extract.encoding=raw"
+    raw = ", extract with extract.encoding=raw" if can_be_raw else ""
     return f"{more}{raw}, or {features}"

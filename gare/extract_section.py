@@ -30,7 +30,14 @@ class ExtractConfig(Section):
         description="auto: decord where it is right, else PyAV; torchcodec: an optional extra, PyAV where it "
         "is not right",
     )
-    image_size: Count = Field(224, description="pixels: short side after resizing, then centre crop")
+    image_size: Count = Field(
+        224, description="pixels: short side after resizing; crop center makes it both sides of the picture"
+    )
+    crop: Literal["center", "none"] = Field(
+        "center",
+        description="center: the store keeps the centre square; none: the whole picture, for training that "
+        "augments before it crops (needs encoding jpeg); whatever else reads it gets the centre square",
+    )
     encoding: Literal["jpeg", "raw"] = Field("jpeg", description="how frames are stored")
     jpeg_quality: int = Field(95, ge=1, le=100, description="JPEG quality of stored frames")
     deadline_s: Positive = Field(60.0, description="seconds a video may take to decode before it is given up")
@@ -52,4 +59,12 @@ class ExtractConfig(Section):
             raise ValueError(f"sample_fps would change nothing: sampling {self.sampling} has no rate")
         if self.sampling == "keyframes" and self.decoder == "torchcodec":
             raise ValueError("decoder torchcodec would change nothing: keyframes alone are decoded by PyAV")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_pictures_are_jpeg(self) -> ExtractConfig:
+        if self.crop == "none" and self.encoding != "jpeg":
+            raise ValueError(
+                f"crop none needs encoding jpeg, not {self.encoding}, which holds squares of one size"
+            )
         return self

@@ -86,7 +86,7 @@ def _whole(config: Config, plan: Plan, rank: int, *, on_gpu: bool) -> Whole:
     help_ = partial(
         advice,
         from_features=train.input == "features",
-        is_raw=config.extract.encoding == "raw",
+        can_be_raw=config.extract.encoding == "jpeg" and config.extract.crop == "center",
         loaders=config.cluster.loaders_per_worker,
         on_gpu=on_gpu,
     )

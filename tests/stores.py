@@ -76,10 +76,12 @@ def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
 
 
 def random_frames(extract: ExtractConfig, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Smooth random pictures, which JPEG keeps nearly."""
+    """Smooth random pictures, which JPEG keeps nearly; without a crop one side is longer by chance."""
     small = rng.integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
-    side = extract.image_size // 2
-    return small.repeat(side, axis=1).repeat(side, axis=2)
+    height = width = size = extract.image_size
+    if extract.crop == "none":
+        height, width = rng.permuted([size, int(rng.integers(size, 2 * size + 1))])
+    return small.repeat((height + 1) // 2, axis=1).repeat((width + 1) // 2, axis=2)[:, :height, :width]
 
 
 def describe_store(uri: str, extract: ExtractConfig, *, complete: bool = True) -> None:

@@ -152,6 +152,7 @@ def test_unknown_keys(tree: Any, overrides: list[str], parts: list[str]) -> None
         ("train.lr=.inf", ["train.lr: got inf"]),
         ("extract.max_failed_fraction=1.5", ["got 1.5", "less than or equal to 1"]),
         ("extract.encoding=png", ["extract.encoding: got 'png'", "'jpeg' or 'raw'"]),
+        ("extract.crop=left", ["extract.crop: got 'left'", "'center' or 'none'"]),
         ("evaluate.split=validate", ["evaluate.split: got 'validate'", "'train', 'val' or 'test'"]),
         ("evaluate.dsl_scale=50", ["evaluate: dsl_scale would change nothing: dsl is off"]),
         ("evaluate.qbnorm_bank=9", ["evaluate: qbnorm_bank would change nothing: qbnorm is off"]),
@@ -187,6 +188,7 @@ def test_bad_values_say_key_value_and_what_is_accepted(override: str, parts: lis
         (["model.temporal_heads=3"], ["model: clip.embed_dim 512", "temporal_heads 3"]),
         (["extract.num_frames=8"], ["extract.num_frames 8", "model.max_frames 12"]),
         (["extract.image_size=64"], ["extract.image_size 64", "model.clip.image_size 224"]),
+        (["extract.crop=none", "extract.encoding=raw"], ["extract: crop none needs encoding jpeg, not raw"]),
         (
             ["train.batch_size=2", "cluster.train_workers=3"],
             ["train.batch_size 2", "cluster.train_workers 3"],

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from gare.data.decode import DecodedClip, decode_clip
 from gare.data.decode_pipe import LENGTH_BYTES
-from gare.data.images import encode_jpeg, prepare_frame
+from gare.data.images import encode_jpeg, fit_frame, prepare_frame
 from gare.data.uris import local_path
 from gare.errors import GareError
 
@@ -61,12 +61,13 @@ def _limit_memory(memory_mb: float) -> None:
 
 
 def _extract(request: dict[str, Any]) -> tuple[DecodedClip, list[bytes]]:
-    size, quality = request["image_size"], request["jpeg_quality"]
+    size, crop, quality = request["image_size"], request["crop"], request["jpeg_quality"]
     path = local_path(request["path"])
-    clip = decode_clip(path, prepare=lambda rgb: prepare_frame(rgb, size), **request["clip"])
+    clip = decode_clip(path, prepare=lambda rgb: prepare_frame(rgb, size, crop), **request["clip"])
     if request["encoding"] == "raw":
         return clip, [rgb.tobytes() for rgb in clip.frames]
-    return clip, [encode_jpeg(rgb, quality) for rgb in clip.frames]
+    first = clip.frames[0]
+    return clip, [encode_jpeg(fit_frame(rgb, first, size), quality) for rgb in clip.frames]
 
 
 def _answer(answers: BinaryIO, header: dict[str, Any], payload: Sequence[bytes] = ()) -> None:

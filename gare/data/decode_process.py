@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.decode_pipe import Child
+from gare.data.images import Crop
 from gare.data.sampling import Sampling
 from gare.data.uris import scheme_of
 from gare.errors import ConfigError, DataError, shown
@@ -40,7 +41,7 @@ class ExtractedClip:
     """A clip as the frame store keeps it.
 
     Attributes:
-        frames: each a JPEG, or size × size × 3 raw RGB bytes.
+        frames: each a JPEG, all of one size, or size × size × 3 raw RGB bytes.
         frame_idx: as in ``DecodedClip``, and so are the rest.
     """
 
@@ -110,6 +111,7 @@ class DecodeProcess:
         num_frames: int = 12,
         decoder: Literal["auto", "pyav", "torchcodec"] = "auto",
         image_size: int = 224,
+        crop: Crop = "center",
         encoding: Literal["jpeg", "raw"] = "jpeg",
         jpeg_quality: int = 95,
         deadline_s: float = 60.0,
@@ -125,7 +127,8 @@ class DecodeProcess:
             sample_fps: samples per second.
             num_frames: F.
             decoder: who decodes.
-            image_size: pixels a side.
+            image_size: pixels of the short side.
+            crop: center, or none for whole pictures, which are JPEGs.
             encoding: of the frames.
             jpeg_quality: 1 to 100.
             deadline_s: seconds after which the child is killed.
@@ -150,6 +153,7 @@ class DecodeProcess:
             },
             "memory_mb": memory_mb,
             "image_size": image_size,
+            "crop": crop,
             "encoding": encoding,
             "jpeg_quality": jpeg_quality,
         }

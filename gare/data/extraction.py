@@ -158,6 +158,7 @@ class Extractor:
                 num_frames=extract.num_frames,
                 decoder=extract.decoder,
                 image_size=extract.image_size,
+                crop=extract.crop,
                 encoding=extract.encoding,
                 jpeg_quality=extract.jpeg_quality,
                 deadline_s=extract.deadline_s,

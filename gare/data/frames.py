@@ -1,10 +1,11 @@
 """Reading clips back from a frame store.
 
-M clips, F frames, H×W pixels.
+M clips, F frames, H×W pixels, S pixels of the short side.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.files import exists, join, open_fs
-from gare.data.images import decode_jpeg
+from gare.data.images import crop_centre, decode_jpeg, size_fault
 from gare.data.parts import is_gone
 from gare.data.store import META, ids_in_parts, read_meta
 from gare.data.tensor_pages import UnknownPageError, low_bytes
@@ -31,6 +32,13 @@ class FrameReader:
     Args:
         uri: the store.
 
+    Attributes:
+        num_frames: F.
+        size: S, pixels of a stored picture's short side.
+        crop: center where the pictures are squares; none where they are whole.
+        fetch_s: seconds that this reader has spent on getting clips from the store, raw frames unpacked.
+        jpeg_s: seconds that it has spent on decoding JPEG.
+
     Raises:
         DataError: where there is no frame store.
     """
@@ -42,12 +50,14 @@ class FrameReader:
         self.uri = uri
         self.num_frames = int(meta.settings["num_frames"])
         self.size = int(meta.settings["image_size"])
+        self.crop = str(meta.settings.get("crop", "center"))
         self.encoding = str(meta.settings["encoding"])
+        self.fetch_s = self.jpeg_s = 0.0
         self.places = ids_in_parts(uri, "data")
         self._open = lru_cache(maxsize=OPEN_PARTS)(_OpenPart)
 
     def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """Frames (M, F, H, W, 3) uint8, zero where padded, and their mask (M, F).
+        """Frames (M, F, S, S, 3) uint8, zero where padded, and their mask (M, F); of whole ones the centre.
 
         Raises:
             DataError: for an id that the store does not hold, or a clip that cannot be read.
@@ -55,38 +65,78 @@ class FrameReader:
         frames = np.empty((len(video_ids), self.num_frames, self.size, self.size, 3), dtype=np.uint8)
         mask = np.zeros((len(video_ids), self.num_frames), dtype=np.bool_)
         for row, video_id in enumerate(video_ids):
-            if video_id not in self.places:
-                raise DataError(f"does not hold {video_id!r}", where=self.uri, accepted="one of its videos")
-            part, position = self.places[video_id]
-            try:
-                self._fill(frames[row], mask[row], part, position)
-            except DataError as error:
-                # Parts are merged while they are read.
-                self.places = ids_in_parts(self.uri, "data") if is_gone(error) else self.places
-                if self.places.get(video_id) in (None, (part, position)):
-                    raise
-                self._fill(frames[row], mask[row], *self.places[video_id])
+            _, count = self._clip(video_id, frames[row])
+            mask[row, :count] = True
         return frames, mask
 
-    def _fill(
-        self, frames: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_], part: str, position: int
-    ) -> None:
+    def read_whole(self, video_id: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """One clip as it is stored: frames (F, H, W, 3) uint8, zero where padded, and their mask (F,).
+
+        The shorter of H and W is S. In a store of whole pictures they are those of the clip, and differ from
+        clip to clip; in one of cropped pictures both are S.
+
+        Raises:
+            DataError: as ``read``.
+        """
+        frames, count = self._clip(video_id, None)
+        return frames, np.arange(self.num_frames) < count
+
+    def _clip(self, video_id: str, out: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.uint8], int]:
+        """Frames of a clip, of which so many are real: centre squares in ``out``, or as they are stored."""
+        if video_id not in self.places:
+            raise DataError(f"does not hold {video_id!r}", where=self.uri, accepted="one of its videos")
+        place = self.places[video_id]
         try:
+            return self._read(*place, out)
+        except DataError as error:
+            # Parts are merged while they are read.
+            self.places = ids_in_parts(self.uri, "data") if is_gone(error) else self.places
+            if self.places.get(video_id) in (None, place):
+                raise
+            return self._read(*self.places[video_id], out)
+
+    def _read(
+        self, part: str, position: int, out: npt.NDArray[np.uint8] | None
+    ) -> tuple[npt.NDArray[np.uint8], int]:
+        try:
+            started = time.perf_counter()
             opened = self._open(part)
             count = opened.num_frames[position]
-            if not 0 < count <= len(frames):
-                raise ValueError(f"{count} frames; accepted: 1 to {len(frames)}")
+            if not 0 < count <= self.num_frames:
+                raise ValueError(f"{count} frames; accepted: 1 to {self.num_frames}")
             if self.encoding == "raw":
-                opened.fill(frames, position)
-            else:
-                jpegs = opened.read(position, ["frames"])["frames"][0].as_py()
-                # strict: a frame that the row lacks would be read as a black one.
-                for frame, jpeg in zip(frames[:count], jpegs, strict=True):
-                    frame[:] = decode_jpeg(jpeg)
-                frames[count:] = 0
+                if out is None:
+                    out = np.empty((self.num_frames, self.size, self.size, 3), dtype=np.uint8)
+                opened.fill(out, position)
+                self.fetch_s += time.perf_counter() - started
+                return out, count
+            jpegs = opened.read(position, ["frames"])["frames"][0].as_py() or []
+            fetched = time.perf_counter()
+            self.fetch_s += fetched - started
+            # A frame that the row lacks would be read as a black one.
+            if len(jpegs) != count:
+                raise ValueError(f"{len(jpegs)} pictures of {count} frames")
+            out = self._decode(jpegs, out)
+            self.jpeg_s += time.perf_counter() - fetched
         except (OSError, ValueError, pa.ArrowException, DataError) as error:
             raise DataError(f"row {position} cannot be read: {error}", where=part) from error
-        mask[:count] = True
+        return out, count
+
+    def _decode(
+        self, jpegs: Sequence[bytes | None], out: npt.NDArray[np.uint8] | None
+    ) -> npt.NDArray[np.uint8]:
+        shape = None if self.crop == "none" else (self.size, self.size, 3)
+        for index, jpeg in enumerate(jpegs):
+            picture = decode_jpeg(jpeg or b"")
+            if fault := size_fault(picture, self.size, shape):
+                raise ValueError(f"frame {index} is {fault}")
+            shape = picture.shape
+            if out is None:
+                out = np.empty((self.num_frames, *shape), dtype=np.uint8)
+            out[index] = picture if out.shape[1:] == shape else crop_centre(picture, self.size)
+        assert out is not None
+        out[len(jpegs) :] = 0
+        return out
 
 
 class _OpenPart:

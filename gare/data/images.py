@@ -1,9 +1,12 @@
-"""One frame from picture to model input: resize, crop, JPEG, normalise."""
+"""One frame from picture to model input: resize, crop, JPEG, normalise.
+
+H×W pixels, S pixels of the short side.
+"""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,25 +17,35 @@ from gare.errors import DataError
 if TYPE_CHECKING:
     import torch
 
+#: What is kept of a resized frame: its centre square, or all of it.
+Crop: TypeAlias = Literal["center", "none"]
+
+#: Arrays or tensors of pictures.
+_Pictures = TypeVar("_Pictures", bound=Any)
+
 #: Mean and standard deviation of CLIP's training pictures, RGB in 0…1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+#: Pixels of the longest side that libjpeg encodes.
+MAX_SIDE = 65500
 
 #: Pixels of the largest picture that is decoded; a few bytes can claim any size.
 MAX_PIXELS = 2**26
 
 
-def prepare_frame(rgb: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+def prepare_frame(rgb: NDArray[np.uint8], size_px: int, crop: Crop = "center") -> NDArray[np.uint8]:
     """Resizes the short side to ``size_px`` (bicubic, antialiased) and crops the centre.
 
     Sizes round as in CLIP's preprocessing: the long side is truncated, the crop's offset rounded.
 
     Args:
         rgb: picture (H, W, 3), uint8.
-        size_px: side of the square result.
+        size_px: S, the short side after resizing.
+        crop: none leaves out the crop.
 
     Returns:
-        (size_px, size_px, 3), uint8, contiguous.
+        (S, S, 3), or without the crop (H, W, 3) whose short side is S; uint8, contiguous.
     """
     height, width = rgb.shape[:2]
     short = min(height, width)
@@ -40,12 +53,85 @@ def prepare_frame(rgb: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
     image = Image.fromarray(rgb)
     if (new_width, new_height) != (width, height):
         image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-    left, top = round((new_width - size_px) / 2), round((new_height - size_px) / 2)
+    if crop == "none":
+        return np.array(image)
+    top, left = _centre(new_height, new_width, size_px)
     return np.array(image.crop((left, top, left + size_px, top + size_px)))
 
 
+def crop_centre(pictures: _Pictures, size_px: int) -> _Pictures:
+    """Cuts the squares out of whole pictures that ``prepare_frame`` would have cropped to.
+
+    Args:
+        pictures: array or tensor (..., H, W, 3), whose short side is at least ``size_px``.
+        size_px: S, side of the square.
+
+    Returns:
+        (..., S, S, 3), a view.
+    """
+    top, left = _centre(*pictures.shape[-3:-1], size_px)
+    cut: _Pictures = pictures[..., top : top + size_px, left : left + size_px, :]
+    return cut
+
+
+def _centre(height: int, width: int, size_px: int) -> tuple[int, int]:
+    """Top and left of the centre square."""
+    return round((height - size_px) / 2), round((width - size_px) / 2)
+
+
+def fit_frame(picture: NDArray[np.uint8], like: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    """Gives a whole picture the size of another of the same video, whose size changes midway.
+
+    The centre square stays where it is, pixel by pixel; what does not fit around it is cut, what is missing
+    is black.
+
+    Args:
+        picture: (H, W, 3), whose short side is ``size_px``.
+        like: a picture (H', W', 3) of the same short side.
+        size_px: S, the short side.
+
+    Returns:
+        (H', W', 3), uint8.
+    """
+    if picture.shape == like.shape:
+        return picture
+    fitted = np.zeros_like(like)
+    target, source = [], []
+    centres = (_centre(*one.shape[:2], size_px) for one in (like, picture))
+    for there, here, room, length in zip(*centres, like.shape, picture.shape, strict=False):
+        before, behind = min(there, here), min(room - there, length - here)
+        target.append(slice(there - before, there + behind))
+        source.append(slice(here - before, here + behind))
+    fitted[tuple(target)] = picture[tuple(source)]
+    return fitted
+
+
+def size_fault(picture: NDArray[np.uint8], size_px: int, shape: tuple[int, ...] | None) -> str:
+    """Says what is wrong with the size of a stored picture; empty if nothing is.
+
+    Args:
+        picture: (H, W, 3).
+        size_px: S, the short side that it should have.
+        shape: the shape that it should have; None: any with that short side.
+    """
+    height, width = picture.shape[:2]
+    if shape is None:
+        return "" if min(height, width) == size_px else f"{width} × {height} pixels, no side is {size_px}"
+    return "" if picture.shape == shape else f"{width} × {height} pixels, not {shape[1]} × {shape[0]}"
+
+
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
-    """A picture (H, W, 3), uint8, as JPEG of the given quality (1 to 100)."""
+    """A picture (H, W, 3), uint8, as JPEG of the given quality (1 to 100).
+
+    Raises:
+        DataError: for a picture that is larger than a JPEG can be.
+    """
+    height, width = rgb.shape[:2]
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise DataError(
+            f"a picture of {width} × {height} pixels is larger than a JPEG can be",
+            accepted=f"{MAX_SIDE} pixels a side, {MAX_PIXELS} in all; extract.crop=center cuts longer ones",
+        )
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue()

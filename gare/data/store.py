@@ -83,7 +83,8 @@ def frame_schema(extract: ExtractConfig) -> pa.Schema:
     """Columns of a frame store's data parts.
 
     ``frames`` is a list of JPEG files, or for raw frames one fixed-shape tensor (F, H, W, 3) uint8 whose
-    padded frames are zero; ``num_frames`` of them are real.
+    padded frames are zero; ``num_frames`` of them are real. JPEG files have H = W = image_size; uncropped
+    ones (``extract.crop`` none) have one size a clip, whose short side is image_size.
     """
     size, num_frames = extract.image_size, extract.num_frames
     frames = (
@@ -114,6 +115,11 @@ def frame_schema(extract: ExtractConfig) -> pa.Schema:
     return pa.schema(columns)
 
 
+#: Settings that are not among a store's where they have this value: stores from before they existed are as
+#: they were.
+_UNSAID = {"crop": "center"}
+
+
 def frame_settings(extract: ExtractConfig) -> dict[str, Any]:
     """All that changes the values of a frame store; its hash is the fingerprint."""
     settings: dict[str, Any] = {
@@ -121,13 +127,16 @@ def frame_settings(extract: ExtractConfig) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "sampling": _SAMPLING[extract.sampling],
         "decoder_policy": _DECODER_POLICY[extract.decoder],
-        "picture": "short side to image_size, bicubic, centre crop",
+        "picture": "short side to image_size, bicubic"
+        + (", centre crop" if extract.crop == "center" else ", uncropped"),
         "num_frames": extract.num_frames,
         "image_size": extract.image_size,
         "encoding": extract.encoding,
     }
     if extract.sampling == "released":
         settings["sample_fps"] = extract.sample_fps
+    if extract.crop != _UNSAID["crop"]:
+        settings["crop"] = extract.crop
     return settings | ({"jpeg_quality": extract.jpeg_quality} if extract.encoding == "jpeg" else {})
 
 
@@ -197,11 +206,11 @@ def check_settings(uri: str, meta: StoreMeta, settings: Mapping[str, Any]) -> No
     """
     if meta.fingerprint == fingerprint(settings):
         return
-    keys = sorted(set(settings) | set(meta.settings))
+    stored, asked = _UNSAID | meta.settings, _UNSAID | dict(settings)
     differing = [
-        f"{key} is {meta.settings.get(key)!r} in the store and {settings.get(key)!r} in the configuration"
-        for key in keys
-        if settings.get(key) != meta.settings.get(key)
+        f"{key} is {stored.get(key)!r} in the store and {asked.get(key)!r} in the configuration"
+        for key in sorted({*stored, *asked})
+        if asked.get(key) != stored.get(key)
     ]
     raise DataError(
         "the store was made with other settings: " + "; ".join(differing or ["its fingerprint is damaged"]),

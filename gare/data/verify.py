@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.files import read_bytes
-from gare.data.images import decode_jpeg
+from gare.data.images import decode_jpeg, size_fault
 from gare.data.parts import checksum_fault, part_files, read_parts
 from gare.data.store import FAILURE_SCHEMA, StoreMeta, fingerprint, read_failures, read_meta, read_retired
 from gare.errors import DataError
@@ -217,11 +217,14 @@ def _check_frames(row: pa.Table, settings: Mapping[str, Any]) -> Iterator[str]:
     jpegs = row["frames"][0].as_py() or []
     if len(jpegs) != count:
         yield f"has {count} frames and {len(jpegs)} pictures"
+    shape: tuple[int, ...] | None = None if settings.get("crop") == "none" else (size, size, 3)
     for position, jpeg in enumerate(jpegs):
         try:
-            shape = decode_jpeg(jpeg or b"").shape
+            picture = decode_jpeg(jpeg or b"")
         except DataError as error:
             yield f"frame {position}: {error.what}"
             continue
-        if shape != (size, size, 3):
-            yield f"frame {position} is {shape[1]} × {shape[0]} pixels, not {size} × {size}"
+        if fault := size_fault(picture, size, shape):
+            yield f"frame {position} is {fault}"
+        else:
+            shape = picture.shape

@@ -153,18 +153,18 @@ def test_a_run_that_goes_on_counts_its_own_steps(clock: Clock) -> None:
 
 def test_advice_fits_the_run() -> None:
     """What cannot help must not be proposed."""
-    frames = advice("jpeg", from_features=False, is_raw=False, loaders=2)
+    frames = advice("jpeg", from_features=False, can_be_raw=True, loaders=2)
     assert "cluster.loaders_per_worker (now 2)" in frames
     assert "extract.encoding=raw" in frames
     assert "train.input=features" in frames
-    assert "encoding" not in advice("fetch", from_features=False, is_raw=True, loaders=1)
-    assert "storage.root" in advice("fetch", from_features=False, is_raw=True, loaders=1)
+    assert "encoding" not in advice("fetch", from_features=False, can_be_raw=False, loaders=1)
+    assert "storage.root" in advice("fetch", from_features=False, can_be_raw=False, loaders=1)
     augmented = [
-        advice("augment", from_features=False, is_raw=False, loaders=1, on_gpu=gpu) for gpu in (0, 1)
+        advice("augment", from_features=False, can_be_raw=True, loaders=1, on_gpu=gpu) for gpu in (0, 1)
     ]
     assert ["loaders_per_worker" in one for one in augmented] == [True, False]
     assert all("augment.operations" in one for one in augmented)
-    assert "cpus_per_worker" in advice("transfer", from_features=True, is_raw=False, loaders=1)
-    features = advice("fetch", from_features=True, is_raw=False, loaders=1)
+    assert "cpus_per_worker" in advice("transfer", from_features=True, can_be_raw=True, loaders=1)
+    features = advice("fetch", from_features=True, can_be_raw=True, loaders=1)
     assert "features.cache_mb" in features
     assert "train.input" not in features

@@ -63,6 +63,19 @@ def test_small_parts_become_one(store: str) -> None:
     assert part_files(store, "data") == files
 
 
+def test_whole_pictures_are_merged_and_followed(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A training on whole pictures goes on while the store is merged, and finds the same ones."""
+    extract = ExtractConfig(num_frames=3, image_size=16, crop="none")
+    write_store(str(tmp_path), extract, IDS, rng, part=3)
+    before = stored_values(str(tmp_path))
+    reader, old = FrameReader(str(tmp_path)), FrameReader(str(tmp_path))
+    pictures = {video_id: old.read_whole(video_id)[0] for video_id in IDS}
+    assert compact(str(tmp_path), 10**6)["parts_after"] == 1
+    assert stored_values(str(tmp_path)) == before
+    for video_id in IDS:
+        assert np.array_equal(reader.read_whole(video_id)[0], pictures[video_id])
+
+
 def test_large_parts_stay(store: str) -> None:
     """Rewriting what is large enough would cost hours and change nothing."""
     write_retired(store, {})

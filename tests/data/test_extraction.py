@@ -9,19 +9,22 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from gare.config import ExtractConfig
 from gare.data.decode_process import DecodeProcess, ExtractedClip
 from gare.data.extraction import Extractor, cut_into_parts
 from gare.data.frames import FrameReader
 from gare.data.manifest import Manifest, ManifestRow
-from gare.data.store import ids_in_parts, part_files, read_columns, read_failures
+from gare.data.store import frame_schema, ids_in_parts, part_files, read_columns, read_failures
+from gare.data.verify import verify
 from gare.errors import DataError
 from tests.stores import describe_store, pending_rows, stored_values
 
@@ -107,6 +110,70 @@ def test_good_and_bad_videos(manifest: Manifest, store: str, extractor: Extracto
         assert failed["uri"].endswith(f"{name}.mp4")
         assert failed["message"]
         assert failed["error_type"]
+
+
+def write_pictures(path: Path, sizes: list[tuple[int, int]], seed: int, codec: str = "libx264") -> None:
+    """A video of smooth grey pictures at 2 per second, each of its own height and width."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (6, 6, 1), dtype=np.uint8).repeat(3, axis=2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=2)
+        stream.height, stream.width = sizes[0]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        if sizes[0][0] % 2 or sizes[0][1] % 2:
+            stream.pix_fmt = "yuv444p"
+        for number, (height, width) in enumerate(sizes):
+            picture = np.array(Image.fromarray(np.roll(blocks, number, 0)).resize((width, height)))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if codec != "mjpeg":
+                container.mux(stream.encode(frame))
+                continue
+            # Each picture by an encoder of its own, since none changes its size.
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.height, encoder.width, encoder.pix_fmt = height, width, "yuvj420p"
+            encoder.time_base = Fraction(1, 2)
+            for packet in [*encoder.encode(frame), *encoder.encode()]:
+                packet.stream, packet.time_base = stream, Fraction(1, 2)
+                packet.pts = packet.dts = number
+                container.mux(packet)
+        if codec != "mjpeg":
+            container.mux(stream.encode())
+
+
+def test_whole_pictures_of_videos_of_any_shape(seed: int, tmp_path: Path) -> None:
+    """The edges of a wide or tall video must be there for training, and its centre where it was."""
+    shapes = {
+        "wide.mp4": ([(48, 64)] * 3, (32, 42)),
+        "tall.mp4": ([(64, 48)] * 3, (42, 32)),
+        "square.mp4": ([(48, 48)] * 3, (32, 32)),
+        "odd.mp4": ([(51, 67)] * 3, (32, 42)),
+        "small.mp4": ([(16, 34)] * 3, (32, 68)),
+        # A camera that is turned while it records.
+        "turned.avi": ([(48, 64), (64, 48), (64, 64)], (32, 42)),
+    }
+    for name, (sizes, _) in shapes.items():
+        write_pictures(tmp_path / name, sizes, seed, "mjpeg" if name.endswith("avi") else "libx264")
+    rows = tuple(ManifestRow(name, str(tmp_path / name), None, None, "train", ("one",)) for name in shapes)
+    manifest = Manifest(rows, benchmark="folder", protocol="own")
+    readers = {}
+    for crop in ("center", "none"):
+        extract = EXTRACT.model_copy(update={"encoding": "jpeg", "jpeg_quality": 100, "crop": crop})
+        store = str(tmp_path / crop)
+        describe_store(store, extract)
+        extractor = Extractor(store, extract)
+        done = extractor.write(pending_rows(manifest, store, retry_failed=False))
+        extractor.close()
+        assert counts_of(done) == (6, 0, 18)
+        faults, _ = verify(store, frame_schema(extract), list(shapes))
+        assert [fault for fault in faults if fault["video_id"]] == []
+        readers[crop] = FrameReader(store)
+    for name, (_, shape) in shapes.items():
+        whole, mask = readers["none"].read_whole(name)
+        assert whole.shape == (3, *shape, 3)
+        assert mask.all()
+        (squares,), (known,) = (readers[crop].read([name])[0] for crop in ("none", "center"))
+        # The same pixels, but for JPEG; those beside them are farther off.
+        assert np.abs(squares.astype(int) - known).mean() < 1.5, name
+        assert np.abs(squares[..., 1:, :].astype(int) - known[..., :-1, :]).mean() > 3, name
 
 
 def test_resume_does_what_is_left(manifest: Manifest, store: str, extractor: Extractor) -> None:

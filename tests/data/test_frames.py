@@ -9,13 +9,14 @@ import pytest
 
 from gare.config import ExtractConfig
 from gare.data.frames import FrameReader
-from gare.data.images import decode_jpeg, encode_jpeg
+from gare.data.images import crop_centre, decode_jpeg, encode_jpeg
 from gare.data.store import META, frame_schema, write_part
 from gare.errors import DataError
 from tests.stores import describe_store, random_frames, stored_row, write_store
 
 RAW = ExtractConfig(num_frames=4, image_size=16, encoding="raw")
 JPEG = ExtractConfig(num_frames=4, image_size=16, encoding="jpeg")
+WHOLE = ExtractConfig(num_frames=4, image_size=16, crop="none")
 IDS = [f"clip {index}" for index in range(8)]
 
 
@@ -43,6 +44,46 @@ def test_clips_come_back_as_stored(extract: ExtractConfig, rng: np.random.Genera
     assert none.shape == (0, 4)
 
 
+@pytest.mark.parametrize("extract", [RAW, JPEG, WHOLE], ids=["raw", "jpeg", "whole"])
+def test_one_clip_as_it_is_stored(extract: ExtractConfig, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Training that crops after it has augmented would miss the edges, or take padding for frames."""
+    stored = write_store(str(tmp_path), extract, IDS, rng)
+    reader = FrameReader(str(tmp_path))
+    assert reader.crop == extract.crop
+    for video_id, pictures in stored.items():
+        frames, mask = reader.read_whole(video_id)
+        assert frames.shape == (4, *pictures.shape[1:])
+        assert (frames.dtype, mask.dtype) == (np.uint8, np.bool_)
+        count = len(pictures)
+        assert mask.tolist() == [index < count for index in range(4)]
+        assert not frames[count:].any()
+        expected = pictures
+        if extract.encoding == "jpeg":
+            expected = np.stack([decode_jpeg(encode_jpeg(frame, 95)) for frame in pictures])
+        assert np.array_equal(frames[:count], expected)
+        squares, same_mask = reader.read([video_id])
+        assert squares.shape == (1, 4, 16, 16, 3)
+        assert np.array_equal(same_mask[0], mask)
+        assert np.array_equal(squares[0], [crop_centre(frame, 16) for frame in frames])
+    with pytest.raises(DataError, match="does not hold 'other'"):
+        reader.read_whole("other")
+
+
+@pytest.mark.parametrize("extract", [RAW, JPEG, WHOLE], ids=["raw", "jpeg", "whole"])
+def test_the_time_of_reading_is_told_in_two(
+    extract: ExtractConfig, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Who waits for data must see whether the disk or the processor is slow."""
+    write_store(str(tmp_path), extract, IDS, rng)
+    reader = FrameReader(str(tmp_path))
+    assert (reader.fetch_s, reader.jpeg_s) == (0, 0)
+    for read in (lambda: reader.read(IDS[:3]), lambda: reader.read_whole(IDS[3])):
+        fetch_s, jpeg_s = reader.fetch_s, reader.jpeg_s
+        read()
+        assert reader.fetch_s > fetch_s
+        assert reader.jpeg_s > jpeg_s or (extract is RAW and not reader.jpeg_s)
+
+
 def test_an_unknown_id_is_named(rng: np.random.Generator, tmp_path: Path) -> None:
     """A manifest that is newer than the store must not silently train on black clips."""
     write_store(str(tmp_path), RAW, IDS, rng)
@@ -51,7 +92,7 @@ def test_an_unknown_id_is_named(rng: np.random.Generator, tmp_path: Path) -> Non
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", ["jpeg", "cut jpeg", "fewer", "more", "none", "too many"])
+@pytest.mark.parametrize("fault", ["jpeg", "cut jpeg", "null", "fewer", "more", "none", "too many"])
 def test_a_damaged_clip_is_named(rng: np.random.Generator, tmp_path: Path, fault: str) -> None:
     """Never zeros for a clip: the part and the row are named instead."""
     frames = random_frames(JPEG, rng, 3)
@@ -60,6 +101,8 @@ def test_a_damaged_clip_is_named(rng: np.random.Generator, tmp_path: Path, fault
         row["frames"][1] = b"\xff\xd8 not a picture"
     elif fault == "cut jpeg":
         row["frames"][1] = row["frames"][1][:-40]
+    elif fault == "null":
+        row["frames"][1] = None
     elif fault == "fewer":
         del row["frames"][1]
     elif fault == "more":
@@ -75,6 +118,33 @@ def test_a_damaged_clip_is_named(rng: np.random.Generator, tmp_path: Path, fault
         reader.read(["a"])
     assert part in str(caught.value)
     assert reader.read(["good"])[1].sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("extract", "sizes", "said"),
+    [
+        (WHOLE, [(16, 20), (16, 20), (20, 16)], "frame 2 is 16 × 20 pixels, not 20 × 16"),
+        (WHOLE, [(16, 20), (16, 21)], "frame 1 is 21 × 16 pixels, not 20 × 16"),
+        (WHOLE, [(15, 20)], "frame 0 is 20 × 15 pixels, no side is 16"),
+        (WHOLE, [(20, 32)], "frame 0 is 32 × 20 pixels, no side is 16"),
+        (JPEG, [(16, 16), (16, 20)], "frame 1 is 20 × 16 pixels, not 16 × 16"),
+        (JPEG, [(1, 16)], "frame 0 is 16 × 1 pixels, not 16 × 16"),
+    ],
+)
+def test_a_picture_of_another_size_is_named(
+    extract: ExtractConfig, sizes: list[tuple[int, int]], said: str, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """A line of pixels must not be stretched to a picture, nor a batch fail without a word of where."""
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    row = stored_row(extract, "a", random_frames(extract, rng, len(sizes)))
+    row["frames"] = [encode_jpeg(picture, 95) for picture in pictures]
+    part = write_part(str(tmp_path), "data", [row], frame_schema(extract))
+    describe_store(str(tmp_path), extract)
+    reader = FrameReader(str(tmp_path))
+    for read in (lambda: reader.read(["a"]), lambda: reader.read_whole("a")):
+        with pytest.raises(DataError, match=f"row 0 cannot be read: {said}") as caught:
+            read()
+        assert part in str(caught.value)
 
 
 def test_a_part_that_is_gone_is_named(rng: np.random.Generator, tmp_path: Path) -> None:

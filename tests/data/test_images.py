@@ -9,7 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from gare.data.images import CLIP_MEAN, CLIP_STD, decode_jpeg, encode_jpeg, normalise, prepare_frame
+from gare.data.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    crop_centre,
+    decode_jpeg,
+    encode_jpeg,
+    fit_frame,
+    normalise,
+    prepare_frame,
+)
 from gare.errors import DataError
 
 
@@ -32,6 +41,51 @@ def test_prepare_is_clips_preprocessing(rng: np.random.Generator) -> None:
     rgb = rng.integers(0, 256, (101, 150, 3), dtype=np.uint8)
     image = Image.fromarray(rgb).resize((47, 32), Image.Resampling.BICUBIC)  # 32 * 150 / 101 = 47.5
     assert (prepare_frame(rgb, 32) == np.array(image)[:, 8:40]).all()  # round(7.5) is 8
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "whole"),
+    [
+        (240, 320, (32, 42)),
+        (320, 240, (42, 32)),
+        (241, 321, (32, 42)),
+        (101, 150, (32, 47)),
+        (150, 101, (47, 32)),
+        (33, 33, (32, 32)),
+        (32, 35, (32, 35)),
+        (9, 16, (32, 56)),
+        (1, 1, (32, 32)),
+    ],
+)
+def test_cropping_later_is_cropping_at_once(
+    height: int, width: int, whole: tuple[int, int], rng: np.random.Generator
+) -> None:
+    """Lost otherwise: a model that learns from the centre and is evaluated on squares beside it."""
+    rgb = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = prepare_frame(rgb, 32, "none")
+    assert picture.shape == (*whole, 3)
+    assert (crop_centre(picture, 32) == prepare_frame(rgb, 32)).all()
+
+
+def test_a_picture_of_another_size_keeps_its_centre(rng: np.random.Generator) -> None:
+    """Lost otherwise: videos whose size changes midway, or what is in the middle of them."""
+    for _ in range(20):
+        sides = np.stack([rng.permuted([8, rng.integers(8, 20)]) for _ in range(2)])
+        picture, like = (rng.integers(1, 256, (*side, 3), dtype=np.uint8) for side in sides)
+        fitted = fit_frame(picture, like, 8)
+        assert fitted.shape == like.shape
+        assert (crop_centre(fitted, 8) == crop_centre(picture, 8)).all()
+        # No pixel is there twice or in part: what is not black is one block of the picture.
+        assert fitted.any(axis=-1).sum() == np.prod(np.minimum(*sides))
+        assert (fit_frame(picture, picture, 8) == picture).all()
+
+
+def test_a_picture_that_is_too_long_for_jpeg_is_named() -> None:
+    """Lost otherwise: why a banner, kept whole, is among the failures."""
+    banner = prepare_frame(np.zeros((1, 2100, 3), np.uint8), 32, "none")
+    with pytest.raises(DataError, match="67200 × 32 pixels is larger than a JPEG can be") as caught:
+        encode_jpeg(banner, 95)
+    assert "extract.crop=center" in str(caught.value)
 
 
 def test_prepare_leaves_pixels_of_the_right_size_alone(rng: np.random.Generator) -> None:

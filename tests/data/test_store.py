@@ -154,6 +154,10 @@ def test_no_parts_are_no_clips(tmp_path: Path) -> None:
     [
         ({"image_size": 16}, ["image_size is 8 in the store and 16"]),
         ({"num_frames": 4, "sample_fps": 2.0}, ["num_frames is 3", "sample_fps is 1.0 in the store and 2.0"]),
+        (
+            {"encoding": "jpeg", "crop": "none"},
+            ["crop is 'center' in the store and 'none' in the configuration"],
+        ),
         ({"encoding": "jpeg"}, ["encoding is 'raw'", "jpeg_quality is None in the store and 95"]),
     ],
 )
@@ -168,6 +172,32 @@ def test_a_store_of_other_settings_is_refused(
     for said in [*named, store]:
         assert said in str(caught.value)
     assert "sampling is" not in str(caught.value)
+
+
+def test_whole_pictures_are_not_taken_for_squares(tmp_path: Path) -> None:
+    """A person who goes back to the default must be told which key made the store."""
+    whole = ExtractConfig(crop="none")
+    describe_store(str(tmp_path), whole)
+    meta = read_meta(str(tmp_path))
+    check_settings(str(tmp_path), meta, frame_settings(whole))
+    with pytest.raises(DataError, match="crop is 'none' in the store and 'center' in the configuration"):
+        check_settings(str(tmp_path), meta, frame_settings(ExtractConfig()))
+
+
+@pytest.mark.parametrize(
+    ("extract", "known"),
+    [
+        (ExtractConfig(), "65d5272ff03f1afbdb3e1521d751dc274cd9de19efe5d6695a03eede7583f538"),
+        (
+            ExtractConfig(encoding="raw", sampling="uniform", image_size=32),
+            "bb5b5fde5474570e8a46a7932d0fe95c1ef44ef58ec7f404495eca854b70f0f7",
+        ),
+    ],
+    ids=["jpeg", "raw"],
+)
+def test_stores_of_earlier_versions_are_taken(extract: ExtractConfig, known: str) -> None:
+    """A new key with its default must not make a person extract days of video again."""
+    assert fingerprint(frame_settings(extract)) == known
 
 
 def test_what_does_not_change_the_frames_is_free(tmp_path: Path) -> None:

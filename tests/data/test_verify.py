@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gare.config import ExtractConfig
+from gare.data.images import encode_jpeg
 from gare.data.store import FAILURE_SCHEMA, frame_schema, part_files, read_meta, write_meta, write_part
 from gare.data.verify import verify, verify_or_raise
 from gare.errors import DataError
@@ -154,6 +155,27 @@ def test_pictures_of_another_size_or_behind_the_end(rng: np.random.Generator, tm
     describe_store(str(tmp_path / "raw"), RAW)
     faults, _ = verify(str(tmp_path / "raw"), frame_schema(RAW), ["a"])
     assert "has pictures behind its last frame" in [fault["fault"] for fault in faults]
+
+
+def test_whole_pictures_have_one_size_a_clip(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Any shape is right for a whole picture but that of another video, or of another store."""
+    extract = JPEG.model_copy(update={"crop": "none"})
+    write_store(str(tmp_path / "sound"), extract, IDS, rng)
+    faults, read = verify(str(tmp_path / "sound"), frame_schema(extract), IDS)
+    assert read["videos"] == len(IDS)
+    assert {fault["fault"] for fault in faults if fault["video_id"]} == set()
+    rows = []
+    for name, sizes in {"other": [(16, 24), (24, 16)], "small": [(8, 24), (15, 24)]}.items():
+        jpegs = [encode_jpeg(np.zeros((*size, 3), np.uint8), 95) for size in sizes]
+        rows.append(stored_row(extract, name, random_frames(extract, rng, 2)) | {"frames": jpegs})
+    write_part(str(tmp_path / "bad"), "data", rows, frame_schema(extract))
+    describe_store(str(tmp_path / "bad"), extract)
+    faults, _ = verify(str(tmp_path / "bad"), frame_schema(extract), ["other", "small"])
+    assert [(fault["video_id"], fault["fault"]) for fault in faults if fault["video_id"]] == [
+        ("other", "frame 1 is 16 × 24 pixels, not 24 × 16"),
+        ("small", "frame 0 is 24 × 8 pixels, no side is 16"),
+        ("small", "frame 1 is 24 × 15 pixels, no side is 16"),
+    ]
 
 
 def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path) -> None:

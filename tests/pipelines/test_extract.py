@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from cluster.storage import Layout, layout
 from cluster.tracking import resolve_tracking_uri
 from gare.data.files import list_files
+from gare.data.frames import FrameReader
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.store import ids_in_parts, read_failures, read_meta
 from pipelines import extract, train
@@ -189,6 +191,36 @@ def test_a_grown_and_changed_collection(
     part.unlink()
     assert counts(command("--retry-failed"))[4:] == (3, 2)
     assert json.loads(command("--verify").stdout)["sound"]
+
+
+def test_whole_pictures_go_the_whole_way(
+    places: Layout, benchmark: dict[str, Any], tiny_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who keeps whole pictures must be able to show, merge, check and train on them as on squares."""
+    own = layout(tiny("name=whole"))
+    write_manifest(read_manifest(places.manifest), own.manifest)
+    jpeg = ("name=whole", "extract.encoding=jpeg")
+
+    def command(*more: str) -> Answer:
+        return in_process(capsys, extract.run, "--config", tiny_yaml, *jpeg, *more, flags=extract.FLAGS)
+
+    answer = command("extract.crop=none", "--preview", "2")
+    assert answer.status == 0, answer.stderr
+    assert json.loads(answer.stdout)["videos"] == benchmark["extract"]["videos"]
+    assert Path(json.loads(answer.stdout)["preview"]).read_bytes().startswith(b"\x89PNG")
+    reader = FrameReader(own.frames)
+    video_id = next(iter(reader.places))
+    before, _ = reader.read_whole(video_id)
+    height, width = before.shape[1:3]
+    assert min(height, width) == 32 < max(height, width)
+    assert json.loads(command("extract.crop=none", "--compact").stdout)["parts_after"] == 1
+    assert np.array_equal(reader.read_whole(video_id)[0], before)
+    assert json.loads(command("extract.crop=none", "--verify").stdout)["sound"]
+    crops = "crop is 'none' in the store and 'center' in the configuration"
+    command().refused(3, crops)
+    command("extract.crop=none", "extract.encoding=raw").refused(2, "crop none needs encoding jpeg")
+    trained = train.run(tiny(*jpeg, "extract.crop=none", "train.epochs=1", "train.max_steps=2"))
+    assert trained["steps"] == 2
 
 
 def test_each_extraction_is_a_run_in_mlflow(

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from gare.config import ExtractConfig
+from gare.data.frames import FrameReader
+from gare.data.images import crop_centre
 from gare.data.manifest import ManifestRow
 from gare.errors import DataError
 from gare.retrieval.preview import draw_preview
@@ -37,6 +39,16 @@ def test_frames_of_the_clips_are_on_it(rng: np.random.Generator, tmp_path: Path)
     frame = Image.fromarray(stored["a"][0]).resize((112, 112), Image.Resampling.LANCZOS)
     shown = one[16 + 42 : 16 + 42 + 112, 16 : 16 + 112].astype(int)
     assert np.abs(shown - np.asarray(frame)).mean() < 12
+
+
+def test_of_whole_pictures_the_centre_is_on_it(rng: np.random.Generator, tmp_path: Path) -> None:
+    """A sheet of squashed pictures, where the model sees the centre."""
+    whole = JPEG.model_copy(update={"crop": "none"})
+    write_store(str(tmp_path), whole, ["a", "b"], rng)
+    picture = sheet(tmp_path, [row("a")], 8)
+    frames, _ = FrameReader(str(tmp_path)).read_whole("a")
+    frame = Image.fromarray(crop_centre(frames[0], 32)).resize((112, 112), Image.Resampling.LANCZOS)
+    assert np.array_equal(picture[16 + 42 : 16 + 42 + 112, 16 : 16 + 112], np.asarray(frame))
 
 
 def test_any_caption_fits(rng: np.random.Generator, tmp_path: Path) -> None:

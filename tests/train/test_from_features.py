@@ -18,6 +18,7 @@ from gare.config import Config
 from gare.data.compact import compact
 from gare.data.feature_pass import FeaturePass
 from gare.data.features import FeatureReader
+from gare.data.frames import FrameReader
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.parts import read_columns, read_parts, write_table
 from gare.data.store import (
@@ -30,7 +31,7 @@ from gare.data.store import (
     write_retired,
 )
 from gare.data.verify import verify
-from gare.errors import CheckpointError, ConfigError
+from gare.errors import CheckpointError, ConfigError, DataError
 from gare.model.clip import towers_sha256
 from gare.model.gare import GARE
 from gare.retrieval.encode import Encoder, encode_stored
@@ -44,7 +45,7 @@ from gare.train.loop import run_loop
 from gare.train.state import complete_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.step import Learner, build_learner
 from gare.train.validation import Validation
-from tests.stores import random_frames, stored_row, write_store
+from tests.stores import describe_store, random_frames, stored_row, write_store
 from tests.tiny import tiny_config
 
 COLOURS = ("red", "green", "blue", "pink")
@@ -215,6 +216,34 @@ def test_adapters_start_as_the_identity(places: Places, rng: np.random.Generator
     mask = torch.ones(3, 4)
     expected = without.video_from_towers(frames, mask).frames
     assert torch.equal(with_adapters.video_from_towers(frames, mask).frames, expected)
+
+
+def test_features_of_whole_pictures_are_those_of_their_centre(
+    places: Places, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """A store of whole pictures, kept for one training, must not give another one other features."""
+    ids = [row.video_id for row in read_manifest(places.manifest).rows]
+    squares, whole = (
+        replace(places, frames=str(tmp_path / name), features=str(tmp_path / f"{name} features"))
+        for name in ("squares", "whole")
+    )
+    extract = whole.config.extract.model_copy(update={"encoding": "jpeg", "crop": "none"})
+    whole.config = whole.config.model_copy(update={"extract": extract})
+    write_store(whole.frames, extract, ids, rng)
+    frames, mask = FrameReader(whole.frames).read(ids)
+    extract = squares.config.extract
+    rows = [stored_row(extract, name, clip[real]) for name, clip, real in zip(ids, frames, mask, strict=True)]
+    write_part(squares.frames, "data", rows, frame_schema(extract))
+    describe_store(squares.frames, extract)
+    found = []
+    for one in (squares, whole):
+        job = one.encode(one.model())
+        assert job.settings.get("crop", "center") == one.config.extract.crop
+        found.append(FeatureReader(one.features).read(ids))
+    assert same(found[1], found[0])
+    # What was made of the one is not taken for the other's.
+    with pytest.raises(DataError, match="crop is 'none' in the store and 'center' in the configuration"):
+        replace(squares, features=whole.features).feature_pass(squares.model())
 
 
 def test_features_that_are_not_finite_are_failures(places: Places) -> None:

@@ -127,8 +127,7 @@ class FrameLoader:
         """Centres of real frames, with zeros for those that are padded."""
         size = self.reader.size
         squares = np.zeros((self.reader.num_frames, size, size, 3), np.uint8)
-        for square, frame in zip(squares, frames, strict=False):
-            square[:] = crop_centre(frame, size)
+        squares[: len(frames)] = crop_centre(frames, size)
         return squares
 
 

@@ -98,7 +98,7 @@ def test_no_more_than_is_needed_soon_is_brought() -> None:
     def counted() -> Iterator[Arrays]:
         for number in range(20):
             taken.append(number)
-            if len(taken) == 1 + WAITING + 1:
+            if len(taken) == 1 + WAITING:
                 several.set()
             yield chunk(number, 1)
 

@@ -55,7 +55,7 @@ def prepare_frame(rgb: NDArray[np.uint8], size_px: int, crop: Crop = "center") -
         image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
     if crop == "none":
         return np.array(image)
-    top, left = _centre(new_height, new_width, size_px)
+    top, left = _centre((new_height, new_width), size_px)
     return np.array(image.crop((left, top, left + size_px, top + size_px)))
 
 
@@ -69,14 +69,14 @@ def crop_centre(pictures: _Pictures, size_px: int) -> _Pictures:
     Returns:
         (..., S, S, 3), a view.
     """
-    top, left = _centre(*pictures.shape[-3:-1], size_px)
+    top, left = _centre(pictures.shape[-3:], size_px)
     cut: _Pictures = pictures[..., top : top + size_px, left : left + size_px, :]
     return cut
 
 
-def _centre(height: int, width: int, size_px: int) -> tuple[int, int]:
-    """Top and left of the centre square."""
-    return round((height - size_px) / 2), round((width - size_px) / 2)
+def _centre(shape: tuple[int, ...], size_px: int) -> tuple[int, int]:
+    """Top and left of the centre square of a picture (H, W, …)."""
+    return round((shape[0] - size_px) / 2), round((shape[1] - size_px) / 2)
 
 
 def fit_frame(picture: NDArray[np.uint8], like: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
@@ -97,7 +97,7 @@ def fit_frame(picture: NDArray[np.uint8], like: NDArray[np.uint8], size_px: int)
         return picture
     fitted = np.zeros_like(like)
     target, source = [], []
-    centres = (_centre(*one.shape[:2], size_px) for one in (like, picture))
+    centres = (_centre(one.shape, size_px) for one in (like, picture))
     for there, here, room, length in zip(*centres, like.shape, picture.shape, strict=False):
         before, behind = min(there, here), min(room - there, length - here)
         target.append(slice(there - before, there + behind))

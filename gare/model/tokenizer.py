@@ -18,9 +18,12 @@ _WHITESPACE = re.compile(r"\s+")
 
 def clean(caption: str) -> str:
     """CLIP's own cleaning: repair mojibake, unescape HTML twice, fold white space, lower case."""
-    import ftfy
+    text = caption
+    # Plain ASCII is what ftfy leaves as it is, in most of the time that a caption takes.
+    if not (caption.isascii() and caption.isprintable() and "&" not in caption):
+        import ftfy
 
-    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
+        text = html.unescape(html.unescape(ftfy.fix_text(caption)))
     return _WHITESPACE.sub(" ", text).strip().lower()
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 
+import ftfy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gare.errors import DataError
 from gare.model.tokenizer import clean, tokenize
@@ -50,6 +55,14 @@ def test_long_captions_keep_their_end_marker() -> None:
 def test_cleaning_is_clips() -> None:
     """Mojibake, entities and white space of scraped captions must not become other words."""
     assert clean("  A &amp;amp; B\n\tcaf\u00c3\u00a9  ") == "a & b caf\u00e9"
+
+
+@given(st.text(st.characters(codec="ascii"), max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_plain_ascii_is_cleaned_as_all_else(text: str) -> None:
+    """It goes a shorter way, in a tenth of the time; another result would be other tokens than CLIP's."""
+    longer = html.unescape(html.unescape(ftfy.fix_text(text)))
+    assert clean(text) == re.sub(r"\s+", " ", longer).strip().lower()
 
 
 def test_what_is_no_text_is_named() -> None:

@@ -209,12 +209,13 @@ def test_whole_pictures_go_the_whole_way(
     assert json.loads(answer.stdout)["videos"] == benchmark["extract"]["videos"]
     assert Path(json.loads(answer.stdout)["preview"]).read_bytes().startswith(b"\x89PNG")
     reader = FrameReader(own.frames)
-    video_id = next(iter(reader.places))
-    before, _ = reader.read_whole(video_id)
-    height, width = before.shape[1:3]
-    assert min(height, width) == 32 < max(height, width)
+    before = {video_id: reader.read_whole(video_id)[0] for video_id in reader.places}
+    sizes = {frames.shape[1:3] for frames in before.values()}
+    assert {min(size) for size in sizes} == {32}
+    assert max(map(max, sizes)) > 32
     assert json.loads(command("extract.crop=none", "--compact").stdout)["parts_after"] == 1
-    assert np.array_equal(reader.read_whole(video_id)[0], before)
+    for video_id, frames in before.items():
+        assert np.array_equal(reader.read_whole(video_id)[0], frames)
     assert json.loads(command("extract.crop=none", "--verify").stdout)["sound"]
     crops = "crop is 'none' in the store and 'center' in the configuration"
     command().refused(3, crops)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cluster.actors import Actors
 from cluster.command import Flags, main
 from cluster.resources import num_cpus, usable_gpus, wants_gpus
+from cluster.runtime.actors import ActorPool
 from cluster.session import ray_session
 from cluster.storage import Layout, absolute, layout
 from cluster.tracking import (
@@ -293,11 +293,11 @@ def _encode(
         ("bank", "captions", list(bank), CAPTIONS_PER_TASK),
     ):
         tasks += [(name, method, items[first : first + size]) for first in range(0, len(items), size)]
-    results = _actors(config, load, len(tasks)).map(task[1:] for task in tasks)
     parts: dict[str, list[np.ndarray]] = {}
-    for (name, *_), result in zip(tasks, results, strict=True):
-        for kind, array in result.items():
-            parts.setdefault(f"{name}/{kind}", []).append(array)
+    with _pool(config, load) as pool:
+        for (name, *_), result in zip(tasks, pool.map(task[1:] for task in tasks), strict=True):
+            for kind, array in result.items():
+                parts.setdefault(f"{name}/{kind}", []).append(array)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
@@ -305,9 +305,20 @@ def _device(config: Config) -> str:
     return "cuda" if wants_gpus(config.cluster) else "cpu"
 
 
-def _actors(config: Config, load: Callable[[], Any], num_tasks: int) -> Actors:
+def _pool(config: Config, load: Callable[[], Any]) -> ActorPool:
+    """Actors on all GPUs that are free, else on all CPUs.
+
+    Args:
+        config: of the run.
+        load: makes the object whose methods tasks name, each with its arguments.
+    """
+
+    def load_methods() -> Callable[..., Any]:
+        loaded = load()
+        return lambda method, *arguments: getattr(loaded, method)(*arguments)
+
     gpus = usable_gpus(config.cluster)
-    return Actors(load, count=min(gpus or num_cpus(), num_tasks), gpu=bool(gpus))
+    return ActorPool(load_methods, count=gpus or num_cpus(), num_cpus=0 if gpus else 1, num_gpus=min(gpus, 1))
 
 
 def _rank(
@@ -335,8 +346,8 @@ def _rank(
 
         return RankWorker(load_checkpoint(checkpoint), ray.get(held), owners, processing, _device(config))
 
-    actors = _actors(config, load, here.grid.num_shares)
-    return rank_by_workers(here, actors.map, share_once=ray.put)
+    with _pool(config, load) as pool:
+        return rank_by_workers(here, pool.map, share_once=ray.put)
 
 
 def _picture(

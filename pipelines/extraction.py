@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cluster.beside import Beside
-from cluster.pool import run_parts
 from cluster.progress import Progress
 from cluster.remote import RemoteVideos
 from cluster.resources import extraction_cpus, usable_gpus, wants_gpus
+from cluster.runtime.actors import ActorPool
+from cluster.runtime.parts import run_parts
 from cluster.session import ray_session
 from cluster.storage import Layout, absolute
 from cluster.tracking.extraction import ExtractionRun
@@ -131,11 +131,11 @@ class Encoding:
         gpus = usable_gpus(config.cluster)
         alone = 1 if self.shares_cpus else extraction_cpus(config.cluster)
         self.workers = config.features.workers or gpus or alone
-        self.pool = Beside(
+        self.pool = ActorPool(
             lambda: (
                 FeatureMaker(frames, features, config.features, feature_model(config).to(device), name).write
             ),
-            workers=self.workers,
+            count=self.workers,
             # Beside decoding, which has all CPUs, an encoder without GPU takes what is over.
             num_cpus=0 if self.shares_cpus or gpus else 1,
             num_gpus=min(1.0, gpus / self.workers),
@@ -153,7 +153,7 @@ class Encoding:
         progress = self._start()
         parts = self.job.parts(self.workers, whole=whole)
         progress.total += sum(map(len, parts))
-        self.pool.submit(parts)
+        self.pool.submit((part,) for part in parts)
         return progress
 
     def take(self, check: Callable[[], None]) -> Progress:

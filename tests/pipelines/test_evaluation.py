@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.actors import Actors
 from cluster.storage import Layout
 from gare.data.manifest import read_manifest
 from gare.retrieval.compare import compare_runs
 from gare.retrieval.queries import read_queries
 from pipelines import evaluate
 from tests.pipelines.support import tiny
-
-
-class Mortal:
-    """Work whose process dies at its first task."""
-
-    def __init__(self, grave: str) -> None:
-        self.grave = Path(grave)
-
-    def double(self, number: int, held: list[int]) -> int:
-        """Twice the number, and the first of what is held."""
-        if not self.grave.exists():
-            self.grave.touch()
-            os._exit(1)
-        return 2 * number + held[0]
-
-
-def loader(grave: str) -> Callable[[], Mortal]:
-    return lambda: Mortal(grave)
-
-
-def test_a_dead_actor_loses_and_doubles_nothing(ray_local: None, tmp_path: Path) -> None:
-    """A worker lost on a cluster must not end or bend an evaluation of hours."""
-    import ray
-
-    actors = Actors(loader(str(tmp_path / "grave")), count=2)
-    held = ray.put([100])
-    assert list(actors.map([("double", number, held) for number in range(7)])) == [
-        2 * number + 100 for number in range(7)
-    ]
-    assert (tmp_path / "grave").exists()
 
 
 def test_actors_rank_as_one_process_does(

@@ -1,0 +1,326 @@
+"""A pool of Ray actors, with one rule for actors that die and one for errors.
+
+**Deaths.** If an actor dies during a task, by itself or with its node, the task is given to another actor, at
+most ``RETRIES`` times, and a new actor takes the dead one's place if there is work for it. So a task may be
+done twice, and must come to the same then. A task whose actor dies each time ends the work, with an error
+that names it.
+
+**Errors.** A ``GareError`` raised by loading or by a task leaves the pool as itself, without Ray's traces,
+and ends the work. Any other exception becomes a ``GareError`` of its type and message, and its trace is
+logged where it was raised.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from gare.errors import GareError
+
+logger = logging.getLogger(__name__)
+
+#: Does a task, from its arguments.
+Work = Callable[..., Any]
+#: Times that a task is given to another actor because the one that did it has died.
+RETRIES = 3
+
+_HELP = (
+    "more memory or smaller tasks, where they are killed for the memory they take; the node's logs say why"
+)
+
+
+class Worker:
+    """An actor's process: it loads what it needs with its first task, and then does tasks.
+
+    Args:
+        load: returns the work.
+    """
+
+    def __init__(self, load: Callable[[], Work]) -> None:
+        self._load = load
+        self._work: Work | None = None
+
+    def do(self, *arguments: Any) -> tuple[GareError | None, Any]:
+        """Does one task and returns its error, or None and its result."""
+        try:
+            # Not in the constructor, whose errors Ray hands over as text alone.
+            if self._work is None:
+                self._work = self._load()
+            return None, self._work(*arguments)
+        except Exception as error:
+            return _as_gare(error), None
+
+
+@dataclass(eq=False)
+class _Task:
+    number: int
+    arguments: tuple[Any, ...]
+    deaths: int = 0
+    #: Reference to the result, which stays in Ray's object store until it is taken.
+    value: Any = None
+
+
+class ActorPool:
+    """Actors that each load what they need with their first task, and then do one task at a time.
+
+    A thread of the pool hands out the tasks, so that work goes on whatever the driver does meanwhile. Only
+    an actor that has answered is given one: actors that wait for room, or whose node is lost, hold nothing
+    up. So a pool that is larger than the cluster works with the actors that start; where none is left it
+    waits for one. No more are started than there are tasks for.
+
+    A context manager, which ends the actors. One thread at a time may use it.
+
+    Args:
+        load: called once in each actor; returns the work, which is called with the arguments of each task.
+        count: actors at most.
+        num_cpus: of an actor.
+        num_gpus: of an actor.
+        memory_bytes: heap of an actor and its children, which Ray does not see otherwise.
+        node_id: the node where all actors run; None: any.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Work],
+        *,
+        count: int,
+        num_cpus: float = 1,
+        num_gpus: float = 0,
+        memory_bytes: int = 0,
+        node_id: str | None = None,
+    ) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+        if memory_bytes:
+            options["memory"] = memory_bytes
+        if node_id is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        # Ray itself would give a task to the same actor again, which may wait for room on another node.
+        actor = ray.remote(max_restarts=0, max_task_retries=0, **options)(Worker)
+        self._start = partial(actor.remote, partial(_load_shared, [ray.put(load)]))
+        self._count = max(count, 1)
+        # The pool's thread alone touches these. It is told what to do through _events, and answers through
+        # _results.
+        self._waiting: deque[_Task] = deque()
+        self._actors: set[Any] = set()
+        self._asked: set[Any] = set()  # those of them that have not answered yet
+        self._idle: list[Any] = []
+        self._num_silent = 0  # actors in a row that died without an answer
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[_Task | GareError] = queue.SimpleQueue()
+        # These are the caller's.
+        self._early: dict[int, _Task] = {}  # done before those that are to be yielded before them
+        self._num_given, self._num_open, self._is_closed = 0, 0, False
+        self._thread = threading.Thread(target=self._dispatch, name="actor-pool", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> ActorPool:
+        """Returns the pool."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends the actors."""
+        self.close()
+
+    def map(
+        self, tasks: Iterable[tuple[Any, ...]], *, ordered: bool = True, ahead: int | None = None
+    ) -> Iterator[Any]:
+        """Does tasks and yields their results; arrays in them are read-only views of Ray's object store.
+
+        An error ends the actors, and so does closing the iterator before its end.
+
+        Args:
+            tasks: arguments of each task. Those that are references to Ray's objects arrive as the objects.
+            ordered: yield in the order of the tasks, whatever the actors do; else as they are done.
+            ahead: tasks at most that are handed over and not taken yet; only so many are drawn from
+                ``tasks`` early, and only so many results wait in memory. None: all.
+
+        Raises:
+            GareError: raised by loading or by a task, or for a task that has ended too many actors.
+        """
+        assert not self._num_open, "tasks that were submitted must be finished first"
+        coming, self._num_given = iter(tasks), 0
+        try:
+            for number in itertools.count():
+                room = None if ahead is None else max(ahead, 1) - self._num_open
+                self.submit(itertools.islice(coming, room))
+                if not self._num_open:
+                    return
+                yield self._take(number if ordered else None)
+        finally:
+            if self._num_open:
+                self.close()
+
+    def submit(self, tasks: Iterable[tuple[Any, ...]]) -> None:
+        """Hands over tasks, to be done from now on in any order; ``finish`` yields their results."""
+        assert not self._is_closed, "the pool is closed"
+        added = [_Task(number, arguments) for number, arguments in enumerate(tasks, self._num_given)]
+        self._num_given += len(added)
+        self._num_open += len(added)
+        self._events.put(partial(self._waiting.extend, added))
+
+    def finish(self) -> Iterator[Any]:
+        """Waits for all tasks that were submitted and yields their results as they are done.
+
+        Raises:
+            GareError: as ``map`` does.
+        """
+        while self._num_open:
+            yield self._take(None)
+        self._num_given = 0
+
+    def close(self) -> None:
+        """Ends the actors, also those at work."""
+        import ray
+
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._events.put(None)
+        self._thread.join()
+        if ray.is_initialized():
+            for actor in self._actors:
+                ray.kill(actor)
+        self._num_open = 0
+
+    def _take(self, number: int | None) -> Any:
+        """The result of the task of this number, or of any task, once it is there."""
+        import ray
+        from ray.exceptions import ObjectLostError, ObjectReconstructionFailedError
+
+        while True:
+            done = self._early.pop(number, None) if number is not None else None
+            task = done or self._results.get()
+            if isinstance(task, GareError):
+                self.close()
+                raise task
+            if number is not None and task.number != number:
+                self._early[task.number] = task
+                continue
+            try:
+                value = ray.get(task.value)
+            except (ObjectLostError, ObjectReconstructionFailedError) as error:  # with the node that held it
+                self._events.put(partial(self._again, task, error))
+                continue
+            self._num_open -= 1
+            return value
+
+    def _dispatch(self) -> None:
+        """Gives out tasks whenever something happens, until the pool is closed or an error ends it."""
+        try:
+            while (event := self._events.get()) is not None:
+                event()
+                while self._waiting and self._idle:
+                    self._give(self._idle.pop(), self._waiting.popleft())
+                while len(self._waiting) > len(self._asked) and len(self._actors) < self._count:
+                    actor = self._start()
+                    self._actors.add(actor)
+                    self._ask(actor)
+        except Exception as error:
+            self._results.put(_as_gare(error).with_traceback(None))
+
+    def _ask(self, actor: Any) -> None:
+        """Asks an actor to answer, before it is given a task."""
+        self._asked.add(actor)
+        self._when_there(actor.__ray_ready__.remote(), partial(self._answered, actor))
+
+    def _answered(self, actor: Any, answer: Any) -> None:
+        self._asked.remove(actor)
+        error = answer.exception()
+        if error is None:
+            self._num_silent = 0
+            self._idle.append(actor)
+            return
+        self._bury(actor, error)
+        self._num_silent += 1
+        if self._num_silent > RETRIES * self._count:
+            raise GareError(f"actors die before they can do anything: {_reason(error)}", accepted=_HELP)
+
+    def _give(self, actor: Any, task: _Task) -> None:
+        # Two objects: the error, if any, is small and comes here at once; the result stays where it is.
+        fault, task.value = actor.do.options(num_returns=2).remote(*task.arguments)
+        self._when_there(fault, partial(self._ended, actor, task))
+
+    def _ended(self, actor: Any, task: _Task, answer: Any) -> None:
+        error = answer.exception()
+        if error is not None:
+            self._bury(actor, error)
+            self._again(task, error)
+            return
+        if fault := answer.result():
+            raise fault
+        self._num_silent = 0
+        self._idle.append(actor)
+        self._results.put(task)
+
+    def _bury(self, actor: Any, error: BaseException) -> None:
+        """Gives up an actor because of an error, which is raised if it is no death."""
+        import ray
+
+        if not is_death(error):
+            raise error
+        self._actors.remove(actor)
+        ray.kill(actor)  # it may only be out of reach
+        # Others may have died with the same node; a task given to one of them would seem to have killed it.
+        idle, self._idle = self._idle, []
+        for other in idle:
+            self._ask(other)
+
+    def _again(self, task: _Task, error: BaseException) -> None:
+        """Has a task done again whose actor has died, or whose result is lost."""
+        # A task is not to blame for a node that is taken away.
+        task.deaths += not getattr(error, "preempted", False)
+        if task.deaths > RETRIES:
+            raise killing(f"task {task.number} (the first is 0)", error)
+        logger.warning("task %d is done again: %s", task.number, _reason(error))
+        self._waiting.appendleft(task)
+
+    def _when_there(self, reference: Any, then: Callable[[Any], None]) -> None:
+        """Calls ``then`` in the pool's thread, with a future of an object, once the object is there."""
+        reference.future().add_done_callback(lambda future: self._events.put(partial(then, future)))
+
+
+def is_death(error: BaseException) -> bool:
+    """True if an error says that an actor's process or node has died."""
+    from ray import exceptions
+
+    return isinstance(
+        error, exceptions.RayActorError | exceptions.OutOfMemoryError | exceptions.NodeDiedError
+    )
+
+
+def killing(task: str, error: BaseException) -> GareError:
+    """Makes the error for a task that has ended too many actors, of which ``error`` is the last death."""
+    return GareError(f"{task} has ended {RETRIES + 1} actors, the last by {_reason(error)}", accepted=_HELP)
+
+
+def _reason(error: BaseException) -> str:
+    """The line of Ray's message that says why an actor died."""
+    from ray.exceptions import RayActorError
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayActorError) else 0]}"
+
+
+def _as_gare(error: Exception) -> GareError:
+    if isinstance(error, GareError):
+        return error
+    logger.error("unexpected", exc_info=error)
+    return GareError(f"{type(error).__name__}: {error}")
+
+
+def _load_shared(held: list[Any]) -> Work:
+    """Calls the function that all actors load with, which lies in Ray's object store once."""
+    import ray
+
+    work: Work = ray.get(held[0])()
+    return work

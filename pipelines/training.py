@@ -44,6 +44,7 @@ def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None
 
 def splits_of(config: Config, places: Layout, source: TrainInput, *, begun: bool) -> StoredSplits:
     """What the store holds; where the run has begun, of the clips that it began with."""
+    source.check_store()
     splits = read_splits(places.manifest, source.store, config.extract, source.store_settings)
     clips = clips_file(config, places)
     return splits.only(read_json(clips)) if begun and exists(clips) else splits

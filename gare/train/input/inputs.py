@@ -21,6 +21,8 @@ from gare.data.feature_store import feature_settings
 from gare.data.features import FeatureReader
 from gare.data.files import join
 from gare.data.images import crop_centre
+from gare.data.store import read_meta
+from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.train.data import StoredSplits
 from gare.train.input.augment_batch import augment_batch
@@ -54,6 +56,14 @@ class TrainInput(ABC):
             CheckpointError, ConfigError: as ``initial_model``.
         """
         initial_model(self.config)
+
+    def check_store(self) -> None:
+        """Makes sure, before the first step, that the model takes what the store holds.
+
+        Raises:
+            ConfigError: for a store whose pictures are of another size.
+        """
+        return
 
     @property
     @abstractmethod
@@ -108,6 +118,20 @@ class TrainInput(ABC):
 class FrameInput(TrainInput):
     """Frames of a frame store, which the towers learn from."""
 
+    def check_store(self) -> None:
+        """Compares the sizes of the pictures.
+
+        Raises:
+            ConfigError: where they differ.
+        """
+        stored, wanted = read_meta(self.store).settings.get("image_size"), self.config.model.clip.image_size
+        if stored != wanted:
+            raise ConfigError(
+                f"is {wanted}, and pictures are of {stored} px in the store {self.store}",
+                where="model.clip.image_size",
+                accepted=f"{stored}, with extract.image_size, or another store (name, storage.root)",
+            )
+
     @property
     def store_settings(self) -> None:
         """None: the store is one of frames."""
@@ -152,13 +176,21 @@ class FrameInput(TrainInput):
             return tensors
         seeds = clip_seeds(self.config.train.seed, planned)
         if "pixels" in tensors:
-            frames = self._augment_whole(tensors, seeds)
+            frames = self.augment_whole(tensors, seeds)
         else:
             frames = augment_batch(tensors["frames"], augment, seeds)
         return {name: tensor for name, tensor in tensors.items() if name != "pixels"} | {"frames": frames}
 
-    def _augment_whole(self, tensors: Tensors, seeds: Sequence[int]) -> Tensor:
-        """Augments whole frames, clips of one size together, and crops their centres."""
+    def augment_whole(self, tensors: Tensors, seeds: Sequence[int]) -> Tensor:
+        """Augments whole frames, clips of one size together, and crops their centres.
+
+        Args:
+            tensors: ``pixels``, ``sizes`` and ``frame_mask`` as ``FrameLoader`` loads them.
+            seeds: of the m clips.
+
+        Returns:
+            (m, F, S, S, 3) uint8.
+        """
         pixels, mask, size = tensors["pixels"], tensors["frame_mask"], self.config.extract.image_size
         sizes = [tuple(one) for one in tensors["sizes"].tolist()]
         starts = np.cumsum([0, *(3 * mask.shape[1] * height * width for height, width in sizes)])

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from gare.data.augment import augment
 from gare.data.batch import Batch, FeatureBatch
 from gare.data.images import normalise
 from gare.data.manifest import ManifestRow
 from gare.errors import GareError
 from gare.model.tokenizer import tokenize
+from gare.train.input.augment_cpu import augment_clip
 from gare.train.input.plan import Plan, PlannedBatch
 from gare.train.stages import stage
 from gare.train.step import Learner, step_seed, train_step
@@ -96,11 +96,13 @@ def _batch(
     config = learner.config
     # Of the pair and not of its place, so that the number of workers changes nothing.
     seeds = [step_seed(config.train.seed, planned.epoch, video, caption) for video, caption in pairs]
-    augmented = augment(torch.from_numpy(arrays["frames"]), config.augment, seeds)
+    augmented = np.stack(
+        [augment_clip(clip, config.augment, one) for clip, one in zip(arrays["frames"], seeds, strict=True)]
+    )
     return Batch(
         token_ids,
         token_mask,
-        normalise(augmented),
+        normalise(torch.from_numpy(augmented)),
         torch.from_numpy(arrays["frame_mask"]),
         torch.as_tensor(planned.videos),
     )

@@ -20,7 +20,8 @@ class AugmentConfig(Section):
     )
     noise: NonNegative = Field(0.5, description="standard deviation of each operation's magnitude")
     probability: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="share of the drawn operations that are carried out; timm's own is 0.5"
+        0.5,
+        description="share of the drawn operations that are carried out; the paper's code carries out half",
     )
     crop_scale: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="smallest share of the picture's area that a random crop keeps; 1: no crop"

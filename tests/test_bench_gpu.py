@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,17 @@ from typing import Any
 import pytest
 import torch
 
+from gare.config import Config
+from gare.data.batch import Batch
+from gare.model.gare import GARE
+from tests.benchmarks.gpu import head, step
+from tests.benchmarks.gpu.__main__ import main
+from tests.benchmarks.gpu.bench import Bench, Row
 from tests.benchmarks.gpu.parts import PARTS
 from tests.benchmarks.gpu.training import summary
+from tests.tiny import tiny_config
 
-TINY = ("--tiny", "--device", "cpu", "--minutes", "1")
+TINY = ("--tiny", "--device", "cpu", "--minutes", "10")
 MEASURED = [part.name for part in PARTS if part.name != "training"]
 #: Packages of the project that a machine made for torch is likely to lack.
 LIKELY_ABSENT = (
@@ -56,6 +64,14 @@ def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def refused(arguments: Sequence[str]) -> int | str | None:
+    """The exit status of a command that measures nothing, in this process."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
 
 
 def numbers(tree: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -99,7 +115,7 @@ def test_all_parts_measure_something(repository: Path, seed: int) -> None:
 
 def test_missing_packages_cost_their_parts_alone(repository: Path) -> None:
     """A machine that has torch and not Ray is to measure what it can, and to say what it could not."""
-    done = bench(repository, *TINY, absent=LIKELY_ABSENT)
+    done = bench(repository, *TINY, "--parts", "step,loader,training", absent=LIKELY_ABSENT)
     result = result_of(done)
     parts = result["parts"]
     assert {name for name, found in parts.items() if "skipped" in found} == {"loader", "training"}
@@ -107,8 +123,7 @@ def test_missing_packages_cost_their_parts_alone(repository: Path) -> None:
     assert result["missing"]["ray"] == ["training"]
     assert result["missing"]["kornia"] == ["loader (some of it)", "training"]
     assert "simplejpeg: loader, training" in done.stderr
-    for name in ("ceilings", "transfer", "step", "encode", "head"):
-        assert parts[name]["seconds"] > 0
+    assert len(parts["step"]["rows"]) >= 4
 
 
 def test_without_pydantic_one_message_says_so(repository: Path) -> None:
@@ -117,9 +132,7 @@ def test_without_pydantic_one_message_says_so(repository: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: pydantic must be installed: step, encode, head, loader, training")
     assert len(done.stderr.splitlines()) == 1
-    assert (
-        "ceilings" in result_of(bench(repository, *TINY, "--parts", "ceilings", absent=["pydantic"]))["parts"]
-    )
+    assert done.stderr.endswith("--parts ceilings,transfer\n")
 
 
 @pytest.mark.parametrize(
@@ -131,20 +144,57 @@ def test_without_pydantic_one_message_says_so(repository: Path) -> None:
         ((*TINY, "--set", "train.batch=3"), "nearest: train.batch_size"),
     ],
 )
-def test_what_cannot_run_is_refused(arguments: Sequence[str], message: str, repository: Path) -> None:
+def test_what_cannot_run_is_refused(
+    arguments: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A word that is misspelt must not start minutes of measuring something else."""
-    done = bench(repository, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert refused(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_step_that_does_not_fit_is_tried_with_fewer_pairs(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller card would else give no number, or one that does not say what it is of."""
+    config = tiny_config("train.batch_size=8")
+    run = Bench(torch.device("cpu"), True, seed, config)
+    real = step._steps
+
+    def of_a_small_card(run: Bench, model: GARE, config: Config, batch: Batch, budget_s: float) -> Row:
+        if len(batch.frames) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(run, model, config, batch, budget_s)
+
+    monkeypatch.setattr(step, "_steps", of_a_small_card)
+    row = step.measure(run)["rows"][0]
+    assert row["pairs"] == 4
+    assert "8 pairs do not fit" in row["note"]
+
+
+def test_sizes_of_the_head_that_cost_too_much_are_left_out_and_said(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One size that takes minutes would else cost all numbers after it."""
+    run = Bench(torch.device("cpu"), True, seed, tiny_config(), ends_at=time.perf_counter() + 1000)
+    monkeypatch.setattr(head, "TINY_STEPS", (4, 10**9))
+    rows = head.measure(run)["steps"]
+    assert [("ms" in row, row["size"]) for row in rows] == [(True, 4)] * 2 + [(False, 10**9)] * 2
+    assert all("s left" in row["left_out"] for row in rows[2:])
+    before = head.Before(size=100, seconds=1e-9, peak_bytes=1e9)
+    monkeypatch.setattr(Bench, "memory_bytes", lambda self: 5 * 10**9)
+    assert before.reason_against(run, 200, "direct step") == ""
+    assert before.reason_against(run, 300, "direct step") == "it needs about 9 GB"
+    assert before.reason_against(run, 300, "factorized step") == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_message_says_so(repository: Path) -> None:
+def test_without_a_gpu_one_message_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """Numbers of a CPU must not pass for those of a GPU."""
-    done = bench(repository)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: no GPU that torch can use: torch")
-    assert not done.stdout
+    assert refused(()) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: no GPU that torch can use: torch")
+    assert len(said.err.splitlines()) == 1
+    assert not said.out
 
 
 def test_help_lists_the_parts_without_torch(repository: Path) -> None:

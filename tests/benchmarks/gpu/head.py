@@ -106,7 +106,7 @@ def _step(bench: Bench, size: int, form: str) -> Callable[[], object]:
 
 
 @dataclass(frozen=True)
-class _Before:
+class Before:
     """The size before this one, from which its cost is told in advance: both grow with N² at most."""
 
     size: int
@@ -134,8 +134,8 @@ def _series(
     earlier: list[Row] | None = None,
 ) -> list[Row]:
     """One row for each size and form, in the order of the sizes."""
-    before: dict[str, _Before] = {
-        row["form"]: _Before(row["size"], row["ms"] / 1e3, row["peak_gb"] * 1e9)
+    before: dict[str, Before] = {
+        row["form"]: Before(row["size"], row["ms"] / 1e3, row["peak_gb"] * 1e9)
         for row in earlier or ()
         if "ms" in row
     }
@@ -160,7 +160,7 @@ def _series(
             if reason:
                 row["left_out"] = reason
             else:
-                before[form] = _Before(size, row["ms"] / 1e3, row["peak_gb"] * 1e9)
+                before[form] = Before(size, row["ms"] / 1e3, row["peak_gb"] * 1e9)
             rows.append(row)
             measured = (
                 f"{row['ms']:.4g} ms, {row['peak_gb']:.3g} GB" if "ms" in row else f"left out: {reason}"

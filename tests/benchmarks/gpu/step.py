@@ -124,8 +124,7 @@ def _measured(
     row["tflops"] = operations * row["pairs_per_s"] / 1e12
     if size < len(batch.frames):
         row["note"] = f"{len(batch.frames)} pairs do not fit into the device's memory"
-    if "ceilings" in bench.found:
-        ceilings = bench.found["ceilings"]["tflops"]
+    if ceilings := bench.found.get("ceilings", {}).get("tflops"):
         row["share_of_ceiling"] = {name: row["tflops"] / rate for name, rate in ceilings.items()}
     return row
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 1
 
 .PHONY: help install demo test test-cluster faults faults-short suite screenshots lint bench bench-scaling
-.PHONY: bench-extract bench-reads bench-evaluate fuzz audit ui clean
+.PHONY: bench-extract bench-reads bench-evaluate bench-gpu fuzz audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
+	@echo "make bench-gpu  on a machine with a GPU and with its own torch: ceilings, step, head, loader, training (4 min)"
 	@echo "make audit    known vulnerabilities of the pinned packages, by pip-audit (asks the package index)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"
@@ -80,6 +81,12 @@ bench-reads: install
 
 bench-evaluate: install
 	$(BIN)/python -m tests.benchmarks.evaluation
+
+# With the machine's own Python, whose torch fits its driver: no environment is made and nothing is installed.
+# GPU="--parts step,head" takes some parts alone; GPU=--help lists them.
+GPU_PYTHON ?= python3
+bench-gpu:
+	$(GPU_PYTHON) -m tests.benchmarks.gpu $(GPU)
 
 # In an environment of its own, so that its packages are not among those that it looks at. --strict: a package
 # that nothing is known of (no way to the public index, a private one) is a fault and not a silent pass.

@@ -1,0 +1,152 @@
+"""What all parts share: the device, the time that is left, timing and peaks of memory."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from gare.config import Config
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """A run of the benchmark.
+
+    Attributes:
+        device: that is measured.
+        tiny: whether sizes are those of a test.
+        seed: that random data and weights are drawn from.
+        loaded: the configuration; None where no part reads it.
+        found: what the parts before found, by name.
+        ends_at: when the running part is to end, by ``time.perf_counter``.
+    """
+
+    device: torch.device
+    tiny: bool
+    seed: int = 0
+    loaded: Config | None = None
+    found: dict[str, Row] = field(default_factory=dict)
+    ends_at: float = float("inf")
+
+    @property
+    def config(self) -> Config:
+        """conf/msrvtt.yaml, or the tiny one."""
+        assert self.loaded is not None, "the part does not say that it needs the configuration"
+        return self.loaded
+
+    @property
+    def is_gpu(self) -> bool:
+        """True on a GPU."""
+        return self.device.type == "cuda"
+
+    def left_s(self) -> float:
+        """Seconds that the part has left."""
+        return max(self.ends_at - time.perf_counter(), 0.0)
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of the device, the same in every run with this seed."""
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+    def memory_bytes(self) -> int:
+        """Memory that tensors can still be given."""
+        if not self.is_gpu:
+            return 2**62  # tiny sizes alone run on a CPU
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    def reset_peak(self) -> None:
+        """Gives back what nothing holds and forgets earlier peaks."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_gb(self) -> float:
+        """The largest memory of tensors since then, GB; on a CPU the largest of the process so far."""
+        if self.is_gpu:
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call.
+
+    Attributes:
+        seconds: the median.
+        runs: that it is the median of.
+    """
+
+    seconds: float
+    runs: int
+
+
+class OutOfTimeError(Exception):
+    """The part's time is over before anything is measured."""
+
+
+def once(bench: Bench, call: Callable[[], object]) -> float:
+    """Seconds of one call: by the device's own clock on a GPU."""
+    if not bench.is_gpu:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(bench.device)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(bench.device)
+    return start.elapsed_time(end) / 1e3
+
+
+def seconds_of(
+    bench: Bench, call: Callable[[], object], *, budget_s: float = 1.0, most: int = 50, warm_up: int = 2
+) -> Timing:
+    """Median seconds of a call, after calls that are not counted.
+
+    Args:
+        bench: the run.
+        call: that is measured.
+        budget_s: seconds for all calls. One that alone takes longer is made once, and counts.
+        most: calls that are counted at most.
+        warm_up: calls that are not.
+    """
+    began = time.perf_counter()
+    budget_s = min(budget_s, bench.left_s())
+    most = 2 if bench.tiny else most
+    first = once(bench, call)
+    if first >= budget_s:
+        return Timing(first, 1)
+    for _ in range(warm_up - 1):
+        once(bench, call)
+    seconds = [once(bench, call)]
+    while len(seconds) < most and time.perf_counter() - began < budget_s:
+        seconds.append(once(bench, call))
+    return Timing(statistics.median(seconds), len(seconds))
+
+
+def if_memory_suffices(bench: Bench, call: Callable[[], Any]) -> Any:
+    """The call's result, or None where the device has too little memory for it."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        pass
+    # Here, because the exception holds all that its frames hold.
+    bench.reset_peak()
+    return None
+
+
+def say(text: str) -> None:
+    """A line for a person."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

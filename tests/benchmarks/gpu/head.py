@@ -1,0 +1,176 @@
+"""The head by size, direct and factorised: scores of all pairs, and steps from features to gradients.
+
+N pairs, F frames, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gare.config import ModelConfig
+from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.gare import GARE
+from gare.train.objective import Draws, loss_terms, sharded_terms
+from tests.benchmarks.gpu.bench import Bench, Row, if_memory_suffices, once, say, seconds_of
+
+FORMS = ("direct", "factorized")
+SCORES, STEPS = (1000, 10_000), (128, 256, 512, 1024, 4096)
+TINY_SCORES, TINY_STEPS = (8, 16), (4, 8)
+#: Texts and videos whose scores are compared with those in float64.
+COMPARED = 64
+
+
+def measure(bench: Bench) -> Row:
+    """The scores' error against float64, then milliseconds and GB by size and form."""
+    found: Row = {"relative_error": _errors(bench)}
+    text = ", ".join(f"{form} {error:.2g}" for form, error in found["relative_error"].items())
+    say(f"  float32 scores against float64: relative error {text}")
+    few, many = (TINY_SCORES if bench.tiny else SCORES)[0], (TINY_SCORES if bench.tiny else SCORES)[1:]
+    sizes = TINY_STEPS if bench.tiny else STEPS
+    # The largest scores last: they take longest in the direct form.
+    found["scores"] = _series(bench, "scores of", (few,), _scores)
+    found["steps"] = _series(bench, "step of", sizes, _step)
+    found["scores"] += _series(bench, "scores of", many, _scores, found["scores"])
+    return found
+
+
+def build_head(bench: Bench, config: ModelConfig) -> GARE:
+    """The model without towers, on the device."""
+    torch.manual_seed(bench.seed)
+    with bench.device:
+        return GARE(config, towers=False)
+
+
+def features(bench: Bench, size: int) -> tuple[TextFeatures, VideoFeatures]:
+    """Random features of as many captions as clips, nothing padded."""
+    model, generator = bench.config.model, bench.generator()
+    width, frames = model.clip.embed_dim, model.max_frames
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=bench.device, generator=generator)
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bool, device=bench.device)
+
+    text = TextFeatures(normal(size, width), None, ones(size, 1))
+    return text, VideoFeatures(normal(size, frames, width), ones(size, frames))
+
+
+def _errors(bench: Bench) -> dict[str, float]:
+    size = 8 if bench.tiny else COMPARED
+    model = build_head(bench, bench.config.model).eval()
+    text, video = features(bench, size)
+    with torch.inference_mode():
+        found = {form: model.score(text, video, form).double() for form in FORMS}
+        exact = model.double().score(
+            TextFeatures(text.embedding.double(), None, text.mask),
+            VideoFeatures(video.frames.double(), video.mask),
+            "direct",
+        )
+    return {form: float((scores - exact).norm() / exact.norm()) for form, scores in found.items()}
+
+
+def _scores(bench: Bench, size: int, form: str) -> Callable[[], object]:
+    model = build_head(bench, bench.config.model).eval()
+    text, video = features(bench, size)
+
+    def score() -> None:
+        with torch.inference_mode():
+            model.score(text, video, form)  # type: ignore[arg-type]
+
+    return score
+
+
+def _step(bench: Bench, size: int, form: str) -> Callable[[], object]:
+    """A training step of the head with the losses of the configuration.
+
+    The direct form has dropout of each pair, as the paper's. Which texts the diversity is of is what the
+    configuration says for this size, in both forms.
+    """
+    per = "pair" if form == "direct" else "context"
+    config = bench.config.model.model_copy(update={"increment_dropout_per": per})
+    model, loss = build_head(bench, config).train(), bench.config.loss
+    text, video = features(bench, size)
+    text = TextFeatures(text.embedding.requires_grad_(), None, text.mask)
+    video = VideoFeatures(video.frames.requires_grad_(), video.mask)
+    compute = loss_terms if form == "direct" else sharded_terms
+
+    def step() -> None:
+        draws = Draws.of_step(model, loss, size, bench.seed)
+        compute(model, text, video, loss, draws).objective.backward()
+
+    return step
+
+
+@dataclass(frozen=True)
+class Before:
+    """The size before this one, from which its cost is told in advance: both grow with N² at most."""
+
+    size: int
+    seconds: float
+    peak_bytes: float
+
+    def reason_against(self, bench: Bench, size: int, form: str) -> str:
+        """Why a size is not to be tried; empty: nothing is known against it."""
+        growth = (size / self.size) ** 2
+        if growth * self.seconds > bench.left_s():
+            return (
+                f"it might take {growth * self.seconds:.0f} s, and the part has {bench.left_s():.0f} s left"
+            )
+        # Blocks hold the factorised form to a budget, and scores: only the direct step is sure to grow so.
+        if form == "direct step" and growth * self.peak_bytes > bench.memory_bytes():
+            return f"it needs about {growth * self.peak_bytes / 1e9:.0f} GB"
+        return ""
+
+
+def _series(
+    bench: Bench,
+    what: str,
+    sizes: tuple[int, ...],
+    make: Callable[[Bench, int, str], Callable[[], object]],
+    earlier: list[Row] | None = None,
+) -> list[Row]:
+    """One row for each size and form, in the order of the sizes."""
+    before: dict[str, Before] = {
+        row["form"]: Before(row["size"], row["ms"] / 1e3, row["peak_gb"] * 1e9)
+        for row in earlier or ()
+        if "ms" in row
+    }
+    rows: list[Row] = []
+    for size in sizes:
+        for form in FORMS:
+            row: Row = {"size": size, "form": form}
+            kind = f"{form} step" if make is _step else form
+            reason = before[form].reason_against(bench, size, kind) if form in before else ""
+            if not reason and not bench.left_s():
+                reason = "the part has no time left"
+            if not reason:
+                bench.reset_peak()
+                found = if_memory_suffices(
+                    bench,
+                    lambda size=size, form=form: _timed(
+                        bench, make(bench, size, form), is_first=form not in before
+                    ),
+                )
+                reason = "" if found else "it needs more memory than the device has"
+                row |= found or {}
+            if reason:
+                row["left_out"] = reason
+            else:
+                before[form] = Before(size, row["ms"] / 1e3, row["peak_gb"] * 1e9)
+            rows.append(row)
+            measured = (
+                f"{row['ms']:.4g} ms, {row['peak_gb']:.3g} GB" if "ms" in row else f"left out: {reason}"
+            )
+            say(f"  {what} {size:>6,} {form:<11} {measured}")
+    return rows
+
+
+def _timed(bench: Bench, call: Callable[[], object], *, is_first: bool) -> dict[str, float]:
+    if is_first:
+        once(bench, call)  # kernels are loaded, which is no time to tell the next size's by
+    timing = seconds_of(bench, call, budget_s=min(2.0, bench.left_s() / 8), most=20)
+    return {"ms": timing.seconds * 1e3, "runs": timing.runs, "peak_gb": bench.peak_gb()}

@@ -1,0 +1,122 @@
+"""The parts of the benchmark: what each measures, what it needs, and its share of the time.
+
+Importing this is light: it is what ``--help`` reads on a machine that lacks everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+#: Packages that the configuration is made of.
+CONFIGURATION = ("pydantic", "yaml")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        name: for ``--parts``, and its key in the JSON.
+        about: one line for ``--help``.
+        share: of the time; parts share it in these proportions, and what one leaves goes to those after it.
+        module: of this package; it has ``measure(bench)``, which returns what the JSON gets.
+        needs: packages without which the part is skipped, beside torch.
+        partly: packages without which some of the part is left out.
+    """
+
+    name: str
+    about: str
+    share: float
+    module: str
+    needs: tuple[str, ...]
+    partly: tuple[str, ...] = ()
+
+    @property
+    def needs_configuration(self) -> bool:
+        """True if the part reads conf/msrvtt.yaml."""
+        return set(CONFIGURATION) <= set(self.needs)
+
+
+PARTS = (
+    Part(
+        "ceilings",
+        "matrix products in bf16, TF32 and float32 (TFLOP/s); copies on the device and to it (GB/s)",
+        10,
+        "ceilings",
+        (),
+    ),
+    Part(
+        "transfer",
+        "a batch of frames to the device: uint8 from pinned memory, normalised there, against float32 from "
+        "pageable memory (ms a clip)",
+        10,
+        "transfer",
+        ("numpy", "PIL"),
+    ),
+    Part(
+        "step",
+        "a training step of conf/msrvtt.yaml by stage, baseline and GARE, by precision: pairs/s, TFLOP/s, GB",
+        50,
+        "step",
+        (*CONFIGURATION, "numpy", "transformers"),
+    ),
+    Part(
+        "encode",
+        "frames/s of the image tower in inference, by precision",
+        15,
+        "encode",
+        (*CONFIGURATION, "numpy", "transformers"),
+    ),
+    Part(
+        "head",
+        "scores and training steps of the head by size, direct and factorised (ms, GB)",
+        55,
+        "head",
+        (*CONFIGURATION, "numpy"),
+    ),
+    Part(
+        "loader",
+        "clips/s of the loader from generated JPEG clips, one process and one for each CPU, with and without "
+        "augmentation",
+        30,
+        "loader",
+        (*CONFIGURATION, "numpy", "PIL", "pyarrow", "simplejpeg"),
+        ("kornia",),
+    ),
+    Part(
+        "training",
+        "steps of pipelines/train.py on generated clips: time a step against the part step, data wait",
+        70,
+        "training",
+        (
+            *(*CONFIGURATION, "numpy", "PIL", "pyarrow", "simplejpeg", "transformers", "safetensors"),
+            *("ftfy", "instant_clip_tokenizer", "kornia", "matplotlib", "psutil", "mlflow", "ray"),
+        ),
+    ),
+)
+
+
+def is_there(package: str) -> bool:
+    """True if the package can be found; it is not imported."""
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def missing_packages(parts: Sequence[Part]) -> dict[str, list[str]]:
+    """Packages that are not there, each with the parts that it costs, in part or as a whole."""
+    missing: dict[str, list[str]] = {}
+    for part in parts:
+        for package in (*part.needs, *part.partly):
+            if not is_there(package):
+                cost = part.name if package in part.needs else f"{part.name} (some of it)"
+                missing.setdefault(package, []).append(cost)
+    return missing
+
+
+def lacking(part: Part, missing: Mapping[str, Sequence[str]]) -> list[str]:
+    """Packages for want of which a part is skipped."""
+    return [package for package in part.needs if package in missing]

@@ -1,0 +1,219 @@
+"""``make bench-gpu`` on a CPU, in tiny sizes: no machine with a GPU is to be the first that runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gare.config import Config
+from gare.data.batch import Batch
+from gare.model.gare import GARE
+from tests.benchmarks.gpu import head, step
+from tests.benchmarks.gpu.__main__ import main
+from tests.benchmarks.gpu.bench import Bench, Row
+from tests.benchmarks.gpu.parts import PARTS
+from tests.benchmarks.gpu.training import summary
+from tests.tiny import tiny_config
+
+TINY = ("--tiny", "--device", "cpu", "--minutes", "10")
+MEASURED = [part.name for part in PARTS if part.name != "training"]
+#: Packages of the project that a machine made for torch is likely to lack.
+LIKELY_ABSENT = (
+    *("av", "boto3", "decord", "ftfy", "instant_clip_tokenizer", "kornia", "mlflow", "ray", "simplejpeg"),
+)
+#: Numbers that may be 0: a remainder, an error, a choice.
+MAY_BE_ZERO = {"other", "direct", "factorized", "seed"}
+
+WITHOUT = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {absent} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from tests.benchmarks.gpu.__main__ import main
+sys.exit(main({arguments}))
+"""
+
+
+def bench(repository: Path, *arguments: str, absent: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """The benchmark as a command, on a machine that lacks some packages."""
+    code = WITHOUT.format(absent=set(absent), arguments=list(arguments))
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=300
+    )
+
+
+def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def refused(arguments: Sequence[str]) -> int | str | None:
+    """The exit status of a command that measures nothing, in this process."""
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
+def numbers(tree: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of a JSON, with the last key on the way to each."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from numbers(value, key)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from numbers(value, name)
+    elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
+        yield name, tree
+
+
+def test_all_parts_measure_something(repository: Path, seed: int) -> None:
+    """A part that breaks costs a lent GPU's minutes, and its numbers."""
+    done = bench(repository, *TINY, "--seed", str(seed), "--parts", ",".join(MEASURED))
+    result = result_of(done)
+    parts = result["parts"]
+    assert list(parts) == MEASURED
+    assert result["missing"] == {}
+    for name, value in numbers(result):
+        assert math.isfinite(value)
+        assert value > 0 or (name in MAY_BE_ZERO and value == 0), name
+    assert parts["ceilings"]["tflops"].keys() == {"bf16", "tf32", "float32"}
+    rows = parts["step"]["rows"]
+    assert [(row["model"], row["precision"]) for row in rows[:2]] == [
+        ("baseline", "float32"),
+        ("baseline", "bf16"),
+    ]
+    assert {row["model"] for row in rows} == {"baseline", "gare"}
+    for row in rows:
+        assert row["stages_ms"].keys() >= {"towers", "head", "backward", "optimizer", "other"}
+        assert row["share_of_ceiling"].keys() == parts["ceilings"]["tflops"].keys()
+    assert all("ms" in row for row in parts["head"]["scores"] + parts["head"]["steps"])
+    assert max(parts["head"]["relative_error"].values()) < 1e-5
+    assert parts["loader"]["clips_per_s"].keys() == {"plain", "augmented"}
+    assert all(rates["all_cpus"] for rates in parts["loader"]["clips_per_s"].values())
+    assert "uint8_copy_and_normalise" in parts["transfer"]["ms_per_clip"]
+
+
+def test_missing_packages_cost_their_parts_alone(repository: Path) -> None:
+    """A machine that has torch and not Ray is to measure what it can, and to say what it could not."""
+    done = bench(repository, *TINY, "--parts", "step,loader,training", absent=LIKELY_ABSENT)
+    result = result_of(done)
+    parts = result["parts"]
+    assert {name for name, found in parts.items() if "skipped" in found} == {"loader", "training"}
+    assert "ray" in parts["training"]["skipped"]
+    assert result["missing"]["ray"] == ["training"]
+    assert result["missing"]["kornia"] == ["loader (some of it)", "training"]
+    assert "simplejpeg: loader, training" in done.stderr
+    assert len(parts["step"]["rows"]) >= 4
+
+
+def test_without_pydantic_one_message_says_so(repository: Path) -> None:
+    """Else the first part that reads the configuration ends in a traceback from deep inside."""
+    done = bench(repository, *TINY, absent=["pydantic"])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: pydantic must be installed: step, encode, head, loader, training")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.endswith("--parts ceilings,transfer\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--parts", "step,heads"), "no part heads; known: ceilings"),
+        (("--device", "cpu"), "--device cpu runs with --tiny alone"),
+        (("--minutes", "0"), "accepted: more than 0"),
+        ((*TINY, "--set", "train.batch=3"), "nearest: train.batch_size"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    arguments: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A word that is misspelt must not start minutes of measuring something else."""
+    assert refused(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_step_that_does_not_fit_is_tried_with_fewer_pairs(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller card would else give no number, or one that does not say what it is of."""
+    config = tiny_config("train.batch_size=8")
+    run = Bench(torch.device("cpu"), True, seed, config)
+    real = step._steps
+
+    def of_a_small_card(run: Bench, model: GARE, config: Config, batch: Batch, budget_s: float) -> Row:
+        if len(batch.frames) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(run, model, config, batch, budget_s)
+
+    monkeypatch.setattr(step, "_steps", of_a_small_card)
+    row = step.measure(run)["rows"][0]
+    assert row["pairs"] == 4
+    assert "8 pairs do not fit" in row["note"]
+
+
+def test_sizes_of_the_head_that_cost_too_much_are_left_out_and_said(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One size that takes minutes would else cost all numbers after it."""
+    run = Bench(torch.device("cpu"), True, seed, tiny_config(), ends_at=time.perf_counter() + 1000)
+    monkeypatch.setattr(head, "TINY_STEPS", (4, 10**9))
+    rows = head.measure(run)["steps"]
+    assert [("ms" in row, row["size"]) for row in rows] == [(True, 4)] * 2 + [(False, 10**9)] * 2
+    assert all("s left" in row["left_out"] for row in rows[2:])
+    before = head.Before(size=100, seconds=1e-9, peak_bytes=1e9)
+    monkeypatch.setattr(Bench, "memory_bytes", lambda self: 5 * 10**9)
+    assert before.reason_against(run, 200, "direct step") == ""
+    assert before.reason_against(run, 300, "direct step") == "it needs about 9 GB"
+    assert before.reason_against(run, 300, "factorized step") == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_message_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers of a CPU must not pass for those of a GPU."""
+    assert refused(()) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: no GPU that torch can use: torch")
+    assert len(said.err.splitlines()) == 1
+    assert not said.out
+
+
+def test_help_lists_the_parts_without_torch(repository: Path) -> None:
+    """Whoever looks at a new machine first must be told what there is to measure."""
+    done = bench(repository, "--help", absent=["torch", "pydantic", "numpy"])
+    assert done.returncode == 0
+    assert all(f"\n  {part.name} " in done.stdout for part in PARTS)
+
+
+def test_the_wait_for_data_is_part_of_a_training_step() -> None:
+    """A step that is told without its wait hides that the GPU is starved."""
+    record = {
+        "time/step_s": [(step, 9.0 if step < 6 else 1.0) for step in range(1, 11)],
+        "time/data_wait_s": [(step, 3.0) for step in range(1, 11)],
+        "loss/total": [(1, 5.0)],
+    }
+    found = summary(record, batch_size=8)
+    assert (found["steps"], found["steps_left_out"]) == (5, 5)
+    assert found["wall_ms"] == 4000
+    assert found["pairs_per_s"] == 2
+    assert found["data_wait_share"] == 0.75
+    assert found["ms"] == {"step": 1000, "data_wait": 3000}

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 1
 
 .PHONY: help install demo test test-cluster faults faults-short suite screenshots lint bench bench-scaling
-.PHONY: bench-extract bench-reads bench-evaluate bench-gpu fuzz audit ui clean
+.PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu fuzz audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -20,6 +20,7 @@ help:
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
 	@echo "make bench-scaling  extraction and a training step on 1 and 2 workers, and a model of 8 to 512 GPUs (10 min)"
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
+	@echo "make bench-loader  what loading a batch costs, in the loaders and in the training process (2 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
 	@echo "make bench-gpu  on a machine with a GPU and with its own torch: ceilings, step, head, loader, training (4 min)"
@@ -75,6 +76,9 @@ bench-scaling: install
 
 bench-extract: install
 	$(BIN)/python -m tests.benchmarks.extraction
+
+bench-loader: install
+	$(BIN)/python -m tests.benchmarks.loader
 
 bench-reads: install
 	$(BIN)/python -m tests.benchmarks.reads

@@ -28,7 +28,7 @@ TINY = ("--tiny", "--device", "cpu", "--minutes", "10")
 MEASURED = [part.name for part in PARTS if part.name != "training"]
 #: Packages of the project that a machine made for torch is likely to lack.
 LIKELY_ABSENT = (
-    *("av", "boto3", "decord", "ftfy", "instant_clip_tokenizer", "kornia", "mlflow", "ray", "simplejpeg"),
+    *("av", "boto3", "decord", "ftfy", "instant_clip_tokenizer", "cv2", "mlflow", "ray", "simplejpeg"),
 )
 #: Numbers that may be 0: a remainder, an error, a choice.
 MAY_BE_ZERO = {"other", "direct", "factorized", "seed"}
@@ -121,7 +121,7 @@ def test_missing_packages_cost_their_parts_alone(repository: Path) -> None:
     assert {name for name, found in parts.items() if "skipped" in found} == {"loader", "training"}
     assert "ray" in parts["training"]["skipped"]
     assert result["missing"]["ray"] == ["training"]
-    assert result["missing"]["kornia"] == ["loader (some of it)", "training"]
+    assert result["missing"]["cv2"] == ["loader (some of it)", "training"]
     assert "simplejpeg: loader, training" in done.stderr
     assert len(parts["step"]["rows"]) >= 4
 
@@ -130,7 +130,9 @@ def test_without_pydantic_one_message_says_so(repository: Path) -> None:
     """Else the first part that reads the configuration ends in a traceback from deep inside."""
     done = bench(repository, *TINY, absent=["pydantic"])
     assert done.returncode == 2
-    assert done.stderr.startswith("error: pydantic must be installed: step, encode, head, loader, training")
+    assert done.stderr.startswith(
+        "error: pydantic must be installed: feed, step, encode, head, loader, training"
+    )
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.endswith("--parts ceilings,transfer\n")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gare.errors import GareError
-from gare.train.input.loader import ON_HOST, PARTS, Arrays
+from gare.train.input.loader import ON_HOST, PARTS
 
 Tensors: TypeAlias = dict[str, Tensor]
 #: Finishes a batch on the device: its place among those that the feed brings, its tensors.
@@ -72,7 +72,9 @@ class Feed:
         self._chunks, self._sizes, self._device = chunks, sizes, device
         self._finish, self._loaders = finish, max(loaders, 1)
         self._is_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._is_gpu else None
+        self._stream: torch.cuda.Stream | None = None
+        if self._is_gpu:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._made = self._make()
         self._over = threading.Event()
         self._queue: queue.Queue[Arrived | BaseException | None] = queue.Queue(WAITING)
@@ -143,7 +145,7 @@ class Feed:
 
     def _wait_on_device(self, arrived: Arrived) -> None:
         computing = torch.cuda.current_stream(self._device)
-        arrived.waited = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        arrived.waited = _events(2)
         arrived.waited[0].record(computing)
         computing.wait_event(arrived.copied[-1])
         arrived.waited[1].record(computing)
@@ -184,7 +186,7 @@ class Feed:
             yield Arrived(tensors, seconds | {"transfer": time.perf_counter() - started}, marks)
 
     def _copied(self, pinned: Tensors, place: int) -> tuple[Tensors, tuple[Any, ...]]:
-        marks = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))
+        marks = _events(3)
         marks[0].record()
         tensors = {
             name: tensor if name in ON_HOST else tensor.to(self._device, non_blocking=True)
@@ -214,6 +216,11 @@ class Feed:
             close()
 
 
+def _events(count: int) -> tuple[Any, ...]:
+    """Marks on a stream whose distance in time can be asked for."""
+    return tuple(torch.cuda.Event(enable_timing=True) for _ in range(count))  # type: ignore[no-untyped-call]
+
+
 def _joined(parts: Sequence[Mapping[str, np.ndarray]], *, pin: bool) -> Tensors:
     """Arrays of all parts one after another, in memory of their own: what loaders share cannot be written to.
 
@@ -223,7 +230,7 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]], *, pin: bool) -> Tensors:
     for name in parts[0]:
         if name == "seconds":
             continue
-        arrays: list[Arrays | Any] = [part[name] for part in parts]
+        arrays = [part[name] for part in parts]
         inner = [max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True)]
         is_uneven = any(list(array.shape[1:]) != inner for array in arrays)
         kind = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
@@ -232,9 +239,9 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]], *, pin: bool) -> Tensors:
             whole.zero_()
         first = 0
         for array in arrays:
-            rows = slice(first, first + len(array))
             # By numpy, which lets go of Python's lock and takes what is read-only.
-            np.copyto(whole.numpy()[(rows, *map(slice, array.shape[1:]))], array)
-            first = rows.stop
+            target = whole.numpy()[first : first + len(array)]
+            np.copyto(target[(slice(None), *map(slice, array.shape[1:]))], array)
+            first += len(array)
         joined[name] = whole
     return joined

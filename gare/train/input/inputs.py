@@ -207,8 +207,13 @@ class FrameInput(TrainInput):
     def batch(self, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> Batch:
         """Frames as uint8, which the objective normalises, beside tokens."""
         videos = torch.from_numpy(planned.videos).to(tensors["frames"].device)
-        names = ("token_ids", "token_mask", "frames", "frame_mask")
-        return Batch(*(tensors[name] for name in names), videos)
+        return Batch(
+            token_ids=tensors["token_ids"],
+            token_mask=tensors["token_mask"],
+            frames=tensors["frames"],
+            frame_mask=tensors["frame_mask"],
+            video_ids=videos,
+        )
 
     def validate(self, validation: Validation, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> None:
         """Encodes clips and all their captions."""

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from gare.config import AugmentConfig, Config, load_config
+from gare.config import Config, load_config
 from tests.benchmarks.gpu.bench import Bench, OutOfTimeError, Row, say
 from tests.benchmarks.gpu.clip_store import write_clips
 from tests.benchmarks.gpu.parts import is_there
 
 CLIPS, BATCH = 96, 8
 #: Packages that augmentation needs.
-AUGMENTING = ("kornia",)
+AUGMENTING = ("cv2",)
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -44,20 +44,16 @@ def make_loader(
     Returns:
         A function that loads a batch by its number and returns how many clips it has.
     """
-    import torch
+    from gare.train.input.loader import FrameLoader
+    from gare.train.input.tokens import CaptionTokens
+    from tests.helpers.plans import listed
 
-    from gare.data.augment import augment
-    from gare.train.input.loader import ClipLoader
-
-    torch.set_num_threads(1)
-    load = ClipLoader(store, batches)
-    changes = config.augment if augmented else AugmentConfig()
-
-    def clips_of(number: int) -> int:
-        frames = torch.from_numpy(load(number)["frames"])
-        return len(augment(frames, changes, list(range(len(frames)))))
-
-    return clips_of
+    plan = listed(batches)
+    num, width = len(plan.ids["train"]), config.model.max_words
+    # What the numbers of the tokens are does not matter here.
+    tokens = CaptionTokens(np.ones((num, width), np.uint16), np.full(num, 8, np.uint16), np.arange(num + 1))
+    load = FrameLoader(store, plan, {"train": tokens}, augment=config.augment if augmented else None)
+    return lambda number: len(load(number, 0, len(batches[number]))["frames"])
 
 
 def measure(bench: Bench) -> Row:

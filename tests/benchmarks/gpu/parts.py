@@ -56,6 +56,14 @@ PARTS = (
         ("numpy", "PIL"),
     ),
     Part(
+        "feed",
+        "loaded batches on their way to the device: the thread that copies, that of the step, augmentation "
+        "(ms a clip)",
+        10,
+        "feed",
+        (*CONFIGURATION, "numpy", "PIL", "pyarrow"),
+    ),
+    Part(
         "step",
         "a training step of conf/msrvtt.yaml by stage, baseline and GARE, by precision: pairs/s, TFLOP/s, GB",
         50,
@@ -83,7 +91,7 @@ PARTS = (
         30,
         "loader",
         (*CONFIGURATION, "numpy", "PIL", "pyarrow", "simplejpeg"),
-        ("kornia",),
+        ("cv2",),
     ),
     Part(
         "training",
@@ -92,7 +100,7 @@ PARTS = (
         "training",
         (
             *(*CONFIGURATION, "numpy", "PIL", "pyarrow", "simplejpeg", "transformers", "safetensors"),
-            *("ftfy", "instant_clip_tokenizer", "kornia", "matplotlib", "psutil", "mlflow", "ray"),
+            *("ftfy", "instant_clip_tokenizer", "cv2", "matplotlib", "psutil", "mlflow", "ray"),
         ),
     ),
 )

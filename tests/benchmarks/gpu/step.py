@@ -15,6 +15,7 @@ import torch
 
 from gare.config import Config, ModelConfig, TrainConfig, parse_config
 from gare.data.batch import Batch
+from gare.data.images import normalise
 from gare.model.gare import GARE
 from gare.train.stages import start_recording, stop_recording
 from gare.train.step import Learner, build_learner, train_step
@@ -39,7 +40,7 @@ def measure(bench: Bench) -> Row:
     return {
         "optimizer": bench.config.train.optimizer,
         "frames": batch.frames.shape[1],
-        "image_px": batch.frames.shape[-1],
+        "image_px": batch.frames.shape[-2],
         "rows": rows,
     }
 
@@ -78,11 +79,11 @@ def random_batch(bench: Bench) -> Batch:
 
     lengths_B = integers(min(8, model.max_words), model.max_words + 1, size)
     mask_BW = torch.arange(model.max_words, device=bench.device) < lengths_B.unsqueeze(1)
-    shape = (size, model.max_frames, 3, side, side)
+    shape = (size, model.max_frames, side, side, 3)
     return Batch(
         integers(1, model.clip.vocab_size, size, model.max_words) * mask_BW,
         mask_BW,
-        torch.randn(shape, device=bench.device, generator=generator),
+        integers(0, 256, *shape).to(torch.uint8),
         torch.ones(size, model.max_frames, dtype=torch.bool, device=bench.device),
         torch.arange(size, device=bench.device),
     )
@@ -94,7 +95,7 @@ def tower_operations(model: GARE, batch: Batch) -> float:
 
     def forward() -> None:
         model.encode_text(few.token_ids, few.token_mask)
-        model.encode_video(few.frames, few.frame_mask)
+        model.encode_video(normalise(few.frames), few.frame_mask)
 
     return 3 * 2 * multiply_adds(forward) / len(few.frames)
 

@@ -55,7 +55,7 @@ class ClusterConfig(Section):
     prefetch_mb: Positive = Field(
         1024.0,
         description="MB of clips, loaded or being loaded, that wait for a training worker at most, beside "
-        "the batch that it puts together; less where the object store is small",
+        "the batch that it puts together and with a GPU two on it; less where the object store is small",
     )
     use_gpu: Literal[True, False, "auto"] = Field(
         False, description="give each training worker a GPU; auto: where the cluster has any"

@@ -70,7 +70,7 @@ class Recorder:
     def now(self) -> float:
         """Seconds, after the device has done what it was given."""
         if self._is_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # not the one that copies the next batch
         return time.perf_counter()
 
     def take(self) -> dict[str, float]:

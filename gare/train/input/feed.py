@@ -155,6 +155,8 @@ class Feed:
 
     def _run(self) -> None:
         try:
+            if self._is_gpu:
+                torch.cuda.set_device(self._device)
             for arrived in self._made:
                 if not self._put(arrived):
                     return

@@ -165,7 +165,7 @@ def test_every_room_inside_gare_has_a_rule() -> None:
     assert found - {"__init__"} == set(INSIDE_GARE)
 
 
-@pytest.mark.parametrize("library", ["decord", "mlflow", "boto3"])
+@pytest.mark.parametrize("library", ["decord", "mlflow", "boto3", "cv2"])
 def test_one_importer_each(library: str) -> None:
     """Libraries that change under us, or that may be missing, must have one place to be mended."""
     assert len([path for path in SOURCES if library in tops(path)]) <= 1
@@ -173,7 +173,18 @@ def test_one_importer_each(library: str) -> None:
 
 def test_importing_gare_is_light(repository: Path) -> None:
     """Else ``import gare`` in a notebook or a decoding process would cost seconds and much memory."""
-    heavy = ["ray", "mlflow", "transformers", "torch", "boto3", "decord", "av", "matplotlib", "pyarrow"]
+    heavy = [
+        "ray",
+        "mlflow",
+        "transformers",
+        "torch",
+        "boto3",
+        "decord",
+        "av",
+        "cv2",
+        "matplotlib",
+        "pyarrow",
+    ]
     code = f"import sys, gare; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True, timeout=120

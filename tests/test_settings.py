@@ -38,6 +38,7 @@ def test_benchmarks_have_the_papers_values(name: str, repository: Path) -> None:
     assert (loss.direction_alpha, loss.radii_bound_form, loss.positives) == (2.0, "hard", "diagonal")
     assert (model.temporal_layers, model.num_temporal_heads, model.pool_temperature) == (4, 8, 3.0)
     assert (config.augment.operations, config.augment.magnitude, config.augment.noise) == (4, 7.0, 0.5)
+    assert config.augment.probability == 0.5
     clip = model.clip
     assert (clip.patch_size, clip.vision_width, clip.text_width, clip.embed_dim) == (32, 768, 512, 512)
     assert config.evaluate.split == "test"

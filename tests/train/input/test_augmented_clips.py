@@ -78,10 +78,19 @@ def still_clips(rng: np.random.Generator, clips: int, frames: int) -> torch.Tens
     return torch.from_numpy(pictures.repeat(frames, axis=1))
 
 
+def eroded(mask: np.ndarray) -> np.ndarray:
+    """Pixels of a mask that are at least four pixels away from its border and from the picture's."""
+    kernel = np.ones((7, 7), dtype=np.uint8)
+    return cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(
+        bool
+    )
+
+
 def assert_close(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
-    """Equal but for a grey level at few pixels; some levels with OpenCV 4, whose coordinates are coarser."""
+    """Equal but for a grey level at few pixels, and for more where contrast is high along both axes."""
     difference = np.abs(actual.astype(int) - expected)
-    assert difference.mean() <= 0.2, what
+    # Of a shift by nearly whole pixels Pillow truncates nearly whole values.
+    assert difference.mean() <= 1, what
     assert np.quantile(difference, 0.99) <= 1, what
     assert np.quantile(difference, 0.9999) <= 8, what
 
@@ -166,20 +175,18 @@ def test_joined_warps_are_one_after_the_other(
         ]
         if rng.random() < 0.5:
             operations.insert(0, Operation("Flip"))
-        # Pillow mixes fill, and the repeated border, into the pixels beside it once an operation: those away
-        # from both are compared.
+        # Pillow mixes fill into the pixels beside it, once an operation, and repeats the border of each
+        # picture between: pixels away from both are compared.
         reference = by_pillow(plain, operations)[0, ..., 0]
-        kernel, border = np.ones((9, 9), dtype=np.uint8), {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
-        inside = cv2.erode((reference == 200).astype(np.uint8), kernel, **border).astype(bool)
-        outside = cv2.erode((reference == 128).astype(np.uint8), kernel, **border).astype(bool)
+        inside, outside = eroded(reference == 200), eroded(reference == 128)
         seen_fill += outside.sum()
         masked = place(plain, operations)[0]
         assert np.isin(masked, (128, 200)).all(), operations
         assert (masked[inside] == 200).all(), operations
         assert (masked[outside] == 128).all(), operations
         difference = place(smooth, operations).astype(int) - by_pillow(smooth, operations)
-        # Pillow truncates once an operation, the joined warp once; and Pillow repeats a picture's border after
-        # each operation, where the joined warp still sees the picture beyond.
+        # Pillow truncates once an operation, the joined warp once; and Pillow repeats the border after each
+        # operation, where the joined warp still sees the picture beyond.
         far = np.abs(difference[0][inside]) > 1 + len(operations)
         assert far.sum() <= 0.02 * far.size + 6, operations
     assert seen_fill
@@ -196,18 +203,22 @@ def test_what_comes_in_from_outside_is_grey(place: Place, rng: np.random.Generat
 def test_both_places_agree_on_whole_policies(natural: list[np.ndarray], rng: np.random.Generator) -> None:
     """Where a clip is augmented is a matter of speed alone."""
     config = AugmentConfig(operations=4, probability=0.5, crop_scale=0.6, flip=0.5)
-    exact = 0
+    without_crop = AugmentConfig(operations=4, probability=0.5, flip=0.5)
+    far = []
     for clip in natural:
-        for seed in rng.integers(2**62, size=12).tolist():
-            operations = draw_operations(config, seed)
-            one = augment_clip(clip, config, seed).astype(int)
-            other = augment_batch(torch.from_numpy(clip[None].copy()), config, [seed])[0].numpy()
+        for seed in rng.integers(2**62, size=20).tolist():
+            settings = without_crop if seed % 2 else config
+            operations = draw_operations(settings, seed)
+            one = augment_clip(clip, settings, seed).astype(int)
+            other = augment_batch(torch.from_numpy(clip[None].copy()), settings, [seed])[0].numpy()
             difference = np.abs(one - other)
-            exact += not difference.any()
-            # A warp differs by a level here and there; a posterization after it makes up to 64 of it.
-            assert (difference > 2).mean() <= 0.02, operations
-            assert difference.mean() <= 0.2, operations
-    print(f"{exact} clips are equal bit for bit")
+            if not {operation.name for operation in operations} & {"Crop", *GEOMETRIC}:
+                assert not difference.any(), operations
+            # A warp differs by a level here and there, and now and then a later operation makes more of it:
+            # posterization 64 of one, contrast the step to another mean grey, a level at all pixels.
+            elif difference.mean() > 0.1 or (difference > 1).mean() > 0.02:
+                far.append((operations, difference.mean()))
+    assert len(far) <= 8, far
 
 
 @pytest.mark.parametrize("max_values", [1, 3 * 5 * 20 * 28 * 3, 10**9])

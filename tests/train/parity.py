@@ -21,6 +21,7 @@ from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.gather import Rows, gather, gather_unequal, rank, rows_of, world_size
+from gare.train.input.tokens import CaptionTokens
 from gare.train.step import Learner, build_learner, compute_gradients, train_step
 from gare.train.validation import Validation
 from tests.tiny import share, tiny_batch, tiny_config, tiny_feature_batch
@@ -196,8 +197,12 @@ def validate(seed: int, num_videos: int) -> dict[str, float]:
     frames = torch.from_numpy(rng.integers(0, 256, (num_videos, 4, 16, 16, 3), dtype=np.uint8))
     mask = torch.arange(4) < torch.from_numpy(rng.integers(1, 5, (num_videos, 1)))
     captions = [[f"clip {video} take {take}" for take in range(1 + video % 3)] for video in range(num_videos)]
+    tokens = CaptionTokens.of(captions, model.config.max_words)
     for video in range(rank(), num_videos, world_size()):
-        validation.add([video], [captions[video]], frames[video : video + 1], mask[video : video + 1])
+        arrays = tokens.of_videos(np.array([video]))
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        clip = {"frames": frames[video : video + 1], "frame_mask": mask[video : video + 1]}
+        validation.add([video], tensors | clip)
     model.train()  # as it is on a worker that got no clip
     return validation.metrics()
 

@@ -71,14 +71,16 @@ def decode_rows(
     extract, sources, name = config.extract, config.sources, uuid.uuid4().hex
     workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
     parts = cut_into_parts(rows, workers, extract.videos_per_part)
-    for done in run_parts(
+    results = run_parts(
         lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name).write,
         parts,
         workers=workers,
         memory_bytes=ACTOR_MEMORY_BYTES,
-    ):
-        progress.add(done)
-        check()
+    )
+    with contextlib.closing(results):
+        for done in results:
+            progress.add(done)
+            check()
 
 
 def told(progress: Progress) -> dict[str, Any]:

@@ -6,8 +6,8 @@ done twice, and must come to the same then. A task whose actor dies each time en
 that names it.
 
 **Errors.** A ``GareError`` raised by loading or by a task leaves the pool as itself, without Ray's traces,
-and ends the work. Any other exception becomes a ``GareError`` of its type and message, and its trace is
-logged where it was raised.
+and ends the work. Any other exception becomes a ``GareError`` of its type and message; its trace is logged
+when it leaves.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import itertools
 import logging
 import queue
 import threading
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from gare.errors import GareError
 
@@ -36,6 +37,21 @@ _HELP = (
 )
 
 
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way out of an actor, with the trace of one that nobody foresaw."""
+
+    error: GareError
+    trace: str = ""
+
+    def leave(self) -> NoReturn:
+        """Raises the error."""
+        # Logged here and not by the actor, which may stumble over its own end when the work is over.
+        if self.trace:
+            logger.error("unexpected in an actor: %s", self.trace)
+        raise self.error
+
+
 class Worker:
     """An actor's process: it loads what it needs with its first task, and then does tasks.
 
@@ -47,15 +63,17 @@ class Worker:
         self._load = load
         self._work: Work | None = None
 
-    def do(self, *arguments: Any) -> tuple[GareError | None, Any]:
-        """Does one task and returns its error, or None and its result."""
+    def do(self, *arguments: Any) -> tuple[Failure | None, Any]:
+        """Does one task and returns its failure, or None and its result."""
         try:
             # Not in the constructor, whose errors Ray hands over as text alone.
             if self._work is None:
                 self._work = self._load()
             return None, self._work(*arguments)
+        except GareError as error:
+            return Failure(error), None
         except Exception as error:
-            return _as_gare(error), None
+            return Failure(_as_gare(error), traceback.format_exc()), None
 
 
 @dataclass(eq=False)
@@ -133,7 +151,7 @@ class ActorPool:
 
     def map(
         self, tasks: Iterable[tuple[Any, ...]], *, ordered: bool = True, ahead: int | None = None
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Does tasks and yields their results; arrays in them are read-only views of Ray's object store.
 
         An error ends the actors, and so does closing the iterator before its end.
@@ -147,7 +165,7 @@ class ActorPool:
         Raises:
             GareError: raised by loading or by a task, or for a task that has ended too many actors.
         """
-        assert not self._num_open, "tasks that were submitted must be finished first"
+        assert self._num_open == 0, "tasks that were submitted must be finished first"
         coming, self._num_given = iter(tasks), 0
         try:
             for number in itertools.count():
@@ -225,8 +243,11 @@ class ActorPool:
                     actor = self._start()
                     self._actors.add(actor)
                     self._ask(actor)
+        except GareError as error:
+            self._results.put(error.with_traceback(None))
         except Exception as error:
-            self._results.put(_as_gare(error).with_traceback(None))
+            logger.exception("unexpected in a pool of actors")
+            self._results.put(_as_gare(error))
 
     def _ask(self, actor: Any) -> None:
         """Asks an actor to answer, before it is given a task."""
@@ -246,9 +267,9 @@ class ActorPool:
             raise GareError(f"actors die before they can do anything: {_reason(error)}", accepted=_HELP)
 
     def _give(self, actor: Any, task: _Task) -> None:
-        # Two objects: the error, if any, is small and comes here at once; the result stays where it is.
-        fault, task.value = actor.do.options(num_returns=2).remote(*task.arguments)
-        self._when_there(fault, partial(self._ended, actor, task))
+        # Two objects: the failure, if any, is small and comes here at once; the result stays where it is.
+        failure, task.value = actor.do.options(num_returns=2).remote(*task.arguments)
+        self._when_there(failure, partial(self._ended, actor, task))
 
     def _ended(self, actor: Any, task: _Task, answer: Any) -> None:
         error = answer.exception()
@@ -256,8 +277,8 @@ class ActorPool:
             self._bury(actor, error)
             self._again(task, error)
             return
-        if fault := answer.result():
-            raise fault
+        if failure := answer.result():
+            failure.leave()
         self._num_silent = 0
         self._idle.append(actor)
         self._results.put(task)
@@ -265,8 +286,9 @@ class ActorPool:
     def _bury(self, actor: Any, error: BaseException) -> None:
         """Gives up an actor because of an error, which is raised if it is no death."""
         import ray
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
 
-        if not is_death(error):
+        if not isinstance(error, RayActorError | OutOfMemoryError | NodeDiedError):
             raise error
         self._actors.remove(actor)
         ray.kill(actor)  # it may only be out of reach
@@ -280,7 +302,7 @@ class ActorPool:
         # A task is not to blame for a node that is taken away.
         task.deaths += not getattr(error, "preempted", False)
         if task.deaths > RETRIES:
-            raise killing(f"task {task.number} (the first is 0)", error)
+            raise killing(f"task {task.number} (the first is 0)", _reason(error))
         logger.warning("task %d is done again: %s", task.number, _reason(error))
         self._waiting.appendleft(task)
 
@@ -289,18 +311,11 @@ class ActorPool:
         reference.future().add_done_callback(lambda future: self._events.put(partial(then, future)))
 
 
-def is_death(error: BaseException) -> bool:
-    """True if an error says that an actor's process or node has died."""
-    from ray import exceptions
-
-    return isinstance(
-        error, exceptions.RayActorError | exceptions.OutOfMemoryError | exceptions.NodeDiedError
+def killing(task: str, last: str = "") -> GareError:
+    """Makes the error for a task that has ended too many actors, with the reason for the last one's end."""
+    return GareError(
+        f"{task} has ended {RETRIES + 1} actors{last and f', the last by {last}'}", accepted=_HELP
     )
-
-
-def killing(task: str, error: BaseException) -> GareError:
-    """Makes the error for a task that has ended too many actors, of which ``error`` is the last death."""
-    return GareError(f"{task} has ended {RETRIES + 1} actors, the last by {_reason(error)}", accepted=_HELP)
 
 
 def _reason(error: BaseException) -> str:
@@ -312,9 +327,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _as_gare(error: Exception) -> GareError:
-    if isinstance(error, GareError):
-        return error
-    logger.error("unexpected", exc_info=error)
     return GareError(f"{type(error).__name__}: {error}")
 
 

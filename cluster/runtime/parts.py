@@ -8,11 +8,11 @@ trains, or the order counts, ``ActorPool`` is the one to use.
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from cluster.runtime.actors import RETRIES, Work, Worker, is_death, killing
+from cluster.runtime.actors import RETRIES, Failure, Work, Worker, killing
 
 
 def run_parts(
@@ -23,7 +23,7 @@ def run_parts(
     num_cpus: float = 1,
     num_gpus: float = 0,
     memory_bytes: int = 0,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Does parts on an actor pool of Ray Data and yields their results as they are done.
 
     Args:
@@ -41,52 +41,65 @@ def run_parts(
         return
     import ray
     from ray.data import ActorPoolStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+    attempts: Any = ray.remote(**options)(_Attempts).remote()
     most = min(workers, len(parts))
-    dataset = ray.data.from_arrow([_block(part) for part in parts])
-    with warnings.catch_warnings():
-        # Deprecated in favour of named parameters, of which there is none for max_task_retries (2.60).
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)
-        dataset = dataset.map_batches(
-            _PartWorker,
-            fn_constructor_args=(load,),
-            batch_size=1,
-            batch_format="pyarrow",
-            # All at once, instead of one by one as the work proves to be too much.
-            compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus or None,
-            memory=memory_bytes or None,
-            # Ray Data restarts actors without an end, and so it would give them a task again by default.
-            max_task_retries=RETRIES,
-        )
+    dataset = ray.data.from_arrow([_block(part) for part in enumerate(parts)]).map_batches(
+        _PartWorker,
+        fn_constructor_args=(load, attempts),
+        batch_size=1,
+        batch_format="pyarrow",
+        # All at once, instead of one by one as the work proves to be too much.
+        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
+        memory=memory_bytes or None,
+    )
     batches: Any = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-    left = len(parts)
-    with contextlib.closing(batches):
-        while True:
-            try:
-                batch = next(batches, None)
-            except Exception as error:
-                if not is_death(error):
-                    raise
-                raise killing(f"one of the {left} parts that are left", error) from None
-            if batch is None:
-                return
-            for fault, value in batch["content"].to_pylist():
-                if fault:
-                    raise fault
-                left -= 1
-                yield value
+    try:
+        with contextlib.closing(batches):
+            for batch in batches:
+                for failure, value in batch["content"].to_pylist():
+                    if failure:
+                        failure.leave()
+                    yield value
+    finally:
+        if ray.is_initialized():
+            ray.kill(attempts)
+
+
+class _Attempts:
+    """Counts how often each part was begun, in a process that outlives those that do them.
+
+    Ray Data gives a part of a dead actor to another one without an end. Ray's own limit, max_task_retries,
+    does not serve: it also counts calls to an actor whose node is lost while nobody knows that yet, and is
+    used up by these alone (2.60).
+    """
+
+    def __init__(self) -> None:
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        """Counts one more attempt at a part and returns the number of them."""
+        self._begun[number] += 1
+        return self._begun[number]
 
 
 class _PartWorker:
     """Does a part a batch; errors travel as values, since Ray Data hands on the text of exceptions alone."""
 
-    def __init__(self, load: Callable[[], Work]) -> None:
-        self._worker = Worker(load)
+    def __init__(self, load: Callable[[], Work], attempts: Any) -> None:
+        self._worker, self._attempts = Worker(load), attempts
 
     def __call__(self, batch: Any) -> Any:
-        (part,) = batch["content"].to_pylist()
+        import ray
+
+        ((number, part),) = batch["content"].to_pylist()
+        if ray.get(self._attempts.begin.remote(number)) > RETRIES + 1:
+            return _block((Failure(killing(f"part {number} (the first is 0)")), None))
         return _block(self._worker.do(part))
 
 

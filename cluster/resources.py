@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 #: CPUs reserved for an actor that loads a training worker's data: it has nothing to do while batches wait.
 LOADER_CPUS = 0.25
-#: Loaders that an automatic number comes to at most: more than any step needs.
-MAX_LOADERS = 16
+#: Loaders that an automatic number comes to at most, more than any step needs; and bytes of a worker's batch
+#: for each of them at least, since a process takes memory and time to start.
+MAX_LOADERS, LOADER_BYTES = 16, 4 * 10**6
 #: CPUs that an automatic training worker with a GPU takes at most: it starts kernels and copies.
 GPU_WORKER_CPUS = 4
 _MEGABYTE = 10**6
@@ -113,7 +114,7 @@ def object_store_bytes(config: ClusterConfig) -> int:
 
 def settle_resources(config: Config) -> Config:
     """The configuration with what is automatic in ``cluster`` settled for the cluster that is joined."""
-    settled = settle(config.cluster, config.train.batch_size, nodes())
+    settled = settle(config.cluster, config.train.batch_size, nodes(), _batch_bytes(config))
     if settled == config.cluster:
         return config
     logger.info(
@@ -131,13 +132,24 @@ def settle_resources(config: Config) -> Config:
     return config.model_copy(update={"cluster": settled})
 
 
-def settle(config: ClusterConfig, batch_size: int, there: Sequence[Node]) -> ClusterConfig:
+def _batch_bytes(config: Config) -> int:
+    """Bytes of the global batch as it is loaded, about."""
+    extract, clip = config.extract, config.model.clip
+    if config.train.input == "features":
+        return 2 * config.train.batch_size * extract.num_frames * clip.embed_dim
+    return 3 * config.train.batch_size * extract.num_frames * extract.image_size**2
+
+
+def settle(
+    config: ClusterConfig, batch_size: int, there: Sequence[Node], batch_bytes: float = math.inf
+) -> ClusterConfig:
     """``config`` without anything automatic that training asks for.
 
     Args:
         config: what is asked for.
         batch_size: pairs that the workers share, each one or more; 0: any number.
         there: nodes of the cluster.
+        batch_bytes: of the global batch, which a loader must have some of to be worth its process.
     """
     on_gpus = config.use_gpu is True or (config.use_gpu == "auto" and any(node.gpus >= 1 for node in there))
     able = [node for node in there if (node.gpus if on_gpus else node.cpus) >= 1] or [Node(1, 0)]
@@ -159,8 +171,13 @@ def settle(config: ClusterConfig, batch_size: int, there: Sequence[Node]) -> Clu
     settled = config.model_copy(
         update={"train_workers": workers, "cpus_per_worker": cpus, "use_gpu": on_gpus}
     )
-    loaders = config.loaders_per_worker or _loaders_that_fit(settled, able)
-    return settled.model_copy(update={"loaders_per_worker": loaders})
+    if not config.train_workers and (room := num_that_fit(settled, there)):
+        settled = settled.model_copy(update={"train_workers": max(room, config.min_workers)})
+    loaders = config.loaders_per_worker or min(
+        _loaders_that_fit(settled, able),
+        math.ceil(min(batch_bytes / settled.train_workers / LOADER_BYTES, 99)),
+    )
+    return settled.model_copy(update={"loaders_per_worker": max(loaders, 1)})
 
 
 def _loaders_that_fit(config: ClusterConfig, able: Sequence[Node]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.command import main
 from cluster.resources import require_train_resources, resources_of_worker, settle_resources
+from cluster.runtime.devices import require_usable_gpus
 from cluster.session import fault_of, ray_session, watches_preemption
 from cluster.stopping import on_sigterm
 from cluster.storage import Layout, absolute, layout
@@ -32,6 +33,7 @@ from gare.retrieval.evaluated import split_hash_of
 from gare.train.checkpoints import Entry
 from gare.train.data import StoredSplits
 from gare.train.history import History
+from gare.train.input.randaugment import POLICY
 from pipelines.finishing import log_outputs
 from pipelines.pending import pending_of
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
@@ -100,6 +102,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     with ray_session(config.cluster):
         config = settle_resources(config)
         require_train_resources(config.cluster)
+        require_usable_gpus(config.cluster)
         if config.train.overwrite:
             delete_tree(folder)
         source.begin(folder)
@@ -137,6 +140,9 @@ def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
         config.train.batch_size, config.model.clip.embed_dim, config.model.memory_bytes
     )
     settings["loss"]["direction_is_sampled"] = sampled
+    if config.augment.is_on:
+        # Earlier versions had another library's policy under the same settings.
+        settings["augment"]["policy"] = POLICY
     settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
     return {
         "settings": settings,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.logs import set_up_logging
-from cluster.runtime.batches import ahead_bytes, stream
+from cluster.runtime.batches import Asked, stream
 from cluster.runtime.devices import device_of_worker, explained_memory
 from cluster.storage import Layout, layout
 from cluster.tracking import RunHandle
@@ -17,7 +17,7 @@ from gare.data.files import exists, join, read_json
 from gare.errors import DataError, DivergedError, GareError, StoppedError
 from gare.train.data import StoredSplits, read_splits
 from gare.train.history import History
-from gare.train.input.loader import FeatureLoader, Listed
+from gare.train.input.loader import Listed
 from gare.train.input.plan import Plan, plan_run
 from pipelines.saving import Saver
 from pipelines.watching import Watch
@@ -36,7 +36,7 @@ LOG_EVERY = 10
 
 
 def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None = None) -> TrainInput:
-    """What the run learns from, of its own stores."""
+    """The input of the run, from its own stores."""
     from gare.train.input.inputs import input_of  # here: --help needs no torch, which takes seconds
 
     return input_of(config, places.frames, places.features, settings)
@@ -44,7 +44,8 @@ def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None
 
 def splits_of(config: Config, places: Layout, source: TrainInput, *, begun: bool) -> StoredSplits:
     """What the store holds; where the run has begun, of the clips that it began with."""
-    source.check_store()
+    if exists(places.manifest):  # else that is what to say
+        source.check_store()
     splits = read_splits(places.manifest, source.store, config.extract, source.store_settings)
     clips = clips_file(config, places)
     return splits.only(read_json(clips)) if begun and exists(clips) else splits
@@ -76,7 +77,7 @@ def within_memory(config: Config, world_size: int) -> Config:
 
 
 def _pairs_at_once(config: Config, world_size: int) -> tuple[int, int]:
-    """Pairs that go through a worker's towers at once, and the pairs of a worker."""
+    """Pairs of a worker that its towers encode in one pass, and all of its pairs."""
     share = -(-config.train.batch_size // world_size)
     return within_memory(config, world_size).train.micro_batch or share, share
 
@@ -104,11 +105,12 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     source = input_of_run(config, places, task["settings"])
     listed = _listed(config, places, source, task["clips"], rank, world_size)
     model = source.worker_model(places.run(config.train.run))
-    learner = build_learner(model, within_memory(config, world_size), listed.plan.num_steps, device)
-    learner = replace(learner, config=config)
-    validated, watches = bool(listed.ids["val"]), task["watch_preemption"]
-    saver = Saver(config, places, learner, rank, device, validated=validated, watch=watches)
-    start_epoch = saver.restore()
+    with explained_memory(*_pairs_at_once(config, world_size)):
+        learner = build_learner(model, within_memory(config, world_size), listed.plan.num_steps, device)
+        learner = replace(learner, config=config)
+        validated, watches = bool(listed.ids["val"]), task["watch_preemption"]
+        saver = Saver(config, places, learner, rank, device, validated=validated, watch=watches)
+        start_epoch = saver.restore()
     first = listed.plan.position(start_epoch, learner.step)
     watch = Watch(config, learner, listed.plan, rank, device)
     report = Reporter(config, places, task["handle"], saver, start_epoch, watch, world_size)
@@ -146,8 +148,8 @@ def _listed(
             where=source.store,
             accepted="the clips of the run's clips.json; train.overwrite=true starts anew",
         )
-    ids = {split: [row.video_id for row in splits.of_split(split)] for split in ("train", "val")}
-    return Listed(plan_of(config, splits, rank=rank, world_size=world_size), ids)
+    most = max((len(row.captions) for row in splits.val), default=1)
+    return Listed(plan_of(config, splits, rank=rank, world_size=world_size), splits.ids(), most)
 
 
 def _feed(
@@ -164,27 +166,29 @@ def _feed(
 
     from gare.train.input.feed import Feed
 
-    plan, loaders = listed.plan, config.cluster.loaders_per_worker
-    sizes = [len(batch.videos) for batch in plan.batches]
-    load = source.loader(listed, shared, device, model)
-    here = load() if config.train.input == "features" else None
-    if isinstance(here, FeatureLoader) and here.reader.whole:
-        # What fits into memory is read in this process, where it costs next to nothing.
+    batches, loaders = listed.plan.batches, config.cluster.loaders_per_worker
+    sizes = [len(batch.videos) for batch in batches]
+    make = source.loader(listed, shared, device, model)
+    if here := source.local_loader(make):
         loaders = 1
         chunks = (here(number, 0, sizes[number]) for number in range(first, len(sizes)))
     else:
+        kinds = {"train": source.row_bytes(model), "val": source.row_bytes(model, listed.most_captions)}
+        asked = [
+            Asked(number, sizes[number], kinds[batches[number].kind]) for number in range(first, len(sizes))
+        ]
         chunks = stream(
-            load,
-            ((number, sizes[number]) for number in range(first, len(sizes))),
-            row_bytes=source.row_bytes(model),
+            make,
+            asked,
             loaders=loaders,
-            ahead_bytes=ahead_bytes(config.cluster, ray.train.get_context().get_local_world_size()),
+            config=config.cluster,
+            workers=ray.train.get_context().get_local_world_size(),
         )
     return Feed(
         chunks,
         sizes[first:],
         device,
-        finish=lambda place, tensors: source.finished(plan.batches[first + place], tensors),
+        finish=lambda place, tensors: source.finished(batches[first + place], tensors),
         loaders=loaders,
     )
 

@@ -32,7 +32,8 @@ Work = Callable[..., Any]
 #: Times that a task is given to another actor because the one that did it has died.
 RETRIES = 3
 
-_HELP = (
+#: What to do about actors that die, unless a pool has better advice.
+ADVICE = (
     "more memory or smaller tasks, where they are killed for the memory they take; the node's logs say why"
 )
 
@@ -102,6 +103,7 @@ class ActorPool:
         num_gpus: of an actor.
         memory_bytes: heap of an actor and its children, which Ray does not see otherwise.
         node_id: the node where all actors run; None: any.
+        advice: what to do where a task ends its actors.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class ActorPool:
         num_gpus: float = 0,
         memory_bytes: int = 0,
         node_id: str | None = None,
+        advice: str = ADVICE,
     ) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -125,7 +128,7 @@ class ActorPool:
         # Ray itself would give a task to the same actor again, which may wait for room on another node.
         actor = ray.remote(max_restarts=0, max_task_retries=0, **options)(Worker)
         self._start = partial(actor.remote, partial(_load_shared, [ray.put(load)]))
-        self._count = max(count, 1)
+        self._count, self._advice = max(count, 1), advice
         # The pool's thread alone touches these. It is told what to do through _events, and answers through
         # _results.
         self._waiting: deque[_Task] = deque()
@@ -237,6 +240,7 @@ class ActorPool:
         try:
             while (event := self._events.get()) is not None:
                 event()
+                del event  # it holds a result, which is to go once it is taken
                 while self._waiting and self._idle:
                     self._give(self._idle.pop(), self._waiting.popleft())
                 while len(self._waiting) > len(self._asked) and len(self._actors) < self._count:
@@ -264,7 +268,9 @@ class ActorPool:
         self._bury(actor, error)
         self._num_silent += 1
         if self._num_silent > RETRIES * self._count:
-            raise GareError(f"actors die before they can do anything: {_reason(error)}", accepted=_HELP)
+            raise GareError(
+                f"actors die before they can do anything: {_reason(error)}", accepted=self._advice
+            )
 
     def _give(self, actor: Any, task: _Task) -> None:
         # Two objects: the failure, if any, is small and comes here at once; the result stays where it is.
@@ -302,7 +308,7 @@ class ActorPool:
         # A task is not to blame for a node that is taken away.
         task.deaths += not getattr(error, "preempted", False)
         if task.deaths > RETRIES:
-            raise killing(f"task {task.number} (the first is 0)", _reason(error))
+            raise killing(f"task {task.number} (the first is 0)", _reason(error), self._advice)
         logger.warning("task %d is done again: %s", task.number, _reason(error))
         self._waiting.appendleft(task)
 
@@ -311,10 +317,10 @@ class ActorPool:
         reference.future().add_done_callback(lambda future: self._events.put(partial(then, future)))
 
 
-def killing(task: str, last: str = "") -> GareError:
+def killing(task: str, last: str = "", advice: str = ADVICE) -> GareError:
     """Makes the error for a task that has ended too many actors, with the reason for the last one's end."""
     return GareError(
-        f"{task} has ended {RETRIES + 1} actors{last and f', the last by {last}'}", accepted=_HELP
+        f"{task} has ended {RETRIES + 1} actors{last and f', the last by {last}'}", accepted=advice
     )
 
 

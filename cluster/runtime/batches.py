@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,17 +23,31 @@ Load: TypeAlias = Callable[[int, int, int], Arrays]
 #: large enough for what a task costs by itself not to count.
 CHUNK_BYTES = 32 * 10**6
 #: Share of a node's object store that batches may take, of all training workers there together.
-STORE_SHARE = 0.5
+STORE_SHARE = 0.8
 _MEGABYTE = 10**6
 
 
+class Asked(NamedTuple):
+    """A batch to load.
+
+    Attributes:
+        number: of the batch.
+        rows: of it.
+        row_bytes: of a row, about.
+    """
+
+    number: int
+    rows: int
+    row_bytes: int
+
+    @property
+    def chunk(self) -> int:
+        """Rows that a task loads at most."""
+        return max(1, CHUNK_BYTES // max(self.row_bytes, 1))
+
+
 def stream(
-    load: Callable[[], Load],
-    batches: Iterable[tuple[int, int]],
-    *,
-    row_bytes: int,
-    loaders: int,
-    ahead_bytes: float,
+    load: Callable[[], Load], batches: Sequence[Asked], *, loaders: int, config: ClusterConfig, workers: int
 ) -> Iterator[Arrays]:
     """Yields chunks of consecutive rows, in order, none with rows of two batches.
 
@@ -45,48 +60,63 @@ def stream(
 
     Args:
         load: called once in each actor.
-        batches: number and rows of each batch.
-        row_bytes: of a row, about.
+        batches: what to load.
         loaders: actors.
-        ahead_bytes: that are loaded or being loaded and not yet taken at most, but one chunk at least.
+        config: its ``prefetch_mb`` bounds what is loaded or being loaded and not yet taken, down to a chunk.
+        workers: training workers on this node.
 
     Raises:
         GareError: of the loading; for a chunk whose loading ends actor after actor.
     """
     import ray
 
-    rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
     here = ray.get_runtime_context().get_node_id()
     tasks = (
-        (number, first, min(first + rows, size)) for number, size in batches for first in range(0, size, rows)
+        (batch.number, first, min(first + batch.chunk, batch.rows))
+        for batch in batches
+        for first in range(0, batch.rows, batch.chunk)
     )
-    largest = max(row_bytes, 1) * rows
-    with ActorPool(load, count=loaders, num_cpus=0, node_id=here) as pool:
-        found = pool.map(tasks, ahead=max(1, int(ahead_bytes / largest)))
-        with contextlib.closing(found):  # type: ignore[type-var]
+    largest = max((min(batch.chunk, batch.rows) * batch.row_bytes for batch in batches), default=1)
+    whole = max((batch.rows * batch.row_bytes for batch in batches), default=1)
+    room = ahead_bytes(config, workers, whole)
+    # Enough for every loader to have the next one ready, and for a whole batch to come while a step computes.
+    enough = loaders + max(loaders + 2, math.ceil(whole / max(largest, 1)))
+    advice = (
+        f"{loaders} loaders hold up to {largest / _MEGABYTE:.0f} MB of clips each beside what waits: lower "
+        "cluster.loaders_per_worker or cluster.prefetch_mb where memory is short; the node's logs say why"
+    )
+    with ActorPool(load, count=loaders, num_cpus=0, node_id=here, advice=advice) as pool:
+        found = pool.map(tasks, ahead=max(1, min(int(room / max(largest, 1)), enough)))
+        with contextlib.closing(found):
             yield from found
 
 
-def ahead_bytes(config: ClusterConfig, workers_here: int) -> float:
+def ahead_bytes(config: ClusterConfig, workers: int, batch_bytes: int) -> float:
     """Bytes of clips that may wait for a training worker: the setting, or less where a node has less room.
 
     Args:
         config: its ``prefetch_mb``.
-        workers_here: training workers on this node.
+        workers: training workers on this node.
+        batch_bytes: of a worker's batch, which is held beside them while it is put together.
     """
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     wanted = config.prefetch_mb * _MEGABYTE
-    for node in ray.nodes():
-        if node["NodeID"] == here:
-            room = node["Resources"].get("object_store_memory", 0) * STORE_SHARE / max(workers_here, 1)
-            if room < wanted:
-                logger.info(
-                    "%.0f MB of clips wait for each worker at most, less than cluster.prefetch_mb %g: the "
-                    "object store of the node has no room for more",
-                    room / _MEGABYTE,
-                    config.prefetch_mb,
-                )
-                return float(room)
-    return wanted
+    stores = [
+        node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["NodeID"] == here
+    ]
+    room = sum(stores) * STORE_SHARE / max(workers, 1) - batch_bytes
+    if room >= wanted:
+        return wanted
+    tell = logger.warning if room < batch_bytes else logger.info
+    tell(
+        "%.0f MB of clips wait for each worker at most, less than cluster.prefetch_mb %g: the node's object "
+        "store (%.0f MB; cluster.object_store_mb, ray start --object-store-memory) has no room for more "
+        "beside batches of %.0f MB",
+        max(room, 0) / _MEGABYTE,
+        config.prefetch_mb,
+        sum(stores) / _MEGABYTE,
+        batch_bytes / _MEGABYTE,
+    )
+    return max(room, 0.0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gare.config import ClusterConfig
@@ -14,33 +17,113 @@ from gare.errors import ConfigError, GareError
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 
-def device_of_worker(config: ClusterConfig) -> torch.device:
-    """The device that Ray gave this worker.
+
+#: Seconds in which a GPU must answer: a process starts, imports torch and opens it.
+ANSWER_S = 180.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One GPU as an actor found it that Ray had given it.
+
+    Attributes:
+        uuid: of the GPU; empty where it cannot be used.
+        error: why it cannot.
+    """
+
+    uuid: str
+    error: str = ""
+
+
+class _Probe:
+    def look(self) -> Answer:
+        """Opens the GPU of this process and computes something."""
+        import torch
+
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        try:
+            if not torch.cuda.is_available():
+                raise RuntimeError("torch sees none")
+            torch.ones(1, device="cuda").sum().item()  # fails for a GPU that this torch has no code for
+            return Answer(str(torch.cuda.get_device_properties(0).uuid))
+        except (RuntimeError, AssertionError) as error:
+            line = str(error).splitlines()[0]
+            return Answer("", f"{line}; torch {torch.__version__} {build}, CUDA_VISIBLE_DEVICES {visible!r}")
+
+
+def require_usable_gpus(config: ClusterConfig) -> None:
+    """Makes sure, before training begins, that torch can use the free GPUs, and that all are different ones.
+
+    Ray hands out as many as it was told of, whether or not they are there.
+
+    Args:
+        config: settled.
 
     Raises:
-        ConfigError: for a GPU that torch cannot use.
+        ConfigError: for a GPU that torch cannot use, or one that two workers would share.
+    """
+    if not config.use_gpu:
+        return
+    import ray
+
+    count = min(config.train_workers, int(ray.available_resources().get("GPU", 0)))
+    probes = [ray.remote(num_cpus=0, num_gpus=1)(_Probe).remote() for _ in range(count)]
+    try:
+        # All at once, so that none gets the GPU of another.
+        answers = ray.get([probe.look.remote() for probe in probes], timeout=ANSWER_S)
+    except ray.exceptions.RayError as error:
+        logger.warning("the GPUs could not be looked at before the training: %s", str(error).splitlines()[-1])
+        return
+    finally:
+        for probe in probes:
+            ray.kill(probe)
+    refuse_unusable(answers)
+
+
+def refuse_unusable(answers: Sequence[Answer]) -> None:
+    """Raises the fault of GPUs, if they have one.
+
+    Raises:
+        ConfigError: for one that cannot be used, or that two processes have got.
+    """
+    failed = [answer.error for answer in answers if answer.error]
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} of {len(answers)} GPUs cannot be used: {failed[0]}",
+            where="cluster.use_gpu",
+            accepted="a torch and a driver for these GPUs, as many as there are (ray start --num-gpus), or "
+            "cluster.use_gpu=false",
+        )
+    shared = [uuid for uuid, times in Counter(answer.uuid for answer in answers).items() if times > 1]
+    if shared:
+        raise ConfigError(
+            f"two training workers would share one GPU, {shared[0]}: Ray knows of more than there are",
+            where="cluster.train_workers",
+            accepted=f"{len({answer.uuid for answer in answers})}, or ray start --num-gpus with their number",
+        )
+
+
+def device_of_worker(config: ClusterConfig) -> torch.device:
+    """The device that Ray gave this worker; sets torch's threads to the worker's own CPUs.
+
+    Raises:
+        ConfigError: where it is no GPU and one is asked for.
     """
     import torch
     from ray.train.torch import get_device
 
-    try:
-        device: torch.device = get_device()
-        if config.use_gpu and device.type != "cuda":
-            raise RuntimeError("torch sees none")
-        torch.ones(1, device=device).sum().item()  # fails for a GPU that this torch has no code for
-    except (RuntimeError, AssertionError) as error:
-        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        raise ConfigError(
-            f"the GPU of a training worker cannot be used: {str(error).splitlines()[0]}; torch is "
-            f"{torch.__version__} {build}, CUDA_VISIBLE_DEVICES "
-            f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')!r}",
-            where="cluster.use_gpu",
-            accepted="a torch and a driver for this GPU, as many GPUs as Ray was told of (ray start "
-            "--num-gpus), or cluster.use_gpu=false",
-        ) from error
     # Ray sets the threads to the CPUs that it reserved, those of the loaders among them.
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    device: torch.device = get_device()
+    if config.use_gpu and device.type != "cuda":
+        raise ConfigError(
+            "a training worker has got no GPU that torch can use",
+            where="cluster.use_gpu",
+            accepted="a torch and a driver for the GPUs of all nodes, or cluster.use_gpu=false",
+        )
     return device
 
 
@@ -49,8 +132,8 @@ def explained_memory(pairs: int, share: int) -> Iterator[None]:
     """Says where a GPU's memory does not suffice how much is needed and which setting to change.
 
     Args:
-        pairs: that go through the towers at once.
-        share: pairs of this worker in a batch.
+        pairs: of a worker, that its towers encode in one pass.
+        share: pairs of a worker.
 
     Raises:
         GareError: in place of torch's OutOfMemoryError.
@@ -60,11 +143,13 @@ def explained_memory(pairs: int, share: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        less = f"train.micro_batch={pairs // 2} (a worker has {share} pairs), or " if pairs > 1 else ""
         raise GareError(
-            f"the GPU's memory does not suffice for {pairs} pairs at once: {memory_needed(str(error))}",
-            where="train.micro_batch",
-            accepted=f"train.micro_batch={max(1, pairs // 2)} (a worker has {share} pairs), or a smaller "
-            "train.batch_size; the same command goes on from the last checkpoint",
+            f"the GPU's memory does not suffice for {pairs} pairs in one pass of the towers: "
+            f"{memory_needed(str(error))}",
+            where="train.micro_batch" if less else "train.batch_size",
+            accepted=f"{less}a smaller train.batch_size, or more training workers to share it; the same "
+            "command goes on from the last checkpoint",
         ) from error
 
 

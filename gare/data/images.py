@@ -6,6 +6,7 @@ H×W pixels, S pixels of the short side.
 from __future__ import annotations
 
 import io
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -156,6 +157,16 @@ def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
     return picture
 
 
+@cache
+def _standard(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (3, 1, 1) of pixels in 0…255, kept on the device."""
+    import torch
+
+    with torch.inference_mode(mode=False):  # to be of use in training, too
+        mean, std = ((torch.tensor(one) * 255)[:, None, None].to(device) for one in (CLIP_MEAN, CLIP_STD))
+    return mean, std
+
+
 def normalise(frames: torch.Tensor) -> torch.Tensor:
     """uint8 frames (…, H, W, 3) to what CLIP takes: float32 (…, 3, H, W), scaled to 0…1, then standardised.
 
@@ -166,10 +177,7 @@ def normalise(frames: torch.Tensor) -> torch.Tensor:
 
     if frames.dtype != torch.uint8 or frames.shape[-1] != 3:
         raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}; accepted: uint8 (..., H, W, 3)")
-    mean, std = (
-        (torch.tensor(values) * 255).to(frames.device, non_blocking=True)[:, None, None]
-        for values in (CLIP_MEAN, CLIP_STD)
-    )
+    mean, std = _standard(frames.device)
     # Converted and moved in one pass, then changed in place: a seventh of the time on a CPU.
     moved = frames.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
     return moved.sub_(mean).div_(std)

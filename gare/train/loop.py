@@ -51,7 +51,7 @@ def run_loop(
         arrived = next(feed)
         if planned.kind == "train":
             started = time.perf_counter()
-            batch = source.batch(planned, arrived.tensors)
+            batch = source.batch(arrived.tensors)
             values = train_step(learner, batch, [listed.ids["train"][video] for video in planned.videos])
             seconds = feed.seconds(arrived)
             on_device = seconds["device_wait"]

@@ -39,6 +39,8 @@ def automatic(**settings: object) -> ClusterConfig:
         (WORKSTATION, 128, (4, 4.0, True)),
         ([Node(8, 4)], 128, (4, 1.0, True)),
         ([Node(4, 4)], 128, (4, 0.5, True)),
+        # More GPUs than CPUs can feed: as many as fit, each with half a CPU and what loads for it.
+        ([Node(4, 8)], 128, (5, 0.5, True)),
         (CLUSTER, 128, (32, 4.0, True)),
         # 6 GPUs share 128 pairs as well as they can; of 4 pairs two of them get none.
         ([Node(24, 6)], 128, (6, 2.0, True)),
@@ -111,6 +113,14 @@ def test_loaders_take_the_cpus_that_are_left(
 ) -> None:
     """One loader starves a GPU beside fifteen idle CPUs; more than there are CPUs slow each other down."""
     assert settle(ClusterConfig.model_validate(settings), 128, nodes).loaders_per_worker == expected
+
+
+def test_small_batches_need_few_loaders() -> None:
+    """Fifteen processes that share a batch of a megabyte take longer to start than the demo does."""
+    config, node = ClusterConfig(train_workers=2, cpus_per_worker=1), [Node(32, 0)]
+    assert settle(config, 64, node, 2e6).loaders_per_worker == 1
+    assert settle(config, 64, node, 24e6).loaders_per_worker == 3
+    assert settle(config, 64, node, 1e12).loaders_per_worker == 15
 
 
 def test_nodes_that_are_too_few_are_told(

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.runtime.batches import CHUNK_BYTES, Load, ahead_bytes, stream
-from cluster.runtime.devices import device_of_worker, explained_memory
+from cluster.runtime.batches import CHUNK_BYTES, Asked, Load, ahead_bytes, stream
+from cluster.runtime.devices import Answer, device_of_worker, explained_memory, refuse_unusable
+from cluster.storage import Layout
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, DataError, GareError
+from tests.pipelines.support import tiny
 
 #: So large that a batch of 5 rows comes in chunks of 2.
 ROW_BYTES = CHUNK_BYTES // 2
-BATCHES = [(number, 5) for number in range(4, 12)]
-ROWS = [(number, first, min(first + 2, 5)) for number, _ in BATCHES for first in (0, 2, 4)]
+BATCHES = [Asked(number, 5, ROW_BYTES) for number in range(4, 12)]
+ROWS = [(batch.number, first, min(first + 2, 5)) for batch in BATCHES for first in (0, 2, 4)]
+CONFIG = ClusterConfig(prefetch_mb=4 * CHUNK_BYTES / 10**6)
 
 
 def uneven() -> Load:
@@ -37,13 +44,13 @@ def rows_of(found: list[dict[str, np.ndarray]]) -> list[tuple[int, ...]]:
 
 def test_order_is_that_of_the_batches(ray_local: None) -> None:
     """A seed must give the same training again, though some clips take longer than others."""
-    found = list(stream(uneven, BATCHES, row_bytes=ROW_BYTES, loaders=2, ahead_bytes=4 * CHUNK_BYTES))
+    found = list(stream(uneven, BATCHES, loaders=2, config=CONFIG, workers=1))
     assert rows_of(found) == ROWS
     assert len({int(one["pid"][0]) for one in found}) == 2
-    assert list(stream(uneven, [], row_bytes=1, loaders=1, ahead_bytes=1)) == []
+    assert list(stream(uneven, [], loaders=1, config=CONFIG, workers=1)) == []
 
 
-@pytest.mark.parametrize(("megabytes", "chunks"), [(0, 1), (CHUNK_BYTES * 3.5 / 10**6, 3)])
+@pytest.mark.parametrize(("megabytes", "chunks"), [(1e-3, 1), (CHUNK_BYTES * 3.5 / 10**6, 3)])
 def test_no_more_is_loaded_than_the_setting_says(
     ray_local: None, tmp_path: Path, megabytes: float, chunks: int
 ) -> None:
@@ -56,16 +63,33 @@ def test_no_more_is_loaded_than_the_setting_says(
 
         return load
 
-    batches = stream(
-        noting, [(number, 2) for number in range(100)], row_bytes=ROW_BYTES, loaders=2,
-        ahead_bytes=megabytes * 10**6,
-    )  # fmt: skip
+    asked = [Asked(number, 2, ROW_BYTES) for number in range(100)]
+    config = ClusterConfig(prefetch_mb=megabytes)
+    batches = stream(noting, asked, loaders=2, config=config, workers=1)
     for taken in range(1, 4):
         next(batches)
         deadline = time.monotonic() + 30
         while len(list(tmp_path.iterdir())) < taken + chunks - 1 and time.monotonic() < deadline:
             threading.Event().wait(0.02)
         assert taken <= len(list(tmp_path.iterdir())) <= taken + chunks
+    batches.close()  # type: ignore[attr-defined]
+
+
+def test_small_batches_are_not_loaded_for_ever(ray_local: None, tmp_path: Path) -> None:
+    """A thousand tiny batches fit into the memory, and loading them first would take the step's CPUs."""
+
+    def noting() -> Load:
+        def load(number: int, first: int, stop: int) -> dict[str, np.ndarray]:
+            (tmp_path / str(number)).touch()
+            return {"rows": np.array([[number, first, stop]])}
+
+        return load
+
+    asked = [Asked(number, 2, 10) for number in range(100)]
+    batches = stream(noting, asked, loaders=1, config=ClusterConfig(), workers=1)
+    for _ in range(5):
+        next(batches)
+    assert len(list(tmp_path.iterdir())) < 12
     batches.close()  # type: ignore[attr-defined]
 
 
@@ -82,7 +106,7 @@ def test_an_actor_that_is_killed_loads_again(ray_local: None, tmp_path: Path) ->
 
         return load
 
-    found = list(stream(dying, BATCHES, row_bytes=ROW_BYTES, loaders=1, ahead_bytes=4 * CHUNK_BYTES))
+    found = list(stream(dying, BATCHES, loaders=1, config=CONFIG, workers=1))
     assert rows_of(found) == ROWS
     assert (tmp_path / "died").exists()
 
@@ -97,35 +121,83 @@ def test_a_fault_comes_out_as_itself(ray_local: None) -> None:
         return load
 
     with pytest.raises(DataError) as raised:
-        list(stream(broken, BATCHES, row_bytes=ROW_BYTES, loaders=1, ahead_bytes=CHUNK_BYTES))
+        list(stream(broken, BATCHES, loaders=1, config=CONFIG, workers=1))
     assert str(raised.value) == "part 4: has no rows"
 
 
 def test_what_waits_fits_into_the_object_store(ray_local: None, caplog: pytest.LogCaptureFixture) -> None:
     """Batches that do not fit are spilled to the disk and read again, slower than they were loaded."""
-    assert ahead_bytes(ClusterConfig(prefetch_mb=1.5), 2) == 1.5e6
+    assert ahead_bytes(ClusterConfig(prefetch_mb=1.5), 2, 10**6) == 1.5e6
+    everything = ClusterConfig(prefetch_mb=1e9)
     with caplog.at_level("INFO"):
-        room = ahead_bytes(ClusterConfig(prefetch_mb=1e9), 2)
+        room = ahead_bytes(everything, 2, 0)
     assert 1e8 < room < 1e11
-    assert ahead_bytes(ClusterConfig(prefetch_mb=1e9), 4) == pytest.approx(room / 2)
+    assert ahead_bytes(everything, 4, 0) == pytest.approx(room / 2)
+    # The batch that is put together takes some of it, perhaps all.
+    assert ahead_bytes(everything, 2, 10**7) == pytest.approx(room - 10**7)
     assert "cluster.prefetch_mb" in caplog.text
+    assert "WARNING" not in caplog.text
+    assert ahead_bytes(everything, 2, 10**12) == 0
+    assert "WARNING" in caplog.text
+    assert "batches of 1000000 MB" in caplog.text
 
 
-def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training on the CPU by accident takes a hundred times as long, and nothing says why."""
+def test_gpus_that_cannot_be_used_are_refused() -> None:
+    """Training on the CPU by accident takes a hundred times as long; NCCL's message names no setting."""
+    refuse_unusable([])
+    refuse_unusable([Answer("GPU-1"), Answer("GPU-2")])
+    with pytest.raises(ConfigError, match="1 of 2 GPUs cannot be used: no kernel image") as raised:
+        refuse_unusable([Answer("GPU-1"), Answer("", "no kernel image")])
+    assert (raised.value.where, raised.value.exit_code) == ("cluster.use_gpu", 2)
+    with pytest.raises(ConfigError, match="would share one GPU, GPU-1") as raised:
+        refuse_unusable([Answer("GPU-1"), Answer("GPU-1")])
+    assert raised.value.where == "cluster.train_workers"
+
+
+WITH_A_GPU = """
+import json, sys
+import ray
+from gare.config import parse_config
+from gare.errors import ConfigError
+from pipelines import train
+# Ray believes what it is told of GPUs.
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+try:
+    train.run(parse_config(json.loads(sys.argv[1])))
+except ConfigError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU of this machine")
+def test_a_gpu_that_is_not_there_ends_with_2(
+    benchmark: dict[str, Any], places: Layout, repository: Path
+) -> None:
+    """It is found before anything of the run is written, and not by the third restart of its workers."""
+    config = tiny("train.run=on-a-gpu", "cluster.train_workers=1", "cluster.use_gpu=true")
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_A_GPU, json.dumps(config.model_dump(mode="json"))],
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("2 cluster.use_gpu: 1 of 1 GPUs cannot be used: torch sees none"), last
+    assert "Traceback" not in done.stderr
+    assert not Path(places.run("on-a-gpu")).exists()
+
+
+def test_a_worker_without_its_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that joins later may have another driver."""
     import ray.train.torch
 
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
     assert device_of_worker(ClusterConfig(cpus_per_worker=1)).type == "cpu"
-    with pytest.raises(ConfigError, match="torch sees none") as raised:
-        device_of_worker(ClusterConfig(cpus_per_worker=1, use_gpu=True))
-    assert raised.value.where == "cluster.use_gpu"
-
-    def no_kernel() -> torch.device:
-        raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
-
-    monkeypatch.setattr(ray.train.torch, "get_device", no_kernel)
-    with pytest.raises(ConfigError, match="no kernel image"):
+    with pytest.raises(ConfigError, match="no GPU that torch can use"):
         device_of_worker(ClusterConfig(cpus_per_worker=1, use_gpu=True))
 
 
@@ -152,3 +224,7 @@ def test_memory_that_does_not_suffice_names_the_setting(message: str, said: str)
     assert raised.value.where == "train.micro_batch"
     assert said in raised.value.what
     assert "train.micro_batch=64" in raised.value.accepted
+    with pytest.raises(GareError) as raised, explained_memory(1, 1):
+        grow()
+    assert raised.value.where == "train.batch_size"
+    assert "micro_batch" not in raised.value.accepted

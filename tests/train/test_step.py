@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from gare.config import Config
 from gare.data.batch import Batch
+from gare.data.images import normalise
 from gare.errors import GareError
 from gare.model.gare import GARE
 from gare.train.optim import build_optimizer, clip_gradients, rate_factor, set_learning_rate
@@ -48,6 +50,24 @@ def test_same_seed_gives_the_same_losses_bit_for_bit(seed: int, rng: np.random.G
     assert train_step(new_learner(other, seed), batches[0])["loss/total"] != runs[0][0]["loss/total"], (
         "dropout does not follow the seed"
     )
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_frames_are_normalised_where_they_are_encoded(
+    micro_batch: int, seed: int, rng: np.random.Generator
+) -> None:
+    """A batch of 8-bit frames is the same as one of floats, in a quarter of the memory."""
+    config = tiny_config(f"train.seed={seed}", f"train.micro_batch={micro_batch}")
+    batch = tiny_batch(config, rng)
+    shape = (*batch.frames.shape[:2], 16, 16, 3)
+    pictures = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8))
+    floats = replace(batch, frames=normalise(pictures))
+    eight_bit = replace(batch, frames=pictures, token_ids=batch.token_ids.int())
+    losses = [
+        [train_step(learner, one)["loss/total"] for _ in range(2)]
+        for learner, one in ((new_learner(config, seed), floats), (new_learner(config, seed), eight_bit))
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_a_restored_run_continues_bit_for_bit(seed: int, rng: np.random.Generator, tmp_path: Path) -> None:

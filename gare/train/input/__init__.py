@@ -1,1 +1,1 @@
-"""What a training worker reads: plan, loading, augmentation and transfer of its batches."""
+"""Input of a training worker: plan, loading, augmentation and transfer of its batches."""

@@ -6,10 +6,12 @@ memory, copies it on a stream of its own and finishes it there, so that the step
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -20,6 +22,8 @@ from torch import Tensor
 from gare.errors import GareError
 from gare.train.input.loader import ON_HOST, PARTS
 
+logger = logging.getLogger(__name__)
+
 Tensors: TypeAlias = dict[str, Tensor]
 #: Finishes a batch on the device: its place among those that the feed brings, its tensors.
 Finish: TypeAlias = Callable[[int, Tensors], Tensors]
@@ -28,6 +32,8 @@ Finish: TypeAlias = Callable[[int, Tensors], Tensors]
 WAITING = 1
 #: Seconds between looks of the copying thread at whether anybody still wants its batches.
 _LOOK_EVERY_S = 0.2
+#: Seconds that closing waits for the thread, which may be waiting for a storage that does not answer.
+_CLOSE_S = 30.0
 
 
 @dataclass
@@ -36,7 +42,8 @@ class Arrived:
 
     Attributes:
         tensors: by name.
-        seconds: what loading took by part, of all loaders together, and ``transfer``, of this process.
+        seconds: what loading took by part, of all loaders together; and of this process ``transfer`` and
+            ``finish``.
         copied: events around the copy and after the finish, on a GPU.
         waited: events around the wait for it on the stream that computes, on a GPU.
     """
@@ -69,6 +76,8 @@ class Feed:
         loaders: int = 1,
         ahead: bool | None = None,
     ) -> None:
+        if str(device) == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
         self._chunks, self._sizes, self._device = chunks, sizes, device
         self._finish, self._loaders = finish, max(loaders, 1)
         self._is_gpu = device.type == "cuda"
@@ -107,17 +116,21 @@ class Feed:
         """Seconds that a batch took, to be asked for after its step, which has waited for the device.
 
         Returns:
-            ``fetch``, ``jpeg`` and ``augment``, divided by the loaders that share the work; ``transfer``, of
-            the way to the device; ``device_wait``, that the device stood still for it.
+            ``fetch``, ``jpeg`` and ``augment``, divided by the loaders that share the work, and with what a
+            GPU augments; ``transfer``, of the way to the device; ``device_wait``, that the device stood still
+            for it.
         """
         parts = {name: arrived.seconds.get(name, 0.0) / self._loaders for name in PARTS}
-        parts["transfer"] = arrived.seconds["transfer"]
+        transfer, finish = arrived.seconds["transfer"], arrived.seconds["finish"]
         parts["device_wait"] = 0.0
         if self._is_gpu:
+            # Host and device work side by side: the slower of the two is what it takes.
             before, copied, finished = arrived.copied
-            parts["transfer"] += before.elapsed_time(copied) / 1000
-            parts["augment"] += copied.elapsed_time(finished) / 1000
+            transfer = max(transfer, before.elapsed_time(copied) / 1000)
+            finish = max(finish, copied.elapsed_time(finished) / 1000)
             parts["device_wait"] = arrived.waited[0].elapsed_time(arrived.waited[1]) / 1000
+        parts["augment"] += finish
+        parts["transfer"] = transfer
         return parts
 
     def close(self) -> None:
@@ -125,7 +138,10 @@ class Feed:
         self._over.set()
         self._ended = True
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_S)
+            if self._thread.is_alive():
+                logger.warning("a batch that is no longer wanted still loads, after %g s", _CLOSE_S)
+                return
         self._close_chunks()
 
     def __enter__(self) -> Feed:
@@ -161,6 +177,8 @@ class Feed:
                 if not self._put(arrived):
                     return
             self._put(None)
+        except torch.OutOfMemoryError as error:
+            self._put(_no_room(error, self._sizes))
         except BaseException as error:  # to be raised where the batch is asked for
             self._put(error)
 
@@ -177,35 +195,43 @@ class Feed:
         """Batches in order, each put together from its chunks and brought to the device."""
         for place, size in enumerate(self._sizes):
             parts = self._rows_of(size, place)
-            started = time.perf_counter()
-            if self._stream is None:
-                tensors = self._finish(place, _joined(parts, pin=False))
-                marks: tuple[Any, ...] = ()
-            else:
-                with torch.cuda.stream(self._stream):
-                    tensors, marks = self._copied(_joined(parts, pin=True), place)
+            if parts is None:
+                return
             seconds = dict(zip(PARTS, sum(part["seconds"].sum(axis=0) for part in parts), strict=True))
-            yield Arrived(tensors, seconds | {"transfer": time.perf_counter() - started}, marks)
+            started = time.perf_counter()
+            joined = _joined(parts, pin=self._is_gpu)
+            del parts  # or its memory, which all processes share, would be held until the next batch is there
+            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                marks = _events(3) if self._is_gpu else ()
+                tensors = self._on_device(joined, marks)
+                copied = time.perf_counter()
+                tensors = self._finish(place, tensors)
+                if marks:
+                    marks[2].record()
+            seconds |= {"transfer": copied - started, "finish": time.perf_counter() - copied}
+            yield Arrived(tensors, seconds, marks)
 
-    def _copied(self, pinned: Tensors, place: int) -> tuple[Tensors, tuple[Any, ...]]:
-        marks = _events(3)
+    def _on_device(self, joined: Tensors, marks: tuple[Any, ...]) -> Tensors:
+        if not marks:
+            return joined
         marks[0].record()
         tensors = {
             name: tensor if name in ON_HOST else tensor.to(self._device, non_blocking=True)
-            for name, tensor in pinned.items()
+            for name, tensor in joined.items()
         }
         marks[1].record()
-        tensors = self._finish(place, tensors)
-        marks[2].record()
-        return tensors, marks
+        return tensors
 
-    def _rows_of(self, size: int, place: int) -> list[Mapping[str, np.ndarray]]:
+    def _rows_of(self, size: int, place: int) -> list[Mapping[str, np.ndarray]] | None:
+        """Chunks of a batch; None where nobody wants it any more."""
         parts: list[Mapping[str, np.ndarray]] = []
         rows = 0
         while rows < size:
             part = next(self._chunks, None)
             if part is None:
                 raise GareError(f"ended before batch {place + 1} of {len(self._sizes)}", where="loader")
+            if self._over.is_set():
+                return None
             parts.append(part)
             rows += len(part["frame_mask"])
         if rows > size:
@@ -216,6 +242,15 @@ class Feed:
         close = getattr(self._chunks, "close", None)
         if close is not None:
             close()
+
+
+def _no_room(error: Exception, sizes: Sequence[int]) -> GareError:
+    return GareError(
+        f"the GPU's memory does not suffice for the batches of {max(sizes)} pairs that wait on it: "
+        f"{str(error).splitlines()[0]}",
+        where="train.batch_size",
+        accepted="fewer pairs, or more training workers to share them (cluster.train_workers)",
+    )
 
 
 def _events(count: int) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
-"""The two things that a run can learn from, frames and stored features, with all in which they differ.
+"""The two kinds of training input, frames and stored features, each with all that a run does differently.
 
-A run chooses one of them at its start. Its driver asks it for what the store must be and for the initial
-model, its workers for their model, their loader and what a batch is.
+A run chooses one of them at its start. Its driver asks it for the store's settings and the initial model, its
+workers for their model, their loader and their batches.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ START = "start"
 
 
 class TrainInput(ABC):
-    """What a run learns from.
+    """Input of a training run.
 
     Args:
         config: of the run.
-        store: of the clips.
+        store: store that it learns from.
     """
 
     def __init__(self, config: Config, store: str) -> None:
@@ -58,12 +58,19 @@ class TrainInput(ABC):
         initial_model(self.config)
 
     def check_store(self) -> None:
-        """Makes sure, before the first step, that the model takes what the store holds.
+        """Makes sure, before the first step, that the store was made of pictures of the model's size.
 
         Raises:
-            ConfigError: for a store whose pictures are of another size.
+            ConfigError: for pictures of another size.
+            DataError: where there is no store.
         """
-        return
+        stored, wanted = read_meta(self.store).settings.get("image_size"), self.config.model.clip.image_size
+        if stored != wanted:
+            raise ConfigError(
+                f"is {wanted}, and pictures are of {stored} px in the store {self.store}",
+                where="model.clip.image_size",
+                accepted=f"{stored}, with extract.image_size, or another store (name, storage.root)",
+            )
 
     @property
     @abstractmethod
@@ -93,9 +100,18 @@ class TrainInput(ABC):
             model: of the worker.
         """
 
+    def local_loader(self, make: Callable[[], Load]) -> Load | None:
+        """A loader for the worker's own process, where that costs it next to nothing; else None.
+
+        Args:
+            make: from ``loader``.
+        """
+        del make
+        return None
+
     @abstractmethod
-    def row_bytes(self, model: GARE) -> int:
-        """Bytes of a loaded training clip with its caption, about."""
+    def row_bytes(self, model: GARE, num_captions: int = 1) -> int:
+        """Bytes of a loaded clip with so many captions, about."""
 
     def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
         """Does on a GPU what the loaders have left to it."""
@@ -103,7 +119,7 @@ class TrainInput(ABC):
         return tensors
 
     @abstractmethod
-    def batch(self, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> Batch | FeatureBatch:
+    def batch(self, tensors: Mapping[str, Tensor]) -> Batch | FeatureBatch:
         """Makes a training batch of loaded tensors."""
 
     @abstractmethod
@@ -118,26 +134,12 @@ class TrainInput(ABC):
 class FrameInput(TrainInput):
     """Frames of a frame store, which the towers learn from."""
 
-    def check_store(self) -> None:
-        """Compares the sizes of the pictures.
-
-        Raises:
-            ConfigError: where they differ.
-        """
-        stored, wanted = read_meta(self.store).settings.get("image_size"), self.config.model.clip.image_size
-        if stored != wanted:
-            raise ConfigError(
-                f"is {wanted}, and pictures are of {stored} px in the store {self.store}",
-                where="model.clip.image_size",
-                accepted=f"{stored}, with extract.image_size, or another store (name, storage.root)",
-            )
-
     @property
     def store_settings(self) -> None:
         """None: the store is one of frames."""
 
     def begin(self, folder: str) -> None:
-        """Nothing: each worker builds the initial model from the same seed and weights."""
+        """Does nothing: each worker builds the initial model from the same seed and weights."""
 
     def shared(self, splits: StoredSplits) -> dict[str, CaptionTokens]:
         """Tokens of the captions of train and val."""
@@ -163,18 +165,22 @@ class FrameInput(TrainInput):
         whole = on_gpu and self.config.extract.crop == "none"
         return lambda: FrameLoader(store, listed, shared, augment=in_loader, seed=seed, whole=whole)
 
-    def row_bytes(self, model: GARE) -> int:
-        """Bytes of the frames as uint8; whole ones are taken to be 16:9."""
+    def row_bytes(self, model: GARE, num_captions: int = 1) -> int:
+        """Bytes of the frames as uint8, whole ones taken to be 16:9; tokens are few beside them."""
+        del num_captions
         square = 3 * model.config.max_frames * model.config.clip.image_size**2
         return square * 16 // 9 if self.config.extract.crop == "none" else square
 
     def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
         """Augments training clips on a GPU, and crops whole frames after it."""
-        augment = self.config.augment
-        device = tensors["frame_mask"].device
-        if planned.kind == "val" or not augment.is_on or device.type != "cuda":
+        is_gpu = tensors["frame_mask"].device.type == "cuda"
+        if planned.kind == "val" or not self.config.augment.is_on or not is_gpu:
             return tensors
-        seeds = clip_seeds(self.config.train.seed, planned)
+        return self.augmented(planned, tensors)
+
+    def augmented(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
+        """Augments the clips of a batch on whatever device they are."""
+        augment, seeds = self.config.augment, clip_seeds(self.config.train.seed, planned)
         if "pixels" in tensors:
             frames = self.augment_whole(tensors, seeds)
         else:
@@ -204,15 +210,14 @@ class FrameInput(TrainInput):
                 frames[at] = clip
         return frames
 
-    def batch(self, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> Batch:
+    def batch(self, tensors: Mapping[str, Tensor]) -> Batch:
         """Frames as uint8, which the objective normalises, beside tokens."""
-        videos = torch.from_numpy(planned.videos).to(tensors["frames"].device)
         return Batch(
             token_ids=tensors["token_ids"],
             token_mask=tensors["token_mask"],
             frames=tensors["frames"],
             frame_mask=tensors["frame_mask"],
-            video_ids=videos,
+            video_ids=tensors["video_ids"],
         )
 
     def validate(self, validation: Validation, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> None:
@@ -220,7 +225,7 @@ class FrameInput(TrainInput):
         validation.add(planned.videos.tolist(), tensors)
 
     def finish(self, checkpoint: str) -> None:
-        """Nothing: the checkpoint has its towers."""
+        """Does nothing: the checkpoint has its towers."""
 
 
 class FeatureInput(TrainInput):
@@ -278,7 +283,7 @@ class FeatureInput(TrainInput):
             model.towers = towers  # which the checkpoint gets in the end
 
     def shared(self, splits: StoredSplits) -> None:
-        """Nothing: the store has the captions' features."""
+        """Does nothing: the store has the captions' features."""
 
     def worker_model(self, folder: str) -> GARE:
         """The initial model without towers, as the driver left it."""
@@ -290,13 +295,18 @@ class FeatureInput(TrainInput):
         store, words, cache_mb = self.store, model.needs_words, self.config.features.cache_mb
         return lambda: FeatureLoader(FeatureReader(store, words=words, cache_mb=cache_mb), listed)
 
-    def row_bytes(self, model: GARE) -> int:
+    def local_loader(self, make: Callable[[], Load]) -> Load | None:
+        """The loader, where the store fits into ``features.cache_mb`` and is read once."""
+        loader = make()
+        return loader if isinstance(loader, FeatureLoader) and loader.reader.whole else None
+
+    def row_bytes(self, model: GARE, num_captions: int = 1) -> int:
         """Bytes of the features as float16."""
         config = model.config
-        vectors = config.max_frames + 1 + (config.max_words if model.needs_words else 0)
+        vectors = config.max_frames + num_captions * (1 + (config.max_words if model.needs_words else 0))
         return 2 * vectors * config.clip.embed_dim
 
-    def batch(self, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> FeatureBatch:
+    def batch(self, tensors: Mapping[str, Tensor]) -> FeatureBatch:
         """Features of clips, each with one caption."""
         words = tensors.get("words")
         return FeatureBatch(
@@ -305,7 +315,7 @@ class FeatureInput(TrainInput):
             tensors["token_mask"][:, 0],
             tensors["frames"],
             tensors["frame_mask"],
-            torch.from_numpy(planned.videos).to(tensors["frames"].device),
+            tensors["video_ids"],
         )
 
     def validate(self, validation: Validation, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> None:

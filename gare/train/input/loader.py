@@ -40,10 +40,12 @@ class Listed:
     Attributes:
         plan: of the worker.
         ids: video ids of each split, in the order that the plan numbers.
+        most_captions: captions of a validation clip at most.
     """
 
     plan: Plan
     ids: Mapping[str, Sequence[str]]
+    most_captions: int = 1
 
     def rows(self, number: int, first: int, stop: int) -> tuple[PlannedBatch, list[str]]:
         """Some rows of a batch, and the ids of their videos."""
@@ -85,7 +87,8 @@ class FrameLoader:
             ``frames`` (m, F, S, S, 3) uint8, or with ``whole`` the ``pixels`` of all clips (P,) uint8 and
             their ``sizes`` (m, 2) int32, height and width; ``frame_mask`` (m, F) bool; ``token_ids`` and
             ``token_mask`` of each pair's caption, for validation of all captions, with ``caption_counts``
-            (m,); ``seconds`` (1, 3), the time that each of ``PARTS`` took.
+            (m,); ``video_ids`` (m,) int64, but for validation; ``seconds`` (1, 3), the time that each of
+            ``PARTS`` took.
 
         Raises:
             DataError: for a clip that the store does not hold or that cannot be read.
@@ -100,6 +103,7 @@ class FrameLoader:
         else:
             arrays, augmented_s = self._training_clips(some, ids)
             arrays |= self.tokens["train"].of_pairs(some.videos, some.captions)
+            arrays["video_ids"] = some.videos
         spent = [self.reader.fetch_s - before[0], self.reader.jpeg_s - before[1], augmented_s]
         return arrays | {"seconds": np.array([spent])}
 
@@ -153,12 +157,15 @@ class FeatureLoader:
 
         Returns:
             The arrays of ``FeatureReader.read``, of one caption a clip or for validation of all, and
-            ``seconds`` as ``FrameLoader`` has it.
+            ``video_ids`` and ``seconds`` as ``FrameLoader`` has it.
 
         Raises:
             DataError: for a clip that the store does not hold or that cannot be read.
         """
         started = time.perf_counter()
         some, ids = self.listed.rows(number, first, stop)
-        arrays = self.reader.read(ids, None if some.kind == "val" else some.captions.tolist())
+        if some.kind == "val":
+            arrays = self.reader.read(ids)
+        else:
+            arrays = self.reader.read(ids, some.captions.tolist()) | {"video_ids": some.videos}
         return arrays | {"seconds": np.array([[time.perf_counter() - started, 0.0, 0.0]])}

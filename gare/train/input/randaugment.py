@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 from gare.config import AugmentConfig
 
+#: The policy's name among a run's settings: another name, other frames.
+POLICY = "rand-increasing, timm"
+
 #: The operations of RandAugment, drawn uniformly. 'Increasing': a higher level is always a stronger change.
 OPERATIONS = (
     "AutoContrast",

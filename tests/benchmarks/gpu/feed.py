@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from gare.config import AugmentConfig
-from gare.train.input.augment_batch import augment_batch
-from gare.train.input.feed import Feed, Tensors
+from gare.config import AugmentConfig, Config
+from gare.train.input.feed import Feed, Finish, Tensors
+from gare.train.input.inputs import FrameInput
 from gare.train.input.loader import Arrays
+from gare.train.input.plan import PlannedBatch
 from tests.benchmarks.gpu.bench import Bench, Row, say
 
 #: Batches that load kernels and take memory.
@@ -20,35 +21,70 @@ LEFT_OUT = 3
 
 
 def measure(bench: Bench) -> Row:
-    """Milliseconds a clip of both threads, and of the device, with augmentation and without."""
+    """Milliseconds a clip of both threads and of the device, for squares and for whole frames."""
     clips, frames, side = (4, 2, 16) if bench.tiny else (128, 12, 224)
-    rng = np.random.default_rng(bench.seed)
-    chunk: Arrays = {
-        "frames": rng.integers(0, 256, (clips, frames, side, side, 3), dtype=np.uint8),
-        "frame_mask": np.ones((clips, frames), np.bool_),
-        "token_ids": rng.integers(0, 49408, (clips, 32)).astype(np.int32),
-        "token_mask": np.ones((clips, 32), np.bool_),
-        "seconds": np.zeros((1, 3)),
-    }
-    kinds = {"plain": AugmentConfig(), "augmented": bench.config.augment}
     step_s = 0.01 if bench.tiny else 0.3
     found: Row = {"clips": clips, "frames": frames, "image_px": side, "ms_per_clip": {}}
-    for name, augment in kinds.items():
-        found["ms_per_clip"][name] = ms_of_a_clip(bench.device, chunk, augment, step_s)
+    squares, whole = [(side, side)], [(side, side * 4 // 3), (side, side * 16 // 9), (side * 16 // 9, side)]
+    for name, sizes, augment in (
+        ("plain", squares, AugmentConfig()),
+        ("augmented", squares, bench.config.augment),
+        ("whole frames of one size, augmented", whole[:1], bench.config.augment),
+        ("whole frames of three sizes, augmented", whole, bench.config.augment),
+    ):
+        crop = "center" if sizes is squares else "none"
+        extract = bench.config.extract.model_copy(
+            update={"crop": crop, "image_size": side, "num_frames": frames}
+        )
+        config = bench.config.model_copy(update={"extract": extract, "augment": augment})
+        chunk = random_chunk(np.random.default_rng(bench.seed), clips, frames, sizes, whole=crop == "none")
+        finish = finish_of(config)
+        found["ms_per_clip"][name] = ms_of_a_clip(bench.device, chunk, finish, step_s)
         parts = ", ".join(f"{part} {ms:.4f}" for part, ms in found["ms_per_clip"][name].items())
-        say(f"  {name:<10} ms a clip: {parts}")
+        say(f"  {name:<40} ms a clip: {parts}")
     return found
 
 
+def random_chunk(
+    rng: np.random.Generator, clips: int, frames: int, sizes: Sequence[tuple[int, int]], *, whole: bool
+) -> Arrays:
+    """A batch as a loader hands it over, of clips that take these sizes in turn."""
+    chunk: Arrays = {
+        "frame_mask": np.ones((clips, frames), np.bool_),
+        "token_ids": rng.integers(0, 49408, (clips, 32)).astype(np.int32),
+        "token_mask": np.ones((clips, 32), np.bool_),
+        "video_ids": np.arange(clips),
+        "seconds": np.zeros((1, 3)),
+    }
+    if not whole:
+        ((height, width),) = sizes
+        return chunk | {"frames": rng.integers(0, 256, (clips, frames, height, width, 3), dtype=np.uint8)}
+    of_clips = np.array([sizes[clip % len(sizes)] for clip in range(clips)], np.int32)
+    num = int(of_clips.astype(np.int64).prod(axis=1).sum()) * frames * 3
+    return chunk | {"pixels": rng.integers(0, 256, num, dtype=np.uint8), "sizes": of_clips}
+
+
+def finish_of(config: Config) -> Finish:
+    """Does on the device what training does there, on a CPU as well."""
+    source = FrameInput(config, "")
+
+    def finish(place: int, tensors: Tensors) -> Tensors:
+        num = len(tensors["frame_mask"])
+        planned = PlannedBatch("train", 0, np.arange(num) + place * num, np.zeros(num, np.int64))
+        return source.augmented(planned, tensors)
+
+    return finish
+
+
 def ms_of_a_clip(
-    device: torch.device, chunk: Arrays, augment: AugmentConfig, step_s: float, batches: int = 10
+    device: torch.device, chunk: Arrays, finish: Finish, step_s: float, batches: int = 10
 ) -> dict[str, float]:
     """Medians over batches that are all the same chunk.
 
     Args:
         device: where to; on a GPU the feed has a thread and a stream of its own, and here on a CPU a thread.
         chunk: a whole batch, as a loader hands it over.
-        augment: what is done on the device.
+        finish: what is done on the device.
         step_s: that a step takes, in which the next batch is brought.
         batches: that are brought.
     """
@@ -61,22 +97,18 @@ def ms_of_a_clip(
         for _ in range(batches):
             yield chunk
 
-    def finish(place: int, tensors: Tensors) -> Tensors:
-        seeds = range(place * size, (place + 1) * size)
-        return tensors | {"frames": augment_batch(tensors["frames"], augment, seeds)}
-
     with Feed(chunks(), [size] * batches, device, finish=finish, ahead=True) as feed:
         for number in range(batches):
             time.sleep(step_s)
             started = time.perf_counter()
             arrived = next(feed)
             taken = time.perf_counter() - started
+            if number < LEFT_OUT:
+                continue
+            parts["step_thread"].append(taken)
+            parts["copying_thread"].append(arrived.seconds["transfer"] + arrived.seconds["finish"])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            on_host, seconds = arrived.seconds["transfer"], feed.seconds(arrived)
-            if number >= LEFT_OUT:
-                parts["step_thread"].append(taken)
-                parts["copying_thread"].append(on_host)
-                if device.type == "cuda":
-                    parts["device"].append(seconds["transfer"] - on_host + seconds["augment"])
+                before, _, after = arrived.copied
+                parts["device"].append(before.elapsed_time(after) / 1e3)
     return {name: 1e3 * statistics.median(values) / size for name, values in parts.items()}

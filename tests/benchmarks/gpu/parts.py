@@ -61,7 +61,7 @@ PARTS = (
         "(ms a clip)",
         10,
         "feed",
-        (*CONFIGURATION, "numpy", "PIL", "pyarrow"),
+        (*CONFIGURATION, "numpy", "PIL", "pyarrow", "safetensors"),
     ),
     Part(
         "step",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -126,6 +128,60 @@ def test_closing_closes_what_loads() -> None:
     with Feed(loading(), [1] * 20, CPU, ahead=True) as feed:
         next(feed)
     assert closed.is_set()
+
+
+def test_closing_does_not_wait_for_a_whole_batch() -> None:
+    """A run that is asked to stop has seconds, and a slow storage takes minutes for a batch."""
+    taken, asked_for = [], threading.Event()
+    go_on = threading.Event()
+
+    def slow() -> Iterator[Arrays]:
+        for number in range(100):
+            taken.append(number)
+            asked_for.set()
+            go_on.wait(30)
+            yield chunk(number, 1)
+
+    feed = Feed(slow(), [100], CPU, ahead=True)
+    assert asked_for.wait(30)
+    closing = threading.Thread(target=feed.close)
+    closing.start()
+    feed._over.wait(30)
+    go_on.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert len(taken) == 1
+
+
+def test_memory_that_does_not_suffice_names_the_setting() -> None:
+    """Fewer pairs in a pass of the towers do not help where batches wait on the GPU."""
+
+    def finish(place: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    feed = Feed(chunks(SIZES, 2), SIZES, CPU, finish=finish, ahead=True)
+    with feed, pytest.raises(GareError, match=r"batches of 5 pairs .* 2\.00 GiB") as raised:
+        next(feed)
+    assert raised.value.where == "train.batch_size"
+
+
+def test_what_loaders_share_is_let_go() -> None:
+    """A batch more in the memory that all processes share is half a gigabyte at the paper's sizes."""
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def watched() -> Iterator[Arrays]:
+        for number in range(3):
+            arrays = chunk(number, 1)
+            held.append(weakref.ref(arrays["frames"]))
+            yield arrays
+            del arrays
+
+    feed = Feed(watched(), [1] * 3, CPU)
+    for number in range(3):
+        next(feed)
+        gc.collect()
+        # The generator of the test itself holds the newest.
+        assert sum(reference() is not None for reference in held) <= 1, number
 
 
 def test_seconds_are_told_by_part() -> None:

@@ -110,6 +110,7 @@ def test_clips_come_with_their_captions(rng: np.random.Generator, tmp_path: Path
         assert np.array_equal(found["frame_mask"], mask)
         if batch.kind == "train":
             texts = [row.captions[caption] for row, caption in zip(rows, batch.captions, strict=True)]
+            assert np.array_equal(found["video_ids"], batch.videos)
         else:
             texts = [text for row in rows for text in row.captions]
             assert found["caption_counts"].tolist() == [len(row.captions) for row in rows]

@@ -197,19 +197,23 @@ class Feed:
             parts = self._rows_of(size, place)
             if parts is None:
                 return
-            seconds = dict(zip(PARTS, sum(part["seconds"].sum(axis=0) for part in parts), strict=True))
-            started = time.perf_counter()
-            joined = _joined(parts, pin=self._is_gpu)
-            del parts  # or its memory, which all processes share, would be held until the next batch is there
-            with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                marks = _events(3) if self._is_gpu else ()
-                tensors = self._on_device(joined, marks)
-                copied = time.perf_counter()
-                tensors = self._finish(place, tensors)
-                if marks:
-                    marks[2].record()
-            seconds |= {"transfer": copied - started, "finish": time.perf_counter() - copied}
-            yield Arrived(tensors, seconds, marks)
+            yield self._bring(parts, place)
+
+    def _bring(self, parts: list[Mapping[str, np.ndarray]], place: int) -> Arrived:
+        """Puts a batch together, whose chunks it takes out of the list, and brings it to the device."""
+        seconds = dict(zip(PARTS, sum(part["seconds"].sum(axis=0) for part in parts), strict=True))
+        started = time.perf_counter()
+        joined = _joined(parts, pin=self._is_gpu)
+        parts.clear()  # all processes share their memory, which the next batch needs
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            marks = _events(3) if self._is_gpu else ()
+            tensors = self._on_device(joined, marks)
+            copied = time.perf_counter()
+            tensors = self._finish(place, tensors)
+            if marks:
+                marks[2].record()
+        seconds |= {"transfer": copied - started, "finish": time.perf_counter() - copied}
+        return Arrived(tensors, seconds, marks)
 
     def _on_device(self, joined: Tensors, marks: tuple[Any, ...]) -> Tensors:
         if not marks:
@@ -270,8 +274,10 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]], *, pin: bool) -> Tensors:
         arrays = [part[name] for part in parts]
         inner = [max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True)]
         is_uneven = any(list(array.shape[1:]) != inner for array in arrays)
-        kind = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
-        whole = torch.empty([sum(map(len, arrays)), *inner], dtype=kind, pin_memory=pin)
+        # NumPy's memory comes in huge pages, which are there sooner than small ones.
+        whole = torch.from_numpy(np.empty([0 if pin else sum(map(len, arrays)), *inner], arrays[0].dtype))
+        if pin:
+            whole = torch.empty([sum(map(len, arrays)), *inner], dtype=whole.dtype, pin_memory=True)
         if is_uneven:
             whole.zero_()
         first = 0

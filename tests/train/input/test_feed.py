@@ -190,6 +190,7 @@ def test_seconds_are_told_by_part() -> None:
         batch = next(feed)  # of three chunks
         seconds = feed.seconds(batch)
     for part, each in zip(PARTS, (0.1, 0.2, 0.3), strict=True):
-        assert seconds[part] == pytest.approx(3 * each / 2)
+        # What is finished on the way counts as augmentation, here next to nothing.
+        assert seconds[part] == pytest.approx(3 * each / 2, abs=0.01)
     assert seconds["transfer"] > 0
     assert seconds["device_wait"] == 0

@@ -2,8 +2,8 @@
 
 Clips of 12 frames as JPEG, extracted from generated videos of 320 × 240 pixels: squares of 224 pixels, which
 the bars are for, and whole frames of 298 × 224, as conf/msrvtt.yaml keeps them; with its augmentation. One
-process and one thread, medians of rounds; no Ray. Prints a table on stderr and one JSON line on stdout. With a
-GPU it also prints what batches cost the thread that copies and the one that steps.
+process and one thread, medians of rounds; no Ray. Prints a table on stderr and one JSON line on stdout. With
+a GPU it also prints what batches cost the thread that copies and the one that steps.
 """
 
 from __future__ import annotations

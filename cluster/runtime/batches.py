@@ -78,31 +78,32 @@ def stream(
     )
     largest = max((min(batch.chunk, batch.rows) * batch.row_bytes for batch in batches), default=1)
     whole = max((batch.rows * batch.row_bytes for batch in batches), default=1)
-    room = ahead_bytes(config, workers, whole)
     # Enough for every loader to have the next one ready, and for a whole batch to come while a step computes.
     enough = loaders + max(loaders + 2, math.ceil(whole / max(largest, 1)))
+    room = ahead_bytes(config, workers, whole, enough * largest)
     advice = (
         f"{loaders} loaders hold up to {largest / _MEGABYTE:.0f} MB of clips each beside what waits: lower "
         "cluster.loaders_per_worker or cluster.prefetch_mb where memory is short; the node's logs say why"
     )
     with ActorPool(load, count=loaders, num_cpus=0, node_id=here, advice=advice) as pool:
-        found = pool.map(tasks, ahead=max(1, min(int(room / max(largest, 1)), enough)))
+        found = pool.map(tasks, ahead=max(1, int(room / max(largest, 1))))
         with contextlib.closing(found):
             yield from found
 
 
-def ahead_bytes(config: ClusterConfig, workers: int, batch_bytes: int) -> float:
-    """Bytes of clips that may wait for a training worker: the setting, or less where a node has less room.
+def ahead_bytes(config: ClusterConfig, workers: int, batch_bytes: int, enough: float) -> float:
+    """Bytes of clips that may wait for a training worker: enough, if the setting and the node have the room.
 
     Args:
         config: its ``prefetch_mb``.
         workers: training workers on this node.
         batch_bytes: of a worker's batch, which is held beside them while it is put together.
+        enough: bytes beyond which nothing is gained.
     """
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    wanted = config.prefetch_mb * _MEGABYTE
+    wanted = min(config.prefetch_mb * _MEGABYTE, enough)
     stores = [
         node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["NodeID"] == here
     ]
@@ -111,11 +112,11 @@ def ahead_bytes(config: ClusterConfig, workers: int, batch_bytes: int) -> float:
         return wanted
     tell = logger.warning if room < batch_bytes else logger.info
     tell(
-        "%.0f MB of clips wait for each worker at most, less than cluster.prefetch_mb %g: the node's object "
+        "%.0f MB of clips wait for each worker at most in place of %.0f MB: the node's object "
         "store (%.0f MB; cluster.object_store_mb, ray start --object-store-memory) has no room for more "
         "beside batches of %.0f MB",
         max(room, 0) / _MEGABYTE,
-        config.prefetch_mb,
+        wanted / _MEGABYTE,
         sum(stores) / _MEGABYTE,
         batch_bytes / _MEGABYTE,
     )

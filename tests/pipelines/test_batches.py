@@ -127,17 +127,20 @@ def test_a_fault_comes_out_as_itself(ray_local: None) -> None:
 
 def test_what_waits_fits_into_the_object_store(ray_local: None, caplog: pytest.LogCaptureFixture) -> None:
     """Batches that do not fit are spilled to the disk and read again, slower than they were loaded."""
-    assert ahead_bytes(ClusterConfig(prefetch_mb=1.5), 2, 10**6) == 1.5e6
+    all_of_it = 1e15
+    assert ahead_bytes(ClusterConfig(prefetch_mb=1.5), 2, 10**6, all_of_it) == 1.5e6
     everything = ClusterConfig(prefetch_mb=1e9)
+    assert ahead_bytes(everything, 2, 0, 1000) == 1000
+    assert caplog.text == ""
     with caplog.at_level("INFO"):
-        room = ahead_bytes(everything, 2, 0)
+        room = ahead_bytes(everything, 2, 0, all_of_it)
     assert 1e8 < room < 1e11
-    assert ahead_bytes(everything, 4, 0) == pytest.approx(room / 2)
+    assert ahead_bytes(everything, 4, 0, all_of_it) == pytest.approx(room / 2)
     # The batch that is put together takes some of it, perhaps all.
-    assert ahead_bytes(everything, 2, 10**7) == pytest.approx(room - 10**7)
-    assert "cluster.prefetch_mb" in caplog.text
+    assert ahead_bytes(everything, 2, 10**7, all_of_it) == pytest.approx(room - 10**7)
+    assert "object store" in caplog.text
     assert "WARNING" not in caplog.text
-    assert ahead_bytes(everything, 2, 10**12) == 0
+    assert ahead_bytes(everything, 2, 10**12, all_of_it) == 0
     assert "WARNING" in caplog.text
     assert "batches of 1000000 MB" in caplog.text
 

@@ -59,7 +59,8 @@ def test_a_profile_is_among_the_artifacts(watched: dict[str, Any], store: Any, t
     assert "slowest worker" in text
     # Raw frames: read, and brought to the device.
     assert found["loading_s"]["fetch"] > 0
-    assert found["loading_s"]["jpeg"] == found["loading_s"]["augment"] == 0
+    assert found["loading_s"]["jpeg"] == 0
+    assert found["loading_s"]["augment"] < found["loading_s"]["fetch"]
     assert "loading a batch took, beside the steps" in text
     assert np.asarray(Image.open(io.BytesIO((folder / "profile.png").read_bytes()))).std() > 1
 

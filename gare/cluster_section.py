@@ -50,7 +50,7 @@ class ClusterConfig(Section):
         0,
         ge=0,
         description="actors on its node that load each training worker's clips and, without a GPU, augment "
-        "them; 0 or auto: as many as it has CPUs left for each worker, 16 at most",
+        "them; 0 or auto: as many as it has CPUs left for each worker, 16 at most, fewer for small batches",
     )
     prefetch_mb: Positive = Field(
         1024.0,

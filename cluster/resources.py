@@ -99,7 +99,7 @@ def cpus_of_worker(config: ClusterConfig) -> float:
 
 
 def resources_of_worker(config: ClusterConfig) -> dict[str, float]:
-    """What Ray reserves for a training worker."""
+    """Resources that Ray reserves for a training worker."""
     return {"CPU": cpus_of_worker(config)} | ({"GPU": 1.0} if config.use_gpu else {})
 
 
@@ -112,9 +112,14 @@ def object_store_bytes(config: ClusterConfig) -> int:
     return int(min(max(0.1 * psutil.virtual_memory().total, 512 * _MEGABYTE), 8192 * _MEGABYTE))
 
 
-def settle_resources(config: Config) -> Config:
-    """The configuration with what is automatic in ``cluster`` settled for the cluster that is joined."""
-    settled = settle(config.cluster, config.train.batch_size, nodes(), _batch_bytes(config))
+def settle_resources(config: Config, batch_bytes: int) -> Config:
+    """Settles what is automatic in ``cluster`` for the cluster that is joined.
+
+    Args:
+        config: what is asked for.
+        batch_bytes: of the global batch as it is loaded, about.
+    """
+    settled = settle(config.cluster, config.train.batch_size, nodes(), batch_bytes)
     if settled == config.cluster:
         return config
     logger.info(
@@ -130,14 +135,6 @@ def settle_resources(config: Config) -> Config:
         num_gpus(),
     )
     return config.model_copy(update={"cluster": settled})
-
-
-def _batch_bytes(config: Config) -> int:
-    """Bytes of the global batch as it is loaded, about."""
-    extract, clip = config.extract, config.model.clip
-    if config.train.input == "features":
-        return 2 * config.train.batch_size * extract.num_frames * clip.embed_dim
-    return 3 * config.train.batch_size * extract.num_frames * extract.image_size**2
 
 
 def settle(

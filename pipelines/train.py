@@ -81,6 +81,8 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     folder = places.run(config.train.run)
     source = input_of_run(config, places)
     begun = exists(join(folder, "run.json")) and not config.train.overwrite
+    if exists(places.manifest):  # else its absence is what to say
+        source.check_store()
     splits = splits_of(config, places, source, begun=begun)
     vocabulary = ClipConfig().vocab_size
     if config.model.clip.vocab_size < vocabulary:
@@ -100,7 +102,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         source.check_weights()
     tracker = connect(config.tracking, places.root)
     with ray_session(config.cluster):
-        config = settle_resources(config)
+        config = settle_resources(config, config.train.batch_size * source.row_bytes())
         require_train_resources(config.cluster)
         require_usable_gpus(config.cluster)
         if config.train.overwrite:

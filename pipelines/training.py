@@ -44,8 +44,6 @@ def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None
 
 def splits_of(config: Config, places: Layout, source: TrainInput, *, begun: bool) -> StoredSplits:
     """What the store holds; where the run has begun, of the clips that it began with."""
-    if exists(places.manifest):  # else that is what to say
-        source.check_store()
     splits = read_splits(places.manifest, source.store, config.extract, source.store_settings)
     clips = clips_file(config, places)
     return splits.only(read_json(clips)) if begun and exists(clips) else splits
@@ -173,7 +171,7 @@ def _feed(
         loaders = 1
         chunks = (here(number, 0, sizes[number]) for number in range(first, len(sizes)))
     else:
-        kinds = {"train": source.row_bytes(model), "val": source.row_bytes(model, listed.most_captions)}
+        kinds = {"train": source.row_bytes(), "val": source.row_bytes(listed.most_captions)}
         asked = [
             Asked(number, sizes[number], kinds[batches[number].kind]) for number in range(first, len(sizes))
         ]

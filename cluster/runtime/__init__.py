@@ -1,1 +1,1 @@
-"""Where the program runs: sessions, resources and actors of Ray."""
+"""Ray at run time: actors, batches of training, parts of extraction, devices."""

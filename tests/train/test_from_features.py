@@ -45,10 +45,9 @@ from gare.train.loop import run_loop
 from gare.train.state import complete_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.step import Learner, build_learner
 from gare.train.validation import Validation
+from tests.helpers.manifests import rows_of_splits
 from tests.stores import describe_store, random_frames, stored_row, write_store
 from tests.tiny import tiny_config
-
-COLOURS = ("red", "green", "blue", "pink")
 
 
 @dataclass
@@ -83,18 +82,7 @@ class Places:
 def places(tmp_path: Path, rng: np.random.Generator, seed: int) -> Places:
     overrides = ["model.clip.vocab_size=49408", "train.clip_weights=x", "train.freeze=towers"]
     config = tiny_config(*overrides, f"train.seed={seed}", "features.batch=4", "features.words=true")
-    rows = tuple(
-        ManifestRow(
-            f"{split}{index}",
-            f"/videos/{split}{index}.mp4",
-            None,
-            None,
-            split,
-            tuple(f"a {COLOURS[index % 4]} thing, take {take}" for take in range(1 + index % 3)),
-        )
-        for split, count in (("train", 9), ("val", 3))
-        for index in range(count)
-    )
+    rows = rows_of_splits({"train": 9, "val": 3})
     manifest, frames, features = (str(tmp_path / name) for name in ("m.parquet", "frames", "features"))
     write_manifest(Manifest(rows, benchmark="folder", protocol="own"), manifest)
     write_store(frames, config.extract, [row.video_id for row in rows], rng)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gare.config import Config
-from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
+from gare.data.manifest import Manifest, read_manifest, write_manifest
 from gare.data.store import FAILURE_SCHEMA, write_part
 from gare.errors import DataError, GareError
 from gare.model.gare import GARE
@@ -25,10 +25,9 @@ from gare.train.loop import run_loop
 from gare.train.state import restore_learner, save_checkpoint
 from gare.train.step import build_learner
 from gare.train.validation import Validation
+from tests.helpers.manifests import rows_of_splits
 from tests.stores import describe_store, failure_row, write_store
 from tests.tiny import tiny_config
-
-COLOURS = ("red", "green", "blue", "pink")
 
 
 @dataclass
@@ -46,18 +45,7 @@ class Places:
 @pytest.fixture
 def places(tmp_path: Path, rng: np.random.Generator, seed: int) -> Places:
     config = tiny_config("model.clip.vocab_size=49408", f"train.seed={seed}")
-    rows = tuple(
-        ManifestRow(
-            f"{split}{index}",
-            f"/videos/{split}{index}.mp4",
-            None,
-            None,
-            split,
-            tuple(f"a {COLOURS[index % 4]} thing, take {take}" for take in range(1 + index % 3)),
-        )
-        for split, count in (("train", 9), ("val", 3), ("test", 2))
-        for index in range(count)
-    )
+    rows = rows_of_splits({"train": 9, "val": 3, "test": 2})
     manifest, store = str(tmp_path / "manifest.parquet"), str(tmp_path / "frames")
     write_manifest(Manifest(rows, benchmark="folder", protocol="own"), manifest)
     write_store(store, config.extract, [row.video_id for row in rows if row.video_id != "test0"], rng)

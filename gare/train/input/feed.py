@@ -262,6 +262,14 @@ def _events(count: int) -> tuple[Any, ...]:
     return tuple(torch.cuda.Event(enable_timing=True) for _ in range(count))  # type: ignore[no-untyped-call]
 
 
+def _empty(shape: Sequence[int], dtype: np.dtype[Any], *, pin: bool) -> Tensor:
+    if not pin:
+        # NumPy's memory comes in huge pages, which are there sooner than small ones.
+        return torch.from_numpy(np.empty(shape, dtype))
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(list(shape), dtype=kind, pin_memory=True)
+
+
 def _joined(parts: Sequence[Mapping[str, np.ndarray]], *, pin: bool) -> Tensors:
     """Arrays of all parts one after another, in memory of their own: what loaders share cannot be written to.
 
@@ -274,10 +282,7 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]], *, pin: bool) -> Tensors:
         arrays = [part[name] for part in parts]
         inner = [max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True)]
         is_uneven = any(list(array.shape[1:]) != inner for array in arrays)
-        # NumPy's memory comes in huge pages, which are there sooner than small ones.
-        whole = torch.from_numpy(np.empty([0 if pin else sum(map(len, arrays)), *inner], arrays[0].dtype))
-        if pin:
-            whole = torch.empty([sum(map(len, arrays)), *inner], dtype=whole.dtype, pin_memory=True)
+        whole = _empty([sum(map(len, arrays)), *inner], arrays[0].dtype, pin=pin)
         if is_uneven:
             whole.zero_()
         first = 0

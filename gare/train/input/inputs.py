@@ -110,7 +110,7 @@ class TrainInput(ABC):
         return None
 
     @abstractmethod
-    def row_bytes(self, model: GARE, num_captions: int = 1) -> int:
+    def row_bytes(self, num_captions: int = 1) -> int:
         """Bytes of a loaded clip with so many captions, about."""
 
     def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
@@ -160,23 +160,27 @@ class FrameInput(TrainInput):
         """Reads frames and, without a GPU, augments them."""
         del model
         store, seed, augment = self.store, self.config.train.seed, self.config.augment
-        on_gpu = augment.is_on and device.type == "cuda"
+        on_gpu = self._augments_on(device)
         in_loader = augment if augment.is_on and not on_gpu else None
         whole = on_gpu and self.config.extract.crop == "none"
         return lambda: FrameLoader(store, listed, shared, augment=in_loader, seed=seed, whole=whole)
 
-    def row_bytes(self, model: GARE, num_captions: int = 1) -> int:
+    def row_bytes(self, num_captions: int = 1) -> int:
         """Bytes of the frames as uint8, whole ones taken to be 16:9; tokens are few beside them."""
         del num_captions
-        square = 3 * model.config.max_frames * model.config.clip.image_size**2
+        model = self.config.model
+        square = 3 * model.max_frames * model.clip.image_size**2
         return square * 16 // 9 if self.config.extract.crop == "none" else square
 
     def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
         """Augments training clips on a GPU, and crops whole frames after it."""
-        is_gpu = tensors["frame_mask"].device.type == "cuda"
-        if planned.kind == "val" or not self.config.augment.is_on or not is_gpu:
+        if planned.kind == "val" or not self._augments_on(tensors["frame_mask"].device):
             return tensors
         return self.augmented(planned, tensors)
+
+    def _augments_on(self, device: torch.device) -> bool:
+        """True if clips are augmented on the device, and not by the loaders or not at all."""
+        return self.config.augment.is_on and device.type == "cuda"
 
     def augmented(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
         """Augments the clips of a batch on whatever device they are."""
@@ -300,11 +304,11 @@ class FeatureInput(TrainInput):
         loader = make()
         return loader if isinstance(loader, FeatureLoader) and loader.reader.whole else None
 
-    def row_bytes(self, model: GARE, num_captions: int = 1) -> int:
+    def row_bytes(self, num_captions: int = 1) -> int:
         """Bytes of the features as float16."""
-        config = model.config
-        vectors = config.max_frames + num_captions * (1 + (config.max_words if model.needs_words else 0))
-        return 2 * vectors * config.clip.embed_dim
+        model = self.config.model
+        words = model.max_words if model.increment and model.context == "words" else 0
+        return 2 * (model.max_frames + num_captions * (1 + words)) * model.clip.embed_dim
 
     def batch(self, tensors: Mapping[str, Tensor]) -> FeatureBatch:
         """Features of clips, each with one caption."""

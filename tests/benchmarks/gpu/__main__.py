@@ -85,7 +85,7 @@ def _positive(text: str) -> float:
 
 
 def _refusal(options: argparse.Namespace, parts: Sequence[Part]) -> str:
-    """Why nothing can be measured here; empty: nothing is in the way."""
+    """Returns the reason why nothing can be measured here, or an empty text."""
     if sys.version_info < LEAST_PYTHON:
         return f"this is Python {platform.python_version()}; 3.11 or newer is needed: GPU_PYTHON=python3.12"
     if not is_there("torch"):

@@ -1,4 +1,4 @@
-"""What all parts share: the device, the time that is left, timing and peaks of memory."""
+"""State and tools that all parts share: device, time that is left, timing, peaks of memory."""
 
 from __future__ import annotations
 

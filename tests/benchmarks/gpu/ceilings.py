@@ -1,4 +1,4 @@
-"""What the device can do at best: matrix products and copies of random numbers."""
+"""Ceilings of the device: matrix products and copies of random numbers."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Before:
     peak_bytes: float
 
     def reason_against(self, bench: Bench, size: int, form: str) -> str:
-        """Why a size is not to be tried; empty: nothing is known against it."""
+        """Returns the reason not to try a size, or an empty text."""
         growth = (size / self.size) ** 2
         if growth * self.seconds > bench.left_s():
             return (

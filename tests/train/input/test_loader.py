@@ -11,7 +11,7 @@ import torch
 from gare.config import Config
 from gare.data.frames import FrameReader
 from gare.data.images import crop_centre
-from gare.data.manifest import Manifest, ManifestRow, write_manifest
+from gare.data.manifest import Manifest, write_manifest
 from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
@@ -20,6 +20,7 @@ from gare.train.input.inputs import FeatureInput, FrameInput, input_of
 from gare.train.input.loader import Arrays, FrameLoader, Listed, clip_seeds
 from gare.train.input.plan import plan_run
 from gare.train.input.sampler import step_seed
+from tests.helpers.manifests import rows_of_splits
 from tests.stores import write_store
 from tests.tiny import tiny_config
 
@@ -30,18 +31,7 @@ WHOLE = ("extract.crop=none", "extract.encoding=jpeg")
 
 def splits_in(folder: Path, config: Config, rng: np.random.Generator) -> StoredSplits:
     """A store of 9 videos to train on, with one to three captions each, and 4 for val."""
-    rows = tuple(
-        ManifestRow(
-            f"{split}{index}",
-            f"/videos/{split}{index}.mp4",
-            None,
-            None,
-            split,
-            tuple(f"{split} {index}, take {take}" for take in range(1 + index % 3)),
-        )
-        for split, count in (("train", 9), ("val", 4))
-        for index in range(count)
-    )
+    rows = rows_of_splits({"train": 9, "val": 4}, lambda split, index, take: f"{split} {index}, take {take}")
     manifest = str(folder / "manifest.parquet")
     write_manifest(Manifest(rows, benchmark="folder", protocol="own"), manifest)
     write_store(str(folder / "frames"), config.extract, [row.video_id for row in rows], rng)

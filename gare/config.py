@@ -27,19 +27,11 @@ from gare.errors import ConfigError, masked
 from gare.evaluate_section import EvaluateConfig
 from gare.extract_section import ExtractConfig
 from gare.feature_section import FeaturesConfig, feature_faults
-from gare.sections import (
-    ClipConfig,
-    DemoConfig,
-    LossConfig,
-    ModelConfig,
-    Name,
-    Section,
-    StorageConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from gare.model_section import ClipConfig, ModelConfig
+from gare.sections import DemoConfig, Name, Section, StorageConfig, TrackingConfig
 from gare.sources_section import SourcesConfig
 from gare.strict_yaml import load_yaml
+from gare.train_section import LossConfig, TrainConfig
 from gare.upkeep import UpkeepConfig
 
 __all__ = [

@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from gare.augment_section import AugmentConfig
-from gare.sections import Count, ModelConfig, Section, TrainConfig
+from gare.model_section import ModelConfig
+from gare.sections import Count, Section
+from gare.train_section import TrainConfig
 
 
 class FeaturesConfig(Section):

@@ -28,10 +28,12 @@ INSIDE_GARE = {
     "evaluate_section": {"sections"},
     "augment_section": {"sections"},
     "cluster_section": {"sections"},
-    "feature_section": {"augment_section", "sections"},
+    "model_section": {"sections"},
+    "train_section": {"sections"},
+    "feature_section": {"augment_section", "model_section", "sections", "train_section"},
     "config": {
         *("errors", "sections", "strict_yaml", "upkeep", "augment_section", "feature_section"),
-        "cluster_section",
+        *("cluster_section", "model_section", "train_section"),
         *("data_section", "evaluate_section", "extract_section", "sources_section"),
     },
     "data": {"config", "errors"},
@@ -41,7 +43,7 @@ INSIDE_GARE = {
 }
 TOP_LEVEL = {
     *("README.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt"),
-    *("conf", "pipelines", "gare", "cluster", "tests"),
+    *("conf", "docs", "pipelines", "gare", "cluster", "tests"),
 }
 MAX_LINES = 400
 

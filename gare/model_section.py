@@ -1,0 +1,141 @@
+"""The section of the configuration that describes the model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from gare.sections import Count, Positive, Section
+
+
+class ClipConfig(Section):
+    """The CLIP towers, built by transformers' CLIPModel. Defaults are ViT-B/32's."""
+
+    image_size: Count = Field(224, description="pixels a side of the square input frames")
+    patch_size: Count = Field(32, description="pixels a side of a patch")
+    vision_width: Count = Field(768, description="width of the image tower")
+    vision_layers: Count = Field(12, description="blocks of the image tower")
+    vision_heads: Count = Field(12, description="attention heads of the image tower")
+    text_width: Count = Field(512, description="width of the text tower")
+    text_layers: Count = Field(12, description="blocks of the text tower")
+    text_heads: Count = Field(8, description="attention heads of the text tower")
+    vocab_size: Count = Field(49408, description="tokens in the vocabulary")
+    max_positions: Count = Field(77, description="longest token sequence of the text tower")
+    embed_dim: Count = Field(512, description="D: width of the shared embedding space")
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> ClipConfig:
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(f"{tower}_width {width} is not a multiple of {tower}_heads {heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """GARE: CLIP towers, temporal transformer, increment."""
+
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="the CLIP towers")
+    max_words: int = Field(32, ge=3, description="W: tokens of a caption, both markers included")
+    max_frames: Count = Field(12, description="F: frames of a clip")
+    temporal_layers: int = Field(4, ge=0, description="blocks of the temporal transformer")
+    temporal_heads: int = Field(
+        0,
+        ge=0,
+        description="attention heads of the temporal transformer; 0: 64 of embed_dim's numbers a head",
+    )
+    pool_temperature: Positive = Field(3.0, description="τ_pool of the text-conditioned pooling")
+    increment: bool = Field(True, description="learn Δ_ij; off is the baseline of the paper's Table 3")
+    corrected_side: Literal["text", "video"] = Field(
+        "text", description="what Δ_ij is added to: the text embedding, or the pooled video"
+    )
+    context: Literal["frames", "words"] = Field("frames", description="what ψ attends to")
+    gap_sign: Literal[1, -1] = Field(1, description="η of the semantic gap η(v̄_j − t_i)")
+    query: Literal["gap", "text"] = Field(
+        "gap",
+        description="what ψ is asked with: the gap; or the text t_i, with Δ_ij = R_ij·unit(v̄_j − ψ(t_i))",
+    )
+    increment_heads: Count = Field(1, description="attention heads of ψ")
+    increment_layers: Count = Field(
+        1, description="layers of ψ; the paper's is 1, and more have only the direct form"
+    )
+    increment_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="dropout inside ψ")
+    increment_dropout_per: Literal["context", "pair"] = Field(
+        "context",
+        description="a dropout mask for each context of ψ, shared by the pairs that attend to it, or for "
+        "each pair as the paper has it, which only the direct form can do",
+    )
+    adapters: bool = Field(False, description="linear adapters behind both towers, the identity at the start")
+    method: Literal["auto", "direct", "factorized"] = Field(
+        "auto",
+        description="how pairs are computed; auto: factorised, which is exact, and direct where it has no "
+        "such form",
+    )
+    memory_mb: Annotated[float, Field(ge=1)] = Field(
+        256.0,
+        description="MB that scores and losses may take beyond inputs and results before they go by blocks",
+    )
+
+    @model_validator(mode="after")
+    def _variant_makes_sense(self) -> ModelConfig:
+        changed = self.changed("corrected_side", "context", "gap_sign", "query", "increment_layers")
+        if changed and not self.increment:
+            raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
+        if self.method == "factorized" and self.increment_layers > 1:
+            raise ValueError(
+                "method factorized has no form for increment_layers above 1: take auto or direct"
+            )
+        per_pair = self.increment_dropout > 0 and self.increment_dropout_per == "pair"
+        if self.method == "factorized" and self.increment and per_pair:
+            raise ValueError("method factorized has no form for increment_dropout_per pair: take auto")
+        if self.query == "text" and self.gap_sign != 1:
+            raise ValueError("gap_sign -1 would change nothing: query text does not ask with the gap")
+        if self.query == "text" and self.context == "words":
+            raise ValueError(
+                "query text with context words would not look at the frames: t*_ij would not depend on j"
+            )
+        return self
+
+    @property
+    def memory_bytes(self) -> int:
+        """``memory_mb`` in bytes."""
+        return int(self.memory_mb * 10**6)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a model this model: not how it is computed."""
+        return self.model_dump(mode="json", exclude={"method", "memory_mb"})
+
+    def baseline(self) -> ModelConfig:
+        """The same model without increment, and without the switches that only shape it."""
+        shaping = {"increment", "corrected_side", "context", "gap_sign", "query", "increment_layers"}
+        shared = self.model_dump(exclude=shaping)
+        return type(self).model_validate({**shared, "increment": False})
+
+    @model_validator(mode="after")
+    def _fits_towers(self) -> ModelConfig:
+        if self.max_words > self.clip.max_positions:
+            raise ValueError(
+                f"max_words {self.max_words} exceeds clip.max_positions {self.clip.max_positions}"
+            )
+        if self.max_frames > self.clip.max_positions:
+            raise ValueError(
+                f"max_frames {self.max_frames} exceeds clip.max_positions {self.clip.max_positions}, "
+                "the number of frame positions"
+            )
+        for key, heads in (
+            ("temporal_heads", self.num_temporal_heads),
+            ("increment_heads", self.increment_heads),
+        ):
+            if self.clip.embed_dim % heads:
+                raise ValueError(f"clip.embed_dim {self.clip.embed_dim} is not a multiple of {key} {heads}")
+        return self
+
+    @property
+    def num_temporal_heads(self) -> int:
+        """Attention heads of the temporal transformer."""
+        return self.temporal_heads or max(self.clip.embed_dim // 64, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -114,8 +114,22 @@ class TrainConfig(Section):
         "auto",
         description="what of CLIP does not learn; auto: patch_conv with clip_weights, as released, else none",
     )
-    precision: Literal["float32", "bf16"] = Field(
-        "float32", description="of the encoders in training; scores and losses are float32 always"
+    precision: Literal["auto", "float32", "bf16", "fp16_released"] = Field(
+        "auto",
+        description="of the encoders in training; scores and losses are float32 always. auto: bf16 on GPUs "
+        "that have it in hardware, else float32, settled when a run begins; bf16: with weights in float32; "
+        "fp16_released: CLIP's weights and moments in fp16, as the released training has them, which moves "
+        "them far more than clip_lr says (needs bert_adam)",
+    )
+    encoder_gradient_divisor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        4.0,
+        description="with precision fp16_released the gradient at the encoders' features is divided by this: "
+        "the released training divides it by its number of GPUs",
+    )
+    tf32: bool = Field(
+        False,
+        description="products of float32 on a GPU in TF32, faster and rougher, those of scores (errors of "
+        "5e-4) and losses too",
     )
     warmup_fraction: Fraction = Field(0.1, description="share of the steps that warm up linearly")
     max_grad_norm: Positive = Field(1.0, description="global norm that gradients are clipped to")
@@ -135,6 +149,25 @@ class TrainConfig(Section):
     )
     resume: bool = Field(True, description="continue an interrupted run of the same name")
     overwrite: bool = Field(False, description="delete an earlier run of the same name first")
+
+    @model_validator(mode="after")
+    def _fp16_is_the_released_recipe(self) -> TrainConfig:
+        if self.precision != "fp16_released":
+            if self.changed("encoder_gradient_divisor"):
+                raise ValueError(
+                    f"encoder_gradient_divisor would change nothing: precision is {self.precision}"
+                )
+            return self
+        if self.optimizer != "bert_adam":
+            raise ValueError(
+                f"precision fp16_released needs optimizer bert_adam, not {self.optimizer}: the two are one "
+                "recipe, and others divide by moments that fp16 rounds to 0"
+            )
+        if self.input == "features":
+            raise ValueError(
+                "precision fp16_released would change nothing: with input features no tower learns"
+            )
+        return self
 
     @model_validator(mode="after")
     def _frozen_parts_know_something(self) -> TrainConfig:

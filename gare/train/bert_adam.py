@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+#: Steps after which Adam's bias correction is 1 in every precision; in float32 one more step changes nothing.
+STEPS_WITHOUT_BIAS = 1e9
 
 
 class BertAdam(Optimizer):
@@ -14,6 +19,11 @@ class BertAdam(Optimizer):
 
     m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  θ ← θ − lr·(m/(√v + ε) + decay·θ), with g scaled down to
     ‖g‖ ≤ ``max_norm`` for each parameter by itself.
+
+    By default parameters go through torch's fused AdamW kernel, which is this formula where the bias
+    correction is 1. Parameters in half precision, and all where ``fused`` is off, are updated one operation
+    after the other as in the released training, each rounded to the parameter's precision, moments too: the
+    second moment of small gradients is then 0 in fp16.
 
     Source: released code, which took it from the first BERT ports to PyTorch.
 
@@ -24,6 +34,7 @@ class BertAdam(Optimizer):
         eps: ε.
         weight_decay: decay of the weights, not of the moments.
         max_norm: bound on the norm of each parameter's gradient.
+        fused: whether float32 goes through the fused kernel, which rounds otherwise than the released code.
     """
 
     def __init__(
@@ -34,9 +45,14 @@ class BertAdam(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.2,
         max_norm: float = 1.0,
+        *,
+        fused: bool = True,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
         super().__init__(params, defaults)
+        self.fused = fused
+        # Not part of the state: it is the same for ever, and checkpoints of earlier versions lack it.
+        self._steps: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -46,19 +62,85 @@ class BertAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            held = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in held:
                 state = self.state[parameter]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
-                grad = parameter.grad
-                grad = grad * (group["max_norm"] / (grad.norm() + 1e-6)).clamp(max=1.0)
-                state["exp_avg"].lerp_(grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                update = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"])
-                update += group["weight_decay"] * parameter
-                parameter.sub_(group["lr"] * update)
+            for some in _by_device_and_dtype(held):
+                means = [self.state[parameter]["exp_avg"] for parameter in some]
+                squares = [self.state[parameter]["exp_avg_sq"] for parameter in some]
+                found = [parameter.grad for parameter in some if parameter.grad is not None]
+                gradients = _clipped(found, group["max_norm"])
+                if self.fused and some[0].dtype not in (torch.float16, torch.bfloat16):
+                    self._step_fused(some, gradients, means, squares, group)
+                else:
+                    _step_in_order(some, gradients, means, squares, group)
         return loss
+
+    def _step_fused(
+        self,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        device = parameters[0].device
+        if device not in self._steps:
+            self._steps[device] = torch.tensor(STEPS_WITHOUT_BIAS, device=device)
+        adamw(
+            parameters,
+            gradients,
+            means,
+            squares,
+            [],
+            [self._steps[device]] * len(parameters),
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _by_device_and_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    return list(groups.values())
+
+
+def _clipped(gradients: Sequence[Tensor], max_norm: float) -> list[Tensor]:
+    """Gradients with those that are too long scaled down to the norm, in new memory."""
+    norms = torch.stack(torch._foreach_norm(list(gradients)))
+    # In the gradients' own precision, as the released code has it. All at once: one wait for the device.
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0).tolist()
+    return [
+        gradient if factor == 1 else gradient * factor
+        for gradient, factor in zip(gradients, factors, strict=True)
+    ]
+
+
+def _step_in_order(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    """One update by the released code's operations, in its order."""
+    beta1, beta2 = group["betas"]
+    # Numbers are never multiplied or added in place: on a CPU (torch 2.13) that rounds them to fp16 first.
+    torch._foreach_copy_(means, torch._foreach_mul(means, beta1))
+    torch._foreach_add_(means, gradients, alpha=1 - beta1)
+    torch._foreach_copy_(squares, torch._foreach_mul(squares, beta2))
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+    updates = torch._foreach_div(means, torch._foreach_add(torch._foreach_sqrt(squares), group["eps"]))
+    if group["weight_decay"]:
+        torch._foreach_add_(updates, torch._foreach_mul(parameters, group["weight_decay"]))
+    torch._foreach_sub_(parameters, torch._foreach_mul(updates, group["lr"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +194,8 @@ class Objective(nn.Module):
     In the factorised form every worker scores its own texts against the clips of all; in the direct form it
     computes the loss of the whole batch from gathered features. Either way the gather's backward sums the
     workers' gradients and DDP averages them, which is the gradient of one worker with the whole batch.
-    In bf16 the encoders run under autocast; features are float32 from there on, so scores and losses are.
+    In bf16 the encoders run under autocast, in ``fp16_released`` the towers are converted; features are
+    float32 from there on, so scores and losses are.
 
     Args:
         model: to train.
@@ -220,7 +222,7 @@ class Objective(nn.Module):
             GareError: where a worker has no pair, or positives by video lack the videos.
         """
         rows = rows_of(len(batch.frames), batch.frames.device)
-        text, video = self._encode(batch)
+        text, video = self._divided(*self._encode(batch))
         video_ids = None
         if self.config.positives == "video":
             if batch.video_ids is None:
@@ -242,6 +244,19 @@ class Objective(nn.Module):
         torch.manual_seed(seed)
         with stage("head"):
             return loss_terms(self.model, text, video, self.config, draws, video_ids)
+
+    def _divided(self, text: TextFeatures, video: VideoFeatures) -> tuple[TextFeatures, VideoFeatures]:
+        """The same features, whose gradients the encoders get divided where the released recipe has it so.
+
+        Source: released code, whose gather keeps of R workers' gradients its own, and DDP averages over R.
+        """
+        train = self.train_config
+        if train.precision != "fp16_released" or train.encoder_gradient_divisor == 1:
+            return text, video
+        divisor = train.encoder_gradient_divisor
+        words = None if text.words is None else divide_gradient(text.words, divisor)
+        text = TextFeatures(divide_gradient(text.embedding, divisor), words, text.mask)
+        return text, replace(video, frames=divide_gradient(video.frames, divisor))
 
     def _encode(self, batch: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
         """Features of this worker's pairs, float32 at least.
@@ -279,6 +294,23 @@ class Objective(nn.Module):
                 text = self.model.encode_text(part.token_ids, part.token_mask)
                 video = self.model.encode_video(part.frames, part.frame_mask)
         return (text.float(), video.float()) if bf16 else (text, video)
+
+
+class _DividedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, divisor: float) -> Tensor:
+        ctx.divisor = divisor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.divisor, None
+
+
+def divide_gradient(tensor: Tensor, divisor: float) -> Tensor:
+    """The tensor as it is; what it was computed from gets its gradient divided."""
+    divided: Tensor = _DividedGradient.apply(tensor, divisor)  # type: ignore[no-untyped-call]
+    return divided
 
 
 def _join_texts(parts: Sequence[TextFeatures]) -> TextFeatures:

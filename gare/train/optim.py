@@ -27,7 +27,9 @@ def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
             {"name": name, "params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
         )
     if config.optimizer == "bert_adam":
-        return BertAdam(groups, betas=(0.9, 0.98), eps=1e-6)
+        # The released precision is what the released code computes, operation by operation.
+        fused = config.precision != "fp16_released"
+        return BertAdam(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
     return AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 

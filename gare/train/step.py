@@ -14,12 +14,15 @@ from torch.optim import Optimizer
 from gare.config import Config
 from gare.data.batch import Batch, FeatureBatch
 from gare.errors import DivergedError
+from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
+from gare.model.released_fp16 import convert_to_released_fp16
 from gare.train.diagnostics import diagnose
 from gare.train.gather import gather_names, world_size
 from gare.train.input.sampler import step_seed
 from gare.train.objective import LossTerms, Objective
 from gare.train.optim import build_optimizer, clip_gradients, freeze, set_learning_rate
+from gare.train.precision import resolve_precision
 from gare.train.sharded import Seen
 from gare.train.stages import stage
 from gare.train.trust_region import trust_region_step
@@ -52,7 +55,15 @@ class Learner:
 
 
 def build_learner(model: GARE, config: Config, num_steps: int, device: torch.device) -> Learner:
-    """Moves the model to the device, freezes what is to be, wraps its objective, builds the optimiser."""
+    """Moves the model to the device, freezes what is to be, wraps its objective, builds the optimiser.
+
+    Raises:
+        ConfigError: for a precision that the device does not have.
+    """
+    precision = resolve_precision(config.train.precision, device)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    if precision == "fp16_released" and isinstance(model.towers, ClipTowers):
+        convert_to_released_fp16(model.towers)
     freeze(model, config.train)
     objective: nn.Module = Objective(model, config.loss, config.train).to(device)
     if world_size() > 1:

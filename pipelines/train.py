@@ -36,6 +36,7 @@ from gare.train.history import History
 from gare.train.input.randaugment import POLICY
 from pipelines.finishing import log_outputs
 from pipelines.pending import pending_of
+from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
 from pipelines.training import clips_file, input_of_run, plan_of, splits_of, train_worker
 
@@ -91,7 +92,8 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
             where="model.clip.vocab_size",
             accepted=f"{vocabulary}, the tokens of CLIP, or more",
         )
-    plan_of(config, splits, rank=0)
+    plan = plan_of(config, splits, rank=0)
+    config = with_saved_precision(config, folder) if begun else config
     earlier = _earlier_run(config, folder, splits) if begun else {}
     if earlier and exists(join(folder, "result.json")):
         logger.info("%s is done; train.overwrite=true trains it again", folder)
@@ -104,7 +106,8 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     with ray_session(config.cluster):
         config = settle_resources(config, config.train.batch_size * source.row_bytes())
         require_train_resources(config.cluster)
-        require_usable_gpus(config.cluster)
+        config = with_precision(config, have_bf16=require_usable_gpus(config.cluster))
+        warn_of_towers_that_stay(config, plan.num_steps)
         if config.train.overwrite:
             delete_tree(folder)
         source.begin(folder)

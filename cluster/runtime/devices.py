@@ -31,10 +31,12 @@ class Answer:
     Attributes:
         uuid: of the GPU; empty where it cannot be used.
         error: why it cannot.
+        has_bf16: whether it computes bf16 in hardware.
     """
 
     uuid: str
     error: str = ""
+    has_bf16: bool = False
 
 
 class _Probe:
@@ -48,13 +50,14 @@ class _Probe:
             if not torch.cuda.is_available():
                 raise RuntimeError("torch sees none")
             torch.ones(1, device="cuda").sum().item()  # fails for a GPU that this torch has no code for
-            return Answer(str(torch.cuda.get_device_properties(0).uuid))
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            return Answer(str(torch.cuda.get_device_properties(0).uuid), has_bf16=has_bf16)
         except (RuntimeError, AssertionError) as error:
             line = str(error).splitlines()[0]
             return Answer("", f"{line}; torch {torch.__version__} {build}, CUDA_VISIBLE_DEVICES {visible!r}")
 
 
-def require_usable_gpus(config: ClusterConfig) -> None:
+def require_usable_gpus(config: ClusterConfig) -> bool:
     """Makes sure, before training begins, that torch can use the free GPUs, and that all are different ones.
 
     Ray hands out as many as it was told of, whether or not they are there.
@@ -62,11 +65,14 @@ def require_usable_gpus(config: ClusterConfig) -> None:
     Args:
         config: settled.
 
+    Returns:
+        True if there are GPUs and all compute bf16 in hardware.
+
     Raises:
         ConfigError: for a GPU that torch cannot use, or one that two workers would share.
     """
     if not config.use_gpu:
-        return
+        return False
     import ray
 
     count = min(config.train_workers, int(ray.available_resources().get("GPU", 0)))
@@ -76,11 +82,12 @@ def require_usable_gpus(config: ClusterConfig) -> None:
         answers = ray.get([probe.look.remote() for probe in probes], timeout=ANSWER_S)
     except ray.exceptions.RayError as error:
         logger.warning("the GPUs could not be looked at before the training: %s", str(error).splitlines()[-1])
-        return
+        return False
     finally:
         for probe in probes:
             ray.kill(probe)
     refuse_unusable(answers)
+    return bool(answers) and all(answer.has_bf16 for answer in answers)
 
 
 def refuse_unusable(answers: Sequence[Answer]) -> None:

@@ -105,6 +105,16 @@ def rate_factor_released(step: int, num_steps: int, warmup_fraction: float) -> f
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
+def reach_of_towers(config: TrainConfig, num_steps: int) -> float:
+    """The farthest that a weight of the towers can move in a run, about.
+
+    It is clip_lr times the sum of the schedule's factors: an update of Adam is hardly longer than 1.
+    """
+    schedule = rate_factor_released if config.optimizer == "bert_adam" else rate_factor
+    factors = (schedule(step, num_steps, config.warmup_fraction) for step in range(num_steps))
+    return config.clip_lr * sum(factors)
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Clips the global gradient norm in place and returns the norm before clipping."""
     return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))

@@ -7,31 +7,38 @@ import torch
 from gare.errors import ConfigError
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """The precision that a setting means on a device.
+def resolve_precision(precision: str, *, on_gpus: bool, have_bf16: bool) -> str:
+    """The precision that a setting means on the devices of a run.
 
     Args:
-        precision: of ``train.precision``; auto becomes bf16 on a GPU that has it in hardware, else float32.
-            A CPU gets float32: some have bf16 too, and a run would depend on which.
-        device: to train on.
+        precision: of ``train.precision``; auto becomes bf16 on GPUs that have it in hardware, else float32.
+            CPUs get float32: some have bf16 too, and a run would depend on which.
+        on_gpus: whether the run trains on GPUs.
+        have_bf16: whether all of them compute bf16 in hardware.
 
     Raises:
         ConfigError: for bf16 on a GPU that does not have it in hardware.
     """
     if precision == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16() else "float32"
-    if precision == "bf16" and device.type == "cuda" and not has_bf16():
+        return "bf16" if on_gpus and have_bf16 else "float32"
+    if precision == "bf16" and on_gpus and not have_bf16:
         raise ConfigError(
-            f"{torch.cuda.get_device_name()} has no bf16 in hardware",
+            "is bf16, which a GPU of this run does not have in hardware",
             where="train.precision",
-            accepted="GPUs from NVIDIA's Ampere (A100, RTX 30) on, or train.precision=float32 for a new run",
+            accepted="GPUs from NVIDIA's Ampere (A100, RTX 30) on, or another precision in a new run",
         )
     return precision
 
 
-def has_bf16() -> bool:
-    """True if the GPU of this process computes bf16 in hardware."""
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+def precision_on(precision: str, device: torch.device) -> str:
+    """``resolve_precision`` for the device of this process.
+
+    Raises:
+        ConfigError: for bf16 on a GPU that does not have it in hardware.
+    """
+    on_gpu = device.type == "cuda"
+    have_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return resolve_precision(precision, on_gpus=on_gpu, have_bf16=have_bf16)
 
 
 def use_tf32(on: bool) -> None:

@@ -22,7 +22,7 @@ from gare.train.gather import gather_names, world_size
 from gare.train.input.sampler import step_seed
 from gare.train.objective import LossTerms, Objective
 from gare.train.optim import build_optimizer, clip_gradients, freeze, set_learning_rate
-from gare.train.precision import resolve_precision
+from gare.train.precision import precision_on, use_tf32
 from gare.train.sharded import Seen
 from gare.train.stages import stage
 from gare.train.trust_region import trust_region_step
@@ -60,7 +60,8 @@ def build_learner(model: GARE, config: Config, num_steps: int, device: torch.dev
     Raises:
         ConfigError: for a precision that the device does not have.
     """
-    precision = resolve_precision(config.train.precision, device)
+    use_tf32(config.train.tf32)
+    precision = precision_on(config.train.precision, device)
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     if precision == "fp16_released" and isinstance(model.towers, ClipTowers):
         convert_to_released_fp16(model.towers)

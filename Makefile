@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 1
 
 .PHONY: help install demo test test-cluster faults faults-short suite screenshots lint bench bench-scaling
-.PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu fuzz audit ui clean
+.PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer fuzz audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-loader  what loading a batch costs, in the loaders and in the training process (2 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
+	@echo "make bench-optimizer  BertAdam's step over fused AdamW's, at ViT-B/32 (1 min)"
 	@echo "make bench-gpu  on a machine with a GPU and with its own torch: ceilings, step, head, loader, training (4 min)"
 	@echo "make audit    known vulnerabilities of the pinned packages, by pip-audit (asks the package index)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
@@ -82,6 +83,9 @@ bench-loader: install
 
 bench-reads: install
 	$(BIN)/python -m tests.benchmarks.reads
+
+bench-optimizer: install
+	$(BIN)/python -m tests.benchmarks.optimizer
 
 bench-evaluate: install
 	$(BIN)/python -m tests.benchmarks.evaluation

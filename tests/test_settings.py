@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gare.config import load_config
+from gare.config import differences, load_config
 from gare.errors import ConfigError
 
 #: words, frames, epochs, corrected side, GARE's and the baseline's R@1 / R@5 / R@10 / MnR.
@@ -75,3 +75,61 @@ def test_keys_of_benchmarks_have_an_effect(overrides: list[str], message: str, r
     with pytest.raises(ConfigError) as caught:
         load_config(repository / "conf" / "own.yaml", overrides)
     assert message in str(caught.value)
+
+
+def test_the_benchmarks_differ_in_what_is_their_own_alone(repository: Path) -> None:
+    """A setting that was corrected in three of four files is a comparison of two recipes."""
+    shared = load_config(repository / "conf" / "paper.yaml").model_dump()
+    own = {
+        *("name", "data.benchmark", "data.train_list", "data.val_videos", "extract.num_frames"),
+        *("model.max_words", "model.max_frames", "model.corrected_side"),
+        *("train.epochs", "train.micro_batch"),
+    }
+    for name in PAPER:
+        lines = differences(shared, load_config(repository / "conf" / f"{name}.yaml").model_dump())
+        assert {line.split()[0] for line in lines} <= own
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_px", "widths", "heads"),
+    [("vit-b-16", 16, (768, 512, 512), (12, 8, 8)), ("vit-l-14", 14, (1024, 768, 768), (16, 12, 12))],
+)
+def test_larger_towers_are_a_few_lines(
+    name: str, patch_px: int, widths: tuple[int, ...], heads: tuple[int, ...], repository: Path
+) -> None:
+    """Sizes that are not the weights' are found only when these are read; the recipe is the same."""
+    base, config = (load_config(one) for one in ("msrvtt", f"msrvtt-{name}"))
+    clip = config.model.clip
+    assert clip.patch_size == patch_px
+    assert (clip.vision_width, clip.text_width, clip.embed_dim) == widths
+    assert (clip.vision_heads, clip.text_heads, config.model.num_temporal_heads) == heads
+    assert config.train.run != base.train.run, "a run of another model may not have the same name"
+    for line in differences(base.model_dump(), config.model_dump()):
+        assert line.startswith(("model.clip.", "train.run "))
+
+
+def test_every_shipped_file_is_found_by_its_name(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--config msrvtt`` works from anywhere; the file of one's own that is there wins."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "msvd").mkdir()  # a folder of videos, perhaps
+    for path in (repository / "conf").glob("*.yaml"):
+        assert load_config(path.stem) == load_config(path.name) == load_config(path)
+    (tmp_path / "msvd.yaml").write_text("name: mine")
+    assert load_config("msvd.yaml").name == "mine"
+    assert load_config("msvd").name == "msvd"
+
+
+@pytest.mark.parametrize("name", ["msrvt", "msrvt.yaml", "MSRVTT", "..", ".", "msvd.yml"])
+def test_unknown_names_list_the_shipped_ones(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slip of a name gets the names, the nearest last."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        load_config(name)
+    assert caught.value.where == name
+    assert "activitynet, demo, didemo" in caught.value.accepted
+    if name.startswith("msrvt"):
+        assert caught.value.accepted.endswith("nearest: msrvtt")

@@ -8,7 +8,7 @@ checks across keys follow once every key is right by itself.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,17 @@ __all__ = [
     "load_config",
     "parse_config",
 ]
+
+
+#: Value of ``model.clip`` that has the sizes read from the weights.
+AUTO = "auto"
+#: The keys that say where weights are: checked by themselves, before the sizes are known.
+_PLACES = {
+    "storage": ("root",),
+    "features": ("weights",),
+    "train": ("run", "clip_weights"),
+    "evaluate": ("checkpoint", "compare", "suite", "sync"),
+}
 
 
 class Config(Section):
@@ -123,19 +134,28 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+#: Reads ``model.clip`` from the weights that a configuration names, in which all but the name and ``_PLACES``
+#: is at its default.
+SizesOf = Callable[[Config], Mapping[str, int]]
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, sizes_of: SizesOf | None = None
+) -> Config:
     """Reads a YAML file, with the files that it extends, and applies ``section.key=value`` overrides.
 
     Args:
         path: a YAML file whose top level is a mapping of sections, or the name of a shipped one; its key
             ``extends`` names another in the same way, seen from it, over which it is merged.
         overrides: ``section.key=value`` strings; the value is parsed as YAML.
+        sizes_of: settles ``model.clip: auto``, such as ``gare.train.start.sizes_of_weights``; auto is refused
+            without it.
 
     Raises:
+        CheckpointError: for weights whose sizes cannot be read.
         ConfigError: for a file that cannot be read or any fault in it; all faults are in the one message.
     """
-    settings = read_settings(path)
-    return _parse(settings, overrides)
+    return _parse(read_settings(path), overrides, sizes_of)
 
 
 def parse_config(tree: Any, overrides: Sequence[str] = (), *, where: str = "configuration") -> Config:
@@ -149,7 +169,7 @@ def parse_config(tree: Any, overrides: Sequence[str] = (), *, where: str = "conf
     return _parse(Settings(tree, where), overrides)
 
 
-def _parse(settings: Settings, overrides: Sequence[str]) -> Config:
+def _parse(settings: Settings, overrides: Sequence[str], sizes_of: SizesOf | None = None) -> Config:
     tree = {} if settings.tree is None else settings.tree
     if not isinstance(tree, Mapping):
         raise ConfigError(
@@ -158,6 +178,7 @@ def _parse(settings: Settings, overrides: Sequence[str]) -> Config:
     # A section whose keys are all commented out is null in YAML.
     merged: dict[str, Any] = {key: _copy(value) for key, value in tree.items() if value is not None}
     faults = [fault for item in overrides if (fault := _apply_override(merged, item))]
+    _settle_clip(merged, sizes_of, settings.path)
     # A value of the command line is no longer that of the file.
     given = [item.partition("=")[0].strip() + "." for item in overrides]
     origins = {
@@ -173,6 +194,27 @@ def _parse(settings: Settings, overrides: Sequence[str]) -> Config:
         lines = "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n{lines}", where=settings.path)
     return config
+
+
+def _settle_clip(tree: dict[str, Any], sizes_of: SizesOf | None, where: str) -> None:
+    """Puts the weights' sizes in place of ``model.clip: auto``, and their picture size into extract."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or model.get("clip") != AUTO:
+        return
+    if sizes_of is None:
+        raise ConfigError(
+            "model.clip: auto is settled by the commands alone",
+            where=where,
+            accepted="sizes, or load_config(…, sizes_of=gare.train.start.sizes_of_weights)",
+        )
+    known: dict[str, Any] = {"name": tree["name"]} if "name" in tree else {}
+    for section, keys in _PLACES.items():
+        if isinstance(given := tree.get(section), Mapping):
+            known[section] = {key: given[key] for key in keys if key in given}
+    sizes = dict(sizes_of(parse_config(known, where=where)))
+    model["clip"] = sizes
+    if isinstance(extract := tree.setdefault("extract", {}), dict):
+        extract.setdefault("image_size", sizes["image_size"])
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

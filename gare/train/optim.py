@@ -74,10 +74,14 @@ def set_learning_rate(optimizer: Optimizer, step: int, num_steps: int, config: T
         optimizer: from ``build_optimizer``.
         step: 0 for the first step.
         num_steps: steps of the whole run.
-        config: its optimiser decides between ``rate_factor`` and ``rate_factor_released``.
+        config: its optimiser decides between ``rate_factor`` and ``rate_factor_released``; of the latter,
+            ``schedule_epochs`` are that share of the run's steps that they are of its epochs.
     """
-    schedule = rate_factor_released if config.optimizer == "bert_adam" else rate_factor
-    factor = schedule(step, num_steps, config.warmup_fraction)
+    if config.optimizer == "bert_adam":
+        period = num_steps * (config.schedule_epochs or config.epochs) / config.epochs
+        factor = rate_factor_released(step, period, config.warmup_fraction)
+    else:
+        factor = rate_factor(step, num_steps, config.warmup_fraction)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return factor
@@ -95,8 +99,12 @@ def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def rate_factor_released(step: int, num_steps: int, warmup_fraction: float) -> float:
-    """The released schedule: as ``rate_factor`` with x = step / num_steps, so that the first rate is 0."""
+def rate_factor_released(step: int, num_steps: float, warmup_fraction: float) -> float:
+    """The released schedule: as ``rate_factor`` with x = step / num_steps, so that the first rate is 0.
+
+    Beyond ``num_steps`` it rises again, to 1 at twice as many. Source: released training, whose ``num_steps``
+    are those of 5 epochs.
+    """
     done = step / num_steps
     if done < warmup_fraction:
         return done / warmup_fraction

@@ -121,8 +121,8 @@ class TrainConfig(Section):
     schedule_epochs: int = Field(
         0,
         ge=0,
-        description="epochs that the cosine of bert_adam's schedule is over; after them it rises again, as in "
-        "the released training, which always has 5; 0: the run's own",
+        description="epochs that the cosine of bert_adam's schedule is over; after them it rises again, as "
+        "in the released training, which always has 5; 0: the run's own",
     )
     max_grad_norm: Positive = Field(1.0, description="global norm that gradients are clipped to")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: run all epochs")

@@ -17,6 +17,7 @@ import pytest
 
 from cluster.storage import Layout
 from cluster.tracking import resolve_tracking_uri
+from gare.config import ModelConfig
 from gare.data.lock import StoreLock
 from gare.errors import ConfigError
 from pipelines import train
@@ -140,6 +141,15 @@ def test_a_run_of_an_earlier_version_continues(trained: dict[str, Any], places: 
             train.run(tiny())
     finally:
         record.write_text(written)
+
+
+def test_the_number_of_heads_that_0_stands_for_is_no_other_model() -> None:
+    """The benchmarks' files had 8 before they left it to the width; their runs go on and are evaluated."""
+    now = {"model": ModelConfig(temporal_heads=0).identity()}
+    assert (
+        now["model"] == ModelConfig(temporal_heads=8).identity() != ModelConfig(temporal_heads=4).identity()
+    )
+    assert train._completed({"model": now["model"] | {"temporal_heads": 0}}, now) == now
 
 
 def test_two_drivers_of_one_run(

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.logs import JsonStream, json_lines, set_up_logging
-from gare.config import Config, describe_keys, load_config
+from gare.config import Config, SizesOf, describe_keys, load_config
 from gare.errors import ConfigError, GareError
 
 EPILOG = """exit status:
   0 done   2 bad configuration or arguments   3 bad data   4 the run failed
 
-keys (give any of them as section.key=value):
+keys (give any of them as section.key=value; the top-level key extends: FILE of a YAML file has it merged over
+another; model.clip=auto takes all of model.clip, and extract.image_size unless given, from the weights):
 """
 
 
@@ -29,25 +30,39 @@ Flags = Mapping[str, tuple[str, str] | tuple[str, str, str] | tuple[str, str, tu
 
 
 def main(
-    run: Callable[[Config], Mapping[str, Any]], description: str | None, flags: Flags | None = None
+    run: Callable[[Config], Mapping[str, Any]],
+    description: str | None,
+    flags: Flags | None = None,
+    sizes_of: SizesOf | None = None,
 ) -> None:
     """Runs a pipeline as a command and leaves the process with its exit status.
 
     stdout gets one line, the result as JSON, after the run has closed all it opened; logs and progress go
     to stderr.
+
+    Args:
+        run: the pipeline.
+        description: for ``--help``.
+        flags: options of this command.
+        sizes_of: settles ``model.clip: auto``.
     """
-    sys.exit(execute(run, description or "", sys.argv[1:], flags or {}))
+    sys.exit(execute(run, description or "", sys.argv[1:], flags or {}, sizes_of))
 
 
 def execute(
-    run: Callable[[Config], Mapping[str, Any]], description: str, arguments: Sequence[str], flags: Flags
+    run: Callable[[Config], Mapping[str, Any]],
+    description: str,
+    arguments: Sequence[str],
+    flags: Flags,
+    sizes_of: SizesOf | None = None,
 ) -> int:
     """``main`` without the exit: returns the status."""
     set_up_logging()
     options = _parser(description, flags).parse_intermixed_args(arguments)
     with contextlib.ExitStack() as stack:
         try:
-            config = load_config(options.config, [*options.overrides, *_overrides_of(options, flags)])
+            overrides = [*options.overrides, *_overrides_of(options, flags)]
+            config = load_config(options.config, overrides, sizes_of=sizes_of)
             if config.tracking.log_format == "json":
                 stack.enter_context(json_lines(_run_of(config)))
             # Ray prints here what its workers print; stdout is for the result alone.
@@ -124,7 +139,12 @@ def _parser(description: str, flags: Flags) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as conf/demo.yaml")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML file, such as conf/demo.yaml, or the name of one in conf/, such as demo",
+    )
     for flag, (key, meaning, *constant) in flags.items():
         if constant and isinstance(constant[0], tuple):
             names = constant[0]

@@ -8,7 +8,7 @@ checks across keys follow once every key is right by itself.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from gare.extract_section import ExtractConfig
 from gare.feature_section import FeaturesConfig, feature_faults
 from gare.model_section import ClipConfig, ModelConfig
 from gare.sections import DemoConfig, Name, Section, StorageConfig, TrackingConfig
+from gare.settings_files import Settings, read_settings
 from gare.sources_section import SourcesConfig
-from gare.strict_yaml import load_yaml
 from gare.train_section import LossConfig, TrainConfig
 from gare.upkeep import UpkeepConfig
 
@@ -57,6 +57,17 @@ __all__ = [
     "load_config",
     "parse_config",
 ]
+
+
+#: Value of ``model.clip`` that has the sizes read from the weights.
+AUTO = "auto"
+#: The keys that say where weights are: checked by themselves, before the sizes are known.
+_PLACES = {
+    "storage": ("root",),
+    "features": ("weights",),
+    "train": ("run", "clip_weights"),
+    "evaluate": ("checkpoint", "compare", "suite", "sync"),
+}
 
 
 class Config(Section):
@@ -123,54 +134,87 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies ``section.key=value`` overrides.
+#: Reads ``model.clip`` from the weights that a configuration names, in which all but the name and ``_PLACES``
+#: is at its default.
+SizesOf = Callable[[Config], Mapping[str, int]]
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, sizes_of: SizesOf | None = None
+) -> Config:
+    """Reads a YAML file, with the files that it extends, and applies ``section.key=value`` overrides.
 
     Args:
-        path: a YAML file whose top level is a mapping of sections.
+        path: a YAML file whose top level is a mapping of sections, or the name of a shipped one; its key
+            ``extends`` names another in the same way, seen from it, over which it is merged.
         overrides: ``section.key=value`` strings; the value is parsed as YAML.
+        sizes_of: settles ``model.clip: auto``, such as ``gare.train.start.sizes_of_weights``; auto is refused
+            without it.
 
     Raises:
+        CheckpointError: for weights whose sizes cannot be read.
         ConfigError: for a file that cannot be read or any fault in it; all faults are in the one message.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot be read: {error}", where=str(path), accepted="a YAML file such as conf/demo.yaml"
-        ) from error
-    try:
-        tree = load_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(
-            f"is not YAML: {masked(str(error))}", where=str(path), accepted="key: value lines"
-        ) from error
-    return parse_config(tree, overrides, where=str(path))
+    return _parse(read_settings(path), overrides, sizes_of)
 
 
 def parse_config(tree: Any, overrides: Sequence[str] = (), *, where: str = "configuration") -> Config:
     """Builds a Config from a nested mapping, such as a checkpoint's, and overrides.
 
+    No file is read: ``extends`` is an unknown key here.
+
     Raises:
         ConfigError: with every fault in one message.
     """
-    tree = {} if tree is None else tree
+    return _parse(Settings(tree, where), overrides)
+
+
+def _parse(settings: Settings, overrides: Sequence[str], sizes_of: SizesOf | None = None) -> Config:
+    tree = {} if settings.tree is None else settings.tree
     if not isinstance(tree, Mapping):
         raise ConfigError(
-            f"top level is a {type(tree).__name__}", where=where, accepted="a mapping of sections"
+            f"top level is a {type(tree).__name__}", where=settings.path, accepted="a mapping of sections"
         )
     # A section whose keys are all commented out is null in YAML.
     merged: dict[str, Any] = {key: _copy(value) for key, value in tree.items() if value is not None}
     faults = [fault for item in overrides if (fault := _apply_override(merged, item))]
+    _settle_clip(merged, sizes_of, settings.path)
+    # A value of the command line is no longer that of the file.
+    given = [item.partition("=")[0].strip() + "." for item in overrides]
+    origins = {
+        key: file
+        for key, file in settings.origins.items()
+        if not any(one.startswith(f"{key}.") for one in given)
+    }
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        faults += [_explain(dict(fault)) for fault in error.errors(include_url=False)]
+        faults += [_explain(dict(fault), origins) for fault in error.errors(include_url=False)]
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults)
-        raise ConfigError(f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n{lines}", where=where)
+        raise ConfigError(f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n{lines}", where=settings.path)
     return config
+
+
+def _settle_clip(tree: dict[str, Any], sizes_of: SizesOf | None, where: str) -> None:
+    """Puts the weights' sizes in place of ``model.clip: auto``, and their picture size into extract."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or model.get("clip") != AUTO:
+        return
+    if sizes_of is None:
+        raise ConfigError(
+            "model.clip: auto is settled by the commands alone",
+            where=where,
+            accepted="sizes, or load_config(…, sizes_of=gare.train.start.sizes_of_weights)",
+        )
+    known: dict[str, Any] = {"name": tree["name"]} if "name" in tree else {}
+    for section, keys in _PLACES.items():
+        if isinstance(given := tree.get(section), Mapping):
+            known[section] = {key: given[key] for key in keys if key in given}
+    sizes = dict(sizes_of(parse_config(known, where=where)))
+    model["clip"] = sizes
+    if isinstance(extract := tree.setdefault("extract", {}), dict):
+        extract.setdefault("image_size", sizes["image_size"])
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -221,18 +265,20 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
     return ""
 
 
-def _explain(fault: dict[str, Any]) -> str:
+def _explain(fault: dict[str, Any], origins: Mapping[str, str]) -> str:
+    """A fault in words, with the file where the value comes from one that is extended."""
     location = [str(part) for part in fault["loc"]]
     dotted = ".".join(location) or "configuration"
+    origin = f" (in {origins[dotted]})" if dotted in origins else ""
     if fault["type"] == "extra_forbidden":
         known = _keys_beside(location)
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"nearest: {'.'.join([*location[:-1], near[0]])}; " if near else ""
-        return f"{dotted}: unknown key ({hint}known here: {', '.join(known)})"
+        return f"{dotted}: unknown key ({hint}known here: {', '.join(known)}){origin}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{dotted}: {masked(message)}"
-    return f"{dotted}: got {masked(repr(fault['input']))}; {message[0].lower()}{message[1:]}"
+        return f"{dotted}: {masked(message)}{origin}"
+    return f"{dotted}: got {masked(repr(fault['input']))}; {message[0].lower()}{message[1:]}{origin}"
 
 
 def _keys_beside(location: Sequence[str]) -> list[str]:

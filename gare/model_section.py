@@ -108,7 +108,9 @@ class ModelConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What makes a model this model: not how it is computed."""
-        return self.model_dump(mode="json", exclude={"method", "memory_mb"})
+        settings = self.model_dump(mode="json", exclude={"method", "memory_mb"})
+        # 0 and the number that it stands for are one model.
+        return settings | {"temporal_heads": self.num_temporal_heads}
 
     def baseline(self) -> ModelConfig:
         """The same model without increment, and without the switches that only shape it."""

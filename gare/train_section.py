@@ -131,7 +131,13 @@ class TrainConfig(Section):
         description="products of float32 on a GPU in TF32, faster and rougher, those of scores (errors of "
         "5e-4) and losses too",
     )
-    warmup_fraction: Fraction = Field(0.1, description="share of the steps that warm up linearly")
+    warmup_fraction: Fraction = Field(0.1, description="share of the schedule's steps that warm up linearly")
+    schedule_epochs: int = Field(
+        0,
+        ge=0,
+        description="epochs that the cosine of bert_adam's schedule is over; after them it rises again, as "
+        "in the released training, which always has 5; 0: the run's own",
+    )
     max_grad_norm: Positive = Field(1.0, description="global norm that gradients are clipped to")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: run all epochs")
     keep_checkpoints: Count = Field(2, description="last checkpoints kept, beside the best on val")
@@ -166,6 +172,15 @@ class TrainConfig(Section):
         if self.input == "features":
             raise ValueError(
                 "precision fp16_released would change nothing: with input features no tower learns"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_is_the_released_one(self) -> TrainConfig:
+        if self.schedule_epochs and self.optimizer != "bert_adam":
+            raise ValueError(
+                f"schedule_epochs would change nothing: optimizer {self.optimizer} has its schedule over the "
+                "whole run; set 0"
             )
         return self
 

@@ -17,6 +17,7 @@ from cluster.tracking import mask_credentials, resolve_tracking_uri
 from gare.config import Config
 from gare.data.files import join, write_json
 from pipelines import evaluate, extract, prepare, train
+from pipelines.sizes import sizes_of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -126,4 +127,5 @@ def _table(
 
 
 if __name__ == "__main__":
-    main(run, __doc__, flags={"--seeds": ("demo.seeds", "training seeds for each model")})
+    flags = {"--seeds": ("demo.seeds", "training seeds for each model")}
+    main(run, __doc__, flags, sizes_of_weights)

@@ -35,6 +35,7 @@ from gare.train.data import StoredSplits, read_splits
 from pipelines.comparison import FOLDER_TAG, collect, compare
 from pipelines.pending import pending_of
 from pipelines.registration import write_and_register
+from pipelines.sizes import sizes_for_evaluation
 from pipelines.syncing import sync
 
 if TYPE_CHECKING:
@@ -364,4 +365,4 @@ def _picture(
 
 
 if __name__ == "__main__":
-    main(run, __doc__, FLAGS)
+    main(run, __doc__, FLAGS, sizes_for_evaluation)

@@ -31,6 +31,7 @@ from gare.data.store_pass import StorePass
 from gare.data.verify import verify_or_raise
 from pipelines.extraction import Encoding, decode_rows, frame_pass, told, words
 from pipelines.pending import pending_of
+from pipelines.sizes import sizes_of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -198,4 +199,4 @@ def _preview(config: Config, store: str, manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
-    main(run, __doc__, FLAGS)
+    main(run, __doc__, FLAGS, sizes_of_weights)

@@ -18,6 +18,7 @@ from gare.data.manifest import Manifest, ManifestRow, write_manifest
 from gare.data.sources import LocalVideos
 from gare.data.synthetic import generate_benchmark
 from gare.errors import ConfigError
+from pipelines.sizes import sizes_of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -152,4 +153,5 @@ if __name__ == "__main__":
         flags={
             "--verify": ("data.verify", "compare with the published counts and write no manifest", "true")
         },
+        sizes_of=sizes_of_weights,
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from cluster.command import main
 from cluster.resources import require_train_resources, resources_of_worker, settle_resources
@@ -25,7 +28,7 @@ from cluster.tracking import (
     system_metrics,
 )
 from cluster.waiting import tells_of_lost_nodes
-from gare.config import ClipConfig, Config, differences
+from gare.config import ClipConfig, Config, ModelConfig, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.data.lock import StoreLock
 from gare.errors import ConfigError, DivergedError, GareError, StoppedError
@@ -38,6 +41,7 @@ from pipelines.finishing import log_outputs
 from pipelines.pending import pending_of
 from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
+from pipelines.sizes import sizes_of_weights
 from pipelines.training import clips_file, input_of_run, plan_of, splits_of, train_worker
 
 if TYPE_CHECKING:
@@ -163,6 +167,7 @@ def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str,
     for section in FREE_SECTIONS & earlier.get("settings", {}).keys():
         del earlier["settings"][section]
     now = _identity(config, splits)
+    earlier["settings"] = _completed(earlier.get("settings", {}), now["settings"])
     differing = [
         line.removeprefix("settings.") for line in differences({key: earlier.get(key) for key in now}, now)
     ]
@@ -174,6 +179,29 @@ def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str,
         )
         raise ConfigError(reason, where=folder, accepted="another train.run, or train.overwrite=true")
     return earlier
+
+
+def _completed(earlier: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier run, with the defaults of keys that its version did not know.
+
+    The default of a new key is what was done before there was one.
+    """
+    defaults = Config().model_dump(mode="json", exclude=FREE_SECTIONS)
+    completed = _filled(earlier, now, defaults)
+    with suppress(ValidationError):  # of a version with other keys, which the comparison tells of
+        completed["model"] = ModelConfig.model_validate(completed.get("model")).identity()
+    return completed
+
+
+def _filled(earlier: Any, now: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    if not isinstance(earlier, Mapping):
+        return earlier
+    filled = dict(earlier)
+    for key in now.keys() & defaults.keys():
+        filled.setdefault(key, defaults[key])
+        if isinstance(now[key], Mapping) and isinstance(defaults[key], Mapping):
+            filled[key] = _filled(filled[key], now[key], defaults[key])
+    return filled
 
 
 def _start_run(
@@ -297,4 +325,4 @@ def _finish(config: Config, places: Layout, handle: RunHandle, best: Entry, star
 
 
 if __name__ == "__main__":
-    main(run, __doc__)
+    main(run, __doc__, sizes_of=sizes_of_weights)

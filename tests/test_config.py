@@ -327,3 +327,81 @@ def test_secrets_are_not_shown_by_other_faults(uri: str, tmp_path: Path) -> None
 def test_uris_without_secrets_are_accepted(uri: str) -> None:
     """A refusal of names and paths that people have would teach them to work around it."""
     assert parse_config({"tracking": {"uri": uri}}).tracking.uri == uri
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def test_a_file_extends_another(tmp_path: Path) -> None:
+    """Else every variant of a recipe is a copy of it, and a correction reaches some of them."""
+    (tmp_path / "deep").mkdir()
+    write(
+        tmp_path,
+        first="name: first\ntrain: {epochs: 3, lr: 1e-3, seed: 1}\nmodel: {clip: {text_layers: 2}}\n",
+        second="extends: first.yaml\nname: second\ntrain: {epochs: 4}\nmodel:\n  clip: {vision_layers: 2}",
+        alone="extends: second.yaml",
+    )
+    write(
+        tmp_path / "deep",
+        third="extends: ../second.yaml\ntrain: {epochs: 9, seed: 2}\nmodel:\nevaluate: {compare: [a, b]}",
+        named="extends: msrvtt\nname: mine\n",
+    )
+    config = load_config(tmp_path / "deep" / "third.yaml", ["train.seed=3"])
+    assert (config.name, config.train.epochs, config.train.lr, config.train.seed) == ("second", 9, 1e-3, 3)
+    assert (config.model.clip.text_layers, config.model.clip.vision_layers) == (2, 2)
+    assert config.evaluate.compare == ("a", "b")
+    assert load_config(tmp_path / "alone.yaml") == load_config(tmp_path / "second.yaml")
+    assert "extends" not in config.to_yaml()
+    named = load_config(tmp_path / "deep" / "named.yaml")
+    assert named == load_config("msrvtt", ["name=mine"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("extends: nowhere", "extends: there is no file .*nowhere and no shipped one.*activitynet, demo"),
+        ("extends: ../nowhere.yaml", r"extends: there is no file .*\.\./nowhere\.yaml"),
+        ("extends: s3://bucket/a.yaml", "extends: there is no file"),
+        ("extends: .", "extends: there is no file"),
+        ("extends: own.yaml", r"extends: goes in a circle: own\.yaml → own\.yaml"),
+        ("extends: other.yaml", r"extends: goes in a circle: own\.yaml → other\.yaml → own\.yaml"),
+        *(
+            (f"extends: {value}", "extends: got .*a path, seen from this file")
+            for value in ("3", "[a]", "''")
+        ),
+        ("extends:", "extends: got None"),
+        ("extends: list.yaml", r"list\.yaml: top level is a list"),
+        ("extends: broken.yaml", r"broken\.yaml: is not YAML"),
+        ("train: {extends: other.yaml}", "train.extends: unknown key"),
+    ],
+)
+def test_a_wrong_extends_is_one_message(text: str, said: str, tmp_path: Path) -> None:
+    """Half a recipe, taken in silence, trains another model than was asked for."""
+    write(tmp_path, own=text, other="extends: own.yaml", list="- a", broken="a: [")
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(tmp_path / "own.yaml")
+    assert caught.value.exit_code == 2
+
+
+def test_faults_name_the_file_that_they_are_in(tmp_path: Path) -> None:
+    """The file that was given may hold two lines, and the fault be three files away."""
+    write(
+        tmp_path,
+        first="trian: {}\ntrain: {epochs: 0, lr: x, seed: -1}\nname: ok",
+        second="extends: first.yaml\ntrain: {seed: -2}",
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "second.yaml", ["train.lr=y"])
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'second.yaml'}: 4 faults")
+    inherited = {line.split()[1] for line in lines[1:] if line.endswith(f"(in {tmp_path / 'first.yaml'})")}
+    assert inherited == {"trian:", "train.epochs:"}
+
+
+def test_settings_from_data_extend_nothing(tmp_path: Path) -> None:
+    """A checkpoint from elsewhere must not have files read that nobody named."""
+    write(tmp_path, own="name: mine")
+    assert "extends: unknown key" in message_of({"extends": str(tmp_path / "own.yaml")})
+    assert "extends: unknown key" in message_of({}, f"extends={tmp_path / 'own.yaml'}")

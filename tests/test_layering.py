@@ -20,6 +20,7 @@ ROOMS = ("gare", "cluster", "pipelines")
 INSIDE_GARE = {
     "errors": set(),
     "strict_yaml": set(),
+    "settings_files": {"errors", "strict_yaml"},
     "sections": {"errors"},
     "upkeep": {"sections"},
     "sources_section": {"sections"},
@@ -32,7 +33,7 @@ INSIDE_GARE = {
     "train_section": {"sections"},
     "feature_section": {"augment_section", "model_section", "sections", "train_section"},
     "config": {
-        *("errors", "sections", "strict_yaml", "upkeep", "augment_section", "feature_section"),
+        *("errors", "sections", "settings_files", "upkeep", "augment_section", "feature_section"),
         *("cluster_section", "model_section", "train_section"),
         *("data_section", "evaluate_section", "extract_section", "sources_section"),
     },

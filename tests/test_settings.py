@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gare.config import load_config
+from gare.config import differences, load_config
 from gare.errors import ConfigError
 
 #: words, frames, epochs, corrected side, GARE's and the baseline's R@1 / R@5 / R@10 / MnR.
@@ -32,7 +32,9 @@ def test_benchmarks_have_the_papers_values(name: str, repository: Path) -> None:
     train, loss, model = config.train, config.loss, config.model
     assert (train.batch_size, train.clip_lr, train.lr, train.weight_decay) == (128, 1e-7, 1e-4, 0.2)
     assert (train.warmup_fraction, train.max_grad_norm, train.optimizer) == (0.1, 1.0, "bert_adam")
+    assert (train.precision, train.encoder_gradient_divisor) == ("fp16_released", 4), "clip_lr fits it alone"
     assert train.captions_per_video == 0
+    assert (train.schedule_epochs or train.epochs) == 5, "the released cosine is always over 5 epochs"
     assert (loss.bottleneck_weight, loss.kl_reduction, loss.prior_std) == (0.07, "mean", 1.0)
     assert (loss.radii_weight, loss.radii_bound, loss.direction_weight) == (0.01, 0.5, 0.01)
     assert (loss.direction_alpha, loss.radii_bound_form, loss.positives) == (2.0, "hard", "diagonal")
@@ -75,3 +77,61 @@ def test_keys_of_benchmarks_have_an_effect(overrides: list[str], message: str, r
     with pytest.raises(ConfigError) as caught:
         load_config(repository / "conf" / "own.yaml", overrides)
     assert message in str(caught.value)
+
+
+def test_the_benchmarks_differ_in_what_is_their_own_alone(repository: Path) -> None:
+    """A setting that was corrected in three of four files is a comparison of two recipes."""
+    shared = load_config(repository / "conf" / "paper.yaml").model_dump()
+    own = {
+        *("name", "data.benchmark", "data.train_list", "data.val_videos", "extract.num_frames"),
+        *("model.max_words", "model.max_frames", "model.corrected_side"),
+        *("train.epochs", "train.schedule_epochs", "train.micro_batch"),
+    }
+    for name in PAPER:
+        lines = differences(shared, load_config(repository / "conf" / f"{name}.yaml").model_dump())
+        assert {line.split()[0] for line in lines} <= own
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_px", "widths", "heads"),
+    [("vit-b-16", 16, (768, 512, 512), (12, 8, 8)), ("vit-l-14", 14, (1024, 768, 768), (16, 12, 12))],
+)
+def test_larger_towers_are_a_few_lines(
+    name: str, patch_px: int, widths: tuple[int, ...], heads: tuple[int, ...], repository: Path
+) -> None:
+    """Sizes that are not the weights' are found only when these are read; the recipe is the same."""
+    base, config = (load_config(one) for one in ("msrvtt", f"msrvtt-{name}"))
+    clip = config.model.clip
+    assert clip.patch_size == patch_px
+    assert (clip.vision_width, clip.text_width, clip.embed_dim) == widths
+    assert (clip.vision_heads, clip.text_heads, config.model.num_temporal_heads) == heads
+    assert config.train.run != base.train.run, "a run of another model may not have the same name"
+    for line in differences(base.model_dump(), config.model_dump()):
+        assert line.startswith(("model.clip.", "train.run "))
+
+
+def test_every_shipped_file_is_found_by_its_name(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--config msrvtt`` works from anywhere; the file of one's own that is there wins."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "msvd").mkdir()  # a folder of videos, perhaps
+    for path in (repository / "conf").glob("*.yaml"):
+        assert load_config(path.stem) == load_config(path.name) == load_config(path)
+    (tmp_path / "msvd.yaml").write_text("name: mine")
+    assert load_config("msvd.yaml").name == "mine"
+    assert load_config("msvd").name == "msvd"
+
+
+@pytest.mark.parametrize("name", ["msrvt", "msrvt.yaml", "MSRVTT", "..", ".", "msvd.yml"])
+def test_unknown_names_list_the_shipped_ones(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slip of a name gets the names, the nearest last."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        load_config(name)
+    assert caught.value.where == name
+    assert "activitynet, demo, didemo" in caught.value.accepted
+    if name.startswith("msrvt"):
+        assert caught.value.accepted.endswith("nearest: msrvtt")

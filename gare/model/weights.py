@@ -111,7 +111,25 @@ def import_clip(source: Mapping[str, Tensor] | str | Path, **settings: Any) -> G
     return _from_openai(read_tensors(path), str(path), settings)
 
 
+def published_sizes(source: str | Path) -> dict[str, int]:
+    """``config.model.clip`` of what ``import_clip`` takes as a path, without building a model.
+
+    Raises:
+        CheckpointError: for what is no CLIP, or cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _described(path)[1]
+    return clip_sizes(_openai_names(read_tensors(path), str(path)), str(path))
+
+
 def _from_openai(state_dict: Mapping[str, Tensor], where: str, settings: Mapping[str, Any]) -> GARE:
+    given = _openai_names(state_dict, where)
+    tensors = {f"towers.clip.{name}": t for name, t in openai_clip(given, where, "").items()}
+    return _start_from_clip(_settle(clip_sizes(given, where), {}, settings, where), tensors, where)
+
+
+def _openai_names(state_dict: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     given = _named_tensors(state_dict, where)
     if "text_model.final_layer_norm.weight" in given:
         raise CheckpointError(
@@ -119,8 +137,7 @@ def _from_openai(state_dict: Mapping[str, Tensor], where: str, settings: Mapping
             where=where,
             accepted="the folder with config.json and model.safetensors",
         )
-    tensors = {f"towers.clip.{name}": t for name, t in openai_clip(given, where, "").items()}
-    return _start_from_clip(_settle(clip_sizes(given, where), {}, settings, where), tensors, where)
+    return given
 
 
 def _named_tensors(state_dict: Any, where: str) -> dict[str, Tensor]:
@@ -144,6 +161,17 @@ def _named_tensors(state_dict: Any, where: str) -> dict[str, Tensor]:
 
 
 def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
+    weights, sizes = _described(folder)
+    tensors = {
+        f"towers.clip.{name}": tensor
+        for name, tensor in read_tensors(weights).items()
+        if not name.endswith(".position_ids")  # older files carry 0, 1, 2 … as a buffer
+    }
+    return _start_from_clip(_settle(sizes, {}, settings, str(folder)), tensors, str(weights))
+
+
+def _described(folder: Path) -> tuple[Path, dict[str, int]]:
+    """The file of weights in a Hugging Face folder, and the sizes that its config.json says."""
     from transformers import CLIPConfig
 
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
@@ -171,7 +199,7 @@ def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
                 where=str(description),
                 accepted="quick_gelu and 1e-5",
             )
-    sizes = {
+    return weights, {
         "image_size": hf.vision_config.image_size,
         "patch_size": hf.vision_config.patch_size,
         "vision_width": hf.vision_config.hidden_size,
@@ -184,12 +212,6 @@ def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
         "max_positions": hf.text_config.max_position_embeddings,
         "embed_dim": hf.projection_dim,
     }
-    tensors = {
-        f"towers.clip.{name}": tensor
-        for name, tensor in read_tensors(weights).items()
-        if not name.endswith(".position_ids")  # older files carry 0, 1, 2 … as a buffer
-    }
-    return _start_from_clip(_settle(sizes, {}, settings, str(folder)), tensors, str(weights))
 
 
 def _start_from_clip(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> GARE:

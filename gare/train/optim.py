@@ -76,13 +76,20 @@ def set_learning_rate(optimizer: Optimizer, step: int, num_steps: int, config: T
         optimizer: from ``build_optimizer``.
         step: 0 for the first step.
         num_steps: steps of the whole run.
-        config: its optimiser decides between ``rate_factor`` and ``rate_factor_released``.
+        config: its optimiser decides between ``rate_factor`` and ``rate_factor_released``; of the latter,
+            ``schedule_epochs`` are that share of the run's steps that they are of its epochs.
     """
-    schedule = rate_factor_released if config.optimizer == "bert_adam" else rate_factor
-    factor = schedule(step, num_steps, config.warmup_fraction)
+    factor = _rate_factor_of_run(step, num_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return factor
+
+
+def _rate_factor_of_run(step: int, num_steps: int, config: TrainConfig) -> float:
+    if config.optimizer != "bert_adam":
+        return rate_factor(step, num_steps, config.warmup_fraction)
+    period = num_steps * (config.schedule_epochs or config.epochs) / config.epochs
+    return rate_factor_released(step, period, config.warmup_fraction)
 
 
 def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
@@ -97,8 +104,12 @@ def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def rate_factor_released(step: int, num_steps: int, warmup_fraction: float) -> float:
-    """The released schedule: as ``rate_factor`` with x = step / num_steps, so that the first rate is 0."""
+def rate_factor_released(step: int, num_steps: float, warmup_fraction: float) -> float:
+    """The released schedule: as ``rate_factor`` with x = step / num_steps, so that the first rate is 0.
+
+    Beyond ``num_steps`` it rises again, to 1 at twice as many. Source: released training, whose ``num_steps``
+    are those of 5 epochs.
+    """
     done = step / num_steps
     if done < warmup_fraction:
         return done / warmup_fraction
@@ -110,9 +121,7 @@ def reach_of_towers(config: TrainConfig, num_steps: int) -> float:
 
     It is clip_lr times the sum of the schedule's factors: an update of Adam is hardly longer than 1.
     """
-    schedule = rate_factor_released if config.optimizer == "bert_adam" else rate_factor
-    factors = (schedule(step, num_steps, config.warmup_fraction) for step in range(num_steps))
-    return config.clip_lr * sum(factors)
+    return config.clip_lr * sum(_rate_factor_of_run(step, num_steps, config) for step in range(num_steps))
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

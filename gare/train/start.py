@@ -11,8 +11,8 @@ from gare.data.files import exists, join
 from gare.errors import ConfigError
 from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
-from gare.model.weights import import_clip
-from gare.train.state import CONFIG, load_checkpoint, load_model
+from gare.model.weights import import_clip, published_sizes
+from gare.train.state import CONFIG, load_checkpoint, load_model, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,29 @@ def feature_model(config: Config) -> GARE:
     return _start(config, weights)
 
 
+def sizes_of_weights(config: Config) -> dict[str, int]:
+    """``model.clip`` as ``features.weights``, or else ``train.clip_weights``, have it.
+
+    Raises:
+        CheckpointError: for weights that cannot be read.
+        ConfigError: where neither is set.
+    """
+    weights = config.features.weights or config.train.clip_weights
+    if not weights:
+        raise ConfigError(
+            "auto takes the sizes of the weights, and none are named",
+            where="model.clip",
+            accepted="train.clip_weights=FILE, or features.weights=FILE",
+        )
+    if _is_checkpoint(weights):
+        return read_config(weights).model.clip.model_dump()
+    return published_sizes(weights)
+
+
+def _is_checkpoint(weights: str) -> bool:
+    return exists(weights) and exists(join(weights, CONFIG))
+
+
 def read_start(uri: str, config: ModelConfig) -> GARE:
     """The initial model of a run that learns from features, without towers, as its driver left it.
 
@@ -62,7 +85,7 @@ def _start(config: Config, weights: str) -> GARE:
     torch.manual_seed(config.train.seed)
     if not weights:
         return GARE(config.model)
-    if exists(weights) and exists(join(weights, CONFIG)):
+    if _is_checkpoint(weights):
         source = load_checkpoint(weights)
         _require_sizes(config, source, weights)
         model = GARE(config.model)

@@ -124,6 +124,8 @@ def test_exit_status_says_whose_fault_it_was(
     [
         ([], "--config"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "dmeo"], "own, paper; nearest: demo"),
+        (["--config", "demo", "model.clip=auto"], "model.clip: auto"),
         (["--config", "{config}", "--sedes", "3"], "--sedes"),
         (["--config", "{config}", "--seeds", "none"], "demo.seeds"),
         (
@@ -157,3 +159,12 @@ def test_help_shows_every_key(repository: Path) -> None:
         assert f"  {key} = {default}".rstrip() in [line.rstrip() for line in lines], key
         assert f"      {meaning}" in lines, key
     assert "An example. 100 % of it." in lines
+    for said in ("the name of one in conf/, such as demo", "extends: FILE", "model.clip=auto"):
+        assert said in " ".join(done.stdout.split())
+
+
+def test_a_shipped_file_goes_by_its_name(repository: Path) -> None:
+    """Nobody should have to know where the repository lies to run what it ships."""
+    done = execute(repository, "--config", "demo")
+    assert done.returncode == 0, done.stderr
+    assert result_of(done)["name"] == "demo"

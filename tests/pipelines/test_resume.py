@@ -17,7 +17,9 @@ import pytest
 
 from cluster.storage import Layout
 from cluster.tracking import resolve_tracking_uri
+from gare.config import ModelConfig
 from gare.data.lock import StoreLock
+from gare.errors import ConfigError
 from pipelines import train
 from tests.pipelines.support import in_process, losses, tiny
 
@@ -120,6 +122,34 @@ def test_what_computes_nothing_may_change(trained: dict[str, Any], places: Layou
     finally:
         record.write_text(written)
     assert again["mlflow_run_id"] == trained["mlflow_run_id"]
+
+
+def test_a_run_of_an_earlier_version_continues(trained: dict[str, Any], places: Layout) -> None:
+    """Its record lacks the keys that came later, whose defaults are what it did; other values are refused."""
+    record = Path(places.run("first")) / "run.json"
+    written = record.read_text()
+    earlier = json.loads(written)
+    for section, key in (("train", "schedule_epochs"), ("model", "query"), ("loss", "positives")):
+        del earlier["settings"][section][key]
+    del earlier["settings"]["augment"]
+    try:
+        record.write_text(json.dumps(earlier))
+        assert train.run(tiny())["mlflow_run_id"] == trained["mlflow_run_id"]
+        del earlier["settings"]["train"]["lr"]
+        record.write_text(json.dumps(earlier))
+        with pytest.raises(ConfigError, match=r"train\.lr was 0\.0001, is 0\.001"):
+            train.run(tiny())
+    finally:
+        record.write_text(written)
+
+
+def test_the_number_of_heads_that_0_stands_for_is_no_other_model() -> None:
+    """The benchmarks' files had 8 before they left it to the width; their runs go on and are evaluated."""
+    now = {"model": ModelConfig(temporal_heads=0).identity()}
+    assert (
+        now["model"] == ModelConfig(temporal_heads=8).identity() != ModelConfig(temporal_heads=4).identity()
+    )
+    assert train._completed({"model": now["model"] | {"temporal_heads": 0}}, now) == now
 
 
 def test_two_drivers_of_one_run(

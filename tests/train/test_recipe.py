@@ -13,7 +13,7 @@ from gare.errors import ConfigError, GareError
 from gare.model.gare import GARE
 from gare.train.bert_adam import BertAdam
 from gare.train.objective import Objective
-from gare.train.optim import rate_factor_released
+from gare.train.optim import rate_factor_released, set_learning_rate
 from gare.train.start import initial_model
 from gare.train.step import Learner, build_learner, train_step
 from tests.model.test_weights import SMALL, OpenAIClip, published
@@ -49,6 +49,31 @@ def test_released_schedule() -> None:
     assert factors[:2] == [0.0, pytest.approx(0.5)]
     assert factors[2] == pytest.approx(0.5 * (1 + np.cos(0.1 * np.pi)))
     assert factors[10] == pytest.approx(0.5)
+
+
+def test_the_released_schedule_rises_again_after_five_epochs() -> None:
+    """ActivityNet's ten epochs were trained so: a run whose rate falls over all ten is another recipe."""
+    settings = ["train.optimizer=bert_adam", "train.epochs=10", "train.warmup_fraction=0.1"]
+    released = learner_of(*settings, "train.schedule_epochs=5")
+    whole = learner_of(*settings)
+    steps = range(40)  # 4 an epoch, and so 20 in five
+    factors = [set_learning_rate(released.optimizer, step, 40, released.config.train) for step in steps]
+    cosine = {4: 0.90451, 8: 0.65451, 10: 0.5, 12: 0.34549, 16: 0.09549}
+    expected = {0: 0.0, 1: 0.5, 2: 0.97553, **cosine, 20: 0.0}
+    expected |= {40 - step: value for step, value in cosine.items()}
+    assert {step: round(factors[step], 5) for step in expected} == expected
+    assert factors[39] == pytest.approx(0.99384, abs=1e-5)
+    assert factors[:20] == [rate_factor_released(step, 20, 0.1) for step in range(20)]
+    over_all = [set_learning_rate(whole.optimizer, step, 40, whole.config.train) for step in steps]
+    assert over_all == [rate_factor_released(step, 40, 0.1) for step in steps]
+    peaks = {group["peak_lr"]: group["lr"] for group in released.optimizer.param_groups}
+    assert all(rate == peak * factors[39] for peak, rate in peaks.items())
+
+
+def test_a_schedule_that_has_no_effect_is_refused() -> None:
+    """AdamW's schedule is over the whole run, whatever the key says."""
+    with pytest.raises(ConfigError, match="schedule_epochs would change nothing"):
+        learner_of("train.schedule_epochs=5")
 
 
 def test_bert_adam_brings_its_schedule(rng: np.random.Generator) -> None:

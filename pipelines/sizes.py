@@ -1,0 +1,41 @@
+"""Part of every step: settles ``model.clip: auto`` by the weights that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.storage import absolute, layout
+from gare.config import ClipConfig, Config
+from gare.data.files import exists
+from gare.errors import ConfigError
+
+
+def sizes_of_weights(config: Config) -> Mapping[str, int]:
+    """As ``gare.train.start.sizes_of_weights``; torch, which takes seconds, is loaded where it is called."""
+    from gare.train.start import sizes_of_weights
+
+    return sizes_of_weights(config)
+
+
+def sizes_for_evaluation(config: Config) -> Mapping[str, int]:
+    """Those of ``evaluate.checkpoint``, of the weights where they are named, or else of the run's best.
+
+    Raises:
+        CheckpointError: for what cannot be read.
+        ConfigError: where there is none of them.
+    """
+    chosen = config.evaluate
+    if chosen.compare or chosen.suite or chosen.sync:
+        return ClipConfig().model_dump()  # no model is looked at
+    from gare.train.state import read_config
+
+    best = layout(config).checkpoint(config.train.run)
+    named = config.features.weights or config.train.clip_weights
+    checkpoint = absolute(chosen.checkpoint) or ("" if named or not exists(best) else best)
+    if checkpoint:
+        return read_config(checkpoint).model.clip.model_dump()
+    try:
+        return sizes_of_weights(config)
+    except ConfigError as error:
+        accepted = f"{error.accepted}, or a run that has ended: there is no {best}"
+        raise ConfigError(error.what, where=error.where, accepted=accepted) from error

@@ -56,6 +56,12 @@ class EvaluateConfig(Section):
         description="runs of the suite, named as in compare; empty: all of this data set",
     )
 
+    test_curve: bool = Field(
+        False,
+        description="score every kept checkpoint of train.run on split test, to look at; nothing chooses, "
+        "compares or registers by it. See train.keep_checkpoints",
+    )
+
     sync: bool = Field(
         False,
         description="deliver to MLflow what the runs of this data set could not while it was lost; nothing "
@@ -69,8 +75,17 @@ class EvaluateConfig(Section):
                 raise ValueError(f"{', '.join(changed)} would change nothing: {switch} is off")
         if len(self.compare) == 1:
             raise ValueError("compare takes two runs")
-        if sum(map(bool, (self.compare, self.suite, self.sync))) > 1:
-            raise ValueError("compare, suite and sync exclude each other")
+        if sum(map(bool, (self.compare, self.suite, self.sync, self.test_curve))) > 1:
+            raise ValueError("compare, suite, sync and test_curve exclude each other")
+        if self.test_curve and self.split != "test":
+            raise ValueError(
+                f"test_curve is of split test, and split is {self.split}: training has the curve of val"
+            )
+        if changed := self.changed("checkpoint", "dsl", "qbnorm") if self.test_curve else []:
+            raise ValueError(
+                f"{', '.join(changed)} would change nothing: test_curve has the plain scores of the "
+                "run's own checkpoints"
+            )
         if self.runs and not self.suite:
             raise ValueError("runs would change nothing: suite is empty")
         if self.split == "train" and self.qbnorm:

@@ -74,6 +74,20 @@ def test_evaluating_from_either_store_is_the_same(
     assert Path(stored["picture"]).stat().st_size > 0
 
 
+def test_the_test_curve_needs_no_towers(
+    learned: dict[str, Any], weights: str, tiny_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints of such a run have no towers, and their features are in the store."""
+    run = ("train.run=from-features", weights, "model.adapters=true")
+    curve = evaluate.run(tiny(*run, "evaluate.test_curve=true"))
+    assert (curve["num_left_out"], curve["num_looks"]) in ((0, 2), (0, 3))
+    assert curve["chosen"]["epoch"] == learned["best_epoch"]
+    assert curve["chosen"]["metrics"] == pytest.approx(evaluate.run(tiny(*run))["metrics"])
+    frames = ("--config", tiny_yaml, "--test-curve", *run, "evaluate.input=frames")
+    answer = in_process(capsys, evaluate.run, *frames, flags=evaluate.FLAGS)
+    answer.refused(2, "evaluate.input", "learned from features", "have no towers")
+
+
 def test_same_job_again_changes_nothing(features: dict[str, Any], weights: str, places: Layout) -> None:
     """A store that others read must not move under them."""
     before = snapshot(places.features)

@@ -49,6 +49,11 @@ def feature_faults(
         faults.append(
             f"train.freeze {train.freeze} would change nothing: with train.input features no tower learns"
         )
+    if not model.learns_without_towers:
+        faults.append(
+            "train.input features would learn nothing: model.temporal is none, and model.increment and "
+            "model.adapters are off"
+        )
     if model.increment and model.context == "words" and not features.words:
         faults.append("model.context words needs features.words=true with train.input features")
     return faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -43,11 +44,21 @@ class ModelConfig(Section):
     clip: ClipConfig = Field(default_factory=ClipConfig, description="the CLIP towers")
     max_words: int = Field(32, ge=3, description="W: tokens of a caption, both markers included")
     max_frames: Count = Field(12, description="F: frames of a clip")
+    temporal: Literal["transformer", "none"] = Field(
+        "transformer",
+        description="transformer over the frames of a clip; none: frame features stay as they are, as the "
+        "released code has it for MSVD",
+    )
     temporal_layers: int = Field(4, ge=0, description="blocks of the temporal transformer")
     temporal_heads: int = Field(
         0,
         ge=0,
         description="attention heads of the temporal transformer; 0: 64 of embed_dim's numbers a head",
+    )
+    pooling: Literal["text_conditioned", "mean"] = Field(
+        "text_conditioned",
+        description="how the frames of a clip become one vector: weighted for each text, or the mean of "
+        "frames at length 1, without increment (CLIP4Clip: meanP with temporal none, else seqTransf)",
     )
     pool_temperature: Positive = Field(3.0, description="τ_pool of the text-conditioned pooling")
     increment: bool = Field(True, description="learn Δ_ij; off is the baseline of the paper's Table 3")
@@ -86,6 +97,12 @@ class ModelConfig(Section):
         changed = self.changed("corrected_side", "context", "gap_sign", "query", "increment_layers")
         if changed and not self.increment:
             raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
+        if self.temporal == "none" and (changed := self.changed("temporal_layers", "temporal_heads")):
+            raise ValueError(f"{', '.join(changed)} would change nothing: temporal is none")
+        if self.pooling == "mean" and self.increment:
+            raise ValueError("pooling mean has no increment: set increment=false")
+        if self.pooling == "mean" and self.changed("pool_temperature"):
+            raise ValueError("pool_temperature would change nothing: pooling mean has none")
         if self.method == "factorized" and self.increment_layers > 1:
             raise ValueError(
                 "method factorized has no form for increment_layers above 1: take auto or direct"
@@ -102,6 +119,11 @@ class ModelConfig(Section):
         return self
 
     @property
+    def learns_without_towers(self) -> bool:
+        """Whether the model has weights beside the towers'."""
+        return self.temporal == "transformer" or self.increment or self.adapters
+
+    @property
     def memory_bytes(self) -> int:
         """``memory_mb`` in bytes."""
         return int(self.memory_mb * 10**6)
@@ -109,6 +131,11 @@ class ModelConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What makes a model this model: not how it is computed."""
         return self.model_dump(mode="json", exclude={"method", "memory_mb"})
+
+    @classmethod
+    def completed(cls, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """An identity that an earlier version saved, with the keys that came later, then at their default."""
+        return {**cls().identity(), **identity}
 
     def baseline(self) -> ModelConfig:
         """The same model without increment, and without the switches that only shape it."""
@@ -122,15 +149,15 @@ class ModelConfig(Section):
             raise ValueError(
                 f"max_words {self.max_words} exceeds clip.max_positions {self.clip.max_positions}"
             )
-        if self.max_frames > self.clip.max_positions:
+        if self.temporal == "transformer" and self.max_frames > self.clip.max_positions:
             raise ValueError(
                 f"max_frames {self.max_frames} exceeds clip.max_positions {self.clip.max_positions}, "
                 "the number of frame positions"
             )
-        for key, heads in (
-            ("temporal_heads", self.num_temporal_heads),
-            ("increment_heads", self.increment_heads),
-        ):
+        heads_of = {"increment_heads": self.increment_heads}
+        if self.temporal == "transformer":
+            heads_of["temporal_heads"] = self.num_temporal_heads
+        for key, heads in heads_of.items():
             if self.clip.embed_dim % heads:
                 raise ValueError(f"clip.embed_dim {self.clip.embed_dim} is not a multiple of {key} {heads}")
         return self

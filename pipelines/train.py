@@ -159,6 +159,8 @@ def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str,
     # What an earlier version held to be part of a run may not be any more.
     for section in FREE_SECTIONS & earlier.get("settings", {}).keys():
         del earlier["settings"][section]
+    if settings := earlier.get("settings"):
+        settings["model"] = config.model.completed(settings.get("model", {}))
     now = _identity(config, splits)
     differing = [
         line.removeprefix("settings.") for line in differences({key: earlier.get(key) for key in now}, now)

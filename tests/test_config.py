@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gare.config import Config, Section, describe_keys, load_config, parse_config
+from gare.config import Config, ModelConfig, Section, describe_keys, load_config, parse_config
 from gare.errors import ConfigError
 
 
@@ -202,6 +202,14 @@ def test_keys_that_contradict_each_other(overrides: list[str], parts: list[str])
     message = message_of({}, *overrides)
     for part in parts:
         assert part in message
+
+
+def test_models_of_earlier_versions_keep_their_identity() -> None:
+    """A run that was begun before a switch existed goes on, and is the same model."""
+    identity = Config().model.identity()
+    earlier = {key: value for key, value in identity.items() if key not in ("temporal", "pooling")}
+    assert ModelConfig.completed(earlier) == identity
+    assert ModelConfig.completed(earlier | {"context": "words"}) == identity | {"context": "words"}
 
 
 def test_all_faults_at_once() -> None:

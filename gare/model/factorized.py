@@ -141,12 +141,14 @@ class Rule:
         pool_temperature: τ_pool.
         radius: of increments that point from ψ's output to the video, else None.
         unit: whether such increments are taken with length 1 instead.
+        pooling: text_conditioned or mean.
     """
 
     corrected_side: str
     pool_temperature: float
     radius: IncrementRadius | None
     unit: bool = False
+    pooling: str = "text_conditioned"
 
 
 def corrected_square(
@@ -171,6 +173,8 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     num_videos, num_rows, _ = video.rows.shape
     num_frames = video.features.mask.shape[1]
     assert video.by_frames is not None
+    if rule.pooling == "mean":
+        return mean_pairs(texts, video)
     products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_rows, -1)
     frame_products, delta_products = torch.split(products, [num_frames, num_rows - num_frames], dim=1)
     pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
@@ -198,6 +202,14 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     return PairNumbers(
         scores, text_pooled, pooled_square, norms, text_delta, delta_pooled, weights, pooling_MFN
     )
+
+
+def mean_pairs(texts: Embeddings, video: PreparedVideo) -> PairNumbers:
+    """Pairs of M videos that are one unit vector each with N texts: numbers (M, N), by one product."""
+    text_pooled = video.rows.squeeze(1) @ texts.vectors.T
+    scores = (text_pooled / _root(texts.square, COSINE_EPS)).clamp(-1, 1)
+    ones = torch.ones_like(text_pooled[:1, :1]).expand_as(text_pooled)
+    return PairNumbers(scores, text_pooled, ones, None, None, None, None, ones.unsqueeze(1))
 
 
 def text_pairs(rule: Rule, text: PreparedText, video: PreparedVideo) -> PairNumbers:

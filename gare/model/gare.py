@@ -6,7 +6,7 @@ N texts, M videos, F frames, W words, D embedding width.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from gare.model.clip import ClipTowers, NoTowers, tower_frames, tower_text
 from gare.model.factorized import Rule
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.increment import Increment, IncrementRadius, towards
+from gare.model.pooling import pool, unit_mean
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.streaming import stream_direct, stream_factorized
 from gare.model.temporal import TemporalTransformer
@@ -56,11 +57,14 @@ class GARE(nn.Module):
         self.config = config
         width = config.clip.embed_dim
         self.towers: ClipTowers | NoTowers = ClipTowers(config.clip) if towers else NoTowers()
-        self.temporal = TemporalTransformer(
-            width, config.temporal_layers, config.num_temporal_heads, config.clip.max_positions
+        self.temporal = (
+            TemporalTransformer(
+                width, config.temporal_layers, config.num_temporal_heads, config.clip.max_positions
+            )
+            if config.temporal == "transformer"
+            else None
         )
-        if isinstance(self.towers, ClipTowers):
-            self.temporal.start_from_text_tower(self.towers)
+        self.start_temporal()
         self.increment = (
             Increment(width, config.increment_heads, config.increment_dropout, config.increment_layers)
             if config.increment
@@ -71,6 +75,16 @@ class GARE(nn.Module):
             IncrementRadius(config.max_frames) if config.increment and config.query == "text" else None
         )
         self.adapters = Adapters(width) if config.adapters else None
+
+    def start_temporal(self) -> str:
+        """Starts the temporal transformer from the text tower, where there are both.
+
+        Returns:
+            As ``TemporalTransformer.start_from_text_tower``.
+        """
+        if self.temporal is None or not isinstance(self.towers, ClipTowers):
+            return ""
+        return self.temporal.start_from_text_tower(self.towers)
 
     def drop_towers(self) -> None:
         """Leaves of CLIP only the logit scale, for a model that learns from stored features."""
@@ -130,11 +144,15 @@ class GARE(nn.Module):
         """
         mask_MF = self._check_clips(frame_mask)
         frames_MFD = frames if self.adapters is None else self.adapters.video(frames)
-        return VideoFeatures(self.temporal(frames_MFD, mask_MF), mask_MF)
+        if self.temporal is not None:
+            frames_MFD = self.temporal(frames_MFD, mask_MF)
+        return VideoFeatures(frames_MFD, mask_MF)
 
     def _check_clips(self, frame_mask: Tensor) -> Tensor:
         mask_MF = frame_mask.bool()
-        limit = self.temporal.positions.num_embeddings if self.radius is None else self.config.max_frames
+        limit = self.config.max_frames
+        if self.temporal is not None and self.radius is None:
+            limit = self.temporal.positions.num_embeddings
         if mask_MF.shape[1] > limit:
             raise DataError(
                 f"clips of {mask_MF.shape[1]} frames",
@@ -221,7 +239,8 @@ class GARE(nn.Module):
     @property
     def rule(self) -> Rule:
         """How numbers of a pair become its score."""
-        return Rule(self.config.corrected_side, self.config.pool_temperature, self.radius)
+        config = self.config
+        return Rule(config.corrected_side, config.pool_temperature, self.radius, pooling=config.pooling)
 
     @property
     def drops(self) -> bool:
@@ -268,6 +287,11 @@ class GARE(nn.Module):
             maps: from ``basis_maps``.
             keep_MD: dropout of each video, or None.
         """
+        if self.config.pooling == "mean":
+            # One unit vector is left of a clip, as if it had a single frame.
+            unit_M1D = functional.normalize(unit_mean(video)).unsqueeze(1)
+            one = VideoFeatures(unit_M1D, torch.ones_like(video.mask[:, :1]))
+            return replace(PreparedVideo.of(one, None), mean=video.mean)
         if self.increment is None or maps is None:
             return PreparedVideo.of(video, None)
         if self.context_of == "text":
@@ -317,6 +341,9 @@ class GARE(nn.Module):
         Raises:
             ConfigError: for text features without words where they are the context of ψ.
         """
+        if self.config.pooling == "mean":
+            unit_ND, unit_MD = functional.normalize(text.embedding), functional.normalize(unit_mean(video))
+            return Pairs((unit_ND @ unit_MD.T).clamp(-1, 1), None)
         pooled_NMD = pool(text.embedding, video, self.config.pool_temperature)
         text_NMD = text.embedding.unsqueeze(1)
         delta_NMD = self.deltas(text, video, keep_OD)
@@ -363,14 +390,3 @@ def _words(text: TextFeatures) -> Tensor:
             "the text features have no words", where="model.context", accepted="words, from encode_text"
         )
     return text.words
-
-
-def pool(text_ND: Tensor, video: VideoFeatures, temperature: float) -> Tensor:
-    """Text-conditioned pooling p_ij = Σ_f softmax_f(t_i·v_jf / τ_pool) v_jf, padded frames excluded.
-
-    Returns:
-        (N, M, D).
-    """
-    logits_NMF = torch.einsum("nd,mfd->nmf", text_ND, video.frames) / temperature
-    logits_NMF = logits_NMF.masked_fill(~video.mask, -torch.inf)
-    return torch.einsum("nmf,mfd->nmd", logits_NMF.softmax(dim=-1), video.frames)

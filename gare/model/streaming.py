@@ -52,6 +52,8 @@ class Sizes:
 
 def numbers_of_a_pair(model: GARE, num_frames: int, num_words: int) -> int:
     """How many numbers the factorised form holds of a pair: products, attention and its forms."""
+    if model.config.pooling == "mean":
+        num_frames = 1
     wide = model.config.clip.embed_dim if model.context_of == "text" else 0
     return 6 * _attention_weights(model, num_frames, num_words) + 8 * num_frames + 16 + wide
 

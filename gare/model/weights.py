@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gare.config import ClipConfig, ModelConfig
 from gare.errors import CheckpointError, ConfigError
-from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
 from gare.model.openai_clip import CLIP_FACTS, block, clip_sizes, openai_clip, some
 from gare.model.weight_files import read_tensors
@@ -78,13 +77,23 @@ def import_released(state_dict: Mapping[str, Tensor], **settings: Any) -> GARE:
     if unknown:
         raise CheckpointError(f"has tensors of another model: {some(unknown)}", where=where)
     layers = {int(name.split(".")[3]) for name in tensors if name.startswith("temporal.blocks.layers.")}
-    if not layers:
-        raise CheckpointError("missing: transformerClip.resblocks.*, the temporal transformer", where=where)
+    passes_through = settings.get("temporal") == "none"
+    if not layers and not passes_through:
+        raise CheckpointError(
+            "missing: transformerClip.resblocks.*, the temporal transformer",
+            where=where,
+            accepted="a whole file, or temporal none for a model that has none",
+        )
     sizes = clip_sizes(clip, where, "clip.")
-    config = _settle(sizes, {"temporal_layers": max(layers) + 1}, settings, where)
-    if not config.increment:
-        unused += [name for name in tensors if name.startswith("increment.")]
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("increment.")}
+    found = {} if passes_through else {"temporal_layers": max(layers) + 1}
+    config = _settle(sizes, found, settings, where)
+    left_out = tuple(
+        part
+        for part, kept in (("increment.", config.increment), ("temporal.", not passes_through))
+        if not kept
+    )
+    unused += [name for name in tensors if name.startswith(left_out)]
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
     model = GARE(config)
     _fill(model, tensors, where, may_miss=("radius.", "adapters."))
     logger.info("%s: %d tensors used; unused: %s", where, len(given) - len(unused), ", ".join(sorted(unused)))
@@ -194,9 +203,8 @@ def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
 
 def _start_from_clip(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> GARE:
     model = GARE(config)
-    assert isinstance(model.towers, ClipTowers)
     _fill(model, tensors, where, may_miss=("temporal.", "increment.", "radius.", "adapters."))
-    if random := model.temporal.start_from_text_tower(model.towers):
+    if random := model.start_temporal():
         logger.warning("%s: the temporal transformer does not start from the text blocks: %s", where, random)
     return model.eval()
 

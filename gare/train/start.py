@@ -9,7 +9,6 @@ import torch
 from gare.config import Config, ModelConfig
 from gare.data.files import exists, join
 from gare.errors import ConfigError
-from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
 from gare.model.weights import import_clip
 from gare.train.state import CONFIG, load_checkpoint, load_model
@@ -67,8 +66,7 @@ def _start(config: Config, weights: str) -> GARE:
         _require_sizes(config, source, weights)
         model = GARE(config.model)
         model.towers.load_state_dict(source.towers.state_dict())
-        assert isinstance(model.towers, ClipTowers)
-        model.temporal.start_from_text_tower(model.towers)
+        model.start_temporal()
         return model
     settings = config.model.model_dump(exclude={"clip"})
     model = import_clip(weights, **settings)

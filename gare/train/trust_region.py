@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.gare import GARE, pool
+from gare.model.gare import GARE
+from gare.model.pooling import pool
 from gare.train.losses import info_nce
 
 

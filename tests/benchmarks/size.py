@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gare.config import Config, parse_config
 from gare.data.batch import Batch
-from gare.model.gare import GARE, pool
+from gare.model.gare import GARE
+from gare.model.pooling import pool
 from gare.train.step import build_learner, train_step
 
 WORDS, FRAMES, BATCH = 32, 12, 8

@@ -24,7 +24,7 @@ VARIANTS: list[dict[str, Any]] = [
     for sign in (1, -1)
 ]
 VARIANTS += [{"query": "text", "corrected_side": side} for side in ("text", "video")]
-VARIANTS += [{"increment": False}]
+VARIANTS += [{"increment": False}, {"increment": False, "pooling": "mean"}]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False)

@@ -8,8 +8,9 @@ import torch
 
 from gare.config import LossConfig
 from gare.model.features import VideoFeatures
-from gare.model.gare import GARE, pool
+from gare.model.gare import GARE
 from gare.model.increment import Increment
+from gare.model.pooling import pool
 from gare.train.losses import bottleneck, direction, info_nce, radii
 from tests.golden import GOLDEN, draw_weight, head_inputs
 

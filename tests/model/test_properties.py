@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.gare import GARE, pool
+from gare.model.gare import GARE
+from gare.model.pooling import pool
 from gare.retrieval.metrics import retrieval_metrics
 from tests.retrieval.test_metrics import brute_force
 from tests.tiny import tiny_config

@@ -190,6 +190,22 @@ def test_released_settings_can_be_given() -> None:
         import_released(state_dict, max_frames=1000)
 
 
+def test_weights_without_temporal_transformer(clip: OpenAIClip) -> None:
+    """MSVD's released run lets frame features pass through, whether or not its file holds one."""
+    state_dict = released_state_dict(0)
+    whole = import_released(state_dict, temporal="none")
+    for name in [name for name in state_dict if name.startswith(("transformerClip", "frame_position"))]:
+        del state_dict[name]
+    bare = import_released(state_dict, temporal="none")
+    assert whole.temporal is bare.temporal is None
+    assert whole.state_dict().keys() == bare.state_dict().keys()
+    with pytest.raises(CheckpointError, match="temporal none for a model that has none"):
+        import_released(state_dict)
+    with pytest.raises(ConfigError, match="temporal_layers would change nothing"):
+        import_clip(published(clip), temporal="none", temporal_layers=2)
+    assert import_clip(published(clip), temporal="none").temporal is None
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -39,6 +39,8 @@ OPTIONS = (
     "loss.positives=video loss.direction_form=orthogonality",
     "train.micro_batch=1 model.memory_mb=1",
     "model.increment=false loss.positives=video",
+    "model.increment=false model.pooling=mean train.micro_batch=1",
+    "model.temporal=none model.temporal_layers=4 model.temporal_heads=0",
     "train.input=features model.adapters=true train.micro_batch=1",
 )
 #: Batches that neither two nor three workers share equally.

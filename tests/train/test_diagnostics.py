@@ -13,7 +13,8 @@ from torch.nn import functional
 from gare.config import LossConfig
 from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.gare import GARE, pool
+from gare.model.gare import GARE
+from gare.model.pooling import pool, unit_mean
 from gare.train.diagnostics import diagnose
 from gare.train.losses import info_nce
 from gare.train.objective import Draws, sharded_terms
@@ -103,9 +104,22 @@ def test_the_baseline_is_measured_too(seed: int) -> None:
     """The paper's figures start from the tension without increments."""
     torch.manual_seed(seed)
     text, video = features(N, N, 4, 5, 32, torch.float64)
-    found = measured(head(32, increment=False), text, video)
-    assert found["tension/net_before"] > 0
-    assert not {name for name in found if name.startswith("delta/")}
+    for pooling in ("text_conditioned", "mean"):
+        model = head(32, increment=False, pooling=pooling)
+        found = measured(model, text, video)
+        assert not {name for name in found if name.startswith("delta/")}
+        left = text.embedding.unsqueeze(1).expand(-1, N, -1).clone().requires_grad_()
+        pooled = pool(text.embedding, video, 3.0)
+        if pooling == "mean":
+            pooled = unit_mean(video).expand(N, -1, -1)
+        scores = functional.cosine_similarity(left, pooled, dim=2)
+        rows, columns = info_nce(scores, model.logit_scale.exp())
+        (gradient,) = torch.autograd.grad((rows + columns) / 2, left)
+        net, gross = gradient.sum(dim=1).norm(dim=1), gradient.norm(dim=2).sum(dim=1)
+        assert found["tension/net_before"] == pytest.approx(float(net.mean()))
+        assert found["tension/cancelled_before"] == pytest.approx(float(1 - (net / gross).mean()))
+        gap = text.embedding.mean(dim=0) - video.mean.mean(dim=0)
+        assert found["gap/modality"] == pytest.approx(float(gap.norm()))
 
 
 def test_few_texts_are_of_all(seed: int) -> None:

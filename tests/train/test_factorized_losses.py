@@ -70,6 +70,7 @@ MODELS: list[dict[str, Any]] = [
     )
 ]
 MODELS += [{"query": "text", "corrected_side": side} for side in ("text", "video")]
+MODELS += [{"increment": False}, {"increment": False, "pooling": "mean"}]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

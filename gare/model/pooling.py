@@ -1,0 +1,35 @@
+"""Frames of a clip to one vector: for each text, or for all texts alike.
+
+N texts, M videos, F frames, D embedding width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gare.model.features import VideoFeatures
+from gare.model.forms import SHORTEST
+
+
+def pool(text_ND: Tensor, video: VideoFeatures, temperature: float) -> Tensor:
+    """Text-conditioned pooling p_ij = Σ_f softmax_f(t_i·v_jf / τ_pool) v_jf, padded frames excluded.
+
+    Returns:
+        (N, M, D).
+    """
+    logits_NMF = torch.einsum("nd,mfd->nmf", text_ND, video.frames) / temperature
+    logits_NMF = logits_NMF.masked_fill(~video.mask, -torch.inf)
+    return torch.einsum("nmf,mfd->nmd", logits_NMF.softmax(dim=-1), video.frames)
+
+
+def unit_mean(video: VideoFeatures) -> Tensor:
+    """The mean p_j (M, D) of a clip's real frames, each at length 1; it is itself shorter.
+
+    Source: CLIP4Clip's mean pooling (arXiv 2104.08860).
+    """
+    lengths_MF = torch.linalg.vector_norm(video.frames, dim=2).clamp(min=SHORTEST)
+    shares_MF = video.mask / (video.mask.sum(dim=1, keepdim=True) * lengths_MF)
+    # A product, so that no copy of the frames is made.
+    mean_MD: Tensor = (shares_MF.unsqueeze(1) @ video.frames).squeeze(1)
+    return mean_MD

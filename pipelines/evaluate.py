@@ -17,14 +17,14 @@ from gare.data.files import exists, join, read_json, write_atomically, write_jso
 from gare.data.frames import FrameReader, NoPictures, open_pictures
 from gare.data.manifest import SPLITS, ManifestRow
 from gare.errors import DataError
-from gare.retrieval.evaluated import split_hash_of
+from gare.retrieval.evaluated import ZERO_SHOT, split_hash_of
 from gare.retrieval.notes import evaluation_note
 from gare.train.data import StoredSplits, read_splits
 from pipelines.comparison import FOLDER_TAG, collect, compare
 from pipelines.curve import score_curve
 from pipelines.registration import write_and_register
 from pipelines.scoring import encode, rank
-from pipelines.subject import Subject, checkpoint_subject, open_tracking
+from pipelines.subject import Subject, checkpoint_subject, open_tracking, zero_shot_subject
 from pipelines.syncing import sync
 
 if TYPE_CHECKING:
@@ -32,11 +32,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Tags that say how a run was trained.
+TRAINING_TAGS = ("world_size", "batch", "seed")
 #: The options of this command.
 FLAGS: Flags = {
     "--compare": ("evaluate.compare", "compare two evaluated runs", ("RUN_A", "RUN_B")),
     "--suite": ("evaluate.suite", "collect evaluate.runs under one MLflow run of this name"),
     "--sync": ("evaluate.sync", "deliver to MLflow what it missed while it was lost", "true"),
+    "--zero-shot": ("evaluate.zero_shot", "score towers as they are, without a run", "true"),
     "--test-curve": ("evaluate.test_curve", "score every kept checkpoint on test, to look at", "true"),
 }
 
@@ -69,7 +72,10 @@ def _evaluate(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     places = layout(config)
     split = config.evaluate.split
-    subject = checkpoint_subject(config, places)
+    if config.evaluate.zero_shot:
+        config, subject = zero_shot_subject(config, places)
+    else:
+        subject = checkpoint_subject(config, places)
     splits = read_splits(places.manifest, subject.store, config.extract, subject.settings)
     rows = splits.of_split(split)
     if not rows:
@@ -113,6 +119,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
         handle.log_figure_bytes(f"{figure}-{split}.png", png)
     result = {
         "run": subject.run,
+        **({"model": ZERO_SHOT} if subject.is_zero_shot else {}),
         "checkpoint": subject.checkpoint,
         "benchmark": benchmark_name(config, splits.benchmark),
         "protocol": splits.protocol,
@@ -157,8 +164,12 @@ def _tags(
 ) -> dict[str, Any]:
     split = config.evaluate.split
     rows = splits.of_split(split)
+    about = run_tags(config, splits.benchmark, splits.protocol)
+    if subject.is_zero_shot:
+        about = {name: value for name, value in about.items() if name not in TRAINING_TAGS}
+        about["precision"] = "float32" if subject.settings is None else config.features.precision
     return {
-        **run_tags(config, splits.benchmark, splits.protocol),
+        **about,
         **split_tags(split, split_hash_of(rows), num_texts, len(rows)),
         f"{split}.post-processing": processing_tag(config),
         "git.revision.evaluated": git_revision(Path(__file__).parent),

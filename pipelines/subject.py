@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from cluster.storage import Layout, absolute
 from cluster.tracking import RunHandle, connect
 from gare.config import Config, differences
-from gare.data.files import exists, join, read_json
+from gare.data.files import exists, join, read_json, write_json
 from gare.errors import CheckpointError
+from gare.retrieval.evaluated import ZERO_SHOT
 from pipelines.pending import pending_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Subject:
         store: the store that it is scored from.
         settings: what a feature store must have been made with; None: the store is one of frames.
         record: JSON file that names its MLflow run; empty for a checkpoint from elsewhere.
+        towers_sha256: of a zero-shot evaluation, for its record; else empty.
     """
 
     run: str
@@ -38,11 +40,17 @@ class Subject:
     store: str
     settings: dict[str, Any] | None
     record: str = ""
+    towers_sha256: str = ""
+
+    @property
+    def is_zero_shot(self) -> bool:
+        """True if it is towers as they are, without a run."""
+        return self.run == ZERO_SHOT
 
     @property
     def is_trained_run(self) -> bool:
         """True if it is the best checkpoint of ``run`` itself."""
-        return bool(self.record)
+        return bool(self.record) and not self.is_zero_shot
 
 
 def checkpoint_subject(config: Config, places: Layout) -> Subject:
@@ -84,6 +92,36 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
     )
 
 
+def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
+    """The towers of ``features.weights``, by default of ``train.clip_weights``, as they are.
+
+    Returns:
+        The configuration with the model that is scored, and the subject.
+
+    Raises:
+        CheckpointError: for weights that cannot be used.
+        ConfigError: where no weights are named, or ``model.clip`` has other sizes than they.
+    """
+    from gare.model.clip import towers_sha256
+    from gare.train.start import zero_shot_model
+
+    weights = absolute(config.features.weights or config.train.clip_weights)
+    features = config.features.model_copy(update={"weights": weights})
+    config = config.model_copy(update={"model": config.model.zero_shot(), "features": features})
+    model = zero_shot_model(config)
+    settings = settings_of(config, model) if config.evaluate.input == "features" else None
+    return config, Subject(
+        ZERO_SHOT,
+        weights,
+        model,
+        lambda: zero_shot_model(config),
+        places.frames if settings is None else places.features,
+        settings,
+        join(places.run(ZERO_SHOT), "zero-shot.json"),
+        towers_sha256(model.towers),
+    )
+
+
 def settings_of(config: Config, model: GARE) -> dict[str, Any]:
     """Settings that a feature store must have been made with to hold features of the model's towers."""
     from gare.data.feature_store import feature_settings
@@ -93,10 +131,22 @@ def settings_of(config: Config, model: GARE) -> dict[str, Any]:
 
 
 def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle:
-    """The MLflow run of the training, or a new one for a checkpoint from elsewhere."""
+    """The MLflow run of the training or of these towers, or a new one for a checkpoint from elsewhere."""
     tracker, pending = connect(config.tracking, places.root), pending_of(places)
     if subject.is_trained_run:
         run_id = read_json(subject.record)["mlflow_run_id"]
         return tracker.start_run(f"{config.name}/{subject.run}", run_id=run_id, pending=pending)
-    tags = {"checkpoint": subject.checkpoint}
-    return tracker.start_run(f"{config.name}/evaluate", tags=tags, pending=pending)
+    if not subject.is_zero_shot:
+        tags = {"checkpoint": subject.checkpoint}
+        return tracker.start_run(f"{config.name}/evaluate", tags=tags, pending=pending)
+    # One run for all splits of the same towers.
+    known = read_json(subject.record) if exists(subject.record) else {}
+    same = known.get("towers_sha256") == subject.towers_sha256
+    handle = tracker.start_run(
+        f"{config.name}/{ZERO_SHOT}",
+        run_id=known["mlflow_run_id"] if same else None,
+        tags={"model": ZERO_SHOT, "weights": subject.checkpoint, "towers.sha256": subject.towers_sha256},
+        pending=pending,
+    )
+    write_json(subject.record, {"towers_sha256": subject.towers_sha256, "mlflow_run_id": handle.run_id})
+    return handle

@@ -68,10 +68,7 @@ def test_scores_are_cosines_with_the_mean_of_unit_frames(
     frames, mask = map(torch.from_numpy, FrameReader(store).read(IDS))
     token_ids, _ = tokenize(captions, config.model.max_words)
     with torch.inference_mode():
-        # A transformers model finds the end of a caption itself, by the largest token.
-        hidden = clip.text_model(input_ids=token_ids).last_hidden_state
-        ends = token_ids.argmax(dim=1)
-        text_ND = clip.text_projection(hidden[torch.arange(len(captions)), ends])
+        text_ND = clip.text_projection(clip.text_model(input_ids=token_ids).pooler_output)
         expected = torch.empty(len(captions), len(IDS))
         for column, (clip_F, real_F) in enumerate(zip(frames, mask, strict=True)):
             images = normalise(clip_F[real_F].unsqueeze(0))[0]

@@ -127,9 +127,10 @@ def checkpoints_picture(
     figure = _figure(title, 9.6, 4.8)
     axes = figure.subplots()
     draw_lines(axes, curves, "R@1 (%)", "step", note)
-    for (name, (step, value)), colour in zip(marked.items(), LINES[2:], strict=False):
+    # Rings of their own sizes, for marks may be of one point.
+    for number, ((name, (step, value)), colour) in enumerate(zip(marked.items(), LINES[2:], strict=False)):
         axes.plot(
-            [step], [value], "o", markersize=11, markerfacecolor="none", markeredgewidth=2, color=colour,
+            [step], [value], "o", markersize=11 + 6 * number, markerfacecolor="none", markeredgewidth=2, color=colour,
             label=f"{drawable(name)}: step {step:,}, {value:.1f}",
         )  # fmt: skip
     axes.legend(fontsize=9, frameon=True, framealpha=0.85, edgecolor="#e6e8ec", loc="best")

@@ -130,7 +130,8 @@ def checkpoints_picture(
     # Rings of their own sizes, for marks may be of one point.
     for number, ((name, (step, value)), colour) in enumerate(zip(marked.items(), LINES[2:], strict=False)):
         axes.plot(
-            [step], [value], "o", markersize=11 + 6 * number, markerfacecolor="none", markeredgewidth=2, color=colour,
+            [step], [value], "o", color=colour,
+            markersize=11 + 6 * number, markerfacecolor="none", markeredgewidth=2,
             label=f"{drawable(name)}: step {step:,}, {value:.1f}",
         )  # fmt: skip
     axes.legend(fontsize=9, frameon=True, framealpha=0.85, edgecolor="#e6e8ec", loc="best")

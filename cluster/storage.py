@@ -60,6 +60,10 @@ class Layout:
         """Folder of an evaluation."""
         return f"{self.run(run)}/evaluation-{split}"
 
+    def test_curve(self, run: str) -> str:
+        """Folder of the scores of a run's checkpoints on test, which nothing chooses by or compares."""
+        return f"{self.run(run)}/evaluation-test-curve"
+
     def step(self, name: str) -> str:
         """Folder of a step's result where it has no other."""
         return f"{self.data}/{name}"

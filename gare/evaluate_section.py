@@ -17,9 +17,16 @@ class EvaluateConfig(Section):
 
     split: Literal["train", "val", "test"] = Field("test", description="which split to score")
     input: Literal["auto", "frames", "features"] = Field(
-        "auto", description="store to score from; auto: the kind that the checkpoint learned from"
+        "auto",
+        description="store to score from; auto: the kind that the checkpoint learned from, frames with "
+        "zero_shot",
     )
     checkpoint: str = Field("", description="checkpoint folder; empty: the best on val of train.run")
+    zero_shot: bool = Field(
+        False,
+        description="score the towers of features.weights (train.clip_weights) as they are, without any run: "
+        "the mean of unit frames; its results are those of a run named zero-shot",
+    )
     num_examples: Count = Field(6, description="queries in the retrieval picture")
     resamples: int = Field(
         1000, ge=0, description="bootstrap resamples of the queries for 95 % intervals; 0: no intervals"
@@ -56,6 +63,12 @@ class EvaluateConfig(Section):
         description="runs of the suite, named as in compare; empty: all of this data set",
     )
 
+    test_curve: bool = Field(
+        False,
+        description="score every kept checkpoint of train.run on split test, to look at; nothing chooses, "
+        "compares or registers by it. See train.keep_checkpoints",
+    )
+
     sync: bool = Field(
         False,
         description="deliver to MLflow what the runs of this data set could not while it was lost; nothing "
@@ -69,8 +82,20 @@ class EvaluateConfig(Section):
                 raise ValueError(f"{', '.join(changed)} would change nothing: {switch} is off")
         if len(self.compare) == 1:
             raise ValueError("compare takes two runs")
-        if sum(map(bool, (self.compare, self.suite, self.sync))) > 1:
-            raise ValueError("compare, suite and sync exclude each other")
+        tasks = (self.compare, self.suite, self.sync, self.test_curve, self.zero_shot)
+        if sum(map(bool, tasks)) > 1:
+            raise ValueError("compare, suite, sync, test_curve and zero_shot exclude each other")
+        if self.zero_shot and self.checkpoint:
+            raise ValueError("checkpoint would change nothing: zero_shot has none")
+        if self.test_curve and self.split != "test":
+            raise ValueError(
+                f"test_curve is of split test, and split is {self.split}: training has the curve of val"
+            )
+        if changed := self.changed("checkpoint", "dsl", "qbnorm") if self.test_curve else []:
+            raise ValueError(
+                f"{', '.join(changed)} would change nothing: test_curve has the plain scores of the "
+                "run's own checkpoints"
+            )
         if self.runs and not self.suite:
             raise ValueError("runs would change nothing: suite is empty")
         if self.split == "train" and self.qbnorm:

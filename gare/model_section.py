@@ -139,6 +139,12 @@ class ModelConfig(Section):
         shared = self.model_dump(exclude=shaping)
         return type(self).model_validate({**shared, "increment": False})
 
+    def zero_shot(self) -> ModelConfig:
+        """The same towers with nothing behind them: CLIP4Clip's zero-shot score, the mean of unit frames."""
+        shared = self.model_dump(include={"clip", "max_words", "max_frames", "method", "memory_mb"})
+        plain = {"pooling": "mean", "temporal": "none", "increment": False}
+        return type(self).model_validate({**shared, **plain})
+
     @model_validator(mode="after")
     def _fits_towers(self) -> ModelConfig:
         if self.max_words > self.clip.max_positions:

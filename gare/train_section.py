@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from gare.sections import Count, Fraction, Name, NonNegative, Positive, Section, Seed
+
+
+def _count_or_all(value: Any) -> int | str:
+    # One message for the key: a plain union would have one for each of its members.
+    if value == "all":
+        return "all"
+    if isinstance(value, int) and value >= 1:
+        return value
+    raise ValueError(f"got {value!r}; a number from 1 on, or the word all")
+
+
+#: A number from 1 on, or ``all``.
+CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 
 class LossConfig(Section):
@@ -140,7 +153,11 @@ class TrainConfig(Section):
     )
     max_grad_norm: Positive = Field(1.0, description="global norm that gradients are clipped to")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: run all epochs")
-    keep_checkpoints: Count = Field(2, description="last checkpoints kept, beside the best on val")
+    keep_checkpoints: CountOrAll = Field(
+        2,
+        description="last checkpoints kept, beside the best on val; all: every one, each of three times the "
+        "model's size, for evaluate.test_curve",
+    )
     checkpoint_every_steps: int = Field(
         0, ge=0, description="steps between checkpoints within an epoch; each epoch ends with one; 0: none"
     )

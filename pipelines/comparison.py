@@ -12,7 +12,14 @@ from cluster.tracking import Tracker, connect
 from gare.config import Config
 from gare.data.files import exists, join, read_json, write_atomically, write_json
 from gare.errors import DataError
-from gare.retrieval.evaluated import Evaluated, evaluation_pairs, evaluations_named, read_evaluated, runs_of
+from gare.retrieval.evaluated import (
+    ZERO_SHOT,
+    Evaluated,
+    evaluation_pairs,
+    evaluations_named,
+    read_evaluated,
+    runs_of,
+)
 from gare.retrieval.table import ScoreTable, compared_table, suite_table
 from gare.retrieval.table_picture import table_picture
 from gare.train.state import read_config
@@ -74,8 +81,16 @@ def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]
         folders += [one for one in found if one not in folders]
     if not folders:
         raise DataError("there is no run", where="evaluate.runs", accepted="runs that were trained")
-    for folder in folders:
-        if not exists(join(folder, "result.json")):
+    for folder in list(folders):
+        if exists(join(folder, "result.json")):
+            continue
+        if folder.rsplit("/", 2)[1] == ZERO_SHOT:
+            if chosen.runs:
+                raise DataError(
+                    f"has no evaluation of {chosen.split}", where=folder, accepted="evaluate.py --zero-shot"
+                )
+            folders.remove(folder)
+        else:
             trained = read_config(join(folder.rsplit("/", 1)[0], "best"))
             plain = chosen.model_copy(update={"suite": "", "runs": (), "checkpoint": ""})
             kept = {"storage": config.storage, "tracking": config.tracking, "cluster": config.cluster}

@@ -32,7 +32,10 @@ ASK_EVERY_S = 0.5
 def checkpoints_of(config: Config, places: Layout, *, validated: bool) -> Checkpoints:
     """The checkpoints of the configured run."""
     folder = join(places.run(config.train.run), "checkpoints")
-    return Checkpoints(folder, keep=config.train.keep_checkpoints, score=SELECTION if validated else "")
+    keep = config.train.keep_checkpoints
+    return Checkpoints(
+        folder, keep=None if keep == "all" else int(keep), score=SELECTION if validated else ""
+    )
 
 
 def _seconds_between(config: Config) -> float:

@@ -32,7 +32,7 @@ from gare.config import ClipConfig, Config, ModelConfig, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.data.lock import StoreLock
 from gare.errors import ConfigError, DivergedError, GareError, StoppedError
-from gare.retrieval.evaluated import split_hash_of
+from gare.retrieval.evaluated import ZERO_SHOT, model_label, split_hash_of
 from gare.train.checkpoints import Entry
 from gare.train.data import StoredSplits
 from gare.train.history import History
@@ -62,10 +62,15 @@ def run(config: Config) -> dict[str, Any]:
     """Trains the configured run, or continues it, or gives its result again where it is done.
 
     Raises:
-        ConfigError: for a run of that name with other settings, or workers that the cluster cannot hold.
+        ConfigError: for a run of that name with other settings, a name that evaluation keeps for itself, or
+            workers that the cluster cannot hold.
         DataError: for a store that is missing, incomplete or made with other settings.
         GareError: where MLflow cannot be reached at the start, or training fails.
     """
+    if config.train.run == ZERO_SHOT:
+        raise ConfigError(
+            "is the name of evaluations without a run", where="train.run", accepted="another name"
+        )
     config = _with_absolute_paths(config)
     places = layout(config)
     with _lock(config, places) as lock:
@@ -214,7 +219,7 @@ def _start_run(
         params=config.model_dump(mode="json", exclude={"storage", "tracking", "demo", "evaluate"}),
         tags={
             **run_tags(config, splits.benchmark, splits.protocol),
-            "model": "gare" if config.model.increment else "baseline",
+            "model": model_label(config.model.identity()),
             "manifest.fingerprint": splits.manifest_fingerprint,
             "store.fingerprint": splits.store_fingerprint,
             "git.revision": git_revision(Path(__file__).parent),

@@ -15,6 +15,8 @@ from gare.data.manifest import ManifestRow
 from gare.errors import DataError
 from gare.retrieval.queries import QueryTable, read_queries
 
+#: Run under whose name an evaluation without training is found, and its model's name.
+ZERO_SHOT = "zero-shot"
 #: What two evaluations must share for their scores to be comparable, as people call it.
 MEASURED_ON = {
     "benchmark": "benchmark",
@@ -34,7 +36,7 @@ class Evaluated:
         name: DATA SET/RUN.
         folder: of the evaluation.
         measured_on: the values of ``MEASURED_ON``.
-        model: ``gare`` or ``baseline``; ``unknown`` for a checkpoint without its run.
+        model: as ``model_label`` has it, or ``ZERO_SHOT``; ``unknown`` for a checkpoint without its run.
         seed: of the training; None where it is not known.
         settings: what the training was, but for its seed, name and place, as a hash.
         metrics: by name, such as ``t2v/R1``.
@@ -106,7 +108,7 @@ def read_evaluated(folder: str) -> Evaluated:
         f"{data_set}/{run}",
         folder,
         measured_on,
-        _model_of(settings),
+        str(result.get("model") or (model_label(settings["model"]) if "model" in settings else "unknown")),
         settings.get("train", {}).get("seed"),
         _hash_of(settings or {"checkpoint": result.get("checkpoint")}),
         result["metrics"],
@@ -116,10 +118,17 @@ def read_evaluated(folder: str) -> Evaluated:
     )
 
 
-def _model_of(settings: Mapping[str, Any]) -> str:
-    if "model" not in settings:
-        return "unknown"
-    return "gare" if settings["model"].get("increment", True) else "baseline"
+def model_label(model: Mapping[str, Any]) -> str:
+    """Name of the kind of model, by which seeds are averaged in MLflow: gare, baseline, meanP or seqTransf.
+
+    Args:
+        model: settings of the section ``model``; of an earlier version some may be missing.
+    """
+    if model.get("increment", True):
+        return "gare"
+    if model.get("pooling") != "mean":
+        return "baseline"
+    return "meanP" if model.get("temporal") == "none" else "seqTransf"
 
 
 def _hash_of(settings: Mapping[str, Any]) -> str:

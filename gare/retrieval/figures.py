@@ -107,6 +107,37 @@ def increments_picture(steps: Mapping[str, Sequence[tuple[int, float]]], title: 
     return as_png(figure)
 
 
+def checkpoints_picture(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    marked: Mapping[str, tuple[int, float]],
+    note: str,
+    title: str = "",
+) -> bytes:
+    """Draws R@1 of a run's checkpoints over its steps, with some of them marked.
+
+    Args:
+        curves: (step, percent) points by name.
+        marked: point by what it is, such as the checkpoint that training chose.
+        note: line below the heading.
+        title: heading.
+
+    Returns:
+        A PNG.
+    """
+    figure = _figure(title, 9.6, 4.8)
+    axes = figure.subplots()
+    draw_lines(axes, curves, "R@1 (%)", "step", note)
+    # Rings of their own sizes, for marks may be of one point.
+    for number, ((name, (step, value)), colour) in enumerate(zip(marked.items(), LINES[2:], strict=False)):
+        axes.plot(
+            [step], [value], "o", color=colour,
+            markersize=11 + 6 * number, markerfacecolor="none", markeredgewidth=2,
+            label=f"{drawable(name)}: step {step:,}, {value:.1f}",
+        )  # fmt: skip
+    axes.legend(fontsize=9, frameon=True, framealpha=0.85, edgecolor="#e6e8ec", loc="best")
+    return as_png(figure)
+
+
 def _figure(title: str, width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
     figure.suptitle(drawable(title), size=13, weight="bold", color=INK, x=0.01, ha="left")

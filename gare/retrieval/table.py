@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from gare.errors import DataError
 from gare.retrieval.compare import Difference, compare_runs
 from gare.retrieval.evaluated import Evaluated, not_comparable
-from gare.retrieval.published import SOURCE, published_scores
+from gare.retrieval.published import LOOKS, SOURCE, published_scores
 
 #: Columns of scores.
 METRICS = ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MdR", "t2v/MnR", "v2t/R1", "v2t/MnR")
@@ -258,9 +258,11 @@ def _add_paper(section: Section, run: Evaluated) -> None:
         section.rows.append(Row("paper", (f"paper, {paper.model}", *cells)))
     if not found:
         section.notes.append("the paper has no scores for this")
-    elif run.measured_on["protocol"] != found[0].protocol:
+        return
+    if run.measured_on["protocol"] != found[0].protocol:
         section.notes.append(
             f"the paper's rows ({SOURCE}) are of another protocol and NOT COMPARABLE: {found[0].protocol}"
         )
     else:
         section.notes.append(f"paper: {SOURCE}")
+    section.notes.append(LOOKS)

@@ -61,11 +61,11 @@ class Checkpoints:
 
     Args:
         uri: the folder.
-        keep: so many of the last are kept.
+        keep: so many of the last are kept; None: every one.
         score: metric whose highest value is kept too, the first of equals; empty: none.
     """
 
-    def __init__(self, uri: str, *, keep: int = 1, score: str = "") -> None:
+    def __init__(self, uri: str, *, keep: int | None = 1, score: str = "") -> None:
         self.uri, self.keep, self.score = uri, keep, score
 
     def entries(self) -> list[Entry]:
@@ -105,7 +105,8 @@ class Checkpoints:
         known = [one for one in self.entries() if one.name != entry.name]
         entries = sorted([*known, entry], key=lambda one: one.name)
         best = _best(entries, self.score)
-        kept = [one for one in entries if one in entries[-self.keep :] or one is best]
+        last = entries if self.keep is None else entries[-self.keep :]
+        kept = [one for one in entries if one in last or one is best]
         self._write(kept)
         for one in entries:
             if one not in kept:

@@ -69,6 +69,22 @@ def _is_checkpoint(weights: str) -> bool:
     return exists(weights) and exists(join(weights, CONFIG))
 
 
+def zero_shot_model(config: Config) -> GARE:
+    """The towers of ``features.weights``, by default of ``train.clip_weights``, to be scored as they are.
+
+    Raises:
+        CheckpointError: for weights that cannot be used.
+        ConfigError: where no weights are named, or ``model.clip`` has other sizes than they.
+    """
+    if not (config.features.weights or config.train.clip_weights):
+        raise ConfigError(
+            "no weights are named, and random towers have no zero-shot score",
+            where="evaluate.zero_shot",
+            accepted="features.weights or train.clip_weights",
+        )
+    return feature_model(config.model_copy(update={"model": config.model.zero_shot()})).eval()
+
+
 def read_start(uri: str, config: ModelConfig) -> GARE:
     """The initial model of a run that learns from features, without towers, as its driver left it.
 

@@ -17,7 +17,7 @@ from cluster.tracking.tracker import connect
 from gare.data.files import copy_files
 from gare.data.manifest import read_manifest
 from gare.retrieval.queries import read_queries
-from pipelines import evaluate
+from pipelines import evaluate, train
 from pipelines.registration import write_and_register
 from tests.pipelines.support import in_process, tiny
 
@@ -99,6 +99,62 @@ def test_suite_and_comparison(
     unknown = ("--config", tiny_yaml, "--compare", "first", "nothing")
     refused = in_process(capsys, evaluate.run, *unknown, flags=evaluate.FLAGS)
     refused.refused(3, "run nothing", "pipelines/evaluate.py")
+
+
+def test_zero_shot_stands_beside_runs(
+    trained: dict[str, Any], places: Layout, tiny_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every comparison starts at the towers as they are: no run, the same files, tags and tables."""
+
+    def command(*arguments: str) -> Any:
+        return in_process(capsys, evaluate.run, "--config", tiny_yaml, *arguments, flags=evaluate.FLAGS)
+
+    command("--zero-shot").refused(2, "evaluate.zero_shot", "features.weights or train.clip_weights")
+    weights = f"features.weights={trained['checkpoint']}"
+    listed = command("--suite", "listed", "evaluate.split=val", 'evaluate.runs=["tiny/zero-shot"]')
+    listed.refused(3, "has no evaluation of val", "--zero-shot")
+    # Switches of what follows the towers are no part of it.
+    answer = command("--zero-shot", weights, "model.corrected_side=video", "evaluate.dsl=true")
+    assert answer.status == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    folder = Path(places.evaluation("zero-shot", "test"))
+    assert {path.name for path in folder.iterdir()} == {
+        *("result.json", "retrieval.png", "ranks.parquet", "ranks-dsl.parquet"),
+    }
+    assert found["intervals"].keys() == found["metrics"].keys()
+    assert (found["run"], found["model"], found["registered"]) == ("zero-shot", "zero-shot", "")
+    run = stored(places).get_run(found["mlflow_run_id"])
+    assert (run.info.run_name, run.info.status) == ("tiny/zero-shot", "FINISHED")
+    assert run.data.metrics["test/t2v/R1"] == found["metrics"]["t2v/R1"]
+    tags = run.data.tags
+    known = stored(places).get_run(trained["mlflow_run_id"]).data.tags
+    for name in ("benchmark", "protocol", "split", "split_hash", "N_text", "N_video", "decoder", "frames"):
+        assert tags[name] == known[name]
+    assert (tags["model"], tags["precision"]) == ("zero-shot", "float32")
+    assert tags["test.post-processing"] == "dsl(100)"
+    assert not {"batch", "seed", "world_size"} & set(tags)
+    assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"synthetic-test"}
+    files = {item.path for item in stored(places).list_artifacts(found["mlflow_run_id"], "figures")}
+    names = ("retrieval-test", "ranks-test", "similarity-test", "best-and-worst-test")
+    assert files >= {f"figures/{name}.png" for name in names}
+    val = evaluate.run(tiny("evaluate.zero_shot=true", "evaluate.split=val", weights))
+    assert val["mlflow_run_id"] == found["mlflow_run_id"]
+
+    answer = command("--compare", "zero-shot", "first")
+    assert answer.status == 0, answer.stderr
+    gain = trained["evaluation"]["metrics"]["t2v/R1"] - found["metrics"]["t2v/R1"]
+    difference = json.loads(answer.stdout)["numbers"]["synthetic/t2v/R1/difference"]
+    assert difference == pytest.approx(gain)
+    assert "tiny/zero-shot (zero-shot)" in answer.stderr
+    answer = command("--suite", "start", 'evaluate.runs=["first", "zero-shot"]')
+    assert answer.status == 0, answer.stderr
+    numbers = json.loads(answer.stdout)["numbers"]
+    assert numbers["synthetic/zero-shot/t2v/R1/mean"] == found["metrics"]["t2v/R1"]
+    assert numbers["synthetic/gare/t2v/R1/mean"] == trained["evaluation"]["metrics"]["t2v/R1"]
+    nested = stored(places).get_run(found["mlflow_run_id"]).data.tags["mlflow.parentRunId"]
+    assert nested == json.loads(answer.stdout)["mlflow_run_id"]
+    refused = in_process(capsys, train.run, "--config", tiny_yaml, "train.run=zero-shot")
+    refused.refused(2, "train.run", "evaluations without a run")
 
 
 def test_the_registered_model_ranks_videos(trained: dict[str, Any], places: Layout) -> None:

@@ -12,7 +12,7 @@ from cluster.storage import Layout
 from gare.data.manifest import read_manifest
 from gare.retrieval.compare import compare_runs
 from gare.retrieval.queries import read_queries
-from pipelines import evaluate
+from pipelines import evaluate, scoring
 from tests.pipelines.support import tiny
 
 
@@ -22,7 +22,7 @@ def test_actors_rank_as_one_process_does(
     """Each pair counts once, so that numbers do not depend on the size of the cluster."""
     plain = trained["evaluation"]
     table = read_queries(plain["ranks"]["plain"])
-    monkeypatch.setattr(evaluate, "PAIRS_ALONE", 0)
+    monkeypatch.setattr(scoring, "PAIRS_ALONE", 0)
     switches = ("evaluate.dsl=true", "evaluate.qbnorm=true", "evaluate.qbnorm_bank=30")
     spread = evaluate.run(tiny(*switches, "cluster.num_cpus=2"))
     again = read_queries(spread["ranks"]["plain"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.storage import Layout, layout
 from gare import load_checkpoint
@@ -20,6 +21,7 @@ from gare.data.files import copy_files, delete_file, list_files, stat_file
 from gare.data.manifest import read_manifest, write_manifest
 from gare.data.store import ids_in_parts, read_meta, write_meta
 from gare.model.clip import towers_sha256
+from gare.train.state import MODEL
 from pipelines import evaluate, extract, train
 from tests.pipelines.support import STEPS, in_process, snapshot, tiny
 from tests.pipelines.test_faults import num_parts, start_job, wait_for
@@ -72,6 +74,43 @@ def test_evaluating_from_either_store_is_the_same(
     for name, value in stored["metrics"].items():
         assert value == pytest.approx(pictures["metrics"][name], abs=4.1), name
     assert Path(stored["picture"]).stat().st_size > 0
+
+
+def test_the_test_curve_needs_no_towers(
+    learned: dict[str, Any], weights: str, tiny_yaml: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints of such a run have no towers, and their features are in the store."""
+    run = ("train.run=from-features", weights, "model.adapters=true")
+    curve = evaluate.run(tiny(*run, "evaluate.test_curve=true"))
+    assert (curve["num_left_out"], curve["num_looks"]) in ((0, 2), (0, 3))
+    assert curve["chosen"]["epoch"] == learned["best_epoch"]
+    assert curve["chosen"]["metrics"] == pytest.approx(evaluate.run(tiny(*run))["metrics"])
+    frames = ("--config", tiny_yaml, "--test-curve", *run, "evaluate.input=frames")
+    answer = in_process(capsys, evaluate.run, *frames, flags=evaluate.FLAGS)
+    answer.refused(2, "evaluate.input", "learned from features", "have no towers")
+
+
+def test_zero_shot_from_features_of_the_same_towers(
+    features: dict[str, Any],
+    weights: str,
+    trained: dict[str, Any],
+    tiny_yaml: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """A score of one CLIP's features under another's name would be the first row of every table."""
+    stored = evaluate.run(tiny("evaluate.zero_shot=true", weights, "evaluate.input=features"))
+    pictures = evaluate.run(tiny("evaluate.zero_shot=true", weights))
+    for name, value in stored["metrics"].items():
+        assert value == pytest.approx(pictures["metrics"][name], abs=4.1), name
+    other = tmp_path / "other"
+    copy_files(trained["checkpoint"], str(other))
+    tensors = load_file(other / MODEL)
+    name = next(name for name in tensors if name.startswith("towers.") and name.endswith("weight"))
+    save_file({**tensors, name: tensors[name] + 1}, other / MODEL)
+    settings = ("--zero-shot", f"features.weights={other}", "evaluate.input=features")
+    answer = in_process(capsys, evaluate.run, "--config", tiny_yaml, *settings, flags=evaluate.FLAGS)
+    answer.refused(3, "towers_sha256 is")
 
 
 def test_same_job_again_changes_nothing(features: dict[str, Any], weights: str, places: Layout) -> None:

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from gare.retrieval.figures import increments_picture, rank_histogram, similarity_matrix
+from gare.retrieval.figures import checkpoints_picture, increments_picture, rank_histogram, similarity_matrix
 
 
 def colours(png: bytes) -> set[tuple[int, ...]]:
@@ -38,3 +38,14 @@ def test_increments_are_drawn_where_they_were_measured(rng: np.random.Generator)
     png = increments_picture(steps, "Δ")
     assert png is not None
     assert (0, 114, 178) in colours(png)
+
+
+def test_checkpoints_are_drawn_with_the_one_to_report(rng: np.random.Generator) -> None:
+    """The eye goes to the highest point, which is the one that must not be reported."""
+    points = [(step, float(value)) for step, value in enumerate(rng.uniform(1, 2, 12))]
+    curves = {"text → video": points, "video → text": points[::-1]}
+    plain = colours(checkpoints_picture(curves, {}, "note"))
+    marked = {"the checkpoint to report": points[3], "the best of 12 looks": points[7]}
+    green, pink = (0, 158, 115), (204, 121, 167)
+    assert not {green, pink} & plain
+    assert {green, pink} <= colours(checkpoints_picture(curves, marked, "note", "title $a$"))

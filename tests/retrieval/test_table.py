@@ -15,7 +15,7 @@ from PIL import Image
 
 from gare.errors import DataError
 from gare.retrieval.evaluated import Evaluated, evaluation_pairs, split_hash, split_hash_of
-from gare.retrieval.published import published_scores
+from gare.retrieval.published import LOOKS, published_scores
 from gare.retrieval.table import COLUMNS, compared_table, suite_table
 from gare.retrieval.table_picture import table_picture
 from tests.retrieval.test_compare import gallery, run_of
@@ -99,6 +99,23 @@ def test_runs_of_other_data_are_not_compared_silently(
         assert any(note.startswith("NOT COMPARABLE") and word in note for note in section.notes)
         assert [row.kind for row in section.rows] == ["run", "paper", "paper"]
     assert "second − first" not in table.markdown()
+
+
+def test_the_papers_rows_say_that_they_are_the_best_of_many_looks(rng: np.random.Generator) -> None:
+    """A reader who takes the best of 52 looks at test for one look sees a gap of points that is not there."""
+    run, other = evaluated("d/a", rng, 1.0), evaluated("d/b", rng, 1.0)
+    moved = evaluated("d/c", rng, 1.0, protocol="another")
+    tables = [suite_table([run], title="s"), suite_table([moved], title="s")]
+    tables += [
+        compared_table([pair], resamples=20, seed=0, title="c") for pair in ((run, other), (run, moved))
+    ]
+    for section in (section for table in tables for section in table.sections):
+        assert any(row.kind == "paper" for row in section.rows)
+        assert LOOKS in section.notes
+    for words in ("about 52", "150 steps", "each epoch", "0.4", "one look", "not the same quantity"):
+        assert words in LOOKS
+    own = suite_table([evaluated("d/a", rng, 1.0, benchmark="own")], title="s")
+    assert LOOKS not in own.sections[0].notes
 
 
 def test_the_paper_is_not_comparable_with_another_protocol(rng: np.random.Generator) -> None:

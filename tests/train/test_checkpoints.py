@@ -75,6 +75,19 @@ def test_without_val_the_last_is_the_best(tmp_path: Path, learner: Learner) -> N
     assert checkpoints.best() == Entry(4, 0)
 
 
+def test_every_checkpoint_is_kept_where_all_are_asked_for(
+    tmp_path: Path, learner: Learner, rng: np.random.Generator
+) -> None:
+    """A curve over the training with gaps in it shows less than was paid for."""
+    checkpoints = Checkpoints(str(tmp_path / "c"), keep=None, score=SCORE)
+    entries = [Entry(step, step, {SCORE: float(rng.integers(0, 4))}) for step in range(1, 8)]
+    for entry in entries:
+        write(checkpoints, learner, entry, tmp_path)
+    assert checkpoints.entries() == entries
+    assert checkpoints.best() == max(entries, key=lambda entry: entry.metrics[SCORE])
+    assert names(tmp_path / "c") == {entry.name for entry in entries} | {INDEX}
+
+
 def test_what_was_not_finished_does_not_count(tmp_path: Path, learner: Learner) -> None:
     """A worker killed while it writes leaves half a checkpoint, which nobody may continue from."""
     checkpoints = Checkpoints(str(tmp_path / "c"), keep=5)

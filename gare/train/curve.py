@@ -1,0 +1,189 @@
+"""The scores of a run's checkpoints on a split: a curve to look at, by which nothing may be chosen.
+
+N texts, M videos, F frames, D embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from gare.data.features import FeatureReader
+from gare.data.frames import FrameReader
+from gare.data.manifest import ManifestRow
+from gare.errors import CheckpointError, DataError
+from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.gare import GARE
+from gare.retrieval.encode import Encoder, encode_stored
+from gare.retrieval.queries import owners_of
+from gare.retrieval.ranks import rank_split
+from gare.train.checkpoints import Entry
+from gare.train.start import read_start
+from gare.train.state import load_checkpoint, read_config
+
+logger = logging.getLogger(__name__)
+
+#: Clips and captions that are encoded at once.
+CLIPS, CAPTIONS = 32, 512
+#: Metric that the best of the looks is best at.
+LOOKED_AT = "t2v/R1"
+
+
+@dataclass(frozen=True)
+class Look:
+    """The scores of one checkpoint.
+
+    Attributes:
+        metrics: by name, such as ``t2v/R1``; empty where it has none.
+        fault: why it has none.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    fault: str = ""
+
+
+class CheckpointScorer:
+    """Scores checkpoints of one run on one split, each read, encoded and ranked by this process alone.
+
+    Args:
+        store: the store of the kind that the run learned from.
+        rows: the split.
+        from_features: True if that is a feature store; the run's checkpoints then have no towers.
+        cache_mb: MB of features that may be kept in memory.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        rows: Sequence[ManifestRow],
+        *,
+        from_features: bool,
+        cache_mb: float = 0,
+        device: str = "cpu",
+    ) -> None:
+        self.store, self.rows, self.from_features = store, rows, from_features
+        self.cache_mb, self.device = cache_mb, device
+
+    def score(self, uri: str) -> Look:
+        """Scores a checkpoint; one that cannot be read, or has scores that are not finite, has a fault.
+
+        Raises:
+            DataError: for clips that cannot be read.
+        """
+        try:
+            model = self._load(uri)
+        except (CheckpointError, DataError) as error:
+            return Look(fault=str(error))
+        arrays = self._encode(model)
+        text, video = _as_features(arrays, self.device)
+        try:
+            return Look(rank_split(model, text, video, owners_of(self.rows)).metrics())
+        except DataError as error:
+            return Look(fault=str(error))
+
+    def _load(self, uri: str) -> GARE:
+        model = read_start(uri, read_config(uri).model) if self.from_features else load_checkpoint(uri)
+        return model.to(self.device).eval()
+
+    def _encode(self, model: GARE) -> dict[str, np.ndarray]:
+        ids = [row.video_id for row in self.rows]
+        if self.from_features:
+            reader = self._features_with_words if model.needs_words else self._features
+            return encode_stored(model, reader, ids, batch=CAPTIONS, device=self.device)
+        encoder = Encoder(model, self.store, self.device)
+        encoder.reader = self._frames
+        captions = [caption for row in self.rows for caption in row.captions]
+        parts: dict[str, list[np.ndarray]] = {}
+        for name, encode, items, size in (
+            ("video", encoder.clips, ids, CLIPS),
+            ("text", encoder.captions, captions, CAPTIONS),
+        ):
+            for first in range(0, len(items), size):
+                for kind, array in encode(items[first : first + size]).items():
+                    parts.setdefault(f"{name}/{kind}", []).append(array)
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    @cached_property
+    def _frames(self) -> FrameReader:
+        return FrameReader(self.store)
+
+    @cached_property
+    def _features(self) -> FeatureReader:
+        return FeatureReader(self.store, cache_mb=self.cache_mb)
+
+    @cached_property
+    def _features_with_words(self) -> FeatureReader:
+        return FeatureReader(self.store, words=True, cache_mb=self.cache_mb)
+
+
+def _as_features(arrays: Mapping[str, np.ndarray], device: str) -> tuple[TextFeatures, VideoFeatures]:
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    text = TextFeatures(tensors["text/embedding"], tensors.get("text/words"), tensors["text/mask"])
+    return text, VideoFeatures(tensors["video/frames"], tensors["video/mask"])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was seen of a run's checkpoints.
+
+    Attributes:
+        rows: one a checkpoint, in the order of the training, as ``curve.json`` has them.
+        left_out: name of a checkpoint without scores, and the reason.
+        validated: True if val chose the run's checkpoint; else it is the last.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    left_out: Mapping[str, str]
+    validated: bool
+
+    @classmethod
+    def of(cls, looks: Sequence[tuple[Entry, Look]], chosen: Entry | None, *, validated: bool) -> Curve:
+        """Joins the looks.
+
+        Args:
+            looks: checkpoints and their scores, in the order of the training.
+            chosen: the checkpoint that training chose.
+            validated: True if val chose it.
+        """
+        seen = [(entry, look.metrics) for entry, look in looks if not look.fault]
+        best = max(seen, key=lambda one: one[1][LOOKED_AT], default=(None, {}))[0]
+        rows = tuple(
+            {
+                "checkpoint": entry.name,
+                "step": entry.step,
+                "epoch": entry.epoch,
+                "is_chosen": entry == chosen,
+                "is_best_of_the_looks": entry is best,
+                "metrics": dict(metrics),
+            }
+            for entry, metrics in seen
+        )
+        left_out = {entry.name: look.fault for entry, look in looks if look.fault}
+        return cls(rows, left_out, validated)
+
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The row of the checkpoint that training chose; None where it could not be scored."""
+        return next((row for row in self.rows if row["is_chosen"]), None)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row with the highest text → video R@1, the first of equals."""
+        return next(row for row in self.rows if row["is_best_of_the_looks"])
+
+    @property
+    def note(self) -> str:
+        """What must be said beside the curve."""
+        reported = "checkpoint chosen on val" if self.validated else "last one, which test did not choose"
+        return f"the best of {len(self.rows)} looks at test is not a result: report the {reported}"
+
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        """The (step, value) points of a metric."""
+        return [(row["step"], row["metrics"][metric]) for row in self.rows]

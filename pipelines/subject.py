@@ -1,0 +1,152 @@
+"""Part of evaluate: the model that is scored, and the MLflow run that gets its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.storage import Layout, absolute
+from cluster.tracking import RunHandle, connect
+from gare.config import Config, differences
+from gare.data.files import exists, join, read_json, write_json
+from gare.errors import CheckpointError
+from gare.retrieval.evaluated import ZERO_SHOT
+from pipelines.pending import pending_of
+
+if TYPE_CHECKING:
+    from gare.model.gare import GARE
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that an evaluation scores.
+
+    Attributes:
+        run: name of the folder of its results, below the data set's runs.
+        checkpoint: location of its weights.
+        model: the model, on the CPU.
+        load: makes the same model in another process.
+        store: the store that it is scored from.
+        settings: what a feature store must have been made with; None: the store is one of frames.
+        record: JSON file that names its MLflow run; empty for a checkpoint from elsewhere.
+        towers_sha256: of a zero-shot evaluation, for its record; else empty.
+    """
+
+    run: str
+    checkpoint: str
+    model: GARE
+    load: Callable[[], GARE]
+    store: str
+    settings: dict[str, Any] | None
+    record: str = ""
+    towers_sha256: str = ""
+
+    @property
+    def is_zero_shot(self) -> bool:
+        """True if it is towers as they are, without a run."""
+        return self.run == ZERO_SHOT
+
+    @property
+    def is_trained_run(self) -> bool:
+        """True if it is the best checkpoint of ``run`` itself."""
+        return bool(self.record) and not self.is_zero_shot
+
+
+def checkpoint_subject(config: Config, places: Layout) -> Subject:
+    """The checkpoint of ``evaluate.checkpoint``, or the best of ``train.run``.
+
+    Raises:
+        CheckpointError: for a checkpoint that is missing or of another model.
+    """
+    from gare.train.state import load_checkpoint, read_config
+
+    best = places.checkpoint(config.train.run)
+    checkpoint = absolute(config.evaluate.checkpoint) or best
+    if not exists(checkpoint):
+        raise CheckpointError(
+            "there is no checkpoint",
+            where=checkpoint,
+            accepted="run pipelines/train.py first, or evaluate.checkpoint",
+        )
+    trained = read_config(checkpoint)
+    differing = differences(trained.model.identity(), config.model.identity(), "model")
+    if differing:
+        raise CheckpointError(
+            f"is of another model: {'; '.join(differing[:8])}",
+            where=checkpoint,
+            accepted="the model settings that it was trained with",
+        )
+    model = load_checkpoint(checkpoint)
+    kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
+    settings = settings_of(config, model) if kind == "features" else None
+    record = join(places.run(config.train.run), "run.json")
+    return Subject(
+        config.train.run,
+        checkpoint,
+        model,
+        lambda: load_checkpoint(checkpoint),
+        places.frames if settings is None else places.features,
+        settings,
+        record if checkpoint == best and exists(record) else "",
+    )
+
+
+def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
+    """The towers of ``features.weights``, by default of ``train.clip_weights``, as they are.
+
+    Returns:
+        The configuration with the model that is scored, and the subject.
+
+    Raises:
+        CheckpointError: for weights that cannot be used.
+        ConfigError: where no weights are named, or ``model.clip`` has other sizes than they.
+    """
+    from gare.model.clip import towers_sha256
+    from gare.train.start import zero_shot_model
+
+    weights = absolute(config.features.weights or config.train.clip_weights)
+    features = config.features.model_copy(update={"weights": weights})
+    config = config.model_copy(update={"model": config.model.zero_shot(), "features": features})
+    model = zero_shot_model(config)
+    settings = settings_of(config, model) if config.evaluate.input == "features" else None
+    return config, Subject(
+        ZERO_SHOT,
+        weights,
+        model,
+        lambda: zero_shot_model(config),
+        places.frames if settings is None else places.features,
+        settings,
+        join(places.run(ZERO_SHOT), "zero-shot.json"),
+        towers_sha256(model.towers),
+    )
+
+
+def settings_of(config: Config, model: GARE) -> dict[str, Any]:
+    """Settings that a feature store must have been made with to hold features of the model's towers."""
+    from gare.data.feature_store import feature_settings
+    from gare.model.clip import towers_sha256
+
+    return feature_settings(config, towers_sha256(model.towers))
+
+
+def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle:
+    """The MLflow run of the training or of these towers, or a new one for a checkpoint from elsewhere."""
+    tracker, pending = connect(config.tracking, places.root), pending_of(places)
+    if subject.is_trained_run:
+        run_id = read_json(subject.record)["mlflow_run_id"]
+        return tracker.start_run(f"{config.name}/{subject.run}", run_id=run_id, pending=pending)
+    if not subject.is_zero_shot:
+        tags = {"checkpoint": subject.checkpoint}
+        return tracker.start_run(f"{config.name}/evaluate", tags=tags, pending=pending)
+    # One run for all splits of the same towers.
+    known = read_json(subject.record) if exists(subject.record) else {}
+    same = known.get("towers_sha256") == subject.towers_sha256
+    handle = tracker.start_run(
+        f"{config.name}/{ZERO_SHOT}",
+        run_id=known["mlflow_run_id"] if same else None,
+        tags={"model": ZERO_SHOT, "weights": subject.checkpoint, "towers.sha256": subject.towers_sha256},
+        pending=pending,
+    )
+    write_json(subject.record, {"towers_sha256": subject.towers_sha256, "mlflow_run_id": handle.run_id})
+    return handle

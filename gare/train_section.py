@@ -186,10 +186,6 @@ class TrainConfig(Section):
                 f"precision fp16_released needs optimizer bert_adam, not {self.optimizer}: the two are one "
                 "recipe, and others divide by moments that fp16 rounds to 0"
             )
-        if self.input == "features":
-            raise ValueError(
-                "precision fp16_released would change nothing: with input features no tower learns"
-            )
         return self
 
     @model_validator(mode="after")

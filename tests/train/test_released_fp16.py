@@ -223,7 +223,6 @@ def test_the_encoders_gradient_is_divided(rng: np.random.Generator) -> None:
     ("overrides", "message"),
     [
         (["train.optimizer=adamw"], "precision fp16_released needs optimizer bert_adam, not adamw"),
-        (["train.input=features"], "with input features no tower learns"),
         (
             ["train.precision=bf16", "train.encoder_gradient_divisor=2"],
             "would change nothing: precision is bf16",

@@ -24,14 +24,17 @@ def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
     workers: int | str = config.cluster.train_workers
     if config.cluster.min_workers:
         workers = f"{config.cluster.min_workers} to {workers}"
-    # An automatic number that is not settled says nothing of how the run was trained.
-    return ({"world_size": workers} if workers else {}) | {
+    precision = config.train.precision
+    # What is automatic and not settled says nothing of how the run was trained.
+    settled = ({"world_size": workers} if workers else {}) | (
+        {"precision": precision} if precision != "auto" else {}
+    )
+    return settled | {
         "benchmark": benchmark_name(config, benchmark),
         "protocol": protocol,
         "decoder": config.extract.decoder,
         "frames": config.extract.num_frames,
         "batch": config.train.batch_size,
-        "precision": config.train.precision,
         "seed": config.train.seed,
         "ray.job": job_id() or "none",
     }

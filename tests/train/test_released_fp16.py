@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,11 +20,12 @@ from gare.data.batch import Batch
 from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
+from gare.train.gather import rank, world_size
 from gare.train.objective import Draws, loss_terms
 from gare.train.start import initial_model
 from gare.train.state import load_checkpoint, restore_learner, save_checkpoint
-from gare.train.step import Learner, build_learner, train_step
-from tests.tiny import tiny_batch, tiny_config
+from gare.train.step import Learner, build_learner, compute_gradients, train_step
+from tests.tiny import share, tiny_batch, tiny_config
 
 NUM_STEPS = 30
 RELEASED = (
@@ -217,6 +220,41 @@ def test_the_encoders_gradient_is_divided(rng: np.random.Generator) -> None:
         assert one is not None
         assert other is not None
         torch.testing.assert_close(other * divisor, one)
+
+
+def _gradients(seed: int) -> dict[str, Tensor]:
+    """Of this worker's share of a batch, after they were averaged."""
+    learner = learner_of()
+    batch = tiny_batch(learner.config, np.random.default_rng(seed))
+    compute_gradients(learner, share(batch, rank(), world_size()))
+    return {
+        name: value.grad.clone() for name, value in learner.model.named_parameters() if value.grad is not None
+    }
+
+
+def _work(rank_: int, seed: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank_, world_size=2)
+    torch.set_num_threads(1)
+    try:
+        torch.save(_gradients(seed), f"{folder}/{rank_}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_workers_have_the_gradient_of_one(seed: int, tmp_path: Path) -> None:
+    """DDP has to exchange halves and singles beside each other, and to average both."""
+    torch.multiprocessing.spawn(_work, (seed, str(tmp_path)), nprocs=2)
+    alone = _gradients(seed)
+    both = [torch.load(tmp_path / f"{rank_}.pt", weights_only=True) for rank_ in (0, 1)]
+    for name, value in alone.items():
+        assert torch.equal(both[0][name], both[1][name]), name
+        assert both[0][name].dtype == value.dtype
+    for part, bound in {"towers.clip.text": 3e-2, "towers.clip.vis": 3e-2, "increment": 1e-2}.items():
+        ours, theirs = (
+            torch.cat([one[name].float().flatten() for name in alone if name.startswith(part)])
+            for one in (both[0], alone)
+        )
+        assert float((ours - theirs).norm() / theirs.norm()) < bound, part
 
 
 @pytest.mark.parametrize(

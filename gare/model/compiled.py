@@ -166,7 +166,7 @@ def checkpoint_activations(towers: ClipTowers) -> None:
 
 
 def cast_once(towers: ClipTowers, dtype: torch.dtype) -> ClipTowers:
-    """Copies towers for inference, with Linear and Conv weights in the dtype that autocast would cast them to.
+    """Copies towers for inference, with Linear and Conv weights in the dtype that autocast casts them to.
 
     LayerNorms, embeddings and the rest stay as they are, so that all values are those of before, bit for bit.
 

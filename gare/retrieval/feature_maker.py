@@ -47,7 +47,7 @@ class FeatureMaker:
         run: what tells this run's parts from those of others, such as an earlier one over the same clips.
 
     Raises:
-        ConfigError: for a model without towers, or where ``features.compile`` is towers and the compiler fails.
+        ConfigError: for a model without towers, or a failing compiler where ``features.compile`` is towers.
     """
 
     def __init__(

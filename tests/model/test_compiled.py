@@ -31,8 +31,8 @@ from tests.tiny import tiny_batch, tiny_config
 #: The compiler that is quick: it traces forward and backward as inductor does, and generates no code.
 TRACER = "aot_eager"
 CPU = torch.device("cpu")
-#: Raised inside torch's compiler: the first it hides itself, unless warnings are errors; the second comes from
-#: importing it.
+#: Raised inside torch's compiler: the first it hides itself, unless warnings are errors; the second comes
+#: from importing it.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
@@ -143,7 +143,7 @@ def test_one_block_is_compiled_for_all_layers(layers: int, seed: int, rng: np.ra
 
 
 def test_batches_of_all_sizes_share_the_code(seed: int, rng: np.random.Generator) -> None:
-    """Frames and words differ from batch to batch: each compiled anew, a run would never be done compiling."""
+    """Frames and words differ from batch to batch: compiled anew, a run is never done."""
     config = tiny_config()
     model = model_of(config, seed)
     CompiledBlocks(towers_of(model)).compile(TRACER)

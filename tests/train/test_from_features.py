@@ -33,6 +33,7 @@ from gare.data.store import (
 from gare.data.verify import verify
 from gare.errors import CheckpointError, ConfigError, DataError
 from gare.model.clip import towers_sha256
+from gare.model.compiled import CompiledBlocks
 from gare.model.gare import GARE
 from gare.retrieval.encode import Encoder, encode_stored
 from gare.retrieval.feature_maker import FeatureMaker
@@ -247,6 +248,36 @@ def test_features_that_are_not_finite_are_failures(places: Places) -> None:
     assert len(failures) == 12
     assert {row["stage"] for row in failures.values()} == {"encode"}
     assert all("frames features are not finite in float16" in row["message"] for row in failures.values())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_compiled_towers_make_the_same_store(
+    places: Places, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler changes rounding alone: neither the fingerprint nor what a clip's features are."""
+    compile_blocks = CompiledBlocks.compile
+    # It traces as inductor does, and generates no code.
+    monkeypatch.setattr(CompiledBlocks, "compile", lambda blocks: compile_blocks(blocks, "aot_eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", torch._dynamo.config.optimize_ddp)
+    ids, found, prints = [f"train{number}" for number in range(9)], [], []
+    for how in ("off", "towers"):
+        features = places.config.features.model_copy(update={"compile": how, "precision": precision})
+        config = places.config.model_copy(update={"features": features})
+        one = replace(places, config=config, features=f"{places.features}-{how}")
+        model = one.model()
+        prints.append(one.encode(model).settings)
+        assert not model.towers.full_width  # the caller's own towers stay as they are
+        found.append(FeatureReader(one.features).read(ids))
+    torch._dynamo.reset()
+    assert prints[0] == prints[1]
+    off, fast = found
+    assert np.array_equal(off["frame_mask"], fast["frame_mask"])
+    for name in ("frames", "text", "words"):
+        tolerance = 2e-2 if precision == "bf16" else 2e-3
+        np.testing.assert_allclose(fast[name], off[name], rtol=tolerance, atol=tolerance, err_msg=name)
+        assert np.array_equal(fast[name] == 0, off[name] == 0) or precision == "bf16"
 
 
 def same(found: dict[str, np.ndarray], known: dict[str, np.ndarray]) -> bool:

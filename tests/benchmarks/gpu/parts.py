@@ -66,7 +66,7 @@ PARTS = (
     Part(
         "step",
         "a training step of conf/msrvtt.yaml by stage, baseline and GARE, by precision: pairs/s, TFLOP/s, "
-        "GB, and before and after compiling, by optimiser, with activation checkpointing (ratios, cold start)",
+        "GB; before and after compiling, by optimiser, with activation checkpointing (ratios, cold start)",
         110,
         "step",
         (*CONFIGURATION, "numpy", "transformers"),

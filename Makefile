@@ -24,7 +24,7 @@ help:
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
 	@echo "make bench-optimizer  BertAdam's step over fused AdamW's, at ViT-B/32 (1 min)"
-	@echo "make bench-gpu  on a machine with a GPU and with its own torch: ceilings, step, head, loader, training (4 min)"
+	@echo "make bench-gpu  on a machine with a GPU and with its own torch: ceilings, step, head, loader, training (6 min)"
 	@echo "make audit    known vulnerabilities of the pinned packages, by pip-audit (asks the package index)"
 	@echo "make ui       the MLflow UI over all runs, on http://127.0.0.1:$(PORT)"
 	@echo "make install  only the virtual environment"

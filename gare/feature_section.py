@@ -24,6 +24,10 @@ class FeaturesConfig(Section):
     precision: Literal["float32", "bf16", "float16"] = Field(
         "float32", description="of the towers while they make features, which are stored in float16"
     )
+    compile: Literal["auto", "off", "towers"] = Field(
+        "auto",
+        description="as train.compile, of the towers in each encoding actor; not in the store's fingerprint",
+    )
     batch: Count = Field(32, description="clips that go through the image tower at once")
     videos_per_part: Count = Field(256, description="videos that a Parquet part of the store holds at most")
     workers: int = Field(

@@ -27,7 +27,10 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML's yes, no, on and off are booleans, which Python would take for 1 and 0.
         field = cls.model_fields[str(info.field_name)]
-        is_switch = field.annotation is bool or True in get_args(field.annotation)
+        values = get_args(field.annotation)
+        is_switch = field.annotation is bool or True in values
+        if value is False and "off" in values:
+            return "off"
         if isinstance(value, bool) and not is_switch:
             raise ValueError(f"got {value!r}; true and false are no value of this key")
         return value

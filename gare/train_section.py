@@ -98,6 +98,16 @@ class TrainConfig(Section):
         description="pairs of a worker that go through the towers at once, encoded again in the backward "
         "(GradCache); 0: all, without encoding twice",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep of each block of the towers its input alone and compute the rest again in the "
+        "backward: the same gradient in a fraction of the memory, for one more forward pass of the blocks",
+    )
+    compile: Literal["auto", "off", "towers"] = Field(
+        "auto",
+        description="towers: compile a block of each tower at the start (seconds to a minute, less the next "
+        "time), which changes rounding alone; auto: on a GPU with Triton, and without where that fails",
+    )
     diagnostics_every: int = Field(
         50, ge=0, description="steps between measures of tension, increments and modality gap; 0: never"
     )

@@ -17,11 +17,13 @@ import torch
 from gare.config import Config
 from gare.data.batch import Batch
 from gare.model.gare import GARE
+from gare.train.optim import build_optimizer
 from tests.benchmarks.gpu import head, step
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.bench import Bench, Row
 from tests.benchmarks.gpu.parts import PARTS
 from tests.benchmarks.gpu.training import summary
+from tests.benchmarks.gpu.variants import VARIANTS, LoopingBertAdam
 from tests.tiny import tiny_config
 
 TINY = ("--tiny", "--device", "cpu", "--minutes", "10")
@@ -56,7 +58,7 @@ def bench(repository: Path, *arguments: str, absent: Sequence[str] = ()) -> subp
     """The benchmark as a command, on a machine that lacks some packages."""
     code = WITHOUT.format(absent=set(absent), arguments=list(arguments))
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=500
     )
 
 
@@ -103,6 +105,16 @@ def test_all_parts_measure_something(repository: Path, seed: int) -> None:
         ("baseline", "bf16"),
     ]
     assert {row["model"] for row in rows} == {"baseline", "gare"}
+    assert [row["variant"] for row in rows if "variant" in row] == [one.name for one in VARIANTS]
+    assert parts["step"]["ratios"].keys() == {
+        "step_new_over_old",
+        "step_bert_adam_over_adamw",
+        "step_checkpointed_over_new",
+        "gb_checkpointed_over_new",
+    }
+    assert all(("cold_start_s" in row) == (row["compile"] == "towers") for row in rows)
+    assert "new_over_old" in parts["encode"]
+    assert "cold_start_s" in parts["encode"]["rows"][-1]
     for row in rows:
         assert row["stages_ms"].keys() >= {"towers", "head", "backward", "optimizer", "other"}
         assert row["share_of_ceiling"].keys() == parts["ceilings"]["tflops"].keys()
@@ -162,15 +174,36 @@ def test_a_step_that_does_not_fit_is_tried_with_fewer_pairs(
     run = Bench(torch.device("cpu"), True, seed, config)
     real = step._steps
 
-    def of_a_small_card(run: Bench, model: GARE, config: Config, batch: Batch, budget_s: float) -> Row:
+    def of_a_small_card(
+        run: Bench, model: GARE, config: Config, batch: Batch, budget_s: float, **how: Any
+    ) -> Row:
         if len(batch.frames) > 4:
             raise torch.OutOfMemoryError("out of memory")
-        return real(run, model, config, batch, budget_s)
+        return real(run, model, config, batch, budget_s, **how)
 
     monkeypatch.setattr(step, "_steps", of_a_small_card)
+    monkeypatch.setattr(step, "VARIANTS", ())
     row = step.measure(run)["rows"][0]
     assert row["pairs"] == 4
     assert "8 pairs do not fit" in row["note"]
+
+
+def test_the_old_steps_optimizer_is_bert_adam(seed: int) -> None:
+    """A ratio to something that is not the old step would say nothing about what was gained."""
+    config = tiny_config("train.optimizer=bert_adam", "train.lr=1e-2", "train.clip_lr=1e-2")
+    torch.manual_seed(seed)
+    models = [GARE(config.model) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(model, config.train) for model in models]
+    for optimizer in (optimizers[0], LoopingBertAdam(optimizers[1])):
+        torch.manual_seed(seed + 1)
+        for _ in range(3):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_sizes_of_the_head_that_cost_too_much_are_left_out_and_said(

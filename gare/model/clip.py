@@ -24,10 +24,16 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class ClipTowers(nn.Module):
-    """Image and text tower with their projections and the logit scale."""
+    """Image and text tower with their projections and the logit scale.
+
+    Attributes:
+        full_width: True if captions are encoded at all their W words, padding included, so that shapes do not
+            change from batch to batch; else up to the longest of a batch.
+    """
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
+        self.full_width = False
         from transformers import CLIPConfig, CLIPModel
 
         self.clip: Any = CLIPModel(
@@ -150,10 +156,12 @@ def tower_text(towers: ClipTowers | NoTowers, token_ids: Tensor, token_mask: Ten
         raise DataError(
             f"caption {int((~mask_NW.any(dim=1)).nonzero()[0])} has no token", where="encode_text"
         )
+    towers = _present(towers)
     end_N = mask_NW.sum(dim=1) - 1
     # Columns beyond the longest caption are padding for all; the causal tower does not look ahead.
-    longest = int(end_N.max()) + 1 if len(end_N) else 1
-    towers = _present(towers)
+    longest = mask_NW.shape[1]
+    if not towers.full_width:
+        longest = int(end_N.max()) + 1 if len(end_N) else 1
     words = towers.project_text(towers.encode_tokens(token_ids[:, :longest]))
     rows_N = torch.arange(len(end_N), device=end_N.device)
     embedding_ND = words[rows_N, end_N]
@@ -175,10 +183,11 @@ def tower_frames(towers: ClipTowers | NoTowers, frames: Tensor, frame_mask: Tens
         ConfigError: where the towers are left out.
     """
     mask_MF = frame_mask.bool()
-    real_KD = _present(towers).encode_images(frames[mask_MF])
-    frames_MFD = real_KD.new_zeros(*mask_MF.shape, real_KD.shape[-1])
-    frames_MFD[mask_MF] = real_KD
-    return frames_MFD
+    # Found once: every search for the real ones has a GPU waited for.
+    places_K = mask_MF.flatten().nonzero().squeeze(1)
+    real_KD = _present(towers).encode_images(frames.flatten(0, 1)[places_K])
+    frames_XD = real_KD.new_zeros(mask_MF.numel(), real_KD.shape[-1]).index_copy(0, places_K, real_KD)
+    return frames_XD.view(*mask_MF.shape, -1)
 
 
 def _present(towers: ClipTowers | NoTowers) -> ClipTowers:

@@ -20,8 +20,9 @@ from gare.data.frames import FrameReader
 from gare.data.images import normalise
 from gare.data.parts import write_table
 from gare.data.store import FAILURE_SCHEMA, IDENTITY, write_part
-from gare.errors import DataError, shown
-from gare.model.clip import tower_frames, tower_text
+from gare.errors import ConfigError, DataError, shown
+from gare.model.clip import ClipTowers, tower_text
+from gare.model.compiled import cast_once, compile_towers
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
 
@@ -42,20 +43,27 @@ class FeatureMaker:
         frames_uri: the frame store.
         uri: the feature store.
         features: its settings.
-        model: whose towers encode; its device is where.
+        model: whose towers encode, or rather a copy of them; its device is where.
         run: what tells this run's parts from those of others, such as an earlier one over the same clips.
+
+    Raises:
+        ConfigError: for a model without towers, or a failing compiler where ``features.compile`` is towers.
     """
 
     def __init__(
         self, frames_uri: str, uri: str, features: FeaturesConfig, model: GARE, run: str = ""
     ) -> None:
         self.frames_uri, self.uri, self.features, self.run = frames_uri, uri, features, run
-        self.model = model.eval()
+        if not isinstance(model.towers, ClipTowers):
+            raise ConfigError("the model has no towers", where="encode", accepted="a model that has them")
+        self.kind = _DTYPES[features.precision]
+        self.towers = cast_once(model.towers, self.kind)
         self.device = model.logit_scale.device
         self.reader: FrameReader | None = None
-        config = model.config
+        self.config = config = model.config
         num_words = config.max_words if features.words else 0
         self.schema = feature_schema(config.max_frames, config.clip.embed_dim, num_words)
+        compile_towers(self.towers, features.compile, self.device, self._rehearse, key="features.compile")
 
     def write(self, part: Part) -> dict[str, int]:
         """Makes a part of ``FeaturePass.parts``; it appears after the last of its clips.
@@ -104,15 +112,25 @@ class FeatureMaker:
                 bad.append(_failure(row, type(error.__cause__ or error).__name__, error.what))
         if not clips:
             return {}
-        pictures, masks = (
-            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*clips.values(), strict=True)
-        )
+        pictures, masks = (np.concatenate(arrays) for arrays in zip(*clips.values(), strict=True))
+        # Real frames are picked here: a GPU would be waited for, and be sent the padded ones as well.
+        encoded = np.zeros((*masks.shape, self.config.clip.embed_dim), np.float16)
+        encoded[masks] = self._encode(torch.from_numpy(pictures[masks]))
+        counts = masks.sum(axis=1).tolist()
+        rows_made = zip(clips, encoded, counts, strict=True)
+        return {one: {"frames": frames, "num_frames": count} for one, frames, count in rows_made}
+
+    def _encode(self, pictures: torch.Tensor) -> npt.NDArray[np.float16]:
+        """Pictures (K, H, W, 3) uint8 to features (K, D)."""
         with self._autocast():
-            encoded = tower_frames(
-                self.model.towers, normalise(pictures.to(self.device)), masks.to(self.device)
-            )
-        rows_made = zip(clips, _half(encoded), masks.sum(dim=1).tolist(), strict=True)
-        return {one: {"frames": frames, "num_frames": int(count)} for one, frames, count in rows_made}
+            return _half(self.towers.encode_images(normalise(pictures.to(self.device))))
+
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Encodes blank pictures and captions, as many as a whole group of clips has."""
+        clips, side = self.features.batch if self.device.type == "cuda" else 1, self.config.clip.image_size
+        self._encode(torch.zeros(clips * self.config.max_frames, side, side, 3, dtype=torch.uint8))
+        self._texts([""] * (CAPTIONS_PER_CLIP * clips))
 
     def _follow_the_store(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Looks up the clips again where they are not where they were; the store changes meanwhile."""
@@ -138,9 +156,9 @@ class FeatureMaker:
         parts: dict[str, list[npt.NDArray[Any]]] = {}
         size = self.features.batch * CAPTIONS_PER_CLIP
         for first in range(0, len(captions), size):
-            token_ids, mask = tokenize(captions[first : first + size], self.model.config.max_words)
+            token_ids, mask = tokenize(captions[first : first + size], self.config.max_words)
             with self._autocast():
-                text = tower_text(self.model.towers, token_ids.to(self.device), mask.to(self.device))
+                text = tower_text(self.towers, token_ids.to(self.device), mask.to(self.device))
             lengths = mask.sum(dim=1).numpy().astype(np.int32)
             found: dict[str, npt.NDArray[Any]] = {"text": _half(text.embedding), "num_tokens": lengths}
             if self.features.words:
@@ -151,8 +169,7 @@ class FeatureMaker:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
     def _autocast(self) -> torch.autocast:
-        kind = _DTYPES[self.features.precision]
-        return torch.autocast(self.device.type, kind, enabled=kind is not torch.float32)
+        return torch.autocast(self.device.type, self.kind, enabled=self.kind is not torch.float32)
 
 
 def _made_before(part: Part) -> dict[str, dict[str, Any]]:

@@ -276,6 +276,21 @@ class Objective(nn.Module):
         texts, videos = zip(*parts, strict=True)
         return _join_texts(texts), _join_videos(videos)
 
+    def rehearse(self, num_pairs: int) -> None:
+        """Runs the towers forward and backward on blank pairs, as a step does; no gradient is left."""
+        config, device = self.model.config, self.model.logit_scale.device
+        side = config.clip.image_size
+        text_mask, frame_mask = (
+            torch.ones(num_pairs, most, dtype=torch.bool, device=device)
+            for most in (config.max_words, config.max_frames)
+        )
+        pictures = torch.zeros(*frame_mask.shape, side, side, 3, dtype=torch.uint8, device=device)
+        text, video = self._features(Batch(text_mask.long(), text_mask, pictures, frame_mask))
+        learning = [one for one in self.model.towers.parameters() if one.requires_grad]
+        if learning:
+            total = text.embedding.sum() + video.frames.sum()
+            torch.autograd.grad(total, learning, allow_unused=True)
+
     def _features(self, part: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
         bf16 = self.train_config.precision == "bf16"
         if isinstance(part, Batch) and part.frames.dtype == torch.uint8:

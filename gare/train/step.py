@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from gare.config import Config
+from gare.config import Config, TrainConfig
 from gare.data.batch import Batch, FeatureBatch
 from gare.errors import DivergedError
 from gare.model.clip import ClipTowers
+from gare.model.compiled import checkpoint_activations, compile_towers
 from gare.model.gare import GARE
 from gare.model.released_fp16 import convert_to_released_fp16
 from gare.train.diagnostics import diagnose
-from gare.train.gather import gather_names, world_size
+from gare.train.gather import gather_names, rank, world_size
 from gare.train.input.sampler import step_seed
 from gare.train.objective import LossTerms, Objective
 from gare.train.optim import build_optimizer, clip_gradients, freeze, set_learning_rate
@@ -27,8 +29,12 @@ from gare.train.sharded import Seen
 from gare.train.stages import stage
 from gare.train.trust_region import trust_region_step
 
+logger = logging.getLogger(__name__)
+
 #: Pairs of this worker that the analytic trust-region step is computed of, in the direct form.
 TRUST_REGION_PAIRS = 32
+#: Pairs that the compiler is shown on a CPU, where a step's worth would take minutes.
+REHEARSED_ON_CPU = 2
 #: Video ids that a failed step names at most.
 MAX_IDS_NAMED = 128
 
@@ -58,7 +64,8 @@ def build_learner(model: GARE, config: Config, num_steps: int, device: torch.dev
     """Moves the model to the device, freezes what is to be, wraps its objective, builds the optimiser.
 
     Raises:
-        ConfigError: for a precision that the device does not have.
+        ConfigError: for a precision that the device does not have, or where ``train.compile`` is towers and
+            the compiler fails.
     """
     use_tf32(config.train.tf32)
     precision = precision_on(config.train.precision, device)
@@ -66,12 +73,35 @@ def build_learner(model: GARE, config: Config, num_steps: int, device: torch.dev
     if precision == "fp16_released" and isinstance(model.towers, ClipTowers):
         convert_to_released_fp16(model.towers)
     freeze(model, config.train)
-    objective: nn.Module = Objective(model, config.loss, config.train).to(device)
+    bare = Objective(model, config.loss, config.train).to(device)
+    _prepare_towers(bare, config.train, device)
+    objective: nn.Module = bare
     if world_size() > 1:
         objective = DistributedDataParallel(
             objective, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
     return Learner(model, objective, build_optimizer(model, config.train), config, num_steps)
+
+
+def _prepare_towers(objective: Objective, train: TrainConfig, device: torch.device) -> None:
+    """Activation checkpointing and the compiler, before DDP is wrapped around; nothing without towers."""
+    towers = objective.model.towers
+    if not isinstance(towers, ClipTowers):
+        return
+    if train.activation_checkpointing:
+        checkpoint_activations(towers)
+    # As many pairs as a step has in one pass: kernels are chosen by the sizes that they see first.
+    share = -(-train.batch_size // world_size())
+    pairs = min(train.micro_batch or share, share if device.type == "cuda" else REHEARSED_ON_CPU)
+    objective.train()
+    compile_towers(
+        towers,
+        train.compile,
+        device,
+        lambda: objective.rehearse(pairs),
+        key="train.compile",
+        say=logger.debug if rank() else logger.info,
+    )
 
 
 def train_step(

@@ -33,6 +33,7 @@ from gare.data.store import (
 from gare.data.verify import verify
 from gare.errors import CheckpointError, ConfigError, DataError
 from gare.model.clip import towers_sha256
+from gare.model.compiled import CompiledBlocks
 from gare.model.gare import GARE
 from gare.retrieval.encode import Encoder, encode_stored
 from gare.retrieval.feature_maker import FeatureMaker
@@ -247,6 +248,39 @@ def test_features_that_are_not_finite_are_failures(places: Places) -> None:
     assert len(failures) == 12
     assert {row["stage"] for row in failures.values()} == {"encode"}
     assert all("frames features are not finite in float16" in row["message"] for row in failures.values())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_compiled_towers_make_the_same_store(
+    places: Places, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler changes rounding alone: neither the fingerprint nor what a clip's features are."""
+    compile_blocks = CompiledBlocks.compile
+    # It traces as inductor does, and generates no code.
+    monkeypatch.setattr(CompiledBlocks, "compile", lambda blocks: compile_blocks(blocks, "aot_eager"))
+    ids, found, prints = [f"train{number}" for number in range(9)], [], []
+    for how in ("off", "towers"):
+        features = places.config.features.model_copy(update={"compile": how, "precision": precision})
+        config = places.config.model_copy(update={"features": features})
+        one = replace(places, config=config, features=f"{places.features}-{how}")
+        model = one.model()
+        with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # as it was, afterwards
+            prints.append(one.encode(model).settings)
+        assert not model.towers.full_width  # the caller's own towers stay as they are
+        found.append(FeatureReader(one.features, words=True).read(ids))
+    torch._dynamo.reset()
+    assert prints[0] == prints[1]
+    off, fast = found
+    assert np.array_equal(off["frame_mask"], fast["frame_mask"])
+    real = off["caption_mask"]
+    tolerance = 2e-2 if precision == "bf16" else 2e-3
+    for name in ("frames", "text", "words"):
+        ours, theirs = (one[name] if name == "frames" else one[name][real] for one in (fast, off))
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance, err_msg=name)
+    # What is padding stays empty.
+    assert not fast["frames"][~off["frame_mask"]].any()
+    assert not fast["words"][real][~off["token_mask"][real]].any()
 
 
 def same(found: dict[str, np.ndarray], known: dict[str, np.ndarray]) -> bool:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="parts:\n" + "\n".join(f"  {part.name:<{width}}  {part.about}" for part in PARTS),
     )
     parser.add_argument("--parts", type=_names, default=[part.name for part in PARTS], metavar="A,B")
-    parser.add_argument("--minutes", type=_positive, default=4.0, help="for all parts together (default 4)")
+    parser.add_argument("--minutes", type=_positive, default=6.0, help="for all parts together (default 6)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --tiny alone")
     parser.add_argument("--tiny", action="store_true", help="sizes of a test, whose numbers mean nothing")
     parser.add_argument("--seed", type=int, default=0, help="of random data and weights (default 0)")

@@ -1,4 +1,4 @@
-"""A training step by stage, baseline and GARE, in every precision that training has.
+"""A training step by stage, baseline and GARE, in every precision that training has, and by ``VARIANTS``.
 
 B pairs, F frames, W words.
 """
@@ -16,10 +16,12 @@ import torch
 from gare.config import Config, ModelConfig, TrainConfig, parse_config
 from gare.data.batch import Batch
 from gare.data.images import normalise
+from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.train.stages import start_recording, stop_recording
 from gare.train.step import Learner, build_learner, train_step
 from tests.benchmarks.gpu.bench import Bench, Row, if_memory_suffices, once, say, seconds_of
+from tests.benchmarks.gpu.variants import VARIANTS, LoopingBertAdam, Variant, ratios
 from tests.benchmarks.size import multiply_adds
 
 #: Steps whose stages are measured; every border of a stage waits for the device then.
@@ -29,19 +31,24 @@ STEPS_OF_A_RUN = 10**6
 
 
 def measure(bench: Bench) -> Row:
-    """One row for each model and precision; the batch is on the device."""
+    """One row for each model and precision, not compiled, then one for each variant."""
     kinds = {"baseline": bench.config.model.baseline(), "gare": bench.config.model}
     precisions = get_args(TrainConfig.model_fields["precision"].annotation)
     batch = random_batch(bench)
     rows: list[Row] = []
     for kind, model_config in kinds.items():
-        left = len(kinds) * len(precisions) - len(rows)
+        left = len(kinds) * len(precisions) + len(VARIANTS) - len(rows)
         rows += _of_model(bench, kind, model_config, precisions, batch, left)
+    varied = _of_variants(bench, batch)
+    found = ratios(varied)
+    if found:
+        say("  " + ", ".join(f"{name.replace('_', ' ')} {ratio:.3f}" for name, ratio in found.items()))
     return {
         "optimizer": bench.config.train.optimizer,
+        "ratios": found,
         "frames": batch.frames.shape[1],
         "image_px": batch.frames.shape[-2],
-        "rows": rows,
+        "rows": rows + varied,
     }
 
 
@@ -54,8 +61,23 @@ def _of_model(
     rows = []
     for number, precision in enumerate(precisions):
         budget_s = bench.left_s() / (left - number)
-        row: Row = {"model": kind, "precision": precision}
+        row: Row = {"model": kind, "precision": precision, "compile": "off"}
         row |= _measured(bench, model, precision, batch, operations, budget_s)
+        rows.append(row)
+        say("  " + _line(row))
+    return rows
+
+
+def _of_variants(bench: Bench, batch: Batch) -> list[Row]:
+    """The rows of GARE in bf16, each with a model of its own: what a variant compiles stays compiled."""
+    rows = []
+    for number, variant in enumerate(VARIANTS):
+        model = build_model(bench, bench.config)
+        operations = tower_operations(model, batch)
+        budget_s = bench.left_s() / (len(VARIANTS) - number)
+        how = "towers" if "train.compile=towers" in variant.settings else "off"
+        row: Row = {"model": "gare", "precision": "bf16", "compile": how, "variant": variant.name}
+        row |= _measured(bench, model, "bf16", batch, operations, budget_s, variant)
         rows.append(row)
         say("  " + _line(row))
     return rows
@@ -101,18 +123,31 @@ def tower_operations(model: GARE, batch: Batch) -> float:
 
 
 def _measured(
-    bench: Bench, model: GARE, precision: str, batch: Batch, operations: float, budget_s: float
+    bench: Bench,
+    model: GARE,
+    precision: str,
+    batch: Batch,
+    operations: float,
+    budget_s: float,
+    variant: Variant | None = None,
 ) -> Row:
     """The row of one model in one precision, with fewer pairs where memory does not suffice."""
+    settings = variant.settings if variant else ("train.compile=off",)
     config = parse_config(
         bench.config.model_dump(mode="json") | {"model": model.config.model_dump(mode="json")},
         # What is frozen is what train.clip_weights freezes.
-        [f"train.precision={precision}", "train.diagnostics_every=0", "train.freeze=patch_conv"],
+        [f"train.precision={precision}", "train.diagnostics_every=0", "train.freeze=patch_conv", *settings],
     )
     size = len(batch.frames)
     while size >= 2:
         bench.reset_peak()
-        found = if_memory_suffices(bench, partial(_steps, bench, model, config, batch[:size], budget_s))
+        steps = partial(_steps, bench, model, config, batch[:size], budget_s)
+        if variant and variant.is_old:
+            steps = partial(steps, is_old=True)
+        try:
+            found = if_memory_suffices(bench, steps)
+        except ConfigError as error:  # no compiler
+            return {"left_out": str(error)}
         model.zero_grad(set_to_none=True)
         if found is not None:
             break
@@ -130,11 +165,23 @@ def _measured(
     return row
 
 
-def _steps(bench: Bench, model: GARE, config: Config, batch: Batch, budget_s: float) -> dict[str, Any]:
+def _steps(
+    bench: Bench, model: GARE, config: Config, batch: Batch, budget_s: float, *, is_old: bool = False
+) -> dict[str, Any]:
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"batch_size": len(batch.frames)})}
+    )
+    began = time.perf_counter()
     learner = build_learner(model, config, STEPS_OF_A_RUN, bench.device)
+    built_s = time.perf_counter() - began
+    if is_old:
+        learner.optimizer = LoopingBertAdam(learner.optimizer)
     once(bench, lambda: train_step(learner, batch))  # kernels and libraries are loaded
     timing = seconds_of(bench, lambda: train_step(learner, batch), budget_s=budget_s / 2, most=20)
+    # Most of it is compiling, less where the same was compiled before, in this run or an earlier one.
+    cold_start = {"cold_start_s": built_s} if config.train.compile == "towers" else {}
     return {
+        **cold_start,
         "step_ms": timing.seconds * 1e3,
         "runs": timing.runs,
         "peak_gb": bench.peak_gb(),
@@ -162,6 +209,8 @@ def _stages(bench: Bench, learner: Learner, batch: Batch, budget_s: float) -> di
 
 def _line(row: Row) -> str:
     head = f"{row['model']:<9} {row['precision']:<8}"
+    if "variant" in row:
+        head += f" {row['variant']}:"
     if "left_out" in row:
         return f"{head} left out: {row['left_out']}"
     stages = ", ".join(f"{name} {ms:.1f}" for name, ms in row["stages_ms"].items())
@@ -170,7 +219,8 @@ def _line(row: Row) -> str:
     )
     text = (
         f"{head} {row['pairs']} pairs: {row['step_ms']:.1f} ms, {row['pairs_per_s']:.1f} pairs/s, "
-        f"{row['tflops']:.4g} TFLOP/s{f' ({share})' if share else ''}, {row['peak_gb']:.2f} GB\n"
+        f"{row['tflops']:.4g} TFLOP/s{f' ({share})' if share else ''}, {row['peak_gb']:.2f} GB"
+        f"{', cold start {:.1f} s'.format(row['cold_start_s']) if 'cold_start_s' in row else ''}\n"
         f"    by stage, ms: {stages}"
     )
     return text + (f"\n    {row['note']}" if "note" in row else "")

@@ -22,8 +22,10 @@ import numpy as np
 
 from gare.config import Config, parse_config
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
+from gare.model.compiled import settle_compile
 from tests.benchmarks.gpu.bench import Bench, OutOfTimeError, Row, say
 from tests.benchmarks.gpu.clip_store import write_clips
+from tests.benchmarks.gpu.variants import NEW
 
 STEPS, CLIPS, CAPTIONS = 30, 256, 20
 #: Steps that load kernels and fill queues.
@@ -57,7 +59,8 @@ def measure(bench: Bench) -> Row:
             raise OutOfTimeError("no step was recorded before the part's time was over")
         raise RuntimeError(f"training ended with status {status}; what it said is above")
     found = summary(record, config.train.batch_size)
-    in_step = [row for row in bench.found.get("step", {}).get("rows", []) if _is_of(row, config)]
+    compiled = settle_compile(config.train.compile, bench.device)
+    in_step = [row for row in bench.found.get("step", {}).get("rows", []) if _is_of(row, config, compiled)]
     if in_step:
         found["times_the_step_alone"] = found["wall_ms"] / in_step[0]["step_ms"]
     _tell(found)
@@ -127,9 +130,10 @@ def _has(history: Path, steps: int) -> bool:
     return len(json.loads(history.read_text("utf-8"))["steps"].get("time/step_s", ())) >= steps
 
 
-def _is_of(row: Row, config: Config) -> bool:
+def _is_of(row: Row, config: Config, compiled: str) -> bool:
     kind = "gare" if config.model.increment else "baseline"
-    return (row["model"], row["precision"]) == (kind, config.train.precision) and "step_ms" in row
+    named = row["model"], row["precision"], row["compile"], row.get("variant", NEW)
+    return named == (kind, config.train.precision, compiled, NEW) and "step_ms" in row
 
 
 def summary(record: Mapping[str, Sequence[Sequence[float]]], batch_size: int) -> dict[str, Any]:

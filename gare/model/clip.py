@@ -163,21 +163,31 @@ def tower_text(towers: ClipTowers | NoTowers, token_ids: Tensor, token_mask: Ten
     return TextFeatures(embedding_ND, words_NWD, mask_NW)
 
 
-def tower_frames(towers: ClipTowers | NoTowers, frames: Tensor, frame_mask: Tensor) -> Tensor:
+def tower_frames(
+    towers: ClipTowers | NoTowers, frames: Tensor, frame_mask: Tensor, *, grey: bool = False
+) -> Tensor:
     """The image tower's output (M, F, D) for clips, zero at padded frames, which never enter it.
 
     Args:
         towers: to encode with.
         frames: (M, F, 3, H, W) float, CLIP-normalised.
         frame_mask: (M, F) bool or 0/1.
+        grey: padded frames are grey pictures, zeros after normalisation, whatever stands in their places.
+            They are all alike, so one is encoded for all.
 
     Raises:
         ConfigError: where the towers are left out.
     """
     mask_MF = frame_mask.bool()
-    real_KD = _present(towers).encode_images(frames[mask_MF])
-    frames_MFD = real_KD.new_zeros(*mask_MF.shape, real_KD.shape[-1])
-    frames_MFD[mask_MF] = real_KD
+    images = frames[mask_MF]
+    num_real = len(images)
+    if grey and num_real < mask_MF.numel():
+        images = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
+    encoded_KD = _present(towers).encode_images(images)
+    frames_MFD = encoded_KD.new_zeros(*mask_MF.shape, encoded_KD.shape[-1])
+    frames_MFD[mask_MF] = encoded_KD[:num_real]
+    if len(encoded_KD) > num_real:
+        frames_MFD[~mask_MF] = encoded_KD[num_real]
     return frames_MFD
 
 

@@ -95,7 +95,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _store_fits_model(self) -> Config:
-        faults = feature_faults(self.train, self.model, self.augment, self.features)
+        faults = feature_faults(self.train, self.model, self.augment, self.features, self.evaluate)
         if self.extract.image_size != self.model.clip.image_size:
             faults.append(
                 f"extract.image_size {self.extract.image_size} differs from "

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from gare.augment_section import AugmentConfig
+from gare.evaluate_section import EvaluateConfig
 from gare.model_section import ModelConfig
 from gare.sections import Count, Section
 from gare.train_section import TrainConfig
@@ -41,9 +42,18 @@ class FeaturesConfig(Section):
 
 
 def feature_faults(
-    train: TrainConfig, model: ModelConfig, augment: AugmentConfig, features: FeaturesConfig
+    train: TrainConfig,
+    model: ModelConfig,
+    augment: AugmentConfig,
+    features: FeaturesConfig,
+    evaluate: EvaluateConfig,
 ) -> list[str]:
-    """What training from features cannot do, one line each."""
+    """What training and evaluation from features cannot do, one line each."""
+    if model.padding == "released" and "features" in (train.input, evaluate.input):
+        return [
+            "model.padding released needs train.input frames and evaluate.input auto or frames: the features "
+            "of its grey pictures are not stored"
+        ]
     if train.input != "features":
         return []
     faults = []

@@ -31,7 +31,7 @@ INSIDE_GARE = {
     "cluster_section": {"sections"},
     "model_section": {"sections"},
     "train_section": {"sections"},
-    "feature_section": {"augment_section", "model_section", "sections", "train_section"},
+    "feature_section": {"augment_section", "evaluate_section", "model_section", "sections", "train_section"},
     "config": {
         *("errors", "sections", "settings_files", "upkeep", "augment_section", "feature_section"),
         *("cluster_section", "model_section", "train_section"),

@@ -38,6 +38,7 @@ def test_benchmarks_have_the_papers_values(name: str, repository: Path) -> None:
     assert (loss.bottleneck_weight, loss.kl_reduction, loss.prior_std) == (0.07, "mean", 1.0)
     assert (loss.radii_weight, loss.radii_bound, loss.direction_weight) == (0.01, 0.5, 0.01)
     assert (loss.direction_alpha, loss.radii_bound_form, loss.positives) == (2.0, "hard", "diagonal")
+    assert (model.increment_dropout, model.increment_dropout_per) == (0.3, "pair")
     assert model.temporal == ("none" if name == "msvd" else "transformer")
     assert (model.temporal_layers, model.num_temporal_heads, model.pool_temperature) == (4, 8, 3.0)
     assert (config.augment.operations, config.augment.magnitude, config.augment.noise) == (4, 7.0, 0.5)

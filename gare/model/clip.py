@@ -171,13 +171,17 @@ def tower_text(towers: ClipTowers | NoTowers, token_ids: Tensor, token_mask: Ten
     return TextFeatures(embedding_ND, words_NWD, mask_NW)
 
 
-def tower_frames(towers: ClipTowers | NoTowers, frames: Tensor, frame_mask: Tensor) -> Tensor:
+def tower_frames(
+    towers: ClipTowers | NoTowers, frames: Tensor, frame_mask: Tensor, *, grey: bool = False
+) -> Tensor:
     """The image tower's output (M, F, D) for clips, zero at padded frames, which never enter it.
 
     Args:
         towers: to encode with.
         frames: (M, F, 3, H, W) float, CLIP-normalised.
         frame_mask: (M, F) bool or 0/1.
+        grey: padded frames are grey pictures, zeros after normalisation, whatever stands in their places.
+            They are all alike, so one is encoded for all.
 
     Raises:
         ConfigError: where the towers are left out.
@@ -185,8 +189,15 @@ def tower_frames(towers: ClipTowers | NoTowers, frames: Tensor, frame_mask: Tens
     mask_MF = frame_mask.bool()
     # Found once: every search for the real ones has a GPU waited for.
     places_K = mask_MF.flatten().nonzero().squeeze(1)
-    real_KD = _present(towers).encode_images(frames.flatten(0, 1)[places_K])
-    frames_XD = real_KD.new_zeros(mask_MF.numel(), real_KD.shape[-1]).index_copy(0, places_K, real_KD)
+    num_real = len(places_K)
+    images = frames.flatten(0, 1)[places_K]
+    if grey and num_real < mask_MF.numel():
+        images = torch.cat([images, images.new_zeros(1, *images.shape[1:])])
+    encoded_KD = _present(towers).encode_images(images)
+    frames_XD = encoded_KD.new_zeros(mask_MF.numel(), encoded_KD.shape[-1])
+    if len(encoded_KD) > num_real:
+        frames_XD = frames_XD + encoded_KD[num_real]
+    frames_XD = frames_XD.index_copy(0, places_K, encoded_KD[:num_real])
     return frames_XD.view(*mask_MF.shape, -1)
 
 

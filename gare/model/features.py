@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gare.errors import ConfigError, DataError
+
 
 @dataclass(frozen=True)
 class TextFeatures:
@@ -31,6 +33,19 @@ class TextFeatures:
         words = None if self.words is None else self.words.float()
         return TextFeatures(self.embedding.float(), words, self.mask)
 
+    @property
+    def known_words(self) -> Tensor:
+        """The words, which ψ attends to.
+
+        Raises:
+            ConfigError: where there are none.
+        """
+        if self.words is None:
+            raise ConfigError(
+                "the text features have no words", where="model.context", accepted="words, from encode_text"
+            )
+        return self.words
+
     def __getitem__(self, rows: slice | Tensor) -> TextFeatures:
         words = None if self.words is None else self.words[rows]
         return TextFeatures(self.embedding[rows], words, self.mask[rows])
@@ -41,7 +56,8 @@ class VideoFeatures:
     """Encoded clips.
 
     Attributes:
-        frames: (M, F, D), frame features after the temporal transformer, zero at padded frames.
+        frames: (M, F, D), frame features after the temporal transformer. Padded frames are zero, or have
+            features of their own where ``model.padding`` is released: the model knows which.
         mask: (M, F) bool, true for real frames; every video has at least one.
     """
 
@@ -63,6 +79,10 @@ class VideoFeatures:
         parts = zip(torch.split(self.frames, size), torch.split(self.mask, size), strict=True)
         return (VideoFeatures(*part) for part in parts)
 
+    def unmasked(self) -> VideoFeatures:
+        """The same with every frame taken for real."""
+        return VideoFeatures(self.frames, torch.ones_like(self.mask))
+
     @property
     def mean(self) -> Tensor:
         """v̄ (M, D), the mean over the real frames."""
@@ -70,3 +90,33 @@ class VideoFeatures:
         # A product, so that no copy of the frames is made.
         total_MD = (weights_MF.unsqueeze(1) @ self.frames).squeeze(1)
         return total_MD / weights_MF.sum(dim=1, keepdim=True)
+
+
+def clip_mask(frame_mask: Tensor, limit: int, *, exactly: bool = False) -> Tensor:
+    """The mask of clips (M, F) as bool, after a look at their lengths.
+
+    Args:
+        frame_mask: (M, F) bool or 0/1, true for real frames.
+        limit: F at most.
+        exactly: whether F is to be just that.
+
+    Raises:
+        DataError: for a clip without a frame, or for another number of frames, padding included.
+    """
+    mask_MF = frame_mask.bool()
+    num_frames = mask_MF.shape[1]
+    if exactly and num_frames != limit:
+        raise DataError(
+            f"clips of {num_frames} frames",
+            where="encode_video",
+            accepted=f"{limit}, padding included: model.padding released counts padded frames",
+        )
+    if num_frames > limit:
+        raise DataError(
+            f"clips of {num_frames} frames",
+            where="encode_video",
+            accepted=f"at most {limit}: model.max_frames and model.clip.max_positions",
+        )
+    if not mask_MF.any(dim=1).all():
+        raise DataError(f"clip {int((~mask_MF.any(dim=1)).nonzero()[0])} has no frame", where="encode_video")
+    return mask_MF

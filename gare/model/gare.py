@@ -6,7 +6,7 @@ N texts, M videos, F frames, W words, D embedding width.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,32 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gare.config import ModelConfig
-from gare.errors import ConfigError, DataError
+from gare.errors import ConfigError
 from gare.model.adapters import Adapters
 from gare.model.basis import BasisMaps, build_basis, turn
 from gare.model.clip import ClipTowers, NoTowers, tower_frames, tower_text
+from gare.model.direct import Pairs, direct_deltas, direct_pairs
 from gare.model.factorized import Rule
-from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.increment import Increment, IncrementRadius, towards
+from gare.model.features import TextFeatures, VideoFeatures, clip_mask
+from gare.model.increment import Increment, IncrementRadius
 from gare.model.pooling import pool, unit_mean
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.streaming import stream_direct, stream_factorized
 from gare.model.temporal import TemporalTransformer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What the direct form computes of all pairs.
-
-    Attributes:
-        scores: (N, M), cosine scores s_ij in [-1, 1].
-        delta: (N, M, D), increments Δ_ij, or None for the baseline.
-    """
-
-    scores: Tensor
-    delta: Tensor | None
 
 
 class GARE(nn.Module):
@@ -96,6 +84,11 @@ class GARE(nn.Module):
         return self.towers.logit_scale
 
     @property
+    def released_padding(self) -> bool:
+        """Whether padded frames count as in the released code."""
+        return self.config.padding == "released"
+
+    @property
     def needs_words(self) -> bool:
         """Whether scores depend on ``TextFeatures.words``."""
         return self.increment is not None and self.config.context == "words"
@@ -113,17 +106,19 @@ class GARE(nn.Module):
         return self.text_from_towers(tower_text(self.towers, token_ids, token_mask))
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
-        """Encodes clips; padded frames never enter the image tower.
+        """Encodes clips; padded frames never enter the image tower, or as grey where padding is released.
 
         Args:
             frames: (M, F, 3, H, W) float, CLIP-normalised.
             frame_mask: (M, F) bool or 0/1, true for real frames.
 
         Raises:
-            DataError: for a clip without a frame, or with more than the model has positions or radii for.
+            DataError: for a clip without a frame, or with more than the model has positions or radii for;
+                where padding is released, for any number but ``max_frames``.
         """
         self._check_clips(frame_mask)
-        return self.video_from_towers(tower_frames(self.towers, frames, frame_mask), frame_mask)
+        frames_MFD = tower_frames(self.towers, frames, frame_mask, grey=self.released_padding)
+        return self.video_from_towers(frames_MFD, frame_mask)
 
     def text_from_towers(self, text: TextFeatures) -> TextFeatures:
         """What ``encode_text`` makes of the text tower's output, which a feature store keeps."""
@@ -136,7 +131,7 @@ class GARE(nn.Module):
         """What ``encode_video`` makes of the image tower's output, which a feature store keeps.
 
         Args:
-            frames: (M, F, D), zero at padded frames.
+            frames: (M, F, D), zero at padded frames; where padding is released, a grey picture's features.
             frame_mask: (M, F) bool or 0/1, true for real frames.
 
         Raises:
@@ -145,25 +140,16 @@ class GARE(nn.Module):
         mask_MF = self._check_clips(frame_mask)
         frames_MFD = frames if self.adapters is None else self.adapters.video(frames)
         if self.temporal is not None:
-            frames_MFD = self.temporal(frames_MFD, mask_MF)
+            frames_MFD = self.temporal(frames_MFD, mask_MF, keep_padded=self.released_padding)
         return VideoFeatures(frames_MFD, mask_MF)
 
     def _check_clips(self, frame_mask: Tensor) -> Tensor:
-        mask_MF = frame_mask.bool()
         limit = self.config.max_frames
+        if self.released_padding:
+            return clip_mask(frame_mask, limit, exactly=True)
         if self.temporal is not None and self.radius is None:
             limit = self.temporal.positions.num_embeddings
-        if mask_MF.shape[1] > limit:
-            raise DataError(
-                f"clips of {mask_MF.shape[1]} frames",
-                where="encode_video",
-                accepted=f"at most {limit}: model.max_frames and model.clip.max_positions",
-            )
-        if not mask_MF.any(dim=1).all():
-            raise DataError(
-                f"clip {int((~mask_MF.any(dim=1)).nonzero()[0])} has no frame", where="encode_video"
-            )
-        return mask_MF
+        return clip_mask(frame_mask, limit)
 
     def prepare_video(self, video: VideoFeatures) -> PreparedVideo:
         """The part of the factorised scores that belongs to videos alone, to be kept for any number of texts.
@@ -174,7 +160,9 @@ class GARE(nn.Module):
             ConfigError: for a ψ that has no factorised form.
         """
         if reason := self.why_direct:
-            raise ConfigError(reason, where="model", accepted="one layer, and dropout by context or none")
+            raise ConfigError(
+                reason, where="model", accepted="one layer, dropout by context or none, padding masked"
+            )
         owners = len(video.mask) if self.context_of == "video" else 0
         with torch.autocast(video.frames.device.type, enabled=False):
             frames_MFD = video.frames.to(torch.promote_types(video.frames.dtype, torch.float32))
@@ -221,6 +209,8 @@ class GARE(nn.Module):
     @property
     def why_direct(self) -> str:
         """Why only the direct form is exact for this model as it is now; empty where the factorised is."""
+        if self.released_padding:
+            return "padding released has no factorised form"
         if self.increment is None:
             return ""
         if len(self.increment.layers) > 1:
@@ -319,7 +309,7 @@ class GARE(nn.Module):
         basis = build_basis(
             self.increment,
             maps,
-            _words(text),
+            text.known_words,
             text.mask,
             text.embedding,
             own_sign=-self.config.gap_sign,
@@ -341,21 +331,13 @@ class GARE(nn.Module):
         Raises:
             ConfigError: for text features without words where they are the context of ψ.
         """
-        if self.config.pooling == "mean":
-            unit_ND, unit_MD = functional.normalize(text.embedding), functional.normalize(unit_mean(video))
-            return Pairs((unit_ND @ unit_MD.T).clamp(-1, 1), None)
-        pooled_NMD = pool(text.embedding, video, self.config.pool_temperature)
-        text_NMD = text.embedding.unsqueeze(1)
-        delta_NMD = self.deltas(text, video, keep_OD)
-        if delta_NMD is None:
-            pass
-        elif self.config.corrected_side == "text":
-            text_NMD = text_NMD + delta_NMD
-        else:
-            pooled_NMD = pooled_NMD + delta_NMD
-        # Rounding alone leaves [−1, 1].
-        scores_NM = functional.cosine_similarity(text_NMD, pooled_NMD, dim=-1).clamp(-1, 1)
-        return Pairs(scores_NM, delta_NMD)
+        return direct_pairs(self, text, video, keep_OD)
+
+    def pooled(self, text: TextFeatures, video: VideoFeatures) -> Tensor:
+        """Text-conditioned pooling p_ij (N, M, D) of all pairs."""
+        return pool(
+            text.embedding, video, self.config.pool_temperature, released_padding=self.released_padding
+        )
 
     def deltas(
         self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None
@@ -363,30 +345,10 @@ class GARE(nn.Module):
         """The increments Δ_ij (N, M, D) of all pairs, or None for the baseline.
 
         Query gap: Δ_ij = ψ(η(v̄_j − t_i)). Query text: t*_ij = ψ(t_i), Δ_ij = R_ij·unit(v̄_j − t*_ij).
-        ψ attends to the frames of video j, or to the words of text i.
+        ψ attends to the frames of video j, or to the words of text i. Where padding is released, padded
+        frames count in v̄_j and are attended to; in R_ij they count 0 always.
 
         Raises:
             ConfigError: for text features without words where they are the context of ψ.
         """
-        if self.increment is None:
-            return None
-        text_NMD = text.embedding.unsqueeze(1)
-        if self.radius is not None:
-            query_NMD = text_NMD.expand(-1, len(video.frames), -1)
-            radius_NM = self.radius(text.embedding, video.frames, video.mask)
-            start_NMD = self.increment(query_NMD, video.frames, video.mask, keep_OD)
-            return towards(video.mean, start_NMD, radius_NM)
-        gap_NMD = self.config.gap_sign * (video.mean.unsqueeze(0) - text_NMD)
-        if self.config.context == "frames":
-            delta_NMD: Tensor = self.increment(gap_NMD, video.frames, video.mask, keep_OD)
-            return delta_NMD
-        delta_MND: Tensor = self.increment(gap_NMD.transpose(0, 1), _words(text), text.mask, keep_OD)
-        return delta_MND.transpose(0, 1)
-
-
-def _words(text: TextFeatures) -> Tensor:
-    if text.words is None:
-        raise ConfigError(
-            "the text features have no words", where="model.context", accepted="words, from encode_text"
-        )
-    return text.words
+        return direct_deltas(self, text, video, keep_OD)

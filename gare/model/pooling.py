@@ -12,15 +12,27 @@ from gare.model.features import VideoFeatures
 from gare.model.forms import SHORTEST
 
 
-def pool(text_ND: Tensor, video: VideoFeatures, temperature: float) -> Tensor:
+def pool(
+    text_ND: Tensor, video: VideoFeatures, temperature: float, *, released_padding: bool = False
+) -> Tensor:
     """Text-conditioned pooling p_ij = Σ_f softmax_f(t_i·v_jf / τ_pool) v_jf, padded frames excluded.
+
+    Args:
+        text_ND: t_i.
+        video: M encoded clips.
+        temperature: τ_pool.
+        released_padding: whether padded frames are excluded as in the released code: after the softmax, whose
+            other weights then add up to less than 1.
 
     Returns:
         (N, M, D).
     """
     logits_NMF = torch.einsum("nd,mfd->nmf", text_ND, video.frames) / temperature
-    logits_NMF = logits_NMF.masked_fill(~video.mask, -torch.inf)
-    return torch.einsum("nmf,mfd->nmd", logits_NMF.softmax(dim=-1), video.frames)
+    if released_padding:
+        weights_NMF = logits_NMF.softmax(dim=-1) * video.mask
+    else:
+        weights_NMF = logits_NMF.masked_fill(~video.mask, -torch.inf).softmax(dim=-1)
+    return torch.einsum("nmf,mfd->nmd", weights_NMF, video.frames)
 
 
 def unit_mean(video: VideoFeatures) -> Tensor:

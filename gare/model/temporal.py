@@ -16,7 +16,7 @@ from gare.model.clip import ClipTowers
 class TemporalTransformer(nn.Module):
     """Frame position embeddings, pre-norm attention blocks without causal mask, and a residual around all.
 
-    out = x + Blocks(x + positions), padded frames masked as keys and zero in the output.
+    out = x + Blocks(x + positions), padded frames masked as keys.
 
     Source: released code; its LayerNorm ε is 1e-12 where CLIP's is 1e-5.
     """
@@ -64,11 +64,17 @@ class TemporalTransformer(nn.Module):
             f"{len(layers) - len(clips)} blocks that the text tower lacks" if len(layers) > len(clips) else ""
         )
 
-    def forward(self, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
-        """Frame features (M, F, D) and their mask (M, F) → (M, F, D), zero at padded frames."""
+    def forward(self, frames_MFD: Tensor, mask_MF: Tensor, *, keep_padded: bool = False) -> Tensor:
+        """Frame features (M, F, D) and their mask (M, F) → (M, F, D).
+
+        Args:
+            frames_MFD: frame features.
+            mask_MF: bool, true for real frames.
+            keep_padded: whether padded frames, too, get what they attend to; else they are zero.
+        """
         num_frames = frames_MFD.shape[1]
         hidden = frames_MFD + self.positions.weight[:num_frames]
         keys = mask_MF[:, None, None, :].expand(-1, 1, num_frames, -1)
         hidden = self.blocks(inputs_embeds=hidden, attention_mask=keys).last_hidden_state
-        out: Tensor = (frames_MFD + hidden) * mask_MF.unsqueeze(-1)
-        return out
+        out: Tensor = frames_MFD + hidden
+        return out if keep_padded else out * mask_MF.unsqueeze(-1)

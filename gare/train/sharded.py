@@ -197,17 +197,27 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
         # leave rounding times rounding, nothing is known.
         held = mean.square().unsqueeze(1)
         noise = rounding_noise((held @ squares).squeeze(1).sqrt()) * eps
-        # Of equal texts, what is left is the rounding of the coefficients that differ between texts at all:
-        # all but the last, unless that is a radius.
-        if sides.owners.basis.aimed is None:
-            held = held[:, :, :-1]
-        noise += rounding_noise((held @ squares[:, : held.shape[2]]).squeeze(1).sqrt())
         if config.kl_normalised:
             # Coefficients that make up for each other's changes of length cancel in the sum.
             diagonal = covariance.diagonal(dim1=1, dim2=2)
             noise += 2 * NOISE_ULPS * eps * (diagonal.unsqueeze(1) @ squares).squeeze(1)
+        noise = noise.masked_fill(_others_are_alike(sides), torch.inf)
     mean = (mean.unsqueeze(1) @ vectors).squeeze(1)
     return divergence(mean, variance, noise, config.prior_std, config.kl_reduction).sum()
+
+
+@torch.no_grad()
+def _others_are_alike(sides: Sides) -> Tensor:
+    """True, a scalar, if the vectors that ask differ by rounding alone: then so do an owner's increments.
+
+    It is looked for here and not in coefficients, where attention logits that cancel have made the rounding
+    of their summands as large as one likes.
+    """
+    asking = sides.others.mean if isinstance(sides.others, PreparedVideo) else sides.others.vectors
+    ends = torch.stack([asking.amax(dim=0), -asking.amin(dim=0)])
+    if sides.owner == "video":
+        ends = max_over_workers(ends)
+    return (ends.sum(dim=0).square() <= rounding_noise(ends.abs().amax(dim=0))).all()
 
 
 def _others_bottleneck(sides: Sides, blocks: list[Block], reference: Tensor, config: LossConfig) -> Tensor:

@@ -18,7 +18,6 @@ from torch.nn import functional
 from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.model.pooling import pool
 from gare.train.losses import info_nce
 
 
@@ -90,7 +89,7 @@ def trust_region_step(
     try:
         with torch.no_grad():
             learned = model.deltas(text, video)
-            pooled = pool(text.embedding, video, model.config.pool_temperature)
+            pooled = model.pooled(text, video)
     finally:
         model.train(training)
     assert learned is not None

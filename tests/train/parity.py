@@ -41,6 +41,7 @@ OPTIONS = (
     "model.increment=false loss.positives=video",
     "model.increment=false model.pooling=mean train.micro_batch=1",
     "model.temporal=none model.temporal_layers=4 model.temporal_heads=0",
+    "model.padding=released train.micro_batch=1",
     "train.input=features model.adapters=true train.micro_batch=1",
 )
 #: Batches that neither two nor three workers share equally.

@@ -239,8 +239,11 @@ def test_learned_radii_of_any_size(log_radius: float, seed: int) -> None:
 
 
 @pytest.mark.parametrize("num_pairs", [2, 3, 6])
+@pytest.mark.parametrize("normalised", [False, True], ids=["as they are", "normalised"])
 @pytest.mark.parametrize("variant", [{}, {"context": "words"}, {"query": "text"}])
-def test_equal_captions_have_no_spread(variant: dict[str, Any], num_pairs: int, seed: int) -> None:
+def test_equal_captions_have_no_spread(
+    variant: dict[str, Any], normalised: bool, num_pairs: int, seed: int
+) -> None:
     """Where all texts of a batch are one, σ is 1e-6 and carries no gradient, not that of rounding."""
     torch.manual_seed(seed)
     model = head(32, **variant).train()
@@ -248,7 +251,7 @@ def test_equal_captions_have_no_spread(variant: dict[str, Any], num_pairs: int, 
     assert text.words is not None
     same = torch.zeros(num_pairs, dtype=torch.int64)
     text = TextFeatures(text.embedding[same], text.words[same], text.mask[same])
-    config = LossConfig(radii_weight=0, direction_weight=0)
+    config = LossConfig(radii_weight=0, direction_weight=0, kl_normalised=normalised)
     direct, expected = gradients("direct", model, text, video, config, Draws())
     factorised, found = gradients("factorised", model, text, video, config, Draws())
     torch.testing.assert_close(factorised.bottleneck, direct.bottleneck)

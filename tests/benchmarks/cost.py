@@ -115,7 +115,9 @@ def loss_traffic(form: Form, num_pairs: int, shape: Shape) -> Traffic:
         columns = 3 * num_pairs * FLOAT  # the largest, the sums, and those back
         moments = 2 * num_pairs * (vectors + vectors**2) * FLOAT
         scalars = (2 + 6) * FLOAT  # the radii there and back; six terms for the log
-        return Traffic(frames + masks, frames + columns + moments + scalars + equal_rows, 14)
+        ends = 2 * shape.width * FLOAT  # of the texts, whether they are all alike
+        shared = columns + moments + scalars + ends
+        return Traffic(frames + masks, frames + shared + equal_rows, 15)
     texts = num_pairs * shape.width * FLOAT * (1 + (shape.words if form.endswith("words") else 0))
     return Traffic(
         frames + texts + masks + num_pairs * shape.words,

@@ -121,7 +121,9 @@ class ModelConfig(Section):
             )
         per_pair = self.increment_dropout > 0 and self.increment_dropout_per == "pair"
         if self.method == "factorized" and self.increment and per_pair:
-            raise ValueError("method factorized has no form for increment_dropout_per pair: take auto")
+            raise ValueError(
+                "method factorized has no form for increment_dropout_per pair: take auto or direct"
+            )
         if self.query == "text" and self.gap_sign != 1:
             raise ValueError("gap_sign -1 would change nothing: query text does not ask with the gap")
         if self.query == "text" and self.context == "words":

@@ -7,6 +7,7 @@ from typing import Any
 
 from gare.config import Config
 from gare.data.files import join, read_json
+from gare.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -20,20 +21,29 @@ def with_saved_precision(config: Config, folder: str) -> Config:
     return _changed(config, precision=saved) if saved and config.train.precision == "auto" else config
 
 
-def with_precision(config: Config, *, have_bf16: bool) -> Config:
+def with_precision(config: Config, *, have_bf16: bool | None) -> Config:
     """Takes the precision that the devices of a new run compute in, in place of auto.
 
     Args:
         config: of the run, its cluster settled.
-        have_bf16: whether all its GPUs compute bf16 in hardware.
+        have_bf16: whether all its GPUs compute bf16 in hardware; None where that is not known.
 
     Raises:
-        ConfigError: for one that they do not have.
+        ConfigError: for one that they do not have, or auto where it is not known what they have.
     """
     from gare.train.precision import resolve_precision
 
     asked, on_gpus = config.train.precision, bool(config.cluster.use_gpu)
-    precision = resolve_precision(asked, on_gpus=on_gpus, have_bf16=have_bf16)
+    if on_gpus and have_bf16 is None:
+        if asked == "auto":
+            # It would be settled for the whole run by chance.
+            raise ConfigError(
+                "is auto, and the GPUs could not be looked at",
+                where="train.precision",
+                accepted="bf16 for GPUs that have it in hardware, float32 for others",
+            )
+        return config  # each worker looks at its own
+    precision = resolve_precision(asked, on_gpus=on_gpus, have_bf16=bool(have_bf16))
     if asked == "auto":
         logger.info("train.precision auto: %s", precision)
     elif asked != "float32" and not on_gpus:
@@ -42,7 +52,7 @@ def with_precision(config: Config, *, have_bf16: bool) -> Config:
 
 
 def warn_of_towers_that_stay(config: Config, num_steps: int) -> None:
-    """Warns of a rate of the towers that fits fp16_released alone, where a weight moves much farther.
+    """Warns of a rate of the towers that fits fp16_released alone, and there of one that does not.
 
     Args:
         config: of the run, its precision settled.
@@ -51,11 +61,21 @@ def warn_of_towers_that_stay(config: Config, num_steps: int) -> None:
     from gare.train.optim import reach_of_towers
 
     train = config.train
-    learns = train.input == "frames" and train.freeze != "towers" and train.clip_lr > 0
-    if learns and train.precision in ("float32", "bf16") and train.clip_lr <= RELEASED_CLIP_LR:
+    if train.input != "frames" or train.freeze == "towers":
+        return
+    if train.precision == "fp16_released":
+        if train.clip_lr > 5 * RELEASED_CLIP_LR:
+            logger.warning(
+                "train.clip_lr %g with train.precision fp16_released: a step there is about %g times the "
+                "gradient, not one of Adam; the released rate is 1e-7, and rates from 1e-6 on are meant for "
+                "float32 and bf16",
+                train.clip_lr,
+                train.clip_lr / 1e-6,
+            )
+    elif 0 < train.clip_lr <= RELEASED_CLIP_LR:
         logger.warning(
             "train.clip_lr %g with train.precision %s: in the %d steps of this run a weight of the towers, "
-            "about 0.02 large, can move by %.1e at most, so that they stay almost as they are; take 1e-6 to "
+            "about 0.02 large, can move by about %.1e, so that they stay almost as they are; take 1e-6 to "
             "1e-5, or train.precision=fp16_released, for which that rate is meant",
             train.clip_lr,
             train.precision,

@@ -57,7 +57,7 @@ class _Probe:
             return Answer("", f"{line}; torch {torch.__version__} {build}, CUDA_VISIBLE_DEVICES {visible!r}")
 
 
-def require_usable_gpus(config: ClusterConfig) -> bool:
+def require_usable_gpus(config: ClusterConfig) -> bool | None:
     """Makes sure, before training begins, that torch can use the free GPUs, and that all are different ones.
 
     Ray hands out as many as it was told of, whether or not they are there.
@@ -66,7 +66,7 @@ def require_usable_gpus(config: ClusterConfig) -> bool:
         config: settled.
 
     Returns:
-        True if there are GPUs and all compute bf16 in hardware.
+        True if there are GPUs and all compute bf16 in hardware; None where that could not be looked at.
 
     Raises:
         ConfigError: for a GPU that torch cannot use, or one that two workers would share.
@@ -82,12 +82,12 @@ def require_usable_gpus(config: ClusterConfig) -> bool:
         answers = ray.get([probe.look.remote() for probe in probes], timeout=ANSWER_S)
     except ray.exceptions.RayError as error:
         logger.warning("the GPUs could not be looked at before the training: %s", str(error).splitlines()[-1])
-        return False
+        return None
     finally:
         for probe in probes:
             ray.kill(probe)
     refuse_unusable(answers)
-    return bool(answers) and all(answer.has_bf16 for answer in answers)
+    return all(answer.has_bf16 for answer in answers) if answers else None
 
 
 def refuse_unusable(answers: Sequence[Answer]) -> None:

@@ -18,6 +18,7 @@ from gare.config import LossConfig, TrainConfig
 from gare.data.batch import Batch, FeatureBatch
 from gare.data.images import normalise
 from gare.errors import GareError
+from gare.model.clip import ClipTowers
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.streaming import slices
@@ -235,15 +236,35 @@ class Objective(nn.Module):
                 return sharded_terms(
                     self.model, text, video, self.config, draws, video_ids, rows=rows, watched=watched
                 )
+        seen = self._seen(text, video, rows) if watched else None
         # Words are large; they travel only where ψ attends to them.
         words = gather(text.words, rows) if text.words is not None and self.model.needs_words else None
         text = TextFeatures(gather(text.embedding, rows), words, gather(text.mask, rows))
-        if watched and not self._said:
-            logger.warning("tension, increments and modality gap are measured in the factorised form only")
-            self._said = True
         torch.manual_seed(seed)
         with stage("head"):
-            return loss_terms(self.model, text, video, self.config, draws, video_ids)
+            terms = loss_terms(self.model, text, video, self.config, draws, video_ids)
+        return replace(terms, seen=seen)
+
+    @torch.no_grad()
+    def _seen(self, text: TextFeatures, video: VideoFeatures, rows: Rows) -> Seen | None:
+        """Score a step of the direct form once more, factorised and without dropout, for diagnostics.
+
+        None, said once, for a model that has no factorised form without dropout either.
+        """
+        model, training = self.model, self.model.training
+        model.eval()
+        try:
+            if not model.why_direct:
+                off = {"bottleneck_weight": 0.0, "radii_weight": 0.0, "direction_weight": 0.0}
+                alone = self.config.model_copy(update=off)
+                with stage("diagnostics"):
+                    return sharded_terms(model, text, video, alone, Draws(), rows=rows, watched=True).seen
+            if not self._said:
+                logger.warning("tension, increments and modality gap are not measured: %s", model.why_direct)
+                self._said = True
+            return None
+        finally:
+            model.train(training)
 
     def _divided(self, text: TextFeatures, video: VideoFeatures) -> tuple[TextFeatures, VideoFeatures]:
         """The same features, whose gradients the encoders get divided where the released recipe has it so.
@@ -251,7 +272,8 @@ class Objective(nn.Module):
         Source: released code, whose gather keeps of R workers' gradients its own, and DDP averages over R.
         """
         train = self.train_config
-        if train.precision != "fp16_released" or train.encoder_gradient_divisor == 1:
+        has_towers = isinstance(self.model.towers, ClipTowers)
+        if train.precision != "fp16_released" or not has_towers or train.encoder_gradient_divisor == 1:
             return text, video
         divisor = train.encoder_gradient_divisor
         words = None if text.words is None else divide_gradient(text.words, divisor)

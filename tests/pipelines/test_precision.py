@@ -67,7 +67,25 @@ def test_towers_that_stay_are_said(changes: str, warned: bool, caplog: pytest.Lo
     """The paper's rate with other precisions costs three points of R@1, and looks right in the settings."""
     config = tiny_config("train.clip_lr=1e-7", *changes.split())
     warn_of_towers_that_stay(config, 7031)
-    assert ("can move by 3.2e-04 at most" in caplog.text) == warned
+    assert ("can move by about 3.2e-04" in caplog.text) == warned
+
+
+def test_a_rate_of_float32_in_fp16_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Taken over with the paper's precision it is a step of ten times the gradient, without momentum's scale."""
+    released = ["train.precision=fp16_released", "train.optimizer=bert_adam"]
+    warn_of_towers_that_stay(tiny_config(*released, "train.clip_lr=1e-7"), 100)
+    assert not caplog.text
+    warn_of_towers_that_stay(tiny_config(*released, "train.clip_lr=1e-5"), 100)
+    assert "is about 10 times the gradient" in caplog.text
+
+
+def test_gpus_that_could_not_be_looked_at_settle_nothing() -> None:
+    """A probe that timed out must not make a month's run one in float32, nor refuse what was asked for."""
+    with pytest.raises(ConfigError, match="is auto, and the GPUs could not be looked at") as raised:
+        with_precision(tiny_config("cluster.use_gpu=true"), have_bf16=None)
+    assert raised.value.where == "train.precision"
+    asked = tiny_config("cluster.use_gpu=true", "train.precision=bf16")
+    assert with_precision(asked, have_bf16=None) == asked
 
 
 @pytest.mark.parametrize(("steps", "reach"), [(9000 * 20 * 5 // 128, 3.2e-4), (8395 * 5 // 128, 1.5e-5)])

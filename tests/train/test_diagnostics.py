@@ -204,3 +204,24 @@ def test_training_logs_them_when_asked(rng: np.random.Generator) -> None:
     assert {name.split("/")[0] for name in watched[0]} >= {"tension", "delta", "gap", "trust_region"}
     assert not any(name.startswith(extra) for values in plain for name in values)
     assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_the_direct_form_is_measured_too(rng: np.random.Generator, caplog: pytest.LogCaptureFixture) -> None:
+    """The paper's files drop out pair by pair, which only the direct form can; its runs must have the curves."""
+    batch = tiny_batch(tiny_config(), rng)
+    found = []
+    for option in ("model.increment_dropout_per=pair", "model.increment_dropout=0"):
+        learner = build_learner(
+            initial_model(tiny_config(option)), tiny_config(option), 10, torch.device("cpu")
+        )
+        values = train_step(learner, batch)
+        found.append(
+            {name: value for name, value in values.items() if name.startswith(("ten", "del", "gap"))}
+        )
+        assert learner.model.training
+    assert len(found[0]) > 10
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
+    assert not caplog.text.count("not measured")
+    layers = tiny_config("model.increment_layers=2")
+    train_step(build_learner(initial_model(layers), layers, 10, torch.device("cpu")), batch)
+    assert "are not measured: increment_layers 2" in caplog.text

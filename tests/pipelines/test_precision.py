@@ -71,7 +71,7 @@ def test_towers_that_stay_are_said(changes: str, warned: bool, caplog: pytest.Lo
 
 
 def test_a_rate_of_float32_in_fp16_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    """Taken over with the paper's precision it is a step of ten times the gradient, without momentum's scale."""
+    """Taken over with the paper's precision it is a step of ten times the gradient."""
     released = ["train.precision=fp16_released", "train.optimizer=bert_adam"]
     warn_of_towers_that_stay(tiny_config(*released, "train.clip_lr=1e-7"), 100)
     assert not caplog.text

@@ -207,7 +207,7 @@ def test_training_logs_them_when_asked(rng: np.random.Generator) -> None:
 
 
 def test_the_direct_form_is_measured_too(rng: np.random.Generator, caplog: pytest.LogCaptureFixture) -> None:
-    """The paper's files drop out pair by pair, which only the direct form can; its runs must have the curves."""
+    """The paper's files drop out pair by pair, which only the direct form can; their runs need the curves."""
     batch = tiny_batch(tiny_config(), rng)
     found = []
     for option in ("model.increment_dropout_per=pair", "model.increment_dropout=0"):

@@ -73,7 +73,7 @@ def test_checkpoint_keeps_its_contract(trained: dict[str, Any]) -> None:
         "trainer.pt",
     ]
     # As it was given, with what is automatic as what it came to.
-    expected = tiny("cluster.loaders_per_worker=1")
+    expected = tiny("cluster.loaders_per_worker=1", "train.precision=float32")
     assert parse_config(yaml.safe_load((folder / "config.yaml").read_text())) == expected
     trainer = torch.load(folder / "trainer.pt", weights_only=True)
     assert trainer["epoch"] == trained["best_epoch"]

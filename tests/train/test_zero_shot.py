@@ -120,6 +120,15 @@ def test_zero_shot_is_a_task_of_its_own(overrides: list[str], message: str) -> N
         parse_config(TREE, ["evaluate.zero_shot=true", *overrides])
 
 
+def test_padding_is_no_hindrance_to_a_zero_shot_score_from_features() -> None:
+    """The paper's own file has padding released, and its first row is wanted from features all the same."""
+    released = ["model.padding=released", "evaluate.input=features"]
+    config = parse_config(TREE, [*released, "evaluate.zero_shot=true"])
+    assert config.model.zero_shot().padding == "masked"
+    with pytest.raises(ConfigError, match="padding released needs"):
+        parse_config(TREE, released)
+
+
 @pytest.mark.parametrize(
     ("overrides", "label"),
     [

@@ -71,11 +71,13 @@ def score_curve(config: Config) -> dict[str, Any]:
 
 
 def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bool]:
-    """The kept checkpoints, the one that training chose, and True if val chose it.
+    """The kept checkpoints, one a step, the one that training chose, and True if val chose it.
 
     Raises:
         DataError: where there is no run, or no checkpoint.
     """
+    from gare.train.curve import one_of_each_step
+
     run, folder = config.train.run, places.run(config.train.run)
     if not exists(join(folder, "run.json")):
         raise DataError(
@@ -83,7 +85,7 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
             where=folder,
             accepted="train.run of a run that pipelines/train.py has trained",
         )
-    entries = checkpoints_of(config, places, validated=False).entries()
+    entries = one_of_each_step(checkpoints_of(config, places, validated=False).entries())
     if not entries:
         raise DataError(
             f"run {run!r} keeps no checkpoint",

@@ -187,6 +187,11 @@ class TrainConfig(Section):
     resume: bool = Field(True, description="continue an interrupted run of the same name")
     overwrite: bool = Field(False, description="delete an earlier run of the same name first")
 
+    @property
+    def towers_learn(self) -> bool:
+        """True if training changes the towers, beside their logit scale, which no ranking depends on."""
+        return self.input == "frames" and self.freeze != "towers" and self.clip_lr > 0
+
     @model_validator(mode="after")
     def _fp16_is_the_released_recipe(self) -> TrainConfig:
         if self.precision != "fp16_released":

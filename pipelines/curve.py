@@ -19,7 +19,7 @@ from gare.train.checkpoints import Checkpoints, Entry
 from gare.train.data import StoredSplits, read_splits
 from pipelines.saving import SELECTION, checkpoints_of
 from pipelines.scoring import device_of, pool_of
-from pipelines.subject import Subject, checkpoint_subject, open_tracking
+from pipelines.subject import Subject, checkpoint_subject, open_tracking, require_name_of_a_run
 
 if TYPE_CHECKING:
     from gare.train.curve import Curve, Look
@@ -38,12 +38,13 @@ def score_curve(config: Config) -> dict[str, Any]:
 
     Raises:
         CheckpointError: for a run whose training has not ended, or without a checkpoint that can be read.
-        ConfigError: for a store of another kind than the run learned from.
+        ConfigError: for a store of another kind than the run learned from, or a name that no run can have.
         DataError: for a run that does not exist or keeps no checkpoint, or a store that does not fit.
         GareError: where MLflow cannot be reached.
     """
     from gare.train.curve import Curve
 
+    require_name_of_a_run(config)
     started = time.monotonic()
     places, run = layout(config), config.train.run
     entries, chosen, validated = _kept(config, places)

@@ -51,8 +51,7 @@ def warn_of_towers_that_stay(config: Config, num_steps: int) -> None:
     from gare.train.optim import reach_of_towers
 
     train = config.train
-    learns = train.input == "frames" and train.freeze != "towers" and train.clip_lr > 0
-    if learns and train.precision in ("float32", "bf16") and train.clip_lr <= RELEASED_CLIP_LR:
+    if train.towers_learn and train.precision in ("float32", "bf16") and train.clip_lr <= RELEASED_CLIP_LR:
         logger.warning(
             "train.clip_lr %g with train.precision %s: in the %d steps of this run a weight of the towers, "
             "about 0.02 large, can move by %.1e at most, so that they stay almost as they are; take 1e-6 to "

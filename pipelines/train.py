@@ -29,7 +29,7 @@ from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.data.lock import StoreLock
 from gare.errors import ConfigError, DivergedError, GareError, StoppedError
-from gare.retrieval.evaluated import ZERO_SHOT, model_label, split_hash_of
+from gare.retrieval.evaluated import model_label, split_hash_of
 from gare.run_settings import completed_settings, settings_of_run
 from gare.train.checkpoints import Entry
 from gare.train.data import StoredSplits
@@ -40,6 +40,7 @@ from pipelines.pending import pending_of
 from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
 from pipelines.sizes import sizes_of_weights
+from pipelines.subject import require_name_of_a_run
 from pipelines.training import clips_file, input_of_run, plan_of, splits_of, train_worker
 
 if TYPE_CHECKING:
@@ -57,10 +58,7 @@ def run(config: Config) -> dict[str, Any]:
         DataError: for a store that is missing, incomplete or made with other settings.
         GareError: where MLflow cannot be reached at the start, or training fails.
     """
-    if config.train.run == ZERO_SHOT:
-        raise ConfigError(
-            "is the name of evaluations without a run", where="train.run", accepted="another name"
-        )
+    require_name_of_a_run(config)
     config = _with_absolute_paths(config)
     places = layout(config)
     with _lock(config, places) as lock:

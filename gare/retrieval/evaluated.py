@@ -44,6 +44,7 @@ class Evaluated:
         intervals: [low, high] by name.
         queries: the table of plain ranks.
         mlflow_run_id: of the run that has the scores.
+        note: what a reader of the scores must know; empty for nothing.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Evaluated:
     intervals: dict[str, list[float]]
     queries: QueryTable = field(repr=False)
     mlflow_run_id: str = ""
+    note: str = ""
 
     @property
     def benchmark(self) -> str:
@@ -116,6 +118,7 @@ def read_evaluated(folder: str) -> Evaluated:
         result.get("intervals", {}),
         queries,
         result.get("mlflow_run_id", ""),
+        result.get("note", ""),
     )
 
 

@@ -120,7 +120,7 @@ def compared_table(
             for run in (first, second):
                 verdict = f"{run.benchmark}: NOT COMPARABLE, {run.name} has R@1 {run.metrics['t2v/R1']:.1f}"
                 table.sections.append(Section(heading_of(run), [run_row(run)], [said], verdict))
-                _add_paper(table.sections[-1], run)
+                _add_notes(table.sections[-1], [run])
             continue
         section = Section(heading_of(first), [run_row(first), run_row(second)])
         section.rows.append(_difference_row(differences))
@@ -130,7 +130,7 @@ def compared_table(
         section.notes.append(verdict)
         if section.rows[-1].better | section.rows[-1].worse:
             section.notes.append("marked: intervals without 0; green or red: the second is better or worse")
-        _add_paper(section, first)
+        _add_notes(section, [first, second])
         table.sections.append(section)
         for name, found in differences.items():
             table.numbers[f"{first.benchmark}/{name}/difference"] = found.difference
@@ -174,7 +174,7 @@ def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
             section.notes.append("marked: the best mean; the deviations say whether that is more than chance")
         if any(len(seeds) == 1 and seeds[0].seed is not None for seeds in by_settings.values()):
             section.notes.append("a single seed has no deviation")
-        _add_paper(section, members[0])
+        _add_notes(section, members)
         table.sections.append(section)
     return table
 
@@ -257,6 +257,12 @@ def _mean_row(label: str, means: Means, others: Sequence[Means]) -> Row:
         if mean is not None and mean == best and len(set(known)) > 1:
             better.add(column)
     return Row("mean", (label, *cells), frozenset(better))
+
+
+def _add_notes(section: Section, runs: Sequence[Evaluated]) -> None:
+    """Adds what the runs' readers must know, and the paper's rows."""
+    section.notes += [f"{run.name}: {run.note}" for run in runs if run.note]
+    _add_paper(section, runs[0])
 
 
 def _add_paper(section: Section, run: Evaluated) -> None:

@@ -38,7 +38,7 @@ LOOKED_AT = "t2v/R1"
 def one_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
     """One checkpoint of each step, the last: those of one step have the same weights.
 
-    A step that ends an epoch may have two, before its validation and after. Training chooses among the latter.
+    A step that ends an epoch may have two, before its validation and after it; training chooses among these.
 
     Args:
         entries: in the order of the training.

@@ -13,9 +13,9 @@ import torch
 from cluster.storage import layout
 from gare.errors import CheckpointError, StoppedError
 from gare.model.gare import GARE
+from gare.train import state
 from gare.train.checkpoints import Entry
 from gare.train.history import History
-from gare.train import state
 from gare.train.state import MODEL
 from gare.train.step import build_learner
 from pipelines.saving import LOOK_EVERY_S, Saver, StopRequest

@@ -109,3 +109,5 @@ def test_the_note_says_scores_and_what_they_are_of(rng: np.random.Generator, tmp
     low, high = intervals["t2v/R1"]  # type: ignore[index]
     assert f"| text → video | {metrics['t2v/R1']:.1f} [{low:.1f}, {high:.1f}] |" in note  # type: ignore[index]
     assert len({row.count("|") - row.count("\\|") for row in rows}) == 1
+    noted = evaluation_note([{**about, **written, "note": "towers of /a_b as they are"}])
+    assert noted == f"{note}\ntowers of /a\\_b as they are\n"

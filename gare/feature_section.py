@@ -49,7 +49,9 @@ def feature_faults(
     evaluate: EvaluateConfig,
 ) -> list[str]:
     """What training and evaluation from features cannot do, one line each."""
-    if model.padding == "released" and "features" in (train.input, evaluate.input):
+    # A zero-shot score pools real frames alone, whatever the padding.
+    scored = "auto" if evaluate.zero_shot else evaluate.input
+    if model.padding == "released" and "features" in (train.input, scored):
         return [
             "model.padding released needs train.input frames and evaluate.input auto or frames: the features "
             "of its grey pictures are not stored"

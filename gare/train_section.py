@@ -166,10 +166,14 @@ class TrainConfig(Section):
     keep_checkpoints: CountOrAll = Field(
         2,
         description="last checkpoints kept, beside the best on val; all: every one, each of three times the "
-        "model's size, for evaluate.test_curve",
+        "model's size, for evaluate.test_curve; training then waits for a slow storage rather than miss a "
+        "step of checkpoint_every_steps",
     )
     checkpoint_every_steps: int = Field(
-        0, ge=0, description="steps between checkpoints within an epoch; each epoch ends with one; 0: none"
+        0,
+        ge=0,
+        description="steps between checkpoints within an epoch, later or fewer where the storage is slow and "
+        "keep_checkpoints is a number; each epoch ends with one; 0: none",
     )
     checkpoint_every_s: NonNegative = Field(
         600.0, description="seconds between checkpoints within an epoch; 0: none for the time alone"
@@ -182,6 +186,11 @@ class TrainConfig(Section):
     )
     resume: bool = Field(True, description="continue an interrupted run of the same name")
     overwrite: bool = Field(False, description="delete an earlier run of the same name first")
+
+    @property
+    def towers_learn(self) -> bool:
+        """True if training changes the towers, beside their logit scale, which no ranking depends on."""
+        return self.input == "frames" and self.freeze != "towers" and self.clip_lr > 0
 
     @model_validator(mode="after")
     def _fp16_is_the_released_recipe(self) -> TrainConfig:

@@ -49,14 +49,29 @@ def compare(config: Config) -> dict[str, Any]:
 
 
 def _folder_of(config: Config, tracker: Tracker, run: str) -> str:
-    """The run's name as it is, or for an MLflow run id the folder of its evaluation."""
+    """The run's name as it is, or for an MLflow run id the folder of its evaluation.
+
+    Raises:
+        DataError: for an MLflow run without an evaluation of the split, or whose results were replaced.
+        GareError: where MLflow has no such run.
+    """
     if not re.fullmatch(r"[0-9a-f]{32}", run):
         return run
     split = config.evaluate.split
     folder = tracker.tags_of(run).get(FOLDER_TAG + split)
     if not folder:
         raise DataError(f"the run has no evaluation of {split}", where=f"MLflow run {run}")
-    return folder
+    location = join(folder, "result.json")
+    now = read_json(location).get("mlflow_run_id", run) if exists(location) else ""
+    # The folder of a training is evaluated again; of zero-shot results one has the towers that came last.
+    if now == run or not (now or folder.rsplit("/", 2)[1] == ZERO_SHOT):
+        return folder
+    raise DataError(
+        f"its results of {split} were replaced by those of "
+        + (f"MLflow run {now}" if now else "other towers, of which this split is not evaluated"),
+        where=f"MLflow run {run}",
+        accepted="evaluate it again, or another run; its own numbers are in MLflow still",
+    )
 
 
 def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gare.train.checkpoints import Checkpoints, Entry
 from gare.train.data import StoredSplits, read_splits
 from pipelines.saving import SELECTION, checkpoints_of
 from pipelines.scoring import device_of, pool_of
-from pipelines.subject import Subject, checkpoint_subject, open_tracking
+from pipelines.subject import Subject, checkpoint_subject, open_tracking, require_name_of_a_run
 
 if TYPE_CHECKING:
     from gare.train.curve import Curve, Look
@@ -38,12 +38,13 @@ def score_curve(config: Config) -> dict[str, Any]:
 
     Raises:
         CheckpointError: for a run whose training has not ended, or without a checkpoint that can be read.
-        ConfigError: for a store of another kind than the run learned from.
+        ConfigError: for a store of another kind than the run learned from, or a name that no run can have.
         DataError: for a run that does not exist or keeps no checkpoint, or a store that does not fit.
         GareError: where MLflow cannot be reached.
     """
     from gare.train.curve import Curve
 
+    require_name_of_a_run(config)
     started = time.monotonic()
     places, run = layout(config), config.train.run
     entries, chosen, validated = _kept(config, places)
@@ -71,11 +72,13 @@ def score_curve(config: Config) -> dict[str, Any]:
 
 
 def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bool]:
-    """The kept checkpoints, the one that training chose, and True if val chose it.
+    """The kept checkpoints, one a step, the one that training chose, and True if val chose it.
 
     Raises:
         DataError: where there is no run, or no checkpoint.
     """
+    from gare.train.curve import one_of_each_step
+
     run, folder = config.train.run, places.run(config.train.run)
     if not exists(join(folder, "run.json")):
         raise DataError(
@@ -83,7 +86,7 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
             where=folder,
             accepted="train.run of a run that pipelines/train.py has trained",
         )
-    entries = checkpoints_of(config, places, validated=False).entries()
+    entries = one_of_each_step(checkpoints_of(config, places, validated=False).entries())
     if not entries:
         raise DataError(
             f"run {run!r} keeps no checkpoint",

@@ -25,7 +25,14 @@ from pipelines.curve import score_curve
 from pipelines.registration import write_and_register
 from pipelines.scoring import encode, rank
 from pipelines.sizes import sizes_for_evaluation
-from pipelines.subject import Subject, checkpoint_subject, open_tracking, zero_shot_subject
+from pipelines.subject import (
+    PICTURE,
+    Subject,
+    checkpoint_subject,
+    open_tracking,
+    take_folder,
+    zero_shot_subject,
+)
 from pipelines.syncing import sync
 
 if TYPE_CHECKING:
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Tags that say how a run was trained.
-TRAINING_TAGS = ("world_size", "batch", "seed")
+TRAINING_TAGS = ("world_size", "batch", "seed", "precision")
 #: The options of this command.
 FLAGS: Flags = {
     "--compare": ("evaluate.compare", "compare two evaluated runs", ("RUN_A", "RUN_B")),
@@ -101,6 +108,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
             count=config.evaluate.num_examples,
             title=f"{title} on {split}",
         )
+        take_folder(places, subject, handle.run_id)
         written = _write(config, places, subject, splits, ranks, picture)
     except BaseException:
         # The training itself has not failed.
@@ -120,7 +128,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
         handle.log_figure_bytes(f"{figure}-{split}.png", png)
     result = {
         "run": subject.run,
-        **({"model": ZERO_SHOT} if subject.is_zero_shot else {}),
+        **({"model": ZERO_SHOT, "note": subject.note} if subject.is_zero_shot else {}),
         "checkpoint": subject.checkpoint,
         "benchmark": benchmark_name(config, splits.benchmark),
         "protocol": splits.protocol,
@@ -165,10 +173,16 @@ def _tags(
 ) -> dict[str, Any]:
     split = config.evaluate.split
     rows = splits.of_split(split)
-    about = run_tags(config, splits.benchmark, splits.protocol)
+    tags = run_tags(config, splits.benchmark, splits.protocol)
+    about = {name: value for name, value in tags.items() if name not in TRAINING_TAGS}
     if subject.is_zero_shot:
-        about = {name: value for name, value in about.items() if name not in TRAINING_TAGS}
         about["precision"] = "float32" if subject.settings is None else config.features.precision
+    elif subject.is_trained_run:
+        # Its run has the training's tags, and this configuration need not be that of the training.
+        about["ray.job.evaluated"] = about.pop("ray.job")
+    elif subject.trained:
+        trained = run_tags(subject.trained, splits.benchmark, splits.protocol)
+        about |= {name: trained[name] for name in TRAINING_TAGS if name in trained}
     return {
         **about,
         **split_tags(split, split_hash_of(rows), num_texts, len(rows)),
@@ -191,7 +205,7 @@ def _write(
 
     split = config.evaluate.split
     folder = places.evaluation(subject.run, split)
-    write_atomically(join(folder, "retrieval.png"), picture)
+    write_atomically(join(folder, PICTURE), picture)
     about = {
         "run": subject.run,
         "checkpoint": subject.checkpoint,
@@ -201,7 +215,7 @@ def _write(
         "manifest": splits.manifest_fingerprint,
     }
     written = write_results(folder, ranks, splits.of_split(split), about, config.evaluate)
-    return written | {"picture": join(folder, "retrieval.png")}
+    return written | {"picture": join(folder, PICTURE)}
 
 
 def _picture(

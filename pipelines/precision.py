@@ -61,7 +61,7 @@ def warn_of_towers_that_stay(config: Config, num_steps: int) -> None:
     from gare.train.optim import reach_of_towers
 
     train = config.train
-    if train.input != "frames" or train.freeze == "towers":
+    if not train.towers_learn:
         return
     if train.precision == "fp16_released":
         if train.clip_lr > 5 * RELEASED_CLIP_LR:

@@ -158,7 +158,8 @@ class Saver:
         """
         now = time.monotonic()
         train, step = self.train, self.learner.step
-        self.due |= bool(train.checkpoint_every_steps) and step % train.checkpoint_every_steps == 0
+        asked_for = bool(train.checkpoint_every_steps) and step % train.checkpoint_every_steps == 0
+        self.due |= asked_for
         self.due |= bool(self.every_s) and now - self.saved >= self.every_s
         ask = self.watch and not self.noticed and now - self.asked >= ASK_EVERY_S
         failed, stop, ask = self._agree(self.writer.fault is not None, bool(self.reason), ask)
@@ -168,7 +169,9 @@ class Saver:
             raise self._stop(epoch, history)
         if ask:
             self._ask_ray(now)
-        if not self.rank and self.due and not self.writer.busy:
+        # Who keeps all wants each of these steps, and waits for the storage rather than miss one.
+        waits = asked_for and train.keep_checkpoints == "all"
+        if not self.rank and self.due and (waits or not self.writer.busy):
             self._write(Entry(step, epoch), history)
 
     def epoch(self, epoch: int, metrics: dict[str, float], history: History) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,21 @@ from typing import TYPE_CHECKING, Any
 from cluster.storage import Layout, absolute
 from cluster.tracking import RunHandle, connect
 from gare.config import Config, differences
-from gare.data.files import exists, join, read_json, write_json
-from gare.errors import CheckpointError
+from gare.data.files import delete_file, exists, join, read_json, write_json
+from gare.data.manifest import SPLITS
+from gare.errors import CheckpointError, ConfigError
 from gare.retrieval.evaluated import ZERO_SHOT
+from gare.retrieval.results import forget_results
 from pipelines.pending import pending_of
 
 if TYPE_CHECKING:
     from gare.model.gare import GARE
+
+
+logger = logging.getLogger(__name__)
+
+#: The picture of an evaluation, in its folder.
+PICTURE = "retrieval.png"
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,10 @@ class Subject:
         store: the store that it is scored from.
         settings: what a feature store must have been made with; None: the store is one of frames.
         record: JSON file that names its MLflow run; empty for a checkpoint from elsewhere.
+        trained: the configuration that the checkpoint was trained with; None for towers as they are.
+        is_zero_shot: True if it is towers as they are, without a run.
         towers_sha256: of a zero-shot evaluation, for its record; else empty.
+        note: what a reader of a zero-shot score must know of the weights; else empty.
     """
 
     run: str
@@ -40,12 +52,10 @@ class Subject:
     store: str
     settings: dict[str, Any] | None
     record: str = ""
+    trained: Config | None = None
+    is_zero_shot: bool = False
     towers_sha256: str = ""
-
-    @property
-    def is_zero_shot(self) -> bool:
-        """True if it is towers as they are, without a run."""
-        return self.run == ZERO_SHOT
+    note: str = ""
 
     @property
     def is_trained_run(self) -> bool:
@@ -53,13 +63,28 @@ class Subject:
         return bool(self.record) and not self.is_zero_shot
 
 
+def require_name_of_a_run(config: Config) -> None:
+    """Refuses the name under which evaluations without a run are found.
+
+    Raises:
+        ConfigError: for ``train.run`` of that name.
+    """
+    if config.train.run == ZERO_SHOT:
+        raise ConfigError(
+            "is the name of evaluations without a run", where="train.run", accepted="another name"
+        )
+
+
 def checkpoint_subject(config: Config, places: Layout) -> Subject:
     """The checkpoint of ``evaluate.checkpoint``, or the best of ``train.run``.
 
     Raises:
         CheckpointError: for a checkpoint that is missing or of another model.
+        ConfigError: for a run of a name that none can have.
     """
     from gare.train.state import load_checkpoint, read_config
+
+    require_name_of_a_run(config)
 
     best = places.checkpoint(config.train.run)
     checkpoint = absolute(config.evaluate.checkpoint) or best
@@ -89,6 +114,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         places.frames if settings is None else places.features,
         settings,
         record if checkpoint == best and exists(record) else "",
+        trained,
     )
 
 
@@ -103,13 +129,17 @@ def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
         ConfigError: where no weights are named, or ``model.clip`` has other sizes than they.
     """
     from gare.model.clip import towers_sha256
-    from gare.train.start import zero_shot_model
+    from gare.train.start import fault_of_zero_shot, zero_shot_model
 
     weights = absolute(config.features.weights or config.train.clip_weights)
     features = config.features.model_copy(update={"weights": weights})
     config = config.model_copy(update={"model": config.model.zero_shot(), "features": features})
     model = zero_shot_model(config)
     settings = settings_of(config, model) if config.evaluate.input == "features" else None
+    note = f"the towers of {weights} as they are"
+    if fault := fault_of_zero_shot(weights):
+        note += f", NOT the zero-shot score of published weights: {fault}"
+        logger.warning("zero-shot: %s", note)
     return config, Subject(
         ZERO_SHOT,
         weights,
@@ -118,7 +148,9 @@ def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
         places.frames if settings is None else places.features,
         settings,
         join(places.run(ZERO_SHOT), "zero-shot.json"),
-        towers_sha256(model.towers),
+        is_zero_shot=True,
+        towers_sha256=towers_sha256(model.towers),
+        note=note,
     )
 
 
@@ -140,13 +172,39 @@ def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle
         tags = {"checkpoint": subject.checkpoint}
         return tracker.start_run(f"{config.name}/evaluate", tags=tags, pending=pending)
     # One run for all splits of the same towers.
-    known = read_json(subject.record) if exists(subject.record) else {}
+    known = _known(subject)
     same = known.get("towers_sha256") == subject.towers_sha256
-    handle = tracker.start_run(
+    return tracker.start_run(
         f"{config.name}/{ZERO_SHOT}",
         run_id=known["mlflow_run_id"] if same else None,
         tags={"model": ZERO_SHOT, "weights": subject.checkpoint, "towers.sha256": subject.towers_sha256},
         pending=pending,
     )
-    write_json(subject.record, {"towers_sha256": subject.towers_sha256, "mlflow_run_id": handle.run_id})
-    return handle
+
+
+def take_folder(places: Layout, subject: Subject, run_id: str) -> None:
+    """Makes the folder of zero-shot results that of these towers; results of others go, those of all splits.
+
+    Args:
+        places: of the data set.
+        subject: whose results come next.
+        run_id: its MLflow run.
+    """
+    if not subject.is_zero_shot:
+        return
+    known = _known(subject)
+    if known and known["towers_sha256"] != subject.towers_sha256:
+        logger.warning(
+            "the zero-shot results of other towers, of MLflow run %s, are replaced", known["mlflow_run_id"]
+        )
+        for split in SPLITS:
+            folder = places.evaluation(subject.run, split)
+            forget_results(folder)
+            delete_file(join(folder, PICTURE))
+    write_json(subject.record, {"towers_sha256": subject.towers_sha256, "mlflow_run_id": run_id})
+
+
+def _known(subject: Subject) -> dict[str, str]:
+    """The record of the towers whose results the folder holds; empty where there is none."""
+    known: dict[str, str] = read_json(subject.record) if exists(subject.record) else {}
+    return known

@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
 
 from cluster.command import main
 from cluster.resources import require_train_resources, resources_of_worker, settle_resources
@@ -28,11 +25,12 @@ from cluster.tracking import (
     system_metrics,
 )
 from cluster.waiting import tells_of_lost_nodes
-from gare.config import ClipConfig, Config, ModelConfig, differences
+from gare.config import ClipConfig, Config, differences
 from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.data.lock import StoreLock
 from gare.errors import ConfigError, DivergedError, GareError, StoppedError
-from gare.retrieval.evaluated import ZERO_SHOT, model_label, split_hash_of
+from gare.retrieval.evaluated import model_label, split_hash_of
+from gare.run_settings import completed_settings, settings_of_run
 from gare.train.checkpoints import Entry
 from gare.train.data import StoredSplits
 from gare.train.history import History
@@ -42,22 +40,13 @@ from pipelines.pending import pending_of
 from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
 from pipelines.sizes import sizes_of_weights
+from pipelines.subject import require_name_of_a_run
 from pipelines.training import clips_file, input_of_run, plan_of, splits_of, train_worker
 
 if TYPE_CHECKING:
     from gare.train.input.inputs import TrainInput
 
 logger = logging.getLogger(__name__)
-
-#: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
-#: What matters of data and extract is in the fingerprints.
-FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
-FREE_SECTIONS |= {"features", "upkeep"}
-FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
-FREE_TRAIN_KEYS |= {"checkpoint_every_steps", "checkpoint_every_s"}
-FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch", "profile"}
-# They change the order of sums and when an activation is computed, not what: rounding, as another card does.
-FREE_TRAIN_KEYS |= {"compile", "activation_checkpointing"}
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -69,10 +58,7 @@ def run(config: Config) -> dict[str, Any]:
         DataError: for a store that is missing, incomplete or made with other settings.
         GareError: where MLflow cannot be reached at the start, or training fails.
     """
-    if config.train.run == ZERO_SHOT:
-        raise ConfigError(
-            "is the name of evaluations without a run", where="train.run", accepted="another name"
-        )
+    require_name_of_a_run(config)
     config = _with_absolute_paths(config)
     places = layout(config)
     with _lock(config, places) as lock:
@@ -149,8 +135,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     """What makes a run this run."""
-    settings = config.model_dump(mode="json", exclude=FREE_SECTIONS)
-    settings["model"] = config.model.identity()
+    settings = settings_of_run(config)
     # The budget of memory decides whether the diversity is that of a sample, and so what is computed.
     sampled = config.loss.samples_texts(
         config.train.batch_size, config.model.clip.embed_dim, config.model.memory_bytes
@@ -159,7 +144,6 @@ def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     if config.augment.is_on:
         # Earlier versions had another library's policy under the same settings.
         settings["augment"]["policy"] = POLICY
-    settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
     return {
         "settings": settings,
         "manifest_fingerprint": splits.manifest_fingerprint,
@@ -170,11 +154,8 @@ def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
 
 def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str, Any]:
     earlier: dict[str, Any] = read_json(join(folder, "run.json"))
-    # What an earlier version held to be part of a run may not be any more.
-    for section in FREE_SECTIONS & earlier.get("settings", {}).keys():
-        del earlier["settings"][section]
     now = _identity(config, splits)
-    earlier["settings"] = _completed(earlier.get("settings", {}), now["settings"])
+    earlier["settings"] = completed_settings(earlier.get("settings", {}))
     differing = [
         line.removeprefix("settings.") for line in differences({key: earlier.get(key) for key in now}, now)
     ]
@@ -186,29 +167,6 @@ def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str,
         )
         raise ConfigError(reason, where=folder, accepted="another train.run, or train.overwrite=true")
     return earlier
-
-
-def _completed(earlier: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier run, with the defaults of keys that its version did not know.
-
-    The default of a new key is what was done before there was one.
-    """
-    defaults = Config().model_dump(mode="json", exclude=FREE_SECTIONS)
-    completed = _filled(earlier, now, defaults)
-    with suppress(ValidationError):  # of a version with other keys, which the comparison tells of
-        completed["model"] = ModelConfig.model_validate(completed.get("model")).identity()
-    return completed
-
-
-def _filled(earlier: Any, now: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
-    if not isinstance(earlier, Mapping):
-        return earlier
-    filled = dict(earlier)
-    for key in now.keys() & defaults.keys():
-        filled.setdefault(key, defaults[key])
-        if isinstance(now[key], Mapping) and isinstance(defaults[key], Mapping):
-            filled[key] = _filled(filled[key], now[key], defaults[key])
-    return filled
 
 
 def _start_run(

@@ -37,9 +37,10 @@ INSIDE_GARE = {
         *("cluster_section", "model_section", "train_section"),
         *("data_section", "evaluate_section", "extract_section", "sources_section"),
     },
+    "run_settings": {"config"},
     "data": {"config", "errors"},
     "model": {"config", "errors"},
-    "retrieval": {"config", "errors", "data", "model"},
+    "retrieval": {"config", "errors", "run_settings", "data", "model"},
     "train": {"config", "errors", "data", "model", "retrieval"},
 }
 TOP_LEVEL = {

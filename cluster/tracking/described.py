@@ -14,10 +14,10 @@ def benchmark_name(config: Config, benchmark: str) -> str:
 
 
 def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
-    """Tags of a training and of its evaluation that come from the configuration and from Ray.
+    """Tags of a training or an evaluation that come from the configuration and from Ray.
 
     Args:
-        config: of the run.
+        config: of the training, or of the evaluation; batch, seed, world_size and precision are a training's.
         benchmark: the manifest's.
         protocol: the manifest's.
     """

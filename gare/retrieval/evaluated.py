@@ -14,6 +14,7 @@ from gare.data.files import exists, join, open_fs, read_json
 from gare.data.manifest import ManifestRow
 from gare.errors import DataError
 from gare.retrieval.queries import QueryTable, read_queries
+from gare.run_settings import completed_settings
 
 #: Run under whose name an evaluation without training is found, and its model's name.
 ZERO_SHOT = "zero-shot"
@@ -43,6 +44,7 @@ class Evaluated:
         intervals: [low, high] by name.
         queries: the table of plain ranks.
         mlflow_run_id: of the run that has the scores.
+        note: what a reader of the scores must know; empty for nothing.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Evaluated:
     intervals: dict[str, list[float]]
     queries: QueryTable = field(repr=False)
     mlflow_run_id: str = ""
+    note: str = ""
 
     @property
     def benchmark(self) -> str:
@@ -110,11 +113,12 @@ def read_evaluated(folder: str) -> Evaluated:
         measured_on,
         str(result.get("model") or (model_label(settings["model"]) if "model" in settings else "unknown")),
         settings.get("train", {}).get("seed"),
-        _hash_of(settings or {"checkpoint": result.get("checkpoint")}),
+        _hash_of(completed_settings(settings) if settings else {"checkpoint": result.get("checkpoint")}),
         result["metrics"],
         result.get("intervals", {}),
         queries,
         result.get("mlflow_run_id", ""),
+        result.get("note", ""),
     )
 
 
@@ -132,6 +136,7 @@ def model_label(model: Mapping[str, Any]) -> str:
 
 
 def _hash_of(settings: Mapping[str, Any]) -> str:
+    """Hash of what a run was, the same for a run of an earlier version whose keys were fewer."""
     kept = {key: value for key, value in settings.items() if key not in ("train", "name")}
     kept["train"] = {k: v for k, v in settings.get("train", {}).items() if k not in ("seed", "run")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()

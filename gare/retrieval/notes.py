@@ -15,7 +15,7 @@ def evaluation_note(results: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         results: as evaluate writes them, with ``split``, ``benchmark``, ``protocol``, ``split_hash``,
-            ``num_texts``, ``num_videos``, ``metrics`` and ``intervals``.
+            ``num_texts``, ``num_videos``, ``metrics`` and ``intervals``, perhaps with ``note``.
     """
     return "\n\n".join(map(_section, results)) + "\n"
 
@@ -36,6 +36,7 @@ def _section(result: Mapping[str, Any]) -> str:
                 keys = [f"{prefix}{direction}/{column}" for column in _COLUMNS]
                 cells = [_cell(result["metrics"][key], intervals.get(key)) for key in keys]
                 lines.append(f"| {' | '.join([name + suffix, *cells])} |")
+    lines += ["", _plain(result["note"])] if result.get("note") else []
     return "\n".join(lines)
 
 

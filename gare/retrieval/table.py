@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gare.errors import DataError
 from gare.retrieval.compare import Difference, compare_runs
-from gare.retrieval.evaluated import Evaluated, not_comparable
+from gare.retrieval.evaluated import ZERO_SHOT, Evaluated, not_comparable
 from gare.retrieval.published import LOOKS, SOURCE, published_scores
 
 #: Columns of scores.
@@ -120,7 +120,7 @@ def compared_table(
             for run in (first, second):
                 verdict = f"{run.benchmark}: NOT COMPARABLE, {run.name} has R@1 {run.metrics['t2v/R1']:.1f}"
                 table.sections.append(Section(heading_of(run), [run_row(run)], [said], verdict))
-                _add_paper(table.sections[-1], run)
+                _add_notes(table.sections[-1], [run])
             continue
         section = Section(heading_of(first), [run_row(first), run_row(second)])
         section.rows.append(_difference_row(differences))
@@ -130,7 +130,7 @@ def compared_table(
         section.notes.append(verdict)
         if section.rows[-1].better | section.rows[-1].worse:
             section.notes.append("marked: intervals without 0; green or red: the second is better or worse")
-        _add_paper(section, first)
+        _add_notes(section, [first, second])
         table.sections.append(section)
         for name, found in differences.items():
             table.numbers[f"{first.benchmark}/{name}/difference"] = found.difference
@@ -163,7 +163,7 @@ def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
             section.rows += [run_row(run) for run in seeds]
             model = seeds[0].model
             label = model if models.count(model) == 1 else f"{model}-{settings[:8]}"
-            section.rows.append(_mean_row(label, len(seeds), means, all_means))
+            section.rows.append(_mean_row(f"{label}: {_mean_over(seeds)}", means, all_means))
             said.append(f"{label} {section.rows[-1].cells[1]}")
             for metric, (mean, deviation) in means.items():
                 table.numbers[f"{name}/{label}/{metric}/mean"] = mean
@@ -172,9 +172,9 @@ def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
         section.verdict = f"{name}, text → video R@1: {', '.join(said)}"
         if any(row.better for row in section.rows):
             section.notes.append("marked: the best mean; the deviations say whether that is more than chance")
-        if any(len(seeds) == 1 for seeds in by_settings.values()):
+        if any(len(seeds) == 1 and seeds[0].seed is not None for seeds in by_settings.values()):
             section.notes.append("a single seed has no deviation")
-        _add_paper(section, members[0])
+        _add_notes(section, members)
         table.sections.append(section)
     return table
 
@@ -235,7 +235,17 @@ def _mean_of(seeds: Sequence[Evaluated], metric: str) -> tuple[float, float | No
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _mean_row(label: str, count: int, means: Means, others: Sequence[Means]) -> Row:
+def _mean_over(runs: Sequence[Evaluated]) -> str:
+    """The words for what a mean is of; not everything that is scored was trained with a seed."""
+    plural = "s" if len(runs) > 1 else ""
+    if any(run.seed is not None for run in runs):
+        return f"mean of {len(runs)} seed{plural}"
+    if runs[0].model == ZERO_SHOT and not plural:
+        return "not trained, no seed"
+    return f"mean of {len(runs)} evaluation{plural}"
+
+
+def _mean_row(label: str, means: Means, others: Sequence[Means]) -> Row:
     cells: list[str] = []
     better: set[int] = set()
     for column, metric in enumerate(METRICS, 1):
@@ -246,9 +256,13 @@ def _mean_row(label: str, count: int, means: Means, others: Sequence[Means]) -> 
         # Where all are the same none is the best.
         if mean is not None and mean == best and len(set(known)) > 1:
             better.add(column)
-    return Row(
-        "mean", (f"{label}: mean of {count} seed{'s' if count > 1 else ''}", *cells), frozenset(better)
-    )
+    return Row("mean", (label, *cells), frozenset(better))
+
+
+def _add_notes(section: Section, runs: Sequence[Evaluated]) -> None:
+    """Adds what the runs' readers must know, and the paper's rows."""
+    section.notes += [f"{run.name}: {run.note}" for run in runs if run.note]
+    _add_paper(section, runs[0])
 
 
 def _add_paper(section: Section, run: Evaluated) -> None:

@@ -6,7 +6,7 @@ N texts, M videos, F frames, D embedding width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,17 @@ logger = logging.getLogger(__name__)
 CLIPS, CAPTIONS = 32, 512
 #: Metric that the best of the looks is best at.
 LOOKED_AT = "t2v/R1"
+
+
+def one_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
+    """One checkpoint of each step, the last: those of one step have the same weights.
+
+    A step that ends an epoch may have two, before its validation and after it; training chooses among these.
+
+    Args:
+        entries: in the order of the training.
+    """
+    return list({entry.step: entry for entry in entries}.values())
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,31 @@ def zero_shot_model(config: Config) -> GARE:
     return feature_model(config.model_copy(update={"model": config.model.zero_shot()})).eval()
 
 
+def fault_of_zero_shot(weights: str) -> str:
+    """The reason why the score of towers as they are is not that of published weights; empty where it is.
+
+    Args:
+        weights: a file or folder of CLIP, or a checkpoint folder, whose training may have changed its towers
+            or have started from another checkpoint.
+
+    Raises:
+        CheckpointError: for a checkpoint that cannot be read.
+    """
+    seen = set()
+    while weights not in seen and _is_checkpoint(weights):
+        seen.add(weights)
+        trained = read_config(weights)
+        train, name = trained.train, f"the training {trained.name}/{trained.train.run}"
+        if train.towers_learn:
+            return f"{name} changed them"
+        weights = train.clip_weights
+        if train.input == "features":
+            weights = trained.features.weights or weights
+        if not weights:
+            return f"{name} left them random"
+    return ""
+
+
 def read_start(uri: str, config: ModelConfig) -> GARE:
     """The initial model of a run that learns from features, without towers, as its driver left it.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.storage import Layout
 from cluster.tracking import use_served_model
@@ -17,6 +18,7 @@ from cluster.tracking.tracker import connect
 from gare.data.files import copy_files
 from gare.data.manifest import read_manifest
 from gare.retrieval.queries import read_queries
+from gare.train.state import MODEL
 from pipelines import evaluate, train
 from pipelines.registration import write_and_register
 from tests.pipelines.support import in_process, tiny
@@ -123,6 +125,12 @@ def test_zero_shot_stands_beside_runs(
     }
     assert found["intervals"].keys() == found["metrics"].keys()
     assert (found["run"], found["model"], found["registered"]) == ("zero-shot", "zero-shot", "")
+    # These towers are not CLIP's, which is said wherever the score is.
+    tuned = f"the towers of {trained['checkpoint']} as they are, NOT the zero-shot score of published weights"
+    assert found["note"] == f"{tuned}: the training tiny/first changed them"
+    assert tuned in answer.stderr
+    page = stored(places).get_run(found["mlflow_run_id"]).data.tags["mlflow.note.content"]
+    assert "NOT the zero-shot score of published weights" in page
     run = stored(places).get_run(found["mlflow_run_id"])
     assert (run.info.run_name, run.info.status) == ("tiny/zero-shot", "FINISHED")
     assert run.data.metrics["test/t2v/R1"] == found["metrics"]["t2v/R1"]
@@ -146,6 +154,7 @@ def test_zero_shot_stands_beside_runs(
     difference = json.loads(answer.stdout)["numbers"]["synthetic/t2v/R1/difference"]
     assert difference == pytest.approx(gain)
     assert "tiny/zero-shot (zero-shot)" in answer.stderr
+    assert f"- tiny/zero-shot: {tuned}" in answer.stderr
     answer = command("--suite", "start", 'evaluate.runs=["first", "zero-shot"]')
     assert answer.status == 0, answer.stderr
     numbers = json.loads(answer.stdout)["numbers"]
@@ -155,6 +164,69 @@ def test_zero_shot_stands_beside_runs(
     assert nested == json.loads(answer.stdout)["mlflow_run_id"]
     refused = in_process(capsys, train.run, "--config", tiny_yaml, "train.run=zero-shot")
     refused.refused(2, "train.run", "evaluations without a run")
+    for task in (f"evaluate.checkpoint={trained['checkpoint']}", "--test-curve"):
+        command(task, "train.run=zero-shot").refused(2, "train.run", "evaluations without a run")
+
+
+def test_zero_shot_of_other_towers_is_not_taken_for_the_first(
+    trained: dict[str, Any],
+    places: Layout,
+    tiny_yaml: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two CLIPs are scored in turn: one's MLflow run must not bring the scores of the other, of any split."""
+
+    def command(*arguments: str) -> Any:
+        return in_process(capsys, evaluate.run, "--config", tiny_yaml, *arguments, flags=evaluate.FLAGS)
+
+    one, other = trained["checkpoint"], tmp_path / "other"
+    copy_files(one, str(other))
+    tensors = load_file(other / MODEL)
+    name = next(name for name in tensors if name.startswith("towers.") and name.endswith("projection.weight"))
+    save_file({**tensors, name: tensors[name].flip(0)}, other / MODEL)
+    first, val = (
+        evaluate.run(tiny("evaluate.zero_shot=true", f"features.weights={one}", f"evaluate.split={split}"))
+        for split in ("test", "val")
+    )
+    assert first["mlflow_run_id"] == val["mlflow_run_id"]
+    assert command("--compare", first["mlflow_run_id"], "first").status == 0
+    answer = command("--zero-shot", f"features.weights={other}")
+    assert answer.status == 0, answer.stderr
+    second = json.loads(answer.stdout)
+    assert second["mlflow_run_id"] != first["mlflow_run_id"]
+    assert f"the zero-shot results of other towers, of MLflow run {first['mlflow_run_id']}" in answer.stderr
+    assert second["metrics"] != first["metrics"]
+    assert list(Path(places.evaluation("zero-shot", "val")).iterdir()) == []
+
+    was = command("--compare", first["mlflow_run_id"], "first")
+    was.refused(3, "results of test were replaced by those of MLflow run", second["mlflow_run_id"])
+    was = command("--compare", first["mlflow_run_id"], "first", "evaluate.split=val")
+    was.refused(3, "results of val were replaced by those of other towers")
+    was = command("--suite", "gone", f'evaluate.runs=["{first["mlflow_run_id"]}"]')
+    was.refused(3, "results of test were replaced")
+    now = command("--compare", second["mlflow_run_id"], "first")
+    gain = trained["evaluation"]["metrics"]["t2v/R1"] - second["metrics"]["t2v/R1"]
+    assert json.loads(now.stdout)["numbers"]["synthetic/t2v/R1/difference"] == pytest.approx(gain)
+
+
+def test_an_evaluation_leaves_the_tags_of_the_training(trained: dict[str, Any], places: Layout) -> None:
+    """Runs are chosen by their tags: one that says bf16 and seed 9 of a float32 run of seed 0 misleads."""
+    other = ("train.precision=bf16", "train.seed=9", "train.batch_size=10", "cluster.train_workers=1")
+    names = ("precision", "seed", "batch", "world_size", "ray.job")
+    known = stored(places).get_run(trained["mlflow_run_id"]).data.tags
+    evaluated = evaluate.run(tiny(*other))
+    assert evaluated["mlflow_run_id"] == trained["mlflow_run_id"]
+    tags = stored(places).get_run(trained["mlflow_run_id"]).data.tags
+    assert {name: tags[name] for name in names} == {name: known[name] for name in names}
+    assert (tags["precision"], tags["seed"], tags["batch"], tags["world_size"]) == ("float32", "0", "8", "2")
+    assert "ray.job.evaluated" in tags
+    # A checkpoint from elsewhere says how it was trained; its MLflow run is not the training's.
+    elsewhere = ("train.run=elsewhere", f"evaluate.checkpoint={trained['checkpoint']}", *other)
+    found = stored(places).get_run(evaluate.run(tiny(*elsewhere))["mlflow_run_id"])
+    assert found.info.run_id != trained["mlflow_run_id"]
+    names = ("precision", "seed", "batch", "world_size")
+    assert {name: found.data.tags[name] for name in names} == {name: known[name] for name in names}
 
 
 def test_the_registered_model_ranks_videos(trained: dict[str, Any], places: Layout) -> None:

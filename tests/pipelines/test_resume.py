@@ -20,6 +20,7 @@ from cluster.tracking import resolve_tracking_uri
 from gare.config import ModelConfig
 from gare.data.lock import StoreLock
 from gare.errors import ConfigError
+from gare.run_settings import completed_settings
 from pipelines import train
 from tests.pipelines.support import in_process, losses, tiny
 
@@ -149,7 +150,7 @@ def test_the_number_of_heads_that_0_stands_for_is_no_other_model() -> None:
     assert (
         now["model"] == ModelConfig(temporal_heads=8).identity() != ModelConfig(temporal_heads=4).identity()
     )
-    assert train._completed({"model": now["model"] | {"temporal_heads": 0}}, now) == now
+    assert completed_settings({"model": now["model"] | {"temporal_heads": 0}})["model"] == now["model"]
 
 
 def test_two_drivers_of_one_run(

@@ -13,6 +13,7 @@ import torch
 from cluster.storage import layout
 from gare.errors import CheckpointError, StoppedError
 from gare.model.gare import GARE
+from gare.train import state
 from gare.train.checkpoints import Entry
 from gare.train.history import History
 from gare.train.state import MODEL
@@ -96,6 +97,33 @@ def test_when_a_checkpoint_is_written(
     """An epoch of a large data set takes hours, which a preemption must not cost."""
     kept = run(new_saver(savers, tmp_path, *overrides), tmp_path)
     assert kept == sorted([*within, (3, 1), (6, 2)], key=lambda entry: (entry[1], entry[0]))
+
+
+@pytest.mark.parametrize(("kept", "steps"), [("all", [2, 4, 6]), ("20", [2])])
+def test_who_keeps_all_misses_no_step(
+    tmp_path: Path, savers: list[Saver], monkeypatch: pytest.MonkeyPatch, kept: str, steps: list[int]
+) -> None:
+    """A curve with holes wherever the storage was slow is not the one that was asked for."""
+    saver = new_saver(savers, tmp_path, "train.checkpoint_every_steps=2", f"train.keep_checkpoints={kept}")
+    awaited, wait, write = threading.Event(), saver.writer.wait, state.write_checkpoint
+
+    def wait_for_it() -> None:
+        if saver.writer.busy:
+            awaited.set()
+        wait()
+
+    def write_slowly(uri: str, captured: state.Captured) -> None:
+        assert awaited.wait(60)  # a storage so slow that nothing is written before somebody waits for it
+        awaited.clear()
+        write(uri, captured)
+
+    monkeypatch.setattr(saver.writer, "wait", wait_for_it)
+    monkeypatch.setattr(state, "write_checkpoint", write_slowly)
+    for step in range(1, STEPS + 1):
+        saver.learner.step = step
+        saver.step(0, History(str(tmp_path / "history.json")))
+    saver.writer.wait()
+    assert [entry.step for entry in saver.checkpoints.entries()] == steps
 
 
 def test_a_run_that_is_asked_to_stop_writes_first(tmp_path: Path, savers: list[Saver]) -> None:

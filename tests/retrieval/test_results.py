@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from gare.config import EvaluateConfig
+from gare.config import EvaluateConfig, parse_config
 from gare.data.files import write_json
 from gare.data.manifest import ManifestRow
 from gare.errors import DataError
@@ -20,6 +21,7 @@ from gare.retrieval.queries import owners_of
 from gare.retrieval.ranks import rank_blocks
 from gare.retrieval.results import processing_of, write_results
 from gare.retrieval.scoring import MatrixBlocks
+from gare.run_settings import settings_of_run
 
 ROWS = [ManifestRow(f"v{index}", f"/v{index}.mp4", None, None, "test", ("a", "b")) for index in range(6)]
 ABOUT = {"benchmark": "folder", "protocol": "own_split | 6", "split": "test"}
@@ -71,6 +73,27 @@ def test_a_checkpoint_from_elsewhere_has_not_the_runs_settings(
     assert other.settings != mine.settings
 
 
+def test_seeds_of_two_versions_are_seeds_of_one_model(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Else three seeds of before an update and two after it are two means, and no deviation is of all."""
+    now = settings_of_run(parse_config({"name": "own"}))
+    earlier, other = (json.loads(json.dumps(now)) for _ in range(2))
+    for section, key in (("train", "tf32"), ("model", "pooling"), ("model", "increment_dropout_per")):
+        del earlier[section][key]
+    del earlier["augment"]
+    # Part of a run once, and free since.
+    earlier["upkeep"] = {"stale_s": 1}
+    earlier["train"] |= {"seed": 1, "micro_batch": 8}
+    other["model"]["increment_layers"] = 2
+    hashes = []
+    for name, settings in (("now", now), ("earlier", earlier), ("other", other)):
+        folder = tmp_path / "own" / "runs" / name / "evaluation-test"
+        folder.mkdir(parents=True)
+        write_json(str(folder.parent / "run.json"), {"settings": settings})
+        evaluate(folder, EvaluateConfig(resamples=0), rng, checkpoint=f"{folder.parent}/best")
+        hashes.append(read_evaluated(str(folder)).settings)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_the_note_says_scores_and_what_they_are_of(rng: np.random.Generator, tmp_path: Path) -> None:
     """It is the first thing on the run's page."""
     written = evaluate(tmp_path, EvaluateConfig(dsl=True, resamples=20), rng)
@@ -86,3 +109,5 @@ def test_the_note_says_scores_and_what_they_are_of(rng: np.random.Generator, tmp
     low, high = intervals["t2v/R1"]  # type: ignore[index]
     assert f"| text → video | {metrics['t2v/R1']:.1f} [{low:.1f}, {high:.1f}] |" in note  # type: ignore[index]
     assert len({row.count("|") - row.count("\\|") for row in rows}) == 1
+    noted = evaluation_note([{**about, **written, "note": "towers of /a_b as they are"}])
+    assert noted == f"{note}\ntowers of /a\\_b as they are\n"

@@ -144,6 +144,33 @@ def test_seeds_are_averaged_and_settings_are_not(rng: np.random.Generator) -> No
     assert f"± {statistics.stdev(values):.1f}" in table.markdown()
 
 
+def test_what_was_not_trained_has_no_seed(rng: np.random.Generator) -> None:
+    """A reader would take a zero-shot score for the mean of trainings, one of them at least."""
+    untrained = dataclasses.replace(
+        evaluated("d/zero-shot", rng, 1.0), model="zero-shot", seed=None, settings="z"
+    )
+    (section,) = suite_table([untrained], title="s").sections
+    assert [row.cells[0] for row in section.rows if row.kind == "mean"] == ["zero-shot: not trained, no seed"]
+    assert not any("seed" in note for note in section.notes)
+    other = dataclasses.replace(untrained, model="unknown")
+    (section,) = suite_table([other, evaluated("d/a", rng, 1.0)], title="s").sections
+    means = [row.cells[0] for row in section.rows if row.kind == "mean"]
+    assert means == ["unknown: mean of 1 evaluation", "gare: mean of 1 seed"]
+    assert "a single seed has no deviation" in section.notes
+
+
+def test_what_must_be_known_of_a_run_is_below_its_table(rng: np.random.Generator) -> None:
+    """Scores of fine-tuned towers in the row of zero-shot would be taken for CLIP's."""
+    note = "the towers of /w as they are, NOT the zero-shot score of published weights"
+    noted, other = evaluated("d/zero-shot", rng, 1.0), evaluated("d/a", rng, 1.0)
+    noted = dataclasses.replace(noted, note=note)
+    moved = evaluated("d/b", rng, 1.0, num_texts=7)
+    tables = [suite_table([other, noted], title="s")]
+    tables += [compared_table([(noted, one)], resamples=20, seed=0, title="c") for one in (other, moved)]
+    for table in tables:
+        assert table.markdown().count(f"- d/zero-shot: {note}\n") == 1
+
+
 def test_the_split_hash_knows_videos_and_captions_alone() -> None:
     """Runs on two machines, with their videos elsewhere, are comparable; with one other word they are not."""
     pairs = [("a", "one"), ("a", "two"), ("b", "three")]

@@ -16,7 +16,7 @@ from gare.retrieval.metrics import retrieval_metrics
 from gare.retrieval.queries import owners_of
 from gare.retrieval.scoring import score_split
 from gare.train.checkpoints import Entry
-from gare.train.curve import CheckpointScorer, Curve, Look, _as_features
+from gare.train.curve import CheckpointScorer, Curve, Look, _as_features, one_of_each_step
 from gare.train.state import MODEL, load_checkpoint, save_checkpoint
 from gare.train.step import build_learner
 from tests.features import write_feature_store
@@ -99,6 +99,13 @@ def test_a_damaged_checkpoint_is_a_fault_and_no_end(
     assert "is not a checkpoint" in scorer.score(str(tmp_path / "missing")).fault
     assert "finite" in scorer.score(str(tmp_path / "diverged")).fault
     assert scorer.score(str(tmp_path / "sound")).fault == ""
+
+
+def test_the_same_weights_are_one_look() -> None:
+    """A look counted twice makes the number of looks, which the note tells, too large."""
+    score = {"val/t2v/R1": 1.0}
+    entries = [Entry(2, 0), Entry(4, 0), Entry(6, 0), Entry(6, 1, score), Entry(8, 1), Entry(12, 2, score)]
+    assert one_of_each_step(entries) == [entries[at] for at in (0, 1, 3, 4, 5)]
 
 
 def test_the_curve_names_the_chosen_and_the_best() -> None:

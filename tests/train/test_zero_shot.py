@@ -24,7 +24,7 @@ from gare.retrieval.encode import Encoder, encode_stored
 from gare.retrieval.evaluated import model_label
 from gare.retrieval.scoring import score_split
 from gare.train.curve import _as_features
-from gare.train.start import zero_shot_model
+from gare.train.start import fault_of_zero_shot, zero_shot_model
 from gare.train.state import save_checkpoint
 from gare.train.step import build_learner
 from tests.features import write_feature_store
@@ -118,6 +118,45 @@ def test_zero_shot_is_a_task_of_its_own(overrides: list[str], message: str) -> N
     """A setting that is silently ignored leaves another number than was asked for."""
     with pytest.raises(ConfigError, match=message):
         parse_config(TREE, ["evaluate.zero_shot=true", *overrides])
+
+
+def test_towers_that_a_training_changed_are_said_to_be(tmp_path: Path) -> None:
+    """A fine-tuned model's score under CLIP's name makes every gain over zero-shot too small."""
+
+    def trained(name: str, *overrides: str) -> str:
+        config = tiny_config(f"train.run={name}", *overrides)
+        model = GARE(config.model)
+        save_checkpoint(str(tmp_path / name), build_learner(model, config, 4, torch.device("cpu")), 1)
+        return str(tmp_path / name)
+
+    published = f"train.clip_weights={tmp_path / 'published.pt'}"
+    tuned = trained("tuned", published, "train.freeze=text")
+    assert fault_of_zero_shot(tuned) == "the training tiny/tuned changed them"
+    for name, *overrides in (
+        ("frozen", "train.freeze=towers"),
+        ("still", "train.clip_lr=0"),
+        ("stored", "train.input=features"),
+    ):
+        assert fault_of_zero_shot(trained(name, published, *overrides)) == ""
+        # Towers that this training left alone may be those of one before it.
+        of_tuned = trained(f"{name}-of-tuned", f"train.clip_weights={tuned}", *overrides)
+        assert fault_of_zero_shot(of_tuned) == "the training tiny/tuned changed them"
+    of_features = trained("of-features", published, "train.input=features", f"features.weights={tuned}")
+    assert "tiny/tuned changed" in fault_of_zero_shot(of_features)
+    random = trained("random", "train.input=features")
+    assert fault_of_zero_shot(random) == "the training tiny/random left them random"
+    assert fault_of_zero_shot(str(tmp_path / "published.pt")) == ""
+    itself = str(tmp_path / "itself")
+    assert fault_of_zero_shot(trained("itself", f"train.clip_weights={itself}", "train.freeze=towers")) == ""
+
+
+def test_padding_is_no_hindrance_to_a_zero_shot_score_from_features() -> None:
+    """The paper's own file has padding released, and its first row is wanted from features all the same."""
+    released = ["model.padding=released", "evaluate.input=features"]
+    config = parse_config(TREE, [*released, "evaluate.zero_shot=true"])
+    assert config.model.zero_shot().padding == "masked"
+    with pytest.raises(ConfigError, match="padding released needs"):
+        parse_config(TREE, released)
 
 
 @pytest.mark.parametrize(

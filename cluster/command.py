@@ -20,7 +20,9 @@ EPILOG = """exit status:
   0 done   2 bad configuration or arguments   3 bad data   4 the run failed
 
 keys (give any of them as section.key=value; the top-level key extends: FILE of a YAML file has it merged over
-another; model.clip=auto takes all of model.clip, and extract.image_size unless given, from the weights):
+another; model.clip=auto takes all of model.clip from the weights, and extract.image_size too, whatever a file
+says, unless it is given here; a part that is turned off here, such as model.increment=false, leaves out a
+file's keys that only shape it):
 """
 
 

@@ -17,17 +17,18 @@ from pydantic import (
     BaseModel,
     Field,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
 from gare.augment_section import AugmentConfig
 from gare.cluster_section import ClusterConfig
 from gare.data_section import DataConfig
-from gare.errors import ConfigError, masked
+from gare.errors import ConfigError, GareError, masked
 from gare.evaluate_section import EvaluateConfig
 from gare.extract_section import ExtractConfig
 from gare.feature_section import FeaturesConfig, feature_faults
-from gare.model_section import ClipConfig, ModelConfig
+from gare.model_section import INCREMENT_KEYS, SIZES_READ, SIZES_UNKNOWN, ClipConfig, ModelConfig
 from gare.sections import DemoConfig, Name, Section, StorageConfig, TrackingConfig
 from gare.settings_files import Settings, read_settings
 from gare.sources_section import SourcesConfig
@@ -66,8 +67,27 @@ _PLACES = {
     "storage": ("root",),
     "features": ("weights",),
     "train": ("run", "clip_weights"),
-    "evaluate": ("checkpoint", "compare", "suite", "sync"),
+    "evaluate": ("checkpoint", "compare", "suite", "sync", "zero_shot"),
 }
+_DSL_KEYS, _QBNORM_KEYS = ("dsl_scale",), ("qbnorm_scale", "qbnorm_bank")
+#: Section, switch, the values that turn a part off, and keys beside it that only shape this part and are
+#: refused without it.
+_SHAPING: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
+    ("extract", "sampling", ("uniform", "keyframes"), ("sample_fps",)),
+    ("model", "increment", (False,), INCREMENT_KEYS),
+    ("model", "query", ("text",), ("gap_sign",)),
+    ("model", "temporal", ("none",), ("temporal_layers", "temporal_heads")),
+    ("model", "pooling", ("mean",), ("pool_temperature",)),
+    ("loss", "direction_form", ("orthogonality",), ("direction_alpha",)),
+    ("train", "optimizer", ("adamw",), ("schedule_epochs",)),
+    ("train", "precision", ("auto", "float32", "bf16"), ("encoder_gradient_divisor",)),
+    ("augment", "operations", (0,), ("magnitude", "noise", "probability")),
+    ("evaluate", "test_curve", (True,), ("checkpoint", "dsl", "qbnorm", *_DSL_KEYS, *_QBNORM_KEYS)),
+    ("evaluate", "zero_shot", (True,), ("checkpoint",)),
+    ("evaluate", "dsl", (False,), _DSL_KEYS),
+    ("evaluate", "qbnorm", (False,), _QBNORM_KEYS),
+    ("evaluate", "suite", ("",), ("runs",)),
+)
 
 
 class Config(Section):
@@ -94,12 +114,15 @@ class Config(Section):
     demo: DemoConfig = Field(default_factory=DemoConfig, description="the demo")
 
     @model_validator(mode="after")
-    def _store_fits_model(self) -> Config:
+    def _store_fits_model(self, info: ValidationInfo) -> Config:
         faults = feature_faults(self.train, self.model, self.augment, self.features, self.evaluate)
-        if self.extract.image_size != self.model.clip.image_size:
+        differs = self.extract.image_size != self.model.clip.image_size
+        if differs and info.context != SIZES_UNKNOWN:
+            way_out = ", which model.clip=auto read from the weights: give no extract.image_size"
             faults.append(
                 f"extract.image_size {self.extract.image_size} differs from "
                 f"model.clip.image_size {self.model.clip.image_size}"
+                + (way_out if info.context == SIZES_READ else "")
             )
         if self.extract.num_frames != self.model.max_frames:
             faults.append(
@@ -135,8 +158,8 @@ class Config(Section):
 
 
 #: Reads ``model.clip`` from the weights that a configuration names, in which all but the name and ``_PLACES``
-#: is at its default.
-SizesOf = Callable[[Config], Mapping[str, int]]
+#: is at its default; None where the task looks at no model: nothing has to fit the sizes then.
+SizesOf = Callable[[Config], Mapping[str, int] | None]
 
 
 def load_config(
@@ -149,7 +172,12 @@ def load_config(
             ``extends`` names another in the same way, seen from it, over which it is merged.
         overrides: ``section.key=value`` strings; the value is parsed as YAML.
         sizes_of: settles ``model.clip: auto``, such as ``gare.train.start.sizes_of_weights``; auto is refused
-            without it.
+            without it. The picture size of the weights takes the place of a file's ``extract.image_size``,
+            and not of one in the overrides.
+
+    A switch that turns a part off, such as ``model.increment=false``, leaves out keys that only shape this
+    part and come from below it: from a file, where an override turns it off, or from the file that is
+    extended. Both in one place contradict each other.
 
     Raises:
         CheckpointError: for weights whose sizes cannot be read.
@@ -178,43 +206,112 @@ def _parse(settings: Settings, overrides: Sequence[str], sizes_of: SizesOf | Non
     # A section whose keys are all commented out is null in YAML.
     merged: dict[str, Any] = {key: _copy(value) for key, value in tree.items() if value is not None}
     faults = [fault for item in overrides if (fault := _apply_override(merged, item))]
-    _settle_clip(merged, sizes_of, settings.path)
+    given = [item.partition("=")[0].strip() for item in overrides]
+    _leave_out_idle_keys(merged, settings, given)
+    context, unread = _settle_clip(merged, sizes_of, given)
+    if context:
+        faults += [
+            f"{key}: model.clip is auto, which has all sizes from the weights (leave this key out; for sizes "
+            "of your own begin with model.clip={})"
+            for key in given
+            if key.startswith("model.clip.")
+        ]
     # A value of the command line is no longer that of the file.
-    given = [item.partition("=")[0].strip() + "." for item in overrides]
     origins = {
         key: file
         for key, file in settings.origins.items()
-        if not any(one.startswith(f"{key}.") for one in given)
+        if not any(one.startswith(f"{key}.") for one in given) and not _is_given(key, given)
     }
     try:
-        config = Config.model_validate(merged)
+        config = Config.model_validate(merged, context=context)
     except ValidationError as error:
         faults += [_explain(dict(fault), origins) for fault in error.errors(include_url=False)]
+    if unread is not None:
+        if not faults and not isinstance(unread, ConfigError):
+            raise unread
+        faults.append(str(unread))
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n{lines}", where=settings.path)
     return config
 
 
-def _settle_clip(tree: dict[str, Any], sizes_of: SizesOf | None, where: str) -> None:
-    """Puts the weights' sizes in place of ``model.clip: auto``, and their picture size into extract."""
-    model = tree.get("model")
-    if not isinstance(model, dict) or model.get("clip") != AUTO:
-        return
+def _settle_clip(
+    tree: dict[str, Any], sizes_of: SizesOf | None, given: Sequence[str]
+) -> tuple[str, GareError | None]:
+    """Puts the weights' sizes in place of ``model.clip: auto``, and their picture size into extract.
+
+    Returns:
+        the context that the tree is to be validated in, empty without auto; and why no sizes could be read.
+    """
+    if _mapping_in(tree, "model").get("clip") != AUTO:
+        return "", None
+    del tree["model"]["clip"]
+    try:
+        sizes = _sizes(tree, sizes_of)
+    except GareError as error:
+        return SIZES_UNKNOWN, error
+    if sizes is None:
+        return SIZES_UNKNOWN, None
+    tree["model"]["clip"] = dict(sizes)
+    extract = tree.setdefault("extract", {})
+    if isinstance(extract, dict) and not _is_given("extract.image_size", given):
+        extract["image_size"] = sizes["image_size"]
+    return SIZES_READ, None
+
+
+def _sizes(tree: Mapping[str, Any], sizes_of: SizesOf | None) -> Mapping[str, int] | None:
+    """The sizes of the weights for ``model.clip: auto``; None where they are not needed or not named aright.
+
+    Raises:
+        CheckpointError: for weights whose sizes cannot be read.
+        ConfigError: where no weights are named, or nothing is there to read them with.
+    """
     if sizes_of is None:
         raise ConfigError(
-            "model.clip: auto is settled by the commands alone",
-            where=where,
-            accepted="sizes, or load_config(…, sizes_of=gare.train.start.sizes_of_weights)",
+            "auto needs a function that reads the sizes from the weights, and none was given",
+            where="model.clip",
+            accepted="load_config(…, sizes_of=gare.train.start.sizes_of_weights), which the commands of "
+            "pipelines/ do, or the sizes themselves",
         )
     known: dict[str, Any] = {"name": tree["name"]} if "name" in tree else {}
     for section, keys in _PLACES.items():
-        if isinstance(given := tree.get(section), Mapping):
-            known[section] = {key: given[key] for key in keys if key in given}
-    sizes = dict(sizes_of(parse_config(known, where=where)))
-    model["clip"] = sizes
-    if isinstance(extract := tree.setdefault("extract", {}), dict):
-        extract.setdefault("image_size", sizes["image_size"])
+        given = _mapping_in(tree, section)
+        known[section] = {key: given[key] for key in keys if key in given}
+    try:
+        places = parse_config(known)
+    except ConfigError:
+        # Found again when everything is checked.
+        return None
+    return sizes_of(places)
+
+
+def _leave_out_idle_keys(tree: dict[str, Any], settings: Settings, given: Sequence[str]) -> None:
+    """Takes out keys that only shape a part, where a switch above them turns it off."""
+
+    def depth(key: str) -> int:
+        """0 for the command line, 1 for the file, and one more for each file down to the key's."""
+        if _is_given(key, given):
+            return 0
+        origin = settings.origins.get(key)
+        return 1 if origin is None else 2 + settings.extended.index(origin)
+
+    for name, switch, off, keys in _SHAPING:
+        section = _mapping_in(tree, name)
+        if switch in section and section[switch] in off:
+            for key in keys:
+                if key in section and depth(f"{name}.{key}") > depth(f"{name}.{switch}"):
+                    del tree[name][key]
+
+
+def _mapping_in(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    found = tree.get(section)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _is_given(key: str, given: Sequence[str]) -> bool:
+    """True if a key, or all of the section that it is in, is among those of the command line."""
+    return any(f"{key}.".startswith(f"{one}.") for one in given)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -256,6 +353,8 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         return f"override {masked(item)!r}: the value is not YAML"
+    if keys[:2] == ["model", "clip"] and keys[2:] and _mapping_in(tree, "model").get("clip") == AUTO:
+        return ""  # refused when auto is settled
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}

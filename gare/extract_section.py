@@ -31,7 +31,9 @@ class ExtractConfig(Section):
         "is not right",
     )
     image_size: Count = Field(
-        224, description="pixels: short side after resizing; crop center makes it both sides of the picture"
+        224,
+        description="pixels: short side after resizing; crop center makes it both sides of the picture. With "
+        "model.clip=auto that of the weights, whatever a file says, unless it is given on the command line",
     )
     crop: Literal["center", "none"] = Field(
         "center",

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from gare.sections import Count, Positive, Section
+
+#: Keys that change nothing without increment. Padding then takes length from the pooled video, and cosines
+#: do not see it.
+INCREMENT_KEYS = ("corrected_side", "context", "gap_sign", "query", "increment_layers", "padding")
+#: Contexts of the validation of ``model.clip: auto``. Where no weights were read, the sizes are defaults
+#: that stand for nothing, and no other key has to fit them.
+SIZES_READ, SIZES_UNKNOWN = "sizes read from weights", "sizes unknown"
 
 
 class ClipConfig(Section):
@@ -101,11 +108,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _variant_makes_sense(self) -> ModelConfig:
-        # Without increment, padding takes length from the pooled video, and cosines do not see it.
-        changed = self.changed(
-            "corrected_side", "context", "gap_sign", "query", "increment_layers", "padding"
-        )
-        if changed and not self.increment:
+        if not self.increment and (changed := self.changed(*INCREMENT_KEYS)):
             raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
         if self.temporal == "none" and (changed := self.changed("temporal_layers", "temporal_heads")):
             raise ValueError(f"{', '.join(changed)} would change nothing: temporal is none")
@@ -150,8 +153,7 @@ class ModelConfig(Section):
 
     def baseline(self) -> ModelConfig:
         """The same model without increment, and without the switches that only shape it."""
-        shaping = {"corrected_side", "context", "gap_sign", "query", "increment_layers", "padding"}
-        shared = self.model_dump(exclude={"increment", *shaping})
+        shared = self.model_dump(exclude={"increment", *INCREMENT_KEYS})
         return type(self).model_validate({**shared, "increment": False})
 
     def zero_shot(self) -> ModelConfig:
@@ -161,7 +163,9 @@ class ModelConfig(Section):
         return type(self).model_validate({**shared, **plain})
 
     @model_validator(mode="after")
-    def _fits_towers(self) -> ModelConfig:
+    def _fits_towers(self, info: ValidationInfo) -> ModelConfig:
+        if info.context == SIZES_UNKNOWN:
+            return self
         if self.max_words > self.clip.max_positions:
             raise ValueError(
                 f"max_words {self.max_words} exceeds clip.max_positions {self.clip.max_positions}"

@@ -30,11 +30,13 @@ class Settings:
         tree: sections by name; not always a mapping, since a file may hold anything.
         path: the file that was asked for.
         origins: dotted key → file, of sections and values that an extended file alone gave.
+        extended: the files below it, the one that it extends first.
     """
 
     tree: Any
     path: str
     origins: Mapping[str, str] = field(default_factory=dict)
+    extended: tuple[str, ...] = ()
 
 
 def read_settings(name: str | Path) -> Settings:
@@ -46,6 +48,12 @@ def read_settings(name: str | Path) -> Settings:
     Raises:
         ConfigError: for a file that is missing, no YAML, or extends itself or what is no file.
     """
+    if not str(name):
+        raise ConfigError(
+            "no file is named",
+            where="configuration",
+            accepted=f"a YAML file such as conf/demo.yaml, or one of: {', '.join(shipped_files())}",
+        )
     path = _found(name, Path(), where="")
     return _read(path, (path.resolve(),))
 
@@ -98,7 +106,11 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Settings:
         )
     if found.resolve() in chain:
         circle = [one.name for one in (*chain[chain.index(found.resolve()) :], found)]
-        raise ConfigError(f"{EXTENDS}: goes in a circle: {' → '.join(circle)}", where=where)
+        raise ConfigError(
+            f"{EXTENDS}: goes in a circle: {' → '.join(circle)}",
+            where=where,
+            accepted="a last file that extends none: take the key out of one of them",
+        )
     below = _read(found, (*chain, found.resolve()))
     if not isinstance(below.tree, Mapping | None):
         raise ConfigError(
@@ -109,7 +121,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Settings:
     merged = _merged(tree, below.tree or {})
     given = set(_keys(tree))
     origins = {key: below.origins.get(key, below.path) for key in _keys(merged) if key not in given}
-    return Settings(merged, where, origins)
+    return Settings(merged, where, origins, (below.path, *below.extended))
 
 
 def _yaml_of(path: Path) -> Any:

@@ -203,7 +203,8 @@ class TrainConfig(Section):
         if self.optimizer != "bert_adam":
             raise ValueError(
                 f"precision fp16_released needs optimizer bert_adam, not {self.optimizer}: the two are one "
-                "recipe, and others divide by moments that fp16 rounds to 0"
+                "recipe, and others divide by moments that fp16 rounds to 0; for adamw set "
+                "train.precision=auto and train.clip_lr to 1e-6 or more"
             )
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cluster.storage import absolute, layout
-from gare.config import ClipConfig, Config
+from gare.config import Config
 from gare.data.files import exists
 from gare.errors import ConfigError
 
@@ -17,8 +17,10 @@ def sizes_of_weights(config: Config) -> Mapping[str, int]:
     return sizes_of_weights(config)
 
 
-def sizes_for_evaluation(config: Config) -> Mapping[str, int]:
+def sizes_for_evaluation(config: Config) -> Mapping[str, int] | None:
     """Those of ``evaluate.checkpoint``, of the weights where they are named, or else of the run's best.
+
+    None where no model is looked at. Without a run, for ``evaluate.zero_shot``, those of the weights alone.
 
     Raises:
         CheckpointError: for what cannot be read.
@@ -26,7 +28,9 @@ def sizes_for_evaluation(config: Config) -> Mapping[str, int]:
     """
     chosen = config.evaluate
     if chosen.compare or chosen.suite or chosen.sync:
-        return ClipConfig().model_dump()  # no model is looked at
+        return None
+    if chosen.zero_shot:
+        return sizes_of_weights(config)
     from gare.train.state import read_config
 
     best = layout(config).checkpoint(config.train.run)

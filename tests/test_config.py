@@ -262,6 +262,73 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert "conf/demo.yaml" in caught.value.accepted
 
 
+def test_a_file_without_a_name() -> None:
+    """An unset variable in a shell script, which is no folder."""
+    with pytest.raises(ConfigError, match=r"no file is named \(a YAML file .* one of: activitynet"):
+        load_config("")
+
+
+#: A part turned off, and a setting of another file that only shapes this part.
+IDLE = [
+    ("extract.sampling=uniform", "extract.sample_fps=2"),
+    *(("model.increment=false", f"model.{key}") for key in ("corrected_side=video", "context=words")),
+    *(("model.increment=false", f"model.{key}") for key in ("gap_sign=-1", "query=text")),
+    *(("model.increment=false", f"model.{key}") for key in ("increment_layers=2", "padding=released")),
+    ("model.query=text", "model.gap_sign=-1"),
+    ("model.temporal=none", "model.temporal_layers=2"),
+    ("model.temporal=none", "model.temporal_heads=2"),
+    ("model.pooling=mean", "model.pool_temperature=5"),
+    ("loss.direction_form=orthogonality", "loss.direction_alpha=3"),
+    ("train.optimizer=adamw", "train.schedule_epochs=5"),
+    *((f"train.precision={one}", "train.encoder_gradient_divisor=2") for one in ("auto", "float32", "bf16")),
+    *(("augment.operations=0", f"augment.{key}") for key in ("magnitude=9", "noise=0.1", "probability=0.2")),
+    *(("evaluate.test_curve=true", f"evaluate.{key}") for key in ("checkpoint=a", "dsl=true", "qbnorm=true")),
+    ("evaluate.zero_shot=true", "evaluate.checkpoint=a"),
+    ("evaluate.dsl=false", "evaluate.dsl_scale=50"),
+    *(("evaluate.qbnorm=false", f"evaluate.{key}") for key in ("qbnorm_scale=5", "qbnorm_bank=9")),
+    ("evaluate.suite=", "evaluate.runs=[a]"),
+]
+
+
+def as_yaml(*items: str) -> str:
+    """Settings of a command line as the text of a file."""
+    tree: dict[str, Any] = {}
+    for item in items:
+        dotted, _, value = item.partition("=")
+        section, key = dotted.split(".")
+        tree.setdefault(section, {})[key] = yaml.safe_load(value) if value else ""
+    return yaml.safe_dump(tree)
+
+
+@pytest.mark.parametrize(("switch", "shaping"), IDLE)
+def test_a_part_turned_off_leaves_out_what_shaped_it(switch: str, shaping: str, tmp_path: Path) -> None:
+    """A baseline is one setting over the file of the model that it is compared with."""
+    beside = ["model.increment=false"] if switch == "model.pooling=mean" else []
+    write(
+        tmp_path,
+        base=as_yaml(shaping),
+        own="extends: base.yaml\n" + as_yaml(switch, *beside),
+        both=as_yaml(shaping, switch, *beside),
+        off=as_yaml(switch, *beside),
+        shaped="extends: off.yaml\n" + as_yaml(shaping),
+        last="extends: own.yaml",
+    )
+    turned_off = parse_config({}, [switch, *beside])
+    assert load_config(tmp_path / "base.yaml", [switch, *beside]) == turned_off
+    assert load_config(tmp_path / "own.yaml") == load_config(tmp_path / "last.yaml") == turned_off
+    assert load_config(tmp_path / "both.yaml", [switch]) == turned_off
+    # In one place, or where the key was added to a part that is off, one of the two is a slip.
+    for path, overrides in (
+        ("both", []),
+        ("shaped", []),
+        ("off", [shaping]),
+        ("base", [switch, *beside, shaping]),
+        ("shaped", [switch, shaping]),
+    ):
+        with pytest.raises(ConfigError, match="would change nothing"):
+            load_config(tmp_path / f"{path}.yaml", overrides)
+
+
 def test_every_key_is_described() -> None:
     """A key that --help does not explain can only be found in the source."""
     described = list(describe_keys())
@@ -366,7 +433,10 @@ def test_a_file_extends_another(tmp_path: Path) -> None:
         ("extends: s3://bucket/a.yaml", "extends: there is no file"),
         ("extends: .", "extends: there is no file"),
         ("extends: own.yaml", r"extends: goes in a circle: own\.yaml → own\.yaml"),
-        ("extends: other.yaml", r"extends: goes in a circle: own\.yaml → other\.yaml → own\.yaml"),
+        (
+            "extends: other.yaml",
+            r"extends: goes in a circle: own\.yaml → other\.yaml → own\.yaml \(a last file that extends none",
+        ),
         *(
             (f"extends: {value}", "extends: got .*a path, seen from this file")
             for value in ("3", "[a]", "''")

@@ -8,6 +8,7 @@ import pytest
 
 from gare.config import differences, load_config
 from gare.errors import ConfigError
+from gare.settings_files import shipped_files
 
 #: words, frames, epochs, corrected side, GARE's and the baseline's R@1 / R@5 / R@10 / MnR.
 PAPER = {
@@ -62,6 +63,41 @@ def test_the_baseline_beside_it_is_accepted(name: str, repository: Path) -> None
     config = load_config(path, overrides)
     assert not config.model.increment
     assert config.train.run == "baseline"
+
+
+#: Commands of README.md and docs/ that are said to work with any file.
+DOCUMENTED = [
+    "model.increment=false",
+    "model.increment=false model.pooling=mean",
+    "model.increment=false model.pooling=mean model.temporal=none",
+    "evaluate.zero_shot=true train.clip_weights=ViT-B-32.pt",
+    "evaluate.test_curve=true",
+    "cluster.use_gpu=false train.precision=float32 train.clip_lr=1e-6",
+    "train.precision=auto train.clip_lr=1e-6",
+    "train.optimizer=adamw train.precision=auto train.clip_lr=1e-6",
+    "extract.store=both features.weights=ViT-B-32.pt",
+    "train.run=features train.input=features augment.operations=0 train.clip_weights=ViT-B-32.pt "
+    "model.adapters=true train.batch_size=1024",
+    "train.run=features train.clip_weights=ViT-B-32.pt model.adapters=true",
+    "cluster.train_workers=1 train.activation_checkpointing=true",
+    "cluster.train_workers=1 train.micro_batch=32",
+]
+
+
+@pytest.mark.parametrize("name", shipped_files())
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_documented_commands_work_with_every_shipped_file(name: str, command: str) -> None:
+    """A baseline that is refused for a key of the file is a table without its first row."""
+    config = load_config(name, command.split())
+    if "model.increment=false" in command:
+        assert not config.model.increment
+        assert config.model.corrected_side == "text"
+
+
+def test_adamw_says_what_the_papers_files_need_beside_it() -> None:
+    """Their precision and rate are of bert_adam, and to change them in silence would leave CLIP as it is."""
+    with pytest.raises(ConfigError, match=r"for adamw set train\.precision=auto and train\.clip_lr"):
+        load_config("activitynet", ["train.optimizer=adamw"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cluster.storage import layout
-from gare.config import ClipConfig, load_config
+from gare.config import load_config
 from gare.errors import ConfigError
 from gare.model.weights import import_clip
 from pipelines.sizes import sizes_for_evaluation
@@ -60,6 +60,25 @@ def test_evaluation_takes_the_sizes_of_the_run(auto: str, tmp_path: Path) -> Non
         config = load_config(auto, [override.format(folder), *fitting], sizes_of=sizes_for_evaluation)
         assert config.model.clip == trained.model.clip
         assert config.extract.image_size == 32
-    # Nothing is scored, so nothing has to be there.
-    compared = load_config(auto, ['evaluate.compare=["a", "b"]'], sizes_of=sizes_for_evaluation)
-    assert compared.model.clip == ClipConfig()
+
+
+@pytest.mark.parametrize("task", ['evaluate.compare=["a", "b"]', "evaluate.suite=all", "evaluate.sync=true"])
+def test_tasks_without_a_model_need_no_sizes(task: str, auto: str) -> None:
+    """Results are compared years later, where the weights are no more."""
+    for file in (auto, "own", "demo", "msrvtt"):
+        fitted = ["model.clip=auto", "extract.image_size=64", "model.increment_heads=7", "model.max_words=99"]
+        load_config(file, [task, *fitted], sizes_of=sizes_for_evaluation)
+        with pytest.raises(ConfigError, match=r"1 fault:\n.*train\.lrr: unknown key"):
+            load_config(file, [task, *fitted, "train.lrr=3"], sizes_of=sizes_for_evaluation)
+
+
+def test_zero_shot_asks_for_weights_alone(auto: str) -> None:
+    """It has no run: a message that names one sends a person off to train."""
+    trained = tiny("name=sized")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"train\.clip_weights=FILE") as caught:
+            load_config(auto, ["evaluate.zero_shot=true"], sizes_of=sizes_for_evaluation)
+        assert "run that has ended" not in str(caught.value)
+        best = Path(layout(trained).checkpoint("gare"))  # of a run that is no business of zero-shot
+        best.mkdir(parents=True, exist_ok=True)
+        (best / "config.yaml").write_text(trained.to_yaml())

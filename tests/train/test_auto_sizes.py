@@ -13,6 +13,7 @@ from gare.config import ClipConfig, Config, load_config, parse_config
 from gare.errors import CheckpointError, ConfigError
 from gare.model.gare import GARE
 from gare.model.weights import import_clip
+from gare.settings_files import shipped_files
 from gare.train.start import initial_model, sizes_of_weights
 from gare.train.state import save_checkpoint
 from gare.train.step import build_learner
@@ -82,6 +83,66 @@ def test_auto_on_the_command_line_replaces_a_files_sizes(clip: OpenAIClip, tmp_p
     assert settled(tmp_path / "own.yaml", overrides[1]) == config
 
 
+@pytest.mark.parametrize("name", shipped_files())
+def test_auto_works_with_every_shipped_file(name: str, clip: OpenAIClip, tmp_path: Path) -> None:
+    """The picture size of a small model's file would hold up everyone who has weights."""
+    torch.save(published(clip), tmp_path / "plain.pt")
+    overrides = ["model.clip=auto", f"train.clip_weights={tmp_path / 'plain.pt'}"]
+    config = settled(name, *overrides)
+    assert config.model.clip == ClipConfig(**SIZES)
+    assert config.extract.image_size == 32
+    with pytest.raises(ConfigError, match=r"64 differs .* 32, which model\.clip=auto read from the weights"):
+        settled(name, *overrides, "extract.image_size=64")
+    # The command line's, as a section too, is what somebody wants now.
+    frames = load_config(name).model.max_frames
+    with pytest.raises(ConfigError, match=r"64 differs .*model\.clip=auto"):
+        settled(name, *overrides, f"extract={{image_size: 64, num_frames: {frames}}}")
+
+
+def test_a_picture_size_beside_auto_in_a_file_gives_way(clip: OpenAIClip, tmp_path: Path) -> None:
+    """Files are kept while weights change: only the command line is of this run."""
+    torch.save(published(clip), tmp_path / "plain.pt")
+    path = tmp_path / "own.yaml"
+    path.write_text("model: {clip: auto}\nextract: {image_size: 64}")
+    assert settled(path, f"train.clip_weights={tmp_path / 'plain.pt'}").extract.image_size == 32
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.clip=auto", "model.clip.patch_size=16"],
+        ["model.clip.patch_size=16", "model.clip=auto"],
+        ["model.clip.patch_size=16"],
+    ],
+)
+def test_a_size_beside_auto_is_refused(
+    overrides: list[str], clip: OpenAIClip, auto: Path, tmp_path: Path
+) -> None:
+    """Taken in silence it trains ViT-B/32's sizes with another patch, which no weights have."""
+    torch.save(published(clip), tmp_path / "plain.pt")
+    path = auto if len(overrides) == 1 else "didemo"
+    with pytest.raises(ConfigError, match=r"1 fault:\n.*model\.clip\.patch_size: model\.clip is auto, which"):
+        settled(path, *overrides, f"train.clip_weights={tmp_path / 'plain.pt'}")
+    own = settled(auto, "model.clip={}", "model.clip.patch_size=16")
+    assert own.model.clip == ClipConfig(patch_size=16)
+
+
+def test_auto_without_sizes_hides_no_other_fault(auto: Path, tmp_path: Path) -> None:
+    """Found one by one, these are four runs; and sizes that nobody knows are no fault of other keys."""
+    wrong = ["train.lrr=3", "extract.sampling=all", "model.increment_heads=7", "extract.image_size=64"]
+    for override, said in (
+        ("train.run=x", "model.clip: auto takes the sizes of the weights, and none are named"),
+        ("train.clip_weights=5", "train.clip_weights: got 5"),
+        (f"train.clip_weights={tmp_path / 'none.pt'}", "none.pt: there is no such file"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            settled(auto, *wrong, override)
+        message = str(caught.value)
+        assert "3 faults:" in message
+        for part in (said, "train.lrr: unknown key", "extract.sampling: got 'all'"):
+            assert part in message
+
+
 def test_the_rest_is_checked_with_the_weights_sizes(clip: OpenAIClip, auto: Path, tmp_path: Path) -> None:
     """What does not fit them is told before hours of extraction."""
     torch.save(published(clip), tmp_path / "plain.pt")
@@ -144,5 +205,7 @@ def test_secrets_in_the_weights_location_are_not_shown(auto: Path) -> None:
 def test_auto_needs_weights_to_be_read(auto: Path) -> None:
     """A checkpoint's settings hold sizes; whoever reads auto there would open a file that data name."""
     for refuse in (lambda: load_config(auto), lambda: parse_config({"model": {"clip": "auto"}})):
-        with pytest.raises(ConfigError, match="auto is settled by the commands alone"):
+        with pytest.raises(
+            ConfigError, match=r"model\.clip: auto needs .*sizes_of=gare\.train\.start\.sizes_of_weights"
+        ):
             refuse()

@@ -85,6 +85,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _store_fits_model(self) -> Config:
         faults = feature_faults(self.train, self.model, self.augment, self.features, self.evaluate)
+        if self.train.freeze == "towers" and not self.model.learns_without_towers:
+            faults.append(
+                "train.freeze towers would leave nothing to learn: model.temporal is none, and "
+                "model.increment and model.adapters are off"
+            )
         if self.extract.image_size != self.model.clip.image_size:
             faults.append(
                 f"extract.image_size {self.extract.image_size} differs from "

@@ -116,6 +116,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _store_fits_model(self, info: ValidationInfo) -> Config:
         faults = feature_faults(self.train, self.model, self.augment, self.features, self.evaluate)
+        if self.train.freeze == "towers" and not self.model.learns_without_towers:
+            faults.append(
+                "train.freeze towers would leave nothing to learn: model.temporal is none, and "
+                "model.increment and model.adapters are off"
+            )
         differs = self.extract.image_size != self.model.clip.image_size
         if differs and info.context != SIZES_UNKNOWN:
             way_out = ", which model.clip=auto read from the weights: give no extract.image_size"

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gare.config import Config, parse_config
 from gare.data.batch import Batch
 from gare.model.gare import GARE
-from gare.model.pooling import pool
+from gare.model.pooling import pool, unit_mean
 from gare.train.step import build_learner, train_step
 
 WORDS, FRAMES, BATCH = 32, 12, 8
@@ -36,7 +36,6 @@ def multiply_adds(call: Callable[[], object]) -> int:
 def parts(model: GARE) -> dict[str, dict[str, int]]:
     """Parameters and multiply-adds by part."""
     clip, temporal, psi = model.towers.clip, model.temporal, model.increment
-    assert psi is not None
     tokens, mask = torch.zeros(1, WORDS, dtype=torch.int64), torch.ones(1, WORDS)
     images, frame_mask = torch.zeros(FRAMES, 3, 224, 224), torch.ones(1, FRAMES, dtype=torch.bool)
     features = torch.randn(1, FRAMES, 512)
@@ -51,10 +50,13 @@ def parts(model: GARE) -> dict[str, dict[str, int]]:
             [clip.vision_model, clip.visual_projection],
             lambda: model.towers.encode_images(images),
         ),
-        "temporal transformer": ([temporal], lambda: temporal(features, frame_mask)),
-        "psi": ([psi], lambda: psi(gap, video.frames, video.mask)),
-        "pooling": ([], lambda: pool(text.embedding, video, 3.0)),
     }
+    if temporal is not None:
+        modules["temporal transformer"] = ([temporal], lambda: temporal(features, frame_mask))
+    if psi is not None:
+        modules["psi"] = ([psi], lambda: psi(gap, video.frames, video.mask))
+    by_text = model.config.pooling == "text_conditioned"
+    modules["pooling"] = ([], lambda: pool(text.embedding, video, 3.0) if by_text else unit_mean(video))
     return {
         name: {
             "parameters": sum(p.numel() for module in held for p in module.parameters()),

@@ -206,6 +206,10 @@ def test_mean_pooling_by_blocks_and_in_any_precision(shape: tuple[int, int], see
     [
         (("model.temporal=none",), "temporal_layers, temporal_heads would change nothing: temporal is none"),
         (("model.pooling=mean",), "pooling mean has no increment"),
+        (
+            (*BASELINES["meanP"], "train.freeze=towers", "train.clip_weights=/clip.pt"),
+            "freeze towers would leave nothing to learn",
+        ),
         ((*MEAN, "model.pool_temperature=5"), "pool_temperature would change nothing"),
     ],
 )

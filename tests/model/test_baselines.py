@@ -204,7 +204,10 @@ def test_mean_pooling_by_blocks_and_in_any_precision(shape: tuple[int, int], see
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("model.temporal=none",), "temporal_layers, temporal_heads would change nothing: temporal is none"),
+        (
+            ("model.temporal=none", "model.temporal_layers=2", "model.temporal_heads=2"),
+            "temporal_layers, temporal_heads would change nothing: temporal is none",
+        ),
         (("model.pooling=mean",), "pooling mean has no increment"),
         (
             (*BASELINES["meanP"], "train.freeze=towers", "train.clip_weights=/clip.pt"),

@@ -25,7 +25,8 @@ class EvaluateConfig(Section):
     zero_shot: bool = Field(
         False,
         description="score the towers of features.weights (train.clip_weights) as they are, without any run: "
-        "the mean of unit frames; its results are those of a run named zero-shot",
+        "the mean of unit frames; its results are those of a run named zero-shot, and go when other towers "
+        "are scored so",
     )
     num_examples: Count = Field(6, description="queries in the retrieval picture")
     resamples: int = Field(

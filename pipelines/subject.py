@@ -85,7 +85,6 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
     from gare.train.state import load_checkpoint, read_config
 
     require_name_of_a_run(config)
-
     best = places.checkpoint(config.train.run)
     checkpoint = absolute(config.evaluate.checkpoint) or best
     if not exists(checkpoint):

@@ -174,11 +174,12 @@ def test_actors_that_died_idle_are_not_held_against_a_task(ray_local: None) -> N
 
     with ActorPool(load, count=RETRIES + 3, num_cpus=0.1) as pool:
         pids = set(pool.map(numbers(500)))
+        while len(pids) <= RETRIES:  # on a busy machine the first have done all before the last are there
+            pids |= set(pool.map(numbers(500)))
         for pid in pids:
             psutil.Process(pid).kill()
         assert wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids))
         (again,) = pool.map(numbers(1))
-    assert len(pids) > RETRIES
     assert again not in pids
 
 

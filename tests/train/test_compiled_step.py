@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gare.model.compiled import CompiledBlocks
+from gare.run_settings import FREE_TRAIN_KEYS
 from gare.train.gather import gather
 from gare.train.step import build_learner
-from pipelines.train import FREE_TRAIN_KEYS
 from tests.tiny import tiny_config
 from tests.train import parity
 

@@ -17,8 +17,6 @@ from pipelines.subject import Subject
 if TYPE_CHECKING:
     from gare.retrieval.ranks import Ranks
 
-#: Clips and captions that one encoding task takes.
-CLIPS_PER_TASK, CAPTIONS_PER_TASK = 32, 512
 #: Pairs below which actors would take longer to load than to score.
 PAIRS_ALONE = 1_000_000
 
@@ -67,22 +65,23 @@ def _encode_stored(
 ) -> dict[str, np.ndarray]:
     """Encodes from stored features; what follows the towers is too little work to be spread."""
     from gare.data.features import FeatureReader
-    from gare.retrieval.encode import Encoder, encode_stored
+    from gare.retrieval.encode import CAPTIONS, Encoder, encode_stored, encoding_tasks, join_encoded
 
     model = subject.model
     reader = FeatureReader(subject.store, words=model.needs_words, cache_mb=config.features.cache_mb)
-    features = encode_stored(model, reader, [row.video_id for row in rows], batch=CAPTIONS_PER_TASK)
+    features = encode_stored(model, reader, [row.video_id for row in rows], batch=CAPTIONS)
     encoder = Encoder(model, subject.store)
-    for first in range(0, len(bank), CAPTIONS_PER_TASK):
-        for kind, array in encoder.captions(bank[first : first + CAPTIONS_PER_TASK]).items():
-            known = features.get(f"bank/{kind}", array[:0])
-            features[f"bank/{kind}"] = np.concatenate([known, array])
-    return features
+    tasks = encoding_tasks([], [], bank)
+    return features | join_encoded(
+        (name for name, *_ in tasks), (encoder.captions(items) for *_, items in tasks)
+    )
 
 
 def _encode_frames(
     config: Config, subject: Subject, rows: Sequence[ManifestRow], bank: Sequence[str]
 ) -> dict[str, np.ndarray]:
+    from gare.retrieval.encode import encoding_tasks, join_encoded
+
     load_model, store, device = subject.load, subject.store, device_of(config)
 
     def load() -> Any:
@@ -90,21 +89,10 @@ def _encode_frames(
 
         return Encoder(load_model(), store, device)
 
-    tasks: list[tuple[str, str, list[str]]] = []
-    ids = [row.video_id for row in rows]
     captions = [caption for row in rows for caption in row.captions]
-    for name, method, items, size in (
-        ("video", "clips", ids, CLIPS_PER_TASK),
-        ("text", "captions", captions, CAPTIONS_PER_TASK),
-        ("bank", "captions", list(bank), CAPTIONS_PER_TASK),
-    ):
-        tasks += [(name, method, items[first : first + size]) for first in range(0, len(items), size)]
-    parts: dict[str, list[np.ndarray]] = {}
+    tasks = encoding_tasks([row.video_id for row in rows], captions, bank)
     with pool_of(config, load) as pool:
-        for (name, *_), result in zip(tasks, pool.map(task[1:] for task in tasks), strict=True):
-            for kind, array in result.items():
-                parts.setdefault(f"{name}/{kind}", []).append(array)
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        return join_encoded((name for name, *_ in tasks), pool.map(task[1:] for task in tasks))
 
 
 def device_of(config: Config) -> str:

@@ -5,7 +5,8 @@ N captions, M clips, F frames, W words, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +18,9 @@ from gare.data.images import normalise
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
+
+#: Clips and captions that are encoded at once.
+CLIPS, CAPTIONS = 32, 512
 
 
 class Encoder:
@@ -56,6 +60,63 @@ class Encoder:
         if self.model.needs_words and encoded.words is not None:
             features["words"] = encoded.words.cpu().numpy()
         return features
+
+
+def encoding_tasks(
+    video_ids: Sequence[str], captions: Sequence[str], bank: Sequence[str] = ()
+) -> list[tuple[str, str, Sequence[str]]]:
+    """Calls of an ``Encoder`` that encode a split: what they encode, the method, its argument.
+
+    Args:
+        video_ids: the clips, ``video``.
+        captions: all of them, ``text``.
+        bank: captions of a query bank, ``bank``.
+    """
+    return [
+        (name, method, items[first : first + size])
+        for name, method, items, size in (
+            ("video", "clips", video_ids, CLIPS),
+            ("text", "captions", captions, CAPTIONS),
+            ("bank", "captions", bank, CAPTIONS),
+        )
+        for first in range(0, len(items), size)
+    ]
+
+
+def join_encoded(names: Iterable[str], results: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays by ``video/frames``, ``text/embedding`` and so on, from the results of ``encoding_tasks``.
+
+    Args:
+        names: what each result is of.
+        results: in the order of the tasks.
+    """
+    parts: dict[str, list[np.ndarray]] = {}
+    for name, result in zip(names, results, strict=True):
+        for kind, array in result.items():
+            parts.setdefault(f"{name}/{kind}", []).append(array)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def text_of(arrays: Mapping[str, np.ndarray], name: str = "text", device: str = "cpu") -> TextFeatures:
+    """Text features from the arrays of ``join_encoded``; name ``bank`` gives those of a query bank."""
+    words = arrays.get(f"{name}/words")
+    return TextFeatures(
+        _tensor(arrays[f"{name}/embedding"], device),
+        None if words is None else _tensor(words, device),
+        _tensor(arrays[f"{name}/mask"], device),
+    )
+
+
+def video_of(arrays: Mapping[str, np.ndarray], device: str = "cpu") -> VideoFeatures:
+    """Video features from the arrays of ``join_encoded``."""
+    return VideoFeatures(_tensor(arrays["video/frames"], device), _tensor(arrays["video/mask"], device))
+
+
+def _tensor(array: np.ndarray, device: str) -> torch.Tensor:
+    # Arrays that processes share are read-only, which PyTorch has no notion of; nothing here writes to them.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array).to(device)
 
 
 def from_stored(

@@ -5,7 +5,6 @@ N texts, M videos.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
+from gare.retrieval.encode import text_of, video_of
 from gare.retrieval.grid import Grid
 from gare.retrieval.postprocess import Processing, Variant
 from gare.retrieval.ranks import Counts, Ranks, count, join_counts
@@ -45,13 +44,13 @@ class RankWorker:
         processing: Processing,
         device: str = "cpu",
     ) -> None:
-        video = VideoFeatures(_tensor(features["video/frames"]), _tensor(features["video/mask"]))
-        self.blocks = ModelBlocks(model, _texts(features, "text"), video, device)
+        video = video_of(features)
+        self.blocks = ModelBlocks(model, text_of(features), video, device)
         self.grid = self.blocks.grid(video_of_text)
         self.processing = processing
         self.bank: tuple[ModelBlocks, Grid] | None = None
         if processing.bank_looks is not None:
-            bank = _texts(features, "bank")
+            bank = text_of(features, "bank")
             # No caption of a bank belongs to the gallery; the map only has to be one.
             nobody = torch.arange(len(bank.embedding)) % len(video)
             blocks = ModelBlocks(model, bank, video, device)
@@ -70,22 +69,6 @@ class RankWorker:
     def count(self, share: int, seen: Survey, variants: Sequence[Variant]) -> Counts:
         """The counts of a share."""
         return count(self.blocks, self.grid, share, seen, variants)
-
-
-def _texts(features: Features, name: str) -> TextFeatures:
-    words = features.get(f"{name}/words")
-    return TextFeatures(
-        _tensor(features[f"{name}/embedding"]),
-        None if words is None else _tensor(words),
-        _tensor(features[f"{name}/mask"]),
-    )
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    # Arrays that processes share are read-only, which PyTorch has no notion of; nothing here writes to them.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(array)
 
 
 def rank_by_workers(

@@ -12,15 +12,21 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from gare.data.features import FeatureReader
 from gare.data.frames import FrameReader
 from gare.data.manifest import ManifestRow
 from gare.errors import CheckpointError, DataError
-from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.retrieval.encode import Encoder, encode_stored
+from gare.retrieval.encode import (
+    CAPTIONS,
+    Encoder,
+    encode_stored,
+    encoding_tasks,
+    join_encoded,
+    text_of,
+    video_of,
+)
 from gare.retrieval.queries import owners_of
 from gare.retrieval.ranks import rank_split
 from gare.train.checkpoints import Entry
@@ -29,8 +35,6 @@ from gare.train.state import load_checkpoint, read_config
 
 logger = logging.getLogger(__name__)
 
-#: Clips and captions that are encoded at once.
-CLIPS, CAPTIONS = 32, 512
 #: Metric that the best of the looks is best at.
 LOOKED_AT = "t2v/R1"
 
@@ -81,6 +85,7 @@ class CheckpointScorer:
     ) -> None:
         self.store, self.rows, self.from_features = store, rows, from_features
         self.cache_mb, self.device = cache_mb, device
+        self._reader: FeatureReader | None = None
 
     def score(self, uri: str) -> Look:
         """Scores a checkpoint; one that cannot be read, or has scores that are not finite, has a fault.
@@ -93,7 +98,7 @@ class CheckpointScorer:
         except (CheckpointError, DataError) as error:
             return Look(fault=str(error))
         arrays = self._encode(model)
-        text, video = _as_features(arrays, self.device)
+        text, video = text_of(arrays, device=self.device), video_of(arrays, self.device)
         try:
             return Look(rank_split(model, text, video, owners_of(self.rows)).metrics())
         except DataError as error:
@@ -106,43 +111,28 @@ class CheckpointScorer:
     def _encode(self, model: GARE) -> dict[str, np.ndarray]:
         ids = [row.video_id for row in self.rows]
         if self.from_features:
-            reader = self._features_with_words if model.needs_words else self._features
-            return encode_stored(model, reader, ids, batch=CAPTIONS, device=self.device)
+            return encode_stored(model, self._features(model), ids, batch=CAPTIONS, device=self.device)
         encoder = Encoder(model, self.store, self.device)
         encoder.reader = self._frames
         captions = [caption for row in self.rows for caption in row.captions]
-        parts: dict[str, list[np.ndarray]] = {}
-        for name, encode, items, size in (
-            ("video", encoder.clips, ids, CLIPS),
-            ("text", encoder.captions, captions, CAPTIONS),
-        ):
-            for first in range(0, len(items), size):
-                for kind, array in encode(items[first : first + size]).items():
-                    parts.setdefault(f"{name}/{kind}", []).append(array)
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        tasks = encoding_tasks(ids, captions)
+        results = (getattr(encoder, method)(items) for _, method, items in tasks)
+        return join_encoded((name for name, *_ in tasks), results)
 
     @cached_property
     def _frames(self) -> FrameReader:
         return FrameReader(self.store)
 
-    @cached_property
-    def _features(self) -> FeatureReader:
-        return FeatureReader(self.store, cache_mb=self.cache_mb)
-
-    @cached_property
-    def _features_with_words(self) -> FeatureReader:
-        return FeatureReader(self.store, words=True, cache_mb=self.cache_mb)
-
-
-def _as_features(arrays: Mapping[str, np.ndarray], device: str) -> tuple[TextFeatures, VideoFeatures]:
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    text = TextFeatures(tensors["text/embedding"], tensors.get("text/words"), tensors["text/mask"])
-    return text, VideoFeatures(tensors["video/frames"], tensors["video/mask"])
+    def _features(self, model: GARE) -> FeatureReader:
+        """The store, opened for the first checkpoint: those of one run need the same of it."""
+        if self._reader is None:
+            self._reader = FeatureReader(self.store, words=model.needs_words, cache_mb=self.cache_mb)
+        return self._reader
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What was seen of a run's checkpoints.
+    """Scores of a run's checkpoints, in the order of the training.
 
     Attributes:
         rows: one a checkpoint, in the order of the training, as ``curve.json`` has them.
@@ -191,7 +181,7 @@ class Curve:
 
     @property
     def note(self) -> str:
-        """What must be said beside the curve."""
+        """The sentence that must stand beside the curve."""
         reported = "checkpoint chosen on val" if self.validated else "last one, which test did not choose"
         return f"the best of {len(self.rows)} looks at test is not a result: report the {reported}"
 

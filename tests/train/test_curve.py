@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from gare.config import Config
+from gare.data.features import FeatureReader
 from gare.data.manifest import ManifestRow
 from gare.model.gare import GARE
-from gare.retrieval.encode import Encoder, encode_stored
+from gare.retrieval.encode import Encoder, encode_stored, text_of, video_of
 from gare.retrieval.metrics import retrieval_metrics
 from gare.retrieval.queries import owners_of
 from gare.retrieval.scoring import score_split
 from gare.train.checkpoints import Entry
-from gare.train.curve import CheckpointScorer, Curve, Look, _as_features, one_of_each_step
+from gare.train.curve import CheckpointScorer, Curve, Look, one_of_each_step
 from gare.train.state import MODEL, load_checkpoint, save_checkpoint
 from gare.train.step import build_learner
 from tests.features import write_feature_store
@@ -56,7 +57,7 @@ def test_checkpoints_of_frames_are_scored_as_evaluation_scores_them(
         clips, texts = encoder.clips(IDS), encoder.captions([text for one in captions for text in one])
         arrays = {f"video/{name}": array for name, array in clips.items()}
         arrays |= {f"text/{name}": array for name, array in texts.items()}
-        scores = score_split(encoder.model, *_as_features(arrays, "cpu"))
+        scores = score_split(encoder.model, text_of(arrays), video_of(arrays))
         look = scorer.score(str(uri))
         assert look.fault == ""
         assert look.metrics == pytest.approx(retrieval_metrics(scores, owners_of(rows)))
@@ -73,8 +74,8 @@ def test_checkpoints_without_towers_are_scored_from_features(
     uri = tmp_path / "checkpoint"
     model = saved(config, uri, seed, towers=False)
     scorer = CheckpointScorer(store, rows, from_features=True, cache_mb=100)
-    arrays = encode_stored(model, scorer._features_with_words, IDS, batch=2)
-    scores = score_split(model, *_as_features(arrays, "cpu"))
+    arrays = encode_stored(model, FeatureReader(store, words=True, cache_mb=100), IDS, batch=2)
+    scores = score_split(model, text_of(arrays), video_of(arrays))
     assert scorer.score(str(uri)).metrics == pytest.approx(retrieval_metrics(scores, owners_of(rows)))
 
 

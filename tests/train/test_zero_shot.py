@@ -20,10 +20,9 @@ from gare.data.images import normalise
 from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
-from gare.retrieval.encode import Encoder, encode_stored
+from gare.retrieval.encode import Encoder, encode_stored, text_of, video_of
 from gare.retrieval.evaluated import model_label
 from gare.retrieval.scoring import score_split
-from gare.train.curve import _as_features
 from gare.train.start import fault_of_zero_shot, zero_shot_model
 from gare.train.state import save_checkpoint
 from gare.train.step import build_learner
@@ -62,7 +61,7 @@ def test_scores_are_cosines_with_the_mean_of_unit_frames(
     encoder = Encoder(model, store)
     arrays = {f"video/{name}": array for name, array in encoder.clips(IDS).items()}
     arrays |= {f"text/{name}": array for name, array in encoder.captions(captions).items()}
-    scores_NM = score_split(model, *_as_features(arrays, "cpu"))
+    scores_NM = score_split(model, text_of(arrays), video_of(arrays))
 
     clip: Any = trained.towers.clip.eval()
     frames, mask = map(torch.from_numpy, FrameReader(store).read(IDS))
@@ -88,9 +87,8 @@ def test_stored_features_give_the_same_formula(tmp_path: Path, rng: np.random.Ge
     store = str(tmp_path / "features")
     stored = write_feature_store(store, config, IDS, rng)
     model = zero_shot_model(config)
-    scores_NM = score_split(
-        model, *_as_features(encode_stored(model, FeatureReader(store, cache_mb=10), IDS, batch=4), "cpu")
-    )
+    arrays = encode_stored(model, FeatureReader(store, cache_mb=10), IDS, batch=4)
+    scores_NM = score_split(model, text_of(arrays), video_of(arrays))
     text_ND = torch.cat([torch.from_numpy(stored[one]["text"]).float() for one in IDS])
     for column, one in enumerate(IDS):
         row = stored[one]

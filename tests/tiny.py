@@ -12,6 +12,7 @@ import torch
 
 from gare.config import Config, parse_config
 from gare.data.batch import Batch, FeatureBatch
+from gare.model.gare import GARE
 from gare.train.input.sampler import share_of
 
 AnyBatch = TypeVar("AnyBatch", Batch, FeatureBatch)
@@ -54,6 +55,16 @@ TREE: dict[str, Any] = {
 def tiny_config(*overrides: str) -> Config:
     """The tiny configuration with ``section.key=value`` overrides."""
     return parse_config(TREE, overrides)
+
+
+def moved_model(*overrides: str) -> GARE:
+    """The tiny model, in evaluation mode, away from its start, where much of ψ is too small to show."""
+    model = GARE(tiny_config(*overrides).model).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 def tiny_batch(config: Config, rng: np.random.Generator) -> Batch:

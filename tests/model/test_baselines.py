@@ -20,7 +20,8 @@ from gare.train.objective import Objective
 from gare.train.step import build_learner, train_step
 from gare.train.validation import Validation
 from tests.heads import features, head
-from tests.tiny import tiny_batch, tiny_config, tiny_feature_batch
+from tests.model.plain_temporal import plain_temporal
+from tests.tiny import moved_model, tiny_batch, tiny_config, tiny_feature_batch
 
 MEAN = ("model.increment=false", "model.pooling=mean")
 NO_TEMPORAL = ("model.temporal=none", "model.temporal_layers=4", "model.temporal_heads=0")
@@ -33,16 +34,6 @@ BASELINES = {
 }
 
 
-def model_of(*overrides: str) -> GARE:
-    """A model away from its start, with the released temporal transformer of two blocks."""
-    model = GARE(tiny_config(*overrides).model).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
 def tower_output(model: GARE, frames: Tensor) -> Tensor:
     """(F, D) of the real frames of one clip."""
     clip = model.towers.clip
@@ -50,33 +41,12 @@ def tower_output(model: GARE, frames: Tensor) -> Tensor:
     return clip.visual_projection(pooled)
 
 
-def sequence_transformer(model: GARE, frames_FD: Tensor) -> Tensor:
-    """CLIP4Clip's: positions, pre-norm attention and MLP blocks, and the input added at the end."""
-    temporal = model.temporal
-    assert temporal is not None
-    x = frames_FD + temporal.positions.weight[: len(frames_FD)]
-    for layer in temporal.blocks.layers:
-        normed = functional.layer_norm(
-            x, x.shape[1:], layer.layer_norm1.weight, layer.layer_norm1.bias, 1e-12
-        )
-        attention = layer.self_attn
-        query, key, value = (
-            part(normed).unflatten(1, (temporal.heads, -1)).transpose(0, 1)
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        weights = (query @ key.transpose(1, 2) / query.shape[2] ** 0.5).softmax(dim=-1)
-        x = x + attention.out_proj((weights @ value).transpose(0, 1).flatten(1))
-        normed = functional.layer_norm(
-            x, x.shape[1:], layer.layer_norm2.weight, layer.layer_norm2.bias, 1e-12
-        )
-        inner = layer.mlp.fc1(normed)
-        x = x + layer.mlp.fc2(inner * torch.sigmoid(1.702 * inner))
-    return frames_FD + x
-
-
 def plain_score(name: str, model: GARE, t: Tensor, frames_FD: Tensor) -> Tensor:
     """The score of one text and one clip, from the image tower's output of its real frames."""
-    v = frames_FD if name == "meanP" else sequence_transformer(model, frames_FD)
+    v = frames_FD
+    if name != "meanP":
+        assert model.temporal is not None
+        v = plain_temporal(model.temporal, v, torch.ones(len(v), dtype=torch.bool))
     if name in ("meanP", "seqTransf"):
         mean = (v / v.norm(dim=1, keepdim=True)).mean(dim=0)
         return t @ mean / (t.norm() * mean.norm())
@@ -94,7 +64,7 @@ def plain_score(name: str, model: GARE, t: Tensor, frames_FD: Tensor) -> Tensor:
 def test_each_baseline_is_its_formula(name: str, seed: int, rng: np.random.Generator) -> None:
     """A table whose rows are not the methods that they are called after compares nothing."""
     torch.manual_seed(seed)
-    model = model_of(*BASELINES[name])
+    model = moved_model(*BASELINES[name])
     batch = tiny_batch(tiny_config(), rng)
     with torch.no_grad():
         text = model.encode_text(batch.token_ids, batch.token_mask)
@@ -114,7 +84,7 @@ def test_each_baseline_is_its_formula(name: str, seed: int, rng: np.random.Gener
 def test_the_baselines_differ(seed: int) -> None:
     """A switch that is read nowhere would make two rows of a table equal."""
     torch.manual_seed(seed)
-    states = model_of().state_dict()
+    states = moved_model().state_dict()
     batch = tiny_batch(tiny_config(), np.random.default_rng(seed))
     scores = []
     for overrides in BASELINES.values():
@@ -131,16 +101,16 @@ def test_the_baselines_differ(seed: int) -> None:
 def test_no_temporal_transformer_has_no_weights(seed: int) -> None:
     """Weights that nothing uses would be decayed, saved and, over several workers, waited for."""
     torch.manual_seed(seed)
-    model = model_of(*NO_TEMPORAL)
+    model = moved_model(*NO_TEMPORAL)
     assert not [name for name in model.state_dict() if name.startswith("temporal")]
-    with_temporal = {name for name in model_of().state_dict() if not name.startswith("temporal.")}
+    with_temporal = {name for name in moved_model().state_dict() if not name.startswith("temporal.")}
     assert set(model.state_dict()) == with_temporal
 
 
 def test_clip_lengths_are_checked_without_temporal_transformer(seed: int) -> None:
     """A clip without a frame has no mean; one that is too long was made with other settings."""
     torch.manual_seed(seed)
-    model = model_of(*NO_TEMPORAL)
+    model = moved_model(*NO_TEMPORAL)
     with pytest.raises(DataError, match="clips of 5 frames"):
         model.video_from_towers(torch.zeros(1, 5, 32), torch.ones(1, 5))
     with pytest.raises(DataError, match="clip 0 has no frame"):
@@ -148,7 +118,7 @@ def test_clip_lengths_are_checked_without_temporal_transformer(seed: int) -> Non
     long = ("model.max_frames=20", "extract.num_frames=20")
     with pytest.raises(ConfigError, match=r"clip\.max_positions"):
         tiny_config(*long)
-    found = model_of(*NO_TEMPORAL, *long).video_from_towers(torch.ones(1, 20, 32), torch.ones(1, 20))
+    found = moved_model(*NO_TEMPORAL, *long).video_from_towers(torch.ones(1, 20, 32), torch.ones(1, 20))
     assert torch.equal(found.frames, torch.ones(1, 20, 32))
 
 

@@ -13,19 +13,13 @@ from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.objective import Objective
-from tests.tiny import tiny_batch, tiny_config
+from tests.tiny import moved_model, tiny_batch, tiny_config
 
 
 @pytest.fixture
 def model(seed: int) -> GARE:
     torch.manual_seed(seed)
-    model = GARE(tiny_config().model).eval()
-    # Away from the start, where ψ's weights are so small that much of it would not show.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return moved_model()
 
 
 def random_text(model: GARE, num_texts: int) -> TextFeatures:

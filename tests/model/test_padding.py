@@ -21,7 +21,8 @@ from gare.model.pooling import pool
 from gare.retrieval.scoring import ModelBlocks
 from gare.train.step import build_learner, compute_gradients, train_step
 from gare.train.validation import Validation
-from tests.tiny import tiny_batch, tiny_config
+from tests.model.plain_temporal import plain_temporal
+from tests.tiny import moved_model, tiny_batch, tiny_config
 
 RELEASED = "model.padding=released"
 NO_TEMPORAL = ("model.temporal=none", "model.temporal_layers=4", "model.temporal_heads=0")
@@ -34,16 +35,6 @@ VARIANTS = [
     NO_TEMPORAL,
     ("model.increment_layers=2",),
 ]
-
-
-def model_of(*overrides: str) -> GARE:
-    """A model away from its start."""
-    model = GARE(tiny_config(*overrides).model).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def encoded(model: GARE, batch: Batch) -> tuple[TextFeatures, VideoFeatures]:
@@ -62,27 +53,7 @@ def frames_as_released(model: GARE, frames: Tensor, mask: Tensor) -> Tensor:
     )
     if model.adapters is not None:
         x = model.adapters.video(x)
-    temporal = model.temporal
-    if temporal is None:
-        return x
-    y = x + temporal.positions.weight[: len(x)]
-    for layer in temporal.blocks.layers:
-        normed = functional.layer_norm(
-            y, y.shape[1:], layer.layer_norm1.weight, layer.layer_norm1.bias, 1e-12
-        )
-        attention = layer.self_attn
-        query, key, value = (
-            part(normed).unflatten(1, (temporal.heads, -1)).transpose(0, 1)
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        logits = query @ key.transpose(1, 2) / query.shape[2] ** 0.5 - 1e6 * (~mask)
-        y = y + attention.out_proj((logits.softmax(dim=-1) @ value).transpose(0, 1).flatten(1))
-        normed = functional.layer_norm(
-            y, y.shape[1:], layer.layer_norm2.weight, layer.layer_norm2.bias, 1e-12
-        )
-        inner = layer.mlp.fc1(normed)
-        y = y + layer.mlp.fc2(inner * torch.sigmoid(1.702 * inner))
-    return x + y
+    return x if model.temporal is None else plain_temporal(model.temporal, x, mask)
 
 
 def score_as_released(model: GARE, text: TextFeatures, i: int, v: Tensor, mask: Tensor) -> Tensor:
@@ -108,7 +79,7 @@ def test_released_padding_is_its_formula(
 ) -> None:
     """More than a third of MSR-VTT's clips are padded: else the paper's numbers are of another model."""
     torch.manual_seed(seed)
-    model = model_of(RELEASED, *overrides)
+    model = moved_model(RELEASED, *overrides)
     batch = tiny_batch(tiny_config(), rng)
     with torch.no_grad():
         text, video = encoded(model, batch)
@@ -120,7 +91,7 @@ def test_released_padding_is_its_formula(
                 expected[i, j] = score_as_released(model, text, i, v, mask)
         for method in ("auto", "direct"):
             torch.testing.assert_close(model.score(text, video, method), expected, rtol=1e-4, atol=1e-5)
-        masked = model_of(*overrides)
+        masked = moved_model(*overrides)
         masked.load_state_dict(model.state_dict())
         assert (masked.score(*encoded(masked, batch)) - expected)[:, 0].abs().max() > 1e-4
 
@@ -139,7 +110,7 @@ def test_without_padding_nothing_differs(
     for padding in ("masked", "released"):
         torch.manual_seed(seed)
         config = tiny_config(f"model.padding={padding}", "model.method=direct", *overrides)
-        model = model_of(f"model.padding={padding}", "model.method=direct", *overrides)
+        model = moved_model(f"model.padding={padding}", "model.method=direct", *overrides)
         with torch.no_grad():
             scores = model.score(*encoded(model, batch))
         learner = build_learner(model, config, 10, torch.device("cpu"))
@@ -156,7 +127,7 @@ def test_without_padding_nothing_differs(
 def test_what_stands_at_padded_places_does_not_count(seed: int, rng: np.random.Generator) -> None:
     """Stores pad with black, the released code with the mean colour; the picture must be the latter."""
     torch.manual_seed(seed)
-    model = model_of(RELEASED)
+    model = moved_model(RELEASED)
     batch = tiny_batch(tiny_config(), rng)
     rest = torch.where(batch.frame_mask[:, :, None, None, None], batch.frames, torch.tensor(float("nan")))
     with torch.no_grad():
@@ -168,7 +139,7 @@ def test_what_stands_at_padded_places_does_not_count(seed: int, rng: np.random.G
 def test_one_grey_picture_stands_for_all(seed: int, rng: np.random.Generator) -> None:
     """DiDeMo's clips are padded from 30 to 64 frames: encoding each grey one would double the step."""
     torch.manual_seed(seed)
-    model = model_of(RELEASED)
+    model = moved_model(RELEASED)
     batch = tiny_batch(tiny_config(), rng)
     seen: list[int] = []
     model.towers.clip.vision_model.register_forward_pre_hook(
@@ -182,7 +153,7 @@ def test_only_the_direct_form_has_it(seed: int) -> None:
     """Another form would score another model without a word."""
     torch.manual_seed(seed)
     batch = tiny_batch(tiny_config(), np.random.default_rng(seed))
-    model = model_of(RELEASED)
+    model = moved_model(RELEASED)
     text, video = encoded(model, batch)
     for training in (True, False):
         model.train(training)
@@ -204,7 +175,7 @@ def test_only_the_direct_form_has_it(seed: int) -> None:
 def test_places_are_as_many_as_the_model_has(seed: int) -> None:
     """Scores depend on how many padded frames there are, so a store of shorter clips is another model."""
     torch.manual_seed(seed)
-    model = model_of(RELEASED)
+    model = moved_model(RELEASED)
     with pytest.raises(DataError, match=r"clips of 3 frames.*4, padding included"):
         model.encode_video(torch.zeros(1, 3, 3, 16, 16), torch.ones(1, 3))
     with pytest.raises(DataError, match="has no frame"):

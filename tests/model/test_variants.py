@@ -17,7 +17,7 @@ from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.objective import Objective
-from tests.tiny import tiny_batch, tiny_config
+from tests.tiny import moved_model, tiny_batch, tiny_config
 
 N, M, F, W, D = 3, 4, 4, 8, 32
 
@@ -34,12 +34,7 @@ VARIANTS = [
 
 def variant(seed: int, *overrides: str) -> GARE:
     torch.manual_seed(seed)
-    model = GARE(tiny_config(*overrides).model).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return moved_model(*overrides)
 
 
 def features(seed: int) -> tuple[TextFeatures, VideoFeatures]:

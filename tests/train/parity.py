@@ -5,10 +5,12 @@ The test itself calls the same functions as the only worker, with the whole batc
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +124,29 @@ def run(
     weights = {name: parameter.detach() for name, parameter in learner.model.named_parameters()}
     moved = {name: weights[name] - start[name] for name in weights}
     return Outcome(terms, gradients, weights, moved, losses, seen)
+
+
+def run_together(commands: Sequence[Sequence[str]], folder: Path, timeout_s: float, **options: Any) -> None:
+    """Runs the processes of some workers; one that fails ends all, with what it said.
+
+    Args:
+        commands: one a worker.
+        folder: for what they say.
+        timeout_s: that each may take.
+        options: of ``subprocess.Popen``.
+    """
+    said = [folder / f"said-{rank}.txt" for rank in range(len(commands))]
+    processes = []
+    try:
+        for command, file in zip(commands, said, strict=True):
+            with file.open("w") as log:
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log, **options))
+        for process, file in zip(processes, said, strict=True):
+            assert process.wait(timeout=timeout_s) == 0, file.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def nothing_to_do() -> str:

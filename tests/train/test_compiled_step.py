@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -35,23 +34,12 @@ def test_two_compiled_workers_are_one_that_is_not(
     repository: Path, tmp_path: Path, session_seed: int
 ) -> None:
     """DDP and the compiler both look into the towers: a gradient that one of them lost would train less."""
-    command = [sys.executable, "-c", WORKER]
+    commands = [
+        [sys.executable, "-c", WORKER, str(rank), str(session_seed), str(tmp_path), *SETTINGS]
+        for rank in range(2)
+    ]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    said = [tmp_path / f"said-{rank}.txt" for rank in range(2)]
-    processes = []
-    try:
-        for rank, file in enumerate(said):
-            arguments = [*command, str(rank), str(session_seed), str(tmp_path), *SETTINGS]
-            with file.open("w") as log:
-                processes.append(
-                    subprocess.Popen(arguments, cwd=repository, env=environment, stdout=log, stderr=log)
-                )
-        for process, file in zip(processes, said, strict=True):
-            assert process.wait(timeout=500) == 0, file.read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    parity.run_together(commands, tmp_path, 500, cwd=repository, env=environment)
     alone = parity.run(session_seed, torch.float32, gather)
     whole = torch.cat([value.flatten() for value in alone.gradients.values()]).norm()
     for rank in range(2):

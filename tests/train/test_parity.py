@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -26,20 +25,11 @@ Found = dict[tuple[int, int], dict[str, Any]]
 def found(repository: Path, tmp_path_factory: pytest.TempPathFactory, session_seed: int) -> Found:
     """What real processes found that talk over gloo, by number of workers and rank."""
     folder = tmp_path_factory.mktemp("parity")
-    command = [sys.executable, "-m", "tests.train.parity"]
-    said = [folder / f"said-{rank}.txt" for rank in range(max(parity.WORLDS))]
-    processes = []
-    try:
-        for rank, file in enumerate(said):
-            with file.open("w") as log:
-                arguments = [*command, str(rank), str(session_seed), str(folder)]
-                processes.append(subprocess.Popen(arguments, cwd=repository, stdout=log, stderr=log))
-        for process, file in zip(processes, said, strict=True):
-            assert process.wait(timeout=300) == 0, file.read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    commands = [
+        [sys.executable, "-m", "tests.train.parity", str(rank), str(session_seed), str(folder)]
+        for rank in range(max(parity.WORLDS))
+    ]
+    parity.run_together(commands, folder, 300, cwd=repository)
     return {
         (world, rank): torch.load(folder / f"found-{world}-{rank}.pt", weights_only=True)
         for world in parity.WORLDS

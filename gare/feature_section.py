@@ -48,7 +48,7 @@ def feature_faults(
     features: FeaturesConfig,
     evaluate: EvaluateConfig,
 ) -> list[str]:
-    """What training and evaluation from features cannot do, one line each."""
+    """Lists what training and evaluation from features cannot do, one line each."""
     # A zero-shot score pools real frames alone, whatever the padding.
     scored = "auto" if evaluate.zero_shot else evaluate.input
     if model.padding == "released" and "features" in (train.input, scored):

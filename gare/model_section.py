@@ -137,7 +137,7 @@ class ModelConfig(Section):
 
     @property
     def learns_without_towers(self) -> bool:
-        """Whether the model has weights beside the towers'."""
+        """True if the model has weights beside the towers'."""
         return self.temporal == "transformer" or self.increment or self.adapters
 
     @property
@@ -146,7 +146,7 @@ class ModelConfig(Section):
         return int(self.memory_mb * 10**6)
 
     def identity(self) -> dict[str, Any]:
-        """What makes a model this model: not how it is computed."""
+        """Settings that make a model this model; how it is computed is not among them."""
         settings = self.model_dump(mode="json", exclude={"method", "memory_mb"})
         # 0 and the number that it stands for are one model.
         return settings | {"temporal_heads": self.num_temporal_heads}

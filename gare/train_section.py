@@ -62,7 +62,7 @@ class LossConfig(Section):
     )
 
     def samples_texts(self, num_pairs: int, width: int, budget_bytes: float) -> bool:
-        """Whether the directional diversity of a batch is that of a sample of its texts."""
+        """True if the directional diversity of a batch is that of a sample of its texts."""
         if self.direction_over == "auto":
             sampled = 4 * num_pairs**2 * width > budget_bytes
         else:

@@ -58,7 +58,7 @@ def warn_of_towers_that_stay(config: Config, num_steps: int) -> None:
         config: of the run, its precision settled.
         num_steps: of the run.
     """
-    from gare.train.optim import reach_of_towers
+    from gare.train.optim import EPS, reach_of_towers
 
     train = config.train
     if not train.towers_learn:
@@ -70,7 +70,7 @@ def warn_of_towers_that_stay(config: Config, num_steps: int) -> None:
                 "gradient, not one of Adam; the released rate is 1e-7, and rates from 1e-6 on are meant for "
                 "float32 and bf16",
                 train.clip_lr,
-                train.clip_lr / 1e-6,
+                train.clip_lr / EPS,
             )
     elif 0 < train.clip_lr <= RELEASED_CLIP_LR:
         logger.warning(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What the direct form computes of all pairs.
+    """Scores and increments of all pairs, as the direct form computes them.
 
     Attributes:
         scores: (N, M), cosine scores s_ij in [-1, 1].

@@ -85,7 +85,7 @@ class GARE(nn.Module):
 
     @property
     def released_padding(self) -> bool:
-        """Whether padded frames count as in the released code."""
+        """True if padded frames count as in the released code."""
         return self.config.padding == "released"
 
     @property

@@ -13,6 +13,9 @@ from gare.config import TrainConfig
 from gare.model.gare import GARE
 from gare.train.bert_adam import BertAdam
 
+#: ε of both optimisers.
+EPS = 1e-6
+
 
 def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
     """AdamW or BertAdam, groups by tower: one rate for CLIP, one for everything else, no decay on biases.
@@ -29,8 +32,8 @@ def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
     if config.optimizer == "bert_adam":
         # The released precision is what the released code computes, operation by operation.
         fused = config.precision != "fp16_released"
-        return BertAdam(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
-    return AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+        return BertAdam(groups, betas=(0.9, 0.98), eps=EPS, fused=fused)
+    return AdamW(groups, betas=(0.9, 0.98), eps=EPS, fused=True)
 
 
 def freeze(model: GARE, config: TrainConfig) -> None:

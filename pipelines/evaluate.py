@@ -15,6 +15,7 @@ from cluster.tracking import benchmark_name, git_revision, processing_tag, run_t
 from gare.config import Config
 from gare.data.files import exists, join, read_json, write_atomically, write_json
 from gare.data.frames import FrameReader, NoPictures, open_pictures
+from gare.data.lock import StoreLock
 from gare.data.manifest import SPLITS, ManifestRow
 from gare.errors import DataError
 from gare.retrieval.evaluated import ZERO_SHOT, split_hash_of
@@ -25,7 +26,13 @@ from pipelines.curve import score_curve
 from pipelines.registration import write_and_register
 from pipelines.scoring import encode, rank
 from pipelines.sizes import sizes_for_evaluation
-from pipelines.subject import Subject, checkpoint_subject, open_tracking, zero_shot_subject
+from pipelines.subject import (
+    Subject,
+    checkpoint_subject,
+    evaluation_lock,
+    open_tracking,
+    zero_shot_subject,
+)
 from pipelines.syncing import sync
 
 if TYPE_CHECKING:
@@ -53,7 +60,8 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         CheckpointError: for a checkpoint that is missing or of another model.
         DataError: for a store that is missing or made with other settings, a split without videos, or runs to
-            compare that were not evaluated.
+            compare that were not evaluated, or where another job evaluates the same and
+            ``upkeep.when_locked`` is refuse.
         GareError: where MLflow cannot be reached.
     """
     if config.evaluate.compare:
@@ -68,8 +76,6 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _evaluate(config: Config) -> dict[str, Any]:
-    from gare.retrieval.evaluation_figures import figures_of
-
     started = time.monotonic()
     places = layout(config)
     split = config.evaluate.split
@@ -83,6 +89,18 @@ def _evaluate(config: Config) -> dict[str, Any]:
         raise DataError(
             f"split {split!r} has no videos", where=places.manifest, accepted="another evaluate.split"
         )
+    with evaluation_lock(config, places, subject.run, split) as lock:
+        return _score(config, places, subject, splits, lock, started)
+
+
+def _score(
+    config: Config, places: Layout, subject: Subject, splits: StoredSplits, lock: StoreLock, started: float
+) -> dict[str, Any]:
+    """Scores the split and writes all that comes of it; the result."""
+    from gare.retrieval.evaluation_figures import figures_of
+
+    split = config.evaluate.split
+    rows = splits.of_split(split)
     handle, own = open_tracking(config, places, subject), subject.is_trained_run
     try:
         with ray_session(config.cluster):
@@ -101,6 +119,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
             count=config.evaluate.num_examples,
             title=f"{title} on {split}",
         )
+        lock.check()
         written = _write(config, places, subject, splits, ranks, picture)
     except BaseException:
         # The training itself has not failed.
@@ -133,6 +152,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
         "registered": registered,
         "seconds": round(time.monotonic() - started, 2),
     }
+    lock.check()
     write_json(join(places.evaluation(subject.run, split), "result.json"), result)
     handle.describe(_note(places, subject.run, result))
     handle.finish()

@@ -19,7 +19,13 @@ from gare.train.checkpoints import Checkpoints, Entry
 from gare.train.data import StoredSplits, read_splits
 from pipelines.saving import SELECTION, checkpoints_of
 from pipelines.scoring import device_of, pool_of
-from pipelines.subject import Subject, checkpoint_subject, open_tracking, require_name_of_a_run
+from pipelines.subject import (
+    Subject,
+    checkpoint_subject,
+    evaluation_lock,
+    open_tracking,
+    require_name_of_a_run,
+)
 
 if TYPE_CHECKING:
     from gare.train.curve import Curve, Look
@@ -39,7 +45,8 @@ def score_curve(config: Config) -> dict[str, Any]:
     Raises:
         CheckpointError: for a run whose training has not ended, or without a checkpoint that can be read.
         ConfigError: for a store of another kind than the run learned from, or a name that no run can have.
-        DataError: for a run that does not exist or keeps no checkpoint, or a store that does not fit.
+        DataError: for a run that does not exist or keeps no checkpoint, a store that does not fit, or where
+            another job does the same and ``upkeep.when_locked`` is refuse.
         GareError: where MLflow cannot be reached.
     """
     from gare.train.curve import Curve
@@ -54,19 +61,22 @@ def score_curve(config: Config) -> dict[str, Any]:
     rows = splits.test
     if not rows:
         raise DataError("split 'test' has no videos", where=places.manifest, accepted="a manifest with them")
-    handle = open_tracking(config, places, subject)
-    try:
-        looks = _looks(config, subject, rows, checkpoints_of(config, places, validated=validated), entries)
-        curve = Curve.of(list(zip(entries, looks, strict=True)), chosen, validated=validated)
-        if not curve.rows:
-            name, reason = next(iter(curve.left_out.items()))
-            raise CheckpointError(f"none of {len(entries)} has scores; {name}: {reason}", where=run)
-        picture = _picture(curve, f"{config.name}/{run}: its kept checkpoints on test")
-        result = _write(config, places, splits, curve, picture, handle, started)
-        _log(handle, curve, picture)
-    finally:
-        # The training itself has not failed.
-        handle.finish()
+    with evaluation_lock(config, places, run, "test-curve") as lock:
+        handle = open_tracking(config, places, subject)
+        try:
+            kept = checkpoints_of(config, places, validated=validated)
+            looks = _looks(config, subject, rows, kept, entries)
+            curve = Curve.of(list(zip(entries, looks, strict=True)), chosen, validated=validated)
+            if not curve.rows:
+                name, reason = next(iter(curve.left_out.items()))
+                raise CheckpointError(f"none of {len(entries)} has scores; {name}: {reason}", where=run)
+            picture = _picture(curve, f"{config.name}/{run}: its kept checkpoints on test")
+            lock.check()
+            result = _write(config, places, splits, curve, picture, handle, started)
+            _log(handle, curve, picture)
+        finally:
+            # The training itself has not failed.
+            handle.finish()
     logger.info("%s: %s", run, curve.note)
     return result
 

@@ -15,6 +15,7 @@ from cluster.tracking import benchmark_name, git_revision, processing_tag, run_t
 from gare.config import Config
 from gare.data.files import exists, join, read_json, write_atomically, write_json
 from gare.data.frames import FrameReader, NoPictures, open_pictures
+from gare.data.lock import StoreLock
 from gare.data.manifest import SPLITS, ManifestRow
 from gare.errors import DataError
 from gare.retrieval.evaluated import ZERO_SHOT, split_hash_of
@@ -29,6 +30,7 @@ from pipelines.subject import (
     PICTURE,
     Subject,
     checkpoint_subject,
+    evaluation_lock,
     open_tracking,
     take_folder,
     zero_shot_subject,
@@ -60,7 +62,8 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         CheckpointError: for a checkpoint that is missing or of another model.
         DataError: for a store that is missing or made with other settings, a split without videos, or runs to
-            compare that were not evaluated.
+            compare that were not evaluated, or where another job evaluates the same and
+            ``upkeep.when_locked`` is refuse.
         GareError: where MLflow cannot be reached.
     """
     if config.evaluate.compare:
@@ -75,8 +78,6 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _evaluate(config: Config) -> dict[str, Any]:
-    from gare.retrieval.evaluation_figures import figures_of
-
     started = time.monotonic()
     places = layout(config)
     split = config.evaluate.split
@@ -90,6 +91,18 @@ def _evaluate(config: Config) -> dict[str, Any]:
         raise DataError(
             f"split {split!r} has no videos", where=places.manifest, accepted="another evaluate.split"
         )
+    with evaluation_lock(config, places, subject.run, split) as lock:
+        return _score(config, places, subject, splits, lock, started)
+
+
+def _score(
+    config: Config, places: Layout, subject: Subject, splits: StoredSplits, lock: StoreLock, started: float
+) -> dict[str, Any]:
+    """Scores the split and writes all that comes of it; the result."""
+    from gare.retrieval.evaluation_figures import figures_of
+
+    split = config.evaluate.split
+    rows = splits.of_split(split)
     handle, own = open_tracking(config, places, subject), subject.is_trained_run
     try:
         with ray_session(config.cluster):
@@ -108,6 +121,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
             count=config.evaluate.num_examples,
             title=f"{title} on {split}",
         )
+        lock.check()
         take_folder(places, subject, handle.run_id)
         written = _write(config, places, subject, splits, ranks, picture)
     except BaseException:
@@ -141,6 +155,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
         "registered": registered,
         "seconds": round(time.monotonic() - started, 2),
     }
+    lock.check()
     write_json(join(places.evaluation(subject.run, split), "result.json"), result)
     handle.describe(_note(places, subject.run, result))
     handle.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Layout
-from cluster.tracking.outbox import merge
-from gare.data.files import delete_file, join, list_files, read_json, write_json
+from cluster.tracking.outbox import DAMAGED, merge, parse
+from gare.data.files import delete_file, join, list_files, read_bytes, write_atomically, write_json
+
+logger = logging.getLogger(__name__)
 
 #: Folders in which this process has found nothing: an object store need not be asked at every step.
 _empty: set[str] = set()
@@ -42,6 +45,8 @@ class StoredOutbox:
     def deliver(self, send: Callable[[dict[str, Any]], None]) -> int:
         """Sends all entries, the oldest first, and deletes them.
 
+        Objects that are no entries are moved into a folder beside this one, and named.
+
         Args:
             send: delivers one entry. Whatever it raises ends the delivery, and all stay.
 
@@ -50,13 +55,25 @@ class StoredOutbox:
         """
         if self.uri in _empty:
             return 0
-        files = list_files(self.uri, ".json")
-        for entry in merge(read_json(file) for file in files):
+        entries: dict[str, dict[str, Any]] = {}
+        for file in list_files(self.uri, ".json"):
+            data = read_bytes(file)
+            try:
+                entries[file] = parse(data)
+            except ValueError as error:
+                self._put_aside(file, data, error)
+        for entry in merge(entries.values()):
             send(entry)
-        for file in files:
+        for file in entries:
             delete_file(file)
         _empty.add(self.uri)
-        return len(files)
+        return len(entries)
+
+    def _put_aside(self, file: str, data: bytes, error: ValueError) -> None:
+        aside = join(f"{self.uri}{DAMAGED}", file.rsplit("/", 1)[-1])
+        logger.warning("%s: not a whole entry, left out (%s); kept as %s", file, error, aside)
+        write_atomically(aside, data)
+        delete_file(file)
 
 
 def pending_of(places: Layout) -> str | StoredOutbox:

@@ -271,6 +271,7 @@ def _finish(config: Config, places: Layout, handle: RunHandle, best: Entry, star
     """Pictures and model to MLflow; the result."""
     checkpoint = places.checkpoint(config.train.run)
     history = History.read(join(places.run(config.train.run), "history.json"))
+    history.save()  # all of it into one file, for people and other programs
     model = log_outputs(config, places, handle)
     step_seconds = [value for _, value in history.steps["time/step_s"]]
     return {

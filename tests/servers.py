@@ -51,6 +51,7 @@ class DroppingProxy:
         self._drops_left = 0
         self._most_bytes, self._share = 0, 0.0
         self._refused_word = b""
+        self._watched: tuple[str, Callable[[], None]] | None = None
         self.refused = 0
         self.dropped = {"connect": 0, "body": 0}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -71,6 +72,15 @@ class DroppingProxy:
         """Answers 503 to what is written to a path with this in it, as under load; empty: to nothing."""
         self._refused_word = word.encode()
         self.refused = 0 if word else self.refused
+
+    def when(self, request: str, action: Callable[[], None]) -> None:
+        """Calls this once, before the next request is passed on whose first line the pattern is found in."""
+        self._watched = (request, action)
+
+    def _watch(self, data: bytes) -> None:
+        if self._watched and re.search(self._watched[0], data.split(b"\r\n", 1)[0].decode("latin-1")):
+            action, self._watched = self._watched[1], None
+            action()
 
     def _refuses(self, data: bytes) -> bool:
         line = data.split(b"\r\n", 1)[0]
@@ -116,6 +126,8 @@ class DroppingProxy:
                             self.refused += 1
                         _answer_busy(client)
                         return
+                    if ready is client:
+                        self._watch(data)
                     if left is not None:
                         other[ready].sendall(data[:left])
                         left -= len(data)

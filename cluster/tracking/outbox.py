@@ -21,6 +21,12 @@ logger = logging.getLogger(__name__)
 MAX_METRICS = 1000
 MAX_TAGS = 100
 
+#: Ends the name of what holds lines or objects that are no entries.
+DAMAGED = ".damaged"
+
+# Lines that are no entries, of which this process has told.
+_named: set[tuple[str, bytes]] = set()
+
 #: ``run_id``, and any of ``metrics`` (key, value, timestamp in ms, step), ``tags`` (key, value), ``status``;
 #: ``once`` where metrics of a step that the run has already are left out.
 Entry = dict[str, Any]
@@ -86,14 +92,40 @@ def deliver(path: str | Path, send: Callable[[Entry], None]) -> int:
     path = Path(path)
     if not path.exists() or not path.stat().st_size:
         return 0
-    with path.open("r+", encoding="utf-8") as file:
+    with path.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        entries = list(_parse(file, path))
+        entries, damaged = [], []
+        for number, line in enumerate(file, start=1):
+            try:
+                entries.append(parse(line))
+            except ValueError:
+                damaged.append(line.rstrip(b"\n") + b"\n")
+                _warn_once(path, number, line)
         for entry in merge(entries):
             send(entry)
+        if damaged:
+            with path.with_name(path.name + DAMAGED).open("ab") as aside:
+                aside.writelines(damaged)
         # The file itself stays: another process may hold it open, waiting to append.
         file.truncate(0)
     return len(entries)
+
+
+def parse(text: bytes) -> Entry:
+    """The entry that the bytes are.
+
+    Raises:
+        ValueError: where they are none, such as those of a process that was killed while it wrote.
+    """
+    entry = json.loads(text)
+    if not isinstance(entry, dict) or not isinstance(entry.get("run_id"), str):
+        raise ValueError("it names no run")
+    for key, kind in (("metrics", list), ("tags", dict)):
+        if not isinstance(entry.get(key, kind()), kind):
+            raise ValueError(f"{key} is no {kind.__name__}")
+    if "status" in entry and "end_time" not in entry:
+        raise ValueError("status has no end_time")
+    return entry
 
 
 def merge(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -119,13 +151,8 @@ def merge(entries: Iterable[Entry]) -> Iterator[Entry]:
         yield batch
 
 
-def _parse(lines: Iterable[str], path: Path) -> Iterator[Entry]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            entry["run_id"]
-        except (ValueError, KeyError, TypeError):
-            # The last line of a process that was killed while it wrote.
-            logger.warning("%s:%d: not a whole entry, left out", path, number)
-        else:
-            yield entry
+def _warn_once(path: Path, number: int, line: bytes) -> None:
+    """Names a line that is no entry; a lost store is tried again every few seconds, with the same lines."""
+    if (str(path), line) not in _named:
+        _named.add((str(path), line))
+        logger.warning("%s:%d: not a whole entry, left out; kept in %s%s", path, number, path.name, DAMAGED)

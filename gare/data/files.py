@@ -13,6 +13,7 @@ import os
 import urllib.parse
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from gare.data.object_store import open_s3
+from gare.data.uninterrupted import run_whole
 from gare.data.uris import is_uri, scheme_of
 from gare.errors import DataError, FullDiskError, shown
 
@@ -95,7 +97,8 @@ def write_atomically(uri: str, data: bytes | memoryview) -> None:
     """Writes a file that appears whole or not at all; creates its folder, replaces an older file.
 
     Locally a temporary file beside it is synced to disk and renamed; an object store shows an object when
-    all of it is uploaded.
+    all of it is uploaded. An interrupt at any moment leaves the older file or the whole new one; it is raised
+    once the writing has ended.
 
     Raises:
         DataError: if it cannot be written (FullDiskError for lack of room); an older file is then as it was.
@@ -103,12 +106,9 @@ def write_atomically(uri: str, data: bytes | memoryview) -> None:
     filesystem, path = open_fs(uri)
     with _faults_of(uri, "cannot be written"):
         if isinstance(filesystem, pafs.LocalFileSystem):
-            _replace_local(Path(path), data)
-            return
-        # compression=None: by default pyarrow compresses again what is named .gz.
-        stream = filesystem.open_output_stream(path, compression=None)
-        stream.write(data)
-        stream.close()
+            run_whole(partial(_replace_local, Path(path), data), f"writing {shown(uri)}")
+        else:
+            run_whole(partial(_put_object, filesystem, path, data), f"writing {shown(uri)}")
 
 
 def list_files(uri: str, suffix: str = "", *, recursive: bool = False) -> list[str]:
@@ -224,6 +224,14 @@ def _append(uri: str, relative: str) -> str:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(_TEMPORARY) and name.endswith(".tmp")
+
+
+def _put_object(filesystem: pafs.FileSystem, path: str, data: bytes | memoryview) -> None:
+    """Uploads an object; must not be interrupted, since a stream that is dropped completes its upload."""
+    # compression=None: by default pyarrow compresses again what is named .gz.
+    stream = filesystem.open_output_stream(path, compression=None)
+    stream.write(data)
+    stream.close()
 
 
 def _replace_local(path: Path, data: bytes | memoryview) -> None:

@@ -87,16 +87,16 @@ class FrameReader:
             raise DataError(f"does not hold {video_id!r}", where=self.uri, accepted="one of its videos")
         place = self.places[video_id]
         try:
-            return self._read(*place, out)
+            return self._read(video_id, *place, out)
         except DataError as error:
             # Parts are merged while they are read.
             self.places = ids_in_parts(self.uri, "data") if is_gone(error) else self.places
             if self.places.get(video_id) in (None, place):
                 raise
-            return self._read(*self.places[video_id], out)
+            return self._read(video_id, *self.places[video_id], out)
 
     def _read(
-        self, part: str, position: int, out: npt.NDArray[np.uint8] | None
+        self, video_id: str, part: str, position: int, out: npt.NDArray[np.uint8] | None
     ) -> tuple[npt.NDArray[np.uint8], int]:
         try:
             started = time.perf_counter()
@@ -119,7 +119,8 @@ class FrameReader:
             out = self._decode(jpegs, out)
             self.jpeg_s += time.perf_counter() - fetched
         except (OSError, ValueError, pa.ArrowException, DataError) as error:
-            raise DataError(f"row {position} cannot be read: {error}", where=part) from error
+            what = f"{video_id!r} in row {position} cannot be read: {error}"
+            raise DataError(what, where=part) from error
         return out, count
 
     def _decode(
@@ -149,6 +150,8 @@ class _OpenPart:
         names = self.parquet.schema_arrow.names
         leaves = [self.parquet.schema.column(place).path for place in range(len(self.parquet.schema))]
         self.leaf = leaves.index("frames.list.element") if "frames" in names else -1
+        kind = self.parquet.schema_arrow.field("frames").type if "frames" in names else None
+        self.shape = tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) else None
 
     @cached_property
     def num_frames(self) -> list[int]:
@@ -160,7 +163,14 @@ class _OpenPart:
         return table
 
     def fill(self, frames: npt.NDArray[np.uint8], position: int) -> None:
-        """Raw frames of a clip (F, H, W, 3), zero where padded."""
+        """Raw frames of a clip (F, H, W, 3), zero where padded.
+
+        Raises:
+            ValueError: where those of this part have another shape.
+        """
+        # Assigned, an array of one pixel would fill all of them.
+        if self.shape != frames.shape:
+            raise ValueError(f"its frames have the shape {self.shape}, not {frames.shape}")
         chunk = self.parquet.metadata.row_group(position).column(self.leaf)
         try:
             data = self.file.read_at(chunk.total_compressed_size, chunk.data_page_offset)

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.files import join, list_files, open_fs, write_atomically
+from gare.data.files import exists, join, list_files, open_fs, write_atomically
 from gare.data.tensor_pages import ENCODING, LEVEL
 from gare.errors import DataError
 
@@ -159,8 +159,19 @@ def checksum_fault(data: bytes) -> str:
 
 
 def is_gone(error: DataError) -> bool:
-    """Whether a part cannot be read because it is not there: it has been merged into another meanwhile."""
-    return isinstance(error.__cause__, FileNotFoundError)
+    """True if a part cannot be read because it is not there: it has been merged into another meanwhile.
+
+    An object store says nothing of that kind to who has the part open, so the part is looked for after any
+    fault of reading; a storage that does not answer does not say that it is gone.
+    """
+    if not isinstance(error.__cause__, OSError):
+        return False
+    if isinstance(error.__cause__, FileNotFoundError):
+        return True
+    try:
+        return not exists(error.where)
+    except DataError:
+        return False
 
 
 def part_files(uri: str, folder: str) -> list[str]:

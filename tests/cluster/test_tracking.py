@@ -302,6 +302,25 @@ def test_a_torn_line_takes_no_other_with_it(tmp_path: Path) -> None:
     assert [entry["run_id"] for entry in sent] == ["a", "b"]
 
 
+def test_a_torn_line_is_named_once_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A lost server is tried again every 20 s: a log of a night would be that line, 1,500 times."""
+    outbox = FileOutbox(str(tmp_path / "pending.jsonl"))
+    torn = [b'{"run_id": "a", "tags": {"n"', b"\xff", b"[]"]
+    (tmp_path / "pending.jsonl").write_bytes(b"\n".join(torn))
+    outbox.add({"run_id": "b", "tags": {"n": "2"}})
+
+    def lost(_: dict[str, object]) -> None:
+        raise ConnectionError("lost")
+
+    for _ in range(3):
+        with pytest.raises(ConnectionError):
+            outbox.deliver(lost)
+    assert outbox.deliver(lambda _: None) == 1
+    assert [record.args[1] for record in caplog.records if record.args] == [1, 2, 3]
+    assert (tmp_path / "pending.jsonl").read_bytes() == b""
+    assert (tmp_path / "pending.jsonl.damaged").read_bytes().splitlines() == torn
+
+
 def test_what_a_server_refuses_does_not_block_the_rest(server: FakeServer, tmp_path: Path) -> None:
     # Else one bad entry keeps a run's later metrics in the file for ever.
     pending = tmp_path / "pending.jsonl"

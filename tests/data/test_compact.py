@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from gare.config import ExtractConfig
+from gare.data import parts
 from gare.data.compact import compact
+from gare.data.features import FeatureReader
 from gare.data.frames import FrameReader
-from gare.data.parts import read_columns
+from gare.data.parts import is_gone, read_columns
 from gare.data.store import (
     FAILURE_SCHEMA,
     ids_in_parts,
@@ -21,7 +24,10 @@ from gare.data.store import (
     write_retired,
 )
 from gare.errors import DataError
+from tests.features import write_feature_store
+from tests.servers import DroppingProxy
 from tests.stores import failure_row, stored_values, write_store
+from tests.tiny import tiny_config
 
 RAW = ExtractConfig(num_frames=3, image_size=16, encoding="raw")
 IDS = [f"clip {index}" for index in range(11)]
@@ -125,3 +131,57 @@ def test_a_damaged_part_is_not_called_sound(store: str) -> None:
     with pytest.raises(DataError, match=part.name):
         compact(store, 10**6)
     assert part.exists()
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_readers_on_s3_go_on_while_parts_are_merged(
+    s3: Any, encoding: Literal["raw", "jpeg"], rng: np.random.Generator
+) -> None:
+    """A training of days on S3 would end with the nightly compaction of its store."""
+    uri, extract = "s3://videos/store", RAW.model_copy(update={"encoding": encoding})
+    write_store(uri, extract, IDS, rng, part=3)
+    reader, other = FrameReader(uri), FrameReader(uri)
+    expected = other.read(IDS)[0]
+    # All parts are open, with their footers and counts known.
+    reader.read(IDS[::3])
+    assert compact(uri, 10**6)["parts_after"] == 1
+    assert np.array_equal(reader.read(IDS)[0], expected)
+    assert np.array_equal(reader.read_whole(IDS[1])[0], expected[1])
+
+
+@pytest.mark.parametrize("cache_mb", [0.0, 100.0])
+def test_readers_of_features_on_s3_go_on_while_parts_are_merged(
+    s3: Any, cache_mb: float, rng: np.random.Generator
+) -> None:
+    """As of frames: what is read next is where it is now."""
+    uri, config = "s3://videos/features", tiny_config()
+    ids = [f"clip {index}" for index in range(40)]
+    write_feature_store(uri, config, ids, rng, part=20)
+    expected = FeatureReader(uri).read(ids, [0] * len(ids))
+    reader = FeatureReader(uri, cache_mb=cache_mb)
+    if not cache_mb:
+        reader.read([ids[0], ids[20]])
+    assert compact(uri, 10**8)["parts_after"] == 1
+    # Clips of row groups that were not read before.
+    found = reader.read(ids, [0] * len(ids))
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())
+
+
+def test_an_outage_is_not_taken_for_a_merged_part(
+    s3: Any, s3_proxy: DroppingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places that were looked up anew during an outage would hide what the storage said."""
+    fault = DataError("cannot be read", where="s3://videos/part")
+    fault.__cause__ = OSError("AWS Error NETWORK_CONNECTION")
+    assert is_gone(fault)
+    s3.put_object(Bucket="videos", Key="part", Body=b"x")
+    assert not is_gone(fault)
+    s3.delete_object(Bucket="videos", Key="part")
+
+    def lost(uri: str) -> bool:
+        raise DataError("cannot be looked up", where=uri)
+
+    monkeypatch.setattr(parts, "exists", lost)
+    assert not is_gone(fault)
+    fault.__cause__ = ValueError("3 pictures of 4 frames")
+    assert not is_gone(fault)

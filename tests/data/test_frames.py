@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from gare.config import ExtractConfig
@@ -128,6 +130,8 @@ def test_a_damaged_clip_is_named(rng: np.random.Generator, tmp_path: Path, fault
         (WHOLE, [(15, 20)], "frame 0 is 20 × 15 pixels, no side is 16"),
         (WHOLE, [(20, 32)], "frame 0 is 32 × 20 pixels, no side is 16"),
         (JPEG, [(16, 16), (16, 20)], "frame 1 is 20 × 16 pixels, not 16 × 16"),
+        (JPEG, [(1, 1)], "frame 0 is 1 × 1 pixels, not 16 × 16"),
+        (WHOLE, [(1, 1)], "frame 0 is 1 × 1 pixels, no side is 16"),
         (JPEG, [(1, 16)], "frame 0 is 16 × 1 pixels, not 16 × 16"),
     ],
 )
@@ -142,7 +146,26 @@ def test_a_picture_of_another_size_is_named(
     describe_store(str(tmp_path), extract)
     reader = FrameReader(str(tmp_path))
     for read in (lambda: reader.read(["a"]), lambda: reader.read_whole("a")):
-        with pytest.raises(DataError, match=f"row 0 cannot be read: {said}") as caught:
+        with pytest.raises(DataError, match=f"'a' in row 0 cannot be read: {said}") as caught:
+            read()
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 16), (8, 32), (32, 32)])
+def test_raw_frames_of_another_shape_are_named(
+    shape: tuple[int, int], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """One pixel must not be spread over a picture, nor its lines be read as shorter ones."""
+    pictures = rng.integers(1, 256, (3, *shape, 3), dtype=np.uint8)
+    kind = pa.fixed_shape_tensor(pa.uint8(), [4, *shape, 3])
+    schema = frame_schema(RAW)
+    schema = schema.set(schema.get_field_index("frames"), pa.field("frames", kind))
+    part = write_part(str(tmp_path), "data", [stored_row(RAW, "a", pictures)], schema)
+    describe_store(str(tmp_path), RAW)
+    reader = FrameReader(str(tmp_path))
+    for read in (lambda: reader.read(["a"]), lambda: reader.read_whole("a")):
+        said = re.escape("'a' in row 0 cannot be read: its frames have the shape")
+        with pytest.raises(DataError, match=f"{said}.* not ") as caught:
             read()
         assert part in str(caught.value)
 

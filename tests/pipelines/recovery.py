@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from cluster.tracking import resolve_tracking_uri
 from gare.config import Config
 from gare.errors import CheckpointError
 from gare.train.checkpoints import Checkpoints, Entry
+from gare.train.history import History
 from pipelines import training
 from tests.pipelines.support import losses, tiny
 
@@ -124,5 +124,4 @@ def assert_as_undisturbed(
 
 
 def resumed(folder: str | Path) -> list[int]:
-    steps: list[int] = json.loads((Path(folder) / "history.json").read_text())["resumed"]
-    return steps
+    return History.read(f"{folder}/history.json").resumed

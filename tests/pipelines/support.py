@@ -17,6 +17,7 @@ import pytest
 
 from cluster.command import Flags, execute
 from gare.config import Config, parse_config
+from gare.train.history import History
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -132,9 +133,9 @@ def command(repository: Path, step: str, arguments: Sequence[str], **environment
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
-def losses(run_folder: str | Path) -> dict[str, list[list[float]]]:
+def losses(run_folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Points of every loss by name, from a run's record."""
-    steps = json.loads((Path(run_folder) / "history.json").read_text())["steps"]
+    steps = History.read(f"{run_folder}/history.json").steps
     return {name: points for name, points in steps.items() if not name.startswith("time/")}
 
 

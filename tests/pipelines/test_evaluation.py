@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.storage import Layout
+from gare.data.lock import StoreLock
 from gare.data.manifest import read_manifest
+from gare.errors import GareError
 from gare.retrieval.compare import compare_runs
 from gare.retrieval.queries import read_queries
 from pipelines import evaluate, scoring
-from tests.pipelines.support import tiny
+from tests.pipelines.support import in_process, snapshot, tiny
 
 
 def test_actors_rank_as_one_process_does(
@@ -64,3 +67,49 @@ def test_table_of_queries_is_read_by_anything(trained: dict[str, Any], places: L
     table = read_queries(evaluation["ranks"]["plain"])
     same = compare_runs(table, table, resamples=50)
     assert all(one.difference == 0 and one.p_value == 1 for one in same.values())
+
+
+@pytest.mark.parametrize("flags", [(), ("--test-curve",)], ids=["split", "curve"])
+def test_one_evaluation_at_a_time_writes(
+    trained: dict[str, Any],
+    places: Layout,
+    flags: tuple[str, ...],
+    tiny_yaml: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The files of two at once would be mixed: ranks of one, metrics of the other."""
+    folder = places.test_curve("first") if flags else places.evaluation("first", "test")
+    before = snapshot(folder)
+    with StoreLock(f"{places.data}/evaluation-locks/first/{'test-curve' if flags else 'test'}"):
+        refused = in_process(
+            capsys,
+            evaluate.run,
+            "--config",
+            tiny_yaml,
+            *flags,
+            "upkeep.when_locked=refuse",
+            flags=evaluate.FLAGS,
+        )
+        refused.refused(3, "another job works here", f"process {os.getpid()}", "upkeep.when_locked=wait")
+    assert snapshot(folder) == before
+
+
+def test_an_evaluation_that_lost_its_lock_writes_nothing(
+    trained: dict[str, Any], places: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that was suspended for hours must not write over what another one has made since."""
+    before = snapshot(places.evaluation("first", "test"))
+    rank = evaluate.rank
+
+    def taken_over(*arguments: Any) -> Any:
+        monkeypatch.setattr(StoreLock, "check", _lost)
+        return rank(*arguments)
+
+    monkeypatch.setattr(evaluate, "rank", taken_over)
+    with pytest.raises(GareError, match="the lock was lost"):
+        evaluate.run(tiny())
+    assert snapshot(places.evaluation("first", "test")) == before
+
+
+def _lost(lock: StoreLock) -> None:
+    raise GareError("the lock was lost", where=lock.uri)

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.storage import Layout
+from gare.data.files import list_files, read_bytes
+from gare.errors import DataError
 from pipelines import pending as pending_module
 from pipelines.pending import StoredOutbox, pending_of
 
@@ -44,6 +46,45 @@ def test_what_waits_on_an_object_store_is_kept_and_delivered(s3: Any) -> None:
     # The folder itself may stay, as an empty object.
     left = s3.list_objects_v2(Bucket="videos", Prefix="root/tiny/mlflow-pending/").get("Contents", ())
     assert not [entry["Key"] for entry in left if entry["Size"]]
+
+
+def test_what_is_no_entry_does_not_stop_the_others(s3: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """One empty object would keep MLflow from everything that waits there, for ever."""
+    outbox = StoredOutbox("s3://videos/root/tiny/mlflow-pending")
+    outbox.add(entry(1))
+    damaged = [b"", b"{", b"[]", b'"run_id"', b"\xff", b"{}", b'{"run_id": "a", "metrics": 1}']
+    for number, data in enumerate(damaged):
+        s3.put_object(Bucket="videos", Key=f"root/tiny/mlflow-pending/{number}.json", Body=data)
+    outbox.add(entry(2))
+    sent: list[dict[str, Any]] = []
+
+    def lost(_: dict[str, Any]) -> None:
+        raise ConnectionError("lost")
+
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            outbox.deliver(lost)
+    assert outbox.deliver(sent.append) == 2
+    assert [row["step"] for one in sent for row in one["metrics"]] == [1, 2]
+    assert caplog.text.count("not a whole entry") == len(damaged)
+    aside = [read_bytes(file) for file in list_files("s3://videos/root/tiny/mlflow-pending.damaged")]
+    assert aside == damaged
+    assert not list_files(outbox.uri, ".json")
+
+
+def test_a_storage_that_fails_keeps_the_entries(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage must not pass for damage: what waits would be put aside and never be delivered."""
+    outbox = StoredOutbox("s3://videos/root/tiny/mlflow-pending")
+    outbox.add(entry(1))
+
+    def fails(uri: str) -> bytes:
+        raise DataError("cannot be read", where=uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pending_module, "read_bytes", fails)
+        with pytest.raises(DataError):
+            outbox.deliver(lambda _: None)
+    assert outbox.deliver(lambda _: None) == 1
 
 
 def test_locally_it_is_a_file(places: Layout) -> None:

@@ -218,10 +218,8 @@ def test_a_store_that_fails_for_a_while(
         s3_proxy.refuse("")
     assert events
     assert events[0] >= 4
-    record = read_json(f"{folder}/history.json")
     # Neither a restart nor a step that was done twice.
-    assert record["resumed"] == []
-    found = {name: points for name, points in record["steps"].items() if not name.startswith("time/")}
-    assert found == losses(places.run("calm"))
+    assert read_json(f"{folder}/history.json")["resumed"] == []
+    assert losses(folder) == losses(places.run("calm"))
     assert result["val/t2v/R1"] == calm["val/t2v/R1"]
     assert [entry.step for entry in Checkpoints(f"{folder}/checkpoints").entries()][-1] == 48

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from gare.config import Config
+from gare.data.files import read_json, write_json
 from gare.data.manifest import Manifest, read_manifest, write_manifest
 from gare.data.store import FAILURE_SCHEMA, write_part
 from gare.errors import DataError, GareError
 from gare.model.gare import GARE
+from gare.train import history as history_module
 from gare.train.data import StoredSplits, read_splits
-from gare.train.history import History
+from gare.train.history import MAX_PARTS, History
 from gare.train.input.feed import Feed
 from gare.train.input.inputs import FrameInput
 from gare.train.input.loader import Listed
@@ -182,3 +184,68 @@ def test_history_forgets_what_a_restart_does_again(tmp_path: Path) -> None:
     assert resumed.epochs == {"val/t2v/R1": [(1, 10.0)]}
     started_over = History.read(uri, step=0, epoch=0)
     assert not any(started_over.steps.values())
+
+
+def test_history_grows_by_what_is_new(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Written whole at each checkpoint, a long run's record would hold up training for seconds each time."""
+    uri = str(tmp_path / "history.json")
+    history, step, sizes = History.read(uri), 0, []
+    for number in range(2 * MAX_PARTS):
+        for _ in range(int(rng.integers(0, 4))):
+            step += 1
+            history.add_step(step, {"loss/total": 1 / step, **({"odd": 1.0} if step % 3 else {})})
+        if number % 7 == 0:
+            history.add_epoch(number, {"val/t2v/R1": float(number)})
+        before = {path.name for path in (tmp_path / "history").glob("*")}
+        held = history.copy()
+        history.add_step(step + 1, {"not": 1.0})
+        held.save()
+        del history.steps["not"]
+        added = [path for path in (tmp_path / "history").glob("*") if path.name not in before]
+        sizes += [path.stat().st_size for path in added]
+        found = History.read(uri)
+        assert (found.steps, found.epochs) == (held.steps, held.epochs)
+    assert max(sizes) < 400
+    assert len(list((tmp_path / "history").iterdir())) <= MAX_PARTS
+    # A run that continues forgets what it does again, and then goes on.
+    back = History.read(uri, step=step - 2, epoch=6)
+    back.resumed = [step - 2]
+    for later in range(step - 1, step + 3):
+        back.add_step(later, {"loss/total": 2.0})
+        back.save()
+        again = History.read(uri)
+        assert (again.steps, again.epochs, again.resumed) == (back.steps, back.epochs, back.resumed)
+    # What ends writes all into the one file.
+    whole = History.read(uri)
+    whole.save()
+    tree = read_json(uri)
+    assert {name: [tuple(at) for at in points] for name, points in tree["steps"].items()} == back.steps
+    assert list((tmp_path / "history").iterdir()) == []
+
+
+def test_history_survives_a_kill_and_reads_the_old_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point that is there twice or not at all would bend the curves of a run that was killed."""
+    uri = str(tmp_path / "history.json")
+    write_json(uri, {"steps": {"loss/total": [[1, 0.5]]}, "epochs": {"val/t2v/R1": [[1, 3.0]]}})
+    history = History.read(uri)
+    assert (history.steps, history.epochs) == ({"loss/total": [(1, 0.5)]}, {"val/t2v/R1": [(1, 3.0)]})
+    for step in (2, 3, 4):
+        history.add_step(step, {"loss/total": 0.5})
+        history.save()
+
+    def killed(uri: str) -> None:
+        raise KeyboardInterrupt
+
+    expected = history.steps
+    with monkeypatch.context() as patch:
+        patch.setattr(history_module, "delete_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            History.read(uri).save()
+    assert len(list((tmp_path / "history").iterdir())) == 2
+    assert History.read(uri).steps == expected
+    continued = History.read(uri, step=3, epoch=1)
+    continued.add_step(4, {"loss/total": 0.1})
+    continued.save()
+    assert History.read(uri).steps["loss/total"] == [(1, 0.5), (2, 0.5), (3, 0.5), (4, 0.1)]

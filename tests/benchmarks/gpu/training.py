@@ -6,7 +6,6 @@ record of its steps.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import statistics
@@ -23,6 +22,7 @@ import numpy as np
 from gare.config import Config, parse_config
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
 from gare.model.compiled import settle_compile
+from gare.train.history import History
 from tests.benchmarks.gpu.bench import Bench, OutOfTimeError, Row, say
 from tests.benchmarks.gpu.clip_store import write_clips
 from tests.benchmarks.gpu.variants import NEW
@@ -53,7 +53,7 @@ def measure(bench: Bench) -> Row:
         file.write_text(config.to_yaml(), encoding="utf-8")
         history = folder / "runs" / config.train.run / "history.json"
         status = _train(bench, file, history, steps)
-        record = json.loads(history.read_text("utf-8"))["steps"] if history.exists() else {}
+        record = History.read(str(history)).steps
     if not record.get("time/step_s"):
         if status is None or bench.left_s() < STOPPING_S:
             raise OutOfTimeError("no step was recorded before the part's time was over")
@@ -127,7 +127,7 @@ def _has(history: Path, steps: int) -> bool:
     """True if the record is there with all steps."""
     if not history.exists():
         return False
-    return len(json.loads(history.read_text("utf-8"))["steps"].get("time/step_s", ())) >= steps
+    return len(History.read(str(history)).steps.get("time/step_s", ())) >= steps
 
 
 def _is_of(row: Row, config: Config, compiled: str) -> bool:

@@ -12,6 +12,7 @@ from gare.config import Config, differences
 from gare.data.files import exists, join, read_json, write_json
 from gare.errors import CheckpointError
 from gare.retrieval.evaluated import ZERO_SHOT
+from pipelines.best import tells_how_to_mend
 from pipelines.pending import pending_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
 
     Raises:
         CheckpointError: for a checkpoint that is missing or of another model.
+        DamagedError: for one with a file that is not as it was written.
     """
     from gare.train.state import load_checkpoint, read_config
 
@@ -69,7 +71,8 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
             where=checkpoint,
             accepted="run pipelines/train.py first, or evaluate.checkpoint",
         )
-    trained = read_config(checkpoint)
+    with tells_how_to_mend(checkpoint == best):
+        trained = read_config(checkpoint)
     differing = differences(trained.model.identity(), config.model.identity(), "model")
     if differing:
         raise CheckpointError(
@@ -77,7 +80,8 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
             where=checkpoint,
             accepted="the model settings that it was trained with",
         )
-    model = load_checkpoint(checkpoint)
+    with tells_how_to_mend(checkpoint == best):
+        model = load_checkpoint(checkpoint)
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
     settings = settings_of(config, model) if kind == "features" else None
     record = join(places.run(config.train.run), "run.json")
@@ -85,7 +89,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         config.train.run,
         checkpoint,
         model,
-        lambda: load_checkpoint(checkpoint),
+        lambda: load_checkpoint(checkpoint, quiet=True),
         places.frames if settings is None else places.features,
         settings,
         record if checkpoint == best and exists(record) else "",

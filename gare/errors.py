@@ -84,6 +84,10 @@ class CheckpointError(GareError):
     exit_code = 3
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint with a file that is not as it was written, is missing, or is not one of its own."""
+
+
 def shown(uri: str) -> str:
     """A location as it may be shown in messages, logs and stores.
 

@@ -140,10 +140,14 @@ def _looks(
     device = "cpu" if from_features else device_of(config)
     cache_mb = config.features.cache_mb
 
-    def load() -> CheckpointScorer:
-        return CheckpointScorer(store, rows, from_features=from_features, cache_mb=cache_mb, device=device)
+    sums = {checkpoints.location(entry): entry.sha256 for entry in entries}
 
-    locations = [checkpoints.location(entry) for entry in entries]
+    def load() -> CheckpointScorer:
+        return CheckpointScorer(
+            store, rows, from_features=from_features, cache_mb=cache_mb, device=device, sums=sums
+        )
+
+    locations = list(sums)
     if from_features:
         # What follows the towers is too little work to be spread.
         return _reported(subject.run, entries, map(load().score, locations))

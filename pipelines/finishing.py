@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.storage import Layout
 from cluster.tracking import RunHandle
 from gare.config import Config
-from gare.data.files import copy_files, join
+from gare.data.files import join
 from gare.train.history import History
 
 
@@ -20,6 +20,7 @@ def log_outputs(config: Config, places: Layout, handle: RunHandle) -> str:
     """
     from gare.retrieval.figures import increments_picture
     from gare.retrieval.pictures import curves_picture
+    from gare.train.state import TRAINER, copy_checkpoint
 
     history = History.read(join(places.run(config.train.run), "history.json"))
     losses = {name: points for name, points in history.steps.items() if name.startswith("loss/")}
@@ -29,7 +30,7 @@ def log_outputs(config: Config, places: Layout, handle: RunHandle) -> str:
     if geometry := increments_picture(history.steps, f"{config.name}/{config.train.run}: geometry of Δ"):
         handle.log_figure_bytes("increments.png", geometry)
     with tempfile.TemporaryDirectory() as local:
-        copy_files(places.checkpoint(config.train.run), local)
+        copy_checkpoint(places.checkpoint(config.train.run), local, leave_out=(TRAINER,))
         handle.log_artifact_file(Path(local) / "config.yaml")
         return handle.log_model(
             local,

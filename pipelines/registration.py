@@ -13,7 +13,7 @@ import numpy as np
 from cluster.storage import Layout
 from cluster.tracking import RunHandle
 from gare.config import Config
-from gare.data.files import copy_files, exists, join, read_bytes, read_json
+from gare.data.files import exists, join, read_bytes, read_json
 from gare.data.manifest import ManifestRow
 from gare.retrieval.evaluated import split_hash_of
 from gare.retrieval.gallery import FILE, write_gallery
@@ -46,6 +46,9 @@ def write_and_register(
     Returns:
         NAME/VERSION; empty where the training has no result or MLflow was lost.
     """
+    from gare.train.state import TRAINER, copy_checkpoint
+    from gare.train.sums import add_file
+
     gallery = join(places.evaluation(config.train.run, config.evaluate.split), FILE)
     ids = [row.video_id for row in rows]
     write_gallery(gallery, ids, features["video/frames"], features["video/mask"])
@@ -57,8 +60,8 @@ def write_and_register(
         return ""
     trained: dict[str, Any] = read_json(record)
     with tempfile.TemporaryDirectory() as folder:
-        copy_files(places.checkpoint(config.train.run), folder)
-        (Path(folder) / FILE).write_bytes(read_bytes(gallery))
+        copy_checkpoint(places.checkpoint(config.train.run), folder, leave_out=(TRAINER,))
+        add_file(folder, FILE, read_bytes(gallery))
         model = handle.log_model(
             folder,
             Path(__file__).parent / "served_model.py",

@@ -125,7 +125,9 @@ class Saver:
             return 0
         if self.rank:
             location = self.checkpoints.location(Entry(step, epoch))
-            patiently(lambda: restore_learner(location, self.learner), f"{location} cannot be read")
+            # Rank 0 has said it where an earlier version's have no checksums.
+            restore = partial(restore_learner, location, self.learner, quiet=True)
+            patiently(restore, f"{location} cannot be read")
         else:
             logger.info("%s: continues after step %d of %d", self.train.run, step, self.learner.num_steps)
         return epoch
@@ -137,7 +139,8 @@ class Saver:
         faults: list[CheckpointError] = []
         entries = patiently(self.checkpoints.entries, f"{self.checkpoints.uri} cannot be read")
         for entry in reversed(entries):
-            restore = partial(restore_learner, self.checkpoints.location(entry), self.learner)
+            location = self.checkpoints.location(entry)
+            restore = partial(restore_learner, location, self.learner, sums=entry.sha256)
             try:
                 # A storage that does not answer says nothing of the checkpoint.
                 patiently(restore, f"the checkpoint of step {entry.step} cannot be read")

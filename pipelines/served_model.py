@@ -10,16 +10,17 @@ from typing import Any
 from cluster.tracking import serve_model
 from gare import load_checkpoint, tokenize
 from gare.data.files import exists, join
-from gare.retrieval.gallery import FILE, read_gallery, search
+from gare.retrieval.gallery import FILE, gallery_of, search
+from gare.train.sums import SummedFolder
 
 #: Videos that are named for a caption.
 TOP = 10
 
 
 def load(folder: str) -> tuple[Any, Any]:
-    """The model and the gallery beside it, or None."""
-    gallery = join(folder, FILE)
-    return load_checkpoint(folder).eval(), read_gallery(gallery) if exists(gallery) else None
+    """The model and the gallery beside it, or None; both compared with their SHA-256."""
+    model, gallery = load_checkpoint(folder).eval(), join(folder, FILE)
+    return model, gallery_of(SummedFolder(folder).read(FILE), gallery) if exists(gallery) else None
 
 
 def predict(loaded: tuple[Any, Any], captions: list[str]) -> Any:

@@ -8,6 +8,7 @@ from cluster.storage import absolute, layout
 from gare.config import Config
 from gare.data.files import exists
 from gare.errors import ConfigError
+from pipelines.best import tells_how_to_mend
 
 
 def sizes_of_weights(config: Config) -> Mapping[str, int]:
@@ -37,7 +38,8 @@ def sizes_for_evaluation(config: Config) -> Mapping[str, int] | None:
     named = config.features.weights or config.train.clip_weights
     checkpoint = absolute(chosen.checkpoint) or ("" if named or not exists(best) else best)
     if checkpoint:
-        return read_config(checkpoint).model.clip.model_dump()
+        with tells_how_to_mend(checkpoint == best):
+            return read_config(checkpoint).model.clip.model_dump()
     try:
         return sizes_of_weights(config)
     except ConfigError as error:

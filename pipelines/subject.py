@@ -16,6 +16,7 @@ from gare.data.manifest import SPLITS
 from gare.errors import CheckpointError, ConfigError
 from gare.retrieval.evaluated import ZERO_SHOT
 from gare.retrieval.results import forget_results
+from pipelines.best import tells_how_to_mend
 from pipelines.pending import pending_of
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
 
     Raises:
         CheckpointError: for a checkpoint that is missing or of another model.
+        DamagedError: for one with a file that is not as it was written.
         ConfigError: for a run of a name that none can have.
     """
     from gare.train.state import load_checkpoint, read_config
@@ -94,7 +96,8 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
             where=checkpoint,
             accepted="run pipelines/train.py first, or evaluate.checkpoint",
         )
-    trained = read_config(checkpoint)
+    with tells_how_to_mend(checkpoint == best):
+        trained = read_config(checkpoint)
     differing = differences(trained.model.identity(), config.model.identity(), "model")
     if differing:
         raise CheckpointError(
@@ -102,7 +105,8 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
             where=checkpoint,
             accepted="the model settings that it was trained with",
         )
-    model = load_checkpoint(checkpoint)
+    with tells_how_to_mend(checkpoint == best):
+        model = load_checkpoint(checkpoint)
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
     settings = settings_of(config, model) if kind == "features" else None
     record = join(places.run(config.train.run), "run.json")
@@ -110,7 +114,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         config.train.run,
         checkpoint,
         model,
-        lambda: load_checkpoint(checkpoint),
+        lambda: load_checkpoint(checkpoint, quiet=True),
         places.frames if settings is None else places.features,
         settings,
         record if checkpoint == best and exists(record) else "",

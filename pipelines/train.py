@@ -26,15 +26,16 @@ from cluster.tracking import (
 )
 from cluster.waiting import tells_of_lost_nodes
 from gare.config import ClipConfig, Config, differences
-from gare.data.files import copy_files, delete_tree, exists, join, list_files, open_fs, read_json, write_json
+from gare.data.files import delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.data.lock import StoreLock
 from gare.errors import ConfigError, DivergedError, GareError, StoppedError
 from gare.retrieval.evaluated import model_label, split_hash_of
 from gare.run_settings import completed_settings, settings_of_run
-from gare.train.checkpoints import Entry
+from gare.train.checkpoints import Checkpoints, Entry
 from gare.train.data import StoredSplits
 from gare.train.history import History
 from gare.train.input.randaugment import POLICY
+from pipelines.best import copy_best, mend_best
 from pipelines.finishing import log_outputs
 from pipelines.pending import pending_of
 from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
@@ -95,6 +96,8 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     if earlier and exists(join(folder, "result.json")):
         logger.info("%s is done; train.overwrite=true trains it again", folder)
         finished: dict[str, Any] = read_json(join(folder, "result.json"))
+        checkpoints = checkpoints_of(config, places, validated=bool(splits.val))
+        mend_best(checkpoints, places.checkpoint(config.train.run), source, finished)
         return finished
     # All that can be refused is, before anything is deleted or written.
     if config.train.clip_weights and not earlier:
@@ -113,11 +116,10 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
             write_json(clips_file(config, places), splits.ids())
             write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
             with system_metrics(handle, config.tracking):
-                location, best = _fit(config, places, handle, source, splits)
+                checkpoints = _fit(config, places, handle, source, splits)
             if lock:
                 lock.check()
-            copy_files(location, places.checkpoint(config.train.run))
-            source.finish(places.checkpoint(config.train.run))
+            best = copy_best(checkpoints, places.checkpoint(config.train.run), source)
             result = _finish(config, places, handle, best, started)
             write_json(join(folder, "result.json"), result)
         except BaseException as error:
@@ -198,8 +200,8 @@ def _start_run(
 
 def _fit(
     config: Config, places: Layout, handle: RunHandle, source: TrainInput, splits: StoredSplits
-) -> tuple[str, Entry]:
-    """Runs the workers; returns the checkpoint that is best on val, the last without val, and what it is."""
+) -> Checkpoints:
+    """Runs the workers; returns the checkpoints of the run."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -251,10 +253,7 @@ def _fit(
         raise DivergedError(fault.what + kept, where=fault.where, accepted=fault.accepted)
     if isinstance(fault, GareError):
         raise fault
-    best = checkpoints.best()
-    if best is None:
-        raise GareError("training ended without a checkpoint", where=run_folder)
-    return checkpoints.location(best), best
+    return checkpoints
 
 
 def _cause(error: Exception) -> GareError:

@@ -60,8 +60,21 @@ def read_gallery(uri: str) -> Gallery:
     Raises:
         DataError: where it is missing or not a gallery.
     """
+    return gallery_of(read_bytes(uri), uri)
+
+
+def gallery_of(data: bytes, uri: str) -> Gallery:
+    """The gallery in a file's content.
+
+    Args:
+        data: the content.
+        uri: the file, for messages.
+
+    Raises:
+        DataError: where it is not a gallery.
+    """
     try:
-        content = load(read_bytes(uri))
+        content = load(data)
         ids = tuple(str(one) for one in json.loads(content[_IDS].tobytes()))
         features = VideoFeatures(torch.from_numpy(content["frames"]), torch.from_numpy(content["mask"]))
         if features.frames.shape[:2] != features.mask.shape or len(ids) != len(features):

@@ -7,16 +7,18 @@ appears whole or not at all, so that whatever is killed, and whenever, the check
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gare.data.files import delete_leftovers, delete_tree, exists, join, list_files, read_json, write_json
-from gare.errors import CheckpointError, DataError, FullDiskError, GareError
+from gare.errors import CheckpointError, DataError, FullDiskError, GareError, shown
 from gare.train.history import History
+from gare.train.sums import sha256_of
 
 if TYPE_CHECKING:
     from gare.train.state import Captured
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INDEX = "index.json"
+_ANOTHER_INDEX = "a copy of it as it was written, or train.overwrite=true"
 #: Seconds for which a checkpoint is tried again where the storage does not take it; training goes on.
 PATIENCE_S = 600.0
 #: The longest pause between two tries.
@@ -44,11 +47,13 @@ class Entry:
         step: optimiser steps done.
         epoch: epochs done, with their validation.
         metrics: on val; empty for a checkpoint within an epoch.
+        sha256: of its files, by name; empty for one that an earlier version wrote.
     """
 
     step: int
     epoch: int
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
@@ -75,18 +80,28 @@ class Checkpoints:
             CheckpointError: for an index that is none.
             DataError: where the storage does not answer.
         """
+        return self._read()[0]
+
+    def _read(self) -> tuple[list[Entry], bool]:
+        """The entries, and True where a row was left out for not being as it was written."""
         index = join(self.uri, INDEX)
         if not exists(index):
-            return []
+            return [], False
         try:
-            found = [
-                Entry(int(row["step"]), int(row["epoch"]), dict(row["metrics"])) for row in read_json(index)
-            ]
+            rows = read_json(index)
+            found = [_entry_of(row) for row in rows]
         except (DataError, KeyError, TypeError, ValueError) as error:
             if isinstance(error.__cause__, OSError):
                 raise
-            raise CheckpointError(f"cannot be read: {error}", where=index) from error
-        return sorted(found, key=lambda entry: entry.name)
+            raise CheckpointError(f"cannot be read: {error}", where=index, accepted=_ANOTHER_INDEX) from error
+        damaged = [number for number, entry in enumerate(found, 1) if entry is None]
+        if damaged and len(damaged) == len(found):
+            raise CheckpointError("is not as it was written", where=index, accepted=_ANOTHER_INDEX)
+        for number in damaged:
+            logger.warning(
+                "%s: row %d is not as it was written, its checkpoint is left out", shown(index), number
+            )
+        return sorted(filter(None, found), key=lambda entry: entry.name), bool(damaged)
 
     def location(self, entry: Entry) -> str:
         """Where a checkpoint is."""
@@ -94,7 +109,19 @@ class Checkpoints:
 
     def best(self) -> Entry | None:
         """The one with the highest score, the first of equals; without a score the last."""
-        return _best(self.entries(), self.score)
+        return next(iter(self.ranked()), None)
+
+    def ranked(self) -> list[Entry]:
+        """As ``best``, then those that are next to it; without those that have no score."""
+        return _ranked(self.entries(), self.score)
+
+    def forget(self, entry: Entry) -> None:
+        """Lets a checkpoint count no more; its folder stays.
+
+        Raises:
+            DataError: where the index cannot be written.
+        """
+        self._write([one for one in self.entries() if one.name != entry.name])
 
     def add(self, entry: Entry) -> None:
         """Makes a folder that has been written count, and deletes those that are no longer kept.
@@ -104,7 +131,7 @@ class Checkpoints:
         """
         known = [one for one in self.entries() if one.name != entry.name]
         entries = sorted([*known, entry], key=lambda one: one.name)
-        best = _best(entries, self.score)
+        best = next(iter(_ranked(entries, self.score)), None)
         last = entries if self.keep is None else entries[-self.keep :]
         kept = [one for one in entries if one in last or one is best]
         self._write(kept)
@@ -119,9 +146,9 @@ class Checkpoints:
             delete_leftovers(self.uri, time.time_ns())
         except DataError as error:
             logger.warning("what a killed writer left stays: %s", error)
-        entries = self.entries()
+        entries, damaged = self._read()
         kept = [one for one in entries if entry is not None and one.name <= entry.name]
-        if len(kept) < len(entries):
+        if damaged or len(kept) < len(entries):
             self._write(kept)
         names = {one.name for one in kept}
         prefix = self.uri.rstrip("/") + "/"
@@ -130,7 +157,7 @@ class Checkpoints:
             self._delete(name)
 
     def _write(self, entries: list[Entry]) -> None:
-        write_json(join(self.uri, INDEX), [asdict(entry) for entry in entries])
+        write_json(join(self.uri, INDEX), [_row_of(entry) for entry in entries])
 
     def _delete(self, name: str) -> None:
         try:
@@ -140,11 +167,31 @@ class Checkpoints:
             logger.warning("an old checkpoint stays: %s", error)
 
 
-def _best(entries: list[Entry], score: str) -> Entry | None:
+def _ranked(entries: list[Entry], score: str) -> list[Entry]:
     if not score:
-        return entries[-1] if entries else None
+        return entries[::-1]
     scored = [entry for entry in entries if score in entry.metrics]
-    return max(scored, key=lambda entry: entry.metrics[score], default=None)
+    return sorted(scored, key=lambda entry: -entry.metrics[score])  # stable: the first of equals
+
+
+def _row_of(entry: Entry) -> dict[str, Any]:
+    """A row of the index; beside the SHA-256 of the files one of its own."""
+    row = {"step": entry.step, "epoch": entry.epoch, "metrics": dict(entry.metrics)}
+    if not entry.sha256:
+        return row
+    row["sha256"] = dict(entry.sha256)
+    return row | {"row_sha256": sha256_of(json.dumps(row, sort_keys=True).encode())}
+
+
+def _entry_of(row: Any) -> Entry | None:
+    """The checkpoint of a row; None for a row that is not as it was written."""
+    if set(row) == {"step", "epoch", "metrics"}:  # as earlier versions wrote it
+        return Entry(int(row["step"]), int(row["epoch"]), dict(row["metrics"]))
+    try:
+        entry = Entry(row["step"], row["epoch"], dict(row["metrics"]), dict(row["sha256"]))
+        return entry if row == _row_of(entry) else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 class CheckpointWriter:
@@ -191,8 +238,8 @@ class CheckpointWriter:
 
         def attempt() -> None:
             history.save()
-            write_checkpoint(location, captured)
-            self.checkpoints.add(entry)
+            sums = write_checkpoint(location, captured)
+            self.checkpoints.add(replace(entry, sha256=sums))
 
         try:
             patiently(attempt, f"the checkpoint of step {entry.step} cannot be written", self.patience_s)

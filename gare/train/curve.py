@@ -72,6 +72,7 @@ class CheckpointScorer:
         from_features: True if that is a feature store; the run's checkpoints then have no towers.
         cache_mb: MB of features that may be kept in memory.
         device: where to compute.
+        sums: by checkpoint, the SHA-256 of its files in the run's index; empty for one that has none.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class CheckpointScorer:
         from_features: bool,
         cache_mb: float = 0,
         device: str = "cpu",
+        sums: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.store, self.rows, self.from_features = store, rows, from_features
-        self.cache_mb, self.device = cache_mb, device
+        self.cache_mb, self.device, self.sums = cache_mb, device, sums or {}
         self._reader: FeatureReader | None = None
 
     def score(self, uri: str) -> Look:
@@ -105,7 +107,11 @@ class CheckpointScorer:
             return Look(fault=str(error))
 
     def _load(self, uri: str) -> GARE:
-        model = read_start(uri, read_config(uri).model) if self.from_features else load_checkpoint(uri)
+        sums = self.sums.get(uri)
+        if self.from_features:
+            model = read_start(uri, read_config(uri).model, sums=sums)
+        else:
+            model = load_checkpoint(uri, sums=sums)
         return model.to(self.device).eval()
 
     def _encode(self, model: GARE) -> dict[str, np.ndarray]:

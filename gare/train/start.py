@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -110,14 +111,15 @@ def fault_of_zero_shot(weights: str) -> str:
     return ""
 
 
-def read_start(uri: str, config: ModelConfig) -> GARE:
+def read_start(uri: str, config: ModelConfig, *, sums: Mapping[str, str] | None = None) -> GARE:
     """The initial model of a run that learns from features, without towers, as its driver left it.
 
     Raises:
         CheckpointError: where it is missing or of another model.
+        DamagedError: where a file is not as it was written; in a checkpoint of such a run, by ``sums`` too.
     """
     model = GARE(config, towers=False)
-    load_model(uri, model)
+    load_model(uri, model, sums=sums)
     return model.train()
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints: a folder with ``model.safetensors``, ``config.yaml`` and ``trainer.pt``."""
+"""Checkpoints: a folder with ``model.safetensors``, ``config.yaml``, ``trainer.pt`` and their SHA-256."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from gare.config import Config, parse_config
-from gare.data.files import exists, join, read_bytes, write_atomically
+from gare.data.files import exists, join, write_atomically
 from gare.errors import CheckpointError, ConfigError, DataError
 from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
 from gare.train.step import Learner
+from gare.train.sums import SummedFolder, note_without_sums, sha256_of, write_sums
 
 MODEL = "model.safetensors"
 CONFIG = "config.yaml"
@@ -78,15 +79,34 @@ def save_checkpoint(uri: str, learner: Learner, epoch: int) -> None:
     write_checkpoint(uri, capture(learner, epoch))
 
 
-def write_checkpoint(uri: str, captured: Captured) -> None:
+def write_checkpoint(uri: str, captured: Captured) -> dict[str, str]:
     """Writes what was captured, in the order of ``save_checkpoint``.
+
+    Returns:
+        SHA-256 by file name.
 
     Raises:
         DataError: where a file cannot be written.
     """
-    write_atomically(join(uri, TRAINER), _packed(captured.trainer))
-    write_atomically(join(uri, CONFIG), captured.config.encode())
-    write_atomically(join(uri, MODEL), save_tensors(dict(captured.tensors)))
+    sums = {
+        TRAINER: _write(uri, TRAINER, _packed(captured.trainer)),
+        CONFIG: _write(uri, CONFIG, captured.config.encode()),
+    }
+    return _write_model(uri, captured.tensors, sums)
+
+
+def _write(uri: str, name: str, content: bytes) -> str:
+    write_atomically(join(uri, name), content)
+    return sha256_of(content)
+
+
+def _write_model(uri: str, tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> dict[str, str]:
+    """Writes the model after its SHA-256 and those of the other files, which it returns."""
+    content = save_tensors(dict(tensors))
+    sums = {**sums, MODEL: sha256_of(content)}
+    write_sums(uri, sums)
+    write_atomically(join(uri, MODEL), content)
+    return sums
 
 
 def _packed(trainer: Mapping[str, Any]) -> bytes:
@@ -95,15 +115,26 @@ def _packed(trainer: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def load_checkpoint(uri: str | Path) -> GARE:
+def load_checkpoint(uri: str | Path, *, sums: Mapping[str, str] | None = None, quiet: bool = False) -> GARE:
     """The model of a checkpoint, in evaluation mode, on the CPU.
+
+    The files that it reads, ``model.safetensors`` and ``config.yaml``, are compared with their SHA-256.
+
+    Args:
+        uri: the folder.
+        sums: SHA-256 that the checkpoint must have, from the index of its run.
+        quiet: True where another process says that a checkpoint of an earlier version has none.
 
     Raises:
         CheckpointError: for a folder that is not a whole checkpoint, or tensors of another model.
+        DamagedError: for one with a file that is not as it was written.
     """
-    config = read_config(str(uri))
+    folder = SummedFolder(str(uri), expected=sums)
+    config = _config_of(folder)
     model = GARE(config.model)
-    load_model(str(uri), model, features=config.train.input == "features")
+    if not quiet:
+        note_without_sums(folder)
+    _load_model(folder, model, features=config.train.input == "features")
     return model.eval()
 
 
@@ -113,69 +144,110 @@ def read_config(uri: str) -> Config:
     Raises:
         CheckpointError: where it is missing or cannot be used.
     """
-    location = join(uri, CONFIG)
+    return _config_of(SummedFolder(uri))
+
+
+def _config_of(folder: SummedFolder) -> Config:
+    uri, location = folder.uri, join(folder.uri, CONFIG)
     if not exists(location):
         raise CheckpointError(
             "is not a checkpoint", where=uri, accepted=f"a folder with {MODEL}, {CONFIG} and {TRAINER}"
         )
     try:
-        return parse_config(yaml.safe_load(read_bytes(location)), where=location)
+        return parse_config(yaml.safe_load(folder.read(CONFIG)), where=location)
     except (ConfigError, DataError, yaml.YAMLError, ValueError) as error:
         raise CheckpointError(f"cannot be used: {error}", where=location) from error
 
 
-def complete_checkpoint(uri: str, start: GARE) -> None:
-    """Adds the towers that made the features to the checkpoint of a run that learned from them.
+def write_model(uri: str, model: GARE) -> None:
+    """Writes a model's tensors alone, with their SHA-256."""
+    _write_model(uri, {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, {})
 
-    Any reader of checkpoints can then use it, without the store or the weights that it came from.
+
+def copy_checkpoint(
+    source: str,
+    target: str,
+    *,
+    sums: Mapping[str, str] | None = None,
+    start: GARE | None = None,
+    leave_out: Sequence[str] = (),
+) -> None:
+    """Copies a checkpoint, each file compared with its SHA-256 as it is read.
 
     Args:
-        uri: the checkpoint.
-        start: the run's initial model, with its towers; it takes the checkpoint's tensors.
+        source: the checkpoint.
+        target: folder; what it holds is deleted first, and ``model.safetensors`` comes last.
+        sums: SHA-256 that the checkpoint must have, from the index of its run.
+        start: of a run that learned from features: its initial model, whose towers the copy gets. Any
+            reader of checkpoints can then use it, without the store or the weights that it came from.
+        leave_out: files that are not copied.
 
     Raises:
-        CheckpointError: for a checkpoint of another model.
+        CheckpointError: for a folder that is not a whole checkpoint, or one of another model than ``start``.
+        DamagedError: for one with a file that is not as it was written; the copy is then not whole.
+        DataError: where a file cannot be read or written.
     """
-    tensors = _read_model(uri)
-    kept = {name: tensor for name, tensor in start.state_dict().items() if name.startswith("towers.")}
-    _fill(join(uri, MODEL), kept | tensors, start)
-    write_model(uri, start)
+    folder = SummedFolder(source, expected=sums)
+    note_without_sums(folder)
+    location = join(source, MODEL)
+
+    def with_towers(content: bytes) -> bytes:
+        assert start is not None
+        tensors, own = _tensors_in(content, location), start.state_dict()
+        tensors = {name: one for name, one in own.items() if name.startswith("towers.")} | tensors
+        _require_fit(location, tensors, own)
+        return bytes(save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+    folder.copy(target, last=MODEL, change=with_towers if start else None, leave_out=leave_out)
 
 
-def write_model(uri: str, model: GARE) -> None:
-    """Writes a model's tensors alone."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(join(uri, MODEL), save_tensors(tensors))
+def check_checkpoint(uri: str) -> None:
+    """Compares all files of a checkpoint with their SHA-256; one without sums passes.
+
+    Raises:
+        CheckpointError: for a file that is missing.
+        DamagedError: for a file that is not as it was written.
+    """
+    SummedFolder(uri).check()
 
 
-def load_model(uri: str, model: GARE, *, features: bool = False) -> None:
+def load_model(uri: str, model: GARE, *, sums: Mapping[str, str] | None = None) -> None:
     """Fills a model with a checkpoint's tensors.
 
     Args:
         uri: the checkpoint.
         model: to fill.
-        features: whether the run that wrote it learned from features, and its checkpoints may lack towers.
+        sums: SHA-256 that the checkpoint must have, from the index of its run.
 
     Raises:
         CheckpointError: naming tensors that are missing, left over or of another shape.
+        DamagedError: for one with a file that is not as it was written.
     """
-    tensors = _read_model(uri)
+    _load_model(SummedFolder(uri, expected=sums), model)
+
+
+def _load_model(folder: SummedFolder, model: GARE, *, features: bool = False) -> None:
+    """As ``load_model``; ``features`` is true where its run learned from them, and it may lack towers."""
+    tensors = _read_model(folder)
     if features and isinstance(model.towers, ClipTowers) and not _has_towers(tensors):
         raise CheckpointError(
             "has no towers: its run learned from features",
-            where=uri,
+            where=folder.uri,
             accepted="the run's folder best, whose checkpoint has them",
         )
-    _fill(join(uri, MODEL), tensors, model)
+    _require_fit(join(folder.uri, MODEL), tensors, model.state_dict())
+    model.load_state_dict(tensors)
 
 
 def _has_towers(tensors: Mapping[str, Tensor]) -> bool:
     return any(name.startswith("towers.") and not name.endswith("logit_scale") for name in tensors)
 
 
-def _read_model(uri: str) -> dict[str, Tensor]:
-    location = join(uri, MODEL)
-    content = _content(location)
+def _read_model(folder: SummedFolder) -> dict[str, Tensor]:
+    return _tensors_in(folder.read(MODEL), join(folder.uri, MODEL))
+
+
+def _tensors_in(content: bytes, location: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_tensors(content)
     except Exception as error:  # safetensors has an exception of its own, not derived from ValueError
@@ -183,18 +255,7 @@ def _read_model(uri: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _content(location: str) -> bytes:
-    """What a file of a checkpoint holds; one that is missing is the checkpoint's fault, not the storage's."""
-    try:
-        return read_bytes(location)
-    except DataError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise CheckpointError(f"cannot be read: {error}", where=location) from error
-        raise
-
-
-def _fill(location: str, tensors: Mapping[str, Tensor], model: GARE) -> None:
-    ours = model.state_dict()
+def _require_fit(location: str, tensors: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
     faults = [f"{name} is missing" for name in sorted(ours.keys() - tensors.keys())]
     faults += [f"{name} is not of this model" for name in sorted(tensors.keys() - ours.keys())]
     faults += [
@@ -209,22 +270,35 @@ def _fill(location: str, tensors: Mapping[str, Tensor], model: GARE) -> None:
             where=location,
             accepted="the model settings that it was trained with",
         )
-    model.load_state_dict(tensors)
 
 
-def restore_learner(uri: str, learner: Learner) -> int:
+def restore_learner(
+    uri: str, learner: Learner, *, sums: Mapping[str, str] | None = None, quiet: bool = False
+) -> int:
     """Continues from a checkpoint: model, optimiser, random state and step.
+
+    Args:
+        uri: the folder.
+        learner: what to restore.
+        sums: SHA-256 that the checkpoint must have, from the index of its run.
+        quiet: True where another worker says that a checkpoint of an earlier version has none.
 
     Returns:
         Epochs done.
 
     Raises:
         CheckpointError: for a checkpoint of another model or another length of the run.
+        DamagedError: for one with a file that is not as it was written.
         DataError: where the storage does not answer.
     """
-    load_model(uri, learner.model)
+    folder = SummedFolder(uri, expected=sums)
+    if not quiet:
+        note_without_sums(folder)
+    if folder.sums is not None:
+        folder.read(CONFIG)  # restoring does not need it, but copies of this checkpoint do
+    _load_model(folder, learner.model)
     location = join(uri, TRAINER)
-    content = _content(location)
+    content = folder.read(TRAINER)
     try:
         trainer: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
         if trainer["schedule"]["num_steps"] != learner.num_steps:

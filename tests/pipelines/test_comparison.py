@@ -19,6 +19,7 @@ from gare.data.files import copy_files
 from gare.data.manifest import read_manifest
 from gare.retrieval.queries import read_queries
 from gare.train.state import MODEL
+from gare.train.sums import SUMS
 from pipelines import evaluate, train
 from pipelines.registration import write_and_register
 from tests.pipelines.support import in_process, tiny
@@ -38,6 +39,7 @@ def second(trained: dict[str, Any], places: Layout) -> str:
     record["mlflow_run_id"] = connect(tiny().tracking, places.root).start_run("tiny/again").run_id
     (target / "run.json").write_text(json.dumps(record))
     saved = target / "best" / "config.yaml"
+    (target / "best" / SUMS).unlink()
     saved.write_text(saved.read_text().replace("run: first", "run: again"))
     return str(record["mlflow_run_id"])
 

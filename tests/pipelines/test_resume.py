@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import psutil
 import pytest
 
@@ -21,7 +22,8 @@ from gare.config import ModelConfig
 from gare.data.lock import StoreLock
 from gare.errors import ConfigError
 from gare.run_settings import completed_settings
-from pipelines import train
+from gare.train.state import MODEL, check_checkpoint
+from pipelines import evaluate, train
 from tests.pipelines.support import in_process, losses, tiny
 
 
@@ -87,6 +89,27 @@ def test_finished_run_gives_its_result_again(trained: dict[str, Any], places: La
     result = train.run(tiny("tracking.uri=http://127.0.0.1:9", "extract.workers=1"))
     assert result == {key: value for key, value in trained.items() if key != "evaluation"}
     assert history.stat().st_mtime_ns == before
+
+
+def test_a_damaged_best_is_named_and_made_again(
+    trained: dict[str, Any],
+    places: Layout,
+    tiny_yaml: str,
+    capsys: pytest.CaptureFixture[str],
+    rng: np.random.Generator,
+) -> None:
+    """One flipped bit gives the scores of another model; the run that it was copied from is whole."""
+    file = Path(trained["checkpoint"], MODEL)
+    whole = file.read_bytes()
+    changed = bytearray(whole)
+    changed[int(rng.integers(len(whole)))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(changed)
+    refused = in_process(capsys, evaluate.run, "--config", tiny_yaml)
+    refused.refused(3, str(file), "is not as it was written", "train command makes best/ again")
+    again = train.run(tiny())
+    assert again["mlflow_run_id"] == trained["mlflow_run_id"]
+    assert file.read_bytes() == whole
+    check_checkpoint(trained["checkpoint"])
 
 
 @pytest.mark.parametrize(

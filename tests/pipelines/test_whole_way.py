@@ -65,11 +65,12 @@ def test_every_result_is_a_file_too(
 
 
 def test_checkpoint_keeps_its_contract(trained: dict[str, Any]) -> None:
-    """Three files that others read; trainer.pt must load without running code."""
+    """Files that others read, with their SHA-256; trainer.pt must load without running code."""
     folder = Path(trained["checkpoint"])
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.yaml",
         "model.safetensors",
+        "sums.json",
         "trainer.pt",
     ]
     # As it was given, with what is automatic as what it came to.

@@ -96,7 +96,7 @@ def test_a_damaged_checkpoint_is_a_fault_and_no_end(
         for parameter in diverged.model.parameters():
             parameter.fill_(torch.nan)
     save_checkpoint(str(tmp_path / "diverged"), diverged, 1)
-    assert "cannot be read" in scorer.score(str(tmp_path / "damaged")).fault
+    assert "is not as it was written" in scorer.score(str(tmp_path / "damaged")).fault
     assert "is not a checkpoint" in scorer.score(str(tmp_path / "missing")).fault
     assert "finite" in scorer.score(str(tmp_path / "diverged")).fault
     assert scorer.score(str(tmp_path / "sound")).fault == ""

@@ -43,7 +43,7 @@ from gare.train.input.inputs import FeatureInput, FrameInput, TrainInput
 from gare.train.input.loader import Listed
 from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
-from gare.train.state import complete_checkpoint, load_checkpoint, save_checkpoint
+from gare.train.state import check_checkpoint, copy_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.step import Learner, build_learner
 from gare.train.validation import Validation
 from tests.helpers.manifests import rows_of_splits
@@ -174,8 +174,10 @@ def test_a_checkpoint_gets_its_towers(places: Places, tmp_path: Path, rng: np.ra
         load_checkpoint(uri)
     with pytest.raises(ConfigError, match="has no towers"):
         learner.model.encode_text(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8))
-    complete_checkpoint(uri, places.model())
-    whole = load_checkpoint(uri)
+    best = str(tmp_path / "best")
+    copy_checkpoint(uri, best, start=places.model())
+    whole = load_checkpoint(best)
+    check_checkpoint(best)
     assert towers_sha256(whole.towers) == towers_sha256(places.model().towers)
     for name, tensor in learner.model.state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name

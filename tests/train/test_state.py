@@ -23,6 +23,7 @@ from gare.train.state import (
     save_checkpoint,
 )
 from gare.train.step import Learner, build_learner
+from gare.train.sums import SUMS
 from tests.tiny import tiny_config
 
 
@@ -42,7 +43,7 @@ def saved(tmp_path: Path) -> tuple[Path, Learner]:
 def test_what_was_saved_comes_back(saved: tuple[Path, Learner]) -> None:
     """A trained model that cannot be loaded again is lost."""
     folder, learner = saved
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, MODEL, TRAINER]
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, MODEL, SUMS, TRAINER]
     model = load_checkpoint(folder)
     assert not model.training
     assert model.config == learner.config.model
@@ -97,6 +98,7 @@ def test_a_damaged_checkpoint_is_named(
 ) -> None:
     """A person learns which file of which checkpoint is broken, not where PyTorch stumbled."""
     folder, _ = saved
+    (folder / SUMS).unlink()  # as an earlier version wrote it, or a person who changed it
     damage(folder)
     with pytest.raises(CheckpointError, match=said) as caught:
         load_checkpoint(folder)
@@ -142,6 +144,7 @@ def test_a_damaged_trainer_state_is_named(
     saved: tuple[Path, Learner], damage: Callable[[Path], None]
 ) -> None:
     """Continuing without the optimiser's state would be another training."""
+    (saved[0] / SUMS).unlink()
     damage(saved[0])
     with pytest.raises(CheckpointError, match=TRAINER):
         restore_learner(str(saved[0]), new_learner())
@@ -163,6 +166,7 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(
     proof = tmp_path / "proof"
     buffer = io.BytesIO()
     dump({"schedule": {"num_steps": 10}, "bomb": _Bomb(str(proof))}, buffer)
+    (saved[0] / SUMS).unlink()
     (saved[0] / TRAINER).write_bytes(buffer.getvalue())
     with pytest.raises(CheckpointError, match=TRAINER):
         restore_learner(str(saved[0]), new_learner())

@@ -31,7 +31,7 @@ from gare.train.input.loader import FeatureLoader, FrameLoader, Listed, Load, cl
 from gare.train.input.plan import PlannedBatch
 from gare.train.input.tokens import CaptionTokens
 from gare.train.start import initial_model, read_start
-from gare.train.state import complete_checkpoint, write_model
+from gare.train.state import copy_checkpoint, write_model
 from gare.train.validation import Validation
 
 #: Folder of a run with the initial model that its driver leaves to the workers.
@@ -127,8 +127,17 @@ class TrainInput(ABC):
         """Adds loaded clips to a validation."""
 
     @abstractmethod
-    def finish(self, checkpoint: str) -> None:
-        """Completes the run's best checkpoint; on the driver."""
+    def copy_best(self, checkpoint: str, best: str, sums: Mapping[str, str]) -> None:
+        """Copies the run's best checkpoint to where any reader can use it; on the driver.
+
+        Args:
+            checkpoint: of the run.
+            best: folder of the copy.
+            sums: SHA-256 of its files, from the run's index; empty where that has none.
+
+        Raises:
+            CheckpointError, DataError: as ``copy_checkpoint``.
+        """
 
 
 class FrameInput(TrainInput):
@@ -228,8 +237,9 @@ class FrameInput(TrainInput):
         """Encodes clips and all their captions."""
         validation.add(planned.videos.tolist(), tensors)
 
-    def finish(self, checkpoint: str) -> None:
-        """Does nothing: the checkpoint has its towers."""
+    def copy_best(self, checkpoint: str, best: str, sums: Mapping[str, str]) -> None:
+        """Copies the checkpoint, which has its towers."""
+        copy_checkpoint(checkpoint, best, sums=sums)
 
 
 class FeatureInput(TrainInput):
@@ -326,9 +336,9 @@ class FeatureInput(TrainInput):
         """Takes clips and all their captions."""
         validation.add_features(planned.videos.tolist(), tensors)
 
-    def finish(self, checkpoint: str) -> None:
-        """Adds the towers, so that it is like the checkpoint of a run on frames."""
-        complete_checkpoint(checkpoint, self.initial_model)
+    def copy_best(self, checkpoint: str, best: str, sums: Mapping[str, str]) -> None:
+        """Copies the checkpoint and adds the towers, so that it is like that of a run on frames."""
+        copy_checkpoint(checkpoint, best, sums=sums, start=self.initial_model)
 
 
 def input_of(

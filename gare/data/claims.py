@@ -22,7 +22,7 @@ import psutil
 from gare.data.files import read_bytes
 from gare.errors import DataError
 
-#: Stands between the machine and the start of the process in ``Claim.machine``. Both are in one field, so that
+#: Stands between machine and start of the process in ``Claim.machine``. Both are in one field, so that
 #: earlier versions, which refuse unknown fields, understand a claim: to them its machine is another one.
 _START = " start "
 
@@ -39,7 +39,7 @@ class Claim:
         machine: tells one set of process ids from another (two containers may share a host's name), and
             since claims have it, says in which tick the process started.
         pid: process id.
-        started_s: when the process started by the clock at that time; claims of earlier versions have no more.
+        started_s: when the process started, by a clock that may be set; all that earlier versions have.
         claimed: whether it has the store or is about to, as opposed to waiting.
     """
 

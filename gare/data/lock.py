@@ -5,6 +5,9 @@ own in the store's folder ``lock``: ``waiting``, or ``claimed``. It holds the st
 *then* sees no other claim of a living job: of two that claim at once at least the one that looks later sees
 both, and the elder goes first. A claim is renewed while its job lives; one that does not change for a while,
 by the steady clock of the job that looks, is void. No two clocks are compared, and none that can be set.
+
+Who has claimed the store begins a generation, see ``gare.data.generations``, and holds the store for as long
+as its claim is there and nobody has begun a newer one.
 """
 
 from __future__ import annotations
@@ -21,13 +24,24 @@ from gare.data.claims import Claim, own_claim, read_claim
 from gare.data.files import (
     delete_file,
     delete_leftovers,
+    exists,
     join,
     list_files,
     open_fs,
     stat_file,
     write_json,
 )
-from gare.errors import DataError, GareError
+from gare.data.generations import (
+    Generation,
+    Held,
+    Owned,
+    begin,
+    forget_before,
+    newest_number,
+    release,
+    withdraw,
+)
+from gare.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +111,9 @@ class StoreLock:
         self._claim = own_claim()
         self._location = join(uri, FOLDER, f"{self._claim.job}.json")
         self._ended = threading.Event()
-        self._lost = ""
+        self._lost = False
+        self._confirmed_s = _steady_s()
+        self._generation = Generation()
         self._silence = _Silence(stale_s)
         #: Claims that were silent for long when they were first seen, until it is clear whether they live.
         self._doubtful: set[str] = set()
@@ -105,7 +121,7 @@ class StoreLock:
 
     def __enter__(self) -> Self:
         try:
-            self._acquire()
+            self._begin()
             self._clear()
         except BaseException:
             delete_file(self._location)
@@ -118,20 +134,60 @@ class StoreLock:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        delete_file(self._location)
+        try:
+            # After a fault, workers may still be about to write.
+            if kind is None and not self._lost and self._is_ours():
+                release(self.uri, self._generation)
+        except DataError as error:  # the next job fences what is not there to come
+            logger.warning("%s", error)
+        finally:
+            delete_file(self._location)
+
+    @property
+    def held(self) -> Held:
+        """By which what is written says whose it is, and makes sure that it may."""
+        return Held(self._generation.number, self.check)
+
+    @property
+    def owned(self) -> Owned:
+        """The same for workers on other machines."""
+        return Owned(self.uri, self._generation.number)
 
     def check(self) -> None:
-        """Makes sure that the store is still ours.
+        """Makes sure that the store is still ours, by looking.
 
         Raises:
-            GareError: where another job has taken it over, since this one showed no sign of life too long.
+            LockLostError: where another job has taken it over, since this one showed no sign of life too
+                long.
+            DataError: where nothing could be found out for so long that it may have been taken over.
         """
+        if not self._lost:
+            try:
+                self._lost = not self._is_ours()
+            except DataError:
+                # A storage that does not answer for a moment; others need longer to take anything over.
+                if _steady_s() - self._confirmed_s > self._stale_s / 2:
+                    raise
         if self._lost:
-            raise GareError(
-                f"the lock was lost: {self._lost}",
-                where=self.uri,
-                accepted="run the same command again, it continues where this one stopped",
-            )
+            raise self.owned.fault()
+
+    def _begin(self) -> None:
+        """Gets the store and begins a generation, which nobody can have done meanwhile."""
+        while True:
+            self._acquire()
+            self._generation = begin(self.uri, self._claim.job)
+            if self._is_ours():
+                forget_before(self.uri, self._generation)
+                return
+            # Suspended for long between the two: another job has the store.
+            withdraw(self.uri, self._generation)
+
+    def _is_ours(self) -> bool:
+        looked_s = _steady_s()
+        if newest_number(self.uri) != self._generation.number or not exists(self._location):
+            return False
+        self._confirmed_s = looked_s
+        return True
 
     def _acquire(self) -> None:
         started = told = time.monotonic()
@@ -219,8 +275,16 @@ class StoreLock:
     def _renew_until_ended(self) -> None:
         while not self._ended.wait(self._stale_s / 6):
             try:
-                if not self._renew():
-                    self._lost = "another job has taken it over"
+                if not self._renew() or not self._is_ours():
+                    self._lost = True
+                    logger.error("%s: the lock was lost: another job has taken it over", self.uri)
+                    # Renewing may have brought back what the other job had taken away.
+                    delete_file(self._location)
                     return
             except (DataError, OSError) as error:
                 logger.warning("%s: the lock cannot be renewed: %s", self.uri, error)
+
+
+def _steady_s() -> float:
+    """Seconds of a clock that nobody sets, and that goes on while the machine is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -16,12 +16,14 @@ import numpy as np
 import psutil
 import pytest
 
-from gare.data import claims
+from gare.data import claims, generations
 from gare.data import lock as module
 from gare.data.claims import Claim, own_claim
 from gare.data.files import list_files, stat_file, write_json
 from gare.data.lock import StoreLock
-from gare.errors import DataError, GareError
+from gare.errors import DataError, GareError, LockLostError
+
+ON_S3 = "s3://videos/store"
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +120,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> list[f
 
 
 def test_a_clock_that_is_set_does_not_kill(tmp_path: Path, stepped: list[float]) -> None:
-    """NTP, or a virtual machine that resumes, sets the clock by hours: the owner lives, and goes on writing."""
+    """NTP, or a virtual machine that resumes, sets the clock by hours: the owner lives and writes on."""
     with StoreLock(str(tmp_path)) as lock:
         claim = json.loads(next((tmp_path / "lock").iterdir()).read_text())
         for _ in range(2):
@@ -243,8 +245,77 @@ def test_nothing_is_removed_while_another_job_has_the_store(tmp_path: Path) -> N
     assert (tmp_path / "data" / ".gare-0a.tmp").exists()
 
 
-#: Locks on S3 take turns by its clock, which counts seconds.
-ON_S3 = "s3://videos/store"
+def suspend(lock: StoreLock) -> None:
+    """Makes a job one of another machine, whose signs of life alone can tell; its thread does not renew."""
+    claim = dataclasses.replace(lock._claim, machine="elsewhere", host="other")
+    write_json(lock._location, dataclasses.asdict(claim))
+
+
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_a_suspended_owner_is_told_before_it_writes(
+    tmp_path: Path, store: str, request: pytest.FixtureRequest
+) -> None:
+    """It wakes up in the middle of its work: its next write must not wait for a thread that renews."""
+    if store == "s3":
+        request.getfixturevalue("s3")
+    uri = str(tmp_path) if store == "local" else ON_S3
+    with StoreLock(uri, stale_s=1000.0) as sleeper:
+        sleeper.check()
+        suspend(sleeper)
+        with StoreLock(uri, stale_s=0.5) as successor:
+            assert successor.held.generation == sleeper.held.generation + 1
+            with pytest.raises(LockLostError, match="the lock was lost"):
+                sleeper.held.check()
+            assert sleeper.owned.is_lost()
+            # On S3 it may have been paused inside a renewal, which brings its claim back.
+            sleeper._lost = False
+            sleeper._write(claimed=True)
+            assert not sleeper._is_ours()
+            successor.check()
+            assert not successor.owned.is_lost()
+        sleeper._lost = False
+        with pytest.raises(LockLostError):
+            sleeper.check()
+    assert list_files(f"{uri}/lock") == []
+
+
+def test_one_who_was_suspended_while_it_claimed_starts_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saw no other job and slept before it began: its successor must not lose the store to it."""
+    begin, others = module.begin, []
+
+    def slowly(uri: str, job: str) -> generations.Generation:
+        if not others:
+            others.append(job)
+            (tmp_path / "lock" / f"{job}.json").unlink()  # a successor took it away, and is done
+            generations.begin(uri, "successor")
+        return begin(uri, job)
+
+    monkeypatch.setattr(module, "begin", slowly)
+    with StoreLock(str(tmp_path)) as lock:
+        lock.check()
+        assert lock.held.generation == 2
+
+
+def test_a_storage_that_does_not_answer_for_a_moment_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage of seconds would end hours of work; one so long that the lock may be gone has to."""
+    now = module._steady_s()
+    with StoreLock(str(tmp_path), stale_s=60.0) as lock:
+        lock.check()
+
+        def fail(uri: str) -> int:
+            raise DataError("503", where=uri)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "newest_number", fail)
+            lock.check()
+            patch.setattr(module, "_steady_s", lambda: now + 100.0)
+            with pytest.raises(DataError, match="503"):
+                lock.check()
+        lock.check()
 
 
 @pytest.mark.usefixtures("s3")
@@ -292,9 +363,7 @@ def test_a_living_job_on_s3_is_refused_by_name_however_long_it_takes() -> None:
 def test_a_silent_job_on_s3_is_succeeded_and_notices(caplog: pytest.LogCaptureFixture) -> None:
     """A machine that is taken away leaves its claim behind; the next night must not wait for ever."""
     with StoreLock(ON_S3, stale_s=1000.0) as silent:
-        # As one of another machine, of which only the signs of life can tell.
-        claim = dataclasses.replace(silent._claim, machine="elsewhere", host="other")
-        write_json(silent._location, dataclasses.asdict(claim))
+        suspend(silent)
         with StoreLock(ON_S3, stale_s=1.5) as lock:
             lock.check()
             assert len(list_files(f"{ON_S3}/lock")) == 1

@@ -21,11 +21,13 @@ from types import TracebackType
 from typing import Literal, Self
 
 from gare.data.claims import Claim, own_claim, read_claim
+from gare.data.exclusive import renew_object
 from gare.data.files import (
     delete_file,
     delete_leftovers,
     exists,
     join,
+    json_bytes,
     list_files,
     open_fs,
     stat_file,
@@ -267,10 +269,7 @@ class StoreLock:
             except FileNotFoundError:
                 return False
             return True
-        if stat_file(self._location) is None:
-            return False
-        write_json(self._location, dataclasses.asdict(self._claim))
-        return True
+        return renew_object(self._location, json_bytes(dataclasses.asdict(self._claim)))
 
     def _renew_until_ended(self) -> None:
         while not self._ended.wait(self._stale_s / 6):

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from gare.config import ExtractConfig
-from gare.data.files import exists, join, read_bytes, read_json, write_atomically, write_json
+from gare.data.exclusive import replace_file
+from gare.data.files import exists, join, json_bytes, read_bytes, read_json
 from gare.data.generations import Held, generation_of
 from gare.data.parts import part_files, read_columns, read_parts, write_part
 from gare.errors import DataError
@@ -183,8 +184,7 @@ def write_meta(uri: str, meta: StoreMeta, held: Held = NOBODY) -> None:
     """
     meta = dataclasses.replace(meta, generation=held.generation)
     text = json.dumps(dataclasses.asdict(meta), indent=2, ensure_ascii=False)
-    held.check()
-    write_atomically(join(uri, META), text.encode())
+    replace_file(join(uri, META), text.encode(), held.check)
 
 
 def read_meta(uri: str) -> StoreMeta:
@@ -253,8 +253,8 @@ def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: Held = 
         GareError: where the store is not held any more; nothing is then written.
     """
     if read_retired(uri) != rows:
-        held.check()
-        write_json(join(uri, RETIRED), {"rows": rows, "generation": held.generation})
+        content = json_bytes({"rows": rows, "generation": held.generation})
+        replace_file(join(uri, RETIRED), content, held.check)
 
 
 def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:

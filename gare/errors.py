@@ -52,6 +52,10 @@ class StoppedError(GareError):
     """A run that was asked to stop, and did so where it can be continued."""
 
 
+class LockLostError(GareError):
+    """Work in a store or run that another job has taken over meanwhile."""
+
+
 class ConfigError(GareError):
     """A configuration or command line that cannot be run as it stands."""
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from cluster.command import main
@@ -104,7 +105,8 @@ def _look_after(config: Config, job: StorePass) -> dict[str, Any]:
     if config.upkeep.task == "verify":
         return verify_or_raise(store, job.schema, {row.video_id for row in job.manifest.rows})
     with _lock(config, store) as lock:
-        merged = compact(store, config.upkeep.part_mb * 10**6, lock.check)
+        part_bytes = config.upkeep.part_mb * 10**6
+        merged = compact(store, part_bytes, lock.check, generation=lock.held.generation)
     return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
 
 
@@ -122,6 +124,7 @@ def _write_both(
         ray_session(config.cluster),
         contextlib.closing(encoding),
     ):
+        encoding.job.hold(lock.held)
 
         def between_parts() -> None:
             lock.check()
@@ -142,6 +145,7 @@ def _write(
     if inventory and not held:
         return _unchanged(job, comparison, inventory)
     with contextlib.nullcontext(held) if held else _lock(config, job.uri) as lock:
+        job.hold(lock.held)
         comparison = job.look()  # another job may have written while this one waited
         job.refuse_lost(comparison)
         if job.is_settled(comparison) and not held:
@@ -183,7 +187,7 @@ def _decoding(config: Config, store: str, between_parts: Callable[[], None] = la
         logger.info("%s: %s, %d to do", store, words(comparison.counts), len(comparison.pending))
         with ray_session(config.cluster), tracked.system_metrics():
             progress = Progress(len(comparison.pending), "extracted")
-            decode_rows(config, store, comparison.pending, progress, check)
+            decode_rows(config, store, comparison.pending, progress, replace(lock.held, check=check))
             return told(progress)
 
     return work

@@ -24,6 +24,7 @@ from gare.data.extraction import Extractor, cut_into_parts
 from gare.data.feature_pass import FeaturePass, can_be_made
 from gare.data.files import delete_tree, exists, join
 from gare.data.frame_pass import FramePass
+from gare.data.generations import Held
 from gare.data.lock import StoreLock
 from gare.data.manifest import Manifest
 from gare.data.sources import LocalVideos
@@ -57,22 +58,24 @@ def decode_rows(
     store: str,
     rows: Sequence[Mapping[str, Any]],
     progress: Progress,
-    check: Callable[[], None],
+    held: Held,
 ) -> None:
     """Decodes pending rows of a comparison into a frame store.
 
     Args:
         config: of the run.
-        store: the frame store, whose lock is the caller's.
+        store: the frame store.
         rows: what to decode.
         progress: is shown what each part came to.
-        check: called after each part; raises to end the work.
+        held: the lock by which it is written; its check is called after each part, and raises to end the
+            work.
     """
     extract, sources, name = config.extract, config.sources, uuid.uuid4().hex
+    generation = held.generation
     workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
     parts = cut_into_parts(rows, workers, extract.videos_per_part)
     results = run_parts(
-        lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name).write,
+        lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name, generation).write,
         parts,
         workers=workers,
         memory_bytes=ACTOR_MEMORY_BYTES,
@@ -80,7 +83,7 @@ def decode_rows(
     with contextlib.closing(results):
         for done in results:
             progress.add(done)
-            check()
+            held.check()
 
 
 def told(progress: Progress) -> dict[str, Any]:
@@ -130,12 +133,15 @@ class Encoding:
 
         config, frames, features = self.config, self.frames_uri, self.job.uri
         device, name = "cuda" if wants_gpus(config.cluster) else "cpu", uuid.uuid4().hex
+        generation = self.job.held.generation
         gpus = usable_gpus(config.cluster)
         alone = 1 if self.shares_cpus else extraction_cpus(config.cluster)
         self.workers = config.features.workers or gpus or alone
         self.pool = ActorPool(
             lambda: (
-                FeatureMaker(frames, features, config.features, feature_model(config).to(device), name).write
+                FeatureMaker(
+                    frames, features, config.features, feature_model(config).to(device), name, generation
+                ).write
             ),
             count=self.workers,
             # Beside decoding, which has all CPUs, an encoder without GPU takes what is over.
@@ -182,6 +188,7 @@ class Encoding:
         def encode() -> None:
             self.take(lock.check)
             self.job.take_failures()
+            lock.check()
             delete_tree(passing)
 
         frames = frame_settings(self.config.extract)
@@ -193,7 +200,7 @@ class Encoding:
         size = self.config.features.videos_per_part * self.workers
         for first in range(0, len(pending), size):
             frame_pass(self.config, self.manifest, passing).begin(Comparison((), {}, {}, ()))
-            decode_rows(self.config, passing, pending[first : first + size], progress, lock.check)
+            decode_rows(self.config, passing, pending[first : first + size], progress, lock.held)
             encode()
         return told(progress)
 

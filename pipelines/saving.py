@@ -16,6 +16,7 @@ from typing import Any
 from cluster.storage import Layout
 from gare.config import Config
 from gare.data.files import delete_file, exists, join, read_json, write_json
+from gare.data.generations import Owned
 from gare.errors import CheckpointError, GareError, StoppedError
 from gare.train.checkpoints import Checkpoints, CheckpointWriter, Entry, patiently
 from gare.train.history import History
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 SELECTION = "val/t2v/R1"
 #: Seconds between looks for a request to stop, and between questions to Ray whether a node is drained.
 LOOK_EVERY_S = 1.0
+#: Seconds between looks whether another job has taken the run over.
+LOCK_EVERY_S = 5.0
 ASK_EVERY_S = 0.5
 
 
@@ -80,6 +83,7 @@ class Saver:
         device: of the learner.
         validated: whether epochs end with metrics on val.
         watch: whether Ray is asked for nodes that are about to be taken away.
+        owned: the lock of the run; None: nobody else is there.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Saver:
         *,
         validated: bool,
         watch: bool,
+        owned: Owned | None = None,
     ) -> None:
         self.train, self.learner, self.rank, self.device = config.train, learner, rank, device
         self.every_s = _seconds_between(config)
@@ -99,6 +104,7 @@ class Saver:
         self.writer = CheckpointWriter(self.checkpoints)
         self.request = StopRequest(places.run(config.train.run))
         self.watch, self.noticed = watch, False
+        self.owned, self.lost = owned, False
         self.due, self.reason, self.over = False, "", threading.Event()
         self.saved = self.asked = time.monotonic()
         if not rank:
@@ -109,18 +115,22 @@ class Saver:
 
         Raises:
             CheckpointError: where there are checkpoints and none can be used.
+            LockLostError: where another job has taken the run over; nothing is changed.
         """
         import torch
 
         from gare.train.gather import max_over_workers
         from gare.train.state import restore_learner
 
-        chosen = self._newest_usable() if not self.rank else None
-        if not self.rank:
+        lost = not self.rank and self._is_lost()
+        chosen = self._newest_usable() if not (self.rank or lost) else None
+        if not (self.rank or lost):
             self.checkpoints.rewind(chosen)
         # Rank 0's word and not the index, which a cache of another machine may still show as it was.
         mine = [chosen.step, chosen.epoch] if chosen else [-1, -1]
         step, epoch = map(int, max_over_workers(torch.tensor(mine, device=self.device)))
+        if self._agree(lost)[0] and self.owned:
+            raise self.owned.fault()
         if step < 0:
             return 0
         if self.rank:
@@ -190,12 +200,14 @@ class Saver:
         """
         self.writer.wait()
         self.over.set()
-        if self._agree(self.writer.fault is not None)[0]:
+        if self._agree(self.writer.fault is not None or self.lost)[0]:
             raise self._fault()
 
     def _write(self, entry: Entry, history: History) -> None:
         from gare.train.state import capture
 
+        if self._is_lost():
+            return  # what is there is another job's now
         # Before the copy: each is as large as the model and its optimiser.
         self.writer.wait()
         self.writer.write(capture(self.learner, entry.epoch), entry, history.copy())
@@ -208,7 +220,20 @@ class Saver:
 
     def _fault(self) -> GareError:
         self.over.set()
+        if self.lost and self.owned:
+            return self.owned.fault()
         return self.writer.fault or StoppedError("another worker could not write the checkpoint")
+
+    def _is_lost(self) -> bool:
+        """Whether another job has taken the run over, as far as can be found out."""
+        if self.owned and not self.lost:
+            try:
+                self.lost = self.owned.is_lost()
+            except GareError as error:
+                logger.warning("the lock cannot be looked at: %s", error)
+        if self.lost:
+            self.reason = "another job"
+        return self.lost
 
     def _stop(self, epoch: int, history: History) -> GareError:
         """Writes what there is; the fault that ends the run."""
@@ -217,6 +242,8 @@ class Saver:
             return StoppedError("the run was asked to stop")
         self._write(Entry(self.learner.step, epoch), history)
         self.writer.wait()
+        if self.lost:
+            return self._fault()
         return self.writer.fault or StoppedError(
             f"training was stopped by {self.reason} after step {self.learner.step} of "
             f"{self.learner.num_steps}, and a checkpoint written",
@@ -240,7 +267,12 @@ class Saver:
                 )
 
     def _look(self) -> None:
+        looked = time.monotonic()
         while not self.over.wait(LOOK_EVERY_S):
+            if time.monotonic() - looked >= LOCK_EVERY_S:
+                looked = time.monotonic()
+                if self._is_lost():
+                    return
             try:
                 self.reason = self.request.reason()
             except GareError:

@@ -28,7 +28,7 @@ from cluster.waiting import tells_of_lost_nodes
 from gare.config import ClipConfig, Config, differences
 from gare.data.files import delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.data.lock import StoreLock
-from gare.errors import ConfigError, DivergedError, GareError, StoppedError
+from gare.errors import ConfigError, DivergedError, GareError, LockLostError, StoppedError
 from gare.retrieval.evaluated import model_label, split_hash_of
 from gare.run_settings import completed_settings, settings_of_run
 from gare.train.checkpoints import Checkpoints, Entry
@@ -108,6 +108,8 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         require_train_resources(config.cluster)
         config = with_precision(config, have_bf16=require_usable_gpus(config.cluster))
         warn_of_towers_that_stay(config, plan.num_steps)
+        if lock:
+            lock.check()
         if config.train.overwrite:
             delete_tree(folder)
         source.begin(folder)
@@ -116,14 +118,14 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
             write_json(clips_file(config, places), splits.ids())
             write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
             with system_metrics(handle, config.tracking):
-                checkpoints = _fit(config, places, handle, source, splits)
+                checkpoints = _fit(config, places, handle, source, splits, lock)
             if lock:
                 lock.check()
             best = copy_best(checkpoints, places.checkpoint(config.train.run), source)
             result = _finish(config, places, handle, best, started)
             write_json(join(folder, "result.json"), result)
         except BaseException as error:
-            handle.finish("KILLED" if isinstance(error, StoppedError) else "FAILED")
+            handle.finish("KILLED" if isinstance(error, StoppedError | LockLostError) else "FAILED")
             raise
     handle.finish()
     return result
@@ -199,7 +201,12 @@ def _start_run(
 
 
 def _fit(
-    config: Config, places: Layout, handle: RunHandle, source: TrainInput, splits: StoredSplits
+    config: Config,
+    places: Layout,
+    handle: RunHandle,
+    source: TrainInput,
+    splits: StoredSplits,
+    lock: StoreLock | None,
 ) -> Checkpoints:
     """Runs the workers; returns the checkpoints of the run."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -219,6 +226,8 @@ def _fit(
             "shared": source.shared(splits),
             "clips": splits.hashes(),
             "watch_preemption": watches_preemption(),
+            # Workers look at it themselves: they go on while their driver is suspended.
+            "owned": lock.owned if lock else None,
         },
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.train_workers)

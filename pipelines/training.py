@@ -14,7 +14,7 @@ from cluster.storage import Layout, layout
 from cluster.tracking import RunHandle
 from gare.config import Config
 from gare.data.files import exists, join, read_json
-from gare.errors import DataError, DivergedError, GareError, StoppedError
+from gare.errors import DataError, DivergedError, GareError, LockLostError, StoppedError
 from gare.train.data import StoredSplits, read_splits
 from gare.train.history import History
 from gare.train.input.loader import Listed
@@ -84,7 +84,8 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     """One Ray Train worker: builds its learner, restores it, runs its share of the plan.
 
     Returns:
-        What ended training on all workers together: that it diverged, was stopped, or could not be saved.
+        What ended training on all workers together: that it diverged, was stopped, could not be saved, or
+        that another job has taken the run over.
         Raised, it would have Ray try again in vain.
     """
     import ray.train
@@ -107,8 +108,13 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
         learner = build_learner(model, within_memory(config, world_size), listed.plan.num_steps, device)
         learner = replace(learner, config=config)
         validated, watches = bool(listed.ids["val"]), task["watch_preemption"]
-        saver = Saver(config, places, learner, rank, device, validated=validated, watch=watches)
-        start_epoch = saver.restore()
+        saver = Saver(
+            config, places, learner, rank, device, validated=validated, watch=watches, owned=task["owned"]
+        )
+        try:
+            start_epoch = saver.restore()
+        except LockLostError as fault:
+            return fault
     first = listed.plan.position(start_epoch, learner.step)
     watch = Watch(config, learner, listed.plan, rank, device)
     report = Reporter(config, places, task["handle"], saver, start_epoch, watch, world_size)
@@ -120,7 +126,7 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
         ):
             run_loop(learner, listed, first, source, feed, validation, report.step, report.epoch)
         saver.close()
-    except (DivergedError, StoppedError) as fault:
+    except (DivergedError, StoppedError, LockLostError) as fault:
         return fault
     except GareError as fault:
         if fault is saver.writer.fault:

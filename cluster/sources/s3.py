@@ -1,4 +1,4 @@
-"""Videos in S3 or what speaks its protocol. The only file that imports boto3.
+"""Videos in S3 or what speaks its protocol.
 
 Credentials, region and endpoint come from where boto3 has them: environment (AWS_ENDPOINT_URL among them),
 profile, instance or pod role.
@@ -6,7 +6,6 @@ profile, instance or pod role.
 
 from __future__ import annotations
 
-import os
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +16,7 @@ from cluster.sources.attempts import TransientError, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
 from gare.errors import FetchError, GoneError, shown
+from gare.s3_client import s3_client
 
 #: Codes of S3 that mean a new try whatever their HTTP status.
 _TRANSIENT_CODES = frozenset(
@@ -45,21 +45,13 @@ class S3Server:
 
     @cached_property
     def _client(self) -> Any:
-        import boto3
-        from botocore import UNSIGNED
-        from botocore.config import Config
-
-        config = Config(
-            connect_timeout=self._sources.timeout_s,
-            read_timeout=self._sources.timeout_s,
+        return s3_client(
+            timeout_s=self._sources.timeout_s,
             # Tries are counted in one place, for both kinds of server.
-            retries={"total_max_attempts": 1},
-            max_pool_connections=self._connections,
-            signature_version=UNSIGNED if self._sources.anonymous else None,
+            attempts=1,
+            connections=self._connections,
+            anonymous=self._sources.anonymous,
         )
-        # AWS's other libraries read AWS_REGION, boto3 alone does not.
-        region = os.environ.get("AWS_REGION") or None
-        return boto3.session.Session().client("s3", region_name=region, config=config)
 
     def stat(self, uri: str, timeout_s: float) -> RemoteVersion:
         """Size and ETag, by a HEAD request."""

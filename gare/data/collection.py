@@ -143,7 +143,7 @@ def compare_clips(
 
 
 def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
-    """Rows of each clip, those first that count until now."""
+    """Rows of each clip, those first that count until now, and of these the newest generation's."""
     parts, _ = read_parts(uri, "data", ["video_id", *IDENTITY, *(["captions"] if captions else [])])
     retired = read_retired(uri)
     held: dict[str, list[_Held]] = {}
@@ -153,7 +153,10 @@ def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
             is_retired = video_id in retired.get(part.checksum, {})
             one = _Held(part, tuple(row[key] for key in IDENTITY), captions_of_row, is_retired)
             held.setdefault(video_id, []).append(one)
-    return {video_id: sorted(rows, key=lambda one: one.is_retired) for video_id, rows in held.items()}
+    return {
+        video_id: sorted(rows, key=lambda one: (one.is_retired, -one.part.generation))
+        for video_id, rows in held.items()
+    }
 
 
 def _failures(uri: str) -> dict[str, list[dict[str, Any]]]:

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.files import delete_file, read_bytes, stat_file
-from gare.data.parts import Part, checksum_fault, read_parts, write_table
+from gare.data.generations import Held
+from gare.data.parts import Part, checksum_fault, encode_part, put_part, read_parts, write_table
 from gare.data.store import (
     FAILURE_SCHEMA,
     ids_in_parts,
@@ -29,21 +30,25 @@ from gare.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def compact(uri: str, part_bytes: int, check: Callable[[], None] = lambda: None) -> dict[str, int]:
+def compact(
+    uri: str, part_bytes: int, check: Callable[[], None] = lambda: None, *, generation: int = 0
+) -> dict[str, int]:
     """Merges parts until each is of about ``part_bytes``; the lock of the store is the caller's.
 
     Args:
         uri: the store.
         part_bytes: size of a merged part; parts of at least half of it stay as they are.
         check: called before each step that changes something; raises to end the work.
+        generation: of the lock, see ``gare.data.generations``.
 
     Returns:
         ``parts_before``, ``parts_after`` and ``rows_left_out``.
 
     Raises:
-        DataError: for a damaged part, an id in two parts, or if the store cannot be written. What was merged
-            until then stays.
+        DataError: for a damaged part, an id in two parts of one generation, or if the store cannot be
+            written. What was merged until then stays.
     """
+    held = Held(generation, check)
     meta = read_meta(uri)
     stored = ids_in_parts(uri, "data")
     retired = read_retired(uri)
@@ -51,21 +56,22 @@ def compact(uri: str, part_bytes: int, check: Callable[[], None] = lambda: None)
     _delete(replaced, check)
     left_out, gone = 0, set[str]()
     for group in _groups(parts, retired, part_bytes):
-        check()
-        table = pa.concat_tables([_live_rows(part, retired) for part in group])
+        table = pa.concat_tables([_live_rows(part, retired, stored) for part in group])
         ids = [str(video_id) for video_id in table["video_id"].to_pylist()]
         if ids:
             checksums = [part.checksum for part in group]
-            merged = write_table(uri, "data", table, [*ids, *checksums], checksums)
+            data = encode_part("data", table, checksums)
+            check()
+            merged = put_part(uri, "data", data, [*ids, *checksums], generation)
             logger.info("%d parts are %s now, with %d clips", len(group), merged, len(ids))
         left_out += sum(len(part.rows) for part in group) - len(ids)
         _delete(group, check)
         gone.update(part.checksum for part in group)
-    write_retired(uri, {key: rows for key, rows in retired.items() if key not in gone})
-    _compact_failures(uri, stored, check)
+    write_retired(uri, {key: rows for key, rows in retired.items() if key not in gone}, held)
+    _compact_failures(uri, stored, held)
     after = len({part for part, _ in ids_in_parts(uri, "data").values()})
     if "parts" in meta.counts:
-        write_meta(uri, dataclasses.replace(meta, counts=meta.counts | {"parts": after}))
+        write_meta(uri, dataclasses.replace(meta, counts=meta.counts | {"parts": after}), held)
     return {"parts_before": len(parts) + len(replaced), "parts_after": after, "rows_left_out": left_out}
 
 
@@ -94,7 +100,9 @@ def _worth_it(group: list[Part], retired: Mapping[str, Mapping[str, str]]) -> It
         yield group
 
 
-def _live_rows(part: Part, retired: Mapping[str, Mapping[str, str]]) -> pa.Table:
+def _live_rows(
+    part: Part, retired: Mapping[str, Mapping[str, str]], stored: Mapping[str, tuple[str, int]]
+) -> pa.Table:
     data = read_bytes(part.location)
     # A damaged part must not get a new checksum that calls it sound.
     if fault := checksum_fault(data):
@@ -105,7 +113,12 @@ def _live_rows(part: Part, retired: Mapping[str, Mapping[str, str]]) -> pa.Table
         )
     table = pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
     dead = retired.get(part.checksum, {})
-    live = [index for index, row in enumerate(part.rows) if row["video_id"] not in dead]
+    # A row that an older generation wrote beside a newer one would come to count by the merged part's number.
+    live = [
+        index
+        for index, row in enumerate(part.rows)
+        if row["video_id"] not in dead and stored.get(row["video_id"]) == (part.location, index)
+    ]
     return pa.concat_tables([table.slice(index, 1) for index in live] or [table.slice(0, 0)])
 
 
@@ -115,15 +128,17 @@ def _delete(parts: Sequence[Part], check: Callable[[], None]) -> None:
         delete_file(part.location)
 
 
-def _compact_failures(uri: str, stored: Mapping[str, object], check: Callable[[], None]) -> None:
+def _compact_failures(uri: str, stored: Mapping[str, object], held: Held) -> None:
     """The last failure of each video that is still failed, in one part."""
     parts, replaced = read_parts(uri, "failures", ["video_id"])
-    _delete(replaced, check)
+    _delete(replaced, held.check)
     rows = list(read_failures(uri, stored).values())
     if sum(len(part.rows) for part in parts) == len(rows) and len(parts) < 2:
         return
     if rows:
         checksums = [part.checksum for part in parts]
         table = pa.Table.from_pylist(rows, FAILURE_SCHEMA)
-        write_table(uri, "failures", table, [*(row["video_id"] for row in rows), *checksums], checksums)
-    _delete(parts, check)
+        group = [*(row["video_id"] for row in rows), *checksums]
+        held.check()
+        write_table(uri, "failures", table, group, checksums, held.generation)
+    _delete(parts, held.check)

@@ -49,14 +49,20 @@ class Extractor:
         extract: its settings.
         source: brings the videos here.
         run: what tells this run's parts from those of others, such as an earlier one over the same clips.
+        generation: of the lock that the run holds, see ``gare.data.generations``.
     """
 
     def __init__(
-        self, uri: str, extract: ExtractConfig, source: VideoSource | None = None, run: str = ""
+        self,
+        uri: str,
+        extract: ExtractConfig,
+        source: VideoSource | None = None,
+        run: str = "",
+        generation: int = 0,
     ) -> None:
         self.uri = uri
         self.extract = extract
-        self.run = run
+        self.run, self.generation = run, generation
         self.schema = frame_schema(extract)
         self.process = DecodeProcess()
         self.source = source or LocalVideos()
@@ -95,7 +101,7 @@ class Extractor:
                 started = time.perf_counter()
                 part = encode_part(folder, table_of(ended, schema))
                 encoded = time.perf_counter()
-                put_part(self.uri, folder, part, group)
+                put_part(self.uri, folder, part, group, self.generation)
                 seconds["parquet"] += encoded - started
                 seconds["write"] += time.perf_counter() - encoded
         return {

@@ -124,7 +124,7 @@ class FeaturePass(StorePass):
 
     def settle(self) -> Inventory:
         """What the store holds after the work, with the failures of the frame store."""
-        write_retired(self.uri, self.look().retired)
+        write_retired(self.uri, self.look().retired, self.held)
         self.take_failures()
         return self.count()
 
@@ -163,7 +163,8 @@ class FeaturePass(StorePass):
             DataError: if they cannot be read or written.
         """
         if rows := self._new_failures():
-            write_part(self.uri, "failures", rows, FAILURE_SCHEMA)
+            self.held.check()
+            write_part(self.uri, "failures", rows, FAILURE_SCHEMA, generation=self.held.generation)
 
     def _new_failures(self) -> list[dict[str, Any]]:
         if not exists(join(self.frames_uri, META)):

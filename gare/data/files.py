@@ -288,7 +288,12 @@ def write_json(uri: str, content: object) -> None:
     Raises:
         DataError: if it cannot be written.
     """
-    write_atomically(uri, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode())
+    write_atomically(uri, json_bytes(content))
+
+
+def json_bytes(content: object) -> bytes:
+    """JSON as ``write_json`` writes it."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
 
 def read_json(uri: str) -> Any:

@@ -3,40 +3,47 @@
 A training run has one driver at a time by the same means. Every job that wants to write keeps a file of its
 own in the store's folder ``lock``: ``waiting``, or ``claimed``. It holds the store once it has claimed it and
 *then* sees no other claim of a living job: of two that claim at once at least the one that looks later sees
-both, and the elder goes first. A claim is renewed while its job lives. The times that are compared are those
-of the storage, so that clocks need not agree.
+both, and the elder goes first. A claim is renewed while its job lives; one that does not change for a while,
+by the steady clock of the job that looks, is void. No two clocks are compared, and none that can be set.
+
+Who has claimed the store begins a generation, see ``gare.data.generations``, and holds the store for as long
+as its claim is there and nobody has begun a newer one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import logging
 import os
-import socket
 import threading
 import time
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-import psutil
-
+from gare.data.claims import Claim, own_claim, read_claim
+from gare.data.exclusive import renew_object
 from gare.data.files import (
     delete_file,
     delete_leftovers,
+    exists,
     join,
+    json_bytes,
     list_files,
     open_fs,
-    read_bytes,
     stat_file,
     write_json,
 )
-from gare.errors import DataError, GareError
+from gare.data.generations import (
+    Generation,
+    Held,
+    Owned,
+    begin,
+    forget_before,
+    newest_number,
+    release,
+    withdraw,
+)
+from gare.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -47,42 +54,37 @@ _TELL_EVERY_S = 60.0
 _SETTLE_S = 5.0
 
 
-@dataclass(frozen=True, order=True)
-class Claim:
-    """A job's file in the lock folder; the smaller one goes first.
+class _Silence:
+    """Measures for how long claims have not changed.
 
-    Attributes:
-        since_ns: when it asked for the store, by its own clock.
-        job: a name of its own.
-        owner: user.
-        host: name of its machine.
-        machine: what tells one set of process ids from another: two containers may share a host's name.
-        pid: process id.
-        started_s: when the process started, since process ids are used again.
-        claimed: whether it has the store or is about to, as opposed to waiting.
+    Only time during which this job looks again and again counts: one that was itself suspended, perhaps with
+    the owner of the claim, has learnt nothing meanwhile.
+
+    Args:
+        stale_s: seconds after which a claim is void.
     """
 
-    since_ns: int
-    job: str
-    owner: str
-    host: str
-    machine: str
-    pid: int
-    started_s: float
-    claimed: bool = False
+    def __init__(self, stale_s: float) -> None:
+        self._most_between_looks_s = max(stale_s / 6, 2 * _POLL_S)
+        self._looked = time.monotonic()
+        self._step_s = 0.0
+        self._seen: dict[str, tuple[object, float, bool]] = {}
 
-    def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since_ns / 1e9))
-        return f"{self.owner}@{self.host}, process {self.pid}, since {since}"
+    def look(self) -> None:
+        """Begins a look at all claims."""
+        now = time.monotonic()
+        self._step_s = min(now - self._looked, self._most_between_looks_s)
+        self._looked = now
 
-    def is_dead(self) -> bool:
-        """Whether its process ran on this machine and is gone; False where that cannot be known."""
-        if self.machine != _machine():
-            return False
-        try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.started_s) > 1)
-        except psutil.NoSuchProcess:
-            return True
+    def of(self, location: str, sign: object) -> tuple[float, bool]:
+        """Seconds for which a claim has been like this, and whether it has ever changed while we looked."""
+        before, silent_s, has_changed = self._seen.get(location, (None, 0.0, False))
+        if before == sign:
+            silent_s += self._step_s
+        else:
+            silent_s, has_changed = 0.0, before is not None
+        self._seen[location] = (sign, silent_s, has_changed)
+        return silent_s, has_changed
 
 
 class StoreLock:
@@ -91,7 +93,8 @@ class StoreLock:
     Args:
         uri: the store, or another folder that one job at a time is to work in.
         when_locked: whether to wait for another job or to refuse.
-        stale_s: seconds without a sign of life after which the claim of a job elsewhere is void.
+        stale_s: seconds without a sign of life, while this job looks, after which the claim of a job
+            elsewhere is void.
 
     Who enters removes temporary files that killed jobs have left in the store, once they are older than
     ``stale_s``.
@@ -107,15 +110,20 @@ class StoreLock:
         self.uri = uri
         self._refuses = when_locked == "refuse"
         self._stale_s = stale_s
-        self._claim = _own_claim()
+        self._claim = own_claim()
         self._location = join(uri, FOLDER, f"{self._claim.job}.json")
         self._ended = threading.Event()
-        self._lost = ""
+        self._lost = False
+        self._confirmed_s = _steady_s()
+        self._generation = Generation()
+        self._silence = _Silence(stale_s)
+        #: Claims that were silent for long when they were first seen, until it is clear whether they live.
+        self._doubtful: set[str] = set()
         self._thread = threading.Thread(target=self._renew_until_ended, daemon=True, name="store lock")
 
     def __enter__(self) -> Self:
         try:
-            self._acquire()
+            self._begin()
             self._clear()
         except BaseException:
             delete_file(self._location)
@@ -128,20 +136,60 @@ class StoreLock:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        delete_file(self._location)
+        try:
+            # After a fault, workers may still be about to write.
+            if kind is None and not self._lost and self._is_ours():
+                release(self.uri, self._generation)
+        except DataError as error:  # the next job fences what is not there to come
+            logger.warning("%s", error)
+        finally:
+            delete_file(self._location)
+
+    @property
+    def held(self) -> Held:
+        """By which what is written says whose it is, and makes sure that it may."""
+        return Held(self._generation.number, self.check)
+
+    @property
+    def owned(self) -> Owned:
+        """The same for workers on other machines."""
+        return Owned(self.uri, self._generation.number)
 
     def check(self) -> None:
-        """Makes sure that the store is still ours.
+        """Makes sure that the store is still ours, by looking.
 
         Raises:
-            GareError: where another job has taken it over, since this one showed no sign of life too long.
+            LockLostError: where another job has taken it over, since this one showed no sign of life too
+                long.
+            DataError: where nothing could be found out for so long that it may have been taken over.
         """
+        if not self._lost:
+            try:
+                self._lost = not self._is_ours()
+            except DataError:
+                # A storage that does not answer for a moment; others need longer to take anything over.
+                if _steady_s() - self._confirmed_s > self._stale_s / 2:
+                    raise
         if self._lost:
-            raise GareError(
-                f"the lock was lost: {self._lost}",
-                where=self.uri,
-                accepted="run the same command again, it continues where this one stopped",
-            )
+            raise self.owned.fault()
+
+    def _begin(self) -> None:
+        """Gets the store and begins a generation, which nobody can have done meanwhile."""
+        while True:
+            self._acquire()
+            self._generation = begin(self.uri, self._claim.job)
+            if self._is_ours():
+                forget_before(self.uri, self._generation)
+                return
+            # Suspended for long between the two: another job has the store.
+            withdraw(self.uri, self._generation)
+
+    def _is_ours(self) -> bool:
+        looked_s = _steady_s()
+        if newest_number(self.uri) != self._generation.number or not exists(self._location):
+            return False
+        self._confirmed_s = looked_s
+        return True
 
     def _acquire(self) -> None:
         started = told = time.monotonic()
@@ -155,12 +203,13 @@ class StoreLock:
                 if not others:
                     return
             now = time.monotonic()
+            certain = [other for other in others if other.job not in self._doubtful]
             if any(other < self._claim for other in others):
                 self._write(claimed=False)
-                if self._refuses:
-                    self._refuse(others)
-            elif self._refuses and now - started > _SETTLE_S:
-                self._refuse(others)
+                if self._refuses and any(other < self._claim for other in certain):
+                    self._refuse(certain)
+            elif self._refuses and certain and now - started > _SETTLE_S:
+                self._refuse(certain)
             if first or now - told > _TELL_EVERY_S:
                 logger.warning("%s: waiting for another job: %s", self.uri, min(others))
                 first, told = False, now
@@ -187,12 +236,14 @@ class StoreLock:
     def _living_claims(self) -> list[Claim]:
         """Claims of others; those of dead jobs are taken away."""
         mine = stat_file(self._location)
+        self._silence.look()
         living = []
         for location in list_files(join(self.uri, FOLDER), ".json"):
-            claim, info = _read_claim(location), stat_file(location)
-            if claim is None or info is None or claim.job == self._claim.job:
+            found, info = read_claim(location), stat_file(location)
+            if found is None or info is None or found[0].job == self._claim.job:
                 continue
-            silent_s = (mine[1] - info[1]) / 1e9 if mine else 0.0
+            claim, content = found
+            silent_s, has_changed = self._silence.of(location, (content, info))
             if claim.is_dead() or silent_s > self._stale_s:
                 why = "its process is gone" if claim.is_dead() else f"no sign of life for {silent_s:.0f} s"
                 if claim.claimed:
@@ -200,6 +251,9 @@ class StoreLock:
                 delete_file(location)
             elif claim.claimed:
                 living.append(claim)
+                # The storage's clock may have been set since, so that its word alone is not enough.
+                is_old = mine is not None and (mine[1] - info[1]) / 1e9 > self._stale_s
+                (self._doubtful.add if is_old and not has_changed else self._doubtful.discard)(claim.job)
         return living
 
     def _write(self, *, claimed: bool) -> None:
@@ -215,56 +269,21 @@ class StoreLock:
             except FileNotFoundError:
                 return False
             return True
-        if stat_file(self._location) is None:
-            return False
-        write_json(self._location, dataclasses.asdict(self._claim))
-        return True
+        return renew_object(self._location, json_bytes(dataclasses.asdict(self._claim)))
 
     def _renew_until_ended(self) -> None:
         while not self._ended.wait(self._stale_s / 6):
             try:
-                if not self._renew():
-                    self._lost = "another job has taken it over"
+                if not self._renew() or not self._is_ours():
+                    self._lost = True
+                    logger.error("%s: the lock was lost: another job has taken it over", self.uri)
+                    # Renewing may have brought back what the other job had taken away.
+                    delete_file(self._location)
                     return
             except (DataError, OSError) as error:
                 logger.warning("%s: the lock cannot be renewed: %s", self.uri, error)
 
 
-def _read_claim(location: str) -> Claim | None:
-    """None: it has been taken away meanwhile, or is no claim."""
-    try:
-        return Claim(**json.loads(read_bytes(location)))
-    except (DataError, TypeError, ValueError):
-        return None
-
-
-def _own_claim() -> Claim:
-    process = psutil.Process()
-    return Claim(
-        since_ns=time.time_ns(),
-        job=uuid.uuid4().hex,
-        owner=_owner(process),
-        host=socket.gethostname(),
-        machine=_machine(),
-        pid=process.pid,
-        started_s=process.create_time(),
-    )
-
-
-def _owner(process: psutil.Process) -> str:
-    try:
-        return str(process.username())
-    except (KeyError, psutil.Error):  # a container's user need not have a name
-        return str(os.getuid())
-
-
-@functools.cache
-def _machine() -> str:
-    def read(action: Callable[[], object]) -> str:
-        try:
-            return str(action()).strip()
-        except OSError:  # not on Linux
-            return ""
-
-    boot = read(lambda: Path("/proc/sys/kernel/random/boot_id").read_text())
-    return f"{socket.gethostname()} {boot} {read(lambda: Path('/proc/self/ns/pid').readlink())}"
+def _steady_s() -> float:
+    """Seconds of a clock that nobody sets, and that goes on while the machine is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import urllib.parse
+from dataclasses import dataclass
 from functools import lru_cache
 
 from pyarrow import fs as pafs
@@ -23,8 +24,46 @@ _DEFAULT_REGION = "us-east-1"
 _QUERY_KEYS = ("region", "scheme", "endpoint_override")
 
 
+@dataclass(frozen=True)
+class S3Address:
+    """Where an object is and how its server is reached.
+
+    Attributes:
+        bucket: name of the bucket.
+        key: of the object or folder, without a slash at its end.
+        region: of the bucket.
+        scheme: https or http.
+        host: of the server, with its port; empty: AWS.
+        credentials: what tells one environment from another; the SDKs themselves read the credentials.
+    """
+
+    bucket: str
+    key: str
+    region: str
+    scheme: str
+    host: str
+    credentials: tuple[str, ...]
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the server; empty: AWS."""
+        return f"{self.scheme}://{self.host}" if self.host else ""
+
+
 def open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system and the path inside it, bucket first, of ``s3://bucket/key``.
+
+    Raises:
+        DataError: as ``address_of``.
+        OSError: as ``address_of``.
+    """
+    found = address_of(uri)
+    path = f"{found.bucket}/{found.key}" if found.key else found.bucket
+    return _file_system(found.region, found.scheme, found.host, found.credentials), path
+
+
+def address_of(uri: str) -> S3Address:
+    """The parts of ``s3://bucket/key``, completed from the environment.
 
     The query may have region, scheme and endpoint_override, as pyarrow's own URIs. Else the endpoint is
     AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, and the region AWS_REGION or AWS_DEFAULT_REGION, or the bucket's.
@@ -59,8 +98,7 @@ def open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
     if not region:
         region = _DEFAULT_REGION if endpoint else _region_of(bucket)
     key = urllib.parse.unquote(key).rstrip("/")
-    path = f"{bucket}/{key}" if key else bucket
-    return _file_system(region, scheme, host.rstrip("/"), _credentials()), path
+    return S3Address(bucket, key, region, scheme, host.rstrip("/"), _credentials())
 
 
 def _environment(*names: str) -> str:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.files import exists, join, list_files, open_fs, write_atomically
+from gare.data.generations import generation_of, newest, part_name
 from gare.data.tensor_pages import ENCODING, LEVEL
 from gare.errors import DataError
 
@@ -50,6 +51,11 @@ class Part:
     replaces: frozenset[str]
     rows: tuple[dict[str, Any], ...]
 
+    @property
+    def generation(self) -> int:
+        """The generation of writers that wrote it, see ``gare.data.generations``."""
+        return generation_of(self.location)
+
 
 def write_part(
     uri: str,
@@ -57,6 +63,7 @@ def write_part(
     rows: Sequence[Mapping[str, Any]],
     schema: pa.Schema,
     group: Sequence[str] | None = None,
+    generation: int = 0,
 ) -> str:
     """Writes one part, named by its group, so that a group written twice is one part.
 
@@ -69,12 +76,13 @@ def write_part(
             those that ended here, and what tells one run from another; by default the ids of the rows. A
             group that is tried again after a crash may end otherwise (a deadline is a matter of luck) and
             must replace its part, not leave a second one beside it.
+        generation: of the writer, see ``gare.data.generations``.
 
     Returns:
         The location of the part.
     """
     group = [row["video_id"] for row in rows] if group is None else group
-    return write_table(uri, folder, table_of(rows, schema), group)
+    return write_table(uri, folder, table_of(rows, schema), group, generation=generation)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -84,7 +92,12 @@ def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
 
 
 def write_table(
-    uri: str, folder: str, table: pa.Table, group: Sequence[str], replaces: Iterable[str] = ()
+    uri: str,
+    folder: str,
+    table: pa.Table,
+    group: Sequence[str],
+    replaces: Iterable[str] = (),
+    generation: int = 0,
 ) -> str:
     """Writes a table as one part; a row group of frames is one clip, so that any is read by itself.
 
@@ -94,17 +107,18 @@ def write_table(
         table: with the columns of the part.
         group: see ``write_part``.
         replaces: checksums of the parts whose rows are in this one now.
+        generation: of the writer.
 
     Returns:
         The location of the part.
     """
-    return put_part(uri, folder, encode_part(folder, table, replaces), group)
+    return put_part(uri, folder, encode_part(folder, table, replaces), group, generation)
 
 
-def put_part(uri: str, folder: str, data: memoryview, group: Sequence[str]) -> str:
+def put_part(uri: str, folder: str, data: memoryview, group: Sequence[str], generation: int = 0) -> str:
     """Writes what ``encode_part`` made; see ``write_part`` for the rest."""
     digest = hashlib.sha256("\n".join(sorted(group)).encode()).hexdigest()[:20]
-    location = join(uri, folder, f"part-{digest}.parquet")
+    location = join(uri, folder, part_name(generation, digest))
     write_atomically(location, data)
     return location
 
@@ -175,12 +189,15 @@ def is_gone(error: DataError) -> bool:
 
 
 def part_files(uri: str, folder: str) -> list[str]:
-    """Locations of all of a store's parts, sorted, those that others have replaced included."""
+    """Locations of all of a store's parts, sorted, those that do not count included."""
     return list_files(join(uri, folder), ".parquet")
 
 
 def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part], list[Part]]:
-    """The parts that count, and those that others have replaced and that may be deleted, each sorted.
+    """The parts that count, and those that may be deleted, each sorted.
+
+    The latter are replaced by others, or were written by a job after another one had taken its place; these
+    come without rows.
 
     Args:
         uri: the store.
@@ -192,18 +209,22 @@ def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part
     """
     for attempt in range(3):
         try:
+            there = part_files(uri, folder)
+            # After the listing: what appeared before a fence was written may have counted, and what is in
+            # the listing after that is seen to be void.
+            locations = newest(uri).counting(folder, there) if there else []
             with ThreadPoolExecutor(THREADS) as pool:
-                read = pool.map(lambda location: _read_part(location, columns), part_files(uri, folder))
-                parts = list(read)
+                parts = list(pool.map(lambda location: _read_part(location, columns), locations))
             break
         except DataError as error:
             # Merged into another and deleted since they were listed.
             if attempt == 2 or not is_gone(error):
                 raise
     replaced = {checksum for part in parts for checksum in part.replaces}
+    void = [Part(location, "", frozenset(), ()) for location in there if location not in set(locations)]
     return (
         [part for part in parts if part.checksum not in replaced],
-        [part for part in parts if part.checksum in replaced],
+        [part for part in parts if part.checksum in replaced] + void,
     )
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import pyarrow as pa
 
 from gare.config import ExtractConfig
-from gare.data.files import exists, join, read_bytes, read_json, write_atomically, write_json
+from gare.data.exclusive import replace_file
+from gare.data.files import exists, join, json_bytes, read_bytes, read_json
+from gare.data.generations import Held, generation_of
 from gare.data.parts import part_files, read_columns, read_parts, write_part
 from gare.errors import DataError
 
@@ -25,6 +27,7 @@ __all__ = [
     "FAILURE_SCHEMA",
     "IDENTITY",
     "META",
+    "NOBODY",
     "RETIRED",
     "StoreMeta",
     "check_settings",
@@ -45,6 +48,7 @@ __all__ = [
 
 SCHEMA_VERSION = 2
 META = "_META.json"
+NOBODY = Held()
 
 #: What a row was made of: the same clip of the same file has the same four, wherever the file lies. The last
 #: two are its size, and its modification time or ETag as ``gare.data.sources`` gives it.
@@ -158,6 +162,7 @@ class StoreMeta:
         config: resolved configuration of the run that wrote last, as YAML.
         code_version: version of this package that wrote last.
         schema_version: of the store's layout.
+        generation: of the job that wrote this, see ``gare.data.generations``.
     """
 
     kind: str
@@ -168,12 +173,18 @@ class StoreMeta:
     config: str
     code_version: str
     schema_version: int = SCHEMA_VERSION
+    generation: int = 0
 
 
-def write_meta(uri: str, meta: StoreMeta) -> None:
-    """Replaces the description of the store."""
+def write_meta(uri: str, meta: StoreMeta, held: Held = NOBODY) -> None:
+    """Replaces the description of the store.
+
+    Raises:
+        GareError: where the store is not held any more; nothing is then written.
+    """
+    meta = dataclasses.replace(meta, generation=held.generation)
     text = json.dumps(dataclasses.asdict(meta), indent=2, ensure_ascii=False)
-    write_atomically(join(uri, META), text.encode())
+    replace_file(join(uri, META), text.encode(), held.check)
 
 
 def read_meta(uri: str) -> StoreMeta:
@@ -235,17 +246,24 @@ def read_retired(uri: str) -> dict[str, dict[str, str]]:
     return rows
 
 
-def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]]) -> None:
-    """Replaces the record of ``read_retired`` at once; nothing happens where it says the same."""
+def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: Held = NOBODY) -> None:
+    """Replaces the record of ``read_retired`` at once; nothing happens where it says the same.
+
+    Raises:
+        GareError: where the store is not held any more; nothing is then written.
+    """
     if read_retired(uri) != rows:
-        write_json(join(uri, RETIRED), {"rows": rows})
+        content = json_bytes({"rows": rows, "generation": held.generation})
+        replace_file(join(uri, RETIRED), content, held.check)
 
 
 def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
     """Where each video is that counts: id → (part, row). Rows that are retired or replaced are left out.
 
+    Of rows of the same video that were written by jobs of which one took the other's place, the newer counts.
+
     Raises:
-        DataError: for a part that cannot be read, or an id that two parts hold.
+        DataError: for a part that cannot be read, or an id that two parts of one generation hold.
     """
     return {key: place[:2] for key, place in rows_in_parts(uri, folder, ()).items()}
 
@@ -256,7 +274,8 @@ def rows_in_parts(
     """As ``ids_in_parts``, with some columns of each row beside its place.
 
     Raises:
-        DataError: for a part that cannot be read or lacks a column, or an id that two parts hold.
+        DataError: for a part that cannot be read or lacks a column, or an id that two parts of one
+            generation hold.
     """
     parts, _ = read_parts(uri, folder, ["video_id", *columns])
     # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
@@ -268,7 +287,9 @@ def rows_in_parts(
             video_id: str = entry["video_id"]
             if video_id in left_out:
                 continue
-            if video_id in found:
+            if video_id in found and generation_of(found[video_id][0]) > part.generation:
+                continue
+            if video_id in found and generation_of(found[video_id][0]) == part.generation:
                 raise DataError(
                     f"{video_id!r} is in two parts, {found[video_id][0]} and {part.location}",
                     where=uri,

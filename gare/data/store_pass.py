@@ -15,11 +15,13 @@ import pyarrow as pa
 from gare.config import Config
 from gare.data.collection import Comparison
 from gare.data.files import exists, join
+from gare.data.generations import Held
 from gare.data.inventory import Inventory, take_inventory
 from gare.data.manifest import Manifest
 from gare.data.sources import FileVersion
 from gare.data.store import (
     META,
+    NOBODY,
     StoreMeta,
     check_settings,
     fingerprint,
@@ -48,6 +50,7 @@ class StorePass(ABC):
 
     Attributes:
         kind: frames or features.
+        held: the store's lock, from ``hold`` on; every write makes sure of it.
 
     Raises:
         DataError: for a store that was made with other settings, naming each that differs.
@@ -60,8 +63,13 @@ class StorePass(ABC):
     ) -> None:
         self.config, self.manifest, self.uri, self.settings = config, manifest, uri, settings
         self.code_version = code_version
+        self.held = NOBODY
         if exists(join(uri, META)):
             check_settings(uri, read_meta(uri), settings)
+
+    def hold(self, held: Held) -> None:
+        """Takes over the lock of the store, by which all is written from here on."""
+        self.held = held
 
     @property
     @abstractmethod
@@ -106,11 +114,11 @@ class StorePass(ABC):
     def begin(self, comparison: Comparison) -> None:
         """Marks the store as incomplete, and what no longer counts."""
         self._describe({}, complete=False)
-        write_retired(self.uri, comparison.retired)
+        write_retired(self.uri, comparison.retired, self.held)
 
     def settle(self) -> Inventory:
         """What the store holds after the work, of which each clip counts once, whoever wrote it."""
-        write_retired(self.uri, self.look().retired)
+        write_retired(self.uri, self.look().retired, self.held)
         return self.count()
 
     def finish(self, comparison: Comparison, inventory: Inventory, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,4 +154,4 @@ class StorePass(ABC):
             config=self.config.to_yaml(),
             code_version=self.code_version,
         )
-        write_meta(self.uri, meta)
+        write_meta(self.uri, meta, self.held)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.files import read_bytes
+from gare.data.generations import generation_of
 from gare.data.images import decode_jpeg, size_fault
 from gare.data.parts import checksum_fault, part_files, read_parts
 from gare.data.store import FAILURE_SCHEMA, StoreMeta, fingerprint, read_failures, read_meta, read_retired
@@ -109,9 +110,9 @@ def _check_ids(uri: str, meta: StoreMeta, wanted: Collection[str], read: dict[st
             video_id = row["video_id"]
             if video_id in retired.get(part.checksum, {}):
                 continue
-            if video_id in places:
+            if video_id in places and generation_of(places[video_id]) == part.generation:
                 yield _fault(part.location, video_id, f"is also in {places[video_id]}")
-            places[video_id] = part.location
+            places[video_id] = max(places.get(video_id, part.location), part.location, key=generation_of)
     failures = read_failures(uri, places)
     failed = failures.keys() & set(wanted)
     read |= {"videos": len(places), "failures": len(failed)}

@@ -45,15 +45,23 @@ class FeatureMaker:
         features: its settings.
         model: whose towers encode, or rather a copy of them; its device is where.
         run: what tells this run's parts from those of others, such as an earlier one over the same clips.
+        generation: of the lock that the run holds, see ``gare.data.generations``.
 
     Raises:
         ConfigError: for a model without towers, or a failing compiler where ``features.compile`` is towers.
     """
 
     def __init__(
-        self, frames_uri: str, uri: str, features: FeaturesConfig, model: GARE, run: str = ""
+        self,
+        frames_uri: str,
+        uri: str,
+        features: FeaturesConfig,
+        model: GARE,
+        run: str = "",
+        generation: int = 0,
     ) -> None:
         self.frames_uri, self.uri, self.features, self.run = frames_uri, uri, features, run
+        self.generation = generation
         if not isinstance(model.towers, ClipTowers):
             raise ConfigError("the model has no towers", where="encode", accepted="a model that has them")
         self.kind = _DTYPES[features.precision]
@@ -94,9 +102,10 @@ class FeatureMaker:
         # Failures first, as in extraction.
         group = [self.run, *(row["video_id"] for row in part)]
         if bad:
-            write_part(self.uri, "failures", bad, FAILURE_SCHEMA, group)
+            write_part(self.uri, "failures", bad, FAILURE_SCHEMA, group, self.generation)
         if good:
-            write_table(self.uri, "data", feature_table(good, self.schema), group)
+            table = feature_table(good, self.schema)
+            write_table(self.uri, "data", table, group, generation=self.generation)
         return {"written": len(good), "failed": len(bad), "frames": sum(row["num_frames"] for row in good)}
 
     @torch.inference_mode()

@@ -12,12 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
+from gare.data import claims, generations
 from gare.data import lock as module
+from gare.data.claims import Claim, own_claim
 from gare.data.files import list_files, stat_file, write_json
-from gare.data.lock import Claim, StoreLock
-from gare.errors import DataError, GareError
+from gare.data.lock import StoreLock
+from gare.errors import DataError, GareError, LockLostError
+
+ON_S3 = "s3://videos/store"
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def put_claim(store: Path, **changes: Any) -> Path:
     """The file of another job, which claims the store."""
-    claim = dataclasses.replace(module._own_claim(), claimed=True, **changes)
+    claim = dataclasses.replace(own_claim(), claimed=True, **changes)
     path = store / "lock" / f"{claim.job}.json"
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(json.dumps(dataclasses.asdict(claim)))
@@ -92,14 +98,83 @@ def test_a_dead_job_is_succeeded(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     dead.wait()
     put_claim(tmp_path, pid=dead.pid, job="killed")
     # The same process id, used again by another process.
-    put_claim(tmp_path, started_s=1.0, job="earlier")
+    put_claim(tmp_path, machine=f"{claims._machine()} start 1", job="earlier")
     old = put_claim(tmp_path, machine="elsewhere", host="other", job="silent")
     os.utime(old, (1, 1))
-    with StoreLock(str(tmp_path), when_locked="refuse"):
+    with StoreLock(str(tmp_path), when_locked="refuse", stale_s=0.06):
         assert len(list((tmp_path / "lock").iterdir())) == 1
     assert caplog.text.count("its process is gone") == 2
     assert "@other" in caplog.text
     assert "no sign of life" in caplog.text
+
+
+@pytest.fixture
+def stepped(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> list[float]:
+    """Sets the clock by hours, both ways: psutil computes the start of a process from it, as here."""
+    step_s = float(rng.uniform(3600, 36000))
+    now, started = time.time_ns, psutil.Process.create_time
+    steps = [step_s, -step_s]
+    monkeypatch.setattr(claims.time, "time_ns", lambda: now() + int(steps[0] * 1e9))
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: started(process) + steps[0])
+    return steps
+
+
+def test_a_clock_that_is_set_does_not_kill(tmp_path: Path, stepped: list[float]) -> None:
+    """NTP, or a virtual machine that resumes, sets the clock by hours: the owner lives and writes on."""
+    with StoreLock(str(tmp_path)) as lock:
+        claim = json.loads(next((tmp_path / "lock").iterdir()).read_text())
+        for _ in range(2):
+            stepped.reverse()
+            with (
+                pytest.raises(DataError, match=f"process {os.getpid()}"),
+                StoreLock(str(tmp_path), when_locked="refuse"),
+            ):
+                pass
+            lock.check()
+            # An owner of an earlier version, which has no other start than one by the clock.
+            earlier = Claim(**claim | {"machine": claims._machine()})
+            assert not earlier.is_dead()
+        assert not Claim(**claim).is_dead()
+
+
+@pytest.mark.parametrize("hours", [-9, 9])
+def test_clocks_that_disagree_do_not_kill(tmp_path: Path, hours: float) -> None:
+    """A storage whose clock is set makes a claim look hours old, or of tomorrow; its owner writes on."""
+    other = put_claim(tmp_path, machine="elsewhere", host="other", since_ns=0)
+    at_s = time.time() + hours * 3600
+    os.utime(other, (at_s, at_s))
+    ended = threading.Event()
+
+    def live() -> None:
+        beat = 0
+        while not ended.wait(0.01):
+            beat += 1
+            os.utime(other, (at_s + beat, at_s + beat))
+
+    owner = threading.Thread(target=live)
+    owner.start()
+    try:
+        with pytest.raises(DataError, match="@other"), StoreLock(str(tmp_path), when_locked="refuse"):
+            pass
+        assert other.exists()
+    finally:
+        ended.set()
+        owner.join()
+
+
+def test_time_in_which_nobody_looked_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs that were suspended together go on together: neither may take the other for dead."""
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    silence = module._Silence(stale_s=60.0)
+    seen = []
+    for step_s in (0.5, 0.5, 9.0, 10000.0):
+        now += step_s
+        silence.look()
+        seen.append(silence.of("claim", "as it was"))
+    assert seen == [(0.0, False), (0.5, False), (9.5, False), (19.5, False)]
+    silence.look()
+    assert silence.of("claim", "renewed") == (0.0, True)
 
 
 def test_a_job_that_was_succeeded_stops(tmp_path: Path) -> None:
@@ -134,7 +209,7 @@ def test_a_waiting_job_is_told_for_whom(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_claims_are_ordered_by_their_start() -> None:
     """The elder goes first, whatever else they hold."""
-    one = module._own_claim()
+    one = own_claim()
     assert one < dataclasses.replace(one, since_ns=one.since_ns + 1, job="0", claimed=True)
     assert isinstance(one, Claim)
     assert not one.is_dead()
@@ -170,8 +245,77 @@ def test_nothing_is_removed_while_another_job_has_the_store(tmp_path: Path) -> N
     assert (tmp_path / "data" / ".gare-0a.tmp").exists()
 
 
-#: Locks on S3 take turns by its clock, which counts seconds.
-ON_S3 = "s3://videos/store"
+def suspend(lock: StoreLock) -> None:
+    """Makes a job one of another machine, whose signs of life alone can tell; its thread does not renew."""
+    claim = dataclasses.replace(lock._claim, machine="elsewhere", host="other")
+    write_json(lock._location, dataclasses.asdict(claim))
+
+
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_a_suspended_owner_is_told_before_it_writes(
+    tmp_path: Path, store: str, request: pytest.FixtureRequest
+) -> None:
+    """It wakes up in the middle of its work: its next write must not wait for a thread that renews."""
+    if store == "s3":
+        request.getfixturevalue("s3")
+    uri = str(tmp_path) if store == "local" else ON_S3
+    with StoreLock(uri, stale_s=1000.0) as sleeper:
+        sleeper.check()
+        suspend(sleeper)
+        with StoreLock(uri, stale_s=0.5) as successor:
+            assert successor.held.generation == sleeper.held.generation + 1
+            with pytest.raises(LockLostError, match="the lock was lost"):
+                sleeper.held.check()
+            assert sleeper.owned.is_lost()
+            # On S3 it may have been paused inside a renewal, which brings its claim back.
+            sleeper._lost = False
+            sleeper._write(claimed=True)
+            assert not sleeper._is_ours()
+            successor.check()
+            assert not successor.owned.is_lost()
+        sleeper._lost = False
+        with pytest.raises(LockLostError):
+            sleeper.check()
+    assert list_files(f"{uri}/lock") == []
+
+
+def test_one_who_was_suspended_while_it_claimed_starts_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saw no other job and slept before it began: its successor must not lose the store to it."""
+    begin, others = module.begin, []
+
+    def slowly(uri: str, job: str) -> generations.Generation:
+        if not others:
+            others.append(job)
+            (tmp_path / "lock" / f"{job}.json").unlink()  # a successor took it away, and is done
+            generations.begin(uri, "successor")
+        return begin(uri, job)
+
+    monkeypatch.setattr(module, "begin", slowly)
+    with StoreLock(str(tmp_path)) as lock:
+        lock.check()
+        assert lock.held.generation == 2
+
+
+def test_a_storage_that_does_not_answer_for_a_moment_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage of seconds would end hours of work; one so long that the lock may be gone has to."""
+    now = module._steady_s()
+    with StoreLock(str(tmp_path), stale_s=60.0) as lock:
+        lock.check()
+
+        def fail(uri: str) -> int:
+            raise DataError("503", where=uri)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "newest_number", fail)
+            lock.check()
+            patch.setattr(module, "_steady_s", lambda: now + 100.0)
+            with pytest.raises(DataError, match="503"):
+                lock.check()
+        lock.check()
 
 
 @pytest.mark.usefixtures("s3")
@@ -219,9 +363,7 @@ def test_a_living_job_on_s3_is_refused_by_name_however_long_it_takes() -> None:
 def test_a_silent_job_on_s3_is_succeeded_and_notices(caplog: pytest.LogCaptureFixture) -> None:
     """A machine that is taken away leaves its claim behind; the next night must not wait for ever."""
     with StoreLock(ON_S3, stale_s=1000.0) as silent:
-        # As one of another machine, of which only the signs of life can tell.
-        claim = dataclasses.replace(silent._claim, machine="elsewhere", host="other")
-        write_json(silent._location, dataclasses.asdict(claim))
+        suspend(silent)
         with StoreLock(ON_S3, stale_s=1.5) as lock:
             lock.check()
             assert len(list_files(f"{ON_S3}/lock")) == 1

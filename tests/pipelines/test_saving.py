@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from cluster.storage import layout
-from gare.errors import DamagedError, StoppedError
+from gare.data import generations
+from gare.data.generations import Owned
+from gare.errors import DamagedError, LockLostError, StoppedError
 from gare.model.gare import GARE
 from gare.train import state
 from gare.train.checkpoints import Entry
 from gare.train.history import History
 from gare.train.state import MODEL
 from gare.train.step import build_learner
+from pipelines import saving
 from pipelines.saving import LOOK_EVERY_S, Saver, StopRequest
 from pipelines.training import within_memory
 from tests.tiny import tiny_config
@@ -34,11 +37,12 @@ def savers() -> Iterator[list[Saver]]:
         saver.over.set()
 
 
-def new_saver(savers: list[Saver], folder: Path, *overrides: str) -> Saver:
+def new_saver(savers: list[Saver], folder: Path, *overrides: str, owned: Owned | None = None) -> Saver:
     config = tiny_config(f"storage.root={folder}", "train.keep_checkpoints=20", *overrides)
     cpu = torch.device("cpu")
     learner = build_learner(GARE(config.model), config, STEPS, cpu)
-    savers.append(Saver(config, layout(config), learner, 0, cpu, validated=True, watch=False))
+    saver = Saver(config, layout(config), learner, 0, cpu, validated=True, watch=False, owned=owned)
+    savers.append(saver)
     return savers[-1]
 
 
@@ -140,6 +144,30 @@ def test_a_run_that_is_asked_to_stop_writes_first(tmp_path: Path, savers: list[S
     assert saver.checkpoints.entries()[-1] == Entry(5, 1)
     again = new_saver(savers, tmp_path)
     assert (again.restore(), again.learner.step) == (1, 5)
+
+
+def test_a_run_that_was_taken_over_writes_no_more(
+    tmp_path: Path, savers: list[Saver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that were suspended for too long would write their old steps over those of their successor."""
+    monkeypatch.setattr(saving, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(saving, "LOCK_EVERY_S", 0.01)
+    lock_uri = str(tmp_path / "run-locks")
+    owned = Owned(lock_uri, generations.begin(lock_uri, "first").number)
+    saver = new_saver(savers, tmp_path, "train.checkpoint_every_steps=1", owned=owned)
+    kept = run(saver, tmp_path, upto=3)
+    generations.begin(lock_uri, "second")
+    with pytest.raises(LockLostError, match="another job has taken it over"):
+        run(saver, tmp_path, upto=6)
+    assert [(entry.step, entry.epoch) for entry in saver.checkpoints.entries()] == kept
+    # Neither do workers that Ray starts again, nor the end of the last epoch.
+    with pytest.raises(LockLostError):
+        new_saver(savers, tmp_path, owned=owned).restore()
+    last = new_saver(savers, tmp_path, owned=owned)
+    last.epoch(2, {"val/t2v/R1": 100.0}, History(str(tmp_path / "history.json")))
+    with pytest.raises(LockLostError):
+        last.close()
+    assert [(entry.step, entry.epoch) for entry in saver.checkpoints.entries()] == kept
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, savers: list[Saver]) -> None:

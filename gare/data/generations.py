@@ -1,0 +1,223 @@
+"""Generations of a store's writers: the highest number owns the store, what others write late is void.
+
+Each job that gets the lock of a store begins a generation: a file ``generations/00000007.json`` that nobody
+else has, with a number above all before it. The job with the highest number is the owner, whatever claims
+say.
+Parts carry the number of their generation in their name.
+
+A job that was taken over may still be writing: it was suspended, or workers of a dead driver live on. Which
+of its parts were there when its successor began is in the successor's file, its *fence*; others, which came
+later, never count. See docs/design/store-writers.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+from gare.data.exclusive import create_file
+from gare.data.files import delete_file, join, list_files, read_json, write_json
+from gare.errors import DataError, LockLostError
+
+FOLDER = "generations"
+#: Folders of a store that hold parts.
+PART_FOLDERS = ("data", "failures")
+_PART = re.compile(r"/(part-(\d{8})-[0-9a-f]+\.parquet)(?:\?|$)")
+_FILE = re.compile(r"/(\d{8})\.json(?:\?|$)")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The content of a generation's file.
+
+    Attributes:
+        number: from 1; 0: no job that knows of generations has written here.
+        job: name of the claim of the job that began it.
+        released: whether its job went through, and so has nothing left that could write.
+        fences: number of an earlier generation that was not released → its parts that count, as
+            ``data/part-….parquet``.
+    """
+
+    number: int = 0
+    job: str = ""
+    released: bool = False
+    fences: Mapping[str, Iterable[str]] = field(default_factory=dict)
+
+    def counting(self, folder: str, locations: Iterable[str]) -> list[str]:
+        """Parts without those that a job wrote after another one had taken its place."""
+        fences = {int(number): set(names) for number, names in self.fences.items()}
+        return [one for one in locations if not fences or _counts(folder, one, fences)]
+
+
+def _nothing() -> None:
+    """Checks no lock."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A store that is held by the lock, or by a caller who sees to it himself.
+
+    Attributes:
+        generation: number of the holder.
+        check: makes sure that it still is the holder; raises a GareError otherwise.
+    """
+
+    generation: int = 0
+    check: Callable[[], None] = _nothing
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A folder that a job has the lock of, as its workers on other machines see it.
+
+    Attributes:
+        uri: the folder.
+        generation: number of the job.
+    """
+
+    uri: str
+    generation: int
+
+    def is_lost(self) -> bool:
+        """Whether another job has begun a newer generation.
+
+        Raises:
+            DataError: if that cannot be found out.
+        """
+        return newest_number(self.uri) > self.generation
+
+    def fault(self) -> LockLostError:
+        """What ends the work of a job that has lost the lock."""
+        return LockLostError(
+            "the lock was lost: another job has taken it over",
+            where=self.uri,
+            accepted="look at that job; once it has ended, the same command continues where it stopped",
+        )
+
+
+def part_name(generation: int, digest: str) -> str:
+    """Name of a part's file; that of parts outside any generation is as earlier versions wrote it."""
+    return f"part-{generation:08d}-{digest}.parquet" if generation else f"part-{digest}.parquet"
+
+
+def generation_of(location: str) -> int:
+    """The generation that wrote a part; 0 for a part of an earlier version."""
+    found = _PART.search(location)
+    return int(found[2]) if found else 0
+
+
+def newest_number(uri: str) -> int:
+    """Number of the newest generation, by one listing; 0: there is none.
+
+    Raises:
+        DataError: if the folder cannot be listed.
+    """
+    return max(map(_number, list_files(join(uri, FOLDER), ".json")), default=0)
+
+
+def newest(uri: str) -> Generation:
+    """The newest generation of a store.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    for attempt in range(3):
+        number = newest_number(uri)
+        if not number:
+            break
+        try:
+            return _read(_location(uri, number))
+        except DataError:
+            # Replaced by a newer one and deleted since it was listed.
+            if attempt == 2 or newest_number(uri) == number:
+                raise
+    return Generation()
+
+
+def begin(uri: str, job: str) -> Generation:
+    """Begins a generation of a store, whose lock is the job's, and fences what a predecessor may still write.
+
+    Raises:
+        DataError: if the store cannot be listed or written.
+    """
+    while True:
+        before = newest(uri)
+        ours = Generation(before.number + 1, job, fences=_fences(uri, before))
+        content = json.dumps(asdict(ours), indent=1).encode()
+        if create_file(join(uri, FOLDER), _name(ours.number), content):
+            return ours
+
+
+def release(uri: str, ours: Generation) -> None:
+    """Says that a generation's job went through, so that its successor need not fence it.
+
+    Raises:
+        DataError: if that cannot be written.
+    """
+    write_json(_location(uri, ours.number), asdict(replace(ours, released=True)))
+
+
+def withdraw(uri: str, ours: Generation) -> None:
+    """Takes back a generation that was begun without the lock.
+
+    Raises:
+        DataError: if its file cannot be deleted.
+    """
+    delete_file(_location(uri, ours.number))
+
+
+def forget_before(uri: str, ours: Generation) -> None:
+    """Deletes the files of earlier generations, of which the newest one says all that matters.
+
+    Raises:
+        DataError: if one cannot be deleted.
+    """
+    for location in list_files(join(uri, FOLDER), ".json"):
+        if 0 < _number(location) < ours.number:
+            delete_file(location)
+
+
+def _counts(folder: str, location: str, fences: Mapping[int, set[str]]) -> bool:
+    found = _PART.search(location)
+    fence = fences.get(int(found[2])) if found else None
+    return found is None or fence is None or f"{folder}/{found[1]}" in fence
+
+
+def _fences(uri: str, before: Generation) -> dict[str, list[str]]:
+    open_ends = {int(number): set(names) for number, names in before.fences.items()}
+    if before.number and not before.released:
+        open_ends[before.number] = set()
+    if not open_ends:
+        return {}
+    there: dict[int, set[str]] = {number: set() for number in open_ends}
+    for folder in PART_FOLDERS:
+        for location in list_files(join(uri, folder), ".parquet"):
+            found = _PART.search(location)
+            if found and int(found[2]) in there:
+                there[int(found[2])].add(f"{folder}/{found[1]}")
+    return {
+        str(number): sorted(there[number] if number == before.number else there[number] & names)
+        for number, names in open_ends.items()
+    }
+
+
+def _read(location: str) -> Generation:
+    try:
+        return Generation(**read_json(location))
+    except TypeError as error:
+        raise DataError(f"is no generation of a store: {error}", where=location) from error
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}.json"
+
+
+def _location(uri: str, number: int) -> str:
+    return join(uri, FOLDER, _name(number))
+
+
+def _number(location: str) -> int:
+    found = _FILE.search(location)
+    return int(found[1]) if found else 0

@@ -1,0 +1,183 @@
+"""What a job writes after another one has taken its place counts nowhere."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gare.config import ExtractConfig
+from gare.data import generations
+from gare.data.compact import compact
+from gare.data.generations import Held
+from gare.data.parts import read_columns, read_parts, write_part
+from gare.data.store import (
+    FAILURE_SCHEMA,
+    frame_schema,
+    ids_in_parts,
+    part_files,
+    read_failures,
+    read_meta,
+    read_retired,
+    write_meta,
+    write_retired,
+)
+from gare.errors import DataError, LockLostError
+from tests.stores import describe_store, failure_row, random_frames, stored_row, stored_values
+
+RAW = ExtractConfig(num_frames=2, image_size=16, encoding="raw")
+
+
+class Job:
+    """One writer of a store, with a generation of its own."""
+
+    def __init__(self, uri: str, name: str, rng: np.random.Generator) -> None:
+        self.uri, self.rng, self.name = uri, rng, name
+        self.generation = generations.begin(uri, name)
+
+    def write(self, *ids: str, group: str = "") -> str:
+        rows = [stored_row(RAW, one, random_frames(RAW, self.rng, 2)) for one in ids]
+        number = self.generation.number
+        return write_part(self.uri, "data", rows, frame_schema(RAW), [self.name, group, *ids], number)
+
+    def retire(self, video_id: str) -> None:
+        part, _ = ids_in_parts(self.uri, "data")[video_id]
+        checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
+        retired = read_retired(self.uri)
+        retired.setdefault(checksum, {})[video_id] = "gone"
+        write_retired(self.uri, retired, Held(self.generation.number))
+
+
+def test_each_generation_has_one_job(tmp_path: Path) -> None:
+    """Two owners of one number could not be told apart by anyone."""
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda job: generations.begin(str(tmp_path), str(job)), range(24)))
+    assert sorted(one.number for one in made) == list(range(1, 25))
+    newest = generations.newest(str(tmp_path))
+    assert newest.number == generations.newest_number(str(tmp_path)) == 24
+    generations.forget_before(str(tmp_path), newest)
+    assert [path.name for path in (tmp_path / "generations").iterdir()] == ["00000024.json"]
+    assert generations.begin(str(tmp_path), "next").number == 25
+
+
+def test_late_parts_do_not_count(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A suspended worker that wakes up would double clips, or bring back those that are gone."""
+    uri = str(tmp_path)
+    first = Job(uri, "first", rng)
+    kept = first.write("a", "b")
+    second = Job(uri, "second", rng)
+    late = first.write("c", "gone")
+    late_failure = write_part(uri, "failures", [failure_row("x")], FAILURE_SCHEMA, generation=1)
+    assert ids_in_parts(uri, "data") == {"a": (kept, 0), "b": (kept, 1)}
+    assert read_failures(uri, ()) == {}
+    mine = second.write("c")
+    assert ids_in_parts(uri, "data")["c"] == (mine, 0)
+    # Not after further jobs either, whose files replace those of earlier ones.
+    third = Job(uri, "third", rng)
+    generations.forget_before(uri, third.generation)
+    assert ids_in_parts(uri, "data").keys() == {"a", "b", "c"}
+    assert [part.location for part in read_parts(uri, "data", ["video_id"])[1]] == [late]
+    describe_store(uri, RAW)
+    compact(uri, 10**6, generation=third.generation.number)
+    assert not Path(late).exists()
+    assert not Path(late_failure).exists()
+    assert ids_in_parts(uri, "data").keys() == {"a", "b", "c"}
+
+
+def test_a_job_that_went_through_is_not_fenced(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The list of all its parts would be read with each look at the store, for nothing."""
+    uri = str(tmp_path)
+    first = Job(uri, "first", rng)
+    first.write("a")
+    generations.release(uri, first.generation)
+    second = Job(uri, "second", rng)
+    assert second.generation.fences == {}
+    assert ids_in_parts(uri, "data").keys() == {"a"}
+    assert list(Job(uri, "third", rng).generation.fences) == ["2"]
+
+
+def test_the_newer_of_two_rows_counts(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Earlier versions know no fences: what they write late must not stop every reader."""
+    uri = str(tmp_path)
+    old = write_part(uri, "data", [stored_row(RAW, "a", random_frames(RAW, rng, 2))], frame_schema(RAW))
+    new = Job(uri, "new", rng).write("a")
+    assert ids_in_parts(uri, "data") == {"a": (new, 0)}
+    describe_store(uri, RAW)
+    value = stored_values(uri)
+    compact(uri, 10**6, generation=1)
+    assert stored_values(uri) == value
+    assert not Path(old).exists()
+    for group in ("one", "other"):
+        Job(uri, "doubles", rng).write("b", group=group)
+        generation = generations.newest(uri)
+        generations.release(uri, generation)
+    # Within one generation two rows are a fault that somebody has to look at.
+    doubled = Job(uri, "last", rng)
+    doubled.write("c", group="one")
+    doubled.write("c", group="other")
+    with pytest.raises(DataError, match="'c' is in two parts"):
+        ids_in_parts(uri, "data")
+
+
+def test_nothing_is_described_without_the_lock(tmp_path: Path) -> None:
+    """A description or a list of retired rows from before would hide what the successor made."""
+    uri = str(tmp_path)
+    describe_store(uri, RAW)
+    write_retired(uri, {"part": {"a": "gone"}}, Held(3))
+
+    def lost() -> None:
+        raise LockLostError("lost")
+
+    with pytest.raises(LockLostError):
+        write_meta(uri, read_meta(uri), Held(1, lost))
+    with pytest.raises(LockLostError):
+        write_retired(uri, {}, Held(1, lost))
+    assert read_retired(uri) == {"part": {"a": "gone"}}
+    write_meta(uri, read_meta(uri), Held(4))
+    assert read_meta(uri).generation == 4
+    assert json.loads((tmp_path / "_RETIRED.json").read_text())["generation"] == 3
+
+
+def test_a_compaction_that_sleeps_anywhere_loses_and_doubles_nothing(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """It is taken over in the middle, wakes up and goes on until its next look at the lock."""
+    moments = 0
+    for moment in range(100):
+        uri = str(tmp_path / str(moment))
+        writer = Job(uri, "writer", rng)
+        for first in range(0, 8, 2):
+            writer.write(f"clip {first}", f"clip {first + 1}")
+        describe_store(uri, RAW)
+        writer.retire("clip 1")
+        generations.release(uri, writer.generation)
+        sleeper, left, expected = Job(uri, "sleeper", rng), moment, dict[str, object]()
+
+        def sleep(uri: str = uri, expected: dict[str, object] = expected) -> None:
+            nonlocal left
+            left -= 1
+            if left == -2:
+                raise LockLostError("lost")
+            if left == -1:  # looks, finds all well, sleeps, and writes when it wakes up
+                successor = Job(uri, "successor", rng)
+                successor.retire("clip 4")
+                compact(uri, 10**6, generation=successor.generation.number)
+                successor.write("clip new")
+                expected |= stored_values(uri)
+
+        try:
+            compact(uri, 10**6, sleep, generation=sleeper.generation.number)
+        except LockLostError:
+            moments += 1
+        if not expected:
+            break
+        assert expected.keys() == {*(f"clip {one}" for one in (0, 2, 3, 5, 6, 7)), "clip new"}
+        assert stored_values(uri) == expected
+        last = Job(uri, "last", rng)
+        compact(uri, 10**6, generation=last.generation.number)
+        assert stored_values(uri) == expected
+        assert len(part_files(uri, "data")) == 1
+    assert moments >= 4

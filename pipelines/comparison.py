@@ -10,7 +10,6 @@ from typing import Any
 from cluster.storage import layout
 from cluster.tracking import Tracker, connect
 from gare.config import Config
-from gare.data.files import exists, join, read_json, write_atomically, write_json
 from gare.errors import DataError
 from gare.retrieval.evaluated import (
     ZERO_SHOT,
@@ -22,6 +21,7 @@ from gare.retrieval.evaluated import (
 )
 from gare.retrieval.table import ScoreTable, compared_table, suite_table
 from gare.retrieval.table_picture import table_picture
+from gare.storage.files import exists, join, read_json, write_atomically, write_json
 from gare.train.state import read_config
 
 #: Tag of an MLflow run that says where the evaluation of a split is.

@@ -11,10 +11,10 @@ from cluster.session import ray_session
 from cluster.storage import Layout, layout
 from cluster.tracking import RunHandle, benchmark_name
 from gare.config import Config
-from gare.data.files import delete_file, exists, join, write_atomically, write_json
 from gare.data.manifest import ManifestRow
 from gare.errors import CheckpointError, ConfigError, DataError
 from gare.retrieval.evaluated import split_hash_of
+from gare.storage.files import delete_file, exists, join, write_atomically, write_json
 from gare.train.checkpoints import Checkpoints, Entry
 from gare.train.data import StoredSplits, read_splits
 from pipelines.saving import SELECTION, checkpoints_of

@@ -15,7 +15,7 @@ from cluster.session import ray_session
 from cluster.storage import layout
 from cluster.tracking import mask_credentials, resolve_tracking_uri
 from gare.config import Config
-from gare.data.files import join, write_json
+from gare.storage.files import join, write_json
 from pipelines import evaluate, extract, prepare, train
 from pipelines.sizes import sizes_of_weights
 

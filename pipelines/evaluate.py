@@ -13,13 +13,13 @@ from cluster.session import ray_session
 from cluster.storage import Layout, layout
 from cluster.tracking import benchmark_name, git_revision, processing_tag, run_tags, split_tags
 from gare.config import Config
-from gare.data.files import exists, join, read_json, write_atomically, write_json
 from gare.data.frames import FrameReader, NoPictures, open_pictures
-from gare.data.lock import StoreLock
 from gare.data.manifest import SPLITS, ManifestRow
 from gare.errors import DataError
 from gare.retrieval.evaluated import ZERO_SHOT, split_hash_of
 from gare.retrieval.notes import evaluation_note
+from gare.storage.files import exists, join, read_json, write_atomically, write_json
+from gare.storage.lock import StoreLock
 from gare.train.data import StoredSplits, read_splits
 from pipelines.comparison import FOLDER_TAG, collect, compare
 from pipelines.curve import score_curve

@@ -23,13 +23,13 @@ from gare.config import Config
 from gare.data.collection import Comparison
 from gare.data.compact import compact
 from gare.data.feature_pass import without_frames
-from gare.data.files import exists, join, write_atomically, write_json
 from gare.data.inventory import Inventory
-from gare.data.lock import StoreLock
 from gare.data.manifest import Manifest, read_manifest
 from gare.data.store import META, read_meta
 from gare.data.store_pass import StorePass
 from gare.data.verify import verify_or_raise
+from gare.storage.files import exists, join, write_atomically, write_json
+from gare.storage.lock import StoreLock
 from pipelines.extraction import Encoding, decode_rows, frame_pass, told, words
 from pipelines.pending import pending_of
 from pipelines.sizes import sizes_of_weights

@@ -22,13 +22,13 @@ from gare.config import Config
 from gare.data.collection import Comparison
 from gare.data.extraction import Extractor, cut_into_parts
 from gare.data.feature_pass import FeaturePass, can_be_made
-from gare.data.files import delete_tree, exists, join
 from gare.data.frame_pass import FramePass
-from gare.data.generations import Held
-from gare.data.lock import StoreLock
 from gare.data.manifest import Manifest
 from gare.data.sources import LocalVideos
 from gare.data.store import META, fingerprint, frame_settings, read_meta
+from gare.storage.files import delete_tree, exists, join
+from gare.storage.generations import Held
+from gare.storage.lock import StoreLock
 
 logger = logging.getLogger(__name__)
 

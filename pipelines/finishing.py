@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.storage import Layout
 from cluster.tracking import RunHandle
 from gare.config import Config
-from gare.data.files import join
+from gare.storage.files import join
 from gare.train.history import History
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.storage import Layout
 from cluster.tracking.outbox import DAMAGED, merge, parse
-from gare.data.files import delete_file, join, list_files, read_bytes, write_atomically, write_json
+from gare.storage.files import delete_file, join, list_files, read_bytes, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 

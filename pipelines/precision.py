@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from gare.config import Config
-from gare.data.files import join, read_json
 from gare.errors import ConfigError
+from gare.storage.files import join, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from cluster.storage import Layout, layout
 from gare.config import Config
 from gare.data.benchmarks.folder import read_folder
 from gare.data.benchmarks.published import READERS, Benchmark, read_benchmark, table
-from gare.data.files import join, write_json
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
 from gare.data.sources import LocalVideos
 from gare.data.synthetic import generate_benchmark
 from gare.errors import ConfigError
+from gare.storage.files import join, write_json
 from pipelines.sizes import sizes_of_weights
 
 logger = logging.getLogger(__name__)

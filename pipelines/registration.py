@@ -13,10 +13,10 @@ import numpy as np
 from cluster.storage import Layout
 from cluster.tracking import RunHandle
 from gare.config import Config
-from gare.data.files import exists, join, read_bytes, read_json
 from gare.data.manifest import ManifestRow
 from gare.retrieval.evaluated import split_hash_of
 from gare.retrieval.gallery import FILE, write_gallery
+from gare.storage.files import exists, join, read_bytes, read_json
 
 logger = logging.getLogger(__name__)
 

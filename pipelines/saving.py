@@ -15,9 +15,9 @@ from typing import Any
 
 from cluster.storage import Layout
 from gare.config import Config
-from gare.data.files import delete_file, exists, join, read_json, write_json
-from gare.data.generations import Owned
 from gare.errors import CheckpointError, GareError, StoppedError
+from gare.storage.files import delete_file, exists, join, read_json, write_json
+from gare.storage.generations import Owned
 from gare.train.checkpoints import Checkpoints, CheckpointWriter, Entry, patiently
 from gare.train.history import History
 

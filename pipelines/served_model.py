@@ -9,8 +9,8 @@ from typing import Any
 
 from cluster.tracking import serve_model
 from gare import load_checkpoint, tokenize
-from gare.data.files import exists, join
 from gare.retrieval.gallery import FILE, gallery_of, search
+from gare.storage.files import exists, join
 from gare.train.sums import SummedFolder
 
 #: Videos that are named for a caption.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from cluster.storage import absolute, layout
 from gare.config import Config
-from gare.data.files import exists
 from gare.errors import ConfigError
+from gare.storage.files import exists
 from pipelines.best import tells_how_to_mend
 
 

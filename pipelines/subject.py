@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from cluster.storage import Layout, absolute
 from cluster.tracking import RunHandle, connect
 from gare.config import Config, differences
-from gare.data.files import delete_file, exists, join, read_json, write_json
-from gare.data.lock import StoreLock
 from gare.data.manifest import SPLITS
 from gare.errors import CheckpointError, ConfigError
 from gare.retrieval.evaluated import ZERO_SHOT
 from gare.retrieval.results import forget_results
+from gare.storage.files import delete_file, exists, join, read_json, write_json
+from gare.storage.lock import StoreLock
 from pipelines.best import tells_how_to_mend
 from pipelines.pending import pending_of
 

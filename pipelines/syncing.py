@@ -8,7 +8,7 @@ from typing import Any
 from cluster.storage import layout
 from cluster.tracking import RunHandle, connect
 from gare.config import Config
-from gare.data.files import exists, join, read_json, write_json
+from gare.storage.files import exists, join, read_json, write_json
 from pipelines.finishing import log_outputs
 from pipelines.pending import pending_of
 

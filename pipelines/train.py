@@ -26,11 +26,11 @@ from cluster.tracking import (
 )
 from cluster.waiting import tells_of_lost_nodes
 from gare.config import ClipConfig, Config, differences
-from gare.data.files import delete_tree, exists, join, list_files, open_fs, read_json, write_json
-from gare.data.lock import StoreLock
 from gare.errors import ConfigError, DivergedError, GareError, LockLostError, StoppedError
 from gare.retrieval.evaluated import model_label, split_hash_of
 from gare.run_settings import completed_settings, settings_of_run
+from gare.storage.files import delete_tree, exists, join, list_files, open_fs, read_json, write_json
+from gare.storage.lock import StoreLock
 from gare.train.checkpoints import Checkpoints, Entry
 from gare.train.data import StoredSplits
 from gare.train.history import History

@@ -13,8 +13,8 @@ from cluster.runtime.devices import device_of_worker, explained_memory
 from cluster.storage import Layout, layout
 from cluster.tracking import RunHandle
 from gare.config import Config
-from gare.data.files import exists, join, read_json
 from gare.errors import DataError, DivergedError, GareError, LockLostError, StoppedError
+from gare.storage.files import exists, join, read_json
 from gare.train.data import StoredSplits, read_splits
 from gare.train.history import History
 from gare.train.input.loader import Listed

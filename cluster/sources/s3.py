@@ -16,7 +16,7 @@ from cluster.sources.attempts import TransientError, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
 from gare.errors import FetchError, GoneError, shown
-from gare.s3_client import s3_client
+from gare.storage.s3_client import s3_client
 
 #: Codes of S3 that mean a new try whatever their HTTP status.
 _TRANSIENT_CODES = frozenset(

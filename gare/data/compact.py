@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.files import delete_file, read_bytes, stat_file
-from gare.data.generations import Held
 from gare.data.parts import Part, checksum_fault, encode_part, put_part, read_parts, write_table
 from gare.data.store import (
     FAILURE_SCHEMA,
@@ -26,6 +24,8 @@ from gare.data.store import (
     write_retired,
 )
 from gare.errors import DataError
+from gare.storage.files import delete_file, read_bytes, stat_file
+from gare.storage.generations import Held
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def compact(
         uri: the store.
         part_bytes: size of a merged part; parts of at least half of it stay as they are.
         check: called before each step that changes something; raises to end the work.
-        generation: of the lock, see ``gare.data.generations``.
+        generation: of the lock, see ``gare.storage.generations``.
 
     Returns:
         ``parts_before``, ``parts_after`` and ``rows_left_out``.

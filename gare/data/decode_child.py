@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 from gare.data.decode import DecodedClip, decode_clip
 from gare.data.decode_pipe import LENGTH_BYTES
 from gare.data.images import encode_jpeg, fit_frame, prepare_frame
-from gare.data.uris import local_path
 from gare.errors import GareError
+from gare.storage.uris import local_path
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from gare.data.decode_pipe import Child
 from gare.data.images import Crop
 from gare.data.sampling import Sampling
-from gare.data.uris import scheme_of
 from gare.errors import ConfigError, DataError, shown
+from gare.storage.uris import scheme_of
 
 #: Importing the decoders on a busy machine; not part of a video's deadline.
 _START_DEADLINE_S = 120.0

@@ -49,7 +49,7 @@ class Extractor:
         extract: its settings.
         source: brings the videos here.
         run: what tells this run's parts from those of others, such as an earlier one over the same clips.
-        generation: of the lock that the run holds, see ``gare.data.generations``.
+        generation: of the lock that the run holds, see ``gare.storage.generations``.
     """
 
     def __init__(

@@ -17,7 +17,6 @@ import pyarrow as pa
 from gare.config import Config
 from gare.data.collection import Comparison, Wanted, compare_clips
 from gare.data.feature_store import feature_schema, feature_settings
-from gare.data.files import exists, join
 from gare.data.inventory import Inventory
 from gare.data.manifest import Manifest
 from gare.data.store import (
@@ -31,6 +30,7 @@ from gare.data.store import (
     write_retired,
 )
 from gare.data.store_pass import Stat, StorePass
+from gare.storage.files import exists, join
 
 logger = logging.getLogger(__name__)
 

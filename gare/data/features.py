@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.files import open_fs
 from gare.data.parts import FEATURES_PER_GROUP, is_gone
 from gare.data.store import ids_in_parts, read_meta
 from gare.errors import DataError
+from gare.storage.files import open_fs
 
 #: Row groups kept by a process where the store is larger than its memory for it.
 OPEN_GROUPS = 256

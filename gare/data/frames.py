@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.files import exists, join, open_fs
 from gare.data.images import crop_centre, decode_jpeg, size_fault
 from gare.data.parts import is_gone
 from gare.data.store import META, ids_in_parts, read_meta
 from gare.data.tensor_pages import UnknownPageError, low_bytes
 from gare.errors import DataError
+from gare.storage.files import exists, join, open_fs
 
 #: Open Parquet files kept by a process: their footers cost more to read than one clip.
 OPEN_PARTS = 256

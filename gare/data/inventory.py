@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gare.data.files import join
 from gare.data.manifest import ManifestRow
 from gare.data.store import ids_in_parts, read_failures
 from gare.errors import DataError
+from gare.storage.files import join
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.faults import Faults
-from gare.data.files import exists, read_bytes, write_atomically
-from gare.data.uris import is_uri
 from gare.errors import DataError
+from gare.storage.files import exists, read_bytes, write_atomically
+from gare.storage.uris import is_uri
 
 SPLITS = ("train", "val", "test")
 SCHEMA_VERSION = 1

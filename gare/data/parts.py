@@ -22,10 +22,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.files import exists, join, list_files, open_fs, write_atomically
-from gare.data.generations import generation_of, newest, part_name
 from gare.data.tensor_pages import ENCODING, LEVEL
 from gare.errors import DataError
+from gare.storage.files import exists, join, list_files, open_fs, write_atomically
+from gare.storage.generations import generation_of, newest, part_name
 
 CHECKSUM, REPLACES = "gare.sha256", "gare.replaces"
 #: Files that are opened at once: most of the time is waiting, for an object store above all.
@@ -53,7 +53,7 @@ class Part:
 
     @property
     def generation(self) -> int:
-        """The generation of writers that wrote it, see ``gare.data.generations``."""
+        """The generation of writers that wrote it, see ``gare.storage.generations``."""
         return generation_of(self.location)
 
 
@@ -76,7 +76,7 @@ def write_part(
             those that ended here, and what tells one run from another; by default the ids of the rows. A
             group that is tried again after a crash may end otherwise (a deadline is a matter of luck) and
             must replace its part, not leave a second one beside it.
-        generation: of the writer, see ``gare.data.generations``.
+        generation: of the writer, see ``gare.storage.generations``.
 
     Returns:
         The location of the part.

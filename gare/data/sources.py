@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from gare.data.uris import local_path, scheme_of
 from gare.errors import DataError, FetchError, GoneError, shown
+from gare.storage.uris import local_path, scheme_of
 
 
 @dataclass(frozen=True)

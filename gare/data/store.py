@@ -17,11 +17,11 @@ from typing import Any
 import pyarrow as pa
 
 from gare.config import ExtractConfig
-from gare.data.exclusive import replace_file
-from gare.data.files import exists, join, json_bytes, read_bytes, read_json
-from gare.data.generations import Held, generation_of
 from gare.data.parts import part_files, read_columns, read_parts, write_part
 from gare.errors import DataError
+from gare.storage.exclusive import replace_file
+from gare.storage.files import exists, join, json_bytes, read_bytes, read_json
+from gare.storage.generations import Held, generation_of
 
 __all__ = [
     "FAILURE_SCHEMA",
@@ -162,7 +162,7 @@ class StoreMeta:
         config: resolved configuration of the run that wrote last, as YAML.
         code_version: version of this package that wrote last.
         schema_version: of the store's layout.
-        generation: of the job that wrote this, see ``gare.data.generations``.
+        generation: of the job that wrote this, see ``gare.storage.generations``.
     """
 
     kind: str

@@ -14,8 +14,6 @@ import pyarrow as pa
 
 from gare.config import Config
 from gare.data.collection import Comparison
-from gare.data.files import exists, join
-from gare.data.generations import Held
 from gare.data.inventory import Inventory, take_inventory
 from gare.data.manifest import Manifest
 from gare.data.sources import FileVersion
@@ -31,6 +29,8 @@ from gare.data.store import (
     write_retired,
 )
 from gare.errors import DataError
+from gare.storage.files import exists, join
+from gare.storage.generations import Held
 
 logger = logging.getLogger(__name__)
 

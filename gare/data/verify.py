@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.files import read_bytes
-from gare.data.generations import generation_of
 from gare.data.images import decode_jpeg, size_fault
 from gare.data.parts import checksum_fault, part_files, read_parts
 from gare.data.store import FAILURE_SCHEMA, StoreMeta, fingerprint, read_failures, read_meta, read_retired
 from gare.errors import DataError
+from gare.storage.files import read_bytes
+from gare.storage.generations import generation_of
 
 logger = logging.getLogger(__name__)
 

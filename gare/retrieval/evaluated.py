@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from gare.data.files import exists, join, open_fs, read_json
 from gare.data.manifest import ManifestRow
 from gare.errors import DataError
 from gare.retrieval.queries import QueryTable, read_queries
 from gare.run_settings import completed_settings
+from gare.storage.files import exists, join, open_fs, read_json
 
 #: Run under whose name an evaluation without training is found, and its model's name.
 ZERO_SHOT = "zero-shot"

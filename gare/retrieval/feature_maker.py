@@ -45,7 +45,7 @@ class FeatureMaker:
         features: its settings.
         model: whose towers encode, or rather a copy of them; its device is where.
         run: what tells this run's parts from those of others, such as an earlier one over the same clips.
-        generation: of the lock that the run holds, see ``gare.data.generations``.
+        generation: of the lock that the run holds, see ``gare.storage.generations``.
 
     Raises:
         ConfigError: for a model without towers, or a failing compiler where ``features.compile`` is towers.

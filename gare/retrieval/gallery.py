@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 
-from gare.data.files import read_bytes, write_atomically
 from gare.errors import DataError
 from gare.model.features import VideoFeatures
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
+from gare.storage.files import read_bytes, write_atomically
 
 #: Name of the file, in an evaluation's folder and beside a served model's weights.
 FILE = "gallery.safetensors"

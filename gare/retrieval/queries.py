@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from gare.data.files import exists, read_bytes, write_atomically
 from gare.data.manifest import ManifestRow
 from gare.errors import DataError
 from gare.retrieval.ranks import Ranking, Ranks
+from gare.storage.files import exists, read_bytes, write_atomically
 
 SCHEMA_VERSION = 1
 DIRECTIONS = ("t2v", "v2t")

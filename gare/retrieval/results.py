@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gare.config import EvaluateConfig
-from gare.data.files import delete_file, join, list_files
 from gare.data.manifest import ManifestRow
 from gare.retrieval.bootstrap import Interval, metric_intervals
 from gare.retrieval.gallery import FILE as GALLERY
 from gare.retrieval.postprocess import Processing
 from gare.retrieval.queries import owners_of, query_table, write_queries
 from gare.retrieval.ranks import Ranks
+from gare.storage.files import delete_file, join, list_files
 
 
 def processing_of(config: EvaluateConfig) -> Processing:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gare.data.files import delete_leftovers, delete_tree, exists, join, list_files, read_json, write_json
 from gare.errors import CheckpointError, DataError, FullDiskError, GareError, shown
+from gare.storage.files import delete_leftovers, delete_tree, exists, join, list_files, read_json, write_json
 from gare.train.history import History
 from gare.train.sums import sha256_of
 

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from gare.data.files import delete_file, exists, list_files, read_json, write_atomically
 from gare.errors import DataError
+from gare.storage.files import delete_file, exists, list_files, read_json, write_atomically
 
 #: Points by metric name.
 Points: TypeAlias = dict[str, list[tuple[int, float]]]

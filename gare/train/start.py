@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from gare.config import Config, ModelConfig
-from gare.data.files import exists, join
 from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.model.weights import import_clip, published_sizes
+from gare.storage.files import exists, join
 from gare.train.state import CONFIG, load_checkpoint, load_model, read_config
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from gare.config import Config, parse_config
-from gare.data.files import exists, join, write_atomically
 from gare.errors import CheckpointError, ConfigError, DataError
 from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
+from gare.storage.files import exists, join, write_atomically
 from gare.train.step import Learner
 from gare.train.sums import SummedFolder, note_without_sums, sha256_of, write_sums
 

@@ -13,9 +13,9 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from gare.data.files import delete_file, exists, join, list_files, read_bytes, write_atomically
-from gare.data.uris import is_uri
 from gare.errors import CheckpointError, DamagedError, DataError, shown
+from gare.storage.files import delete_file, exists, join, list_files, read_bytes, write_atomically
+from gare.storage.uris import is_uri
 
 logger = logging.getLogger(__name__)
 

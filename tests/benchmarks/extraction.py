@@ -24,10 +24,10 @@ from cluster.session import ray_session
 from cluster.storage import layout
 from gare.config import Config, parse_config
 from gare.data.decode import decode_clip
-from gare.data.files import delete_tree
 from gare.data.images import encode_jpeg, prepare_frame
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
 from gare.data.probe import probe
+from gare.storage.files import delete_tree
 from pipelines import extract
 from tests.benchmarks.clips import write_clips
 

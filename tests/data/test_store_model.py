@@ -28,13 +28,13 @@ from hypothesis.stateful import (
 )
 
 from gare.config import ExtractConfig
-from gare.data import claims
-from gare.data import lock as module
 from gare.data.compact import compact
-from gare.data.lock import StoreLock
 from gare.data.parts import read_columns, write_part
 from gare.data.store import frame_schema, ids_in_parts, read_retired, rows_in_parts, write_retired
 from gare.errors import DataError, LockLostError
+from gare.storage import claims
+from gare.storage import lock as module
+from gare.storage.lock import StoreLock
 from tests.stores import describe_store, stored_row
 
 RAW = ExtractConfig(num_frames=1, image_size=16, encoding="raw")

@@ -15,9 +15,9 @@ from cluster.tracking import use_served_model
 from cluster.tracking.client import client
 from cluster.tracking.registry import champion_of
 from cluster.tracking.tracker import connect
-from gare.data.files import copy_files
 from gare.data.manifest import read_manifest
 from gare.retrieval.queries import read_queries
+from gare.storage.files import copy_files
 from gare.train.state import MODEL
 from gare.train.sums import SUMS
 from pipelines import evaluate, train

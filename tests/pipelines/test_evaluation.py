@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.storage import Layout
-from gare.data.lock import StoreLock
 from gare.data.manifest import read_manifest
 from gare.errors import GareError
 from gare.retrieval.compare import compare_runs
 from gare.retrieval.queries import read_queries
+from gare.storage.lock import StoreLock
 from pipelines import evaluate, scoring
 from tests.pipelines.support import in_process, snapshot, tiny
 

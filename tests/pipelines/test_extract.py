@@ -14,10 +14,10 @@ import pytest
 
 from cluster.storage import Layout, layout
 from cluster.tracking import resolve_tracking_uri
-from gare.data.files import list_files
 from gare.data.frames import FrameReader
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.store import ids_in_parts, read_failures, read_meta
+from gare.storage.files import list_files
 from pipelines import extract, train
 from tests.pipelines.support import Answer, in_process, snapshot, tiny
 from tests.stores import stored_values

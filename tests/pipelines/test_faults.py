@@ -21,8 +21,8 @@ import pytest
 import ray
 
 from cluster.storage import Layout, layout
-from gare.data.files import list_files
 from gare.data.store import ids_in_parts, read_failures, read_meta
+from gare.storage.files import list_files
 from pipelines import extract
 from tests.pipelines.support import in_process, tiny
 from tests.stores import stored_values

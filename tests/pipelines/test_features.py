@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from cluster.storage import Layout, layout
 from gare import load_checkpoint
 from gare.data.features import FeatureReader
-from gare.data.files import copy_files, delete_file, list_files, stat_file
 from gare.data.manifest import read_manifest, write_manifest
 from gare.data.store import ids_in_parts, read_meta, write_meta
 from gare.model.clip import towers_sha256
+from gare.storage.files import copy_files, delete_file, list_files, stat_file
 from gare.train.state import MODEL
 from gare.train.sums import SUMS
 from pipelines import evaluate, extract, train

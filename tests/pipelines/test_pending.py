@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.storage import Layout
-from gare.data.files import list_files, read_bytes
 from gare.errors import DataError
+from gare.storage.files import list_files, read_bytes
 from pipelines import pending as pending_module
 from pipelines.pending import StoredOutbox, pending_of
 

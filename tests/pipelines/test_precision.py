@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gare.config import Config
-from gare.data.files import write_json
 from gare.errors import ConfigError
+from gare.storage.files import write_json
 from gare.train.optim import reach_of_towers
 from gare.train.precision import resolve_precision
 from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision

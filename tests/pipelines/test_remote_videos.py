@@ -12,10 +12,10 @@ import pytest
 
 from cluster.storage import layout
 from gare.config import Config
-from gare.data.files import delete_tree, list_files
 from gare.data.manifest import read_manifest
 from gare.data.store import frame_schema, ids_in_parts, read_columns, read_failures, read_meta
 from gare.errors import GareError
+from gare.storage.files import delete_tree, list_files
 from pipelines import evaluate, extract, prepare, train
 from tests.pipelines.support import in_process, tiny
 from tests.servers import DroppingProxy, Site

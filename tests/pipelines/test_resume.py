@@ -19,9 +19,9 @@ import pytest
 from cluster.storage import Layout
 from cluster.tracking import resolve_tracking_uri
 from gare.config import ModelConfig
-from gare.data.lock import StoreLock
 from gare.errors import ConfigError
 from gare.run_settings import completed_settings
+from gare.storage.lock import StoreLock
 from gare.train.state import MODEL, check_checkpoint
 from pipelines import evaluate, train
 from tests.pipelines.support import in_process, losses, tiny

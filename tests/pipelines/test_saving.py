@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from cluster.storage import layout
-from gare.data import generations
-from gare.data.generations import Owned
 from gare.errors import DamagedError, LockLostError, StoppedError
 from gare.model.gare import GARE
+from gare.storage import generations
+from gare.storage.generations import Owned
 from gare.train import state
 from gare.train.checkpoints import Entry
 from gare.train.history import History

@@ -21,7 +21,7 @@ import ray
 
 from cluster.storage import Layout, layout
 from cluster.tracking import resolve_tracking_uri
-from gare.data.files import read_json
+from gare.storage.files import read_json
 from gare.train.checkpoints import Checkpoints
 from pipelines import train
 from pipelines.saving import StopRequest

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gare.config import EvaluateConfig, parse_config
-from gare.data.files import write_json
 from gare.data.manifest import ManifestRow
 from gare.errors import DataError
 from gare.retrieval.evaluated import read_evaluated, split_hash_of
@@ -22,6 +21,7 @@ from gare.retrieval.ranks import rank_blocks
 from gare.retrieval.results import processing_of, write_results
 from gare.retrieval.scoring import MatrixBlocks
 from gare.run_settings import settings_of_run
+from gare.storage.files import write_json
 
 ROWS = [ManifestRow(f"v{index}", f"/v{index}.mp4", None, None, "test", ("a", "b")) for index in range(6)]
 ABOUT = {"benchmark": "folder", "protocol": "own_split | 6", "split": "test"}

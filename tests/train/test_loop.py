@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from gare.config import Config
-from gare.data.files import read_json, write_json
 from gare.data.manifest import Manifest, read_manifest, write_manifest
 from gare.data.store import FAILURE_SCHEMA, write_part
 from gare.errors import DataError, GareError
 from gare.model.gare import GARE
+from gare.storage.files import read_json, write_json
 from gare.train import history as history_module
 from gare.train.data import StoredSplits, read_splits
 from gare.train.history import MAX_PARTS, History

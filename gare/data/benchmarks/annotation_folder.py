@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pyarrow import fs as pafs
 
 from gare.data.benchmarks.annotations import Annotation, read_annotations
-from gare.data.files import list_files, open_fs, read_bytes
-from gare.data.uris import is_uri
 from gare.errors import DataError, shown
+from gare.storage.files import list_files, open_fs, read_bytes
+from gare.storage.uris import is_uri
 
 #: Files that may hold all splits together.
 _ALL_SPLITS = (

@@ -14,10 +14,10 @@ from gare.data.benchmarks.split import split_by_video
 from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder
 from gare.data.benchmarks.video_locations import VideoLocations
 from gare.data.faults import SHOWN, Faults, first_of
-from gare.data.files import open_fs, read_bytes
 from gare.data.manifest import Manifest, ManifestRow
-from gare.data.uris import scheme_of
 from gare.errors import DataError, shown
+from gare.storage.files import open_fs, read_bytes
+from gare.storage.uris import scheme_of
 
 logger = logging.getLogger(__name__)
 

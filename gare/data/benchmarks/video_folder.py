@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from gare.data.uris import is_uri
+from gare.storage.uris import is_uri
 
 VIDEO_ENDINGS = frozenset(
     f".{ending}"

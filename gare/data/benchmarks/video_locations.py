@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder, without_ending
-from gare.data.uris import is_uri, local_path, scheme_of
 from gare.errors import shown
+from gare.storage.uris import is_uri, local_path, scheme_of
 
 
 class VideoLocations:

@@ -19,11 +19,11 @@ from gare.config import Config
 from gare.data.batch import Batch, FeatureBatch
 from gare.data.feature_store import feature_settings
 from gare.data.features import FeatureReader
-from gare.data.files import join
 from gare.data.images import crop_centre
 from gare.data.store import read_meta
 from gare.errors import ConfigError
 from gare.model.gare import GARE
+from gare.storage.files import join
 from gare.train.data import StoredSplits
 from gare.train.input.augment_batch import augment_batch
 from gare.train.input.feed import Tensors

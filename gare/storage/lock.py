@@ -6,8 +6,8 @@ own in the store's folder ``lock``: ``waiting``, or ``claimed``. It holds the st
 both, and the elder goes first. A claim is renewed while its job lives; one that does not change for a while,
 by the steady clock of the job that looks, is void. No two clocks are compared, and none that can be set.
 
-Who has claimed the store begins a generation, see ``gare.data.generations``, and holds the store for as long
-as its claim is there and nobody has begun a newer one.
+Who has claimed the store begins a generation, see ``gare.storage.generations``, and holds the store for as
+long as its claim is there and nobody has begun a newer one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import time
 from types import TracebackType
 from typing import Literal, Self
 
-from gare.data.claims import Claim, own_claim, read_claim
-from gare.data.exclusive import renew_object
-from gare.data.files import (
+from gare.errors import DataError
+from gare.storage.claims import Claim, own_claim, read_claim
+from gare.storage.exclusive import renew_object
+from gare.storage.files import (
     delete_file,
     delete_leftovers,
     exists,
@@ -33,7 +34,7 @@ from gare.data.files import (
     stat_file,
     write_json,
 )
-from gare.data.generations import (
+from gare.storage.generations import (
     Generation,
     Held,
     Owned,
@@ -43,7 +44,6 @@ from gare.data.generations import (
     release,
     withdraw,
 )
-from gare.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gare.data.files import copy_files, join, read_bytes, write_atomically, write_json
 from gare.data.parts import write_table
 from gare.errors import StoppedError
+from gare.storage.files import copy_files, join, read_bytes, write_atomically, write_json
 from tests.servers import DroppingProxy
 
 #: Requests of an upload: its beginning, a part and its end.

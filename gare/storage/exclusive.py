@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
-from gare.data.conditional import create_object, etag_of, replace_object
-from gare.data.files import delete_file, exists, join, open_fs, write_atomically
 from gare.errors import DataError, shown
+from gare.storage.conditional import create_object, etag_of, replace_object
+from gare.storage.files import delete_file, exists, join, open_fs, write_atomically
 
 #: A write whose answer was lost looks like another job's, once.
 _TRIES = 3

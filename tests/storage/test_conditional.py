@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from gare.data import conditional, generations
-from gare.data.conditional import create_object, etag_of, replace_object
-from gare.data.exclusive import create_file, renew_object, replace_file
-from gare.data.files import delete_file, exists, read_bytes, write_atomically
-from gare.data.lock import StoreLock
-from gare.data.object_store import address_of
 from gare.errors import DataError, LockLostError
+from gare.storage import conditional, generations
+from gare.storage.conditional import create_object, etag_of, replace_object
+from gare.storage.exclusive import create_file, renew_object, replace_file
+from gare.storage.files import delete_file, exists, read_bytes, write_atomically
+from gare.storage.lock import StoreLock
+from gare.storage.object_store import address_of
 
 FOLDER = "s3://videos/store"
 

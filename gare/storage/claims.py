@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-from gare.data.files import read_bytes
 from gare.errors import DataError
+from gare.storage.files import read_bytes
 
 #: Stands between machine and start of the process in ``Claim.machine``. Both are in one field, so that
 #: earlier versions, which refuse unknown fields, understand a claim: to them its machine is another one.

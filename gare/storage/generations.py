@@ -17,9 +17,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from gare.data.exclusive import create_file
-from gare.data.files import delete_file, join, list_files, read_json, write_json
 from gare.errors import DataError, LockLostError
+from gare.storage.exclusive import create_file
+from gare.storage.files import delete_file, join, list_files, read_json, write_json
 
 FOLDER = "generations"
 #: Folders of a store that hold parts.

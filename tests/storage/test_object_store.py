@@ -1,4 +1,4 @@
-"""gare/data/object_store.py and files.py over it: outputs on S3, with a network that drops connections."""
+"""gare/storage/object_store.py and files.py over it: outputs on S3, with a network that drops connections."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data import object_store
-from gare.data.files import (
+from gare.data.frames import FrameReader
+from gare.data.store import ids_in_parts
+from gare.errors import DataError
+from gare.storage import object_store
+from gare.storage.files import (
     copy_files,
     delete_tree,
     exists,
@@ -21,9 +24,6 @@ from gare.data.files import (
     write_atomically,
     write_json,
 )
-from gare.data.frames import FrameReader
-from gare.data.store import ids_in_parts
-from gare.errors import DataError
 from tests.servers import DroppingProxy
 from tests.stores import write_store
 

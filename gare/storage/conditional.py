@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from gare.data.object_store import CONNECT_TIMEOUT_S, MAX_TRIES, S3Address, address_of
-from gare.data.uris import scheme_of
 from gare.errors import DataError, shown
-from gare.s3_client import s3_client
+from gare.storage.object_store import CONNECT_TIMEOUT_S, MAX_TRIES, S3Address, address_of
+from gare.storage.s3_client import s3_client
+from gare.storage.uris import scheme_of
 
 logger = logging.getLogger(__name__)
 

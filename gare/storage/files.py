@@ -20,10 +20,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from gare.data.object_store import open_s3
-from gare.data.uninterrupted import run_whole
-from gare.data.uris import is_uri, scheme_of
 from gare.errors import DataError, FullDiskError, shown
+from gare.storage.object_store import open_s3
+from gare.storage.uninterrupted import run_whole
+from gare.storage.uris import is_uri, scheme_of
 
 ACCEPTED = "a local path, file:///… or an object store's URI such as s3://bucket/key"
 
@@ -40,7 +40,7 @@ def open_fs(uri: str) -> tuple[pafs.FileSystem, str]:
     Returns:
         The file system and the path inside it; local paths come back absolute.
 
-    S3 is reached as ``gare.data.object_store`` says.
+    S3 is reached as ``gare.storage.object_store`` says.
 
     Raises:
         DataError: for an empty location or a URI that pyarrow cannot open.

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data import generations
 from gare.data.compact import compact
-from gare.data.generations import Held
 from gare.data.parts import read_columns, read_parts, write_part
 from gare.data.store import (
     FAILURE_SCHEMA,
@@ -26,6 +24,8 @@ from gare.data.store import (
     write_retired,
 )
 from gare.errors import DataError, LockLostError
+from gare.storage import generations
+from gare.storage.generations import Held
 from tests.stores import describe_store, failure_row, random_frames, stored_row, stored_values
 
 RAW = ExtractConfig(num_frames=2, image_size=16, encoding="raw")

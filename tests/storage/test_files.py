@@ -1,4 +1,4 @@
-"""gare/data/files.py: every location that the program reads or writes goes through it."""
+"""gare/storage/files.py: every location that the program reads or writes goes through it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs as pafs
 
-from gare.data.files import delete_tree, exists, join, list_files, open_fs, read_bytes, write_atomically
 from gare.errors import DataError, FullDiskError
+from gare.storage.files import delete_tree, exists, join, list_files, open_fs, read_bytes, write_atomically
 
 AWKWARD = [
     "with space",

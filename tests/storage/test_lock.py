@@ -16,12 +16,12 @@ import numpy as np
 import psutil
 import pytest
 
-from gare.data import claims, generations
-from gare.data import lock as module
-from gare.data.claims import Claim, own_claim
-from gare.data.files import list_files, stat_file, write_json
-from gare.data.lock import StoreLock
 from gare.errors import DataError, GareError, LockLostError
+from gare.storage import claims, generations
+from gare.storage import lock as module
+from gare.storage.claims import Claim, own_claim
+from gare.storage.files import list_files, stat_file, write_json
+from gare.storage.lock import StoreLock
 
 ON_S3 = "s3://videos/store"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.logs import JsonStream, json_lines, set_up_logging
+from cluster.stopping import NAMES, STATUS, asked_by, command_running, message, shielded
+from cluster.tracking import finish_open_runs
 from gare.config import Config, SizesOf, describe_keys, load_config
-from gare.errors import ConfigError, GareError
+from gare.errors import ConfigError, GareError, StoppedError
+
+logger = logging.getLogger(__name__)
 
 EPILOG = """exit status:
-  0 done   2 bad configuration or arguments   3 bad data   4 the run failed
+  0 done   2 bad configuration or arguments   3 bad data   4 the run failed, or was ended by SIGTERM or Ctrl-C
 
 keys (give any of them as section.key=value; the top-level key extends: FILE of a YAML file has it merged over
 another; model.clip=auto takes all of model.clip from the weights, and extract.image_size too, whatever a file
@@ -59,6 +65,20 @@ def execute(
     sizes_of: SizesOf | None = None,
 ) -> int:
     """``main`` without the exit: returns the status."""
+    with command_running():
+        try:
+            return _execute(run, description, arguments, flags, sizes_of)
+        except KeyboardInterrupt:
+            return _say_interrupted()
+
+
+def _execute(
+    run: Callable[[Config], Mapping[str, Any]],
+    description: str,
+    arguments: Sequence[str],
+    flags: Flags,
+    sizes_of: SizesOf | None,
+) -> int:
     set_up_logging()
     options = _parser(description, flags).parse_intermixed_args(arguments)
     with contextlib.ExitStack() as stack:
@@ -71,21 +91,41 @@ def execute(
             with contextlib.redirect_stdout(sys.stderr):
                 result = run(config)
             line = json.dumps(result, ensure_ascii=False, allow_nan=False)
-        except GareError as error:
-            if error.result is not None:
-                sys.stdout.write(json.dumps(error.result, ensure_ascii=False, allow_nan=False) + "\n")
-            _say(str(error), traced=bool(os.environ.get("GARE_DEBUG")))
-            return error.exit_code
         except KeyboardInterrupt:
-            _say("interrupted; the same command continues where this one stopped")
-            return 4
+            return _say_interrupted()
+        except StoppedError as error:
+            # It says what was kept.
+            _say(str(error))
+            return error.exit_code
         except Exception as error:
+            if asked_by():
+                # A fault of something that was ended in its midst: the signal is the reason.
+                logger.info("while it ended: %s: %s", type(error).__name__, error)
+                return _say_interrupted()
+            if isinstance(error, GareError):
+                return _say_fault(error)
             # Not a fault that we foresaw: the trace is what a report of it needs.
             _say(f"{type(error).__name__}: {error}", traced=True)
             return 4
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-    return 0
+        with shielded():
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+            return 0
+
+
+def _say_interrupted() -> int:
+    """Ends what is open in MLflow and says why the command ends; the status."""
+    with shielded():
+        finish_open_runs()
+        _say(message(asked_by() or NAMES[signal.SIGINT]))
+    return STATUS
+
+
+def _say_fault(error: GareError) -> int:
+    if error.result is not None:
+        sys.stdout.write(json.dumps(error.result, ensure_ascii=False, allow_nan=False) + "\n")
+    _say(str(error), traced=bool(os.environ.get("GARE_DEBUG")))
+    return error.exit_code
 
 
 def _say(message: str, *, traced: bool = False) -> None:

@@ -8,12 +8,13 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from cluster.listening import listen_here_alone
 from cluster.logs import runtime_env
 from cluster.resources import joins_cluster, object_store_bytes
+from cluster.stopping import handlers_kept, shielded
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, GareError
 
@@ -40,6 +41,22 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         with _own_faults():
             yield
         return
+    try:
+        # Half of a local Ray could not be ended; a cluster that does not answer is left at once.
+        with nullcontext() if address else shielded(), handlers_kept():
+            _begin(config, address)
+        quiet_data()
+        with _own_faults():
+            yield
+    finally:
+        with shielded():
+            ray.shutdown()
+
+
+def _begin(config: ClusterConfig, address: str) -> None:
+    """Joins a cluster, or starts a local Ray."""
+    import ray
+
     quiet = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": False}
     quiet |= runtime_env()
     try:
@@ -70,12 +87,6 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             if address
             else "a machine that is less busy, or the address of a running cluster",
         ) from error
-    try:
-        quiet_data()
-        with _own_faults():
-            yield
-    finally:
-        ray.shutdown()
 
 
 def _spilling(config: ClusterConfig) -> dict[str, str]:

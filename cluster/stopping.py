@@ -1,32 +1,244 @@
-"""A driver that is told to end: ``ray job stop``, a scheduler's preemption, a pod that is evicted."""
+"""Ending a command on SIGTERM or Ctrl-C: at any moment, in one way, with what there is to keep kept.
+
+The first signal raises ``Interrupted`` in the main thread, so that all that is open is closed. It waits while
+something goes on that must not be cut in two (``shielded``), and workers that have something to keep are asked
+to end by themselves (``asking``). A second signal ends that waiting; a third ends the process without closing
+anything.
+
+This module imports nothing that takes time, so that a command can take signals before it imports the rest.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from gare.errors import StoppedError
 
 logger = logging.getLogger(__name__)
 
+#: The signals, by the name that messages give them.
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+STATUS = 4
 #: Seconds that workers get to write a checkpoint before the driver ends all the same; Kubernetes waits 30.
 GRACE_S = 25.0
+#: Seconds after which an exception that nobody has seen is raised again: libraries swallow one that is raised
+#: within a destructor or a callback.
+UNSEEN_S = 10.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """The end of a command by a signal, whose name is its text."""
+
+
+def message(name: str) -> str:
+    """The words by which a command says that a signal ended it."""
+    return f"interrupted by {name}; the same command continues where this one stopped"
+
+
+class _Signals:
+    """What the process knows of its signals; there is one.
+
+    Attributes:
+        is_taken: True while the handlers are ours.
+        is_running: False before the command has begun, when there is nothing to close.
+        is_over: True once the command has ended, and its status is fixed.
+        name: of the first signal; empty: none has come.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self.is_taken = self.is_running = self.is_over = False
+        self.name = ""
+        self._number = 0
+        self._count = self._depth = 0
+        self._is_raised = self._is_seen = self._is_woken = False
+        self._ask: Callable[[str], None] | None = None
+        self._timer: threading.Timer | None = None
+
+    def take(self) -> dict[int, Any]:
+        """Installs the handlers; returns those before. What is ignored stays so, as below ``nohup``."""
+        before = {number: signal.getsignal(number) for number in NAMES}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        self.is_taken = True
+        return before
+
+    def give_back(self, before: dict[int, Any]) -> None:
+        """Installs the handlers that ``take`` has found."""
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        self.stop_timer()
+        self._forget()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_woken:
+            self._is_woken = False
+            self._look_again()
+            return
+        name = NAMES[signal.Signals(number)]
+        if not self.is_running and not self.is_over:
+            _end_at_once(message(name))
+        self._count += 1
+        if self._count >= 3:
+            _end_at_once(f"ended by a third signal ({name}), without closing what is open")
+        if self.is_over:
+            return
+        if self.name:
+            self._handle_another()
+            return
+        self.name, self._number = name, number
+        if self._ask:
+            self._begin_asking(self._ask)
+        elif not self._depth:
+            self._raise()
+
+    def _handle_another(self) -> None:
+        if self._ask and not self._is_raised:
+            self._raise()
+        logger.warning("%s: what is open is being closed; once more ends at once, without that", self.name)
+
+    def _begin_asking(self, ask: Callable[[str], None]) -> None:
+        logger.warning("%s: the workers write a checkpoint and end, in at most %.0f s", self.name, GRACE_S)
+        self._wake_after(GRACE_S)
+        try:
+            ask(self.name)
+        except Exception as error:
+            logger.warning("the workers cannot be told: %s", error)
+
+    def _raise(self) -> None:
+        self._is_raised, self._is_seen = True, False
+        self._wake_after(UNSEEN_S)
+        raise Interrupted(self.name)
+
+    def _wake_after(self, seconds: float) -> None:
+        """Has the main thread look again later, whatever it waits for then."""
+        self.stop_timer()
+        self._timer = threading.Timer(seconds, self._wake)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _wake(self) -> None:
+        self._is_woken = True
+        # Sent to the thread, so that what it waits for in the system is ended as by a signal from outside.
+        signal.pthread_kill(_main_ident(), self._number)
+
+    def _look_again(self) -> None:
+        if self.is_over or self._is_seen or not self.name:
+            return
+        if self._depth:
+            self._wake_after(UNSEEN_S)
+        else:
+            self._raise()
+
+    def stop_timer(self) -> None:
+        """Forgets what was to be looked at again."""
+        if self._timer:
+            self._timer.cancel()
+
+    def see(self) -> None:
+        """Notes that the exception has reached code of ours."""
+        if self._is_raised:
+            self._is_seen = True
+
+    def enter(self) -> None:
+        """Begins what must not be cut in two."""
+        self._depth += 1
+        self.see()
+
+    def leave(self) -> None:
+        """Ends it, and raises what came meanwhile."""
+        self._depth -= 1
+        if self.name and not (self._depth or self._is_raised or self._ask or self.is_over):
+            self._raise()
+
+    def ask_with(self, ask: Callable[[str], None] | None) -> None:
+        """Has the first signal ask, in place of raising; None: no longer."""
+        self._ask = ask
+        if ask is None and not self._is_raised:
+            # Who was asked has ended by himself, or was done.
+            self.name, self._count = "", 0
+            self.stop_timer()
+
+
+_signals = _Signals()
+
+
+def take_signals() -> None:
+    """Ends this process in our way from here on, where a signal says so; for commands, in the main thread."""
+    _signals.take()
 
 
 @contextmanager
-def on_sigterm(ask: Callable[[], None], *, grace_s: float = GRACE_S) -> Iterator[None]:
-    """Asks the workers to stop at the first SIGTERM; ends at a second one, or after the grace.
+def command_running() -> Iterator[None]:
+    """Says that a command is open; a signal before it ends the process, one after it changes nothing."""
+    _signals.is_running = True
+    try:
+        yield
+    finally:
+        _signals.is_running, _signals.is_over = False, _signals.is_taken
+        _signals.stop_timer()
+
+
+def asked_by() -> str:
+    """Name of the signal that has ended the command; empty: none has."""
+    _signals.see()
+    return _signals.name
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Lets nothing be raised while it lasts: for short work that would leave something half open."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _signals.enter()
+    try:
+        yield
+    finally:
+        _signals.leave()
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Keeps the handlers of a command while a library would put its own in their place.
+
+    Ray does so when it starts (its own ends Ray first, after which nothing can be closed in order), and Ray
+    Train when it trains, for good.
+    """
+    if not _signals.is_taken:
+        yield
+        return
+    original = signal.signal
+
+    def keep(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in NAMES else original(number, handler)
+
+    signal.signal = keep  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = original
+
+
+@contextmanager
+def asking(ask: Callable[[str], None]) -> Iterator[None]:
+    """Asks workers to end at the first signal; ends without them at a second one, or after the grace.
 
     Outside the main thread, which alone gets signals, nothing changes.
 
     Args:
-        ask: tells the workers; they then end what is inside by themselves.
-        grace_s: seconds that they have.
+        ask: tells the workers, with the signal's name; they then end what is inside by themselves.
 
     Raises:
         StoppedError: where they did not.
@@ -34,25 +246,32 @@ def on_sigterm(ask: Callable[[], None], *, grace_s: float = GRACE_S) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    late = threading.Timer(grace_s, os.kill, (os.getpid(), signal.SIGTERM))
-    late.daemon = True
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if late.ident is not None:
-            raise StoppedError(
-                "stopped by SIGTERM before the workers had written a checkpoint",
-                accepted="the same command continues from the last one",
-            )
-        late.start()
-        logger.warning("SIGTERM: the workers write a checkpoint and end, in at most %.0f s", grace_s)
-        try:
-            ask()
-        except Exception as error:
-            logger.warning("the workers cannot be told: %s", error)
-
-    before = signal.signal(signal.SIGTERM, handle)
+    before = None if _signals.is_taken else _signals.take()
+    if before:
+        _signals.is_running = True
+    _signals.ask_with(ask)
     try:
-        yield
+        with handlers_kept():
+            yield
+    except Interrupted as error:
+        _signals.see()
+        raise StoppedError(
+            f"stopped by {error} before the workers had written a checkpoint",
+            accepted="the same command continues from the last one",
+        ) from None
     finally:
-        late.cancel()
-        signal.signal(signal.SIGTERM, before)
+        _signals.ask_with(None)
+        if before:
+            _signals.give_back(before)
+
+
+def _end_at_once(text: str) -> None:
+    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.flush()
+    os._exit(STATUS)
+
+
+def _main_ident() -> int:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    return ident

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cluster.stopping import take_signals
+
+    take_signals()
+
 import logging
 import statistics
 import sys

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cluster.stopping import take_signals
+
+    take_signals()
+
 import logging
 import time
 from collections.abc import Sequence
@@ -11,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.command import Flags, main
 from cluster.session import ray_session
 from cluster.storage import Layout, layout
-from cluster.tracking import benchmark_name, git_revision, processing_tag, run_tags, split_tags
+from cluster.tracking import benchmark_name, git_revision, processing_tag, run_tags, split_tags, status_after
 from gare.config import Config
 from gare.data.frames import FrameReader, NoPictures, open_pictures
 from gare.data.manifest import SPLITS, ManifestRow
@@ -124,9 +129,9 @@ def _score(
         lock.check()
         take_folder(places, subject, handle.run_id)
         written = _write(config, places, subject, splits, ranks, picture)
-    except BaseException:
+    except BaseException as error:
         # The training itself has not failed.
-        handle.finish("FINISHED" if own else "FAILED")
+        handle.finish("FINISHED" if own else status_after(error))
         raise
     metrics = written["metrics"]
     counts = {"videos": len(rows), "captions": len(features["text/embedding"])}

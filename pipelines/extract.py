@@ -7,6 +7,11 @@ store that is there, beside its making, or of frames that are not kept. ``--veri
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cluster.stopping import take_signals
+
+    take_signals()
+
 import contextlib
 import logging
 import time

@@ -188,7 +188,9 @@ def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle
     tracker, pending = connect(config.tracking, places.root), pending_of(places)
     if subject.is_trained_run:
         run_id = read_json(subject.record)["mlflow_run_id"]
-        return tracker.start_run(f"{config.name}/{subject.run}", run_id=run_id, pending=pending)
+        return tracker.start_run(
+            f"{config.name}/{subject.run}", run_id=run_id, pending=pending, when_interrupted="FINISHED"
+        )
     if not subject.is_zero_shot:
         tags = {"checkpoint": subject.checkpoint}
         return tracker.start_run(f"{config.name}/evaluate", tags=tags, pending=pending)

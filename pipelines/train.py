@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cluster.stopping import take_signals
+
+    take_signals()
+
 import logging
 import statistics
 import time
@@ -13,7 +18,7 @@ from cluster.command import main
 from cluster.resources import require_train_resources, resources_of_worker, settle_resources
 from cluster.runtime.devices import require_usable_gpus
 from cluster.session import fault_of, ray_session, watches_preemption
-from cluster.stopping import on_sigterm
+from cluster.stopping import asking
 from cluster.storage import Layout, absolute, layout
 from cluster.tracking import (
     RunHandle,
@@ -22,11 +27,12 @@ from cluster.tracking import (
     git_revision,
     run_tags,
     split_tags,
+    status_after,
     system_metrics,
 )
 from cluster.waiting import tells_of_lost_nodes
 from gare.config import ClipConfig, Config, differences
-from gare.errors import ConfigError, DivergedError, GareError, LockLostError, StoppedError
+from gare.errors import ConfigError, DivergedError, GareError, StoppedError
 from gare.retrieval.evaluated import model_label, split_hash_of
 from gare.run_settings import completed_settings, settings_of_run
 from gare.storage.files import delete_tree, exists, join, list_files, open_fs, read_json, write_json
@@ -125,7 +131,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
             result = _finish(config, places, handle, best, started)
             write_json(join(folder, "result.json"), result)
         except BaseException as error:
-            handle.finish("KILLED" if isinstance(error, StoppedError | LockLostError) else "FAILED")
+            handle.finish(status_after(error))
             raise
     handle.finish()
     return result
@@ -249,7 +255,7 @@ def _fit(
     request = StopRequest(run_folder)
     request.withdraw()
     try:
-        with on_sigterm(lambda: request.make("SIGTERM")), tells_of_lost_nodes(cluster):
+        with asking(request.make), tells_of_lost_nodes(cluster):
             fault = trainer.fit().return_value
     except Exception as error:
         raise _cause(error) from error

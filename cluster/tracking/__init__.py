@@ -3,7 +3,7 @@
 from cluster.tracking.described import benchmark_name, processing_tag, run_tags, split_tags
 from cluster.tracking.location import mask_credentials, resolve_tracking_uri
 from cluster.tracking.revision import git_revision
-from cluster.tracking.run import RunHandle, check_metric_names
+from cluster.tracking.run import RunHandle, check_metric_names, finish_open_runs, status_after
 from cluster.tracking.served import serve_model, use_served_model
 from cluster.tracking.system import system_metrics
 from cluster.tracking.tracker import Tracker, connect
@@ -14,6 +14,7 @@ __all__ = [
     "benchmark_name",
     "check_metric_names",
     "connect",
+    "finish_open_runs",
     "git_revision",
     "mask_credentials",
     "processing_tag",
@@ -21,6 +22,7 @@ __all__ = [
     "run_tags",
     "serve_model",
     "split_tags",
+    "status_after",
     "system_metrics",
     "use_served_model",
 ]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster.tracking.outbox import Outbox
-from cluster.tracking.run import RunHandle
+from cluster.tracking.run import RunHandle, status_after
 from cluster.tracking.system import system_metrics
 from cluster.tracking.tracker import connect
 from gare.config import Config
@@ -17,7 +17,7 @@ _COLUMNS = ("video_id", "uri", "stage", "error_type", "message", "attempts")
 
 
 class ExtractionRun:
-    """A run that is open while the context lasts, and ends as failed where that ends with an error.
+    """A run that is open while the context lasts, and ends as failed or killed with it.
 
     Args:
         config: what is extracted; its sections ``extract`` and ``upkeep`` become parameters.
@@ -48,7 +48,7 @@ class ExtractionRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.finish("FINISHED" if kind is None else "FAILED")
+        self._handle.finish(status_after(error))
 
     def system_metrics(self) -> AbstractContextManager[None]:
         """Logs what the cluster's nodes do meanwhile; needs Ray."""

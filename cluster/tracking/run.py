@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from cluster.stopping import asked_by, shielded
 from cluster.tracking import client, outbox, registry, served
 from cluster.tracking.location import mask_credentials
-from gare.errors import GareError
+from gare.errors import GareError, LockLostError, StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ RETRY_AFTER_S = 20.0
 # Per process, by tracking URI: when the store was last found lost. And which warnings each run has had.
 _lost_at: dict[str, float] = {}
 _warned: set[tuple[str, str]] = set()
+# Runs that this process has started and not finished, and the status with which an interrupt finishes each.
+_open: dict[str, tuple[RunHandle, Status]] = {}
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,10 @@ class RunHandle:
 
     def finish(self, status: Status = "FINISHED") -> None:
         """Ends the run; a lost store is survived as in ``log_metrics``."""
-        _lost_at.pop(self.tracking_uri, None)  # the last chance, so try at once
-        self._deliver({"status": status, "end_time": time.time_ns() // 1_000_000})
+        with shielded():
+            _lost_at.pop(self.tracking_uri, None)  # the last chance, so try at once
+            self._deliver({"status": status, "end_time": time.time_ns() // 1_000_000})
+            _open.pop(self.run_id, None)
 
     def deliver_pending(self, seen: Callable[[outbox.Entry], None] = lambda entry: None) -> int:
         """Delivers what waits in ``pending``, of this and other runs; returns the number of entries.
@@ -328,6 +333,26 @@ class RunHandle:
         if (self.run_id, kind) not in _warned:
             _warned.add((self.run_id, kind))
             logger.warning("%s: %s", message, brief(error))
+
+
+def note_open(run: RunHandle, when_interrupted: Status) -> None:
+    """Has ``finish_open_runs`` finish a run that this process has started."""
+    _open[run.run_id] = (run, when_interrupted)
+
+
+def finish_open_runs() -> None:
+    """Finishes the runs that an interrupt has left open, wherever it came."""
+    for run, status in list(_open.values()):
+        run.finish(status)
+
+
+def status_after(error: BaseException | None) -> Status:
+    """The status of a run that ends with this error: killed where somebody ended it, else failed."""
+    if error is None:
+        return "FINISHED"
+    if asked_by() or isinstance(error, StoppedError | LockLostError | KeyboardInterrupt):
+        return "KILLED"
+    return "FAILED"
 
 
 def check_metric_names(names: Iterable[str]) -> None:

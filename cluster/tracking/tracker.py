@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.stopping import shielded
 from cluster.tracking import client, outbox
 from cluster.tracking.location import artifact_root, mask_credentials, resolve_tracking_uri
-from cluster.tracking.run import RunHandle, brief
+from cluster.tracking.run import RunHandle, Status, brief, note_open
 from gare.config import TrackingConfig
 from gare.errors import GareError
 
@@ -58,6 +59,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         pending: str | outbox.Outbox = "",
+        when_interrupted: Status = "KILLED",
     ) -> RunHandle:
         """Continues the run of an earlier start where it still exists, else makes a new one.
 
@@ -68,6 +70,7 @@ class Tracker:
             tags: tags.
             pending: local file, or another outbox, for what cannot be delivered later on; without one it
                 is dropped.
+            when_interrupted: its status where the command is interrupted before anybody finishes it.
 
         Raises:
             GareError: where the store refuses.
@@ -76,8 +79,10 @@ class Tracker:
             if run_id and pending:
                 # First what an earlier start left, its end among it: else that would end this one.
                 RunHandle(self.tracking_uri, self.experiment_id, run_id, pending).deliver_pending()
-            experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
-            run = RunHandle(self.tracking_uri, experiment_id, run_id, pending)
+            with shielded():
+                experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
+                run = RunHandle(self.tracking_uri, experiment_id, run_id, pending)
+                note_open(run, when_interrupted)
             run.log_params(params or {})
         except Exception as error:
             raise GareError(

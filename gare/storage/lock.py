@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
@@ -44,6 +45,7 @@ from gare.storage.generations import (
     release,
     withdraw,
 )
+from gare.storage.uninterrupted import run_whole
 
 logger = logging.getLogger(__name__)
 
@@ -134,11 +136,14 @@ class StoreLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        run_whole(partial(self._leave, went_through=kind is None), f"freeing {self.uri}")
+
+    def _leave(self, *, went_through: bool) -> None:
         self._ended.set()
         self._thread.join()
         try:
             # After a fault, workers may still be about to write.
-            if kind is None and not self._lost and self._is_ours():
+            if went_through and not self._lost and self._is_ours():
                 release(self.uri, self._generation)
         except DataError as error:  # the next job fences what is not there to come
             logger.warning("%s", error)

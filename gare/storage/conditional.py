@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from gare.errors import DataError, shown
-from gare.storage.object_store import CONNECT_TIMEOUT_S, MAX_TRIES, S3Address, address_of
+from gare.storage.object_store import CONNECT_TIMEOUT_S, MAX_RETRIES, S3Address, address_of
 from gare.storage.s3_client import s3_client
 from gare.storage.uris import scheme_of
 
@@ -143,4 +143,4 @@ def _client(address: S3Address) -> Any:
 @lru_cache(maxsize=16)
 def _client_of(endpoint: str, region: str, credentials: tuple[str, ...]) -> Any:
     del credentials  # a key of the cache alone
-    return s3_client(timeout_s=CONNECT_TIMEOUT_S, attempts=MAX_TRIES, endpoint=endpoint, region=region)
+    return s3_client(timeout_s=CONNECT_TIMEOUT_S, attempts=MAX_RETRIES + 1, endpoint=endpoint, region=region)

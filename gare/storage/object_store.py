@@ -16,8 +16,9 @@ from pyarrow import fs as pafs
 
 from gare.errors import DataError, shown
 
-#: Tries of one request, with growing pauses between them, before a lost connection or 5xx is an error.
-MAX_TRIES = 8
+#: Times that a request is tried again, with growing pauses of 51 s in all, before a lost connection or 5xx is
+#: an error.
+MAX_RETRIES = 11
 CONNECT_TIMEOUT_S = 10.0
 #: Without an endpoint of their own, buckets say themselves where they are.
 _DEFAULT_REGION = "us-east-1"
@@ -124,7 +125,9 @@ def _file_system(region: str, scheme: str, endpoint: str, credentials: tuple[str
         scheme="http" if scheme == "http" else "https",
         endpoint_override=endpoint or None,
         connect_timeout=CONNECT_TIMEOUT_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_TRIES),
+        # Not the standard strategy: its budget of tries is used up after an outage, and the client then gives
+        # up at the first connection that is lost. This one counts each request's tries by themselves.
+        retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=MAX_RETRIES),
         # allow_delayed_open stays false: every file is uploaded in parts and appears with the last request.
         # With it there are fewer requests, but after a failed one pyarrow 25 puts an empty object there.
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 from pathlib import Path
 from typing import Any
@@ -100,13 +99,18 @@ def test_lost_connections_change_nothing(
     assert {video.rpartition("/")[2] for video in expected} == {Path(name).stem for name, _, _ in CLIPS}
 
     retried = on_s3("disturbed", root, captions, "extract.retry_failed=true")
+    ended: list[GareError] = []
     for _ in range(8):
         s3_proxy.disturb(drops=25, most_bytes=150_000)
         site.faults = [("cut", 10_000), 503]
         # One that ends with an error is run again, as a person does.
-        with contextlib.suppress(GareError):
+        try:
             result = extract.run(retried)
             break
+        except GareError as error:
+            ended.append(error)
+    else:
+        pytest.fail(f"never went through: {'; '.join(map(str, ended))}")
     print(s3_proxy.dropped)
     assert s3_proxy.dropped["body"] > 0
     s3_proxy.disturb(0)

@@ -105,7 +105,7 @@ def test_a_part_that_cannot_be_written_is_not_there(
     write_atomically(location, b"old")
     # What breaks off may be any request of an upload, or the answer to it.
     most_bytes = int(rng.choice([500, 2_000, 50_000, 6_000_000]))
-    monkeypatch.setattr(object_store, "MAX_TRIES", 2)
+    monkeypatch.setattr(object_store, "MAX_RETRIES", 1)
     object_store._file_system.cache_clear()
     s3_proxy.disturb(drops=1000, most_bytes=most_bytes, share=1.0)
     for _ in range(2):
@@ -117,3 +117,25 @@ def test_a_part_that_cannot_be_written_is_not_there(
     assert s3.get_object(Bucket="videos", Key="part.parquet")["Body"].read() == b"old"
     write_atomically(location, large)
     assert read_bytes(location) == large
+
+
+def test_an_outage_leaves_tries_for_later(
+    s3: Any, s3_proxy: DroppingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that waited for a store of bad nights would else be ended by the first connection lost after it."""
+    monkeypatch.setattr(object_store, "MAX_RETRIES", 2)
+    object_store._file_system.cache_clear()
+    try:
+        write_atomically("s3://videos/there", b"content")
+        s3_proxy.disturb(drops=10**6, most_bytes=2, share=1.0)
+        # The SDK's standard client has a budget of 100 tries again.
+        for _ in range(60):
+            with pytest.raises(DataError):
+                read_bytes("s3://videos/there")
+        for _ in range(3):
+            s3_proxy.disturb(drops=1, most_bytes=2, share=1.0)
+            assert read_bytes("s3://videos/there") == b"content"
+            assert sum(s3_proxy.dropped.values()) == 1
+    finally:
+        s3_proxy.disturb(0)
+        object_store._file_system.cache_clear()

@@ -1,9 +1,9 @@
 """Ending a command on SIGTERM or Ctrl-C: at any moment, in one way, with what there is to keep kept.
 
 The first signal raises ``Interrupted`` in the main thread, so that all that is open is closed. It waits while
-something goes on that must not be cut in two (``shielded``), and workers that have something to keep are asked
-to end by themselves (``asking``). A second signal ends that waiting; a third ends the process without closing
-anything.
+something goes on that must not be cut in two (``shielded``), and workers that have something to keep are
+asked to end by themselves (``asking``). A second signal ends that waiting; a third ends the process without
+closing anything.
 
 This module imports nothing that takes time, so that a command can take signals before it imports the rest.
 """

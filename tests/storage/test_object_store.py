@@ -122,7 +122,7 @@ def test_a_part_that_cannot_be_written_is_not_there(
 def test_an_outage_leaves_tries_for_later(
     s3: Any, s3_proxy: DroppingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that waited for a store of bad nights would else be ended by the first connection lost after it."""
+    """A job that waited for its storage would else be ended by the first connection lost after that."""
     monkeypatch.setattr(object_store, "MAX_RETRIES", 2)
     object_store._file_system.cache_clear()
     try:

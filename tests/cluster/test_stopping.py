@@ -1,0 +1,249 @@
+"""cluster/stopping.py: a command ends on SIGTERM and Ctrl-C in one way, at any moment."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from cluster.stopping import NAMES, STATUS
+
+SIGNALS = [pytest.param(number, id=name) for number, name in NAMES.items()]
+
+#: A command whose body is given; ``hit`` sends it the signal and has Python handle it.
+SCRIPT = """
+import os, signal, sys, threading, time
+from cluster.stopping import take_signals
+take_signals()
+NUMBER = signal.Signals({number})
+def hit():
+    signal.raise_signal(NUMBER)
+from cluster import stopping
+from cluster.command import execute
+from cluster.stopping import asking, asked_by, handlers_kept, shielded
+from pathlib import Path
+def say(text):
+    sys.stderr.write(text + "\\n")
+def run(config):
+{body}
+    return {{"done": True}}
+{before}
+status = execute(run, "", ["--config", {config!r}], {{}})
+{after}
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "any.yaml"
+    path.write_text("name: any\n")
+    return path
+
+
+def end_of(
+    repository: Path, config: Path, number: signal.Signals, body: str, *, before: str = "", after: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """What is left of a command with this body."""
+    indented = "\n".join(f"    {line}" for line in body.strip("\n").splitlines())
+    script = SCRIPT.format(number=int(number), body=indented, before=before, after=after, config=str(config))
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def assert_interrupted(done: subprocess.CompletedProcess[str], number: signal.Signals) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        f"error: interrupted by {NAMES[number]}; the same command continues where this one stopped"
+    ], done.stderr
+    assert (done.returncode, done.stdout) == (STATUS, "")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_one_message_and_status(repository: Path, config: Path, number: signal.Signals) -> None:
+    """A scheduler that sends SIGTERM got an abort, and a person who pressed Ctrl-C got something else."""
+    done = end_of(repository, config, number, "try:\n    hit()\nfinally:\n    say('closed')")
+    assert_interrupted(done, number)
+    assert "closed" in done.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_anything_has_begun(repository: Path, config: Path, number: signal.Signals) -> None:
+    """Imports take seconds, and a trace from within them says nothing to whom they do not belong."""
+    assert_interrupted(end_of(repository, config, number, "pass", before="hit()"), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_after_the_result(repository: Path, config: Path, number: signal.Signals) -> None:
+    """What is done is done: a scheduler must not be told that it failed."""
+    done = end_of(repository, config, number, "pass", after="hit()\nhit()")
+    assert (done.returncode, done.stdout) == (0, '{"done": true}\n')
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_is_shielded_ends_first(repository: Path, config: Path, number: signal.Signals) -> None:
+    """Half of a started Ray, or a run that MLflow has and nobody knows of, could not be closed."""
+    body = """
+with shielded():
+    with shielded():
+        hit()
+    say("went on")
+say("too far")
+"""
+    done = end_of(repository, config, number, body)
+    assert_interrupted(done, number)
+    assert "went on" in done.stderr
+    assert "too far" not in done.stderr
+
+
+def test_one_that_a_library_swallows_comes_again(repository: Path, config: Path) -> None:
+    """Python drops what is raised within a destructor: the command would go on for hours."""
+    body = """
+stopping.UNSEEN_S = 0.1
+class Swallows:
+    def __del__(self):
+        hit()
+sys.unraisablehook = lambda unraisable: say("swallowed")
+Swallows()
+threading.Event().wait(60)
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert_interrupted(done, signal.SIGTERM)
+    assert "swallowed" in done.stderr
+
+
+def test_one_that_is_seen_does_not_come_again(repository: Path, config: Path) -> None:
+    """Closing a store or Ray takes longer than a while, and must not be interrupted in its turn."""
+    body = """
+stopping.UNSEEN_S = 0.05
+try:
+    hit()
+finally:
+    with shielded():
+        threading.Event().wait(0.3)
+    hit()
+    say("closed")
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert_interrupted(done, signal.SIGTERM)
+    assert "closed" in done.stderr
+    assert "once more ends at once" in done.stderr
+
+
+def test_a_third_signal_ends_at_once(repository: Path, config: Path) -> None:
+    """What closes may hang, on a file system that is gone; a person must have a way out."""
+    body = """
+try:
+    hit()
+finally:
+    hit()
+    hit()
+    say("too far")
+"""
+    done = end_of(repository, config, signal.SIGINT, body)
+    assert done.returncode == STATUS
+    assert done.stderr.splitlines()[-1].startswith("error: ended by a third signal (Ctrl-C)")
+    assert "too far" not in done.stderr
+
+
+def test_a_fault_of_what_was_ended_is_no_fault(repository: Path, config: Path) -> None:
+    """Libraries turn an interrupt into faults of their own, which would be taken for bad data."""
+    body = """
+from gare.errors import DataError
+try:
+    hit()
+except KeyboardInterrupt:
+    raise DataError("cannot be written")
+"""
+    assert_interrupted(end_of(repository, config, signal.SIGTERM, body), signal.SIGTERM)
+
+
+def test_libraries_put_no_handlers_in_place_of_ours(repository: Path, config: Path) -> None:
+    """Ray's own kill Ray within the handler, after which the process aborts."""
+    body = """
+with handlers_kept():
+    signal.signal(signal.SIGTERM, lambda *_: say("theirs"))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+hit()
+"""
+    assert_interrupted(end_of(repository, config, signal.SIGTERM, body), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_workers_are_asked_first(repository: Path, config: Path, number: signal.Signals) -> None:
+    """They have the steps since the last checkpoint, which would be lost with them."""
+    body = """
+from gare.errors import StoppedError
+asked = []
+with asking(asked.append):
+    hit()
+    say(f"asked by {asked[0]}")
+raise StoppedError("training was stopped after step 7")
+"""
+    done = end_of(repository, config, number, body)
+    assert f"asked by {NAMES[number]}" in done.stderr
+    assert "error: training was stopped after step 7" in done.stderr
+    assert (done.returncode, done.stdout) == (STATUS, "")
+
+
+@pytest.mark.parametrize("how", ["hit()", "threading.Event().wait(60)"], ids=["second", "grace"])
+def test_workers_are_not_waited_for_for_ever(repository: Path, config: Path, how: str) -> None:
+    """The scheduler kills everything half a minute later, and then nothing is said or closed."""
+    body = f"""
+stopping.GRACE_S = 0.2
+with asking(lambda name: None):
+    hit()
+    {how}
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert done.returncode == STATUS
+    assert "error: stopped by SIGTERM before the workers had written a checkpoint" in done.stderr
+
+
+def test_workers_that_are_done_meanwhile(repository: Path, config: Path) -> None:
+    """A training that ends by itself in the grace has its result, and no signal is left over for later."""
+    body = """
+with asking(lambda name: None):
+    hit()
+with shielded():
+    pass
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert (done.returncode, done.stdout) == (0, '{"done": true}\n'), done.stderr
+
+
+def test_runs_that_are_open_in_mlflow_are_killed(repository: Path, config: Path, tmp_path: Path) -> None:
+    """A run that is shown as running for ever is looked at by somebody every week."""
+    body = f"""
+from cluster.tracking import connect
+uri = "sqlite:///{tmp_path}/mlflow.db"
+tracker = connect(config.tracking.model_copy(update={{"uri": uri}}), {str(tmp_path)!r})
+runs = [
+    tracker.start_run("one"),
+    tracker.start_run("two", when_interrupted="FINISHED"),
+    tracker.start_run("three"),
+]
+runs[2].finish()
+say("runs " + " ".join(run.run_id for run in runs))
+hit()
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert_interrupted(done, signal.SIGTERM)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    ids = re.findall(r"^runs (\w+) (\w+) (\w+)$", done.stderr, re.MULTILINE)[0]
+    assert [client.get_run(one).info.status for one in ids] == ["KILLED", "FINISHED", "FINISHED"]

@@ -10,6 +10,7 @@ This module imports nothing that takes time, so that a command can take signals 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -73,6 +74,11 @@ class _Signals:
                 signal.signal(number, self._handle)
         self.is_taken = True
         return before
+
+    def ignore(self) -> None:
+        """Ignores signals from here on: the process is about to end with its status."""
+        for number in NAMES:
+            signal.signal(number, signal.SIG_IGN)
 
     def give_back(self, before: dict[int, Any]) -> None:
         """Installs the handlers that ``take`` has found."""
@@ -177,6 +183,9 @@ _signals = _Signals()
 def take_signals() -> None:
     """Ends this process in our way from here on, where a signal says so; for commands, in the main thread."""
     _signals.take()
+    # Registered first, called last. Python then goes back to the system's handlers, by which a signal in the
+    # last moment would end the process with another status than its own.
+    atexit.register(_signals.ignore)
 
 
 @contextmanager
@@ -229,6 +238,8 @@ def handlers_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal = original
+        # Ray's C++ puts one below Python's, which prints a trace of addresses first.
+        _signals.take()
 
 
 @contextmanager

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlflow
 import pytest
 
 from cluster.stopping import NAMES, STATUS
+from cluster.tracking.client import client
 
 SIGNALS = [pytest.param(number, id=name) for number, name in NAMES.items()]
 
@@ -227,6 +227,7 @@ with shielded():
     assert (done.returncode, done.stdout) == (0, '{"done": true}\n'), done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload``")  # of MLflow
 def test_runs_that_are_open_in_mlflow_are_killed(repository: Path, config: Path, tmp_path: Path) -> None:
     """A run that is shown as running for ever is looked at by somebody every week."""
     body = f"""
@@ -244,6 +245,6 @@ hit()
 """
     done = end_of(repository, config, signal.SIGTERM, body)
     assert_interrupted(done, signal.SIGTERM)
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    stored = client(f"sqlite:///{tmp_path}/mlflow.db")
     ids = re.findall(r"^runs (\w+) (\w+) (\w+)$", done.stderr, re.MULTILINE)[0]
-    assert [client.get_run(one).info.status for one in ids] == ["KILLED", "FINISHED", "FINISHED"]
+    assert [stored.get_run(one).info.status for one in ids] == ["KILLED", "FINISHED", "FINISHED"]

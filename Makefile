@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test test-cluster faults faults-short suite screenshots lint bench bench-scaling
+.PHONY: help install demo test test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
 .PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer fuzz audit ui clean
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test     install, then the tests, without those of faults"
 	@echo "make faults   the tests of faults: killed workers, nodes and heads, full disks, lost servers (14 min)"
 	@echo "make faults-short  those of them that take less than 10 minutes together"
+	@echo "make interrupts  each step is interrupted at random moments and continued (MINUTES=N: for so long)"
 	@echo "make suite    two benchmarks, two models: the whole way to one table, checked (5 min)"
 	@echo "make screenshots  the MLflow pages of the suite's runs as pictures (needs Chromium)"
 	@echo "make test-cluster  the same model and store on four nodes (5 min)"
@@ -50,6 +51,11 @@ faults: install
 
 faults-short: install
 	$(BIN)/python -m pytest -m "faults and not long" --durations=0
+
+# MINUTES=N: new moments for so long, local and on S3.
+MINUTES ?= 0
+interrupts: install
+	GARE_INTERRUPT_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m faults -s --show-capture=no tests/pipelines/test_interrupted_steps.py
 
 suite: install
 	$(BIN)/python -m tests.suite

@@ -116,5 +116,7 @@ def assert_ended_in_order(ended: Ended, number: signal.Signals) -> None:
     assert len(messages) == 1, ended.stderr
     assert NAMES[number] in messages[0], messages
     assert "the same command continues" in messages[0], messages
-    assert "Traceback" not in ended.stderr, ended.stderr
+    # Ray's own thread, where other Rays run on the machine.
+    own = [line for line in ended.stderr.splitlines() if not line.startswith("(PlacementGroupCleaner ")]
+    assert not any("Traceback" in line for line in own), ended.stderr
     assert not ended.left

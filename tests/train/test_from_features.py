@@ -32,7 +32,7 @@ from gare.data.store import (
 )
 from gare.data.verify import verify
 from gare.errors import CheckpointError, ConfigError, DataError
-from gare.model.clip import towers_sha256
+from gare.model.clip import ClipTowers, towers_sha256
 from gare.model.compiled import CompiledBlocks
 from gare.model.gare import GARE
 from gare.retrieval.encode import Encoder, encode_stored
@@ -133,8 +133,15 @@ def train(places: Places, config: Config, model: GARE, *, features: bool) -> tup
     ],
     ids=["frames", "in parts", "words", "adapters"],
 )
-def test_losses_are_those_of_frozen_towers(places: Places, overrides: list[str]) -> None:
+def test_losses_are_those_of_frozen_towers(
+    places: Places, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A head that learned something else from features than from frames would be another method."""
+    # Features are stored in float16: what the towers make of frames is rounded in the same way, since a few
+    # steps of an optimiser may make much of the difference.
+    for name in ("encode_images", "project_text"):
+        plain = getattr(ClipTowers, name)
+        monkeypatch.setattr(ClipTowers, name, lambda *args, plain=plain: plain(*args).half().float())
     tree = places.config.model_dump(mode="json")
     config = tiny_config(*(f"{key}={value}" for key, value in flat(tree)), *overrides)
     places.encode(places.model(config))
@@ -144,11 +151,8 @@ def test_losses_are_those_of_frozen_towers(places: Places, overrides: list[str])
     assert not any("text_model" in name for name in model.state_dict())
     _, from_features = train(places, config, model, features=True)
     assert len(from_features) == 12
-    # Three epochs of three steps and a validation of six queries. float16 keeps 11 bits of each feature,
-    # which may swap the ranks of two clips that score nearly the same.
-    for place, (ours, theirs) in enumerate(zip(from_features, from_frames, strict=True)):
-        is_mean_rank = place % 4 == 3
-        assert ours == pytest.approx(theirs, rel=1e-2, abs=1 / 6 + 1e-6 if is_mean_rank else 2e-2)
+    # Three epochs of three steps and a validation.
+    assert from_features == pytest.approx(from_frames, rel=1e-4)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 
 from gare.data.tensor_pages import ENCODING, LEVEL
 from gare.errors import DataError
-from gare.storage.files import exists, join, list_files, open_fs, write_atomically
+from gare.storage.files import exists, join, list_files, open_fs, read_bytes, write_atomically
 from gare.storage.generations import generation_of, newest, part_name
+from gare.storage.patience import is_of_a_file
 
 CHECKSUM, REPLACES = "gare.sha256", "gare.replaces"
 #: Files that are opened at once: most of the time is waiting, for an object store above all.
@@ -186,6 +187,21 @@ def is_gone(error: DataError) -> bool:
         return not exists(error.where)
     except DataError:
         return False
+
+
+def is_of_content(error: DataError) -> bool:
+    """True if a part cannot be read for what it holds, not for where it lies.
+
+    pyarrow raises OSError for a page whose bytes have changed as for a storage that does not answer, so the
+    whole part is read and held against its checksum.
+
+    Args:
+        error: of reading the part, which is its ``where``.
+
+    Raises:
+        DataError: where the storage does not give the part, or it is gone.
+    """
+    return not is_of_a_file(error) or bool(checksum_fault(read_bytes(error.where)))
 
 
 def part_files(uri: str, folder: str) -> list[str]:

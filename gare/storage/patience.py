@@ -6,7 +6,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from gare.errors import DataError
@@ -33,7 +33,7 @@ _OF_THE_MACHINE = frozenset(
 
 
 def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_S) -> T:
-    """Tries until a storage that does not answer answers, its fault is one that lasts, or patience ends.
+    """Tries until a storage that does not answer answers, the fault is one that lasts, or patience ends.
 
     Args:
         action: what to do.
@@ -61,8 +61,8 @@ def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Whether a fault of the storage is one that a person has to mend."""
-    return _has_errno(error, LASTING)
+    """Whether a fault is one that a person has to mend: one of what is stored, or a lasting one of where."""
+    return not is_of_a_file(error) or _has_errno(error, LASTING)
 
 
 def is_of_the_machine(error: BaseException) -> bool:
@@ -70,10 +70,17 @@ def is_of_the_machine(error: BaseException) -> bool:
     return _has_errno(error, _OF_THE_MACHINE)
 
 
+def is_of_a_file(error: BaseException) -> bool:
+    """True if an error of the system stands behind this one, as it does where a storage does not answer."""
+    return any(isinstance(one, OSError) for one in _causes(error))
+
+
 def _has_errno(error: BaseException, numbers: frozenset[int]) -> bool:
+    return any(isinstance(one, OSError) and one.errno in numbers for one in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in numbers:
-            return True
+        yield cause
         cause = cause.__cause__
-    return False

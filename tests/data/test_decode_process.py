@@ -203,6 +203,8 @@ def test_a_crash_is_reported(process: DecodeProcess, pipe: str, clip: str, numbe
         process.extract(pipe, deadline_s=60)
     thread.join()
     assert caught.value.where == pipe
+    # Nobody but others sends SIGKILL: such as the system, for memory that another process took.
+    assert caught.value.may_pass == (number == signal.SIGKILL)
     assert len(process.extract(clip).frames) == 12
 
 

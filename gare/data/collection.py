@@ -189,9 +189,9 @@ def may_pass(failure: Mapping[str, Any]) -> bool:
     """
     if failure["transient"] is not None:
         return bool(failure["transient"])
-    return failure["stage"] == "fetch" or (
-        failure["stage"] == "encode" and failure["error_type"] != "ValueError"
-    )
+    if failure["stage"] == "encode":
+        return bool(failure["error_type"] != "ValueError")
+    return bool(failure["stage"] == "fetch")
 
 
 def _is_tried_again(

@@ -23,6 +23,7 @@ from gare.data.store import (
     FAILURE_SCHEMA,
     IDENTITY,
     META,
+    all_failures,
     ids_in_parts,
     read_failures,
     rows_in_parts,
@@ -179,8 +180,11 @@ class FeaturePass(StorePass):
         stored = ids_in_parts(self.uri, "data")
         wanted = {row.video_id for row in self.manifest.rows} - stored.keys()
         theirs = read_failures(self.frames_uri, ids_in_parts(self.frames_uri, "data"))
-        ours = read_failures(self.uri, stored)
-        return [row for key, row in sorted(theirs.items()) if key in wanted and ours.get(key) != row]
+        # Not the last one of each clip: that may be a failure to encode, which is ours alone.
+        ours: dict[str, list[dict[str, Any]]] = {}
+        for row in all_failures(self.uri):
+            ours.setdefault(row["video_id"], []).append(row)
+        return [row for key, row in sorted(theirs.items()) if key in wanted and row not in ours.get(key, ())]
 
 
 def without_frames(frames_uri: str, manifest: Manifest) -> list[str]:

@@ -1,7 +1,7 @@
 """Making parts of a feature store from a frame store.
 
-A storage that does not answer is waited for, and then ends the run. No clip is recorded as failed for it: what
-a clip is given up for is its own, pictures in the frame store that are damaged or features that are not finite.
+A storage that does not answer is waited for, and then ends the run. No clip is recorded as failed for it: a
+clip fails for damaged pictures in the frame store, and for features that are not finite.
 
 M clips, F frames, C captions, W words, D embedding width.
 """

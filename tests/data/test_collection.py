@@ -225,9 +225,7 @@ def test_a_file_that_is_away_uses_up_no_attempt(store: Store) -> None:
         ("encode", "ValueError", False),
     ],
 )
-def test_failures_of_earlier_versions(
-    store: Store, stage: str, error_type: str, *, is_tried: bool
-) -> None:
+def test_failures_of_earlier_versions(store: Store, stage: str, error_type: str, *, is_tried: bool) -> None:
     """What earlier versions gave up for good is in no list; those clips must come back by themselves."""
     failure = {"stage": stage, "error_type": error_type}
     store.run(ROWS, FIRST, fails="ab", transient=None, **failure)

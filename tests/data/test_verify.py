@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data.images import encode_jpeg
 from gare.data.compact import compact
+from gare.data.images import encode_jpeg
 from gare.data.store import (
     EARLIER_FAILURE_SCHEMA,
     FAILURE_SCHEMA,

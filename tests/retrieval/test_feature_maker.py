@@ -178,8 +178,8 @@ def test_a_clip_that_is_there_no_more_is_left_out(places: Places, monkeypatch: p
 def test_a_damaged_clip_costs_itself_alone(places: Places, rng: np.random.Generator) -> None:
     """A flipped bit is no outage: nothing is waited for, the others are made, and it is found again."""
     part, position = ids_in_parts(places.frames, "data")[IDS[2]]
-    column = pq.read_metadata(part).row_group(position).column(
-        places_of_leaves(part).index("frames.list.element")
+    column = (
+        pq.read_metadata(part).row_group(position).column(places_of_leaves(part).index("frames.list.element"))
     )
     data = bytearray(read_bytes(part))
     data[column.data_page_offset + int(rng.integers(column.total_compressed_size))] ^= 16

@@ -159,8 +159,11 @@ class _Partial:
     def begin(self, answer: Answer) -> None:
         """Makes ready for a body; one that does not go on from here starts anew."""
         goes_on = answer.start == self.position and answer.version == self.version
-        if self.position and not goes_on:
-            self.restart()
+        if not (self.position and goes_on):
+            try:
+                self.restart()  # also where nothing has come: what a full disk refused may still be there
+            except OSError as error:
+                raise of_the_disk(error) from error
         if answer.start != self.position:
             raise TransientError("the server sends another part than was asked for")
         self.version, self._size_bytes, self._md5 = answer.version, answer.size_bytes, answer.md5

@@ -8,11 +8,11 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.sources.attempts import Attempts, TransientError, full_disk
+from cluster.sources.attempts import Attempts, TransientError, of_the_disk
 from cluster.sources.contract import Answer, FetchedVideo, LocalSource, RemoteVersion, Server
 from cluster.sources.s3 import S3Server
 from cluster.sources.temporary import temporary_video
@@ -60,7 +60,10 @@ class RemoteVideos:
             with self._local.open(uri) as video:
                 yield video
             return
-        with temporary_video(uri.partition("?")[0]) as stream:
+        with ExitStack() as stack:
+            stream = Attempts(self._sources, shown(uri)).call(
+                lambda _: stack.enter_context(temporary_video(uri.partition("?")[0]))
+            )
             version = self._fetch(self._servers[scheme], uri, stream)
             yield FetchedVideo(stream.name, version.size_bytes, version.version)
 
@@ -156,13 +159,19 @@ class _Partial:
     def begin(self, answer: Answer) -> None:
         """Makes ready for a body; one that does not go on from here starts anew."""
         goes_on = answer.start == self.position and answer.version == self.version
-        if self.position and not goes_on:
-            self.restart()
+        if not (self.position and goes_on):
+            try:
+                self.restart()  # also where nothing has come: what a full disk refused may still be there
+            except OSError as error:
+                raise of_the_disk(error) from error
         if answer.start != self.position:
             raise TransientError("the server sends another part than was asked for")
         self.version, self._size_bytes, self._md5 = answer.version, answer.size_bytes, answer.md5
         self._check_size(answer.size_bytes or 0)
-        free_bytes = shutil.disk_usage(Path(self._stream.name).parent).free
+        try:
+            free_bytes = shutil.disk_usage(Path(self._stream.name).parent).free
+        except OSError as error:
+            raise of_the_disk(error) from error
         if (answer.size_bytes or 0) - self.position + SPARE_BYTES > free_bytes:
             raise TransientError("there is no room on the disk for temporary files (TMPDIR)")
 
@@ -172,8 +181,9 @@ class _Partial:
         try:
             self._stream.write(chunk)
         except OSError as error:
-            self.restart()
-            raise full_disk(error) or error from error
+            with suppress(OSError):  # the next try starts anew all the same
+                self.restart()
+            raise of_the_disk(error) from error
         self._digest.update(chunk)
         self.position += len(chunk)
 
@@ -193,8 +203,9 @@ class _Partial:
         try:
             self._stream.flush()
         except OSError as error:
-            self.restart()
-            raise full_disk(error) or error from error
+            with suppress(OSError):  # the next try starts anew all the same
+                self.restart()
+            raise of_the_disk(error) from error
         self.is_whole = True
 
     def _check_size(self, size_bytes: int) -> None:

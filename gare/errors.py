@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 
 class GareError(Exception):
@@ -21,6 +21,8 @@ class GareError(Exception):
     result: Mapping[str, Any] | None = None
     #: Process exit status of a pipeline that ends with this error.
     exit_code = 4
+    #: True if the same may go well at another time: a server, disk or node was at fault, not the data.
+    may_pass = False
 
     def __init__(self, what: str, *, where: str = "", accepted: str = "") -> None:
         self.what = what
@@ -34,11 +36,17 @@ class GareError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Exception pickles its positional arguments only, which would lose where and accepted on the
         # way from a worker to the driver.
-        return _rebuild, (type(self), self.what, self.where, self.accepted)
+        return _rebuild, (type(self), self.what, self.where, self.accepted, self.may_pass)
+
+    def passing(self) -> Self:
+        """The same error, as one that may pass."""
+        self.may_pass = True
+        return self
 
 
-def _rebuild(kind: type[GareError], what: str, where: str, accepted: str) -> GareError:
-    return kind(what, where=where, accepted=accepted)
+def _rebuild(kind: type[GareError], what: str, where: str, accepted: str, may_pass: bool) -> GareError:
+    error = kind(what, where=where, accepted=accepted)
+    return error.passing() if may_pass else error
 
 
 class DivergedError(GareError):

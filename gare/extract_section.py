@@ -51,7 +51,15 @@ class ExtractConfig(Section):
     max_failed_fraction: Fraction = Field(
         0.1, description="share of the videos that may fail before the job ends with an error"
     )
-    retry_failed: bool = Field(False, description="try videos again that failed before")
+    max_attempts: Count = Field(
+        5,
+        description="attempts at a video that fails for what may pass, such as a server that does not answer "
+        "or a full disk; each run makes one, by itself; 1: none again. What is wrong with the file itself is "
+        "not tried again until the file changes",
+    )
+    retry_failed: bool = Field(
+        False, description="try all videos again that failed before, also those whose file is at fault"
+    )
     videos_per_part: Count = Field(32, description="videos a Parquet part of the store holds at most")
     workers: int = Field(0, ge=0, description="decoding actors; 0: one for each CPU that the cluster has")
 

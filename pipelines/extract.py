@@ -44,7 +44,11 @@ logger = logging.getLogger(__name__)
 FLAGS = {
     "--verify": ("upkeep.task", "check all that is in the store", "verify"),
     "--compact": ("upkeep.task", "merge small parts of the store", "compact"),
-    "--retry-failed": ("extract.retry_failed", "try failed videos again", "true"),
+    "--retry-failed": (
+        "extract.retry_failed",
+        "try all failed videos again, also those whose file is at fault",
+        "true",
+    ),
     "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
 }
 #: Does what a comparison found and says how it went; calls the lock's ``check`` after each part.

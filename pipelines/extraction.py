@@ -49,8 +49,8 @@ def frame_pass(config: Config, manifest: Manifest, store: str) -> FramePass:
 
 
 def words(counts: Mapping[str, int]) -> str:
-    """Counts as a person reads them."""
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+    """Counts as a person reads them; what was tried again only where there is some."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count or name != "retried")
 
 
 def decode_rows(

@@ -18,7 +18,8 @@ from gare.config import Config
 from gare.errors import CheckpointError, GareError, StoppedError
 from gare.storage.files import delete_file, exists, join, read_json, write_json
 from gare.storage.generations import Owned
-from gare.train.checkpoints import Checkpoints, CheckpointWriter, Entry, patiently
+from gare.storage.patience import patiently
+from gare.train.checkpoints import Checkpoints, CheckpointWriter, Entry
 from gare.train.history import History
 
 logger = logging.getLogger(__name__)

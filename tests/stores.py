@@ -60,7 +60,7 @@ def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dic
 
 
 def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
-    """A row of a failures part."""
+    """A row of a failures part; the file is at fault."""
     return {
         "video_id": video_id,
         "uri": f"/videos/{video_id}.mp4",
@@ -72,6 +72,7 @@ def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
         "end_s": None,
         "source_bytes": 1000,
         "source_version": "mtime 1",
+        "transient": False,
     }
 
 

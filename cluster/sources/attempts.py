@@ -1,4 +1,9 @@
-"""New tries after disturbances: which faults are one, how long to wait, when to give up."""
+"""New tries after disturbances: which faults are one, how long to wait, when to give up.
+
+A fetch that is given up after tries raises an error that may pass, as the error of a refusal does: the next
+run tries the video again. Final is what says something of the video or of what is allowed: 404 and 410, a
+scheme, an address, a size.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,9 @@ _LONGEST_PAUSE_S = 30.0
 _TRANSIENT_STATUS = frozenset({408, 425, 429})
 #: Of those, the ones that say that no try will ever do.
 _FINAL_STATUS = frozenset({501, 505})
+#: Answers that another try at once does not change, another night may: signatures end and are renewed, and
+#: rights are given, without any change of the video that would call for a new try.
+_REFUSED_STATUS = frozenset({401, 403, 407})
 
 T = TypeVar("T")
 
@@ -39,6 +47,11 @@ class TransientError(Exception):
 def is_transient(status: int) -> bool:
     """Whether an HTTP status asks for a new try: 408, 425, 429 and 5xx do, 403 and 404 do not."""
     return status in _TRANSIENT_STATUS or (status >= 500 and status not in _FINAL_STATUS)
+
+
+def is_refused(status: int) -> bool:
+    """Whether an HTTP status refuses who asks: 401, 403 and 407 do."""
+    return status in _REFUSED_STATUS
 
 
 class Attempts:
@@ -84,7 +97,7 @@ class Attempts:
                 f"{fault.reason}, after {tries}",
                 where=self._where,
                 accepted="a server that answers, or larger sources.retries",
-            ) from fault
+            ).passing() from fault
         most_s = min(self._sources.backoff_s * 2 ** min(self._failed - 1, 30), _LONGEST_PAUSE_S)
         # A random share of it: workers that were thrown out together must not come back together.
         pause_s = max(fault.pause_s, self._random.uniform(0, most_s))
@@ -109,11 +122,15 @@ class Attempts:
             f"was not fetched within its deadline of {self._sources.deadline_s:g} s{last}",
             where=self._where,
             accepted="a larger sources.deadline_s",
-        )
+        ).passing()
 
 
-def full_disk(error: OSError) -> TransientError | None:
-    """The disturbance behind an error of the disk: others may make room; None where it is another error."""
+def of_the_disk(error: OSError) -> TransientError:
+    """The disturbance behind an error of the disk of temporary files, which is never the video's.
+
+    Others may make room or close their files; another node may have a disk that works.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return TransientError("there is no room on the disk for temporary files (TMPDIR)")
-    return None
+    reason = error.strerror or type(error).__name__
+    return TransientError(f"the disk for temporary files (TMPDIR) fails: {reason}")

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Any
 
-from cluster.sources.attempts import TransientError, is_transient
+from cluster.sources.attempts import TransientError, is_refused, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
 from gare.errors import FetchError, GoneError, shown
@@ -22,6 +22,8 @@ from gare.storage.s3_client import s3_client
 _TRANSIENT_CODES = frozenset(
     {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException"}
 )
+#: Codes that refuse who asks, beside 401 and 403.
+_REFUSED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"})
 _REASONS = {
     403: ("access is denied", "credentials that may read it, or sources.anonymous=true for a public bucket"),
     404: ("there is no such object", "an object that exists"),
@@ -144,10 +146,11 @@ def _faults(uri: str) -> Iterator[None]:
             "there are no credentials for S3",
             where=shown(uri),
             accepted="AWS_ACCESS_KEY_ID with its secret, a profile, a role, or sources.anonymous=true",
-        ) from error
+        ).passing() from error
     except exceptions.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise FetchError("the certificate of the S3 endpoint is not trusted", where=shown(uri)) from error
+            fault = FetchError("the certificate of the S3 endpoint is not trusted", where=shown(uri))
+            raise fault.passing() from error
         raise TransientError("the connection was lost") from error
     except (exceptions.ConnectTimeoutError, exceptions.ReadTimeoutError) as error:
         raise TransientError("there was no answer in time") from error
@@ -177,8 +180,9 @@ def _answered(error: Any, uri: str) -> TransientError | FetchError:
         return TransientError(f"S3 answers {code if not code.isdigit() else status}")
     reason, accepted = _REASONS.get(status, ("", ""))
     kind = GoneError if status == 404 else FetchError
-    return kind(
+    fault = kind(
         f"{reason} (S3 answers {code})" if reason else f"S3 answers {code}",
         where=shown(uri),
         accepted=accepted,
     )
+    return fault.passing() if is_refused(status) or code in _REFUSED_CODES else fault

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from cluster.sources.attempts import of_the_disk
+
 _PREFIX = "gare-video-"
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}\Z")
 
@@ -25,10 +27,16 @@ def temporary_video(name: str) -> Iterator[IO[bytes]]:
 
     Args:
         name: of the video; its ending is kept, since decoders look at it.
+
+    Raises:
+        TransientError: where the folder takes no file.
     """
-    _remove_abandoned()
     suffix = found[0] if (found := _SUFFIX.search(name)) else ""
-    stream = _locked(suffix)
+    try:
+        _remove_abandoned()
+        stream = _locked(suffix)
+    except OSError as error:
+        raise of_the_disk(error) from error
     try:
         yield stream
     finally:

@@ -15,7 +15,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from cluster.sources.addresses import check_address, is_address
-from cluster.sources.attempts import TransientError, is_transient
+from cluster.sources.attempts import TransientError, is_refused, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
 from gare.errors import FetchError, GoneError, shown
@@ -204,7 +204,8 @@ def _check_status(response: urllib3.BaseHTTPResponse, uri: str) -> None:
         pause_s = float(asked) if asked.isascii() and asked.isdigit() else 0.0
         raise TransientError(words, pause_s=min(pause_s, _LONGEST_ASKED_PAUSE_S))
     kind = GoneError if response.status in (404, 410) else FetchError
-    raise kind(words, where=shown(uri), accepted="a URL that can be read without a login")
+    error = kind(words, where=shown(uri), accepted="a URL that can be read without a login")
+    raise error.passing() if is_refused(response.status) else error
 
 
 def _length(response: urllib3.BaseHTTPResponse) -> int | None:
@@ -248,7 +249,8 @@ def _faults(uri: str) -> Iterator[None]:
         raise FetchError("is not a URL", where=shown(uri)) from error
     except errors.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise FetchError("the certificate of the server is not trusted", where=shown(uri)) from error
+            fault = FetchError("the certificate of the server is not trusted", where=shown(uri))
+            raise fault.passing() from error  # it is renewed, or the machine is told of its issuer
         raise TransientError("the connection was lost") from error
     except errors.NameResolutionError as error:
         raise TransientError(f"the name of the server cannot be resolved{_beside_proxy()}") from error

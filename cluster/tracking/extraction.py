@@ -13,7 +13,7 @@ from cluster.tracking.system import system_metrics
 from cluster.tracking.tracker import connect
 from gare.config import Config
 
-_COLUMNS = ("video_id", "uri", "stage", "error_type", "message", "attempts")
+_COLUMNS = ("video_id", "uri", "stage", "error_type", "message", "attempts", "transient")
 
 
 class ExtractionRun:

@@ -14,7 +14,7 @@ from typing import Any
 from gare.data.manifest import ManifestRow
 from gare.data.parts import Part, read_parts
 from gare.data.sources import FileVersion
-from gare.data.store import FAILURE_SCHEMA, IDENTITY, read_retired
+from gare.data.store import IDENTITY, all_failures, read_retired
 from gare.errors import DataError, GoneError
 
 #: start_s, end_s, source_bytes, source_version: see ``gare.data.store.IDENTITY``.
@@ -28,8 +28,9 @@ class Comparison:
     Attributes:
         pending: rows to extract, each with its identity as far as it is known and the attempts so far.
         retired: rows that no longer count, as ``gare.data.store.write_retired`` takes them.
-        counts: ``new``, ``changed``, ``unchanged`` and ``gone`` clips; the first two are what there is to do
-            and what failed before.
+        counts: ``new``, ``changed``, ``unchanged``, ``gone`` and ``retried`` clips. New, changed and retried
+            ones are what there is to do; the last have failed before as they are now. Unchanged are those
+            that are stored, and those whose failure is final.
         lost: ids of the collection whose file was there once and is not any more.
     """
 
@@ -81,6 +82,7 @@ def compare(
     versions: Mapping[str, FileVersion | DataError],
     *,
     retry_failed: bool,
+    max_attempts: int = 1,
 ) -> Comparison:
     """Compares the rows of a frame store with the clips that it should hold.
 
@@ -89,28 +91,35 @@ def compare(
         rows: of the manifest.
         versions: what ``stat`` of the source says of each uri of the rows. A file that cannot be looked at
             for another reason than that it is gone counts as unchanged.
-        retry_failed: whether clips are tried again that failed on this very file.
+        retry_failed: whether clips are tried again that failed on this very file, whatever the reason.
+        max_attempts: attempts at a clip as it is now whose failures may pass; see ``may_pass``.
     """
     wanted = [Wanted.of(row, versions[row.uri]) for row in rows]
-    return compare_clips(uri, wanted, retry_failed=retry_failed)
+    return compare_clips(uri, wanted, retry_failed=retry_failed, max_attempts=max_attempts)
 
 
 def compare_clips(
-    uri: str, clips: Sequence[Wanted], *, retry_failed: bool, captions: bool = False
+    uri: str,
+    clips: Sequence[Wanted],
+    *,
+    retry_failed: bool,
+    max_attempts: int = 1,
+    captions: bool = False,
 ) -> Comparison:
     """As ``compare``, for a store of any kind.
 
     Args:
         uri: the store.
         clips: that it should hold.
-        retry_failed: whether clips are tried again that failed on this very file.
+        retry_failed: as in ``compare``.
+        max_attempts: as in ``compare``.
         captions: whether a row counts only with the captions of the manifest. Pending rows then have
             ``captions``, ``made``: the part that has the clip with others, None where none has, and
-            ``is_new``: whether it never was there before.
+            ``counted``: which of the counts it is in.
     """
     wanted = {clip.row.video_id: clip for clip in clips}
     held, failures = _held(uri, captions=captions), _failures(uri)
-    counts = dict.fromkeys(("new", "changed", "unchanged", "gone"), 0)
+    counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "retried"), 0)
     retired: dict[str, dict[str, str]] = {}
     pending: list[dict[str, Any]] = []
     lost: list[str] = []
@@ -129,15 +138,19 @@ def compare_clips(
             counts["unchanged"] += 1
             continue
         failed = failures.get(video_id, [])
-        known = any(_has_failed(one, clip) for one in failed)
+        known = [one for one in failed if _has_failed(one, clip)]
+        is_pending = not known or retry_failed or _is_tried_again(known, failed, clip, max_attempts)
+        counted = "changed" if stored or failed else "new"
+        if known:
+            counted = "retried" if is_pending else "unchanged"
         if not clip.is_gone or not stored:
-            counts["changed" if (stored or failed) and not known else "unchanged" if known else "new"] += 1
-        if retry_failed or not known:
+            counts[counted] += 1
+        if is_pending:
             request = _request(clip, max((one["attempts"] for one in failed), default=0))
             if captions:
                 request["captions"] = list(clip.row.captions)
                 request["made"] = same[0].part.location if same else None
-                request["is_new"] = not stored and not failed
+                request["counted"] = counted
             pending.append(request)
     return Comparison(tuple(pending), retired, counts, tuple(sorted(lost)))
 
@@ -160,15 +173,50 @@ def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
 
 
 def _failures(uri: str) -> dict[str, list[dict[str, Any]]]:
+    """Failed attempts at each clip, the last one last."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for part in read_parts(uri, "failures", FAILURE_SCHEMA.names)[0]:
-        for row in part.rows:
-            found.setdefault(row["video_id"], []).append(row)
+    for row in all_failures(uri):
+        found.setdefault(row["video_id"], []).append(row)
     return found
 
 
+def may_pass(failure: Mapping[str, Any]) -> bool:
+    """Whether a clip may succeed at another attempt as it is; of a row of an earlier version a guess.
+
+    Earlier versions did not say it. Of theirs, what could not be fetched is tried again, what did not decode
+    is not. They also recorded as failed to encode what the frame store's disk or server was to blame for:
+    all but features that are not finite (ValueError) is tried again.
+    """
+    if failure["transient"] is not None:
+        return bool(failure["transient"])
+    if failure["stage"] == "encode":
+        return bool(failure["error_type"] != "ValueError")
+    return bool(failure["stage"] == "fetch")
+
+
+def _is_tried_again(
+    known: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]], clip: Wanted, max_attempts: int
+) -> bool:
+    """Whether a clip that has failed as it is now is tried again without being asked for.
+
+    One that is gone just now waits for its file, and uses up no attempt.
+
+    Args:
+        known: its failures as it is now, the last one last.
+        failed: all its failures.
+        clip: as it is now.
+        max_attempts: attempts at it as it is now.
+    """
+    last = known[-1]
+    if clip.is_gone or not may_pass(last):
+        return False
+    # Attempts are counted on over the versions of a file; those at this one came after the last at another.
+    before = [one["attempts"] for one in failed if one not in known and one["attempts"] < last["attempts"]]
+    return bool(last["attempts"] - max(before, default=0) < max_attempts)
+
+
 def _has_failed(failure: Mapping[str, Any], clip: Wanted) -> bool:
-    """Whether a clip has failed as it is now, and would again."""
+    """Whether an attempt failed at a clip as it is now, and has not been made up for since."""
     past = clip.is_decoded and failure["stage"] != "encode"
     return not past and _same(tuple(failure[key] for key in IDENTITY), clip.identity)
 

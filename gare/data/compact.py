@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from gare.data.parts import Part, checksum_fault, encode_part, put_part, read_parts, write_table
 from gare.data.store import (
     FAILURE_SCHEMA,
+    IDENTITY,
+    all_failures,
     ids_in_parts,
-    read_failures,
     read_meta,
     read_retired,
     write_meta,
@@ -129,10 +130,18 @@ def _delete(parts: Sequence[Part], check: Callable[[], None]) -> None:
 
 
 def _compact_failures(uri: str, stored: Mapping[str, object], held: Held) -> None:
-    """The last failure of each video that is still failed, in one part."""
+    """The last failure of each video that is still failed, in one part.
+
+    Those of its earlier versions and of other stages stay: they tell how often this one was tried.
+    """
     parts, replaced = read_parts(uri, "failures", ["video_id"])
     _delete(replaced, held.check)
-    rows = list(read_failures(uri, stored).values())
+    last = {
+        tuple(row[key] for key in ("video_id", "stage", *IDENTITY)): row
+        for row in all_failures(uri)
+        if row["video_id"] not in stored
+    }
+    rows = list(last.values())
     if sum(len(part.rows) for part in parts) == len(rows) and len(parts) < 2:
         return
     if rows:

@@ -131,8 +131,8 @@ def _check_unchanged(
         raise DataError(
             "changed while it was read",
             where=str(Path(path).absolute()),
-            accepted="a file that nobody is writing; extract.retry_failed=true tries it again",
-        ) from cause
+            accepted="a file that nobody is writing; the next run tries it again",
+        ).passing() from cause
 
 
 def _decode(request: Request, decoder: Decoder) -> DecodedClip:

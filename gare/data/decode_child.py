@@ -18,6 +18,7 @@ from gare.data.decode import DecodedClip, decode_clip
 from gare.data.decode_pipe import LENGTH_BYTES
 from gare.data.images import encode_jpeg, fit_frame, prepare_frame
 from gare.errors import GareError
+from gare.storage.patience import is_of_the_machine
 from gare.storage.uris import local_path
 
 
@@ -32,12 +33,13 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except GareError as error:
             kind = type(error).__name__
             fault = {"error": error.what, "kind": kind, "where": error.where, "accepted": error.accepted}
-            _answer(answers, fault)
+            _answer(answers, {**fault, "may_pass": error.may_pass or is_of_the_machine(error)})
         except (MemoryError, BlockingIOError):  # the latter: no room for a thread's stack
             _answer(answers, {"error": "", "kind": "MemoryError"})
         except Exception as error:  # whatever one video brings about, the next one gets its turn
             text = f"{type(error).__name__}: {error}"[:500]
-            _answer(answers, {"error": text, "kind": "", "where": request["path"], "accepted": ""})
+            fault = {"error": text, "kind": "", "where": request["path"], "accepted": ""}
+            _answer(answers, {**fault, "may_pass": is_of_the_machine(error)})
         else:
             header = {name: value for name, value in vars(clip).items() if name != "frames"}
             _answer(

@@ -23,6 +23,9 @@ import gare
 #: Bytes of a message that hold the length of its header.
 LENGTH_BYTES = 4
 _STDERR_BYTES = 4000
+_OF_OTHERS = frozenset(
+    (*(signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT), signal.SIGBUS)
+)
 
 
 class Child:
@@ -100,6 +103,16 @@ class Child:
             return True
         self._tail = (self._tail + data)[-_STDERR_BYTES:]
         return bool(data)
+
+    def was_ended_by_others(self) -> bool:
+        """True if the process that has ended did not end itself: a signal that no decoder brings about.
+
+        Such are SIGKILL, as the system kills what takes the memory of others, SIGTERM or SIGHUP of a node
+        that goes down, and SIGBUS, a mapped file that its disk does not give. SIGSEGV, SIGABRT, SIGFPE and
+        SIGILL, and an exit, come from what the decoder did with the file.
+        """
+        status = self.process.poll()
+        return status is not None and -status in _OF_OTHERS
 
     def how_it_ended(self) -> str:
         """For a message: the signal or status, and the last line of stderr."""

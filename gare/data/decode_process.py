@@ -27,6 +27,10 @@ _START_DEADLINE_S = 120.0
 class DecodeTimeoutError(DataError):
     """A video that did not decode within its deadline."""
 
+    # Of a node that is overloaded or a mount that hangs, for all that can be told here; a file that never
+    # ends costs its deadline once a run, up to extract.max_attempts.
+    may_pass = True
+
 
 class DecoderCrashError(DataError):
     """A video that took the decoding process down."""
@@ -34,6 +38,9 @@ class DecoderCrashError(DataError):
 
 class DecodeMemoryError(DataError):
     """A video that needs more memory than it may."""
+
+    # Final: the limit is the process's own and the same every time. Where the machine is short of memory,
+    # the process is killed instead.
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,11 +176,12 @@ class DecodeProcess:
                 accepted="a larger extract.deadline_s",
             ) from error
         except (EOFError, BrokenPipeError) as error:
-            how = child.how_it_ended()
+            how, by_others = child.how_it_ended(), child.was_ended_by_others()
             self.close()
             if re.search("bad_alloc|cannot allocate memory", how, re.IGNORECASE):  # as C++ libraries end
                 raise _beyond(memory_mb, path) from error
-            raise DecoderCrashError(f"the decoder crashed: {how}", where=path) from error
+            crash = DecoderCrashError(f"the decoder crashed: {how}", where=path)
+            raise crash.passing() if by_others else crash from error
         except BaseException:
             self.close()  # the answer to come must not be taken for the next video's
             raise
@@ -182,7 +190,8 @@ class DecodeProcess:
             raise _beyond(memory_mb, path)
         if "error" in header:
             kind = ConfigError if header["kind"] == "ConfigError" else DataError
-            raise kind(header["error"], where=header["where"], accepted=header["accepted"])
+            fault = kind(header["error"], where=header["where"], accepted=header["accepted"])
+            raise fault.passing() if header["may_pass"] else fault
         header.pop("sizes")
         header["frame_idx"] = np.array(header["frame_idx"], dtype=np.int64)
         header["time_s"] = np.array(header["time_s"], dtype=np.float64)

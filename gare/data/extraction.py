@@ -12,9 +12,9 @@ from typing import Any
 from gare.config import ExtractConfig
 from gare.data.decode_process import DecodeProcess, DecoderCrashError, ExtractedClip
 from gare.data.parts import encode_part, put_part, table_of
-from gare.data.sources import LocalVideo, LocalVideos, VideoSource
+from gare.data.sources import LocalVideo, LocalVideos, VideoSource, check_readable
 from gare.data.store import FAILURE_SCHEMA, IDENTITY, frame_schema
-from gare.errors import DataError, FetchError, shown
+from gare.errors import DataError, FetchError, GoneError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Extractor:
         started = time.perf_counter()
         with self.source.open(row["uri"]) as video:
             opened = time.perf_counter()
-            clip = self._decode(row, video)
+            clip = self._checked(row, video)
             seconds["decode"] += time.perf_counter() - opened
             seconds["fetch"] += opened - started
         frames: Any = clip.frames
@@ -151,6 +151,18 @@ class Extractor:
             "note": clip.note,
         }
 
+    def _checked(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
+        """The clip; what a disk did not give is never taken for a fault or the end of the file."""
+        try:
+            clip = self._decode(row, video)
+        except DataError as error:
+            if not error.may_pass:
+                check_readable(video.path)
+            raise
+        if not clip.complete:
+            check_readable(video.path)
+        return clip
+
     def _decode(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
         extract = self.extract
 
@@ -177,7 +189,11 @@ class Extractor:
             # Somebody may have killed it, as the system does when memory is short: no fault of the file
             # until it happens to it again.
             logger.warning("%s: %s; trying once more", row["video_id"], error.what)
-            return once()
+            try:
+                return once()
+            except DecoderCrashError as second:
+                # The content alone is to blame where it has brought down the decoder both times.
+                raise second.passing() if error.may_pass else second from second.__cause__
 
     def close(self) -> None:
         """Ends the child process."""
@@ -193,4 +209,7 @@ def _failure(row: Mapping[str, Any], error: DataError) -> dict[str, Any]:
         "error_type": type(error.__cause__ or error).__name__,
         "message": error.what,
         "attempts": row["attempts"] + 1,
+        # What was there when the run began and then was not may be back as it was, of a disk that was
+        # unmounted for an hour.
+        "transient": error.may_pass or (isinstance(error, GoneError) and row["source_version"] is not None),
     }

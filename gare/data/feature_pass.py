@@ -23,6 +23,7 @@ from gare.data.store import (
     FAILURE_SCHEMA,
     IDENTITY,
     META,
+    all_failures,
     ids_in_parts,
     read_failures,
     rows_in_parts,
@@ -70,9 +71,9 @@ class FeaturePass(StorePass):
         super().__init__(config, manifest, uri, feature_settings(config, towers_sha256), code_version)
         self.frames_uri = frames_uri
         self._stat = stat
-        #: Clips that are being made, and those of this pass by id: whether they are new.
+        #: Clips that are being made, and those of this pass by id: which of the counts they are in.
         self._in_work: set[str] = set()
-        self._handed_out: dict[str, bool] = {}
+        self._handed_out: dict[str, str] = {}
 
     @property
     def schema(self) -> pa.Schema:
@@ -100,7 +101,14 @@ class FeaturePass(StorePass):
             else:
                 is_gone = row.video_id in failed
                 wanted.append(dataclasses.replace(Wanted.of(row), is_gone=is_gone))
-        found = compare_clips(self.uri, wanted, retry_failed=self.config.extract.retry_failed, captions=True)
+        extract = self.config.extract
+        found = compare_clips(
+            self.uri,
+            wanted,
+            retry_failed=extract.retry_failed,
+            max_attempts=extract.max_attempts,
+            captions=True,
+        )
         pending = tuple(row | {"place": places.get(row["video_id"])} for row in found.pending)
         counts = self._with_handed_out(found.counts, {row["video_id"] for row in pending})
         if versions is not None:
@@ -112,10 +120,10 @@ class FeaturePass(StorePass):
     def _with_handed_out(self, counts: dict[str, int], pending: set[str]) -> dict[str, int]:
         """What was there before this pass began, which may have made something since."""
         counts = dict(counts)
-        for video_id, is_new in self._handed_out.items():
+        for video_id, counted in self._handed_out.items():
             if video_id not in pending:
                 counts["unchanged"] -= 1
-                counts["new" if is_new else "changed"] += 1
+                counts[counted] += 1
         return counts
 
     def is_settled(self, comparison: Comparison) -> bool:
@@ -147,7 +155,7 @@ class FeaturePass(StorePass):
             parts = [part for part in parts if len(part) == size]
         if parts:
             self.begin(comparison)
-        handed_out = {row["video_id"]: row["is_new"] for part in parts for row in part}
+        handed_out = {row["video_id"]: row["counted"] for part in parts for row in part}
         self._in_work |= handed_out.keys()
         self._handed_out = handed_out | self._handed_out
         return parts
@@ -172,8 +180,11 @@ class FeaturePass(StorePass):
         stored = ids_in_parts(self.uri, "data")
         wanted = {row.video_id for row in self.manifest.rows} - stored.keys()
         theirs = read_failures(self.frames_uri, ids_in_parts(self.frames_uri, "data"))
-        ours = read_failures(self.uri, stored)
-        return [row for key, row in sorted(theirs.items()) if key in wanted and ours.get(key) != row]
+        # Not the last one of each clip: that may be a failure to encode, which is ours alone.
+        ours: dict[str, list[dict[str, Any]]] = {}
+        for row in all_failures(self.uri):
+            ours.setdefault(row["video_id"], []).append(row)
+        return [row for key, row in sorted(theirs.items()) if key in wanted and row not in ours.get(key, ())]
 
 
 def without_frames(frames_uri: str, manifest: Manifest) -> list[str]:

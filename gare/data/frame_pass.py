@@ -39,5 +39,11 @@ class FramePass(StorePass):
     def look(self) -> Comparison:
         """The store beside the files as both are now."""
         versions = self._stat([row.uri for row in self.manifest.rows])
-        retry_failed = self.config.extract.retry_failed
-        return compare(self.uri, self.manifest.rows, versions, retry_failed=retry_failed)
+        extract = self.config.extract
+        return compare(
+            self.uri,
+            self.manifest.rows,
+            versions,
+            retry_failed=extract.retry_failed,
+            max_attempts=extract.max_attempts,
+        )

@@ -61,7 +61,7 @@ class Inventory:
             f"{len(self.failures)} of {self.num_wanted} videos failed:{table}\n",
             where=join(self.uri, "failures"),
             accepted=f"at most extract.max_failed_fraction={self.max_failed_fraction:g} of them; "
-            "--retry-failed (extract.retry_failed=true) tries them again",
+            "the next run tries again what may pass, --retry-failed (extract.retry_failed=true) all of them",
         )
 
 

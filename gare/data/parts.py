@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 
 from gare.data.tensor_pages import ENCODING, LEVEL
 from gare.errors import DataError
-from gare.storage.files import exists, join, list_files, open_fs, write_atomically
+from gare.storage.files import exists, join, list_files, open_fs, read_bytes, write_atomically
 from gare.storage.generations import generation_of, newest, part_name
+from gare.storage.patience import is_of_a_file
 
 CHECKSUM, REPLACES = "gare.sha256", "gare.replaces"
 #: Files that are opened at once: most of the time is waiting, for an object store above all.
@@ -188,12 +189,29 @@ def is_gone(error: DataError) -> bool:
         return False
 
 
+def is_of_content(error: DataError) -> bool:
+    """True if a part cannot be read for what it holds, not for where it lies.
+
+    pyarrow raises OSError for a page whose bytes have changed as for a storage that does not answer, so the
+    whole part is read and held against its checksum.
+
+    Args:
+        error: of reading the part, which is its ``where``.
+
+    Raises:
+        DataError: where the storage does not give the part, or it is gone.
+    """
+    return not is_of_a_file(error) or bool(checksum_fault(read_bytes(error.where)))
+
+
 def part_files(uri: str, folder: str) -> list[str]:
     """Locations of all of a store's parts, sorted, those that do not count included."""
     return list_files(join(uri, folder), ".parquet")
 
 
-def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part], list[Part]]:
+def read_parts(
+    uri: str, folder: str, columns: Sequence[str], added: Sequence[str] = ()
+) -> tuple[list[Part], list[Part]]:
     """The parts that count, and those that may be deleted, each sorted.
 
     The latter are replaced by others, or were written by a job after another one had taken its place; these
@@ -203,6 +221,7 @@ def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part
         uri: the store.
         folder: ``data`` or ``failures``.
         columns: what to read of their rows.
+        added: more of it, which parts of earlier versions lack; their rows have None there.
 
     Raises:
         DataError: for a part that cannot be read.
@@ -214,7 +233,7 @@ def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part
             # the listing after that is seen to be void.
             locations = newest(uri).counting(folder, there) if there else []
             with ThreadPoolExecutor(THREADS) as pool:
-                parts = list(pool.map(lambda location: _read_part(location, columns), locations))
+                parts = list(pool.map(lambda location: _read_part(location, columns, added), locations))
             break
         except DataError as error:
             # Merged into another and deleted since they were listed.
@@ -228,17 +247,24 @@ def read_parts(uri: str, folder: str, columns: Sequence[str]) -> tuple[list[Part
     )
 
 
-def _read_part(location: str, columns: Sequence[str]) -> Part:
-    table = read_columns(location, columns)
+def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> Part:
+    table = read_columns(location, columns, added)
     metadata = table.schema.metadata or {}
     # A part that something else wrote goes by its name.
     checksum = metadata.get(CHECKSUM.encode(), location.rsplit("/", 1)[-1].encode()).decode()
     replaces = frozenset(json.loads(metadata.get(REPLACES.encode(), b"[]")))
-    return Part(location, checksum, replaces, tuple(table.to_pylist()))
+    lacking = dict.fromkeys(name for name in added if name not in table.column_names)
+    rows = [row | lacking for row in table.to_pylist()] if lacking else table.to_pylist()
+    return Part(location, checksum, replaces, tuple(rows))
 
 
-def read_columns(part: str, columns: Sequence[str] | None) -> pa.Table:
+def read_columns(part: str, columns: Sequence[str] | None, added: Sequence[str] = ()) -> pa.Table:
     """Some columns of a part, or all; its footer's metadata are those of the schema.
+
+    Args:
+        part: its location.
+        columns: which; None: all.
+        added: more of them, if the part has them.
 
     Raises:
         DataError: if the part is not whole Parquet or lacks a column.
@@ -253,7 +279,8 @@ def read_columns(part: str, columns: Sequence[str] | None) -> pa.Table:
                     where=part,
                     accepted="a Parquet part of a store",
                 )
-            table = file.read(columns=None if columns is None else list(columns))
+            some = [*(columns or ()), *(name for name in added if name in names)]
+            table = file.read(columns=None if columns is None else some)
             return table.replace_schema_metadata(file.metadata.metadata)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(

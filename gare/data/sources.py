@@ -5,7 +5,9 @@ Sources of other machines are the business of ``cluster``; extraction knows this
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,10 @@ from typing import Protocol
 
 from gare.errors import DataError, FetchError, GoneError, shown
 from gare.storage.uris import local_path, scheme_of
+
+_CHUNK_BYTES = 1 << 20
+#: Faults of a path that names nothing, now and later; all others are of the disk, the mount or the rights.
+_OF_THE_NAME = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL))
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,9 @@ def _version(uri: str) -> FileVersion:
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         kind = GoneError if isinstance(error, FileNotFoundError) else FetchError
-        raise kind(reason, where=shown(uri), accepted="a file that exists and may be read") from error
+        fault = kind(reason, where=shown(uri), accepted="a file that exists and may be read")
+        is_final = not isinstance(error, OSError) or error.errno in _OF_THE_NAME
+        raise fault if is_final else fault.passing() from error
     return FileVersion(status.st_size, str(status.st_mtime_ns))
 
 
@@ -110,4 +118,25 @@ def _check_unchanged(uri: str, before: FileVersion, cause: DataError | None) -> 
     if not same:
         raise FetchError(
             "changed while it was read", where=shown(uri), accepted="a file that is complete"
-        ) from cause
+        ).passing() from cause
+
+
+def check_readable(path: str) -> None:
+    """Reads a file to its end, to tell a storage that does not give it from a file that is bad.
+
+    Decoders take a fault of reading for the end of the file, or for damage.
+
+    Raises:
+        FetchError: where it cannot be read; it may pass.
+    """
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - as above
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+                while file.read(_CHUNK_BYTES):
+                    pass
+    except OSError as error:
+        raise FetchError(
+            f"cannot be read to its end: {error.strerror or error}",
+            where=path,
+            accepted="a disk or mount that gives the file",
+        ).passing() from error

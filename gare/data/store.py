@@ -24,12 +24,14 @@ from gare.storage.files import exists, join, json_bytes, read_bytes, read_json
 from gare.storage.generations import Held, generation_of
 
 __all__ = [
+    "EARLIER_FAILURE_SCHEMA",
     "FAILURE_SCHEMA",
     "IDENTITY",
     "META",
     "NOBODY",
     "RETIRED",
     "StoreMeta",
+    "all_failures",
     "check_settings",
     "fingerprint",
     "frame_schema",
@@ -68,7 +70,12 @@ _FAILURE_COLUMNS: dict[str, pa.DataType] = {
     "attempts": pa.int32(),
     **_IDENTITY_COLUMNS,
 }
-FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS)
+#: Columns of failures that parts of earlier versions lack. ``transient``: whether the clip may succeed as it
+#: is, since a server, disk or node was at fault; null where an earlier version has not said it.
+_ADDED_COLUMNS: dict[str, pa.DataType] = {"transient": pa.bool_()}
+FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS | _ADDED_COLUMNS)
+#: As earlier versions have written it.
+EARLIER_FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS)
 
 
 _SAMPLING = {
@@ -306,10 +313,15 @@ def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]
         uri: the store.
         stored: ids that the data parts hold; a later attempt brought them in after all.
     """
-    rows = [
-        row
-        for part in read_parts(uri, "failures", FAILURE_SCHEMA.names)[0]
-        for row in part.rows
-        if row["video_id"] not in stored
-    ]
-    return {row["video_id"]: row for row in sorted(rows, key=lambda row: int(row["attempts"]))}
+    rows = [row for row in all_failures(uri) if row["video_id"] not in stored]
+    return {row["video_id"]: row for row in rows}
+
+
+def all_failures(uri: str) -> list[dict[str, Any]]:
+    """Every failed attempt that is recorded, also of videos that are stored by now, the last ones last.
+
+    Raises:
+        DataError: for a part that cannot be read.
+    """
+    parts, _ = read_parts(uri, "failures", list(_FAILURE_COLUMNS), list(_ADDED_COLUMNS))
+    return sorted((row for part in parts for row in part.rows), key=lambda row: int(row["attempts"]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,15 @@ import pyarrow.parquet as pq
 
 from gare.data.images import decode_jpeg, size_fault
 from gare.data.parts import checksum_fault, part_files, read_parts
-from gare.data.store import FAILURE_SCHEMA, StoreMeta, fingerprint, read_failures, read_meta, read_retired
+from gare.data.store import (
+    EARLIER_FAILURE_SCHEMA,
+    FAILURE_SCHEMA,
+    StoreMeta,
+    fingerprint,
+    read_failures,
+    read_meta,
+    read_retired,
+)
 from gare.errors import DataError
 from gare.storage.files import read_bytes
 from gare.storage.generations import generation_of
@@ -50,7 +58,7 @@ def verify(
     read = {"parts": 0, "videos": 0, "failures": 0, "bytes": 0}
     if fingerprint(meta.settings) != meta.fingerprint:
         faults.append(_fault(uri, "", "the fingerprint in _META.json is not that of its settings"))
-    for folder, expected in (("data", schema), ("failures", FAILURE_SCHEMA)):
+    for folder, expected in (("data", (schema,)), ("failures", (FAILURE_SCHEMA, EARLIER_FAILURE_SCHEMA))):
         with ThreadPoolExecutor(threads) as pool:
             checked = pool.map(
                 lambda part, expected=expected: _check_part(part, expected, meta), part_files(uri, folder)
@@ -128,7 +136,8 @@ def _check_ids(uri: str, meta: StoreMeta, wanted: Collection[str], read: dict[st
         yield _fault(uri, "", "the last run did not go through")
 
 
-def _check_part(location: str, schema: pa.Schema, meta: StoreMeta) -> tuple[list[Fault], int]:
+def _check_part(location: str, schemas: Sequence[pa.Schema], meta: StoreMeta) -> tuple[list[Fault], int]:
+    """The faults of a part, which has one of these schemas, and its bytes."""
     try:
         data = read_bytes(location)
     except DataError as error:
@@ -139,8 +148,8 @@ def _check_part(location: str, schema: pa.Schema, meta: StoreMeta) -> tuple[list
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             found = file.schema_arrow
-            if not found.equals(schema):
-                faults.append(_fault(location, "", f"has other columns: {_difference(found, schema)}"))
+            if not any(found.equals(schema) for schema in schemas):
+                faults.append(_fault(location, "", f"has other columns: {_difference(found, schemas[0])}"))
                 return faults, len(data)
             for group in range(file.num_row_groups):
                 faults += _check_group(location, file, group, meta)

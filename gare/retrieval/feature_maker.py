@@ -1,13 +1,17 @@
 """Making parts of a feature store from a frame store.
 
+A storage that does not answer is waited for, and then ends the run. No clip is recorded as failed for it: a
+clip fails for damaged pictures in the frame store, and for features that are not finite.
+
 M clips, F frames, C captions, W words, D embedding width.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +22,14 @@ from gare.data.feature_pass import Part
 from gare.data.feature_store import feature_schema, feature_table, stored_frames
 from gare.data.frames import FrameReader
 from gare.data.images import normalise
-from gare.data.parts import write_table
+from gare.data.parts import is_of_content, write_table
 from gare.data.store import FAILURE_SCHEMA, IDENTITY, write_part
 from gare.errors import ConfigError, DataError, shown
 from gare.model.clip import ClipTowers, tower_text
 from gare.model.compiled import cast_once, compile_towers
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
+from gare.storage.patience import PATIENCE_S, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,10 @@ logger = logging.getLogger(__name__)
 CAPTIONS_PER_CLIP = 8
 #: Largest finite float16, beyond which a feature cannot be stored.
 LARGEST = float(np.finfo(np.float16).max)
+
+T = TypeVar("T")
+#: Frames (1, F, H, W, 3) uint8 and their mask (1, F).
+Clip: TypeAlias = tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,6 +55,7 @@ class FeatureMaker:
         model: whose towers encode, or rather a copy of them; its device is where.
         run: what tells this run's parts from those of others, such as an earlier one over the same clips.
         generation: of the lock that the run holds, see ``gare.storage.generations``.
+        patience_s: seconds for which a storage that fails is tried again.
 
     Raises:
         ConfigError: for a model without towers, or a failing compiler where ``features.compile`` is towers.
@@ -59,9 +69,10 @@ class FeatureMaker:
         model: GARE,
         run: str = "",
         generation: int = 0,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.frames_uri, self.uri, self.features, self.run = frames_uri, uri, features, run
-        self.generation = generation
+        self.generation, self.patience_s = generation, patience_s
         if not isinstance(model.towers, ClipTowers):
             raise ConfigError("the model has no towers", where="encode", accepted="a model that has them")
         self.kind = _DTYPES[features.precision]
@@ -76,15 +87,17 @@ class FeatureMaker:
     def write(self, part: Part) -> dict[str, int]:
         """Makes a part of ``FeaturePass.parts``; it appears after the last of its clips.
 
+        Clips that the frame store has no more are left out.
+
         Returns:
             Numbers of clips written, clips failed and frames encoded.
 
         Raises:
-            DataError: if the store cannot be written.
+            DataError: if a store cannot be read or written, once patience has ended.
         """
         good: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
-        known = _made_before(part)
+        known = self._made_before(part)
         self._follow_the_store([row for row in part if row["video_id"] not in known])
         for first in range(0, len(part), self.features.batch):
             some = part[first : first + self.features.batch]
@@ -94,7 +107,8 @@ class FeatureMaker:
             )
             for row in made:
                 if reason := _unfit(row):
-                    bad.append(_failure(row, "ValueError", reason))
+                    # Of what the clip shows and of the weights: the next attempt gives the same.
+                    bad.append(_failure(row, "ValueError", reason, transient=False))
                 else:
                     good.append(row)
         for failure in bad:
@@ -102,23 +116,37 @@ class FeatureMaker:
         # Failures first, as in extraction.
         group = [self.run, *(row["video_id"] for row in part)]
         if bad:
-            write_part(self.uri, "failures", bad, FAILURE_SCHEMA, group, self.generation)
+            self._patiently(
+                lambda: write_part(self.uri, "failures", bad, FAILURE_SCHEMA, group, self.generation),
+                f"{self.uri} cannot be written",
+            )
         if good:
             table = feature_table(good, self.schema)
-            write_table(self.uri, "data", table, group, generation=self.generation)
+            self._patiently(
+                lambda: write_table(self.uri, "data", table, group, generation=self.generation),
+                f"{self.uri} cannot be written",
+            )
         return {"written": len(good), "failed": len(bad), "frames": sum(row["num_frames"] for row in good)}
 
     @torch.inference_mode()
     def _frames(
         self, rows: Sequence[Mapping[str, Any]], bad: list[dict[str, Any]]
     ) -> dict[str, dict[str, Any]]:
-        """``frames`` and ``num_frames`` by id; a clip that cannot be read is added to ``bad``."""
-        clips: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]] = {}
+        """``frames`` and ``num_frames`` by id; a clip that is damaged is added to ``bad``."""
+        clips: dict[str, Clip] = {}
         for row in rows:
-            try:
-                clips[row["video_id"]] = self._clip(row["video_id"])
-            except DataError as error:
-                bad.append(_failure(row, type(error.__cause__ or error).__name__, error.what))
+            video_id = row["video_id"]
+            found = self._patiently(
+                partial(self._clip, video_id), f"{self.frames_uri}: {video_id!r} cannot be read"
+            )
+            if isinstance(found, DataError):
+                # The part may be made again, of the same video: another attempt may find it sound.
+                kind = type(found.__cause__ or found).__name__
+                bad.append(_failure(row, kind, found.what, transient=True))
+            elif found is None:
+                logger.warning("%s: the frame store has it no more; it is left out", video_id)
+            else:
+                clips[video_id] = found
         if not clips:
             return {}
         pictures, masks = (np.concatenate(arrays) for arrays in zip(*clips.values(), strict=True))
@@ -142,14 +170,43 @@ class FeatureMaker:
         self._texts([""] * (CAPTIONS_PER_CLIP * clips))
 
     def _follow_the_store(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Looks up the clips again where they are not where they were; the store changes meanwhile."""
+        """Has the clips looked up again where they are not where they were; the store changes meanwhile."""
         places = self.reader.places if self.reader else {}
         if any(places.get(row["video_id"], ("", 0))[0] != row["place"] for row in rows):
-            self.reader = FrameReader(self.frames_uri)
+            self.reader = None
 
-    def _clip(self, video_id: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        assert self.reader is not None
-        return self.reader.read([video_id])
+    def _clip(self, video_id: str) -> Clip | DataError | None:
+        """A clip as the frame store holds it now, the damage of it, or None where it is there no more.
+
+        Raises:
+            DataError: of the storage, or of a part that was merged into another meanwhile; the next call
+                looks the clip up anew.
+        """
+        if self.reader is None:
+            self.reader = FrameReader(self.frames_uri)
+        if video_id not in self.reader.places:
+            return None
+        reader, self.reader = self.reader, None
+        try:
+            found: Clip | DataError = reader.read([video_id])
+        except DataError as error:
+            if not is_of_content(error):
+                raise  # and forget the reader, with the files that it holds open
+            found = error
+        self.reader = reader
+        return found
+
+    def _made_before(self, part: Part) -> dict[str, dict[str, Any]]:
+        """Features of frames that the store has already, of the part's clips by id."""
+        known: dict[str, dict[str, Any]] = {}
+        for location in sorted({row["made"] for row in part if row["made"]}):
+            ids = {row["video_id"] for row in part if row["made"] == location}
+            made = self._patiently(partial(stored_frames, location), f"{location} cannot be read")
+            known |= {key: frames for key, frames in made.items() if key in ids}
+        return known
+
+    def _patiently(self, action: Callable[[], T], fault: str) -> T:
+        return patiently(action, fault, self.patience_s)
 
     @torch.inference_mode()
     def _with_texts(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -181,15 +238,6 @@ class FeatureMaker:
         return torch.autocast(self.device.type, self.kind, enabled=self.kind is not torch.float32)
 
 
-def _made_before(part: Part) -> dict[str, dict[str, Any]]:
-    """Features of frames that the store has already, of the part's clips by id."""
-    known: dict[str, dict[str, Any]] = {}
-    for location in sorted({row["made"] for row in part if row["made"]}):
-        ids = {row["video_id"] for row in part if row["made"] == location}
-        known |= {key: frames for key, frames in stored_frames(location).items() if key in ids}
-    return known
-
-
 def _half(values: torch.Tensor) -> npt.NDArray[np.float16]:
     return values.to(torch.float16).cpu().numpy()
 
@@ -201,7 +249,7 @@ def _unfit(made: Mapping[str, Any]) -> str:
     return ""
 
 
-def _failure(row: Mapping[str, Any], kind: str, message: str) -> dict[str, Any]:
+def _failure(row: Mapping[str, Any], kind: str, message: str, *, transient: bool) -> dict[str, Any]:
     return {
         "video_id": row["video_id"],
         "uri": shown(row["uri"]),
@@ -210,4 +258,5 @@ def _failure(row: Mapping[str, Any], kind: str, message: str) -> dict[str, Any]:
         "error_type": kind,
         "message": message,
         "attempts": row["attempts"] + 1,
+        "transient": transient,
     }

@@ -16,5 +16,5 @@ them the log says so once; there a look before the write has to do.
 writes that was taken over without noticing. docs/design/store-writers.md has the model and its invariants.
 
 *Faults*: ``DataError`` with the location, never an exception of pyarrow or boto3; ``FullDiskError`` for lack
-of room.
+of room. ``patience.patiently`` waits for a storage that does not answer.
 """

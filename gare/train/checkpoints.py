@@ -6,17 +6,17 @@ appears whole or not at all, so that whatever is killed, and whenever, the check
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from gare.errors import CheckpointError, DataError, FullDiskError, GareError, shown
 from gare.storage.files import delete_leftovers, delete_tree, exists, join, list_files, read_json, write_json
+from gare.storage.patience import PATIENCE_S, patiently
 from gare.train.history import History
 from gare.train.sums import sha256_of
 
@@ -25,18 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 INDEX = "index.json"
 _ANOTHER_INDEX = "a copy of it as it was written, or train.overwrite=true"
-#: Seconds for which a checkpoint is tried again where the storage does not take it; training goes on.
-PATIENCE_S = 600.0
-#: The longest pause between two tries.
-MAX_PAUSE_S = 20.0
-#: What does not pass by itself: a full disk, a quota, a folder that may not be written.
-LASTING = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-)
 
 
 @dataclass(frozen=True)
@@ -264,41 +254,3 @@ class CheckpointWriter:
             where=error.where or location,
             accepted=f"{mend}; the same command then continues from {last}",
         )
-
-
-def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_S) -> T:
-    """Tries until a storage that does not answer answers, its fault is one that lasts, or patience ends.
-
-    Args:
-        action: what to do.
-        fault: what could not be done, for the warning.
-        patience_s: seconds to try.
-
-    Raises:
-        DataError: of the last try.
-    """
-    deadline, pause, tries = time.monotonic() + patience_s, 1.0, 1
-    while True:
-        try:
-            done = action()
-        except DataError as error:
-            if is_lasting(error) or time.monotonic() + pause > deadline:
-                raise
-            if tries == 1:
-                logger.warning("%s, it is tried again for %.0f s: %s", fault, patience_s, error)
-            threading.Event().wait(pause)
-            pause, tries = min(2 * pause, MAX_PAUSE_S), tries + 1
-        else:
-            if tries > 1:
-                logger.warning("the storage answers again, at try %d", tries)
-            return done
-
-
-def is_lasting(error: BaseException) -> bool:
-    """Whether a fault of the storage is one that a person has to mend."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in LASTING:
-            return True
-        cause = cause.__cause__
-    return False

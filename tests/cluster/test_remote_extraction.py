@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import pytest
 
 from cluster.remote import RemoteVideos
 from gare.config import ExtractConfig, SourcesConfig
+from gare.data.collection import compare
 from gare.data.extraction import Extractor
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.sources import LocalVideos, VideoSource
 from gare.data.store import frame_schema, ids_in_parts, read_columns, read_failures
 from gare.errors import DataError
+from gare.storage import object_store
 from tests.servers import DroppingProxy, Site
 from tests.stores import pending_rows
 
@@ -145,8 +149,88 @@ def test_what_cannot_be_fetched_is_a_failure_of_its_own_kind(
         "missing": "fetch",
         "no object": "fetch",
     }
+    assert {row["transient"] for row in failures.values()} == {False}
     assert failures["gone"]["message"] == "the server answers 404 Not Found"
     assert failures["gone"]["uri"] == f"{site.url}/gone.mp4"
     assert failures["missing"]["error_type"] == "FileNotFoundError"
     assert rows(store)["good"]["uri"].to_pylist() == [f"{site.url}/good.mp4"]
     assert "hush" not in str(failures)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (503, "the server answers 503"),
+        (429, "the server answers 429"),
+        (403, "the server answers 403"),
+        (("cut", 1000), "the connection was lost"),
+        ("refused", "the server cannot be connected to"),
+    ],
+)
+def test_a_bad_hour_of_a_server_is_made_up_for(
+    site: Site, shared: Path, tmp_path: Path, fault: Any, said: str
+) -> None:
+    """Clips that a busy server, an ended signature or a lost line kept out must be in the store tomorrow."""
+    site.files["/good.mp4"] = (shared / "data" / "videos" / "realshort.mp4").read_bytes()
+    clip = ManifestRow("good", f"{site.url}/good.mp4", None, None, "train", ("a",))
+    manifest, store = Manifest((clip,), benchmark="folder", protocol="own"), str(tmp_path / "store")
+    with extractor(store, retries=1) as worker:
+
+        def left() -> list[dict[str, Any]]:
+            versions = worker.source.stat([clip.uri])
+            return list(compare(store, manifest.rows, versions, retry_failed=False, max_attempts=3).pending)
+
+        pending = left()
+        if fault == "refused":
+            pending = [row | {"uri": "http://127.0.0.1:1/good.mp4"} for row in pending]
+        else:
+            site.faults = [fault] * 2
+        worker.write(pending)
+        site.faults = []
+        failed = read_failures(store, set())["good"]
+        assert (failed["stage"], failed["attempts"], failed["transient"]) == ("fetch", 1, True)
+        assert failed["message"].startswith(said)
+        worker.write(left())
+        assert rows(store).keys() == {"good"}
+        assert left() == []
+
+
+def test_a_full_disk_of_a_node_is_made_up_for(
+    site: Site, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One node without room for temporary files would take its share of the collection out for good."""
+    site.files["/good.mp4"] = (shared / "data" / "videos" / "realshort.mp4").read_bytes()
+    clip = ManifestRow("good", f"{site.url}/good.mp4", None, None, "train", ("a",))
+    manifest, store = Manifest((clip,), benchmark="folder", protocol="own"), str(tmp_path / "store")
+    with extractor(store, retries=1) as worker:
+        pending = pending_rows(manifest, store, retry_failed=False, source=worker.source)
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EIO):
+
+            def refused(*_: Any, number: int = number) -> None:
+                raise OSError(number, os.strerror(number))
+
+            with monkeypatch.context() as patch:
+                patch.setattr("cluster.sources.temporary.tempfile.mkstemp", refused)
+                worker.write(pending)
+            failed = read_failures(store, set())["good"]
+            assert (failed["stage"], failed["transient"]) == ("fetch", True)
+            assert "TMPDIR" in failed["message"]
+            pending = [row | {"attempts": row["attempts"] + 1} for row in pending]
+
+
+def test_a_storage_that_is_away_fails_no_clip(s3_proxy: DroppingProxy, s3: Any, shared: Path) -> None:
+    """The store's own server was down, not that of the videos: no clip may be recorded for it."""
+    clip = ManifestRow("good", str(shared / "data/videos/realshort.mp4"), None, None, "train", ("a",))
+    manifest = Manifest((clip,), benchmark="folder", protocol="own")
+    with pytest.MonkeyPatch.context() as patch, extractor("s3://videos/store") as worker:
+        patch.setattr(object_store, "MAX_TRIES", 1)
+        object_store._file_system.cache_clear()
+        pending = pending_rows(manifest, "s3://videos/store", retry_failed=False, source=worker.source)
+        s3_proxy.refuse("/store/data/")
+        with pytest.raises(DataError, match="cannot be written"):
+            worker.write(pending)
+        s3_proxy.refuse("")
+        assert read_failures("s3://videos/store", set()) == {}
+        again = pending_rows(manifest, "s3://videos/store", retry_failed=False, source=worker.source)
+        assert again == pending
+    object_store._file_system.cache_clear()

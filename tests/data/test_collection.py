@@ -9,18 +9,21 @@ import pytest
 
 from gare.config import ExtractConfig
 from gare.data.collection import Comparison, compare
+from gare.data.compact import compact
 from gare.data.manifest import ManifestRow
 from gare.data.sources import FileVersion, LocalVideos
 from gare.data.store import (
+    EARLIER_FAILURE_SCHEMA,
     FAILURE_SCHEMA,
     frame_schema,
     ids_in_parts,
+    read_failures,
     read_retired,
     write_part,
     write_retired,
 )
 from gare.errors import DataError, FetchError, GoneError
-from tests.stores import failure_row, random_frames, stored_row
+from tests.stores import describe_store, failure_row, random_frames, stored_row
 
 RAW = ExtractConfig(num_frames=2, image_size=8, encoding="raw")
 Versions = dict[str, FileVersion | DataError]
@@ -45,10 +48,18 @@ class Store:
         self.uri, self.rng, self.runs = str(folder), rng, 0
 
     def run(
-        self, rows: list[ManifestRow], versions: Versions, *, retry_failed: bool = False, fails: str = ""
+        self,
+        rows: list[ManifestRow],
+        versions: Versions,
+        *,
+        retry_failed: bool = False,
+        max_attempts: int = 3,
+        fails: str = "",
+        transient: bool | None = False,
+        **failure: str,
     ) -> Comparison:
-        """A run over these clips; those named in ``fails`` fail."""
-        found = compare(self.uri, rows, versions, retry_failed=retry_failed)
+        """A run over these clips; those named in ``fails`` fail, None: as earlier versions recorded it."""
+        found = compare(self.uri, rows, versions, retry_failed=retry_failed, max_attempts=max_attempts)
         write_retired(self.uri, found.retired)
         self.runs += 1
         for request in found.pending:
@@ -57,7 +68,9 @@ class Store:
                 row = failure_row(request["video_id"], request["attempts"] + 1) | {
                     key: request[key] for key in ("start_s", "end_s", "source_bytes", "source_version")
                 }
-                write_part(self.uri, "failures", [row], FAILURE_SCHEMA, group)
+                schema = EARLIER_FAILURE_SCHEMA if transient is None else FAILURE_SCHEMA
+                row |= {"transient": transient, **failure}
+                write_part(self.uri, "failures", [row], schema, group)
                 continue
             frames = random_frames(RAW, self.rng, 2)
             row = stored_row(RAW, request["video_id"], frames) | {
@@ -154,6 +167,72 @@ def test_a_failed_file_is_tried_again_when_it_changes(store: Store) -> None:
     found = store.run(ROWS, {**FIRST, "/videos/b.mp4": version(2)})
     assert [(row["video_id"], row["attempts"]) for row in found.pending] == [("b", 2)]
     assert store.ids == {"a", "b", "c"}
+
+
+def test_what_may_pass_is_tried_again_by_itself(store: Store) -> None:
+    """Five minutes of a busy server at night must not keep clips out of the store for good."""
+    store.run(ROWS, FIRST, fails="ab", transient=True)
+    found = store.run(ROWS, FIRST, fails="a", transient=True)
+    assert [(row["video_id"], row["attempts"]) for row in found.pending] == [("a", 1), ("b", 1)]
+    assert found.counts == {"new": 0, "changed": 0, "unchanged": 1, "gone": 0, "retried": 2}
+    assert (counts(store.run(ROWS, FIRST)), store.ids) == ((0, 0, 2, 0), {"a", "b", "c"})
+
+
+def test_attempts_end(store: Store) -> None:
+    """A server that is gone for good must not cost its timeouts every night for years."""
+    tries = [pending(store.run(ROWS, FIRST, fails="b", transient=True)) for _ in range(5)]
+    assert tries == [["a", "b", "c"], ["b"], ["b"], [], []]
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    assert pending(compare(store.uri, ROWS, FIRST, retry_failed=True)) == ["b"]
+    # Once is never again.
+    assert pending(store.run(ROWS, FIRST, max_attempts=1)) == []
+    # Whether it passes is what the last attempt says.
+    assert pending(store.run(ROWS, FIRST, max_attempts=5, fails="b")) == ["b"]
+    assert pending(store.run(ROWS, FIRST, max_attempts=9)) == []
+
+
+@pytest.mark.parametrize("is_compacted", [False, True])
+def test_attempts_are_those_at_this_version(store: Store, *, is_compacted: bool) -> None:
+    """A file that was mended after many bad nights has as many tries as any other."""
+    describe_store(store.uri, RAW)
+    for _ in range(4):
+        store.run(ROWS, FIRST, fails="b", transient=True)
+    second: Versions = {**FIRST, "/videos/b.mp4": version(2)}
+    store.run(ROWS, second, fails="b", transient=True)
+    if is_compacted:
+        compact(store.uri, 10**6)
+        assert read_failures(store.uri, {})["b"]["attempts"] == 4
+    tries = [pending(store.run(ROWS, second, fails="b", transient=True)) for _ in range(3)]
+    assert tries == [["b"], ["b"], []]
+
+
+def test_a_file_that_is_away_uses_up_no_attempt(store: Store) -> None:
+    """A disk that is unmounted for a week must find its clips waiting for it."""
+    store.run(ROWS, FIRST, fails="b", transient=True)
+    for _ in range(5):
+        found = store.run(ROWS, {**FIRST, "/videos/b.mp4": missing()})
+        assert (pending(found), counts(found)) == ([], (0, 0, 3, 0))
+    assert pending(store.run(ROWS, FIRST)) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "error_type", "is_tried"),
+    [
+        ("fetch", "TransientError", True),
+        ("decode", "DataError", False),
+        ("encode", "OSError", True),
+        ("encode", "FileNotFoundError", True),
+        ("encode", "ValueError", False),
+    ],
+)
+def test_failures_of_earlier_versions(store: Store, stage: str, error_type: str, *, is_tried: bool) -> None:
+    """What earlier versions gave up for good is in no list; those clips must come back by themselves."""
+    failure = {"stage": stage, "error_type": error_type}
+    store.run(ROWS, FIRST, fails="ab", transient=None, **failure)
+    assert read_failures(store.uri, {})["a"]["transient"] is None
+    found = store.run(ROWS, FIRST, fails="a", transient=False)  # beside parts of this version
+    assert pending(found) == (["a", "b"] if is_tried else [])
+    assert pending(store.run(ROWS, FIRST)) == []
 
 
 def test_what_two_jobs_wrote_counts_once(store: Store) -> None:

@@ -170,7 +170,7 @@ def test_a_file_that_grows_while_it_is_read(clip: str, tmp_path: Path, size: flo
     else:
         with pytest.raises(DataError, match="changed while it was read") as caught:
             decode_clip(growing, prepare=grow)
-    assert "retry_failed" in caught.value.accepted
+    assert caught.value.may_pass
     growing.write_bytes(data)
     assert len(decode_clip(growing).frames) == 12
 
@@ -203,6 +203,8 @@ def test_a_crash_is_reported(process: DecodeProcess, pipe: str, clip: str, numbe
         process.extract(pipe, deadline_s=60)
     thread.join()
     assert caught.value.where == pipe
+    # Nobody but others sends SIGKILL: such as the system, for memory that another process took.
+    assert caught.value.may_pass == (number == signal.SIGKILL)
     assert len(process.extract(clip).frames) == 12
 
 

@@ -110,6 +110,7 @@ def test_good_and_bad_videos(manifest: Manifest, store: str, extractor: Extracto
         assert failed["uri"].endswith(f"{name}.mp4")
         assert failed["message"]
         assert failed["error_type"]
+        assert failed["transient"] is False
 
 
 def write_pictures(path: Path, sizes: list[tuple[int, int]], seed: int, codec: str = "libx264") -> None:
@@ -291,6 +292,8 @@ def test_a_file_that_hangs_costs_itself_alone(manifest: Manifest, store: str) ->
     failures = read_failures(store, {})
     assert failures.keys() == {"gone"}
     assert "deadline of 6 s" in failures["gone"]["message"]
+    # Of a node that is overloaded, as far as anybody can tell.
+    assert failures["gone"]["transient"] is True
 
 
 def test_a_killed_decoder_is_no_fault_of_the_file(
@@ -319,10 +322,76 @@ def test_a_killed_decoder_is_no_fault_of_the_file(
     pending = pending_rows(manifest, store, retry_failed=False)[:2]
     kill(2)
     assert counts_of(extractor.write(pending)) == (1, 1, 3)
-    assert "SIGKILL" in read_failures(store, {})["dark"]["message"]
+    failed = read_failures(store, {})["dark"]
+    assert "SIGKILL" in failed["message"]
+    assert failed["transient"] is True
     killed.clear()
     kill(1)
     assert counts_of(extractor.write(pending_rows(manifest, store, retry_failed=True)[:1])) == (1, 0, 2)
+
+
+@pytest.mark.parametrize(("signals", "transient"), [("SS", False), ("SK", True), ("KS", True)])
+def test_what_crashes_the_decoder_twice_is_at_fault(
+    manifest: Manifest,
+    store: str,
+    extractor: Extractor,
+    monkeypatch: pytest.MonkeyPatch,
+    signals: str,
+    *,
+    transient: bool,
+) -> None:
+    """A file with which the decoder fails for good is not tried every night; one that was killed once is."""
+    left = [signal.SIGSEGV if letter == "S" else signal.SIGKILL for letter in signals]
+    ready = DecodeProcess._ready_child
+
+    def dying(process: DecodeProcess) -> Any:
+        child = ready(process)
+        os.kill(child.process.pid, left.pop(0))
+        os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)
+        return child
+
+    monkeypatch.setattr(DecodeProcess, "_ready_child", dying)
+    extractor.write(pending_rows(manifest, store, retry_failed=False)[:1])
+    assert read_failures(store, {})["dark"]["transient"] is transient
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that is there and gives EIO")
+def test_a_disk_that_does_not_give_a_file_is_no_fault_of_the_file(
+    manifest: Manifest, store: str, extractor: Extractor
+) -> None:
+    """Decoders take EIO and ESTALE for damage; the clips of a bad hour of a mount would be lost for good."""
+    Path(manifest.rows[4].uri).symlink_to("/proc/self/mem")
+    extractor.write(pending_rows(manifest, store, retry_failed=False)[3:])
+    failures = read_failures(store, {})
+    assert {key: (row["stage"], row["transient"]) for key, row in failures.items()} == {
+        "broken": ("decode", False),
+        "gone": ("fetch", True),
+    }
+    assert failures["gone"]["message"] == "cannot be read to its end: Input/output error"
+
+
+def test_a_clip_that_seems_cut_off_is_read_to_its_end(
+    manifest: Manifest, store: str, extractor: Extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that fails in the middle would store half of a good film, and nobody would look at it again."""
+    video = Path(manifest.rows[4].uri).with_suffix(".avi")
+    write_video(video, 90, seconds=3)
+    video.write_bytes(video.read_bytes()[:-700])  # its index and its last pictures
+    Path(manifest.rows[4].uri).symlink_to(video)
+    row = pending_rows(manifest, store, retry_failed=False)[4]
+    checked: list[str] = []
+    monkeypatch.setattr("gare.data.extraction.check_readable", checked.append)
+    assert counts_of(extractor.write([row]))[0] == 1
+    assert checked == [row["uri"]]
+
+
+def test_a_folder_that_is_unmounted_meanwhile(manifest: Manifest, store: str, extractor: Extractor) -> None:
+    """Clips that were there when the run began must not be given up for good: they come back as they were."""
+    pending = pending_rows(manifest, store, retry_failed=False)
+    Path(manifest.rows[0].uri).unlink()
+    extractor.write([pending[0], pending[4]])
+    failures = read_failures(store, {})
+    assert {key: row["transient"] for key, row in failures.items()} == {"dark": True, "gone": False}
 
 
 @pytest.mark.parametrize(("count", "workers", "limit"), [(1000, 2, 32), (10, 2, 32), (1, 8, 32), (100, 1, 1)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 
 from gare.data.sources import FileVersion, LocalVideos
-from gare.errors import DataError, FetchError, shown
+from gare.errors import DataError, FetchError, GoneError, shown
 
 
 def test_files_are_read_in_place(tmp_path: Path) -> None:
@@ -64,3 +65,11 @@ def test_a_file_that_grows_while_it_is_read_is_a_fault(tmp_path: Path, decoded: 
 def test_locations_are_shown_without_secrets(uri: str, expected: str) -> None:
     """Messages and stores are passed on; a signature in them is a key passed on."""
     assert shown(uri) == expected
+
+
+def test_that_a_fault_may_pass_is_known_everywhere() -> None:
+    """It is found out in a worker and recorded elsewhere; lost on the way, a clip is given up for good."""
+    for error in (FetchError("is away", where="/a.mp4", accepted="more").passing(), GoneError("is gone")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), copy.may_pass) == (type(error), str(error), error.may_pass)
+    assert not FetchError.may_pass

@@ -13,8 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from gare.config import ExtractConfig
+from gare.data.compact import compact
 from gare.data.images import encode_jpeg
-from gare.data.store import FAILURE_SCHEMA, frame_schema, part_files, read_meta, write_meta, write_part
+from gare.data.store import (
+    EARLIER_FAILURE_SCHEMA,
+    FAILURE_SCHEMA,
+    frame_schema,
+    part_files,
+    read_failures,
+    read_meta,
+    write_meta,
+    write_part,
+)
 from gare.data.verify import verify, verify_or_raise
 from gare.errors import DataError
 from tests.stores import describe_store, failure_row, random_frames, stored_row, write_store
@@ -44,6 +54,24 @@ def test_a_sound_store_has_no_faults(
         "videos": 5,
         "failures": 1,
     }
+
+
+def test_failures_of_earlier_versions_are_sound(rng: np.random.Generator, tmp_path: Path) -> None:
+    """A store that was begun with an earlier version is checked, merged and read like any other."""
+    uri = str(tmp_path)
+    write_store(uri, RAW, IDS, rng, part=2)
+    write_part(uri, "failures", [failure_row("old")], EARLIER_FAILURE_SCHEMA)
+    write_part(uri, "failures", [failure_row("new")], FAILURE_SCHEMA)
+    meta = read_meta(uri)
+    for parts in (3, 1):
+        write_meta(uri, dataclasses.replace(meta, counts={"videos": 5, "failures": 2, "parts": parts}))
+        assert verify_or_raise(uri, frame_schema(RAW), [*IDS, "old", "new"])["sound"]
+        assert {key: row["transient"] for key, row in read_failures(uri, {}).items()} == {
+            "old": None,
+            "new": False,
+        }
+        compact(uri, 10**6)
+        assert len(part_files(uri, "failures")) == 1
 
 
 def test_all_faults_of_a_store_are_named(

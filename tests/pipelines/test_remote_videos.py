@@ -125,6 +125,33 @@ def test_lost_connections_change_nothing(
     assert all("hush" not in str(row["uri"]) for row in found.values())
 
 
+def test_a_bad_night_is_made_up_for_by_the_next(
+    ray_local: None, root: Path, s3: Any, site: Site, captions: Path
+) -> None:
+    """Five minutes of 503 must not keep clips out of the store for good, while every night ends well."""
+    config = on_s3("night", root, captions, "sources.retries=1", "extract.max_failed_fraction=1")
+    prepare.run(config)
+
+    def busy() -> None:
+        if site.asked[-1][1] != "bytes=0-0":  # which asks for size and version alone
+            site.faults.append(503)
+
+    site.before = busy
+    result = extract.run(config)
+    assert (result["videos"], len(result["failed"])) == (len(CLIPS) - 2, 2)
+    again = extract.run(config)
+    names = ("new", "changed", "unchanged", "gone", "retried", "attempted", "videos")
+    assert [again[name] for name in names] == [0, 0, len(CLIPS) - 2, 0, 2, 2, len(CLIPS) - 2]
+    assert again["failed"] == result["failed"]
+    site.before = lambda: None
+    quiet = extract.run(config)
+    assert (quiet["videos"], quiet["retried"], quiet["failed"]) == (len(CLIPS), 2, {})
+    assert read_meta(layout(config).frames).complete
+    asked = len(site.asked)
+    assert extract.run(config)["attempted"] == 0
+    assert len(site.asked) == asked + 2
+
+
 def test_outputs_on_s3_go_the_whole_way(
     ray_local: None, root: Path, s3: Any, captions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,8 @@ import torch
 
 from gare.errors import CheckpointError
 from gare.model.gare import GARE
-from gare.train.checkpoints import INDEX, Checkpoints, CheckpointWriter, Entry, is_lasting
+from gare.storage.patience import is_lasting
+from gare.train.checkpoints import INDEX, Checkpoints, CheckpointWriter, Entry
 from gare.train.history import History
 from gare.train.state import MODEL, capture, load_checkpoint, restore_learner
 from gare.train.step import Learner, build_learner

@@ -319,7 +319,7 @@ def test_new_captions_alone_are_encoded(places: Places) -> None:
     rows = list(read_manifest(places.manifest).rows)
     old, rows[1] = rows[1], replace(rows[1], captions=("all new",))
     counts = stored_again(places, model, rows)
-    assert counts == {"new": 0, "changed": 1, "unchanged": len(rows) - 1, "gone": 0}
+    assert counts == {"new": 0, "changed": 1, "unchanged": len(rows) - 1, "gone": 0, "retried": 0}
     after = FeatureReader(places.features).read(["train1", "train2"])
     assert np.array_equal(after["frames"], before["frames"])
     assert after["caption_mask"].sum(axis=1).tolist() == [1, 3]

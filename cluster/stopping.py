@@ -153,8 +153,8 @@ class _Signals:
             self._timer.cancel()
 
     def see(self) -> None:
-        """Notes that the exception has reached code of ours."""
-        if self._is_raised:
+        """Notes that the exception has reached code of ours, where that is what closes something for it."""
+        if self._is_raised and _is_unwinding(sys.exc_info()[1]):
             self._is_seen = True
 
     def enter(self) -> None:
@@ -165,7 +165,10 @@ class _Signals:
     def leave(self) -> None:
         """Ends it, and raises what came meanwhile."""
         self._depth -= 1
-        if self.name and not (self._depth or self._is_raised or self._ask or self.is_over):
+        if not self.name or self._depth or self._ask or self.is_over:
+            return
+        # One that was raised before this began, and is not on its way, has been swallowed.
+        if not self._is_raised or not (self._is_seen or _is_unwinding(sys.exc_info()[1])):
             self._raise()
 
     def ask_with(self, ask: Callable[[str], None] | None) -> None:
@@ -264,16 +267,25 @@ def asking(ask: Callable[[str], None]) -> Iterator[None]:
     try:
         with handlers_kept():
             yield
-    except Interrupted as error:
+    except KeyboardInterrupt as error:  # Ray makes one of its own of ours
         _signals.see()
         raise StoppedError(
-            f"stopped by {error} before the workers had written a checkpoint",
+            f"stopped by {_signals.name or error} before the workers had written a checkpoint",
             accepted="the same command continues from the last one",
         ) from None
     finally:
         _signals.ask_with(None)
         if before:
             _signals.give_back(before)
+
+
+def _is_unwinding(error: BaseException | None) -> bool:
+    """True where a block is left because of an interrupt, or of a fault that came of one."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _end_at_once(text: str) -> None:

@@ -126,6 +126,23 @@ threading.Event().wait(60)
     assert "swallowed" in done.stderr
 
 
+def test_one_that_is_swallowed_before_a_shield(repository: Path, config: Path) -> None:
+    """Imports have bare excepts; what is shielded after one is no sign that the command is ending."""
+    body = """
+try:
+    hit()
+except BaseException:
+    say("swallowed")
+with shielded():
+    say("went on")
+say("too far")
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert_interrupted(done, signal.SIGTERM)
+    assert "went on" in done.stderr
+    assert "too far" not in done.stderr
+
+
 def test_one_that_is_seen_does_not_come_again(repository: Path, config: Path) -> None:
     """Closing a store or Ray takes longer than a while, and must not be interrupted in its turn."""
     body = """

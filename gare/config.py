@@ -72,7 +72,7 @@ _PLACES = {
 _DSL_KEYS, _QBNORM_KEYS = ("dsl_scale",), ("qbnorm_scale", "qbnorm_bank")
 #: Section, switch, the values that turn a part off, and keys beside it that only shape this part and are
 #: refused without it.
-_SHAPING: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
+SHAPING: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
     ("extract", "sampling", ("uniform", "keyframes"), ("sample_fps",)),
     ("model", "increment", (False,), INCREMENT_KEYS),
     ("model", "query", ("text",), ("gap_sign",)),
@@ -301,7 +301,7 @@ def _leave_out_idle_keys(tree: dict[str, Any], settings: Settings, given: Sequen
         origin = settings.origins.get(key)
         return 1 if origin is None else 2 + settings.extended.index(origin)
 
-    for name, switch, off, keys in _SHAPING:
+    for name, switch, off, keys in SHAPING:
         section = _mapping_in(tree, name)
         if switch in section and section[switch] in off:
             for key in keys:

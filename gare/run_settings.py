@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gare.config import Config, ModelConfig
+from gare.config import SHAPING, Config, ModelConfig, parse_config
 
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: What matters of data and extract is in the fingerprints.
@@ -38,13 +38,36 @@ def completed_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         saved: as ``settings_of_run`` of some version had them.
     """
-    kept = {section: value for section, value in saved.items() if section not in FREE_SECTIONS}
+    kept = {key: value for key, value in without_idle_keys(saved).items() if key not in FREE_SECTIONS}
     if isinstance(train := kept.get("train"), Mapping):
         kept["train"] = {key: value for key, value in train.items() if key not in FREE_TRAIN_KEYS}
     completed = _filled(kept, settings_of_run(Config()))
     with suppress(ValidationError):  # of a version with other keys, which a comparison tells of
         completed["model"] = ModelConfig.model_validate(completed["model"]).identity()
     return completed
+
+
+def saved_config(tree: Any, *, where: str) -> Config:
+    """The configuration that some version saved, with all its keys, such as a checkpoint's.
+
+    Raises:
+        ConfigError: with every fault in one message.
+    """
+    return parse_config(without_idle_keys(tree) if isinstance(tree, Mapping) else tree, where=where)
+
+
+def without_idle_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings without the keys that only shape a part that they turn off.
+
+    Such a key was saved with the default of its version. Where the default is another one by now, it would
+    be refused as a value that changes nothing, or pass for a difference.
+    """
+    kept = dict(saved)
+    for name, switch, off, keys in SHAPING:
+        section = kept.get(name)
+        if isinstance(section, Mapping) and switch in section and section[switch] in off:
+            kept[name] = {key: value for key, value in section.items() if key not in keys}
+    return kept
 
 
 def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -298,7 +299,11 @@ class RunHandle:
             self._warn_once("refused", f"MLflow refuses something of run {entry['run_id']}", error)
 
     def _deliver(self, entry: outbox.Entry) -> None:
-        entry = {"run_id": self.run_id, **entry}
+        # An interrupt within a transaction would leave the database locked, for this process too.
+        with shielded():
+            self._deliver_or_keep({"run_id": self.run_id, **entry})
+
+    def _deliver_or_keep(self, entry: outbox.Entry) -> None:
         lost_at = _lost_at.get(self.tracking_uri)
         resting = lost_at is not None and time.monotonic() - lost_at < RETRY_AFTER_S
         try:
@@ -324,7 +329,9 @@ class RunHandle:
     def _attempt(self, what: str, action: Callable[[Any], T]) -> T | None:
         try:
             client.check_answers(self.tracking_uri)  # the call itself would retry for minutes
-            return action(client.client(self.tracking_uri))
+            # As in _deliver; an upload to a server may take long, and leaves nothing locked.
+            with nullcontext() if client.is_server(self.tracking_uri) else shielded():
+                return action(client.client(self.tracking_uri))
         except Exception as error:
             logger.warning("MLflow did not get %s, the run goes on: %s", what, brief(error))
             return None

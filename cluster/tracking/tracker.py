@@ -83,7 +83,7 @@ class Tracker:
                 experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
                 run = RunHandle(self.tracking_uri, experiment_id, run_id, pending)
                 note_open(run, when_interrupted)
-            run.log_params(params or {})
+                run.log_params(params or {})
         except Exception as error:
             raise GareError(
                 f"the MLflow run {name!r} cannot be started: {brief(error)}",

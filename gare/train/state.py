@@ -14,10 +14,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from gare.config import Config, parse_config
+from gare.config import Config
 from gare.errors import CheckpointError, ConfigError, DataError
 from gare.model.clip import ClipTowers
 from gare.model.gare import GARE
+from gare.run_settings import saved_config
 from gare.storage.files import exists, join, write_atomically
 from gare.train.step import Learner
 from gare.train.sums import SummedFolder, note_without_sums, sha256_of, write_sums
@@ -154,7 +155,7 @@ def _config_of(folder: SummedFolder) -> Config:
             "is not a checkpoint", where=uri, accepted=f"a folder with {MODEL}, {CONFIG} and {TRAINER}"
         )
     try:
-        return parse_config(yaml.safe_load(folder.read(CONFIG)), where=location)
+        return saved_config(yaml.safe_load(folder.read(CONFIG)), where=location)
     except (ConfigError, DataError, yaml.YAMLError, ValueError) as error:
         raise CheckpointError(f"cannot be used: {error}", where=location) from error
 

@@ -38,10 +38,11 @@ def fault(source: RemoteVideos, uri: str) -> FetchError:
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, for this test alone."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    """The user's folder for fetched videos in a folder for temporary files of this test alone."""
+    shared = tmp_path / "temporary"
+    folder = shared / f"gare-videos-{os.geteuid()}"
+    folder.mkdir(mode=0o700, parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(shared))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -176,6 +177,6 @@ def test_no_uri_names_the_temporary_file(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with temporary_video(name) as stream:
         found = Path(stream.name)
-        assert found.parent == tmp_path
+        assert found.parent == tmp_path / f"gare-videos-{os.geteuid()}"
         assert re.fullmatch(r"gare-video-\w+(\.[A-Za-z0-9]{1,5})?", found.name)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*")) == [found.parent]

@@ -42,7 +42,7 @@ INSIDE_GARE = {
     "data": {"config", "errors", "storage"},
     "model": {"config", "errors"},
     "retrieval": {"config", "errors", "run_settings", "storage", "data", "model"},
-    "train": {"config", "errors", "storage", "data", "model", "retrieval"},
+    "train": {"config", "errors", "run_settings", "storage", "data", "model", "retrieval"},
 }
 TOP_LEVEL = {
     *("README.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt"),

@@ -223,7 +223,7 @@ def test_a_storage_that_is_away_fails_no_clip(s3_proxy: DroppingProxy, s3: Any, 
     clip = ManifestRow("good", str(shared / "data/videos/realshort.mp4"), None, None, "train", ("a",))
     manifest = Manifest((clip,), benchmark="folder", protocol="own")
     with pytest.MonkeyPatch.context() as patch, extractor("s3://videos/store") as worker:
-        patch.setattr(object_store, "MAX_TRIES", 1)
+        patch.setattr(object_store, "MAX_RETRIES", 0)
         object_store._file_system.cache_clear()
         pending = pending_rows(manifest, "s3://videos/store", retry_failed=False, source=worker.source)
         s3_proxy.refuse("/store/data/")

@@ -89,7 +89,7 @@ def remote(
 ) -> Iterator[Places]:
     """Frames on S3, whose client tries once, and features on a disk."""
     places = make_places("s3://videos/frames", str(tmp_path / "features"), rng, seed)
-    monkeypatch.setattr(object_store, "MAX_TRIES", 1)
+    monkeypatch.setattr(object_store, "MAX_RETRIES", 0)
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
     object_store._file_system.cache_clear()
     yield places

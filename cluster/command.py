@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.logs import JsonStream, json_lines, set_up_logging
-from cluster.stopping import NAMES, STATUS, asked_by, command_running, message, shielded
+from cluster.stopping import NAMES, STATUS, asked_by, command_running, end_command, message, shielded
 from cluster.tracking import finish_open_runs
 from gare.config import Config, SizesOf, describe_keys, load_config
 from gare.errors import ConfigError, GareError, StoppedError
@@ -95,9 +95,11 @@ def _execute(
             return _say_interrupted()
         except StoppedError as error:
             # It says what was kept.
+            finish_open_runs(error)
             _say(str(error))
             return error.exit_code
         except Exception as error:
+            finish_open_runs(error)
             if asked_by():
                 # A fault of something that was ended in its midst: the signal is the reason.
                 logger.info("while it ended: %s: %s", type(error).__name__, error)
@@ -107,16 +109,16 @@ def _execute(
             # Not a fault that we foresaw: the trace is what a report of it needs.
             _say(f"{type(error).__name__}: {error}", traced=True)
             return 4
-        with shielded():
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
-            return 0
+        end_command()
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+        return 0
 
 
 def _say_interrupted() -> int:
     """Ends what is open in MLflow and says why the command ends; the status."""
     with shielded():
-        finish_open_runs()
+        finish_open_runs(KeyboardInterrupt())
         _say(message(asked_by() or NAMES[signal.SIGINT]))
     return STATUS
 
@@ -130,12 +132,14 @@ def _say_fault(error: GareError) -> int:
 
 def _say(message: str, *, traced: bool = False) -> None:
     """Says why the command ends."""
-    if isinstance(sys.stderr, JsonStream):
-        sys.stderr.error(message, traceback.format_exc() if traced else "")
-        return
-    if traced:
-        traceback.print_exc()
-    sys.stderr.write(f"error: {message}\n")
+    # Who has closed the stream, or its pipe, still gets the status.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if isinstance(sys.stderr, JsonStream):
+            sys.stderr.error(message, traceback.format_exc() if traced else "")
+            return
+        if traced:
+            traceback.print_exc()
+        sys.stderr.write(f"error: {message}\n")
 
 
 def _run_of(config: Config) -> str:

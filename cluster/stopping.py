@@ -2,14 +2,15 @@
 
 The first signal raises ``Interrupted`` in the main thread, so that all that is open is closed. It waits while
 something goes on that must not be cut in two (``shielded``), and workers that have something to keep are
-asked to end by themselves (``asking``). A second signal ends that waiting; a third ends the process without
-closing anything.
+asked to end by themselves (``asking``), which a second signal does not wait for any longer. A third ends the
+process without closing anything.
 
 This module imports nothing that takes time, so that a command can take signals before it imports the rest.
 """
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import logging
 import os
@@ -62,7 +63,7 @@ class _Signals:
         self.name = ""
         self._number = 0
         self._count = self._depth = 0
-        self._is_raised = self._is_seen = self._is_woken = False
+        self._is_raised = self._is_seen = self._is_woken = self._is_asked = False
         self._ask: Callable[[str], None] | None = None
         self._timer: threading.Timer | None = None
 
@@ -108,19 +109,21 @@ class _Signals:
             self._begin_asking(self._ask)
         elif not self._depth:
             self._raise()
+        else:
+            _tell(f"{name}: the command ends once what must not be cut in two is done")
 
     def _handle_another(self) -> None:
-        if self._ask and not self._is_raised:
+        if (self._ask or self._is_asked) and not (self._is_raised or self._depth):
             self._raise()
-        logger.warning("%s: what is open is being closed; once more ends at once, without that", self.name)
+        _tell(f"{self.name}: what is open is being closed; once more ends at once, without that")
 
     def _begin_asking(self, ask: Callable[[str], None]) -> None:
-        logger.warning("%s: the workers write a checkpoint and end, in at most %.0f s", self.name, GRACE_S)
+        _tell(f"{self.name}: the workers write a checkpoint and end, in at most {GRACE_S:.0f} s")
         self._wake_after(GRACE_S)
         try:
             ask(self.name)
         except Exception as error:
-            logger.warning("the workers cannot be told: %s", error)
+            _tell(f"the workers cannot be told: {error}")
 
     def _raise(self) -> None:
         self._is_raised, self._is_seen = True, False
@@ -165,7 +168,7 @@ class _Signals:
     def leave(self) -> None:
         """Ends it, and raises what came meanwhile."""
         self._depth -= 1
-        if not self.name or self._depth or self._ask or self.is_over:
+        if not self.name or self._depth or self._ask or self._is_asked or self.is_over:
             return
         # One that was raised before this began, and is not on its way, has been swallowed.
         if not self._is_raised or not (self._is_seen or _is_unwinding(sys.exc_info()[1])):
@@ -174,10 +177,15 @@ class _Signals:
     def ask_with(self, ask: Callable[[str], None] | None) -> None:
         """Has the first signal ask, in place of raising; None: no longer."""
         self._ask = ask
-        if ask is None and not self._is_raised:
-            # Who was asked has ended by himself, or was done.
-            self.name, self._count = "", 0
+        if ask is None and self.name and not self._is_raised:
+            # Who was asked has ended by himself, or was done: what is to be done with that may still be done.
+            self._is_asked = True
             self.stop_timer()
+
+    def raise_if_asked(self) -> None:
+        """Raises what came while somebody could be asked, and has been waiting since."""
+        if self.name and not self._is_raised and not self.is_over:
+            self._raise()
 
 
 _signals = _Signals()
@@ -200,6 +208,20 @@ def command_running() -> Iterator[None]:
     finally:
         _signals.is_running, _signals.is_over = False, _signals.is_taken
         _signals.stop_timer()
+
+
+def end_command() -> None:
+    """Says that the command is done: its result counts, and a signal changes nothing any more."""
+    _signals.is_over = _signals.is_taken
+
+
+def raise_if_asked() -> None:
+    """Ends a command of several steps between two of them, where a signal came at the end of the first.
+
+    Raises:
+        Interrupted: where one did.
+    """
+    _signals.raise_if_asked()
 
 
 def asked_by() -> str:
@@ -288,10 +310,17 @@ def _is_unwinding(error: BaseException | None) -> bool:
     return False
 
 
+def _tell(text: str) -> None:
+    """Logs from within a handler, which may have come while this very thread writes to the log."""
+    _thread.start_new_thread(logger.warning, ("%s", text))
+
+
 def _end_at_once(text: str) -> None:
-    sys.stderr.write(f"error: {text}\n")
-    sys.stderr.flush()
-    os._exit(STATUS)
+    try:
+        # Not by sys.stderr, in the midst of whose write the signal may have come.
+        os.write(2, f"error: {text}\n".encode())
+    finally:
+        os._exit(STATUS)
 
 
 def _main_ident() -> int:

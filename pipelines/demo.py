@@ -17,6 +17,7 @@ from typing import Any
 from cluster.command import main
 from cluster.memory import PeakMemory
 from cluster.session import ray_session
+from cluster.stopping import raise_if_asked
 from cluster.storage import layout
 from cluster.tracking import mask_credentials, resolve_tracking_uri
 from gare.config import Config
@@ -62,6 +63,7 @@ def _variant(config: Config, model: str, seed: int) -> Config:
 
 
 def _timed(seconds: dict[str, float], name: str, step: Any, config: Config) -> dict[str, Any]:
+    raise_if_asked()  # a training that a signal found at its end went through first
     logger.info("%s %s", name, config.train.run if name in ("train", "evaluate") else config.name)
     started = time.monotonic()
     result: dict[str, Any] = step.run(config)

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from cluster.command import Flags, main
 from cluster.session import ray_session
 from cluster.storage import Layout, layout
-from cluster.tracking import benchmark_name, git_revision, processing_tag, run_tags, split_tags, status_after
+from cluster.tracking import (
+    RunHandle,
+    benchmark_name,
+    git_revision,
+    processing_tag,
+    run_tags,
+    split_tags,
+    status_after,
+)
 from gare.config import Config
 from gare.data.frames import FrameReader, NoPictures, open_pictures
 from gare.data.manifest import SPLITS, ManifestRow
@@ -103,36 +111,61 @@ def _evaluate(config: Config) -> dict[str, Any]:
 def _score(
     config: Config, places: Layout, subject: Subject, splits: StoredSplits, lock: StoreLock, started: float
 ) -> dict[str, Any]:
-    """Scores the split and writes all that comes of it; the result."""
+    """Scores the split under its MLflow run, which ends with it; the result."""
+    handle = open_tracking(config, places, subject)
+    try:
+        result = _score_and_write(config, places, subject, splits, handle, lock, started)
+    except BaseException as error:
+        # The training itself has not failed.
+        handle.finish("FINISHED" if subject.is_trained_run else status_after(error))
+        raise
+    handle.finish()
+    metrics = result["metrics"]
+    logger.info(
+        "%s on %s: R@1 %.1f t2v, %.1f v2t over %d texts × %d videos",
+        subject.run,
+        result["split"],
+        metrics["t2v/R1"],
+        metrics["v2t/R1"],
+        result["num_texts"],
+        result["num_videos"],
+    )
+    return result
+
+
+def _score_and_write(
+    config: Config,
+    places: Layout,
+    subject: Subject,
+    splits: StoredSplits,
+    handle: RunHandle,
+    lock: StoreLock,
+    started: float,
+) -> dict[str, Any]:
+    """Scores the split and writes all that comes of it, into the run too; the result."""
     from gare.retrieval.evaluation_figures import figures_of
 
     split = config.evaluate.split
-    rows = splits.of_split(split)
-    handle, own = open_tracking(config, places, subject), subject.is_trained_run
-    try:
-        with ray_session(config.cluster):
-            features = encode(config, subject, rows, splits.train)
-            ranks = rank(config, subject, rows, features)
-            handle.set_tags(_tags(config, subject, splits, places, len(features["text/embedding"])))
-        reader = open_pictures(places.frames)
-        title = f"{config.name}/{subject.run}"
-        picture = _picture(config, title, reader, rows, ranks[""])
-        figures = figures_of(
-            subject.model,
-            features,
-            rows,
-            ranks[""],
-            reader,
-            count=config.evaluate.num_examples,
-            title=f"{title} on {split}",
-        )
-        lock.check()
-        take_folder(places, subject, handle.run_id)
-        written = _write(config, places, subject, splits, ranks, picture)
-    except BaseException as error:
-        # The training itself has not failed.
-        handle.finish("FINISHED" if own else status_after(error))
-        raise
+    rows, own = splits.of_split(split), subject.is_trained_run
+    with ray_session(config.cluster):
+        features = encode(config, subject, rows, splits.train)
+        ranks = rank(config, subject, rows, features)
+        handle.set_tags(_tags(config, subject, splits, places, len(features["text/embedding"])))
+    reader = open_pictures(places.frames)
+    title = f"{config.name}/{subject.run}"
+    picture = _picture(config, title, reader, rows, ranks[""])
+    figures = figures_of(
+        subject.model,
+        features,
+        rows,
+        ranks[""],
+        reader,
+        count=config.evaluate.num_examples,
+        title=f"{title} on {split}",
+    )
+    lock.check()
+    take_folder(places, subject, handle.run_id)
+    written = _write(config, places, subject, splits, ranks, picture)
     metrics = written["metrics"]
     counts = {"videos": len(rows), "captions": len(features["text/embedding"])}
     dataset = f"{splits.benchmark}-{split}", split_hash_of(rows)
@@ -163,16 +196,6 @@ def _score(
     lock.check()
     write_json(join(places.evaluation(subject.run, split), "result.json"), result)
     handle.describe(_note(places, subject.run, result))
-    handle.finish()
-    logger.info(
-        "%s on %s: R@1 %.1f t2v, %.1f v2t over %d texts × %d videos",
-        subject.run,
-        split,
-        metrics["t2v/R1"],
-        metrics["v2t/R1"],
-        counts["captions"],
-        counts["videos"],
-    )
     return result
 
 

@@ -32,7 +32,7 @@ from cluster.tracking import (
 )
 from cluster.waiting import tells_of_lost_nodes
 from gare.config import ClipConfig, Config, differences
-from gare.errors import ConfigError, DivergedError, GareError, StoppedError
+from gare.errors import ConfigError, DivergedError, GareError
 from gare.retrieval.evaluated import model_label, split_hash_of
 from gare.run_settings import completed_settings, settings_of_run
 from gare.storage.files import delete_tree, exists, join, list_files, open_fs, read_json, write_json
@@ -260,8 +260,7 @@ def _fit(
     except Exception as error:
         raise _cause(error) from error
     checkpoints = checkpoints_of(config, places, validated=bool(splits.val))
-    if isinstance(fault, StoppedError):
-        request.withdraw()
+    request.withdraw()
     if isinstance(fault, DivergedError):
         held = [checkpoints.location(entry) for entry in checkpoints.entries()]
         kept = f"; checkpoints of this run: {', '.join(held)}" if held else "; it had no checkpoint yet"

@@ -21,9 +21,10 @@ _LONGEST_PAUSE_S = 30.0
 _TRANSIENT_STATUS = frozenset({408, 425, 429})
 #: Of those, the ones that say that no try will ever do.
 _FINAL_STATUS = frozenset({501, 505})
-#: Answers that another try at once does not change, another night may: signatures end and are renewed, and
-#: rights are given, without any change of the video that would call for a new try.
-_REFUSED_STATUS = frozenset({401, 403, 407})
+#: Answers that another try at once does not change, another night may: signatures end (S3 answers 400 to an
+#: expired token) and are renewed, and rights are given, without any change of the video that would call for a
+#: new try.
+_REFUSED_STATUS = frozenset({400, 401, 403, 407, 409, 412})
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ def is_transient(status: int) -> bool:
 
 
 def is_refused(status: int) -> bool:
-    """Whether an HTTP status refuses who asks: 401, 403 and 407 do."""
+    """True for an HTTP status that refuses who asks or how, such as 401 and 403."""
     return status in _REFUSED_STATUS
 
 

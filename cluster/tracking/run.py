@@ -347,10 +347,10 @@ def note_open(run: RunHandle, when_interrupted: Status) -> None:
     _open[run.run_id] = (run, when_interrupted)
 
 
-def finish_open_runs() -> None:
-    """Finishes the runs that an interrupt has left open, wherever it came."""
-    for run, status in list(_open.values()):
-        run.finish(status)
+def finish_open_runs(error: BaseException) -> None:
+    """Finishes the runs that the end of a command has left open, wherever it came from."""
+    for run, when_interrupted in list(_open.values()):
+        run.finish(when_interrupted if when_interrupted == "FINISHED" else status_after(error))
 
 
 def status_after(error: BaseException | None) -> Status:

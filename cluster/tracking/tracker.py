@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +80,8 @@ class Tracker:
             if run_id and pending:
                 # First what an earlier start left, its end among it: else that would end this one.
                 RunHandle(self.tracking_uri, self.experiment_id, run_id, pending).deliver_pending()
-            with shielded():
+            # A server that hangs is not waited for; within a database nothing may be left half done.
+            with nullcontext() if client.is_server(self.tracking_uri) else shielded():
                 experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
                 run = RunHandle(self.tracking_uri, experiment_id, run_id, pending)
                 note_open(run, when_interrupted)

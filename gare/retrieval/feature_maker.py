@@ -201,7 +201,7 @@ class FeatureMaker:
         known: dict[str, dict[str, Any]] = {}
         for location in sorted({row["made"] for row in part if row["made"]}):
             ids = {row["video_id"] for row in part if row["made"] == location}
-            made = self._patiently(partial(stored_frames, location), f"{location} cannot be read")
+            made = self._patiently(partial(_sound_frames, location), f"{location} cannot be read")
             known |= {key: frames for key, frames in made.items() if key in ids}
         return known
 
@@ -236,6 +236,21 @@ class FeatureMaker:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.kind, enabled=self.kind is not torch.float32)
+
+
+def _sound_frames(location: str) -> dict[str, dict[str, Any]]:
+    """``stored_frames`` of a part; of a damaged one nothing, so that its clips are encoded again.
+
+    Raises:
+        DataError: where the storage does not give the part.
+    """
+    try:
+        return stored_frames(location)
+    except DataError as error:
+        if not is_of_content(error):
+            raise
+        logger.warning("%s is damaged, its frames are encoded again: %s", location, error.what)
+        return {}
 
 
 def _half(values: torch.Tensor) -> npt.NDArray[np.float16]:

@@ -127,10 +127,11 @@ class StoreLock:
         try:
             self._begin()
             self._clear()
+            self._thread.start()
         except BaseException:
+            self._ended.set()
             delete_file(self._location)
             raise
-        self._thread.start()
         return self
 
     def __exit__(

@@ -233,7 +233,7 @@ with asking(lambda name: None):
 
 
 def test_workers_that_are_done_meanwhile(repository: Path, config: Path) -> None:
-    """A training that ends by itself in the grace has its result, and no signal is left over for later."""
+    """A training that ends by itself in the grace still has its result, with all that belongs to it."""
     body = """
 with asking(lambda name: None):
     hit()
@@ -242,6 +242,80 @@ with shielded():
 """
     done = end_of(repository, config, signal.SIGTERM, body)
     assert (done.returncode, done.stdout) == (0, '{"done": true}\n'), done.stderr
+
+
+def test_a_step_after_a_training_does_not_begin(repository: Path, config: Path) -> None:
+    """The demo would go on for minutes after it had said that it ends."""
+    body = """
+with asking(lambda name: None):
+    hit()
+say("closed")
+stopping.raise_if_asked()
+say("too far")
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert_interrupted(done, signal.SIGTERM)
+    assert "closed" in done.stderr
+    assert "too far" not in done.stderr
+
+
+def test_workers_that_die_of_the_same_signal(repository: Path, config: Path) -> None:
+    """Slurm and evictions signal all processes; the fault that follows is not the run's."""
+    body = """
+from cluster.tracking.run import status_after
+from gare.errors import GareError
+with asking(lambda name: None):
+    hit()
+    try:
+        raise GareError("a worker died")
+    except GareError as error:
+        fault = error
+assert status_after(fault) == "KILLED"
+raise fault
+"""
+    assert_interrupted(end_of(repository, config, signal.SIGTERM, body), signal.SIGTERM)
+
+
+def test_a_signal_as_the_result_is_written(repository: Path, config: Path) -> None:
+    """Status 4 beside a result would have a scheduler do again what is done."""
+    body = """
+class Stream:
+    def write(self, text):
+        sys.__stdout__.write(text)
+        hit()
+    def flush(self):
+        sys.__stdout__.flush()
+sys.stdout = Stream()
+"""
+    done = end_of(repository, config, signal.SIGTERM, "pass", before=body)
+    assert (done.returncode, done.stdout) == (0, '{"done": true}\n'), done.stderr
+
+
+@pytest.mark.parametrize("how", ["sys.stderr = None", "os.close(2)", "os.dup2(os.pipe()[1], 2)"])
+def test_nobody_reads_the_message(repository: Path, config: Path, how: str) -> None:
+    """A scheduler that has closed the log's pipe still needs the status."""
+    done = end_of(repository, config, signal.SIGTERM, f"{how}\nhit()")
+    assert (done.returncode, done.stdout) == (STATUS, "")
+    assert end_of(repository, config, signal.SIGTERM, "pass", before=f"{how}\nhit()").returncode == STATUS
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload``")  # of MLflow
+def test_runs_that_a_fault_leaves_open(repository: Path, config: Path, tmp_path: Path) -> None:
+    """A run that was finished, and that an evaluation had opened, must not be running for ever."""
+    body = f"""
+from cluster.tracking import connect
+from gare.errors import DataError
+uri = "sqlite:///{tmp_path}/mlflow.db"
+tracker = connect(config.tracking.model_copy(update={{"uri": uri}}), {str(tmp_path)!r})
+runs = [tracker.start_run("one"), tracker.start_run("two", when_interrupted="FINISHED")]
+say("runs " + " ".join(run.run_id for run in runs))
+raise DataError("bad")
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert done.returncode == 3, done.stderr
+    stored = client(f"sqlite:///{tmp_path}/mlflow.db")
+    ids = re.findall(r"^runs (\w+) (\w+)$", done.stderr, re.MULTILINE)[0]
+    assert [stored.get_run(one).info.status for one in ids] == ["FAILED", "FINISHED"]
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload``")  # of MLflow

@@ -7,13 +7,10 @@ GARE_MODEL_STEPS the steps of each.
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -21,16 +18,17 @@ from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from gare.storage import lock
-from tests.servers import CREDENTIALS, s3_server
 from tests.stores import describe_store
-from tests.writers.history import History
+from tests.writers.history import CHANGES, History
 from tests.writers.jobs import IDS, RAW
 from tests.writers.scheduling import Actor, Machine, Process
-from tests.writers.storage import S3Server, install
+from tests.writers.storage import S3Server, install, serve
 
 STEPS = int(os.environ.get("GARE_MODEL_STEPS", "25"))
 MOST_JOBS = 4
+#: More is made by nobody but who waits for a lock.
+MOST_OPERATIONS = 1500
+PLACES = ("/_META.json", "/_RETIRED.json", "/data/", "/failures/", "/generations/", "/lock/")
 PICK = st.integers(0, 15)
 _names = itertools.count()
 
@@ -47,13 +45,10 @@ class Writers(RuleBasedStateMachine):
             self.folder, uri = "", f"s3://videos/{next(_names)}"
         else:
             self.folder = uri = tempfile.mkdtemp(prefix="gare-model-")
-        kept = self.server is not None and self.server.conditions == "kept"
-        self.history = History(uri, conditional=kept)
+        self.history = History(uri, self.server.conditions if self.server else "local")
         self.scheduler, self.runner = self.history.scheduler, self.history.runner
         self.machines = [Machine(f"machine {number}") for number in range(3)]
         install(self.patch, self.scheduler, self.server)
-        # Fewer looks before a claim is void.
-        self.patch.setattr(lock, "_POLL_S", 5.0)
         describe_store(uri, RAW, complete=False)
 
     def teardown(self) -> None:
@@ -82,7 +77,11 @@ class Writers(RuleBasedStateMachine):
         return sum(not job.is_over for job in self.runner.jobs)
 
     @precondition(lambda self: self._num_jobs() < MOST_JOBS)
-    @rule(kind=st.sampled_from(["extract", "extract", "compact"]), machine=st.integers(0, 2), pid=st.integers(1, 2))
+    @rule(
+        kind=st.sampled_from(["extract", "extract", "compact"]),
+        machine=st.integers(0, 2),
+        pid=st.integers(1, 2),
+    )
     def job_starts(self, kind: str, machine: int, pid: int) -> None:
         self.runner.start(kind, self.runner.process(self.machines[machine], pid))
 
@@ -99,23 +98,18 @@ class Writers(RuleBasedStateMachine):
     @rule(pick=PICK, operations=st.integers(1, 600))
     def job_goes_on_with_its_workers(self, pick: int, operations: int) -> None:
         actor = _one(self._threads(), pick)
-        while operations > 0 and not actor.is_over and actor.process.runs:
-            done = self.scheduler.run(actor, operations)
-            if not done and not sum(self.scheduler.run(one, 1) for one in self.history.workers_of(actor)):
+        for _ in range(operations):
+            if actor.is_over or not actor.process.runs or not self.history.move(actor):
                 return
-            operations -= max(1, done)
 
     @precondition(lambda self: self._threads())
     @rule(pick=PICK)
     def job_goes_through(self, pick: int) -> None:
         actor = _one(self._threads(), pick)
-        # As far as it comes: others may have the lock.
-        for _ in range(400):
-            if actor.is_over or not actor.process.runs:
+        for _ in range(MOST_OPERATIONS):
+            # As far as it comes: others may have the lock.
+            if actor.is_over or not actor.process.runs or not self.history.move(actor):
                 return
-            if not self.scheduler.run(actor, 1):
-                if not sum(self.scheduler.run(one, 1) for one in self.history.workers_of(actor)):
-                    return
 
     @precondition(lambda self: self._threads())
     @rule(pick=PICK, fault=st.sampled_from(["fails", "answer lost"]), operations=st.integers(1, 5))
@@ -123,6 +117,22 @@ class Writers(RuleBasedStateMachine):
         actor = _one(self._threads(), pick)
         actor.fault = fault
         self.scheduler.run(actor, operations)
+
+    @precondition(lambda self: self._threads())
+    @rule(pick=PICK, where=st.sampled_from(PLACES), times=st.integers(1, 3))
+    def process_falls_asleep_before_a_change(self, pick: int, where: str, times: int) -> None:
+        """Of such a file, after it has made sure that it may."""
+        actor = _one(self._threads(), pick)
+        for _ in range(MOST_OPERATIONS):
+            if actor.is_over or not actor.process.runs:
+                return
+            if actor.stop.what in CHANGES and where in actor.stop.where:
+                times -= 1
+                if not times:
+                    self.scheduler.suspend(actor.process)
+                    return
+            if not self.history.move(actor):
+                return
 
     @precondition(lambda self: self._running())
     @rule(pick=PICK)
@@ -201,22 +211,8 @@ def test_writers_lose_and_double_nothing() -> None:
     _run(Writers, 30)
 
 
-@pytest.fixture
-def s3_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Host and port of a server of S3 without anything between it and the store."""
-    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    # It would log each request.
-    monkeypatch.setattr(logging.getLogger("werkzeug"), "disabled", True)
-    with s3_server() as (host, port):
-        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            monkeypatch.setenv(name, value)
-        yield f"{host}:{port}"
-
-
 @pytest.mark.parametrize("conditions", S3Server.KINDS)
-def test_writers_on_s3_lose_and_double_nothing(s3_host: str, conditions: str) -> None:
+def test_writers_on_s3_lose_and_double_nothing(conditions: str) -> None:
     """The same on object stores, of which some have no conditional writes."""
-    server = S3Server(s3_host, conditions)
-    server.client.create_bucket(Bucket="videos")
-    _run(type("WritersOnS3", (Writers,), {"server": server}), 3)
+    with serve(conditions) as server:
+        _run(type("WritersOnS3", (Writers,), {"server": server}), 3)

@@ -11,7 +11,8 @@ from gare.storage.generations import newest_number
 from tests.writers.jobs import IDS, Job, Reading, Runner
 from tests.writers.scheduling import MOST_OPERATIONS, Actor, Machine, Process, Scheduler, Stop
 
-_CHANGES = ("rename", "link", "put", "conditional put", "delete")
+#: Operations that change something.
+CHANGES = ("rename", "link", "put", "conditional put", "delete")
 #: Longer than this a job has to be silent before another one takes its place.
 _SILENT_S = 30.0
 
@@ -21,11 +22,15 @@ class History:
 
     Args:
         uri: the store, which is described already.
-        conditional: whether the storage lets nobody write after he was taken over but what he creates.
+        storage: ``local``, or a kind of ``tests.writers.storage.S3Server``.
     """
 
-    def __init__(self, uri: str, *, conditional: bool) -> None:
-        self.uri, self.is_conditional = uri, conditional
+    def __init__(self, uri: str, storage: str) -> None:
+        self.uri = uri
+        #: Nobody who was taken over replaces a file that his successor has written.
+        self.is_conditional = storage == "kept"
+        #: Of several that create the same file one has done it.
+        self.creates_once = storage in ("kept", "local")
         self.scheduler = Scheduler(self._after)
         self.runner = Runner(uri, self.scheduler)
         self.runner.on_entry, self.runner.on_finish = self._entered, self._finished
@@ -65,10 +70,30 @@ class History:
         for _ in range(MOST_OPERATIONS):
             if actor.is_over or not actor.process.runs:
                 return
-            if not self.scheduler.run(actor, 1):
-                moved = sum(self.scheduler.run(other, 1) for other in self.workers_of(actor))
-                assert moved, f"{actor.name} waits for ever: {actor.stop}"
+            assert self.move(actor), f"{actor.name} waits for ever: {actor.stop}"
         raise AssertionError(f"{actor.name} does not end: {actor.stop}")
+
+    def through(self, kind: str, machine: Machine) -> Job:
+        """A command from its start to its end."""
+        job = self.runner.start(kind, self.runner.process(machine, 1))
+        assert job.actor
+        self.finish(job.actor)
+        return job
+
+    def until(self, job: Job, where: str) -> None:
+        """A command goes on until right before it changes such a file."""
+        assert job.actor
+        for _ in range(MOST_OPERATIONS):
+            assert not job.actor.is_over, f"{job.name} is through: {job.actor.error!r}"
+            if job.actor.stop.what in CHANGES and where in job.actor.stop.where:
+                return
+            self.move(job.actor)
+        raise AssertionError(f"{job.name} does not come to {where}")
+
+    def move(self, actor: Actor) -> int:
+        """A thread goes on by an operation, or those that it waits for do; how many went on."""
+        workers = self.workers_of(actor)
+        return self.scheduler.run(actor, 1) or sum(self.scheduler.run(one, 1) for one in workers)
 
     def workers_of(self, actor: Actor) -> list[Actor]:
         """Threads that a thread may wait for."""
@@ -81,7 +106,7 @@ class History:
         ]
 
     def end(self) -> None:
-        """What must come of any history: one more run completes the store, and who wakes up changes nothing."""
+        """Makes sure that one more run completes the store, and who wakes up after it changes nothing."""
         sleepers = []
         for process in self.scheduler.processes:
             if process.runs:
@@ -91,23 +116,20 @@ class History:
         self._complete("the next run")
         for process in sleepers:
             self.scheduler.wake(process, was_machine=False)
-        threads = [one for one in self.scheduler.actors if not one.is_over and one.process in sleepers]
-        while waiting := [one for one in threads if not one.is_over and one.process.runs]:
-            moved = sum(self.scheduler.run(one, 1 + place % 3) for place, one in enumerate(waiting))
-            if not moved:
-                self.scheduler.advance(self.scheduler.now_s + 10)
-                if not any(one.waits and one.stop.due_s < float("inf") for one in waiting):
-                    break
+        for _ in range(MOST_OPERATIONS):
+            running = [one for one in self.scheduler.actors if not one.is_over and one.process.runs]
+            if not sum(self.scheduler.run(one, 1 + place % 3) for place, one in enumerate(running)):
+                break
+        else:
+            raise AssertionError(f"these do not end: {running}")
         self._complete("the run after all have ended")
         again = dict(self.rows)
         self._complete("a run with nothing to do")
         assert self.rows == again
 
     def _complete(self, what: str) -> None:
-        process = self.runner.process(Machine(f"last {len(self.scheduler.processes)}"), 1)
-        job = self.runner.start("extract", process)
+        job = self.through("extract", Machine(f"last {len(self.scheduler.processes)}"))
         assert job.actor
-        self.finish(job.actor)
         assert job.actor.error is None, f"{what}: {job.actor.error!r}"
         self._look()
         good = {one: version for one, (version, kind) in self.runner.collection.items() if kind == "good"}
@@ -123,13 +145,16 @@ class History:
             if other is job or not other.number:
                 continue
             if other.number == job.number:
-                assert not self.is_conditional, f"{other.name} and {job.name} both have {job.number}"
+                assert not self.creates_once, f"{other.name} and {job.name} both have {job.number}"
                 self._mark_late("two jobs with one number")
             if not other.is_over and other.number < job.number and other.lock and not other.process.faults:
                 slept_s = other.process.longest_sleep_s
                 if other.process.asleep_since_s is not None:
                     slept_s = max(slept_s, self.scheduler.now_s - other.process.asleep_since_s)
-                assert slept_s > _SILENT_S, f"{job.name} took over from {other.name}, which was awake"
+                # Else a sleeper may have written its generation over this one's, and taken it back.
+                assert slept_s > _SILENT_S or not self.creates_once, (
+                    f"{job.name} took over from {other.name}, which was awake"
+                )
 
     def _finished(self, job: Job) -> None:
         if job.began >= self.late_at:
@@ -140,11 +165,11 @@ class History:
 
     def _after(self, actor: Actor, done: Stop) -> None:
         self.runner.operations += 1
-        if done.what == "write":
-            actor.stop.where = done.where  # the rename that follows
+        if done.what == "write" and actor.stop.what == "rename":
+            actor.stop.where = done.where  # where its file is to be
         if actor.is_over:
             self._ended(actor)
-        if done.what not in _CHANGES or "/lock/" in done.where:
+        if done.what not in CHANGES or "/lock/" in done.where:
             return
         job = self.runner.job_of(actor.process)
         name = done.where.rsplit("/", 1)[-1]

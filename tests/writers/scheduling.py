@@ -188,7 +188,7 @@ class Scheduler:
         return operations
 
     def advance(self, until_s: float, but: Actor | None = None) -> None:
-        """Lets time pass, in which the threads that renew claims do so, of processes that run; but for one."""
+        """Lets time pass, in which claims of processes that run are renewed, but for one."""
         while True:
             others = [one for one in self.renewers if one is not but]
             late = [one for one in others if one.stop.due_s <= until_s or not one.waits]

@@ -7,21 +7,25 @@ other, so that a history is the same whenever it is repeated.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
 
 from gare.data import parts
 from gare.storage import claims, conditional, exclusive, files, lock, object_store
+from tests.servers import CREDENTIALS, s3_server
 from tests.writers.scheduling import Process, Scheduler
 
 EPOCH_S = 1.7e9
@@ -38,6 +42,8 @@ def install(patch: pytest.MonkeyPatch, scheduler: Scheduler, server: S3Server | 
     _replace_clocks(patch, scheduler)
     _replace_processes(patch, scheduler)
     patch.setattr(parts, "ThreadPoolExecutor", _OneByOne)
+    # Fewer looks before a claim is void.
+    patch.setattr(lock, "_POLL_S", 5.0)
     if server:
         server.install(patch, scheduler)
     else:
@@ -132,7 +138,9 @@ def _replace_processes(patch: pytest.MonkeyPatch, scheduler: Scheduler) -> None:
     )
     patch.setattr(claims, "uuid", SimpleNamespace(uuid4=lambda: uuid.UUID(int=next(numbers))))
     day = SimpleNamespace(
-        time_ns=lambda: int(_day_s(scheduler) * 1e9), strftime=time.strftime, localtime=lambda _: time.gmtime(0)
+        time_ns=lambda: int(_day_s(scheduler) * 1e9),
+        strftime=time.strftime,
+        localtime=lambda _: time.gmtime(0),
     )
     patch.setattr(claims, "time", day)
 
@@ -171,7 +179,7 @@ def _replace_local_files(patch: pytest.MonkeyPatch, scheduler: Scheduler) -> Non
             scheduler.stop("written")
             return
         # Right before the rename.
-        scheduler.operation("rename", str(os.readlink(f"/proc/self/fd/{number}")))
+        scheduler.operation("rename", str(Path(f"/proc/self/fd/{number}").readlink()))
         os.utime(number, ns=(now := _storage_ns(scheduler), now))
 
     def link(source: str, target: str) -> None:
@@ -229,7 +237,10 @@ class S3Server:
 
     def install(self, patch: pytest.MonkeyPatch, scheduler: Scheduler) -> None:
         """See ``install`` of this module."""
-        client, written_ns = self.client, dict[str, int]()
+        client, written = self.client, dict[str, tuple[int, bytes]]()
+
+        def note(path: str, data: bytes) -> None:
+            written[path] = _storage_ns(scheduler), data
 
         class Stream:
             """An upload, of which nothing is to be seen before its last request."""
@@ -245,24 +256,31 @@ class S3Server:
                 bucket, _, key = self._path.partition("/")
                 # One request in place of three, the first two of which nobody sees.
                 client.put_object(Bucket=bucket, Key=key, Body=self._data)
-                written_ns[self._path] = _storage_ns(scheduler)
+                note(self._path, self._data)
 
         class Objects(pafs.S3FileSystem):
+            """The server for jobs; between two operations of theirs all is told from what was written."""
+
             def get_file_info(self, what: Any) -> Any:
                 scheduler.operation("look", str(getattr(what, "base_dir", what)))
+                if scheduler.process is None:
+                    return _look_up(written, what)
                 found = super().get_file_info(what)
                 if isinstance(found, list) or found.type != pafs.FileType.File:
                     return found
                 # S3 counts in seconds.
-                second = written_ns[found.path] // 10**9
+                second = written[found.path][0] // 10**9
                 return pafs.FileInfo(found.path, found.type, mtime_ns=second * 10**9, size=found.size)
 
             def delete_file(self, path: str) -> None:
                 scheduler.operation("delete", path)
                 bucket, _, key = path.partition("/")
                 client.delete_object(Bucket=bucket, Key=key)
+                written.pop(path, None)
 
             def open_input_file(self, path: str) -> Any:
+                if scheduler.process is None:
+                    return pa.BufferReader(written[path][1])
                 scheduler.operation("read", path)
                 opened = super().open_input_file(path)
                 # What is open may be gone before it is read.
@@ -285,7 +303,7 @@ class S3Server:
             if self.conditions == "unseen":
                 asked = {name: asked[name] for name in ("Bucket", "Key", "Body")}
             done = client.put_object(**asked)
-            written_ns[path] = _storage_ns(scheduler)
+            note(path, asked["Body"])
             if fault == "answer lost":  # and the same request made again
                 done = client.put_object(**asked)
             return done
@@ -296,6 +314,34 @@ class S3Server:
         patch.setattr(conditional, "_client", lambda _: wrapped)
         patch.setattr(conditional, "_refusing", set())
         patch.setattr(conditional, "_tried", set())
+
+
+@contextmanager
+def serve(conditions: str) -> Iterator[S3Server]:
+    """A server with the empty bucket ``videos``, to which the environment leads."""
+    with s3_server() as (host, port), pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
+            patch.delenv(name, raising=False)
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(name, value)
+        # It would log each request.
+        patch.setattr(logging.getLogger("werkzeug"), "disabled", True)
+        server = S3Server(f"{host}:{port}", conditions)
+        server.client.create_bucket(Bucket="videos")
+        yield server
+        # All servers of a process have the same objects.
+        server.empty("videos")
+        server.client.delete_bucket(Bucket="videos")
+
+
+def _look_up(written: Mapping[str, tuple[int, bytes]], what: Any) -> Any:
+    """As an object store's ``get_file_info``, but for folders."""
+    if isinstance(what, str):
+        kind = pafs.FileType.File if what in written else pafs.FileType.NotFound
+        return pafs.FileInfo(what, kind, size=len(written[what][1]) if what in written else None)
+    folder = what.base_dir.rstrip("/") + "/"
+    there = [path for path in written if path.startswith(folder) and "/" not in path.removeprefix(folder)]
+    return [pafs.FileInfo(path, pafs.FileType.File, size=len(written[path][1])) for path in there]
 
 
 def _refusal() -> Exception:

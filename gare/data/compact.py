@@ -1,7 +1,8 @@
 """Merging small parts of a store, and leaving out rows that no longer count, for a store of any kind.
 
 The merged part names, in its own footer, the parts that it replaces: with its appearance they stop counting,
-in one step, and only then are they deleted. A crash at any moment leaves each row once.
+in one step, and only then are they deleted. A crash at any moment leaves each row once. Where no row is left
+the merged part is empty; the next compaction deletes it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def compact(
     """
     held = Held(generation, check)
     meta = read_meta(uri)
+    # From here on nobody who was taken over replaces it, where the storage has conditional writes.
+    write_retired(uri, read_retired(uri), held)
     stored = ids_in_parts(uri, "data")
     retired = read_retired(uri)
     parts, replaced = read_parts(uri, "data", ["video_id"])
@@ -59,7 +62,8 @@ def compact(
     for group in _groups(parts, retired, part_bytes):
         table = pa.concat_tables([_live_rows(part, retired, stored) for part in group])
         ids = [str(video_id) for video_id in table["video_id"].to_pylist()]
-        if ids:
+        # Even without rows: who is taken over before it deletes must not delete what its successor counts.
+        if any(part.rows for part in group):
             checksums = [part.checksum for part in group]
             data = encode_part("data", table, checksums)
             check()
@@ -97,7 +101,7 @@ def _groups(
 
 
 def _worth_it(group: list[Part], retired: Mapping[str, Mapping[str, str]]) -> Iterator[list[Part]]:
-    if len(group) > 1 or any(part.checksum in retired for part in group):
+    if len(group) > 1 or any(part.checksum in retired or not part.rows for part in group):
         yield group
 
 
@@ -144,7 +148,7 @@ def _compact_failures(uri: str, stored: Mapping[str, object], held: Held) -> Non
     rows = list(last.values())
     if sum(len(part.rows) for part in parts) == len(rows) and len(parts) < 2:
         return
-    if rows:
+    if any(part.rows for part in parts):
         checksums = [part.checksum for part in parts]
         table = pa.Table.from_pylist(rows, FAILURE_SCHEMA)
         group = [*(row["video_id"] for row in rows), *checksums]

@@ -254,14 +254,20 @@ def read_retired(uri: str) -> dict[str, dict[str, str]]:
 
 
 def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: Held = NOBODY) -> None:
-    """Replaces the record of ``read_retired`` at once; nothing happens where it says the same.
+    """Replaces the record of ``read_retired`` at once.
+
+    Nothing happens where it says the same and this generation has written it. The first write of a generation
+    changes the file in any case: on S3 a job that was taken over between its look at the lock and its request
+    may still replace the file that it found, and no other.
 
     Raises:
         GareError: where the store is not held any more; nothing is then written.
     """
-    if read_retired(uri) != rows:
+    location = join(uri, RETIRED)
+    found: dict[str, Any] = read_json(location) if exists(location) else {}
+    if found.get("rows", {}) != rows or found.get("generation", 0) != held.generation:
         content = json_bytes({"rows": rows, "generation": held.generation})
-        replace_file(join(uri, RETIRED), content, held.check)
+        replace_file(location, content, held.check)
 
 
 def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:

@@ -70,6 +70,8 @@ class StorePass(ABC):
     def hold(self, held: Held) -> None:
         """Takes over the lock of the store, by which all is written from here on."""
         self.held = held
+        # No job before this one replaces the record from here on, where the storage has conditional writes.
+        write_retired(self.uri, read_retired(self.uri), held)
 
     @property
     @abstractmethod

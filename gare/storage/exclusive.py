@@ -5,6 +5,7 @@ Locally the former is a hard link, which is never put over another file; on S3 b
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from gare.errors import DataError, shown
 from gare.storage.conditional import create_object, etag_of, replace_object
 from gare.storage.files import delete_file, exists, join, open_fs, write_atomically
 
+#: Answers of a file system without hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 #: A write whose answer was lost looks like another job's, once.
 _TRIES = 3
 
@@ -53,7 +56,9 @@ def create_file(folder: str, name: str, data: bytes) -> bool:
         os.link(open_fs(whole)[1], path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise DataError(f"cannot be written: {error.strerror}", where=location) from error
         if Path(path).exists():
             return False
         write_atomically(location, data)

@@ -136,17 +136,31 @@ def newest(uri: str) -> Generation:
     return Generation()
 
 
-def begin(uri: str, job: str) -> Generation:
+def begin(uri: str, job: str, may: Callable[[], bool] = lambda: True) -> Generation | None:
     """Begins a generation of a store, whose lock is the job's, and fences what a predecessor may still write.
+
+    Args:
+        uri: the store.
+        job: name of its claim.
+        may: True as long as the claim is there; asked between the look at the newest generation and the
+            creation of the next. Who takes the claim away does so before it begins its own, so that nobody
+            begins one above that of his successor.
+
+    Returns:
+        None where the claim is gone.
 
     Raises:
         DataError: if the store cannot be listed or written.
     """
     while True:
-        before = newest(uri)
-        ours = Generation(before.number + 1, job, fences=_fences(uri, before))
+        before, parts = newest(uri), _parts(uri)
+        # Above the parts, too: without conditional writes a generation's file may be lost, see the page.
+        number = max(before.number, *parts, 0) + 1
+        ours = Generation(number, job, fences=_fences(before, parts))
         content = json.dumps(asdict(ours), indent=1).encode()
-        if create_file(join(uri, FOLDER), _name(ours.number), content):
+        if not may():
+            return None
+        if create_file(join(uri, FOLDER), _name(number), content):
             return ours
 
 
@@ -185,22 +199,24 @@ def _counts(folder: str, location: str, fences: Mapping[int, set[str]]) -> bool:
     return found is None or fence is None or f"{folder}/{found[1]}" in fence
 
 
-def _fences(uri: str, before: Generation) -> dict[str, list[str]]:
-    open_ends = {int(number): set(names) for number, names in before.fences.items()}
-    if before.number and not before.released:
-        open_ends[before.number] = set()
-    if not open_ends:
-        return {}
-    there: dict[int, set[str]] = {number: set() for number in open_ends}
+def _parts(uri: str) -> dict[int, set[str]]:
+    """Parts that are there, as ``data/part-….parquet``, by the number of their generation."""
+    found: dict[int, set[str]] = {}
     for folder in PART_FOLDERS:
         for location in list_files(join(uri, folder), ".parquet"):
-            found = _PART.search(location)
-            if found and int(found[2]) in there:
-                there[int(found[2])].add(f"{folder}/{found[1]}")
-    return {
-        str(number): sorted(there[number] if number == before.number else there[number] & names)
-        for number, names in open_ends.items()
-    }
+            if match := _PART.search(location):
+                found.setdefault(int(match[2]), set()).add(f"{folder}/{match[1]}")
+    return found
+
+
+def _fences(before: Generation, parts: Mapping[int, set[str]]) -> dict[str, list[str]]:
+    earlier = {int(number): set(names) for number, names in before.fences.items()}
+    fences = {number: parts.get(number, set()) & names for number, names in earlier.items()}
+    # Those of which no file says that they went through.
+    fences |= {number: names for number, names in parts.items() if number > before.number}
+    if before.number and not before.released:
+        fences[before.number] = parts.get(before.number, set())
+    return {str(number): sorted(names) for number, names in sorted(fences.items())}
 
 
 def _read(location: str) -> Generation:

@@ -183,12 +183,15 @@ class StoreLock:
         """Gets the store and begins a generation, which nobody can have done meanwhile."""
         while True:
             self._acquire()
-            self._generation = begin(self.uri, self._claim.job)
+            begun = begin(self.uri, self._claim.job, lambda: exists(self._location))
+            if begun is None:
+                continue
+            self._generation = begun
             if self._is_ours():
-                forget_before(self.uri, self._generation)
+                forget_before(self.uri, begun)
                 return
             # Suspended for long between the two: another job has the store.
-            withdraw(self.uri, self._generation)
+            withdraw(self.uri, begun)
 
     def _is_ours(self) -> bool:
         looked_s = _steady_s()
@@ -274,6 +277,8 @@ class StoreLock:
                 os.utime(path)  # works on a full disk, and never brings a file back
             except FileNotFoundError:
                 return False
+            except OSError as error:
+                raise DataError(f"cannot be renewed: {error.strerror}", where=self._location) from error
             return True
         return renew_object(self._location, json_bytes(dataclasses.asdict(self._claim)))
 
@@ -286,7 +291,7 @@ class StoreLock:
                     # Renewing may have brought back what the other job had taken away.
                     delete_file(self._location)
                     return
-            except (DataError, OSError) as error:
+            except DataError as error:
                 logger.warning("%s: the lock cannot be renewed: %s", self.uri, error)
 
 

@@ -1,261 +1,218 @@
 """Writers of one store in any order: they sleep, die, wake up, take over and compact, while clocks are set.
 
-GARE_MODEL_EXAMPLES sets the number of histories, GARE_TEST_SEED the seed from which they are drawn.
+GARE_MODEL_EXAMPLES sets the number of histories, GARE_TEST_SEED the seed from which they are drawn, and
+GARE_MODEL_STEPS the steps of each.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import secrets
 import shutil
 import tempfile
-import time
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from gare.config import ExtractConfig
-from gare.data.compact import compact
-from gare.data.parts import read_columns, write_part
-from gare.data.store import frame_schema, ids_in_parts, read_retired, rows_in_parts, write_retired
-from gare.errors import DataError, LockLostError
-from gare.storage import claims
-from gare.storage import lock as module
-from gare.storage.lock import StoreLock
-from tests.stores import describe_store, stored_row
+from tests.stores import describe_store
+from tests.writers.history import CHANGES, History
+from tests.writers.jobs import IDS, RAW
+from tests.writers.scheduling import Actor, Machine, Process
+from tests.writers.storage import S3Server, install, serve
 
-RAW = ExtractConfig(num_frames=1, image_size=16, encoding="raw")
-FRAMES = np.zeros((1, 16, 16, 3), np.uint8)
-IDS = st.sampled_from("abcdef")
-EXAMPLES = int(os.environ.get("GARE_MODEL_EXAMPLES", "12"))
-STALE_S = 60.0
-
-
-class Clocks:
-    """A steady clock that goes on while somebody waits, and one of the day that is set now and then."""
-
-    def __init__(self) -> None:
-        self.steady_s, self.offset_s = 1000.0, 0.0
-        self.owner: StoreLock | None = None
-        self._renewed_s = 0.0
-
-    def now_s(self) -> float:
-        return 1.7e9 + self.steady_s + self.offset_s
-
-    def sleep(self, seconds: float) -> None:
-        self.steady_s += seconds
-        if self.owner and self.steady_s - self._renewed_s >= STALE_S / 6:
-            self._renewed_s = self.steady_s
-            assert self.owner._renew(), "a living owner's claim was taken away"
-
-    def utime(self, path: str, times: Any = None) -> None:
-        os.utime(path, (self.now_s(), self.now_s()))
+STEPS = int(os.environ.get("GARE_MODEL_STEPS", "25"))
+MOST_JOBS = 4
+#: More is made by nobody but who waits for a lock.
+MOST_OPERATIONS = 1500
+PLACES = ("/_META.json", "/_RETIRED.json", "/data/", "/failures/", "/generations/", "/lock/")
+PICK = st.integers(0, 15)
+_names = itertools.count()
 
 
 class Writers(RuleBasedStateMachine):
-    """Jobs of other machines, of which only signs of life can tell."""
+    """Jobs on three machines, their workers on others, and readers."""
+
+    server: ClassVar[S3Server | None] = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.uri = tempfile.mkdtemp(prefix="gare-model-")
-        self.clocks, self.patch = Clocks(), pytest.MonkeyPatch()
-        clock = SimpleNamespace(
-            monotonic=lambda: self.clocks.steady_s,
-            sleep=self.clocks.sleep,
-            clock_gettime=lambda _: self.clocks.steady_s,
-            CLOCK_MONOTONIC=time.CLOCK_MONOTONIC,
-        )
-        self.patch.setattr(module, "time", clock)
-        self.patch.setattr(module, "os", SimpleNamespace(utime=self.clocks.utime))
-        self.patch.setattr(module, "own_claim", self._claim)
-        self.expected: dict[str, str] = {}
-        self.owner: StoreLock | None = None
-        self.sleepers: list[StoreLock] = []
-        self.locks: list[StoreLock] = []
-        self.notes = map(str, itertools.count())
-        describe_store(self.uri, RAW)
-
-    def _claim(self) -> claims.Claim:
-        since_ns = int(self.clocks.now_s() * 1e9)
-        return dataclasses.replace(claims.own_claim(), machine="elsewhere", host="other", since_ns=since_ns)
+        self.patch = pytest.MonkeyPatch()
+        if self.server:
+            self.folder, uri = "", f"s3://videos/{next(_names)}"
+        else:
+            self.folder = uri = tempfile.mkdtemp(prefix="gare-model-")
+        self.history = History(uri, self.server.conditions if self.server else "local")
+        self.scheduler, self.runner = self.history.scheduler, self.history.runner
+        self.machines = [Machine(f"machine {number}") for number in range(3)]
+        install(self.patch, self.scheduler, self.server)
+        describe_store(uri, RAW, complete=False)
 
     def teardown(self) -> None:
-        for lock in self.locks:
-            lock._ended.set()
-        self.patch.undo()
-        shutil.rmtree(self.uri)
+        try:
+            self.history.end()
+        finally:
+            self.scheduler.end()
+            self.patch.undo()
+            if self.server:
+                self.server.empty("videos")
+            else:
+                shutil.rmtree(self.folder)
 
-    def _write(self, lock: StoreLock, ids: set[str]) -> dict[str, str]:
-        """A part, as a worker writes it: without a look at the lock."""
-        notes = {one: next(self.notes) for one in sorted(ids)}
-        rows = [stored_row(RAW, one, FRAMES) | {"note": note} for one, note in notes.items()]
-        number = lock.held.generation
-        write_part(self.uri, "data", rows, frame_schema(RAW), [lock._claim.job, *notes.values()], number)
-        return notes
+    # Whom a rule is about.
 
-    def _retire(self, lock: StoreLock, ids: set[str]) -> None:
-        places, retired = ids_in_parts(self.uri, "data"), read_retired(self.uri)
-        for one in ids & places.keys():
-            checksum = read_columns(places[one][0], []).schema.metadata[b"gare.sha256"].decode()
-            retired.setdefault(checksum, {})[one] = "changed"
-        write_retired(self.uri, retired, lock.held)
+    def _threads(self) -> list[Actor]:
+        return [one for one in self.scheduler.actors if not one.is_over and one.process.runs]
 
-    def _sleep(self) -> None:
-        assert self.owner
-        self.sleepers.append(self.owner)
-        self.clocks.owner = self.owner = None
+    def _running(self) -> list[Process]:
+        return [one for one in self.scheduler.processes if one.runs]
 
-    def _begin(self) -> StoreLock:
-        lock = StoreLock(self.uri, stale_s=STALE_S)
-        lock.__enter__()
-        self.locks.append(lock)
-        self.clocks.owner = self.owner = lock
-        return lock
+    def _sleeping(self) -> list[Process]:
+        return [one for one in self.scheduler.processes if not one.is_dead and one.asleep_since_s is not None]
 
-    @rule(hours=st.floats(-20, 20))
-    def clock_is_set(self, hours: float) -> None:
-        self.clocks.offset_s += 3600 * hours
+    def _num_jobs(self) -> int:
+        return sum(not job.is_over for job in self.runner.jobs)
 
-    @precondition(lambda self: self.owner is None)
-    @rule()
-    def job_begins(self) -> None:
-        self._begin().check()
+    @precondition(lambda self: self._num_jobs() < MOST_JOBS)
+    @rule(
+        kind=st.sampled_from(["extract", "extract", "compact"]),
+        machine=st.integers(0, 2),
+        pid=st.integers(1, 2),
+    )
+    def job_starts(self, kind: str, machine: int, pid: int) -> None:
+        self.runner.start(kind, self.runner.process(self.machines[machine], pid))
 
-    @precondition(lambda self: self.owner is not None)
-    @rule()
-    def second_job_is_refused(self) -> None:
-        lock = StoreLock(self.uri, when_locked="refuse", stale_s=STALE_S)
-        with pytest.raises(DataError, match="another job works here"):
-            lock.__enter__()
+    @rule(machine=st.integers(0, 2))
+    def reader_starts(self, machine: int) -> None:
+        self.history.read(self.runner.process(self.machines[machine], 1))
 
-    @precondition(lambda self: self.owner is not None)
-    @rule(ids=st.sets(IDS, min_size=1))
-    def clips_are_written(self, ids: set[str]) -> None:
-        """New ones, and changed ones in place of what was there."""
-        assert self.owner
-        self._retire(self.owner, ids)
-        for one in ids:
-            self.expected.pop(one, None)
-        self.expected |= self._write(self.owner, ids)
+    @precondition(lambda self: self._threads())
+    @rule(pick=PICK, operations=st.integers(1, 60))
+    def thread_goes_on(self, pick: int, operations: int) -> None:
+        self.scheduler.run(_one(self._threads(), pick), operations)
 
-    @precondition(lambda self: self.owner is not None)
-    @rule(ids=st.sets(IDS, min_size=1))
-    def clips_are_gone(self, ids: set[str]) -> None:
-        assert self.owner
-        self._retire(self.owner, ids)
-        for one in ids:
-            self.expected.pop(one, None)
+    @precondition(lambda self: self._threads())
+    @rule(pick=PICK, operations=st.integers(1, 600))
+    def job_goes_on_with_its_workers(self, pick: int, operations: int) -> None:
+        actor = _one(self._threads(), pick)
+        for _ in range(operations):
+            if actor.is_over or not actor.process.runs or not self.history.move(actor):
+                return
 
-    @precondition(lambda self: self.owner is not None)
-    @rule()
-    def parts_are_merged(self) -> None:
-        assert self.owner
-        compact(self.uri, 10**6, self.owner.check, generation=self.owner.held.generation)
+    @precondition(lambda self: self._threads())
+    @rule(pick=PICK)
+    def job_goes_through(self, pick: int) -> None:
+        actor = _one(self._threads(), pick)
+        for _ in range(MOST_OPERATIONS):
+            # As far as it comes: others may have the lock.
+            if actor.is_over or not actor.process.runs or not self.history.move(actor):
+                return
 
-    @precondition(lambda self: self.owner is not None)
-    @rule(moment=st.integers(0, 6), gone=st.sets(IDS), merges=st.booleans(), new=st.sets(IDS))
-    def merging_job_sleeps_and_is_taken_over(
-        self, moment: int, gone: set[str], merges: bool, new: set[str]
-    ) -> None:
-        """It looks at the lock, sleeps, and goes on when its successor is at work."""
-        assert self.owner
-        sleeper, looks = self.owner, itertools.count()
+    @precondition(lambda self: self._threads())
+    @rule(pick=PICK, fault=st.sampled_from(["fails", "answer lost"]), operations=st.integers(1, 5))
+    def storage_does_not_answer(self, pick: int, fault: str, operations: int) -> None:
+        actor = _one(self._threads(), pick)
+        actor.fault = fault
+        self.scheduler.run(actor, operations)
 
-        def check() -> None:
-            sleeper.check()
-            if next(looks) == moment:
-                self._sleep()
-                self._begin()
-                self.clips_are_gone(gone)
-                if merges:
-                    self.parts_are_merged()
-                if new:
-                    self.clips_are_written(new)
+    @precondition(lambda self: self._threads())
+    @rule(pick=PICK, where=st.sampled_from(PLACES), times=st.integers(1, 3))
+    def process_falls_asleep_before_a_change(self, pick: int, where: str, times: int) -> None:
+        """Of such a file, after it has made sure that it may."""
+        actor = _one(self._threads(), pick)
+        for _ in range(MOST_OPERATIONS):
+            if actor.is_over or not actor.process.runs:
+                return
+            if actor.stop.what in CHANGES and where in actor.stop.where:
+                times -= 1
+                if not times:
+                    self.scheduler.suspend(actor.process)
+                    return
+            if not self.history.move(actor):
+                return
 
-        # Retired rows and the description are written by who has looked: see docs/design/store-writers.md.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("gare.data.compact.write_retired", _after_a_second_look(sleeper, write_retired))
-            patch.setattr("gare.data.compact.write_meta", lambda *_: sleeper.check())
-            try:
-                compact(self.uri, 10**6, check, generation=sleeper.held.generation)
-            except LockLostError:
-                assert self.owner is not sleeper
+    @precondition(lambda self: self._running())
+    @rule(pick=PICK)
+    def process_falls_asleep(self, pick: int) -> None:
+        self.scheduler.suspend(_one(self._running(), pick))
 
-    @precondition(lambda self: self.owner is not None)
-    @rule()
-    def owner_sleeps_or_dies(self) -> None:
-        self._sleep()
+    @precondition(lambda self: self.scheduler.renewers)
+    @rule(pick=PICK, operations=st.integers(1, 6))
+    def process_falls_asleep_within_a_renewal(self, pick: int, operations: int) -> None:
+        actor = _one(self.scheduler.renewers, pick)
+        self.scheduler.run(actor, operations)
+        if actor.process.runs:
+            self.scheduler.suspend(actor.process)
 
-    @precondition(lambda self: self.sleepers)
-    @rule(data=st.data(), ids=st.sets(IDS, min_size=1))
-    def worker_of_a_sleeper_writes(self, data: Any, ids: set[str]) -> None:
-        """It counts only while nobody has taken the store over."""
-        lock = data.draw(st.sampled_from(self.sleepers))
-        if lock.owned.is_lost():
-            self._write(lock, ids)
-        elif new := ids - self.expected.keys():
-            self.expected |= self._write(lock, new)
+    @precondition(lambda self: self._sleeping())
+    @rule(pick=PICK, was_machine=st.booleans(), operations=st.integers(0, 20))
+    def process_wakes_up(self, pick: int, was_machine: bool, operations: int) -> None:
+        process = _one(self._sleeping(), pick)
+        self.scheduler.wake(process, was_machine=was_machine)
+        threads = [one for one in self._threads() if one.process is process]
+        if threads:
+            self.scheduler.run(_one(threads, pick), operations)
 
-    @precondition(lambda self: self.sleepers)
-    @rule(data=st.data())
-    def sleeper_wakes_up(self, data: Any) -> None:
-        """It goes on where nobody has taken the store over, and is told otherwise at its next look."""
-        lock = data.draw(st.sampled_from(self.sleepers))
-        self.sleepers.remove(lock)
-        if not lock.owned.is_lost():
-            assert lock._renew()
-            lock.check()
-            self.clocks.owner = self.owner = lock
-            return
-        with pytest.raises(LockLostError):
-            lock.check()
-        lock.__exit__(None, None, None)
+    @precondition(lambda self: self._running() or self._sleeping())
+    @rule(pick=PICK)
+    def process_dies(self, pick: int) -> None:
+        self.scheduler.kill(_one(self._running() + self._sleeping(), pick))
 
-    @precondition(lambda self: self.owner is not None)
-    @rule()
-    def owner_ends(self) -> None:
-        assert self.owner
-        self.owner.__exit__(None, None, None)
-        self.clocks.owner = self.owner = None
+    @rule(machine=st.integers(0, 2))
+    def machine_is_started_anew(self, machine: int) -> None:
+        for process in self.scheduler.processes:
+            if process.machine is self.machines[machine]:
+                self.scheduler.kill(process)
+        self.machines[machine].boots += 1
 
-    @invariant()
-    def each_clip_counts_once_and_as_the_owners_wrote_it(self) -> None:
-        found = rows_in_parts(self.uri, "data", ["note"])
-        assert {one: row["note"] for one, (_, _, row) in found.items()} == self.expected
-        if self.owner:
-            self.owner.check()
-        assert sum(not lock.owned.is_lost() for lock in self.sleepers) <= (self.owner is None)
+    @rule(seconds=st.floats(1, 200))
+    def time_passes(self, seconds: float) -> None:
+        self.scheduler.advance(self.scheduler.now_s + seconds)
+
+    @rule(machine=st.integers(-1, 2), hours=st.floats(-20, 20))
+    def clock_is_set(self, machine: int, hours: float) -> None:
+        if machine < 0:
+            self.scheduler.storage_offset_s += 3600 * hours
+        else:
+            self.machines[machine].offset_s += 3600 * hours
+
+    @rule(video_id=st.sampled_from(IDS), kind=st.sampled_from(["good", "bad", "gone"]))
+    def video_changes(self, video_id: str, kind: str) -> None:
+        self.history.change(video_id, kind)
+
+    @rule(video_id=st.sampled_from(IDS), back=st.integers(0, 2))
+    def video_comes_back_as_it_was(self, video_id: str, back: int) -> None:
+        self.history.restore(video_id, back)
 
 
-def _after_a_second_look(lock: StoreLock, write: Any) -> Any:
-    def checked(uri: str, rows: Any, _: Any) -> None:
-        write(uri, rows, lock.held)
-
-    return checked
+def _one(choices: list[Any], pick: int) -> Any:
+    return choices[pick % len(choices)]
 
 
-def test_writers_lose_and_double_nothing() -> None:
-    """Whatever order machines fail in, nights of extraction must leave each clip once, as it was made."""
+def _run(machine: type[Writers], default: int) -> None:
     value = int(os.environ.get("GARE_TEST_SEED") or secrets.randbits(31))
-    print(f"GARE_TEST_SEED={value}")
+    examples = int(os.environ.get("GARE_MODEL_EXAMPLES", default))
+    print(f"GARE_TEST_SEED={value} GARE_MODEL_EXAMPLES={examples} GARE_MODEL_STEPS={STEPS}")
     options = settings(
-        max_examples=EXAMPLES,
-        stateful_step_count=20,
+        max_examples=examples,
+        stateful_step_count=STEPS,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(seed(value)(Writers), settings=options)
+    run_state_machine_as_test(seed(value)(machine), settings=options)
+
+
+def test_writers_lose_and_double_nothing() -> None:
+    """Whatever order machines fail in, nights of extraction must leave each clip once, as it was made."""
+    _run(Writers, 30)
+
+
+@pytest.mark.parametrize("conditions", S3Server.KINDS)
+def test_writers_on_s3_lose_and_double_nothing(conditions: str) -> None:
+    """The same on object stores, of which some have no conditional writes."""
+    with serve(conditions) as server:
+        _run(type("WritersOnS3", (Writers,), {"server": server}), 3)

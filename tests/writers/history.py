@@ -1,0 +1,246 @@
+"""A history of jobs on one store, with what must hold after each operation.
+
+The invariants are those of docs/design/store-writers.md.
+"""
+
+from __future__ import annotations
+
+from gare.data.store import read_failures, read_meta, rows_in_parts
+from gare.errors import DataError, LockLostError
+from gare.storage.generations import newest_number
+from tests.writers.jobs import IDS, Job, Reading, Runner
+from tests.writers.scheduling import MOST_OPERATIONS, Actor, Machine, Process, Scheduler, Stop
+
+#: Operations that change something.
+CHANGES = ("rename", "link", "put", "conditional put", "delete")
+#: Longer than this a job has to be silent before another one takes its place.
+_SILENT_S = 30.0
+
+
+class History:
+    """Runs jobs and checks the store after each operation that changes it.
+
+    Args:
+        uri: the store, which is described already.
+        storage: ``local``, or a kind of ``tests.writers.storage.S3Server``.
+    """
+
+    def __init__(self, uri: str, storage: str) -> None:
+        self.uri = uri
+        #: Nobody who was taken over replaces a file that his successor has written.
+        self.is_conditional = storage == "kept"
+        #: Of several that create the same file one has done it.
+        self.creates_once = storage in ("kept", "local")
+        self.scheduler = Scheduler(self._after)
+        self.runner = Runner(uri, self.scheduler)
+        self.runner.on_entry, self.runner.on_finish = self._entered, self._finished
+        self.readings: list[Reading] = []
+        self.rows: dict[str, str] = {}
+        self.newest = 0
+        #: What was written late where no condition can keep it off, and when; see the page.
+        self.late = ""
+        self.late_at = 0
+        #: Of each video, whether its versions can be decoded.
+        self.kinds = {one: ["good"] for one in IDS}
+
+    # What happens.
+
+    def change(self, video_id: str, kind: str) -> None:
+        """A video is replaced (by a good or a bad one) or removed."""
+        version, _ = self.runner.collection[video_id]
+        if kind != "gone":
+            version = len(self.kinds[video_id])
+            self.kinds[video_id].append(kind)
+        self.runner.collection[video_id] = (version, kind)
+
+    def restore(self, video_id: str, back: int) -> None:
+        """A video comes back as it was so many versions ago."""
+        kinds = self.kinds[video_id]
+        version = max(0, len(kinds) - 1 - back)
+        self.runner.collection[video_id] = (version, kinds[version])
+
+    def read(self, process: Process) -> Reading:
+        """Starts a reader."""
+        reading = Reading(self.uri, self.scheduler, process, self.rows)
+        self.readings.append(reading)
+        return reading
+
+    def finish(self, actor: Actor) -> None:
+        """Lets a thread go on to its end, with all that it waits for."""
+        for _ in range(MOST_OPERATIONS):
+            if actor.is_over or not actor.process.runs:
+                return
+            assert self.move(actor), f"{actor.name} waits for ever: {actor.stop}"
+        raise AssertionError(f"{actor.name} does not end: {actor.stop}")
+
+    def through(self, kind: str, machine: Machine) -> Job:
+        """A command from its start to its end."""
+        job = self.runner.start(kind, self.runner.process(machine, 1))
+        assert job.actor
+        self.finish(job.actor)
+        return job
+
+    def until(self, job: Job, where: str) -> None:
+        """A command goes on until right before it changes such a file."""
+        assert job.actor
+        for _ in range(MOST_OPERATIONS):
+            assert not job.actor.is_over, f"{job.name} is through: {job.actor.error!r}"
+            if job.actor.stop.what in CHANGES and where in job.actor.stop.where:
+                return
+            self.move(job.actor)
+        raise AssertionError(f"{job.name} does not come to {where}")
+
+    def move(self, actor: Actor) -> int:
+        """A thread goes on by an operation, or those that it waits for do; how many went on."""
+        workers = self.workers_of(actor)
+        return self.scheduler.run(actor, 1) or sum(self.scheduler.run(one, 1) for one in workers)
+
+    def workers_of(self, actor: Actor) -> list[Actor]:
+        """Threads that a thread may wait for."""
+        job = self.runner.job_of(actor.process)
+        processes = [*(job.workers if job else ()), actor.process]
+        return [
+            one
+            for one in self.scheduler.actors
+            if one is not actor and not one.is_over and any(one.process is other for other in processes)
+        ]
+
+    def end(self) -> None:
+        """Makes sure that one more run completes the store, and who wakes up after it changes nothing."""
+        sleepers = []
+        for process in self.scheduler.processes:
+            if process.runs:
+                self.scheduler.suspend(process)
+            if not process.is_dead:
+                sleepers.append(process)
+        self._complete("the next run")
+        for process in sleepers:
+            self.scheduler.wake(process, was_machine=False)
+        for _ in range(MOST_OPERATIONS):
+            running = [one for one in self.scheduler.actors if not one.is_over and one.process.runs]
+            if not sum(self.scheduler.run(one, 1 + place % 3) for place, one in enumerate(running)):
+                break
+        else:
+            raise AssertionError(f"these do not end: {running}")
+        self._complete("the run after all have ended")
+        again = dict(self.rows)
+        self._complete("a run with nothing to do")
+        assert self.rows == again
+
+    def _complete(self, what: str) -> None:
+        job = self.through("extract", Machine(f"last {len(self.scheduler.processes)}"))
+        assert job.actor
+        assert job.actor.error is None, f"{what}: {job.actor.error!r}"
+        self._look()
+        good = {one: version for one, (version, kind) in self.runner.collection.items() if kind == "good"}
+        found = {one: self.runner.written[note].version for one, note in self.rows.items()}
+        assert found == good, f"{what} left versions {found} of {good}"
+        assert read_meta(self.uri).complete, f"{what} left the store incomplete"
+
+    # What must hold.
+
+    def _entered(self, job: Job) -> None:
+        """Nobody has the number of another; who was awake all the time was not taken over."""
+        for other in self.runner.jobs:
+            if other is job or not other.number:
+                continue
+            if other.number == job.number:
+                assert not self.creates_once, f"{other.name} and {job.name} both have {job.number}"
+                self._mark_late("two jobs with one number")
+            if not other.is_over and other.number < job.number and other.lock and not other.process.faults:
+                slept_s = other.process.longest_sleep_s
+                if other.process.asleep_since_s is not None:
+                    slept_s = max(slept_s, self.scheduler.now_s - other.process.asleep_since_s)
+                # Else a sleeper may have written its generation over this one's, and taken it back.
+                assert slept_s > _SILENT_S or not self.creates_once, (
+                    f"{job.name} took over from {other.name}, which was awake"
+                )
+
+    def _finished(self, job: Job) -> None:
+        if job.began >= self.late_at:
+            self.late = ""
+
+    def _mark_late(self, what: str) -> None:
+        self.late, self.late_at = what, self.runner.operations
+
+    def _after(self, actor: Actor, done: Stop) -> None:
+        self.runner.operations += 1
+        if done.what == "write" and actor.stop.what == "rename":
+            actor.stop.where = done.where  # where its file is to be
+        if actor.is_over:
+            self._ended(actor)
+        if done.what not in CHANGES or "/lock/" in done.where:
+            return
+        job = self.runner.job_of(actor.process)
+        name = done.where.rsplit("/", 1)[-1]
+        is_late = job is not None and job.number < self.newest and job.number > 0
+        if is_late and not self.is_conditional and (name in ("_META.json", "_RETIRED.json")):
+            self._mark_late(f"{name} written late")
+        if done.what == "delete" and "/data/" in done.where:
+            for reading in self.readings:
+                reading.compactions += 1
+        self._look()
+
+    def _ended(self, actor: Actor) -> None:
+        if actor.name == "reader":
+            next(one for one in self.readings if one.actor is actor).check()
+            return
+        if actor.error is None or actor.process.faults:
+            return
+        job = self.runner.job_of(actor.process)
+        if job is None:
+            faults = actor.error
+            raise AssertionError(f"{actor.name} ended with {faults!r}") from faults
+        if isinstance(actor.error, LockLostError | DataError) and (job.number < self.newest or self.late):
+            return
+        if any(worker.faults for worker in job.workers):
+            return
+        raise AssertionError(f"{job.name} ended with {actor.error!r}") from actor.error
+
+    def _look(self) -> None:
+        """Reads the store at once, as nobody does, and compares it with what was there before."""
+        self.newest = max(self.newest, newest_number(self.uri))
+        try:
+            found = rows_in_parts(self.uri, "data", ["note", "source_version"])
+        except DataError as error:
+            if self.late == "two jobs with one number":
+                return
+            raise AssertionError(f"readers are stopped: {error}") from error
+        before, self.rows = self.rows, {one: str(row["note"]) for one, (_, _, row) in found.items()}
+        for one, note in self.rows.items():
+            assert self.runner.written[note].video_id == one
+        for reading in self.readings:
+            reading.note(self.rows)
+        if self.late:
+            return
+        self._nothing_vanishes(before)
+        self._complete_is_complete()
+
+    def _nothing_vanishes(self, before: dict[str, str]) -> None:
+        """A row of the video as it is now goes on to count, unless the owner has seen another video."""
+        owners = [job for job in self.runner.jobs if job.number == self.newest]
+        for one, note in before.items():
+            version, kind = self.runner.collection[one]
+            was = self.runner.written[note].version
+            if kind != "good" or was != version:
+                continue
+            if any(job.view and job.view[one] != (version, kind) for job in owners):
+                continue
+            now = self.rows.get(one)
+            assert now is not None, f"{note!r} counts no more"
+            assert self.runner.written[now].version == version, f"{now!r} counts in place of {note!r}"
+
+    def _complete_is_complete(self) -> None:
+        meta = read_meta(self.uri)
+        if not meta.complete:
+            return
+        view = self.runner.completed[meta.code_version]
+        failed = read_failures(self.uri, self.rows)
+        for one in IDS:
+            version, kind = view[one]
+            if one not in self.rows:
+                assert one in failed, f"{one} is missing in a store that is complete"
+            else:
+                # A file that is gone has no row, one that is bad may have had a good one before.
+                assert kind == "good", f"{one} counts, which is {kind}"
+                assert self.runner.written[self.rows[one]].version == version

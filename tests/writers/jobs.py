@@ -1,0 +1,268 @@
+"""Jobs as pipelines/extract.py runs them, without Ray, MLflow and videos: extraction, compaction, reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gare.config import Config, ExtractConfig
+from gare.data.collection import Comparison
+from gare.data.compact import compact
+from gare.data.frame_pass import FramePass
+from gare.data.manifest import Manifest, ManifestRow
+from gare.data.parts import encode_part, put_part, table_of
+from gare.data.sources import FileVersion
+from gare.data.store import FAILURE_SCHEMA, frame_schema, read_meta, rows_in_parts
+from gare.errors import DataError, GoneError
+from gare.storage.lock import StoreLock
+from tests.stores import failure_row, stored_row
+from tests.writers.scheduling import Actor, Machine, Process, Scheduler
+
+RAW = ExtractConfig(num_frames=1, image_size=8, encoding="raw", max_failed_fraction=1.0)
+CONFIG = Config().model_copy(update={"extract": RAW})
+IDS = "abcd"
+MANIFEST = Manifest(
+    tuple(ManifestRow(one, f"/videos/{one}.mp4", None, None, "train", ("one",)) for one in IDS),
+    "folder",
+    "own",
+)
+STALE_S = 60.0
+PART_BYTES = 10**6
+_FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
+
+#: Version of the file of each clip, and whether it can be decoded (good), not (bad), or is not there (gone).
+Collection = dict[str, tuple[int, str]]
+
+
+@dataclass
+class Job:
+    """A command that somebody has started.
+
+    Attributes:
+        process: of its driver.
+        name: of the run.
+        kind: ``extract`` or ``compact``.
+        view: the collection as it looked last.
+        number: of its generation; 0: it has none.
+        began: operations of the history before it had the store.
+        workers: processes that write its parts.
+        actor: the driver's thread.
+    """
+
+    process: Process
+    name: str
+    kind: str
+    view: Collection = field(default_factory=dict)
+    number: int = 0
+    began: int = 0
+    has_released: bool = False
+    workers: list[Process] = field(default_factory=list)
+    actor: Actor | None = None
+    lock: StoreLock | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its driver does nothing any more."""
+        return self.process.is_dead or (self.actor is not None and self.actor.is_over)
+
+
+@dataclass
+class Row:
+    """A row of a data part, as it was written."""
+
+    video_id: str
+    version: int
+    job: Job
+
+
+class Runner:
+    """Runs jobs on one store and keeps what they mean to have done.
+
+    Args:
+        uri: the store.
+        scheduler: of the history.
+
+    Attributes:
+        collection: the videos as they are now.
+        written: rows by their note.
+        completed: the collection as a run saw it that called the store complete, by its name.
+    """
+
+    def __init__(self, uri: str, scheduler: Scheduler) -> None:
+        self.uri, self.scheduler = uri, scheduler
+        self.collection: Collection = dict.fromkeys(IDS, (0, "good"))
+        self.jobs: list[Job] = []
+        self.written: dict[str, Row] = {}
+        self.completed: dict[str, Collection] = {}
+        self.operations = 0
+        self.on_entry: Callable[[Job], None] = lambda _: None
+        self.on_finish: Callable[[Job], None] = lambda _: None
+
+    def process(self, machine: Machine, pid: int) -> Process:
+        """A new process; it has the next free id if somebody has this one."""
+        taken = {one.pid for one in self.scheduler.processes if one.machine is machine and not one.is_dead}
+        while pid in taken:
+            pid += 1
+        process = Process(machine, machine.boots, pid, start=int(self.scheduler.now_s * 100))
+        # Two that start in the same tick of one machine have different ids.
+        process.start += len(self.scheduler.processes)
+        self.scheduler.processes.append(process)
+        return process
+
+    def start(self, kind: str, process: Process) -> Job:
+        """Starts a command."""
+        job = Job(process, f"run {len(self.jobs)}", kind)
+        action = self._extract if kind == "extract" else self._compact
+        job.actor = self.scheduler.start(process, job.name, lambda: self._whole(job, action))
+        self.jobs.append(job)
+        return job
+
+    def job_of(self, process: Process) -> Job | None:
+        """The job whose driver this is."""
+        return next((job for job in self.jobs if job.process is process), None)
+
+    def _whole(self, job: Job, action: Callable[[Job], None]) -> None:
+        try:
+            action(job)
+        finally:
+            # Its process id may be had by another one.
+            if not (job.actor and job.actor.is_doomed):
+                job.process.is_dead = True
+
+    def _stat(self, job: Job) -> Callable[[Sequence[str]], dict[str, FileVersion | DataError]]:
+        def stat(uris: Sequence[str]) -> dict[str, FileVersion | DataError]:
+            self.scheduler.stop("stat")
+            job.view = dict(self.collection)
+            found: dict[str, FileVersion | DataError] = {}
+            for uri in uris:
+                version, kind = self.collection[uri.removeprefix("/videos/").removesuffix(".mp4")]
+                found[uri] = GoneError("gone") if kind == "gone" else FileVersion(1000, f"mtime {version}")
+            return found
+
+        return stat
+
+    def _enter(self, job: Job, lock: StoreLock) -> None:
+        job.lock, job.number, job.began = lock, lock.held.generation, self.operations
+        self.on_entry(job)
+
+    def _extract(self, job: Job) -> None:
+        # As pipelines.extract._write.
+        work = FramePass(CONFIG, MANIFEST, self.uri, self._stat(job), job.name)
+        if work.inventory_if_done(work.look()):
+            return
+        with StoreLock(self.uri, stale_s=STALE_S) as lock:
+            self._enter(job, lock)
+            work.hold(lock.held)
+            comparison = work.look()
+            work.refuse_lost(comparison)
+            if work.is_settled(comparison):
+                inventory = work.count()
+            else:
+                work.begin(comparison)
+                self._decode(job, comparison, lock)
+                inventory = work.settle()
+            if inventory.is_complete:
+                self.completed[job.name] = job.view
+            work.finish(comparison, inventory, {})
+            self.on_finish(job)
+        job.has_released = True
+
+    def _decode(self, job: Job, comparison: Comparison, lock: StoreLock) -> None:
+        """Parts of two clips each, by workers on machines of their own, which die now and then."""
+        groups = [
+            list(comparison.pending[first : first + 2]) for first in range(0, len(comparison.pending), 2)
+        ]
+        actors = [self._work(job, group) for group in groups]
+        while actors:
+            self.scheduler.stop("wait", ready=lambda: any(map(_has_ended, actors)))
+            for place, actor in enumerate(actors):
+                if not _has_ended(actor):
+                    continue
+                if not actor.is_over:  # died: tried again elsewhere
+                    actors[place] = self._work(job, groups[place])
+                    continue
+                del actors[place], groups[place]
+                if actor.error:
+                    raise actor.error
+                lock.check()
+                break
+
+    def _work(self, job: Job, group: list[dict[str, Any]]) -> Actor:
+        process = self.process(Machine(f"node {len(self.scheduler.processes)}"), 1)
+        job.workers.append(process)
+        return self.scheduler.start(process, "worker", lambda: self._write(job, group))
+
+    def _write(self, job: Job, group: list[dict[str, Any]]) -> None:
+        # As gare.data.extraction.PartWriter.
+        good, bad = [], []
+        for asked in group:
+            identity = {key: asked[key] for key in ("start_s", "end_s", "source_bytes", "source_version")}
+            video_id = asked["video_id"]
+            version, kind = job.view[video_id]
+            if kind == "good":
+                note = f"{job.name} {video_id}"
+                self.written[note] = Row(video_id, version, job)
+                good.append(stored_row(RAW, video_id, _FRAMES) | identity | {"note": note})
+            else:
+                bad.append(failure_row(video_id, asked["attempts"] + 1) | identity)
+        names = [job.name, *(asked["video_id"] for asked in group)]
+        for folder, rows, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, frame_schema(RAW))):
+            if rows:
+                put_part(self.uri, folder, encode_part(folder, table_of(rows, schema)), names, job.number)
+
+    def _compact(self, job: Job) -> None:
+        # As pipelines.extract._look_after.
+        read_meta(self.uri)
+        with StoreLock(self.uri, stale_s=STALE_S) as lock:
+            self._enter(job, lock)
+            compact(self.uri, PART_BYTES, lock.check, generation=lock.held.generation)
+        job.has_released = True
+
+
+def _has_ended(actor: Actor) -> bool:
+    return actor.is_over or actor.process.is_dead
+
+
+class Reading:
+    """A reader, as training is one: it looks once for all that counts.
+
+    Args:
+        uri: the store.
+        scheduler: of the history.
+        process: it runs in.
+        now: notes of the rows that count as it begins, by id.
+    """
+
+    def __init__(self, uri: str, scheduler: Scheduler, process: Process, now: dict[str, str]) -> None:
+        self.found: dict[str, str] | None = None
+        self.compactions = 0
+        #: Of each id, notes of rows that counted at some moment since it began; empty: for a moment none did.
+        self.seen: dict[str, set[str]] = {one: {now.get(one, "")} for one in IDS}
+
+        def read() -> None:
+            rows = rows_in_parts(uri, "data", ["note"])
+            self.found = {one: str(row["note"]) for one, (_, _, row) in rows.items()}
+
+        self.actor = scheduler.start(process, "reader", read)
+
+    def note(self, now: dict[str, str]) -> None:
+        """Takes down what counts now."""
+        for one in IDS:
+            self.seen[one].add(now.get(one, ""))
+
+    def check(self) -> None:
+        """Makes sure that what it has read was there."""
+        if self.actor.error:
+            if self.actor.process.faults:
+                return
+            # Three times in a row a part was merged between its listing and its reading.
+            assert isinstance(self.actor.error, DataError), repr(self.actor.error)
+            assert self.compactions >= 3, f"a reader was stopped by {self.actor.error!r}"
+            return
+        assert self.found is not None
+        for one in IDS:
+            found = self.found.get(one, "")
+            assert found in self.seen[one], f"a reader saw {found!r} of {one}, which never counted meanwhile"

@@ -146,12 +146,12 @@ say("too far")
 def test_one_that_is_seen_does_not_come_again(repository: Path, config: Path) -> None:
     """Closing a store or Ray takes longer than a while, and must not be interrupted in its turn."""
     body = """
-stopping.UNSEEN_S = 0.05
+stopping.UNSEEN_S = 3
 try:
     hit()
 finally:
     with shielded():
-        threading.Event().wait(0.3)
+        threading.Event().wait(4)
     hit()
     say("closed")
 """

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster.logs import JsonStream, json_lines, set_up_logging
-from cluster.stopping import NAMES, STATUS, asked_by, command_running, end_command, message, shielded
+from cluster.stopping import (
+    NAMES,
+    STATUS,
+    asked_by,
+    command_running,
+    end_command,
+    message,
+    shielded,
+    wait_until_told,
+)
 from cluster.tracking import finish_open_runs
 from gare.config import Config, SizesOf, describe_keys, load_config
 from gare.errors import ConfigError, GareError, StoppedError
@@ -132,6 +141,7 @@ def _say_fault(error: GareError) -> int:
 
 def _say(message: str, *, traced: bool = False) -> None:
     """Says why the command ends."""
+    wait_until_told()
     # Who has closed the stream, or its pipe, still gets the status.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if isinstance(sys.stderr, JsonStream):

@@ -189,6 +189,8 @@ class _Signals:
 
 
 _signals = _Signals()
+#: Locks of lines that are being logged; each is free once its line is out.
+_being_told: list[Any] = []
 
 
 def take_signals() -> None:
@@ -208,6 +210,12 @@ def command_running() -> Iterator[None]:
     finally:
         _signals.is_running, _signals.is_over = False, _signals.is_taken
         _signals.stop_timer()
+
+
+def wait_until_told() -> None:
+    """Waits a moment for what handlers have logged, so that nothing comes after the command's last line."""
+    while _being_told:
+        _being_told.pop().acquire(timeout=1.0)
 
 
 def end_command() -> None:
@@ -312,7 +320,17 @@ def _is_unwinding(error: BaseException | None) -> bool:
 
 def _tell(text: str) -> None:
     """Logs from within a handler, which may have come while this very thread writes to the log."""
-    _thread.start_new_thread(logger.warning, ("%s", text))
+    told = _thread.allocate_lock()
+    told.acquire()
+    _being_told.append(told)
+
+    def log() -> None:
+        try:
+            logger.warning("%s", text)
+        finally:
+            told.release()
+
+    _thread.start_new_thread(log, ())
 
 
 def _end_at_once(text: str) -> None:

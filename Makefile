@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 1
 
 .PHONY: help install demo test test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
-.PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer fuzz audit ui clean
+.PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer fuzz model audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
 	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
+	@echo "make model    random histories of a store's writers, local and on S3: jobs that sleep, die, take over (MINUTES=N)"
 	@echo "make bench-scaling  extraction and a training step on 1 and 2 workers, and a model of 8 to 512 GPUs (10 min)"
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-loader  what loading a batch costs, in the loaders and in the training process (2 min)"
@@ -53,9 +54,8 @@ faults-short: install
 	$(BIN)/python -m pytest -m "faults and not long" --durations=0
 
 # MINUTES=N: new moments for so long, local and on S3.
-MINUTES ?= 0
 interrupts: install
-	GARE_INTERRUPT_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m faults -s --show-capture=no tests/pipelines/test_interrupted_steps.py
+	GARE_INTERRUPT_MINUTES=$(or $(MINUTES),0) $(BIN)/python -m pytest -m faults -s --show-capture=no tests/pipelines/test_interrupted_steps.py
 
 suite: install
 	$(BIN)/python -m tests.suite
@@ -77,6 +77,12 @@ bench: install
 
 fuzz: install
 	$(BIN)/python -m tests.benchmarks.fuzz
+
+# WHERE=local, s3 or a kind of S3 (kept, refused, unseen); SEED=N begins there, EXAMPLES=N histories a seed.
+WHERE ?= all
+EXAMPLES ?= 50
+model: install
+	$(BIN)/python -m tests.writers --minutes $(or $(MINUTES),10) --where $(WHERE) --examples $(EXAMPLES) $(if $(SEED),--seed $(SEED))
 
 bench-scaling: install
 	$(BIN)/python -m tests.benchmarks.scaling

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from gare.config import ExtractConfig
-from gare.data.parts import part_files, read_columns, read_parts, write_part
+from gare.data.parts import Part, part_files, read_columns, read_parts, write_part
 from gare.errors import DataError
 from gare.storage.exclusive import replace_file
 from gare.storage.files import exists, join, json_bytes, read_bytes, read_json
@@ -238,6 +238,8 @@ def check_settings(uri: str, meta: StoreMeta, settings: Mapping[str, Any]) -> No
 
 
 RETIRED = "_RETIRED.json"
+#: Compactions that may end while a store is read.
+_LOOKS = 3
 
 
 def read_retired(uri: str) -> dict[str, dict[str, str]]:
@@ -290,9 +292,7 @@ def rows_in_parts(
         DataError: for a part that cannot be read or lacks a column, or an id that two parts of one
             generation hold.
     """
-    parts, _ = read_parts(uri, folder, ["video_id", *columns])
-    # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
-    retired = read_retired(uri) if folder == "data" else {}
+    parts, retired = _parts_and_retired(uri, folder, ["video_id", *columns])
     found: dict[str, tuple[str, int, dict[str, Any]]] = {}
     for part in parts:
         left_out = retired.get(part.checksum, {})
@@ -310,6 +310,22 @@ def rows_in_parts(
                 )
             found[video_id] = (part.location, row, entry)
     return found
+
+
+def _parts_and_retired(
+    uri: str, folder: str, columns: Sequence[str]
+) -> tuple[list[Part], dict[str, dict[str, str]]]:
+    """Parts that count and the rows of them that do not, as of one moment."""
+    for _ in range(_LOOKS):
+        parts, _ = read_parts(uri, folder, columns)
+        if folder != "data" or not parts:
+            return parts, {}
+        # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
+        retired = read_retired(uri)
+        # A compaction that ends meanwhile deletes a part before it forgets which of its rows were retired.
+        if {part.location for part in parts} <= set(part_files(uri, folder)):
+            return parts, retired
+    raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
 
 
 def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]:

@@ -36,10 +36,14 @@ class History:
         self.runner.on_entry, self.runner.on_finish = self._entered, self._finished
         self.readings: list[Reading] = []
         self.rows: dict[str, str] = {}
+        #: Notes of rows that ever counted.
+        self.seen: set[str] = set()
         self.newest = 0
         #: What was written late where no condition can keep it off, and when; see the page.
         self.late = ""
         self.late_at = 0
+        #: What happens to videos before the last run.
+        self.at_last: dict[str, str] = {}
         #: Of each video, whether its versions can be decoded.
         self.kinds = {one: ["good"] for one in IDS}
 
@@ -107,6 +111,8 @@ class History:
 
     def end(self) -> None:
         """Makes sure that one more run completes the store, and who wakes up after it changes nothing."""
+        for one, kind in self.at_last.items():
+            self.change(one, kind)
         sleepers = []
         for process in self.scheduler.processes:
             if process.runs:
@@ -147,7 +153,7 @@ class History:
             if other.number == job.number:
                 assert not self.creates_once, f"{other.name} and {job.name} both have {job.number}"
                 self._mark_late("two jobs with one number")
-            if not other.is_over and other.number < job.number and other.lock and not other.process.faults:
+            if other.holds and other.number < job.number and not other.process.faults:
                 slept_s = other.process.longest_sleep_s
                 if other.process.asleep_since_s is not None:
                     slept_s = max(slept_s, self.scheduler.now_s - other.process.asleep_since_s)
@@ -172,16 +178,23 @@ class History:
         if done.what not in CHANGES or "/lock/" in done.where:
             return
         job = self.runner.job_of(actor.process)
-        name = done.where.rsplit("/", 1)[-1]
-        is_late = job is not None and job.number < self.newest and job.number > 0
-        if is_late and not self.is_conditional and (name in ("_META.json", "_RETIRED.json")):
-            self._mark_late(f"{name} written late")
+        if job is not None and 0 < job.number < self.newest:
+            self._changed_late(job, done.where)
         if done.what == "delete" and "/data/" in done.where:
             for reading in self.readings:
                 reading.compactions += 1
         self._look()
 
+    def _changed_late(self, job: Job, where: str) -> None:
+        """It looks at the lock before each change, so that it makes one at most without knowing."""
+        job.late_changes += 1
+        assert job.late_changes < 2 or job.process.faults, f"{job.name} has lost the lock and goes on"
+        if not self.is_conditional and where.endswith(("/_META.json", "/_RETIRED.json")):
+            self._mark_late(f"{where} written late")
+
     def _ended(self, actor: Actor) -> None:
+        if actor.name in ("reader", "worker"):
+            actor.process.is_dead = True
         if actor.name == "reader":
             next(one for one in self.readings if one.actor is actor).check()
             return
@@ -211,9 +224,11 @@ class History:
             assert self.runner.written[note].video_id == one
         for reading in self.readings:
             reading.note(self.rows)
+        seen, self.seen = self.seen, self.seen.union(self.rows.values())
         if self.late:
             return
         self._nothing_vanishes(before)
+        self._nothing_comes_back(before, seen)
         self._complete_is_complete()
 
     def _nothing_vanishes(self, before: dict[str, str]) -> None:
@@ -229,6 +244,20 @@ class History:
             now = self.rows.get(one)
             assert now is not None, f"{note!r} counts no more"
             assert self.runner.written[now].version == version, f"{now!r} counts in place of {note!r}"
+
+    def _nothing_comes_back(self, before: dict[str, str], seen: set[str]) -> None:
+        """A row that counts anew is the owner's, or one of the video as it is again."""
+        owners = [job for job in self.runner.jobs if job.number == self.newest]
+        for one, note in self.rows.items():
+            if before.get(one) == note:
+                continue
+            row = self.runner.written[note]
+            if note not in seen:
+                is_owners = row.job.number == self.newest or not self.creates_once
+                assert is_owners, f"{note!r} was written late and counts"
+                continue
+            views = [self.runner.collection, *(job.view for job in owners if job.view)]
+            assert (row.version, "good") in [view[one] for view in views], f"{note!r} counts again"
 
     def _complete_is_complete(self) -> None:
         meta = read_meta(self.uri)

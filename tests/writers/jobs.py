@@ -50,6 +50,7 @@ class Job:
         began: operations of the history before it had the store.
         workers: processes that write its parts.
         actor: the driver's thread.
+        late_changes: what it changed after another job had begun a newer generation.
     """
 
     process: Process
@@ -58,15 +59,21 @@ class Job:
     view: Collection = field(default_factory=dict)
     number: int = 0
     began: int = 0
-    has_released: bool = False
     workers: list[Process] = field(default_factory=list)
     actor: Actor | None = None
     lock: StoreLock | None = None
+    late_changes: int = 0
 
     @property
     def is_over(self) -> bool:
         """Whether its driver does nothing any more."""
         return self.process.is_dead or (self.actor is not None and self.actor.is_over)
+
+    @property
+    def holds(self) -> bool:
+        """Whether it has got the lock and is not about to give it back."""
+        ended: Any = self.lock._ended.is_set if self.lock else True
+        return not self.is_over and not ended
 
 
 @dataclass
@@ -168,7 +175,6 @@ class Runner:
                 self.completed[job.name] = job.view
             work.finish(comparison, inventory, {})
             self.on_finish(job)
-        job.has_released = True
 
     def _decode(self, job: Job, comparison: Comparison, lock: StoreLock) -> None:
         """Parts of two clips each, by workers on machines of their own, which die now and then."""
@@ -219,7 +225,6 @@ class Runner:
         with StoreLock(self.uri, stale_s=STALE_S) as lock:
             self._enter(job, lock)
             compact(self.uri, PART_BYTES, lock.check, generation=lock.held.generation)
-        job.has_released = True
 
 
 def _has_ended(actor: Actor) -> bool:

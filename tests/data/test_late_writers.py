@@ -101,3 +101,16 @@ def test_a_generation_that_is_lost_is_not_begun_again(history: History) -> None:
     history.finish(other.actor)
     history.finish(job.actor)
     assert job.number != other.number
+
+
+def test_a_reader_does_not_see_rows_that_a_compaction_forgets(history: History) -> None:
+    """Training would be given clips that are gone, or of a video that has been replaced."""
+    history.change("a", "gone")
+    history.through("extract", SLEEPER)
+    reading = history.read(history.runner.process(SLEEPER, 1))
+    while "/_RETIRED.json" not in reading.actor.stop.where:  # it has read the parts
+        assert history.move(reading.actor)
+    history.through("compact", SUCCESSOR)
+    history.finish(reading.actor)
+    assert reading.found is not None
+    assert reading.found.keys() == {"b", "c", "d"}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gare.errors import DataError, LockLostError
-from gare.storage import conditional, generations
+from gare.storage import conditional, exclusive, generations
 from gare.storage.conditional import create_object, etag_of, replace_object
 from gare.storage.exclusive import create_file, renew_object, replace_file
 from gare.storage.files import delete_file, exists, read_bytes, write_atomically
@@ -50,6 +54,21 @@ def test_one_of_many_creates(tmp_path: Path, store: str, request: pytest.Fixture
         assert sum(created) == 1
     assert not create_file(folder, "7.json", b"later")
     assert read_bytes(f"{folder}/7.json") != b"later"
+
+
+@pytest.mark.parametrize(("number", "has_links"), [(errno.EIO, True), (errno.EPERM, False)])
+def test_a_disk_that_fails_is_not_one_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, has_links: bool
+) -> None:
+    """After a fault that passes, a write without conditions could replace another job's file."""
+
+    def link(*_: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(exclusive, "os", SimpleNamespace(link=link))
+    with pytest.raises(DataError, match="cannot be written") if has_links else contextlib.nullcontext():
+        assert create_file(str(tmp_path), "7.json", b"one")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if has_links else ["7.json"])
 
 
 @pytest.mark.usefixtures("s3")

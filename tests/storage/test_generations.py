@@ -25,7 +25,7 @@ from gare.data.store import (
 )
 from gare.errors import DataError, LockLostError
 from gare.storage import generations
-from gare.storage.generations import Held
+from gare.storage.generations import Held, Owned
 from tests.stores import describe_store, failure_row, random_frames, stored_row, stored_values
 
 RAW = ExtractConfig(num_frames=2, image_size=16, encoding="raw")
@@ -61,6 +61,42 @@ def test_each_generation_has_one_job(tmp_path: Path) -> None:
     generations.forget_before(str(tmp_path), newest)
     assert [path.name for path in (tmp_path / "generations").iterdir()] == ["00000024.json"]
     assert generations.begin(str(tmp_path), "next").number == 25
+
+
+def test_a_job_without_its_claim_begins_no_generation(tmp_path: Path) -> None:
+    """Its number would be above its successor's, who would end though nothing was wrong with him."""
+    uri = str(tmp_path)
+    first = generations.begin(uri, "first")
+    assert first is not None
+    assert generations.begin(uri, "late", lambda: False) is None
+    assert generations.newest_number(uri) == first.number == 1
+
+
+def test_workers_learn_of_a_newer_generation(tmp_path: Path) -> None:
+    """Two training runs would write checkpoints of the same steps into one folder."""
+    uri = str(tmp_path)
+    first = Owned(uri, generations.begin(uri, "first").number)
+    assert not first.is_lost()
+    second = generations.begin(uri, "second")
+    assert first.is_lost()
+    assert not Owned(uri, second.number).is_lost()
+    # Its successor took its generation back: it is the owner again.
+    generations.withdraw(uri, second)
+    assert not first.is_lost()
+    assert isinstance(first.fault(), LockLostError)
+    assert uri in str(first.fault())
+
+
+def test_a_generation_whose_file_is_lost_is_fenced(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Without conditional writes a sleeper may take that file away; its number must not come again."""
+    uri = str(tmp_path)
+    lost = Job(uri, "lost", rng)
+    lost.write("a")
+    generations.withdraw(uri, lost.generation)
+    successor = Job(uri, "successor", rng)
+    assert successor.generation.number == 2
+    lost.write("late")
+    assert ids_in_parts(uri, "data").keys() == {"a"}
 
 
 def test_late_parts_do_not_count(tmp_path: Path, rng: np.random.Generator) -> None:

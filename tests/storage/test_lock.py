@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -285,12 +286,12 @@ def test_one_who_was_suspended_while_it_claimed_starts_over(
     """It saw no other job and slept before it began: its successor must not lose the store to it."""
     begin, others = module.begin, []
 
-    def slowly(uri: str, job: str) -> generations.Generation:
+    def slowly(uri: str, job: str, may: Callable[[], bool]) -> generations.Generation | None:
         if not others:
             others.append(job)
             (tmp_path / "lock" / f"{job}.json").unlink()  # a successor took it away, and is done
             generations.begin(uri, "successor")
-        return begin(uri, job)
+        return begin(uri, job, may)
 
     monkeypatch.setattr(module, "begin", slowly)
     with StoreLock(str(tmp_path)) as lock:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.parts import Part, checksum_fault, encode_part, put_part, read_parts, write_table
+from gare.data.parts import Part, checksum_fault, encode_part, name_of, put_part, read_parts, write_table
 from gare.data.store import (
     FAILURE_SCHEMA,
     IDENTITY,
@@ -65,9 +65,10 @@ def compact(
         # Even without rows: who is taken over before it deletes must not delete what its successor counts.
         if any(part.rows for part in group):
             checksums = [part.checksum for part in group]
-            data = encode_part("data", table, checksums)
+            name = name_of([*ids, *checksums], generation)
+            data = encode_part("data", name, table, checksums)
             check()
-            merged = put_part(uri, "data", data, [*ids, *checksums], generation)
+            merged = put_part(uri, "data", name, data)
             logger.info("%d parts are %s now, with %d clips", len(group), merged, len(ids))
         left_out += sum(len(part.rows) for part in group) - len(ids)
         _delete(group, check)

@@ -11,7 +11,7 @@ from typing import Any
 
 from gare.config import ExtractConfig
 from gare.data.decode_process import DecodeProcess, DecoderCrashError, ExtractedClip
-from gare.data.parts import encode_part, put_part, table_of
+from gare.data.parts import encode_part, name_of, put_part, table_of
 from gare.data.sources import LocalVideo, LocalVideos, VideoSource, check_readable
 from gare.data.store import FAILURE_SCHEMA, IDENTITY, frame_schema
 from gare.errors import DataError, FetchError, GoneError, shown
@@ -95,13 +95,13 @@ class Extractor:
             took.append((row["video_id"], time.perf_counter() - started))
         # Failures first: a kill between the two writes leaves the good ones pending, never a video that is
         # neither here nor there.
-        group = [self.run, *(row["video_id"] for row in rows)]
+        name = name_of([self.run, *(row["video_id"] for row in rows)], self.generation)
         for folder, ended, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, self.schema)):
             if ended:
                 started = time.perf_counter()
-                part = encode_part(folder, table_of(ended, schema))
+                part = encode_part(folder, name, table_of(ended, schema))
                 encoded = time.perf_counter()
-                put_part(self.uri, folder, part, group, self.generation)
+                put_part(self.uri, folder, name, part)
                 seconds["parquet"] += encoded - started
                 seconds["write"] += time.perf_counter() - encoded
         return {

@@ -5,6 +5,8 @@ A part's footer holds, as key-value metadata:
 ``gare.sha256``: SHA-256 of the whole file, in hexadecimal, where its own 64 digits count as zeros; it travels
     with the file and is written with it, so that no crash parts the two. Pages have CRC-32 checksums as well,
     which readers verify.
+``gare.part``: the name of the file. It makes the checksum of a part its own: the same rows that are written
+    again by a later run, since a clip has come back, must not be taken for those that were replaced.
 ``gare.replaces``: JSON list of the checksums of those parts whose rows this one took over. They no longer
     count from the moment that this part is there, whether they have been deleted yet or not.
 """
@@ -28,7 +30,7 @@ from gare.storage.files import exists, join, list_files, open_fs, read_bytes, wr
 from gare.storage.generations import generation_of, newest, part_name
 from gare.storage.patience import is_of_a_file
 
-CHECKSUM, REPLACES = "gare.sha256", "gare.replaces"
+CHECKSUM, NAME, REPLACES = "gare.sha256", "gare.part", "gare.replaces"
 #: Files that are opened at once: most of the time is waiting, for an object store above all.
 THREADS = 16
 #: Clips of a row group of features, which are small: one that is read by itself costs the reading of so many.
@@ -113,19 +115,24 @@ def write_table(
     Returns:
         The location of the part.
     """
-    return put_part(uri, folder, encode_part(folder, table, replaces), group, generation)
+    name = name_of(group, generation)
+    return put_part(uri, folder, name, encode_part(folder, name, table, replaces))
 
 
-def put_part(uri: str, folder: str, data: memoryview, group: Sequence[str], generation: int = 0) -> str:
-    """Writes what ``encode_part`` made; see ``write_part`` for the rest."""
-    digest = hashlib.sha256("\n".join(sorted(group)).encode()).hexdigest()[:20]
-    location = join(uri, folder, part_name(generation, digest))
+def name_of(group: Sequence[str], generation: int = 0) -> str:
+    """The name of the file of a part; see ``write_part`` for the arguments."""
+    return part_name(generation, hashlib.sha256("\n".join(sorted(group)).encode()).hexdigest()[:20])
+
+
+def put_part(uri: str, folder: str, name: str, data: memoryview) -> str:
+    """Writes what ``encode_part`` made under this name; its location."""
+    location = join(uri, folder, name)
     write_atomically(location, data)
     return location
 
 
-def encode_part(folder: str, table: pa.Table, replaces: Iterable[str] = ()) -> memoryview:
-    """The bytes of a part, with its checksum; see ``write_table`` for the arguments."""
+def encode_part(folder: str, name: str, table: pa.Table, replaces: Iterable[str] = ()) -> memoryview:
+    """The bytes of a part of this name, with its checksum; see ``write_table`` for the other arguments."""
     # Training reads such tensors by their low bytes, see gare.data.tensor_pages.
     raw = [f"{field.name}.list.element" for field in table.schema if _is_tensor(field.type, pa.uint8())]
     sink = pa.BufferOutputStream()
@@ -139,7 +146,8 @@ def encode_part(folder: str, table: pa.Table, replaces: Iterable[str] = ()) -> m
         write_page_checksum=True,
     ) as writer:
         writer.write_table(table, row_group_size=_rows_per_group(folder, table))
-        writer.add_key_value_metadata({REPLACES: json.dumps(sorted(replaces)), CHECKSUM: _BLANK.decode()})
+        replaced = json.dumps(sorted(replaces))
+        writer.add_key_value_metadata({NAME: name, REPLACES: replaced, CHECKSUM: _BLANK.decode()})
     data = bytearray(sink.getvalue())
     place = data.index(_BLANK, data.rindex(CHECKSUM.encode()))
     data[place : place + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()

@@ -16,6 +16,7 @@ from gare.data.frames import FrameReader
 from gare.data.parts import is_gone, read_columns
 from gare.data.store import (
     FAILURE_SCHEMA,
+    frame_schema,
     ids_in_parts,
     part_files,
     read_failures,
@@ -26,7 +27,7 @@ from gare.data.store import (
 from gare.errors import DataError
 from tests.features import write_feature_store
 from tests.servers import DroppingProxy
-from tests.stores import failure_row, stored_values, write_store
+from tests.stores import failure_row, stored_row, stored_values, write_store
 from tests.tiny import tiny_config
 
 RAW = ExtractConfig(num_frames=3, image_size=16, encoding="raw")
@@ -185,3 +186,18 @@ def test_an_outage_is_not_taken_for_a_merged_part(
     assert not is_gone(fault)
     fault.__cause__ = ValueError("3 pictures of 4 frames")
     assert not is_gone(fault)
+
+
+def test_a_clip_that_comes_back_as_it_was_counts(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Its part had the bytes of the one that was replaced, so it would be missing for ever."""
+    uri = str(tmp_path)
+    frames = write_store(uri, RAW, IDS[:2], rng, part=1)
+    rows = [stored_row(RAW, IDS[0], frames[IDS[0]])]
+    for generation in (1, 2):
+        part, _ = ids_in_parts(uri, "data")[IDS[0]]
+        checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
+        write_retired(uri, {checksum: {IDS[0]: "gone"}})
+        compact(uri, 10**6, generation=2 * generation)
+        assert ids_in_parts(uri, "data").keys() == {IDS[1]}
+        write_part(uri, "data", rows, frame_schema(RAW), [f"run {generation}", IDS[0]], 2 * generation + 1)
+        assert ids_in_parts(uri, "data").keys() == set(IDS[:2])

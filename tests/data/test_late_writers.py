@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gare.data.store import read_meta
 from gare.errors import LockLostError
 from tests.stores import describe_store
 from tests.writers.history import History
@@ -114,3 +115,15 @@ def test_a_reader_does_not_see_rows_that_a_compaction_forgets(history: History) 
     history.finish(reading.actor)
     assert reading.found is not None
     assert reading.found.keys() == {"b", "c", "d"}
+
+
+def test_what_fails_again_after_a_compaction_counts_again(history: History) -> None:
+    """Its row was taken for the one that had been replaced, and the store never came to an end."""
+    for _ in range(2):
+        history.change("a", "gone")
+        history.through("extract", SLEEPER)
+        assert read_meta(history.uri).complete
+        history.restore("a", 0)
+        history.through("extract", SLEEPER)
+        history.through("compact", SLEEPER)
+    assert history.rows.keys() == set(IDS)

@@ -13,7 +13,7 @@ from gare.data.collection import Comparison
 from gare.data.compact import compact
 from gare.data.frame_pass import FramePass
 from gare.data.manifest import Manifest, ManifestRow
-from gare.data.parts import encode_part, put_part, table_of
+from gare.data.parts import encode_part, name_of, put_part, table_of
 from gare.data.sources import FileVersion
 from gare.data.store import FAILURE_SCHEMA, frame_schema, read_meta, rows_in_parts
 from gare.errors import DataError, GoneError
@@ -214,10 +214,10 @@ class Runner:
                 good.append(stored_row(RAW, video_id, _FRAMES) | identity | {"note": note})
             else:
                 bad.append(failure_row(video_id, asked["attempts"] + 1) | identity)
-        names = [job.name, *(asked["video_id"] for asked in group)]
+        name = name_of([job.name, *(asked["video_id"] for asked in group)], job.number)
         for folder, rows, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, frame_schema(RAW))):
             if rows:
-                put_part(self.uri, folder, encode_part(folder, table_of(rows, schema)), names, job.number)
+                put_part(self.uri, folder, name, encode_part(folder, name, table_of(rows, schema)))
 
     def _compact(self, job: Job) -> None:
         # As pipelines.extract._look_after.

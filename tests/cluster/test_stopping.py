@@ -173,7 +173,8 @@ finally:
 """
     done = end_of(repository, config, signal.SIGINT, body)
     assert done.returncode == STATUS
-    assert done.stderr.splitlines()[-1].startswith("error: ended by a third signal (Ctrl-C)")
+    # Another thread may still log what the second one was told.
+    assert "error: ended by a third signal (Ctrl-C), without closing what is open\n" in done.stderr
     assert "too far" not in done.stderr
 
 

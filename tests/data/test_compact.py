@@ -24,6 +24,7 @@ from gare.data.store import (
     write_part,
     write_retired,
 )
+from gare.data.verify import verify
 from gare.errors import DataError
 from tests.features import write_feature_store
 from tests.servers import DroppingProxy
@@ -201,3 +202,23 @@ def test_a_clip_that_comes_back_as_it_was_counts(tmp_path: Path, rng: np.random.
         assert ids_in_parts(uri, "data").keys() == {IDS[1]}
         write_part(uri, "data", rows, frame_schema(RAW), [f"run {generation}", IDS[0]], 2 * generation + 1)
         assert ids_in_parts(uri, "data").keys() == set(IDS[:2])
+
+
+def test_where_no_row_is_left_an_empty_part_stands_for_a_while(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """It says that the rows will not come back; who reads or checks the store must not stumble over it."""
+    uri = str(tmp_path)
+    write_store(uri, RAW, IDS[:2], rng, part=2)
+    part, _ = ids_in_parts(uri, "data")[IDS[0]]
+    checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
+    write_retired(uri, {checksum: dict.fromkeys(IDS[:2], "gone")})
+    write_part(uri, "failures", [failure_row("bad")], FAILURE_SCHEMA)
+    assert compact(uri, 10**6)["rows_left_out"] == 2
+    assert ids_in_parts(uri, "data") == read_retired(uri) == {}
+    [empty] = part_files(uri, "data")
+    assert empty != part
+    assert FrameReader(uri).places == {}
+    assert [fault for fault in verify(uri, frame_schema(RAW), set())[0] if fault["part"] == empty] == []
+    compact(uri, 10**6)
+    assert part_files(uri, "data") == []

@@ -14,12 +14,12 @@ from tests.stores import describe_store
 from tests.writers.history import History
 from tests.writers.jobs import IDS, RAW
 from tests.writers.scheduling import Machine
-from tests.writers.storage import S3Server, install, serve
+from tests.writers.storage import install, serve
 
 SLEEPER, SUCCESSOR = Machine("sleeper"), Machine("successor")
 
 
-@pytest.fixture(params=["local", *S3Server.KINDS])
+@pytest.fixture(params=["local", "kept", "refused"])
 def history(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[History]:
     """A store that has been filled, on each kind of storage."""
     kind = str(request.param)

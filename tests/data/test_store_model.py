@@ -27,4 +27,4 @@ def test_writers_lose_and_double_nothing(seed: int) -> None:
 def test_writers_on_s3_lose_and_double_nothing(seed: int, conditions: str) -> None:
     """The same on object stores, of which some have no conditional writes."""
     with serve(conditions) as server:
-        run_machine(seed, _examples(3), server)
+        run_machine(seed, _examples(2), server)

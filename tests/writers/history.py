@@ -36,8 +36,11 @@ class History:
         self.runner.on_entry, self.runner.on_finish = self._entered, self._finished
         self.readings: list[Reading] = []
         self.rows: dict[str, str] = {}
-        #: Notes of rows that ever counted.
+        #: Notes of rows that ever counted, and of those that were written when their claim was gone.
         self.seen: set[str] = set()
+        self.between: set[str] = set()
+        #: Claims that were taken away by other jobs.
+        self.taken: set[str] = set()
         self.newest = 0
         #: What was written late where no condition can keep it off, and when; see the page.
         self.late = ""
@@ -175,9 +178,15 @@ class History:
             actor.stop.where = done.where  # where its file is to be
         if actor.is_over:
             self._ended(actor)
+        job = self.runner.job_of(actor.process)
+        if (
+            done.what == "delete"
+            and "/lock/" in done.where
+            and not (job and done.where.endswith(_claim(job)))
+        ):
+            self.taken.add(done.where.rsplit("/", 1)[-1])
         if done.what not in CHANGES or "/lock/" in done.where:
             return
-        job = self.runner.job_of(actor.process)
         if job is not None and 0 < job.number < self.newest:
             self._changed_late(job, done.where)
         if done.what == "delete" and "/data/" in done.where:
@@ -204,7 +213,8 @@ class History:
         if job is None:
             faults = actor.error
             raise AssertionError(f"{actor.name} ended with {faults!r}") from faults
-        if isinstance(actor.error, LockLostError | DataError) and (job.number < self.newest or self.late):
+        is_lost = job.number < self.newest or _claim(job) in self.taken or bool(self.late)
+        if isinstance(actor.error, LockLostError | DataError) and is_lost:
             return
         if any(worker.faults for worker in job.workers):
             return
@@ -225,6 +235,10 @@ class History:
         for reading in self.readings:
             reading.note(self.rows)
         seen, self.seen = self.seen, self.seen.union(self.rows.values())
+        for note in self.seen - seen:
+            writer = self.runner.written[note].job
+            if writer.is_over or _claim(writer) in self.taken:
+                self.between.add(note)
         if self.late:
             return
         self._nothing_vanishes(before)
@@ -240,6 +254,8 @@ class History:
             if kind != "good" or was != version:
                 continue
             if any(job.view and job.view[one] != (version, kind) for job in owners):
+                continue
+            if note in self.between and self.runner.written[note].job.number < self.newest:
                 continue
             now = self.rows.get(one)
             assert now is not None, f"{note!r} counts no more"
@@ -273,3 +289,8 @@ class History:
                 # A file that is gone has no row, one that is bad may have had a good one before.
                 assert kind == "good", f"{one} counts, which is {kind}"
                 assert self.runner.written[self.rows[one]].version == version
+
+
+def _claim(job: Job) -> str:
+    """The name of a job's claim; one that nobody has where it has none."""
+    return job.lock._location.rsplit("/", 1)[-1] if job.lock else "none"

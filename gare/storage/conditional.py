@@ -14,12 +14,14 @@ from functools import lru_cache
 from typing import Any
 
 from gare.errors import DataError, shown
-from gare.storage.object_store import CONNECT_TIMEOUT_S, MAX_RETRIES, S3Address, address_of
+from gare.storage.object_store import CONNECT_TIMEOUT_S, S3Address, address_of
 from gare.storage.s3_client import s3_client
 from gare.storage.uris import scheme_of
 
 logger = logging.getLogger(__name__)
 
+#: Tries of a request, with random pauses of half a minute in all.
+TRIES = 7
 #: Answers by which a server says that it knows no conditional writes.
 _REFUSALS = {"NotImplemented", "InvalidArgument", "InvalidRequest"}
 #: Another write of the same object at the same moment; the request is to be made again.
@@ -143,4 +145,4 @@ def _client(address: S3Address) -> Any:
 @lru_cache(maxsize=16)
 def _client_of(endpoint: str, region: str, credentials: tuple[str, ...]) -> Any:
     del credentials  # a key of the cache alone
-    return s3_client(timeout_s=CONNECT_TIMEOUT_S, attempts=MAX_RETRIES + 1, endpoint=endpoint, region=region)
+    return s3_client(timeout_s=CONNECT_TIMEOUT_S, attempts=TRIES, endpoint=endpoint, region=region)

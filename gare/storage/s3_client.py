@@ -32,7 +32,9 @@ def s3_client(
     config = Config(
         connect_timeout=timeout_s,
         read_timeout=timeout_s,
-        retries={"total_max_attempts": attempts, "mode": "standard"},
+        # Not "standard", whose budget of tries is shared by all requests: an outage uses it up, and the first
+        # connection that is lost after it is then an error.
+        retries={"total_max_attempts": attempts, "mode": "legacy"},
         max_pool_connections=connections,
         signature_version=UNSIGNED if anonymous else None,
         # Servers other than AWS's need not know the checksums that boto3 adds by itself.

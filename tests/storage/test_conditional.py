@@ -22,6 +22,7 @@ from gare.storage.exclusive import create_file, renew_object, replace_file
 from gare.storage.files import delete_file, exists, read_bytes, write_atomically
 from gare.storage.lock import StoreLock
 from gare.storage.object_store import address_of
+from tests.servers import DroppingProxy
 
 FOLDER = "s3://videos/store"
 
@@ -185,3 +186,26 @@ def test_a_server_that_takes_no_notice_of_conditions_is_found_out(
         lock.check()
         assert etag_of(lock._location) == ""
     assert "takes no notice of conditions" in caplog.text
+
+
+def test_an_outage_leaves_tries_for_later(
+    s3: Any, s3_proxy: DroppingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that was renewed in vain through an outage would be lost at the next lost connection."""
+    monkeypatch.setattr(conditional, "TRIES", 3)
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
+    conditional._client_of.cache_clear()
+    uri = f"{FOLDER}/there"
+    try:
+        write_atomically(uri, b"content")
+        s3_proxy.disturb(drops=10**6, most_bytes=2, share=1.0)
+        for _ in range(60):
+            with pytest.raises(DataError):
+                etag_of(uri)
+        for _ in range(3):
+            s3_proxy.disturb(drops=1, most_bytes=2, share=1.0)
+            assert etag_of(uri)
+            assert sum(s3_proxy.dropped.values()) == 1
+    finally:
+        s3_proxy.disturb(0)
+        conditional._client_of.cache_clear()

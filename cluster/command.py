@@ -102,14 +102,10 @@ def _execute(
             line = json.dumps(result, ensure_ascii=False, allow_nan=False)
         except KeyboardInterrupt:
             return _say_interrupted()
-        except StoppedError as error:
-            # It says what was kept.
-            finish_open_runs(error)
-            _say(str(error))
-            return error.exit_code
         except Exception as error:
             finish_open_runs(error)
-            if asked_by():
+            # One that was stopped says itself what was kept.
+            if asked_by() and not isinstance(error, StoppedError):
                 # A fault of something that was ended in its midst: the signal is the reason.
                 logger.info("while it ended: %s: %s", type(error).__name__, error)
                 return _say_interrupted()

@@ -46,7 +46,7 @@ def message(name: str) -> str:
 
 
 class _Signals:
-    """What the process knows of its signals; there is one.
+    """State of this process's signals, and their handlers; there is one.
 
     Attributes:
         is_taken: True while the handlers are ours.

@@ -17,15 +17,10 @@ from gare.retrieval.evaluated import split_hash_of
 from gare.storage.files import delete_file, exists, join, write_atomically, write_json
 from gare.train.checkpoints import Checkpoints, Entry
 from gare.train.data import StoredSplits, read_splits
+from pipelines.locks import evaluation_lock
 from pipelines.saving import SELECTION, checkpoints_of
 from pipelines.scoring import device_of, pool_of
-from pipelines.subject import (
-    Subject,
-    checkpoint_subject,
-    evaluation_lock,
-    open_tracking,
-    require_name_of_a_run,
-)
+from pipelines.subject import Subject, checkpoint_subject, open_tracking, require_name_of_a_run
 
 if TYPE_CHECKING:
     from gare.train.curve import Curve, Look

@@ -36,6 +36,7 @@ from gare.storage.lock import StoreLock
 from gare.train.data import StoredSplits, read_splits
 from pipelines.comparison import FOLDER_TAG, collect, compare
 from pipelines.curve import score_curve
+from pipelines.locks import evaluation_lock
 from pipelines.registration import write_and_register
 from pipelines.scoring import encode, rank
 from pipelines.sizes import sizes_for_evaluation
@@ -43,7 +44,6 @@ from pipelines.subject import (
     PICTURE,
     Subject,
     checkpoint_subject,
-    evaluation_lock,
     open_tracking,
     take_folder,
     zero_shot_subject,

@@ -36,6 +36,7 @@ from gare.data.verify import verify_or_raise
 from gare.storage.files import exists, join, write_atomically, write_json
 from gare.storage.lock import StoreLock
 from pipelines.extraction import Encoding, decode_rows, frame_pass, told, words
+from pipelines.locks import store_lock
 from pipelines.pending import pending_of
 from pipelines.sizes import sizes_of_weights
 
@@ -113,9 +114,8 @@ def _look_after(config: Config, job: StorePass) -> dict[str, Any]:
     read_meta(store)  # there is one
     if config.upkeep.task == "verify":
         return verify_or_raise(store, job.schema, {row.video_id for row in job.manifest.rows})
-    with _lock(config, store) as lock:
-        part_bytes = config.upkeep.part_mb * 10**6
-        merged = compact(store, part_bytes, lock.check, generation=lock.held.generation)
+    with store_lock(config, store) as lock:
+        merged = compact(store, config.upkeep.part_mb * 10**6, lock.held)
     return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
 
 
@@ -129,7 +129,7 @@ def _write_both(
     if all(done):
         return [_unchanged(*one) for one in zip(jobs, looks, done, strict=True)]
     with (
-        _lock(config, encoding.job.uri) as lock,
+        store_lock(config, encoding.job.uri) as lock,
         ray_session(config.cluster),
         contextlib.closing(encoding),
     ):
@@ -153,7 +153,7 @@ def _write(
     inventory = job.inventory_if_done(comparison)
     if inventory and not held:
         return _unchanged(job, comparison, inventory)
-    with contextlib.nullcontext(held) if held else _lock(config, job.uri) as lock:
+    with contextlib.nullcontext(held) if held else store_lock(config, job.uri) as lock:
         job.hold(lock.held)
         comparison = job.look()  # another job may have written while this one waited
         job.refuse_lost(comparison)
@@ -176,10 +176,6 @@ def _unchanged(job: StorePass, comparison: Comparison, inventory: Inventory) -> 
     logger.info("%s: %s, nothing to do", job.uri, words(comparison.counts))
     inventory.raise_if_too_many()
     return job.result(comparison, inventory) | {"seconds": 0.0}
-
-
-def _lock(config: Config, store: str) -> StoreLock:
-    return StoreLock(store, when_locked=config.upkeep.when_locked, stale_s=config.upkeep.stale_s)
 
 
 def _decoding(config: Config, store: str, between_parts: Callable[[], None] = lambda: None) -> Work:

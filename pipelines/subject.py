@@ -15,7 +15,6 @@ from gare.errors import CheckpointError, ConfigError
 from gare.retrieval.evaluated import ZERO_SHOT
 from gare.retrieval.results import forget_results
 from gare.storage.files import delete_file, exists, join, read_json, write_json
-from gare.storage.lock import StoreLock
 from pipelines.best import tells_how_to_mend
 from pipelines.pending import pending_of
 
@@ -164,23 +163,6 @@ def settings_of(config: Config, model: GARE) -> dict[str, Any]:
     from gare.model.clip import towers_sha256
 
     return feature_settings(config, towers_sha256(model.towers))
-
-
-def evaluation_lock(config: Config, places: Layout, run: str, what: str) -> StoreLock:
-    """Lets one job at a time write an evaluation: the files of two would be mixed.
-
-    The run's training may go on meanwhile: it writes ``best/``, all that evaluation reads of it, at its end.
-
-    Args:
-        config: says what to do where another job has it.
-        places: of the data set.
-        run: name of the run.
-        what: the split, or another name of what is written.
-    """
-    # Zero-shot evaluations of all splits share a record of their MLflow run.
-    names = (run,) if run == ZERO_SHOT else (run, what)
-    uri = join(places.data, "evaluation-locks", *names)
-    return StoreLock(uri, when_locked=config.upkeep.when_locked, stale_s=config.upkeep.stale_s)
 
 
 def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle:

@@ -43,6 +43,7 @@ from gare.train.history import History
 from gare.train.input.randaugment import POLICY
 from pipelines.best import copy_best, mend_best
 from pipelines.finishing import log_outputs
+from pipelines.locks import run_lock
 from pipelines.pending import pending_of
 from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
 from pipelines.saving import SELECTION, StopRequest, checkpoints_of
@@ -73,12 +74,8 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _lock(config: Config, places: Layout) -> AbstractContextManager[StoreLock | None]:
-    """One driver at a time in a run: schedulers submit again what they take for lost, while it lives."""
-    if not exists(places.manifest):  # there is nothing to train on, which _run says without leaving a file
-        return nullcontext()
-    # Not in the run's folder, which train.overwrite deletes.
-    uri = join(places.data, "run-locks", config.train.run)
-    return StoreLock(uri, when_locked=config.upkeep.when_locked, stale_s=config.upkeep.stale_s)
+    """The run's lock, where there is something to train on; ``_run`` says so without leaving a file."""
+    return run_lock(config, places) if exists(places.manifest) else nullcontext()
 
 
 def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -299,8 +299,7 @@ class RunHandle:
             self._warn_once("refused", f"MLflow refuses something of run {entry['run_id']}", error)
 
     def _deliver(self, entry: outbox.Entry) -> None:
-        # An interrupt within a transaction would leave the database locked, for this process too.
-        with shielded():
+        with shielded():  # a server has seconds to answer here
             self._deliver_or_keep({"run_id": self.run_id, **entry})
 
     def _deliver_or_keep(self, entry: outbox.Entry) -> None:
@@ -329,8 +328,7 @@ class RunHandle:
     def _attempt(self, what: str, action: Callable[[Any], T]) -> T | None:
         try:
             client.check_answers(self.tracking_uri)  # the call itself would retry for minutes
-            # As in _deliver; an upload to a server may take long, and leaves nothing locked.
-            with nullcontext() if client.is_server(self.tracking_uri) else shielded():
+            with whole_transactions(self.tracking_uri):
                 return action(client.client(self.tracking_uri))
         except Exception as error:
             logger.warning("MLflow did not get %s, the run goes on: %s", what, brief(error))
@@ -340,6 +338,14 @@ class RunHandle:
         if (self.run_id, kind) not in _warned:
             _warned.add((self.run_id, kind))
             logger.warning("%s: %s", message, brief(error))
+
+
+def whole_transactions(tracking_uri: str) -> AbstractContextManager[None]:
+    """Keeps interrupts out of a database's transactions, which one would leave locked, for this process too.
+
+    What is asked of a server is interrupted: it may hang, uploads take long, and nothing is left locked here.
+    """
+    return nullcontext() if client.is_server(tracking_uri) else shielded()
 
 
 def note_open(run: RunHandle, when_interrupted: Status) -> None:

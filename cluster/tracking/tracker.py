@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.stopping import shielded
 from cluster.tracking import client, outbox
 from cluster.tracking.location import artifact_root, mask_credentials, resolve_tracking_uri
-from cluster.tracking.run import RunHandle, Status, brief, note_open
+from cluster.tracking.run import RunHandle, Status, brief, note_open, whole_transactions
 from gare.config import TrackingConfig
 from gare.errors import GareError
 
@@ -80,8 +78,7 @@ class Tracker:
             if run_id and pending:
                 # First what an earlier start left, its end among it: else that would end this one.
                 RunHandle(self.tracking_uri, self.experiment_id, run_id, pending).deliver_pending()
-            # A server that hangs is not waited for; within a database nothing may be left half done.
-            with nullcontext() if client.is_server(self.tracking_uri) else shielded():
+            with whole_transactions(self.tracking_uri):
                 experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
                 run = RunHandle(self.tracking_uri, experiment_id, run_id, pending)
                 note_open(run, when_interrupted)

@@ -14,7 +14,7 @@ from typing import Any
 from gare.data.manifest import ManifestRow
 from gare.data.parts import Part, read_parts
 from gare.data.sources import FileVersion
-from gare.data.store import IDENTITY, all_failures, read_retired
+from gare.data.store import IDENTITY, failures_by_clip, read_retired
 from gare.errors import DataError, GoneError
 
 #: start_s, end_s, source_bytes, source_version: see ``gare.data.store.IDENTITY``.
@@ -118,7 +118,7 @@ def compare_clips(
             ``counted``: which of the counts it is in.
     """
     wanted = {clip.row.video_id: clip for clip in clips}
-    held, failures = _held(uri, captions=captions), _failures(uri)
+    held, failures = _held(uri, captions=captions), failures_by_clip(uri)
     counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "retried"), 0)
     retired: dict[str, dict[str, str]] = {}
     pending: list[dict[str, Any]] = []
@@ -172,16 +172,8 @@ def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
     }
 
 
-def _failures(uri: str) -> dict[str, list[dict[str, Any]]]:
-    """Failed attempts at each clip, the last one last."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in all_failures(uri):
-        found.setdefault(row["video_id"], []).append(row)
-    return found
-
-
 def may_pass(failure: Mapping[str, Any]) -> bool:
-    """Whether a clip may succeed at another attempt as it is; of a row of an earlier version a guess.
+    """Returns True if another attempt at a clip may succeed; a guess for a row of an earlier version.
 
     Earlier versions did not say it. Of theirs, what could not be fetched is tried again, what did not decode
     is not. They also recorded as failed to encode what the frame store's disk or server was to blame for:
@@ -197,7 +189,7 @@ def may_pass(failure: Mapping[str, Any]) -> bool:
 def _is_tried_again(
     known: Sequence[Mapping[str, Any]], failed: Sequence[Mapping[str, Any]], clip: Wanted, max_attempts: int
 ) -> bool:
-    """Whether a clip that has failed as it is now is tried again without being asked for.
+    """Returns True if a clip that has failed as it is now is tried again without being asked for.
 
     One that is gone just now waits for its file, and uses up no attempt.
 
@@ -216,7 +208,7 @@ def _is_tried_again(
 
 
 def _has_failed(failure: Mapping[str, Any], clip: Wanted) -> bool:
-    """Whether an attempt failed at a clip as it is now, and has not been made up for since."""
+    """Returns True if an attempt failed at a clip as it is now, and none has succeeded since."""
     past = clip.is_decoded and failure["stage"] != "encode"
     return not past and _same(tuple(failure[key] for key in IDENTITY), clip.identity)
 

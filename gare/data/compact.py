@@ -18,6 +18,7 @@ from gare.data.parts import Part, checksum_fault, encode_part, name_of, put_part
 from gare.data.store import (
     FAILURE_SCHEMA,
     IDENTITY,
+    NOBODY,
     all_failures,
     ids_in_parts,
     read_meta,
@@ -32,16 +33,14 @@ from gare.storage.generations import Held
 logger = logging.getLogger(__name__)
 
 
-def compact(
-    uri: str, part_bytes: int, check: Callable[[], None] = lambda: None, *, generation: int = 0
-) -> dict[str, int]:
-    """Merges parts until each is of about ``part_bytes``; the lock of the store is the caller's.
+def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
+    """Merges parts until each is of about ``part_bytes``.
 
     Args:
         uri: the store.
         part_bytes: size of a merged part; parts of at least half of it stay as they are.
-        check: called before each step that changes something; raises to end the work.
-        generation: of the lock, see ``gare.storage.generations``.
+        held: the lock of the store; its check is called before each step that changes something, and raises
+            to end the work.
 
     Returns:
         ``parts_before``, ``parts_after`` and ``rows_left_out``.
@@ -50,14 +49,13 @@ def compact(
         DataError: for a damaged part, an id in two parts of one generation, or if the store cannot be
             written. What was merged until then stays.
     """
-    held = Held(generation, check)
     meta = read_meta(uri)
     # From here on nobody who was taken over replaces it, where the storage has conditional writes.
     write_retired(uri, read_retired(uri), held)
     stored = ids_in_parts(uri, "data")
     retired = read_retired(uri)
     parts, replaced = read_parts(uri, "data", ["video_id"])
-    _delete(replaced, check)
+    _delete(replaced, held.check)
     left_out, gone = 0, set[str]()
     for group in _groups(parts, retired, part_bytes):
         table = pa.concat_tables([_live_rows(part, retired, stored) for part in group])
@@ -65,13 +63,13 @@ def compact(
         # Even without rows: who is taken over before it deletes must not delete what its successor counts.
         if any(part.rows for part in group):
             checksums = [part.checksum for part in group]
-            name = name_of([*ids, *checksums], generation)
+            name = name_of([*ids, *checksums], held.generation)
             data = encode_part("data", name, table, checksums)
-            check()
+            held.check()
             merged = put_part(uri, "data", name, data)
             logger.info("%d parts are %s now, with %d clips", len(group), merged, len(ids))
         left_out += sum(len(part.rows) for part in group) - len(ids)
-        _delete(group, check)
+        _delete(group, held.check)
         gone.update(part.checksum for part in group)
     write_retired(uri, {key: rows for key, rows in retired.items() if key not in gone}, held)
     _compact_failures(uri, stored, held)

@@ -23,7 +23,7 @@ from gare.data.store import (
     FAILURE_SCHEMA,
     IDENTITY,
     META,
-    all_failures,
+    failures_by_clip,
     ids_in_parts,
     read_failures,
     rows_in_parts,
@@ -181,9 +181,7 @@ class FeaturePass(StorePass):
         wanted = {row.video_id for row in self.manifest.rows} - stored.keys()
         theirs = read_failures(self.frames_uri, ids_in_parts(self.frames_uri, "data"))
         # Not the last one of each clip: that may be a failure to encode, which is ours alone.
-        ours: dict[str, list[dict[str, Any]]] = {}
-        for row in all_failures(self.uri):
-            ours.setdefault(row["video_id"], []).append(row)
+        ours = failures_by_clip(self.uri)
         return [row for key, row in sorted(theirs.items()) if key in wanted and row not in ours.get(key, ())]
 
 

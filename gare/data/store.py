@@ -33,6 +33,7 @@ __all__ = [
     "StoreMeta",
     "all_failures",
     "check_settings",
+    "failures_by_clip",
     "fingerprint",
     "frame_schema",
     "frame_settings",
@@ -337,6 +338,18 @@ def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]
     """
     rows = [row for row in all_failures(uri) if row["video_id"] not in stored]
     return {row["video_id"]: row for row in rows}
+
+
+def failures_by_clip(uri: str) -> dict[str, list[dict[str, Any]]]:
+    """``all_failures`` by the id of the clip, the last one of each last.
+
+    Raises:
+        DataError: for a part that cannot be read.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in all_failures(uri):
+        found.setdefault(row["video_id"], []).append(row)
+    return found
 
 
 def all_failures(uri: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from gare.errors import DataError
 from gare.model.features import VideoFeatures
 from gare.model.gare import GARE
 from gare.model.tokenizer import tokenize
-from gare.storage.files import read_bytes, write_atomically
+from gare.storage.files import write_atomically
 
 #: Name of the file, in an evaluation's folder and beside a served model's weights.
 FILE = "gallery.safetensors"
@@ -52,15 +52,6 @@ def write_gallery(uri: str, video_ids: Sequence[str], frames: np.ndarray, mask: 
     ids = np.frombuffer(json.dumps(list(video_ids)).encode(), np.uint8)
     content = {"frames": np.ascontiguousarray(frames), "mask": np.ascontiguousarray(mask), _IDS: ids}
     write_atomically(uri, save(content))
-
-
-def read_gallery(uri: str) -> Gallery:
-    """Reads a gallery.
-
-    Raises:
-        DataError: where it is missing or not a gallery.
-    """
-    return gallery_of(read_bytes(uri), uri)
 
 
 def gallery_of(data: bytes, uri: str) -> Gallery:

@@ -57,7 +57,7 @@ class Claim:
         return f"{self.owner}@{self.host}, process {self.pid}, since {since}"
 
     def is_dead(self) -> bool:
-        """Whether its process ran on this machine and is gone; False where that cannot be known."""
+        """Returns True if its process ran on this machine and is gone; False where that cannot be known."""
         machine, _, start = self.machine.partition(_START)
         if machine != _machine():
             return False

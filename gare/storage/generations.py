@@ -81,7 +81,7 @@ class Owned:
     generation: int
 
     def is_lost(self) -> bool:
-        """Whether another job has begun a newer generation.
+        """Returns True if another job has begun a newer generation.
 
         Raises:
             DataError: if that cannot be found out.
@@ -89,7 +89,7 @@ class Owned:
         return newest_number(self.uri) > self.generation
 
     def fault(self) -> LockLostError:
-        """What ends the work of a job that has lost the lock."""
+        """The error that ends the work of a job that has lost the lock."""
         return LockLostError(
             "the lock was lost: another job has taken it over",
             where=self.uri,

@@ -27,7 +27,7 @@ _QUERY_KEYS = ("region", "scheme", "endpoint_override")
 
 @dataclass(frozen=True)
 class S3Address:
-    """Where an object is and how its server is reached.
+    """Bucket and key of an object, and the server that has them.
 
     Attributes:
         bucket: name of the bucket.

@@ -26,6 +26,7 @@ from gare.data.store import (
 )
 from gare.data.verify import verify
 from gare.errors import DataError
+from gare.storage.generations import Held
 from tests.features import write_feature_store
 from tests.servers import DroppingProxy
 from tests.stores import failure_row, stored_row, stored_values, write_store
@@ -113,7 +114,7 @@ def test_a_crash_at_any_moment_leaves_each_row_once(store: str) -> None:
                 raise Killed
 
         try:
-            compact(store, 10**6, die)
+            compact(store, 10**6, Held(check=die))
             break
         except Killed:
             crashes += 1
@@ -198,7 +199,7 @@ def test_a_clip_that_comes_back_as_it_was_counts(tmp_path: Path, rng: np.random.
         part, _ = ids_in_parts(uri, "data")[IDS[0]]
         checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
         write_retired(uri, {checksum: {IDS[0]: "gone"}})
-        compact(uri, 10**6, generation=2 * generation)
+        compact(uri, 10**6, Held(2 * generation))
         assert ids_in_parts(uri, "data").keys() == {IDS[1]}
         write_part(uri, "data", rows, frame_schema(RAW), [f"run {generation}", IDS[0]], 2 * generation + 1)
         assert ids_in_parts(uri, "data").keys() == set(IDS[:2])

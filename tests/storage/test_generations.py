@@ -117,7 +117,7 @@ def test_late_parts_do_not_count(tmp_path: Path, rng: np.random.Generator) -> No
     assert ids_in_parts(uri, "data").keys() == {"a", "b", "c"}
     assert [part.location for part in read_parts(uri, "data", ["video_id"])[1]] == [late]
     describe_store(uri, RAW)
-    compact(uri, 10**6, generation=third.generation.number)
+    compact(uri, 10**6, Held(third.generation.number))
     assert not Path(late).exists()
     assert not Path(late_failure).exists()
     assert ids_in_parts(uri, "data").keys() == {"a", "b", "c"}
@@ -143,7 +143,7 @@ def test_the_newer_of_two_rows_counts(tmp_path: Path, rng: np.random.Generator) 
     assert ids_in_parts(uri, "data") == {"a": (new, 0)}
     describe_store(uri, RAW)
     value = stored_values(uri)
-    compact(uri, 10**6, generation=1)
+    compact(uri, 10**6, Held(1))
     assert stored_values(uri) == value
     assert not Path(old).exists()
     for group in ("one", "other"):
@@ -200,12 +200,12 @@ def test_a_compaction_that_sleeps_anywhere_loses_and_doubles_nothing(
             if left == -1:  # looks, finds all well, sleeps, and writes when it wakes up
                 successor = Job(uri, "successor", rng)
                 successor.retire("clip 4")
-                compact(uri, 10**6, generation=successor.generation.number)
+                compact(uri, 10**6, Held(successor.generation.number))
                 successor.write("clip new")
                 expected |= stored_values(uri)
 
         try:
-            compact(uri, 10**6, sleep, generation=sleeper.generation.number)
+            compact(uri, 10**6, Held(sleeper.generation.number, sleep))
         except LockLostError:
             moments += 1
         if not expected:
@@ -213,7 +213,7 @@ def test_a_compaction_that_sleeps_anywhere_loses_and_doubles_nothing(
         assert expected.keys() == {*(f"clip {one}" for one in (0, 2, 3, 5, 6, 7)), "clip new"}
         assert stored_values(uri) == expected
         last = Job(uri, "last", rng)
-        compact(uri, 10**6, generation=last.generation.number)
+        compact(uri, 10**6, Held(last.generation.number))
         assert stored_values(uri) == expected
         assert len(part_files(uri, "data")) == 1
     assert moments >= 4

@@ -27,6 +27,28 @@ from gare.storage.lock import StoreLock
 ON_S3 = "s3://videos/store"
 
 
+def take_turns(uri: str, *, jobs: int, times: int, within_s: float) -> list[int]:
+    """The jobs that held a lock, in turn; asserts that no two held it at once."""
+    inside: list[int] = []
+    turns: list[int] = []
+
+    def job(number: int) -> None:
+        for _ in range(times):
+            with StoreLock(uri) as lock:
+                inside.append(number)
+                assert inside == [number]
+                lock.check()
+                turns.append(number)
+                inside.remove(number)
+
+    threads = [threading.Thread(target=job, args=(number,)) for number in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(within_s)
+    return turns
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks again at once, and settles at once."""
@@ -73,23 +95,7 @@ def test_another_job_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_many_at_once_take_turns(tmp_path: Path) -> None:
     """Jobs that start in the same moment must not both believe that they were first."""
-    inside: list[int] = []
-    turns: list[int] = []
-
-    def job(number: int) -> None:
-        for _ in range(3):
-            with StoreLock(str(tmp_path)) as lock:
-                inside.append(number)
-                assert inside == [number]
-                lock.check()
-                turns.append(number)
-                inside.remove(number)
-
-    threads = [threading.Thread(target=job, args=(number,)) for number in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    turns = take_turns(str(tmp_path), jobs=5, times=3, within_s=60)
     assert sorted(turns) == sorted([*range(5)] * 3)
 
 
@@ -322,23 +328,7 @@ def test_a_storage_that_does_not_answer_for_a_moment_ends_nothing(
 @pytest.mark.usefixtures("s3")
 def test_jobs_on_s3_take_turns() -> None:
     """A cluster without a shared disk has nothing else that could keep two nights apart."""
-    inside: list[int] = []
-    turns: list[int] = []
-
-    def job(number: int) -> None:
-        for _ in range(2):
-            with StoreLock(ON_S3) as lock:
-                inside.append(number)
-                assert inside == [number]
-                lock.check()
-                turns.append(number)
-                inside.remove(number)
-
-    threads = [threading.Thread(target=job, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    turns = take_turns(ON_S3, jobs=3, times=2, within_s=120)
     assert sorted(turns) == [0, 0, 1, 1, 2, 2]
     assert list_files(f"{ON_S3}/lock") == []
 

@@ -224,7 +224,7 @@ class Runner:
         read_meta(self.uri)
         with StoreLock(self.uri, stale_s=STALE_S) as lock:
             self._enter(job, lock)
-            compact(self.uri, PART_BYTES, lock.check, generation=lock.held.generation)
+            compact(self.uri, PART_BYTES, lock.held)
 
 
 def _has_ended(actor: Actor) -> bool:

@@ -14,8 +14,10 @@ from torch import Tensor
 from gare.train.gather import gather
 from tests.train import parity
 
-#: The promise, in float32, for each part of the model.
+#: The promise, in float32, for each part of the model, wherever float32 itself keeps to it.
 TOLERANCE = 1e-5
+#: Where it does not, times by which workers may differ from one worker more than that one from float64.
+ROUNDING = 3.0
 PARTS = ("towers.clip.vision", "towers.clip.text", "towers.clip.visual", "towers.clip.logit_scale")
 PARTS += ("temporal", "increment")
 Found = dict[tuple[int, int], dict[str, Any]]
@@ -80,17 +82,39 @@ def of_part(gradients: dict[str, Tensor], part: str) -> Tensor:
     return torch.cat(found)
 
 
+def check_part(
+    part: str, found: dict[str, Tensor], one: dict[str, Tensor], exact: dict[str, Tensor], seed: int
+) -> None:
+    """Compares float32 gradients of a part of the model with those of one worker.
+
+    Few draws are ill-conditioned: with seed 279332851 one worker's own gradient is 2e-5 off its float64
+    value, and another order of the same sums differs from it by as much. In float64 all must agree to 1e-10,
+    parameter by parameter, so that such rounding hides no wrong sum.
+    """
+    gradient, expected = of_part(found, part), of_part(one, part)
+    own = _distance(expected.double(), of_part(exact, part))
+    difference = _distance(gradient, expected)
+    assert difference < max(TOLERANCE, ROUNDING * own), f"{part}: {difference:g}, own {own:g}, seed {seed}"
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("world", parity.WORLDS)
 def test_gradient_is_that_of_one_worker(
-    world: int, part: str, found: Found, alone: parity.Outcome, session_seed: int
+    world: int,
+    part: str,
+    found: Found,
+    alone: parity.Outcome,
+    alone_exactly: parity.Outcome,
+    session_seed: int,
 ) -> None:
     """Else a result would depend on the number of workers, and no paper's batch could be met."""
-    expected = of_part(alone.gradients, part)
     for rank in range(world):
-        gradient = of_part(found[world, rank]["float32"]["gradients"], part)
-        difference = float((gradient - expected).norm() / expected.norm())
-        assert difference < TOLERANCE, f"{part}: {difference:g}, seed {session_seed}"
+        gradients = found[world, rank]["float32"]["gradients"]
+        check_part(part, gradients, alone.gradients, alone_exactly.gradients, session_seed)
 
 
 @pytest.mark.parametrize("world", parity.WORLDS)
@@ -136,10 +160,7 @@ def test_every_option_is_that_of_one_worker(world: int, option: str, found: Foun
         absent += ("increment",) if "increment=false" in option else ()
         absent += ("temporal",) if "temporal=none" in option else ()
         for part in (part for part in PARTS if not part.startswith(absent)):
-            expected = of_part(rough.gradients, part)
-            gradient = of_part(outcome["float32"]["gradients"], part)
-            difference = float((gradient - expected).norm() / expected.norm())
-            assert difference < TOLERANCE, f"{part}: {difference:g}, seed {session_seed}"
+            check_part(part, outcome["float32"]["gradients"], rough.gradients, exact.gradients, session_seed)
 
 
 @pytest.mark.parametrize("world", parity.WORLDS)

@@ -236,10 +236,7 @@ def read_parts(
     """
     for attempt in range(3):
         try:
-            there = part_files(uri, folder)
-            # After the listing: what appeared before a fence was written may have counted, and what is in
-            # the listing after that is seen to be void.
-            locations = newest(uri).counting(folder, there) if there else []
+            there, locations = _listed(uri, folder)
             with ThreadPoolExecutor(THREADS) as pool:
                 parts = list(pool.map(lambda location: _read_part(location, columns, added), locations))
             break
@@ -253,6 +250,24 @@ def read_parts(
         [part for part in parts if part.checksum not in replaced],
         [part for part in parts if part.checksum in replaced] + void,
     )
+
+
+def _listed(uri: str, folder: str) -> tuple[list[str], list[str]]:
+    """Locations of all parts, and of those that are not void.
+
+    Raises:
+        DataError: if they cannot be listed, or are merged again and again meanwhile.
+    """
+    for _ in range(3):
+        there = part_files(uri, folder)
+        # After the listing: what appeared before a fence was written may have counted, and what is in the
+        # listing after that is seen to be void.
+        locations = newest(uri).counting(folder, there) if there else []
+        # A fence names no parts that are gone. So a part that was merged into another one after the listing
+        # looks void, but what is still there was so when the fence was made.
+        if len(locations) == len(there) or not set(there).difference(locations, part_files(uri, folder)):
+            return there, locations
+    raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
 
 
 def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> Part:

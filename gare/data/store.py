@@ -20,7 +20,7 @@ from gare.config import ExtractConfig
 from gare.data.parts import Part, part_files, read_columns, read_parts, write_part
 from gare.errors import DataError
 from gare.storage.exclusive import replace_file
-from gare.storage.files import exists, join, json_bytes, read_bytes, read_json
+from gare.storage.files import exists, join, json_bytes, read_json
 from gare.storage.generations import Held, generation_of
 
 __all__ = [
@@ -207,7 +207,7 @@ def read_meta(uri: str) -> StoreMeta:
             "there is no store here", where=uri, accepted="run pipelines/extract.py with this configuration"
         )
     try:
-        meta = StoreMeta(**json.loads(read_bytes(location)))
+        meta = StoreMeta(**read_json(location))
         if meta.schema_version != SCHEMA_VERSION:
             raise ValueError(f"its schema is {meta.schema_version}")
     except (TypeError, ValueError) as error:

@@ -8,7 +8,6 @@ do.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import socket
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from gare.errors import DataError
-from gare.storage.files import read_bytes
+from gare.storage.files import read_json_and_bytes
 
 #: Stands between machine and start of the process in ``Claim.machine``. Both are in one field, so that
 #: earlier versions, which refuse unknown fields, understand a claim: to them its machine is another one.
@@ -87,9 +86,9 @@ def own_claim() -> Claim:
 def read_claim(location: str) -> tuple[Claim, bytes] | None:
     """A claim and the bytes that it is written in; None: it has been taken away meanwhile, or is no claim."""
     try:
-        content = read_bytes(location)
-        return Claim(**json.loads(content)), content
-    except (DataError, TypeError, ValueError):
+        described, content = read_json_and_bytes(location)
+        return Claim(**described), content
+    except (DataError, TypeError):
         return None
 
 

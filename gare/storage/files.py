@@ -28,6 +28,8 @@ from gare.storage.uris import is_uri, scheme_of
 ACCEPTED = "a local path, file:///… or an object store's URI such as s3://bucket/key"
 
 _TEMPORARY = ".gare-"
+#: Times that an object is read which is no JSON, since it may have been replaced meanwhile.
+_JSON_READS = 3
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -302,10 +304,26 @@ def read_json(uri: str) -> Any:
     Raises:
         DataError: if it cannot be read or is not JSON.
     """
-    try:
-        return json.loads(read_bytes(uri))
-    except ValueError as error:
-        raise DataError(f"is not JSON: {error}", where=uri) from error
+    return read_json_and_bytes(uri)[0]
+
+
+def read_json_and_bytes(uri: str) -> tuple[Any, bytes]:
+    """The content of a JSON file, and the bytes that it was read from.
+
+    An object is asked for its size before it is read. One that is replaced by a longer one in between comes
+    cut off, which is no JSON, and is read again.
+
+    Raises:
+        DataError: if it cannot be read or is not JSON.
+    """
+    for attempt in range(_JSON_READS):
+        data = read_bytes(uri)
+        try:
+            return json.loads(data), data
+        except ValueError as error:
+            if attempt == _JSON_READS - 1 or isinstance(open_fs(uri)[0], pafs.LocalFileSystem):
+                raise DataError(f"is not JSON: {error}", where=uri) from error
+    raise AssertionError
 
 
 def copy_files(source: str, target: str) -> None:

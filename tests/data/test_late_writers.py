@@ -117,6 +117,24 @@ def test_a_reader_does_not_see_rows_that_a_compaction_forgets(history: History) 
     assert reading.found.keys() == {"b", "c", "d"}
 
 
+def test_a_reader_does_not_take_parts_that_were_merged_for_void(history: History) -> None:
+    """A store whose files were merged twice while a reader slept would look empty to it."""
+    merging = history.runner.start("compact", history.runner.process(SLEEPER, 1))
+    history.until(merging, "/_META.json")
+    history.scheduler.kill(merging.process)  # it has merged all, and its part is fenced
+    reading = history.read(history.runner.process(SLEEPER, 2))
+    while "/generations" not in reading.actor.stop.where:  # it has listed that part
+        assert history.move(reading.actor)
+    history.change("a", "good")
+    history.through("extract", SUCCESSOR)
+    history.through("compact", SUCCESSOR)
+    history.through("compact", SUCCESSOR)
+    history.finish(reading.actor)
+    reading.check()
+    assert reading.found is not None
+    assert reading.found.keys() == set(IDS)
+
+
 def test_what_fails_again_after_a_compaction_counts_again(history: History) -> None:
     """Its row was taken for the one that had been replaced, and the store never came to an end."""
     for _ in range(2):

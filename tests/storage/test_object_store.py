@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from gare.config import ExtractConfig
 from gare.data.frames import FrameReader
 from gare.data.store import ids_in_parts
 from gare.errors import DataError
-from gare.storage import object_store
+from gare.storage import files, object_store
 from gare.storage.files import (
     copy_files,
     delete_tree,
@@ -52,6 +53,32 @@ def test_outputs_on_s3_are_as_local_ones(s3: Any, s3_proxy: DroppingProxy) -> No
         read_bytes(join(folder, "none"))
     with pytest.raises(DataError, match="cannot be written"):
         write_atomically("s3://no-such-bucket/a", b"")
+
+
+def test_a_record_that_grows_while_it_is_read_comes_whole(
+    s3: Any, s3_proxy: DroppingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A description that another job replaces by a longer one would come cut off, and end who reads it."""
+    uri = "s3://videos/record.json"
+    write_json(uri, {"a": 1})
+    filesystem, _ = open_fs(uri)
+    longer = iter([{"a": [1] * 100}, {"a": [1] * 200}])
+
+    class Replacing:
+        """The file system, where the object is replaced between the look at its size and the reading."""
+
+        def open_input_file(self, path: str) -> Any:
+            stream = filesystem.open_input_file(path)
+            if (content := next(longer, None)) is not None:
+                s3.put_object(Bucket="videos", Key="record.json", Body=json.dumps(content).encode())
+            return stream
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open_fs", lambda _: (Replacing(), "videos/record.json"))
+        assert read_json(uri) == {"a": [1] * 200}
+    s3.put_object(Bucket="videos", Key="record.json", Body=b'{"a": 1')
+    with pytest.raises(DataError, match="is not JSON"):
+        read_json(uri)
 
 
 def test_the_endpoint_is_that_of_the_environment(

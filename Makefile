@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
+.PHONY: help install demo test test-kernels test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
 .PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer fuzz model audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
 	@echo "make test     install, then the tests, without those of faults"
+	@echo "make test-kernels  the fused GPU kernels, held to the plain form without a GPU, by Triton's interpreter (2 min)"
 	@echo "make faults   the tests of faults: killed workers, nodes and heads, full disks, lost servers (14 min)"
 	@echo "make faults-short  those of them that take less than 10 minutes together"
 	@echo "make interrupts  each step is interrupted at random moments and continued (MINUTES=N: for so long)"
@@ -45,6 +46,14 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Triton is large and of no use without a GPU but for this: an environment that has it is made by this alone.
+$(VENV)/kernels: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,kernels]'
+	touch $@
+
+test-kernels: $(VENV)/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels tests/model/test_kernels.py
 
 # What is killed and when is drawn from a seed, which a failure prints: GARE_TEST_SEED=N makes it the same again.
 faults: install

@@ -1,0 +1,348 @@
+"""The pair score by fused kernels: exact as the plain form, with nothing of a pair in memory but its products.
+
+M videos, N texts, S sampled texts, F frames, H heads, K = H·F attention weights, L basis vectors, R = F + L
+rows of products, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gare.model.basis import Basis
+from gare.model.factorized import COSINE_EPS, Rule
+from gare.model.forms import NORM_EPS, SHORTEST
+from gare.model.prepared import Embeddings, PreparedVideo
+from gare.model.products import product
+
+#: The largest basis whose tiles a program holds: 64 frames of one head, or 8 heads of 12.
+MOST_VECTORS = 128
+
+
+class Fused(NamedTuple):
+    """What the kernel gives of M videos with N texts; None where it was not asked for.
+
+    Attributes:
+        scores: (M, N).
+        norms: (M, N) lengths of the increments.
+        plain: (M, N) scores without increments, without gradient.
+        sampled: (M, L, S) coefficients of the sampled texts.
+        mean: (M, L) of the coefficients over the texts.
+        scatter: (M, L, L) about their mean.
+    """
+
+    scores: Tensor
+    norms: Tensor | None
+    plain: Tensor | None
+    sampled: Tensor | None
+    mean: Tensor | None
+    scatter: Tensor | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of each pair beside its score.
+
+    Attributes:
+        norms: whether lengths are.
+        plain: whether scores without increments are.
+        sample: texts whose coefficients are wanted; ``all`` of them, or none.
+        moments: whether the moments of the coefficients over the texts are.
+        normalised: whether those are of increments of length 1.
+    """
+
+    norms: bool = False
+    plain: bool = False
+    sample: Tensor | str | None = None
+    moments: bool = False
+    normalised: bool = False
+
+
+def why_not_fused(rule: Rule, basis: Basis | None) -> str:
+    """Why these pairs have no fused kernel; empty where they have."""
+    if basis is None:
+        return "a model without increments"
+    if rule.radius is not None:
+        return "query text"
+    if basis.vectors.shape[1] > MOST_VECTORS:
+        return f"{basis.vectors.shape[1]} basis vectors a video (up to {MOST_VECTORS})"
+    return ""
+
+
+def fused_pairs(
+    rule: Rule, texts: Embeddings, video: PreparedVideo, asked: Asked, *, precision: str = "exact"
+) -> Fused:
+    """Pairs of M videos, which own the basis, with N texts.
+
+    Args:
+        rule: of the model, which asks with the gap.
+        texts: N of them, turned.
+        video: M of them.
+        asked: what is wanted.
+        precision: of the products: exact, tf32 or bf16.
+
+    Source: factorised derivation, points 1 to 7; the kernels recompute in the backward what they need.
+    """
+    basis = video.basis
+    assert basis is not None
+    assert texts.turned is not None
+    num_videos, num_rows, _ = video.rows.shape
+    num_frames, num_texts = video.features.mask.shape[1], len(texts)
+    products = product(video.rows.flatten(0, 1), texts.vectors, precision)
+    logits = product(basis.context.flatten(0, 1), texts.turned.flatten(0, 1), precision)
+    slots, num_sampled = None, 0
+    if isinstance(asked.sample, Tensor):
+        num_sampled = len(asked.sample)
+        slots = torch.full((num_texts,), -1, dtype=torch.int32, device=products.device)
+        slots[asked.sample] = torch.arange(num_sampled, dtype=torch.int32, device=products.device)
+    elif asked.sample:
+        num_sampled = num_texts
+        slots = torch.arange(num_texts, dtype=torch.int32, device=products.device)
+    shape = _Shape(
+        num_videos, num_texts, num_sampled, texts.vectors.shape[1], num_frames, basis.heads, rule, asked
+    )
+    found = _Pairs.apply(  # type: ignore[no-untyped-call]
+        products.view(num_videos, num_rows, num_texts),
+        logits.view(num_videos, num_frames, basis.heads, num_texts),
+        small_numbers(video, basis),
+        texts.mean,
+        texts.centred_square,
+        texts.square,
+        slots,
+        shape,
+    )
+    return Fused(*found)
+
+
+def small_numbers(video: PreparedVideo, basis: Basis) -> Tensor:
+    """(M, …) all numbers of a video that its pairs share, in the order in which the kernels find them."""
+    parts = [basis.own_logits, basis.offset, basis.even, video.share, basis.own_mean, basis.own_square]
+    parts += [basis.attended.at_base, basis.hidden.at_base]
+    for length in (basis.attended, basis.hidden):
+        parts += [length.gram, length.slope]
+    assert video.by_frames is not None
+    parts += [basis.gram, video.by_frames]
+    num_videos = len(video)
+    return torch.cat([part.reshape(num_videos, -1) for part in parts], dim=1)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes and switches of one call, by which kernels are compiled and started."""
+
+    num_videos: int
+    num_texts: int
+    num_sampled: int
+    width: int
+    num_frames: int
+    heads: int
+    rule: Rule
+    asked: Asked
+
+    @property
+    def num_vectors(self) -> int:
+        """L."""
+        return self.heads * self.num_frames + 3
+
+    def constants(self, like: Tensor) -> dict[str, Any]:
+        """Compile-time arguments of both kernels."""
+        tile = max(16, _power_of_two(self.num_vectors))
+        double = like.dtype == torch.float64
+        return {
+            "WIDTH": self.width,
+            "TEMPERATURE": self.rule.pool_temperature,
+            "SIDE": self.rule.corrected_side,
+            "F": self.num_frames,
+            "H": self.heads,
+            "LP": tile,
+            "FP": max(16, _power_of_two(self.num_frames)),
+            "BN": self.block,
+            "HAS_NORMS": self.asked.norms,
+            "HAS_SAMPLE": self.num_sampled > 0,
+            "HAS_MOMENTS": self.asked.moments,
+            "NORMALISED": self.asked.normalised,
+            "PRECISION": "float64" if double else "ieee",
+            "TERMS": 16 if double else 9,
+            "NORM_EPS": NORM_EPS,
+            "COSINE_EPS_SQUARE": COSINE_EPS**2,
+            "TINY": torch.finfo(like.dtype).tiny,
+            "SHORTEST": SHORTEST,
+            "num_warps": 4 if tile <= 32 else 8,
+        }
+
+    @property
+    def block(self) -> int:
+        """Texts that a program takes at a time."""
+        return 64 if self.num_vectors <= 32 else 32
+
+    def texts_per_program(self, device: torch.device) -> int:
+        """So many that all processors of the device have work, in whole blocks."""
+        blocks = -(-self.num_texts // self.block)
+        programs = 1
+        if device.type == "cuda":
+            wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
+            programs = min(blocks, max(1, wanted // self.num_videos))
+        return -(-blocks // programs) * self.block
+
+
+def _power_of_two(count: int) -> int:
+    return int(2 ** math.ceil(math.log2(count)))
+
+
+class _Pairs(torch.autograd.Function):
+    """Both kernels as one operation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        products: Tensor,
+        logits: Tensor,
+        small: Tensor,
+        text_mean: Tensor,
+        text_centred: Tensor,
+        text_square: Tensor,
+        slots: Tensor | None,
+        shape: _Shape,
+    ) -> tuple[Tensor | None, ...]:
+        from gare.model import kernels
+
+        asked, videos, texts = shape.asked, shape.num_videos, shape.num_texts
+        scores = products.new_empty(videos, texts)
+        norms = torch.empty_like(scores) if asked.norms else None
+        plain = torch.empty_like(scores) if asked.plain else None
+        vectors = shape.num_vectors
+        sampled = products.new_empty(videos, vectors, shape.num_sampled) if slots is not None else None
+        per_program = shape.texts_per_program(products.device)
+        parts = -(-texts // per_program)
+        part_mean = part_scatter = part_count = None
+        if asked.moments:
+            part_mean = products.new_empty(parts, videos, vectors)
+            part_scatter = products.new_empty(parts, videos, vectors, vectors)
+            part_count = products.new_empty(parts, videos)
+        if videos and texts:
+            kernels.forward[(videos, parts)](
+                products,
+                logits,
+                small,
+                text_mean,
+                text_centred,
+                text_square,
+                slots,
+                scores,
+                norms,
+                plain,
+                sampled,
+                part_mean,
+                part_scatter,
+                part_count,
+                texts,
+                shape.num_sampled,
+                videos,
+                per_program,
+                HAS_PLAIN=asked.plain,
+                **shape.constants(products),
+            )
+        mean = scatter = None
+        if part_mean is not None and part_scatter is not None and part_count is not None:
+            mean, scatter = merge_moments(part_mean, part_scatter, part_count[:, 0])
+        ctx.shape, ctx.per_program, ctx.parts = shape, per_program, parts
+        ctx.save_for_backward(products, logits, small, text_mean, text_centred, text_square, slots, mean)
+        ctx.set_materialize_grads(False)
+        if plain is not None:
+            ctx.mark_non_differentiable(plain)
+        return scores, norms, plain, sampled, mean, scatter
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_scores: Tensor | None,
+        grad_norms: Tensor | None,
+        grad_plain: Tensor | None,
+        grad_sampled: Tensor | None,
+        grad_mean: Tensor | None,
+        grad_scatter: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        from gare.model import kernels
+
+        del grad_plain
+        products, logits, small, text_mean, text_centred, text_square, slots, mean = ctx.saved_tensors
+        shape: _Shape = ctx.shape
+        videos, texts, vectors = shape.num_videos, shape.num_texts, shape.num_vectors
+        if grad_scores is None:
+            grad_scores = products.new_zeros(videos, texts)
+        has_moments = grad_mean is not None or grad_scatter is not None
+        if has_moments:
+            grad_mean = products.new_zeros(videos, vectors) if grad_mean is None else grad_mean
+            if grad_scatter is None:
+                grad_scatter = products.new_zeros(videos, vectors, vectors)
+        grads = (grad_scores, grad_norms, grad_sampled, grad_mean, grad_scatter)
+        given = [None if grad is None else grad.contiguous() for grad in grads]
+        constants = shape.constants(products)
+        constants |= {
+            "HAS_NORMS": grad_norms is not None,
+            "HAS_SAMPLE": grad_sampled is not None,
+            "HAS_MOMENTS": has_moments,
+        }
+        grad_products, grad_logits = torch.empty_like(products), torch.empty_like(logits)
+        part_small = small.new_zeros(ctx.parts, *small.shape)
+        grad_gap, grad_text = products.new_empty(videos, texts), products.new_empty(videos, texts)
+        if videos and texts:
+            kernels.backward[(videos, ctx.parts)](
+                products,
+                logits,
+                small,
+                text_mean,
+                text_centred,
+                text_square,
+                slots,
+                mean,
+                *given,
+                grad_products,
+                grad_logits,
+                part_small,
+                grad_gap,
+                grad_text,
+                texts,
+                shape.num_sampled,
+                videos,
+                ctx.per_program,
+                **constants,
+            )
+        grad_small = part_small.sum(dim=0)
+        # ‖P gap‖² = own² + centred² − 2(⟨t, v̄⟩ − D·own mean·mean).
+        scalars = 3 * shape.heads * shape.num_frames + shape.num_frames
+        grad_small[:, scalars] = 2 * shape.width * (grad_gap @ text_mean)
+        grad_small[:, scalars + 1] = grad_gap.sum(dim=1)
+        grad_text_mean = 2 * shape.width * (small[:, scalars] @ grad_gap)
+        return (
+            grad_products,
+            grad_logits,
+            grad_small,
+            grad_text_mean,
+            grad_gap.sum(dim=0),
+            grad_text.sum(dim=0),
+            None,
+            None,
+        )
+
+
+def merge_moments(mean: Tensor, scatter: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of whole sets from those of their parts, by Chan's formula.
+
+    Args:
+        mean: (P, M, L) of each part.
+        scatter: (P, M, L, L) about it.
+        count: (P,) members of each part.
+    """
+    if len(mean) == 1:
+        return mean[0], scatter[0]
+    share = (count / count.sum()).view(-1, 1, 1)
+    whole = (mean * share).sum(dim=0)
+    apart = ((mean - whole) * count.sqrt().view(-1, 1, 1)).transpose(0, 1)
+    return whole, scatter.sum(dim=0) + apart.transpose(1, 2) @ apart

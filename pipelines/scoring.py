@@ -68,7 +68,7 @@ def _encode_stored(
     from gare.retrieval.encode import CAPTIONS, Encoder, encode_stored, encoding_tasks, join_encoded
 
     model = subject.model
-    reader = FeatureReader(subject.store, words=model.needs_words, cache_mb=config.features.cache_mb)
+    reader = FeatureReader(subject.store, words=model.scorer.needs_words, cache_mb=config.features.cache_mb)
     features = encode_stored(model, reader, [row.video_id for row in rows], batch=CAPTIONS)
     encoder = Encoder(model, subject.store)
     tasks = encoding_tasks([], [], bank)

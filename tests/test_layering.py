@@ -184,6 +184,28 @@ def test_every_room_inside_gare_has_a_rule() -> None:
     assert found - {"__init__"} == set(INSIDE_GARE)
 
 
+def test_the_model_can_be_read_from_the_ground_up() -> None:
+    """Else the score could not be understood, or given another path, without the encoders around it."""
+    files = {module_name(path): path for path in sources_of("gare") if path.parent.name == "model"}
+    arrows = {
+        name: {other for other in files if any(f"{one}.".startswith(f"{other}.") for one in imports(path))}
+        for name, path in files.items()
+    }
+    arrows = {name: others - {"gare.model"} for name, others in arrows.items() if name != "gare.model"}
+    assert {"gare.model.scorer", "gare.model.streaming"} <= arrows["gare.model.gare"]
+    assert "gare.model.scorer" in arrows["gare.model.streaming"]
+    while ground := {name for name, others in arrows.items() if not others & arrows.keys()}:
+        arrows = {name: others for name, others in arrows.items() if name not in ground}
+    assert not arrows, "these import each other"
+
+
+def test_blocks_of_pairs_are_computed_in_one_place() -> None:
+    """A path that is faster or more exact would else be taken for scores, and forgotten for losses."""
+    forms = {f"gare.model.factorized.{name}" for name in ("pair_numbers", "video_pairs", "text_pairs")}
+    importers = [module_name(path) for path in SOURCES if imports(path) & forms]
+    assert importers == ["gare.model.scorer"]
+
+
 @pytest.mark.parametrize("library", ["decord", "mlflow", "boto3", "cv2"])
 def test_one_importer_each(library: str) -> None:
     """Libraries that change under us, or that may be missing, must have one place to be mended."""

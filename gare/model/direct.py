@@ -6,17 +6,14 @@ N texts, M videos, D embedding width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional
 
+from gare.config import ModelConfig
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.increment import towards
-from gare.model.pooling import unit_mean
-
-if TYPE_CHECKING:
-    from gare.model.gare import GARE
+from gare.model.increment import Increment, IncrementRadius, towards
+from gare.model.pooling import pool, unit_mean
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,24 @@ class Pairs:
     delta: Tensor | None
 
 
-def direct_pairs(model: GARE, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None) -> Pairs:
-    """Scores and increments; see ``GARE.pairs``."""
-    if model.config.pooling == "mean":
+def direct_pairs(
+    config: ModelConfig,
+    increment: Increment | None,
+    radius: IncrementRadius | None,
+    text: TextFeatures,
+    video: VideoFeatures,
+    keep_OD: Tensor | None,
+) -> Pairs:
+    """Scores and increments; see ``PairScorer.pairs``."""
+    if config.pooling == "mean":
         unit_ND, unit_MD = functional.normalize(text.embedding), functional.normalize(unit_mean(video))
         return Pairs((unit_ND @ unit_MD.T).clamp(-1, 1), None)
-    pooled_NMD = model.pooled(text, video)
+    pooled_NMD = direct_pooled(config, text, video)
     text_NMD = text.embedding.unsqueeze(1)
-    delta_NMD = model.deltas(text, video, keep_OD)
+    delta_NMD = direct_deltas(config, increment, radius, text, video, keep_OD)
     if delta_NMD is None:
         pass
-    elif model.config.corrected_side == "text":
+    elif config.corrected_side == "text":
         text_NMD = text_NMD + delta_NMD
     else:
         pooled_NMD = pooled_NMD + delta_NMD
@@ -51,23 +55,33 @@ def direct_pairs(model: GARE, text: TextFeatures, video: VideoFeatures, keep_OD:
     return Pairs(scores_NM, delta_NMD)
 
 
+def direct_pooled(config: ModelConfig, text: TextFeatures, video: VideoFeatures) -> Tensor:
+    """Pooling of the frames; see ``PairScorer.pooled``."""
+    return pool(text.embedding, video, config.pool_temperature, released_padding=config.padding == "released")
+
+
 def direct_deltas(
-    model: GARE, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None
+    config: ModelConfig,
+    increment: Increment | None,
+    radius: IncrementRadius | None,
+    text: TextFeatures,
+    video: VideoFeatures,
+    keep_OD: Tensor | None,
 ) -> Tensor | None:
-    """Increments; see ``GARE.deltas``."""
-    if model.increment is None:
+    """Increments; see ``PairScorer.deltas``."""
+    if increment is None:
         return None
     # The released code masks padded frames in the pooling alone.
-    seen = video.unmasked() if model.released_padding else video
+    seen = video.unmasked() if config.padding == "released" else video
     text_NMD = text.embedding.unsqueeze(1)
-    if model.radius is not None:
+    if radius is not None:
         query_NMD = text_NMD.expand(-1, len(video.frames), -1)
-        radius_NM = model.radius(text.embedding, video.frames, video.mask)
-        start_NMD = model.increment(query_NMD, seen.frames, seen.mask, keep_OD)
+        radius_NM = radius(text.embedding, video.frames, video.mask)
+        start_NMD = increment(query_NMD, seen.frames, seen.mask, keep_OD)
         return towards(seen.mean, start_NMD, radius_NM)
-    gap_NMD = model.config.gap_sign * (seen.mean.unsqueeze(0) - text_NMD)
-    if model.config.context == "frames":
-        delta_NMD: Tensor = model.increment(gap_NMD, seen.frames, seen.mask, keep_OD)
+    gap_NMD = config.gap_sign * (seen.mean.unsqueeze(0) - text_NMD)
+    if config.context == "frames":
+        delta_NMD: Tensor = increment(gap_NMD, seen.frames, seen.mask, keep_OD)
         return delta_NMD
-    delta_MND: Tensor = model.increment(gap_NMD.transpose(0, 1), text.known_words, text.mask, keep_OD)
+    delta_MND: Tensor = increment(gap_NMD.transpose(0, 1), text.known_words, text.mask, keep_OD)
     return delta_MND.transpose(0, 1)

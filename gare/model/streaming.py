@@ -8,17 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gare.model.factorized import text_pairs, video_pairs
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.prepared import PreparedVideo
-
-if TYPE_CHECKING:
-    from gare.model.gare import GARE
+from gare.model.scorer import PairScorer
 
 MEGABYTE = 10**6
 #: Bytes of a block of pairs: large enough for products to be efficient, small enough for a processor's cache.
@@ -50,33 +46,33 @@ class Sizes:
     videos: int
 
 
-def numbers_of_a_pair(model: GARE, num_frames: int, num_words: int) -> int:
+def numbers_of_a_pair(scorer: PairScorer, num_frames: int, num_words: int) -> int:
     """How many numbers the factorised form holds of a pair: products, attention and its forms."""
-    if model.config.pooling == "mean":
+    if scorer.config.pooling == "mean":
         num_frames = 1
-    wide = model.config.clip.embed_dim if model.context_of == "text" else 0
-    return 6 * _attention_weights(model, num_frames, num_words) + 8 * num_frames + 16 + wide
+    wide = scorer.config.clip.embed_dim if scorer.context_of == "text" else 0
+    return 6 * _attention_weights(scorer, num_frames, num_words) + 8 * num_frames + 16 + wide
 
 
-def _attention_weights(model: GARE, num_frames: int, num_words: int) -> int:
+def _attention_weights(scorer: PairScorer, num_frames: int, num_words: int) -> int:
     """K: attention weights of an owner."""
-    positions = {"video": num_frames, "text": num_words, "none": 0}[model.context_of]
-    return positions * model.config.increment_heads
+    positions = {"video": num_frames, "text": num_words, "none": 0}[scorer.context_of]
+    return positions * scorer.config.increment_heads
 
 
-def block_sizes(model: GARE, num_frames: int, num_words: int, itemsize: int) -> Sizes:
+def block_sizes(scorer: PairScorer, num_frames: int, num_words: int, itemsize: int) -> Sizes:
     """Block sizes under ``config.memory_mb``, from the numbers that a pair and an owner take."""
-    width = model.config.clip.embed_dim
-    budget = model.config.memory_bytes
-    keys = _attention_weights(model, num_frames, num_words)
+    width = scorer.config.clip.embed_dim
+    budget = scorer.config.memory_bytes
+    keys = _attention_weights(scorer, num_frames, num_words)
     # Of an owner: mapped contexts, their copies by head, basis and rows.
     owner_bytes = itemsize * width * (12 * keys + 4 * num_frames + 8)
-    pair_bytes = itemsize * numbers_of_a_pair(model, num_frames, num_words)
+    pair_bytes = itemsize * numbers_of_a_pair(scorer, num_frames, num_words)
     pairs = min(CACHED_BYTES, budget // 4) // pair_bytes
     owners = max(budget // 4 // owner_bytes, 1)
     # Of an embedding that asks: itself centred, asked and turned, by head.
-    askers = max(budget // 4 // (itemsize * width * (3 + 2 * model.config.increment_heads)), 1)
-    if model.context_of == "text":
+    askers = max(budget // 4 // (itemsize * width * (3 + 2 * scorer.config.increment_heads)), 1)
+    if scorer.context_of == "text":
         texts = min(64, max(1, math.isqrt(pairs)), owners)
         # Whole blocks of them, so that none is left with a few texts.
         return Sizes(owners // texts * texts, askers, texts, even(pairs // texts))
@@ -89,7 +85,30 @@ def even(count: int) -> int:
     return count // 16 * 16 or max(count, 1)
 
 
-def stream_factorized(model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo) -> Tensor:
+def stream_scores(
+    scorer: PairScorer,
+    text: TextFeatures,
+    video: VideoFeatures | PreparedVideo,
+    method: str | None = None,
+) -> Tensor:
+    """Scores all pairs, (N, M) cosines, in blocks that keep to ``config.memory_mb``.
+
+    Args:
+        scorer: of the model.
+        text: N encoded captions.
+        video: M encoded clips, or what ``PairScorer.prepare_video`` made of them.
+        method: as in ``PairScorer.path``.
+
+    Raises:
+        ConfigError: for an unknown method, or the factorised form where there is none.
+    """
+    if scorer.path(method) == "direct":
+        features = video.features if isinstance(video, PreparedVideo) else video
+        return stream_direct(scorer, text, features)
+    return stream_factorized(scorer, text, video)
+
+
+def stream_factorized(scorer: PairScorer, text: TextFeatures, video: VideoFeatures | PreparedVideo) -> Tensor:
     """Scores (N, M) in the factorised form, float32 at least. Where gradients are needed, in one block."""
     features = video if isinstance(video, VideoFeatures) else video.features
     embedding = text.embedding
@@ -98,13 +117,13 @@ def stream_factorized(model: GARE, text: TextFeatures, video: VideoFeatures | Pr
         words = None if text.words is None else text.words
         text = TextFeatures(embedding.to(dtype), words, text.mask)
         num_texts, num_videos = len(embedding), len(features.mask)
-        sizes = block_sizes(model, features.mask.shape[1], text.mask.shape[1], dtype.itemsize)
+        sizes = block_sizes(scorer, features.mask.shape[1], text.mask.shape[1], dtype.itemsize)
         if torch.is_grad_enabled():
             most = max(num_texts, num_videos, 1)
             sizes = Sizes(most, most, most, most)
-        blocks = _by_texts if model.context_of == "text" else _by_videos
+        blocks = _by_texts if scorer.context_of == "text" else _by_videos
         scores = None
-        for texts, videos, block in blocks(model, text, video, sizes, dtype):
+        for texts, videos, block in blocks(scorer, text, video, sizes, dtype):
             if block.shape == (num_texts, num_videos):
                 return block
             if scores is None:
@@ -117,72 +136,80 @@ Blocks = Iterator[tuple[slice, slice, Tensor]]
 
 
 def _by_videos(
-    model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo, sizes: Sizes, dtype: torch.dtype
+    scorer: PairScorer,
+    text: TextFeatures,
+    video: VideoFeatures | PreparedVideo,
+    sizes: Sizes,
+    dtype: torch.dtype,
 ) -> Blocks:
-    maps = None if isinstance(video, PreparedVideo) else model.basis_maps()
-    keep = model.draw_dropout(0 if isinstance(video, PreparedVideo) else len(video.mask))
+    maps = None if isinstance(video, PreparedVideo) else scorer.basis_maps()
+    keep = scorer.draw_dropout(0 if isinstance(video, PreparedVideo) else len(video.mask))
     # Texts are asked with once for all videos, so many of them as fit.
     for group in slices(len(text.embedding), sizes.askers):
-        texts = model.asking(text.embedding[group])
+        texts = scorer.asking(text.embedding[group])
         for owners in slices(len(video), sizes.owners):
             if isinstance(video, PreparedVideo):
                 prepared = video[owners]
             else:
                 some = VideoFeatures(video.frames[owners].to(dtype), video.mask[owners])
-                prepared = model.with_basis(some, maps, None if keep is None else keep[owners])
+                prepared = scorer.with_basis(some, maps, None if keep is None else keep[owners])
             for columns in slices(len(prepared), sizes.videos):
                 where = slice(owners.start + columns.start, owners.start + columns.stop)
                 for rows in slices(len(texts), sizes.texts):
-                    scores = video_pairs(model.rule, texts[rows], prepared[columns]).scores
+                    scores = scorer.pair_scores(prepared[columns], texts[rows])
                     yield slice(group.start + rows.start, group.start + rows.stop), where, scores.T
 
 
 def _by_texts(
-    model: GARE, text: TextFeatures, video: VideoFeatures | PreparedVideo, sizes: Sizes, dtype: torch.dtype
+    scorer: PairScorer,
+    text: TextFeatures,
+    video: VideoFeatures | PreparedVideo,
+    sizes: Sizes,
+    dtype: torch.dtype,
 ) -> Blocks:
-    maps = model.basis_maps()
+    maps = scorer.basis_maps()
     assert maps is not None
-    keep = model.draw_dropout(len(text.embedding))
+    keep = scorer.draw_dropout(len(text.embedding))
     # Turned means beside views of the frames: made once where they fit.
     if isinstance(video, VideoFeatures) and video.frames.dtype == dtype and len(video) <= sizes.askers:
-        video = model.with_basis(video, maps, None)
+        video = scorer.with_basis(video, maps, None)
     for owners in slices(len(text.embedding), sizes.owners):
         some_text = text[owners]
         if some_text.words is not None:
             some_text = TextFeatures(some_text.embedding, some_text.words.to(dtype), some_text.mask)
-        prepared = model.prepare_text(some_text, maps, None if keep is None else keep[owners])
+        prepared = scorer.prepare_text(some_text, maps, None if keep is None else keep[owners])
         for columns in slices(len(video), sizes.videos):
             some = video[columns]
             if isinstance(some, VideoFeatures):
-                some = model.with_basis(VideoFeatures(some.frames.to(dtype), some.mask), maps, None)
+                some = scorer.with_basis(VideoFeatures(some.frames.to(dtype), some.mask), maps, None)
             for rows in slices(len(some_text.embedding), sizes.texts):
-                scores = text_pairs(model.rule, prepared[rows], some).scores
+                scores = scorer.pair_scores(prepared[rows], some)
                 yield slice(owners.start + rows.start, owners.start + rows.stop), columns, scores
 
 
-def stream_direct(model: GARE, text: TextFeatures, video: VideoFeatures) -> Tensor:
+def stream_direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Tensor:
     """Scores (N, M) in the direct form; without gradients in blocks within the budget."""
     dtype = torch.promote_types(text.embedding.dtype, torch.float32)
     words = None if text.words is None else text.words.to(dtype)
     text = TextFeatures(text.embedding.to(dtype), words, text.mask)
     video = VideoFeatures(video.frames.to(dtype), video.mask)
     with torch.autocast(text.embedding.device.type, enabled=False):
-        return _direct(model, text, video)
+        return _direct(scorer, text, video)
 
 
-def _direct(model: GARE, text: TextFeatures, video: VideoFeatures) -> Tensor:
+def _direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Tensor:
     num_texts, num_videos = len(text.embedding), len(video.mask)
-    owners = num_videos if model.context_of == "video" else num_texts
-    keep = model.draw_dropout(owners)
+    owners = num_videos if scorer.context_of == "video" else num_texts
+    keep = scorer.draw_dropout(owners)
     # The direct form holds about a dozen vectors of a pair at once.
-    itemsize, width = text.embedding.element_size(), model.config.clip.embed_dim
-    pairs = model.config.memory_bytes // (12 * itemsize * width)
+    itemsize, width = text.embedding.element_size(), scorer.config.clip.embed_dim
+    pairs = scorer.config.memory_bytes // (12 * itemsize * width)
     side = max(math.isqrt(pairs), 1)
     if torch.is_grad_enabled() or max(num_texts, num_videos) <= side:
-        return model.pairs(text, video, keep).scores
+        return scorer.pairs(text, video, keep).scores
     scores = text.embedding.new_empty(num_texts, num_videos)
     for rows in slices(num_texts, side):
         for columns in slices(num_videos, side):
-            some = None if keep is None else keep[columns if model.context_of == "video" else rows]
-            scores[rows, columns] = model.pairs(text[rows], video[columns], some).scores
+            some = None if keep is None else keep[columns if scorer.context_of == "video" else rows]
+            scores[rows, columns] = scorer.pairs(text[rows], video[columns], some).scores
     return scores

@@ -57,7 +57,7 @@ class Encoder:
         token_ids, token_mask = tokenize(captions, self.model.config.max_words)
         encoded = self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device))
         features = {"embedding": encoded.embedding.cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
-        if self.model.needs_words and encoded.words is not None:
+        if self.model.scorer.needs_words and encoded.words is not None:
             features["words"] = encoded.words.cpu().numpy()
         return features
 
@@ -160,7 +160,7 @@ def encode_stored(
         text, video = from_stored(model, reader.read(video_ids[first : first + batch]), device)
         found = {"video/frames": video.frames, "video/mask": video.mask}
         found |= {"text/embedding": text.embedding, "text/mask": text.mask}
-        if model.needs_words and text.words is not None:
+        if model.scorer.needs_words and text.words is not None:
             found["text/words"] = text.words
         for name, tensor in found.items():
             parts.setdefault(name, []).append(tensor.cpu().numpy())

@@ -13,7 +13,7 @@ from torch import Tensor
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.prepared import PreparedVideo
-from gare.model.streaming import MEGABYTE, block_sizes
+from gare.model.streaming import MEGABYTE, block_sizes, stream_scores
 from gare.retrieval.grid import TEXTS, VIDEOS, Grid
 
 #: Blocks are filled up to multiples of this. Products of matrices of whole tiles treat all places alike, so
@@ -69,7 +69,7 @@ class ModelBlocks:
     def __init__(
         self, model: GARE, text: TextFeatures, video: VideoFeatures, device: str | torch.device = "cpu"
     ) -> None:
-        self.model = model.to(device).eval()
+        self.scorer = model.to(device).eval().scorer
         self.text, self.video, self.device = text, video, device
         self._columns: slice | None = None
         self._prepared: VideoFeatures | PreparedVideo | None = None
@@ -78,10 +78,10 @@ class ModelBlocks:
 
     def grid(self, video_of_text: Tensor) -> Grid:
         """The blocks in which this source is efficient."""
-        by_rows = self.model.context_of == "text"
+        by_rows = self.scorer.context_of == "text"
         videos = VIDEOS_OF_WORDS
         if not by_rows:
-            sizes = block_sizes(self.model, self.video.mask.shape[1], self.text.mask.shape[1], 4)
+            sizes = block_sizes(self.scorer, self.video.mask.shape[1], self.text.mask.shape[1], 4)
             # Preparing them may take half of the budget.
             videos = max(min(2 * sizes.owners, 2 * VIDEOS) // TILE * TILE, TILE)
         return Grid.of(video_of_text, len(self.video), texts=TEXTS, videos=videos, by_rows=by_rows)
@@ -105,10 +105,10 @@ class ModelBlocks:
             self._columns = columns
         some = self.text[_filled(texts)]
         words = None
-        if some.words is not None and self.model.needs_words:
+        if some.words is not None and self.scorer.needs_words:
             words = some.words.to(self.device)
         text = TextFeatures(some.embedding.to(self.device), words, some.mask.to(self.device))
-        scores = self.model.score(text, self._prepared).float()
+        scores = stream_scores(self.scorer, text, self._prepared).float()
         return scores[: len(texts), : columns.stop - columns.start].contiguous()
 
     def _prepare(self, columns: slice) -> VideoFeatures | PreparedVideo:
@@ -116,9 +116,9 @@ class ModelBlocks:
         self._prepared = None
         some = self.video[_filled(torch.arange(columns.start, columns.stop))]
         video = VideoFeatures(some.frames.to(self.device), some.mask.to(self.device))
-        if self.model.takes_direct(self.model.config.method) or self.model.context_of == "text":
+        if self.scorer.path() == "direct" or self.scorer.context_of == "text":
             return video
-        return self.model.prepare_video(video)
+        return self.scorer.prepare_video(video)
 
 
 def _filled(positions: Tensor) -> Tensor:

@@ -6,19 +6,19 @@ O owners of a basis, X others, S sampled texts, L basis vectors, D embedding wid
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gare.model.factorized import PairNumbers, Rule, pair_numbers
+from gare.model.factorized import PairNumbers
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.forms import gram
-from gare.model.gare import GARE
 from gare.model.heap import give_back_free_memory
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
+from gare.model.scorer import PairScorer
 from gare.model.streaming import MEGABYTE, numbers_of_a_pair
 from gare.train.gather import sum_over_workers, world_size
 
@@ -92,30 +92,32 @@ class Block:
     plain: Tensor | None = None
 
 
-def sides_of(model: GARE, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice) -> Sides:
+def sides_of(
+    scorer: PairScorer, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice
+) -> Sides:
     """This worker's texts and the videos of all, prepared for the model's variant, with dropout ``keep``."""
-    maps = model.basis_maps()
+    maps = scorer.basis_maps()
     positions = (video.mask.shape[1], text.mask.shape[1])
-    if model.context_of == "text" and maps is not None:
-        texts = model.prepare_text(text, maps, None if keep is None else keep[own])
-        return Sides("text", texts, model.with_basis(video, maps, None), own, positions)
-    owners = model.with_basis(video, maps, keep)
-    return Sides(model.context_of, owners, model.asking(text.embedding), own, positions)
+    if scorer.context_of == "text" and maps is not None:
+        texts = scorer.prepare_text(text, maps, None if keep is None else keep[own])
+        return Sides("text", texts, scorer.with_basis(video, maps, None), own, positions)
+    owners = scorer.with_basis(video, maps, keep)
+    return Sides(scorer.context_of, owners, scorer.asking(text.embedding), own, positions)
 
 
-def blocks_of(model: GARE, sides: Sides, wanted: Wanted, reference: Tensor | None) -> Iterator[Block]:
+def blocks_of(scorer: PairScorer, sides: Sides, wanted: Wanted, reference: Tensor | None) -> Iterator[Block]:
     """Blocks of owners with all others; recomputed in the backward where all together exceed the budget."""
     num_owners = len(sides.owners)
-    held = sides.owners.itemsize * sides.num_others * numbers_of_a_pair(model, *sides.positions)
+    held = sides.owners.itemsize * sides.num_others * numbers_of_a_pair(scorer, *sides.positions)
     size = max(BLOCK_BYTES // held, 1)
-    recompute = torch.is_grad_enabled() and held * num_owners > model.config.memory_bytes
+    recompute = torch.is_grad_enabled() and held * num_owners > scorer.config.memory_bytes
     parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(size)
     for number, owners in enumerate(parts):
         first = number * size
         texts = wanted.sample[1]
         if texts is not None and sides.owner == "text":
             texts = texts[(texts >= first) & (texts < first + size)] - first
-        arguments = (model.rule, sides.owner, owners, sides.others, wanted, texts, reference)
+        arguments = (scorer, sides.owner, owners, sides.others, wanted, texts, reference)
         if recompute:
             run = _block if number % TRIM_EVERY else _block_on_trimmed_heap
             block: Block = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -131,7 +133,7 @@ def _block_on_trimmed_heap(*arguments: Any) -> Block:
 
 
 def _block(
-    rule: Rule,
+    scorer: PairScorer,
     owner: str,
     owners: PreparedVideo | PreparedText,
     others: Embeddings | PreparedVideo,
@@ -139,19 +141,19 @@ def _block(
     texts: Tensor | None,
     reference: Tensor | None,
 ) -> Block:
-    pairs = pair_numbers(rule, owners, others)
+    pairs = scorer.pair_numbers(owners, others)
     plain = _plain(pairs, owners, others) if wanted.plain else None
     if pairs.weights is None:
         return Block(pairs.scores, plain=plain)
     moments = sums = sampled = None
     if wanted.moments:
-        weights = _looked_at(rule, pairs, owners, others, wanted)
+        weights = _looked_at(scorer, pairs, owners, others, wanted)
         mean = weights.mean(dim=2, keepdim=True)
         apart = weights - mean
         moments = (mean.squeeze(2), gram(apart))
     if wanted.sums and reference is not None:
         assert owners.basis is not None
-        weights = _looked_at(rule, pairs, owners, others, wanted)
+        weights = _looked_at(scorer, pairs, owners, others, wanted)
         apart = weights.transpose(1, 2) @ owners.basis.vectors - reference
         sums = torch.stack([apart.sum(dim=0), apart.square().sum(dim=0)])
     if wanted.sample[0]:
@@ -175,7 +177,7 @@ def _plain(
 
 
 def _looked_at(
-    rule: Rule,
+    scorer: PairScorer,
     pairs: PairNumbers,
     owners: PreparedVideo | PreparedText,
     others: Embeddings | PreparedVideo,
@@ -186,16 +188,16 @@ def _looked_at(
     assert pairs.norms is not None
     if not wanted.normalised:
         return pairs.weights
-    if rule.radius is None:
+    if scorer.radius is None:
         return pairs.weights / pairs.norms.clamp(min=1e-12).unsqueeze(1)
     # Dividing a radius out again would leave its rounding.
-    unit = pair_numbers(replace(rule, unit=True), owners, others).weights
+    unit = scorer.pair_numbers(owners, others, unit_radius=True).weights
     assert unit is not None
     return unit
 
 
 @torch.no_grad()
-def reference_of(rule: Rule, sides: Sides, wanted: Wanted) -> Tensor:
+def reference_of(scorer: PairScorer, sides: Sides, wanted: Wanted) -> Tensor:
     """(X, D), near the mean increment of each other, so that squares about it do not cancel.
 
     The mean over a few owners is as far from the mean over all as increments are spread. Workers that add up
@@ -204,6 +206,6 @@ def reference_of(rule: Rule, sides: Sides, wanted: Wanted) -> Tensor:
     parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(4)
     some = next(parts)
     assert some.basis is not None
-    weights = _looked_at(rule, pair_numbers(rule, some, sides.others), some, sides.others, wanted)
+    weights = _looked_at(scorer, scorer.pair_numbers(some, sides.others), some, sides.others, wanted)
     local = (weights.transpose(1, 2) @ some.basis.vectors).mean(dim=0)
     return sum_over_workers(local) / world_size() if sides.owner == "text" else local

@@ -132,7 +132,7 @@ class CheckpointScorer:
     def _features(self, model: GARE) -> FeatureReader:
         """The store, opened for the first checkpoint: those of one run need the same of it."""
         if self._reader is None:
-            self._reader = FeatureReader(self.store, words=model.needs_words, cache_mb=self.cache_mb)
+            self._reader = FeatureReader(self.store, words=model.scorer.needs_words, cache_mb=self.cache_mb)
         return self._reader
 
 

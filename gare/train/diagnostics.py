@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gare.model.factorized import PairNumbers, Rule, corrected_square, pair_numbers
+from gare.model.factorized import PairNumbers, corrected_square
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
+from gare.model.scorer import PairScorer
 from gare.train.sharded import Seen
 
 
@@ -69,7 +70,7 @@ class _Rows:
 
 
 @torch.no_grad()
-def diagnose(rule: Rule, seen: Seen, num_texts: int) -> dict[str, float]:
+def diagnose(scorer: PairScorer, seen: Seen, num_texts: int) -> dict[str, float]:
     """Measures of the step's batch by the names they are logged under.
 
     ``tension/``: for each text the gradient of the diagonal's InfoNCE at its (corrected) embedding, summed
@@ -79,34 +80,36 @@ def diagnose(rule: Rule, seen: Seen, num_texts: int) -> dict[str, float]:
     uniformity (Wang & Isola, arXiv 2005.10242) of unit embeddings.
 
     Args:
-        rule: of the model.
+        scorer: of the model.
         seen: from ``sharded.shares``.
         num_texts: of this worker to look at, evenly spread over its share.
     """
-    rows = _rows(rule, seen, num_texts)
-    measures = _tension(rule, seen, rows) | _modalities(seen)
+    rows = _rows(scorer, seen, num_texts)
+    measures = _tension(scorer, seen, rows) | _modalities(seen)
     if rows.pairs.norms is not None:
-        measures |= _delta(rule, rows)
+        measures |= _delta(scorer, rows)
     return {name: float(value) for name, value in measures.items()}
 
 
-def _rows(rule: Rule, seen: Seen, num_texts: int) -> _Rows:
+def _rows(scorer: PairScorer, seen: Seen, num_texts: int) -> _Rows:
     sides = seen.sides
     count = sides.own.stop - sides.own.start
     chosen = torch.linspace(0, count - 1, min(num_texts, count)).long().to(seen.scale.device)
     if isinstance(sides.owners, PreparedText):
         assert isinstance(sides.others, PreparedVideo)
         owners, video = sides.owners[chosen], sides.others
-        pairs = pair_numbers(rule, owners, video)
+        pairs = scorer.pair_numbers(owners, video)
         text, basis = owners.embeddings.vectors, owners.basis.vectors
         return _Rows(pairs, text, video, basis, False, chosen + sides.own.start)
     assert isinstance(sides.others, Embeddings)
     texts, video = sides.others[chosen], sides.owners
     held = None if video.basis is None else video.basis.vectors
-    return _Rows(pair_numbers(rule, video, texts), texts.vectors, video, held, True, chosen + sides.own.start)
+    return _Rows(
+        scorer.pair_numbers(video, texts), texts.vectors, video, held, True, chosen + sides.own.start
+    )
 
 
-def _tension(rule: Rule, seen: Seen, rows: _Rows) -> dict[str, Tensor]:
+def _tension(scorer: PairScorer, seen: Seen, rows: _Rows) -> dict[str, Tensor]:
     pairs = rows.pairs
     pooled_square, text_pooled = rows.of(pairs.pooled_square), rows.of(pairs.text_pooled)
     text_square = rows.text.square().sum(dim=1, keepdim=True).clamp(min=1e-24)
@@ -117,7 +120,7 @@ def _tension(rule: Rule, seen: Seen, rows: _Rows) -> dict[str, Tensor]:
     if pairs.norms is None or pairs.text_delta is None or pairs.delta_pooled is None:
         return measures
     text_square, pooled_square = corrected_square(
-        rule.corrected_side,
+        scorer.config.corrected_side,
         text_square,
         pooled_square,
         rows.of(pairs.text_delta),
@@ -126,7 +129,7 @@ def _tension(rule: Rule, seen: Seen, rows: _Rows) -> dict[str, Tensor]:
     )
     scores = rows.of(pairs.scores)
     slope = _slope(scores, seen.columns, seen.scale, rows.own)
-    after = _net_and_gross(rows, scores, slope, text_square, pooled_square, rule.corrected_side)
+    after = _net_and_gross(rows, scores, slope, text_square, pooled_square, scorer.config.corrected_side)
     return measures | {f"tension/{name}": value for name, value in after.items()}
 
 
@@ -155,7 +158,7 @@ def _net_and_gross(
     return {"net": net_S.mean(), "gross": gross_S.mean(), "cancelled": cancelled}
 
 
-def _delta(rule: Rule, rows: _Rows) -> dict[str, Tensor]:
+def _delta(scorer: PairScorer, rows: _Rows) -> dict[str, Tensor]:
     pairs = rows.pairs
     assert pairs.norms is not None
     assert pairs.text_delta is not None
@@ -165,7 +168,7 @@ def _delta(rule: Rule, rows: _Rows) -> dict[str, Tensor]:
     gap_square = text_square + rows.video.mean.square().sum(dim=1) - 2 * text_mean
     gap_delta = delta_mean - text_delta
     # What is corrected moves by Δ: t_i + Δ_ij to v̄_j, or t_i to v̄_j + Δ_ij.
-    moved = gap_square + norms.square() + (-2 if rule.corrected_side == "text" else 2) * gap_delta
+    moved = gap_square + norms.square() + (-2 if scorer.config.corrected_side == "text" else 2) * gap_delta
     numbers = {
         "cos_gap": gap_delta / (norms * gap_square.clamp(min=0).sqrt()).clamp(min=1e-12),
         "cos_text": text_delta / (norms * text_square.sqrt()).clamp(min=1e-12),
@@ -173,7 +176,7 @@ def _delta(rule: Rule, rows: _Rows) -> dict[str, Tensor]:
         "distance_before": gap_square.clamp(min=0).sqrt(),
         "distance": moved.clamp(min=0).sqrt(),
     }
-    if rule.corrected_side == "text":
+    if scorer.config.corrected_side == "text":
         numbers["text_norm"] = (text_square + 2 * text_delta + norms.square()).clamp(min=0).sqrt()
     positive = functional.one_hot(rows.own, norms.shape[1]).bool()
     measures = {"delta/text_norm_before": text_square.sqrt().mean()}

@@ -21,6 +21,7 @@ from gare.errors import GareError
 from gare.model.clip import ClipTowers
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
+from gare.model.scorer import PairScorer
 from gare.model.streaming import slices
 from gare.train.gather import Rows, gather, rows_of, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
@@ -81,16 +82,16 @@ class Draws:
     keep: Tensor | None = None
 
     @classmethod
-    def of_step(cls, model: GARE, config: LossConfig, num_pairs: int, seed: int) -> Draws:
+    def of_step(cls, scorer: PairScorer, config: LossConfig, num_pairs: int, seed: int) -> Draws:
         """Drawn by global index from a seed, the same on every worker and every kind of device."""
         generator = torch.Generator().manual_seed(seed)
         sample = None
-        if model.increment is not None and config.samples_texts(
-            num_pairs, model.config.clip.embed_dim, model.config.memory_bytes
+        if scorer.increment is not None and config.samples_texts(
+            num_pairs, scorer.config.clip.embed_dim, scorer.config.memory_bytes
         ):
             order = torch.randperm(num_pairs, generator=generator)
-            sample = order[: config.direction_texts].sort().values.to(model.logit_scale.device)
-        return cls(sample, model.draw_dropout(num_pairs, generator))
+            sample = order[: config.direction_texts].sort().values.to(scorer.increment.mean.weight.device)
+        return cls(sample, scorer.draw_dropout(num_pairs, generator))
 
 
 def loss_terms(
@@ -112,7 +113,7 @@ def loss_terms(
         video_ids: the video of each pair where its pairs are each other's positives.
     """
     draws = draws or Draws()
-    pairs = model.pairs(text, video, draws.keep)
+    pairs = model.scorer.pairs(text, video, draws.keep)
     scale = model.logit_scale.exp()
     nce = info_nce(pairs.scores, scale, video_ids)
     zero = torch.zeros_like(nce[0])
@@ -152,8 +153,10 @@ def sharded_terms(
     watched: bool = False,
 ) -> LossTerms:
     """All terms in the factorised form, from this worker's captions and the clips of all workers."""
+    scale = model.logit_scale.exp()
     part = shares(
-        model,
+        model.scorer,
+        scale,
         text,
         video,
         config,
@@ -167,7 +170,7 @@ def sharded_terms(
         config,
         (part.nce_t2v, part.nce_v2t),
         (part.bottleneck, part.radii, part.direction),
-        model.logit_scale.exp(),
+        scale,
     )
     with torch.no_grad():
         values = sum_over_workers(torch.stack([getattr(own, name) for name in _SUMMED]))
@@ -222,6 +225,7 @@ class Objective(nn.Module):
         Raises:
             GareError: where a worker has no pair, or positives by video lack the videos.
         """
+        scorer = self.model.scorer
         rows = rows_of(len(batch.frames), batch.frames.device)
         text, video = self._divided(*self._encode(batch))
         video_ids = None
@@ -230,15 +234,15 @@ class Objective(nn.Module):
                 raise GareError("the batch does not say whose its captions are", where="loss.positives video")
             video_ids = gather(batch.video_ids, rows)
         video = VideoFeatures(gather(video.frames, rows), gather(video.mask, rows))
-        draws = Draws.of_step(self.model, self.config, len(video), seed)
-        if not self.model.takes_direct(self.model.config.method):
+        draws = Draws.of_step(scorer, self.config, len(video), seed)
+        if scorer.path() == "factorized":
             with stage("head"):
                 return sharded_terms(
                     self.model, text, video, self.config, draws, video_ids, rows=rows, watched=watched
                 )
         seen = self._seen(text, video, rows) if watched else None
         # Words are large; they travel only where ψ attends to them.
-        words = gather(text.words, rows) if text.words is not None and self.model.needs_words else None
+        words = gather(text.words, rows) if text.words is not None and scorer.needs_words else None
         text = TextFeatures(gather(text.embedding, rows), words, gather(text.mask, rows))
         torch.manual_seed(seed)
         with stage("head"):
@@ -254,13 +258,13 @@ class Objective(nn.Module):
         model, training = self.model, self.model.training
         model.eval()
         try:
-            if not model.why_direct:
+            if not (reason := model.scorer.why_direct):
                 off = {"bottleneck_weight": 0.0, "radii_weight": 0.0, "direction_weight": 0.0}
                 alone = self.config.model_copy(update=off)
                 with stage("diagnostics"):
                     return sharded_terms(model, text, video, alone, Draws(), rows=rows, watched=True).seen
             if not self._said:
-                logger.warning("tension, increments and modality gap are not measured: %s", model.why_direct)
+                logger.warning("tension, increments and modality gap are not measured: %s", reason)
                 self._said = True
             return None
         finally:

@@ -19,8 +19,8 @@ from torch import Tensor
 from gare.config import LossConfig
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.forms import quadratic
-from gare.model.gare import GARE
 from gare.model.prepared import PreparedVideo
+from gare.model.scorer import PairScorer
 from gare.model.streaming import MEGABYTE
 from gare.train.blocks import Block, Sides, Wanted, blocks_of, reference_of, sides_of
 from gare.train.direction import factorized_direction
@@ -80,7 +80,8 @@ class Seen:
 
 
 def shares(
-    model: GARE,
+    scorer: PairScorer,
+    scale: Tensor,
     text: TextFeatures,
     video: VideoFeatures,
     config: LossConfig,
@@ -94,12 +95,13 @@ def shares(
     """This worker's share of the loss terms in the factorised form; a term that is off is zero.
 
     Args:
-        model: with a ψ of one layer, or none.
+        scorer: of a model with a ψ of one layer, or none.
+        scale: κ, a scalar.
         text: this worker's n captions.
         video: the clips of all workers.
         config: of the loss.
         sample: global indices of the texts of the directional diversity; None: all.
-        keep: dropout of the global batch's N contexts, from ``GARE.draw_dropout``.
+        keep: dropout of the global batch's N contexts, from ``PairScorer.draw_dropout``.
         video_ids: (N,) the video of each pair where its pairs are each other's positives.
         rows: of each worker; None: this one is the only one.
         watched: whether the result is to hold what diagnostics need; all workers must agree.
@@ -108,13 +110,12 @@ def shares(
     """
     num_pairs = len(video)
     own = (rows or Rows((num_pairs,))).own
-    sides = sides_of(model, text, video, keep, own)
+    sides = sides_of(scorer, text, video, keep, own)
     own_sample = None if sample is None else sample[(sample >= own.start) & (sample < own.stop)] - own.start
     wanted = _wanted(sides, config, own_sample, watched)
-    reference = reference_of(model.rule, sides, wanted) if wanted.sums else None
-    blocks = list(blocks_of(model, sides, wanted, reference))
-    scores, scale = _join(sides, [block.scores for block in blocks]), model.logit_scale.exp()
-    logits = scale * scores
+    reference = reference_of(scorer, sides, wanted) if wanted.sums else None
+    blocks = list(blocks_of(scorer, sides, wanted, reference))
+    logits = scale * _join(sides, [block.scores for block in blocks])
     columns = _columns(logits)
     nce = _info_nce(logits, columns, own, video_ids)
     seen = None
@@ -135,7 +136,7 @@ def shares(
     elif reference is not None:
         bottleneck = _others_bottleneck(sides, blocks, reference, config) / num_pairs
     if wanted.sample[0]:
-        total = _direction(sides, blocks, own_sample, config, model.config.memory_bytes)
+        total = _direction(sides, blocks, own_sample, config, scorer.config.memory_bytes)
         direction = total / (num_pairs if sample is None else len(sample))
     return Shares(*nce, bottleneck, radii, direction, seen)
 

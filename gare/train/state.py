@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,11 @@ def write_checkpoint(uri: str, captured: Captured) -> dict[str, str]:
 
 
 def _write(uri: str, name: str, content: bytes) -> str:
-    write_atomically(join(uri, name), content)
-    return sha256_of(content)
+    # Beside the writing, which waits for the disk.
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(sha256_of, content)
+        write_atomically(join(uri, name), content)
+        return digest.result()
 
 
 def _write_model(uri: str, tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> dict[str, str]:

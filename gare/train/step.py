@@ -151,10 +151,10 @@ def train_step(
 def _measures(learner: Learner, seen: Seen) -> dict[str, float]:
     """Diagnostics of a step."""
     model, train = learner.model, learner.config.train
-    measures = diagnose(model.rule, seen, train.diagnostics_texts)
+    measures = diagnose(model.scorer, seen, train.diagnostics_texts)
     if train.trust_region_radius and model.increment is not None:
         text, video = seen.features(TRUST_REGION_PAIRS)
-        if text.words is not None or not model.needs_words:
+        if text.words is not None or not model.scorer.needs_words:
             measures |= trust_region_step(model, text, video, train.trust_region_radius).measures()
     return measures
 

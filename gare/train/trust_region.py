@@ -88,8 +88,8 @@ def trust_region_step(
     model.eval()
     try:
         with torch.no_grad():
-            learned = model.deltas(text, video)
-            pooled = model.pooled(text, video)
+            learned = model.scorer.deltas(text, video)
+            pooled = model.scorer.pooled(text, video)
     finally:
         model.train(training)
     assert learned is not None

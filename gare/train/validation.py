@@ -74,7 +74,7 @@ class Validation:
         self._videos.append(torch.tensor(videos))
         self._texts.append(text.embedding)
         self._text_masks.append(text.mask)
-        if self.model.needs_words and text.words is not None:
+        if self.model.scorer.needs_words and text.words is not None:
             self._words.append(text.words)
         self._owners.append(torch.tensor(videos).repeat_interleave(torch.tensor(counts)))
 
@@ -90,7 +90,9 @@ class Validation:
         num_words = self.model.config.max_words
         text = TextFeatures(
             _gather(self._texts, nothing.reshape(0, width)),
-            _gather(self._words, nothing.reshape(0, num_words, width)) if self.model.needs_words else None,
+            _gather(self._words, nothing.reshape(0, num_words, width))
+            if self.model.scorer.needs_words
+            else None,
             _gather(self._text_masks, nothing.reshape(0, num_words).bool()),
         )
         owners = _gather(self._owners, nothing.long())

@@ -40,7 +40,7 @@ def scores_frames(count: int = 1000) -> Table:
         frames, weight = video.frames.flatten(0, 1), torch.randn(D, D)
         seconds = interleaved(
             {
-                "direct_block": lambda: model.pairs(text[:BLOCK], video[:BLOCK]),
+                "direct_block": lambda: model.scorer.pairs(text[:BLOCK], video[:BLOCK]),
                 "products": lambda: (rows @ text.embedding.T, context @ text.embedding.T),
                 "prepared": lambda: model.score(text, prepared),
                 "whole": lambda: model.score(text, video),
@@ -80,9 +80,9 @@ def scores_words(num_frames: int, num_words: int, count: int = 1000) -> Table:
     with torch.no_grad():
         seconds = interleaved(
             {
-                "direct_block": lambda: model.pairs(text[:BLOCK], video[:BLOCK]),
+                "direct_block": lambda: model.scorer.pairs(text[:BLOCK], video[:BLOCK]),
                 "whole": lambda: model.score(text, video),
-                "preparation": lambda: model.prepare_text(text[:64], model.basis_maps(), None),
+                "preparation": lambda: model.scorer.prepare_text(text[:64], model.scorer.basis_maps(), None),
             },
             ROUNDS,
         )

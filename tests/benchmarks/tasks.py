@@ -35,14 +35,14 @@ def step_call(num_pairs: int, form: str, over: str = "all", *, watched: bool = F
     config = LossConfig(direction_over=over)  # type: ignore[arg-type]
 
     def step() -> None:
-        draws = Draws.of_step(model, config, num_pairs, 0)
+        draws = Draws.of_step(model.scorer, config, num_pairs, 0)
         if form == "direct":
             loss_terms(model, text, video, config, draws).objective.backward()
             return
         terms = sharded_terms(model, text, video, config, draws, watched=watched)
         terms.objective.backward()
         if terms.seen is not None:
-            diagnose(model.rule, terms.seen, 16)
+            diagnose(model.scorer, terms.seen, 16)
 
     return step
 
@@ -85,7 +85,7 @@ def worker(rank: int, world: int, folder: str, num_pairs: int) -> None:
     for number in range(rounds):
         if number == 1:
             started = time.perf_counter()
-        draws = Draws.of_step(model, config, num_pairs, 0)
+        draws = Draws.of_step(model.scorer, config, num_pairs, 0)
         rows = rows_of(share, torch.device("cpu"))
         terms = sharded_terms(model, own, VideoFeatures(frames, video.mask), config, draws, rows=rows)
         terms.objective.backward()

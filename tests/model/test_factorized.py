@@ -58,7 +58,7 @@ def test_blocks_change_nothing(variant: dict[str, Any], seed: int) -> None:
     small.load_state_dict(model.state_dict())
     text, video = features(150, 130, 5, 6, 64, torch.float64)
     with torch.no_grad():
-        whole = model.pairs(text, video).scores
+        whole = model.scorer.pairs(text, video).scores
         for method in ("factorized", "direct"):
             torch.testing.assert_close(small.score(text, video, method), whole, rtol=0, atol=1e-10)
         torch.testing.assert_close(small.score(text, small.prepare_video(video)), whole, rtol=0, atol=1e-10)
@@ -100,13 +100,13 @@ def test_what_has_no_factorised_form_is_said_once(seed: int, caplog: pytest.LogC
     assert [record.message for record in caplog.records] == [
         "increment_layers 2 has no factorised form: the direct form is used"
     ]
-    torch.testing.assert_close(scores, model.pairs(text, video).scores)
+    torch.testing.assert_close(scores, model.scorer.pairs(text, video).scores)
     for call in (lambda: model.score(text, video, "factorized"), lambda: model.prepare_video(video)):
         with pytest.raises(ConfigError, match="no factorised form"):
             call()
     dropping = head(32, increment_dropout=0.5, increment_dropout_per="pair")
-    assert not dropping.why_direct
-    assert "dropout of each pair" in dropping.train().why_direct
+    assert not dropping.scorer.why_direct
+    assert "dropout of each pair" in dropping.train().scorer.why_direct
     with pytest.raises(ConfigError, match="auto, direct or factorized"):
         model.score(text, video, "fast")  # type: ignore[arg-type]
 
@@ -120,7 +120,7 @@ def test_several_layers_ask_one_after_the_other(seed: int) -> None:
     first, second = model.increment.layers
     query = (video.mean - text.embedding).unsqueeze(0)
     z = second(first(query, video.frames, video.mask, None), video.frames, video.mask, None)
-    torch.testing.assert_close(model.pairs(text, video).delta, model.increment.mean(z))
+    torch.testing.assert_close(model.scorer.pairs(text, video).delta, model.increment.mean(z))
 
 
 @pytest.mark.parametrize("context", ["frames", "words"])
@@ -134,7 +134,7 @@ def test_dropout_of_a_context_is_the_same_in_both_forms(context: str, seed: int)
     torch.manual_seed(seed)
     torch.testing.assert_close(model.score(text, video, "factorized"), direct, rtol=0, atol=1e-10)
     assert (model.score(text, video) - direct).abs().max() > 1e-6  # drawn anew
-    keep = model.draw_dropout(4000)
+    keep = model.scorer.draw_dropout(4000)
     assert keep is not None
     assert set(keep.unique().tolist()) == {0.0, 1 / 0.6}
     assert abs(float(keep.mean()) - 1) < 0.02

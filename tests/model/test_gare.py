@@ -105,7 +105,7 @@ def test_the_baseline_has_no_increment(seed: int) -> None:
     for name, value in baseline.state_dict().items():
         assert torch.equal(value, full.state_dict()[name]), f"{name} starts elsewhere"
     text, video = random_text(baseline, 3), random_video(baseline, 4, 4)
-    pairs = baseline.pairs(text, video)
+    pairs = baseline.scorer.pairs(text, video)
     assert pairs.delta is None
     # s_ij = cos(t_i, p_ij), written out.
     for i in range(3):
@@ -124,7 +124,7 @@ def test_gap_sign_turns_the_query(model: GARE) -> None:
     assert model.increment is not None
     gap = text.embedding[:, None] - video.mean[None]
     torch.testing.assert_close(
-        turned.pairs(text, video).delta, model.increment(gap, video.frames, video.mask)
+        turned.scorer.pairs(text, video).delta, model.increment(gap, video.frames, video.mask)
     )
     assert not torch.allclose(turned.score(text, video), model.score(text, video))
 
@@ -134,7 +134,7 @@ def test_increment_is_the_papers_formula(model: GARE) -> None:
     text, video = random_text(model, 3), random_video(model, 4, 4)
     assert model.increment is not None
     psi = model.increment.layers[0]
-    found = model.pairs(text, video).delta
+    found = model.scorer.pairs(text, video).delta
     assert found is not None
     for i in range(3):
         for j in range(4):

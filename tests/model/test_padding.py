@@ -157,7 +157,7 @@ def test_only_the_direct_form_has_it(seed: int) -> None:
     text, video = encoded(model, batch)
     for training in (True, False):
         model.train(training)
-        assert model.why_direct == "padding released has no factorised form"
+        assert model.scorer.why_direct == "padding released has no factorised form"
     with pytest.raises(ConfigError, match=r"padding released has no factorised form.*padding masked"):
         model.prepare_video(video)
     with pytest.raises(ConfigError, match="padding released has no factorised form"):

@@ -74,7 +74,7 @@ def test_variant_is_its_formula(seed: int, overrides: tuple[str, ...]) -> None:
     """A switch that does something else than the paper's table says compares nothing with the paper."""
     model = variant(seed, *overrides)
     text, video = features(seed)
-    pairs = model.pairs(text, video)
+    pairs = model.scorer.pairs(text, video)
     assert pairs.delta is not None
     for i, j in itertools.product(range(N), range(M)):
         delta = delta_of_one_pair(model, text, video, i, j)

@@ -30,7 +30,7 @@ N = 6
 def measured(model: GARE, text: TextFeatures, video: VideoFeatures, num_texts: int = N) -> dict[str, float]:
     terms = sharded_terms(model, text, video, LossConfig(), Draws(), watched=True)
     assert terms.seen is not None
-    return diagnose(model.rule, terms.seen, num_texts)
+    return diagnose(model.scorer, terms.seen, num_texts)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_measures_are_those_of_the_increments(variant: dict[str, Any], seed: int
     text, video = features(N, N, 4, 5, 32, torch.float64)
     found = measured(model, text, video)
     with torch.no_grad():
-        delta = model.deltas(text, video)
+        delta = model.scorer.deltas(text, video)
         pooled = pool(text.embedding, video, 3.0)
         scale = model.logit_scale.exp()
     assert delta is not None
@@ -138,7 +138,7 @@ def test_a_worker_of_one_pair_measures_no_spread(seed: int) -> None:
     seen = sharded_terms(model, text, video, LossConfig(), Draws(), watched=True).seen
     assert seen is not None
     sides = replace(seen.sides, others=seen.sides.others[torch.tensor([2])], own=slice(2, 3))
-    found = diagnose(model.rule, replace(seen, sides=sides), N)
+    found = diagnose(model.scorer, replace(seen, sides=sides), N)
     assert "gap/alignment" in found
     assert not any(name.startswith("gap/uniformity") for name in found)
     assert np.isfinite(list(found.values())).all()
@@ -152,7 +152,7 @@ def test_small_steps_do_what_they_predict(side: str, start: Any, seed: int) -> N
     model = head(32, corrected_side=side)
     text, video = features(N, N, 4, 5, 32, torch.float64)
     with torch.no_grad():
-        delta = model.deltas(text, video)
+        delta = model.scorer.deltas(text, video)
     assert delta is not None
     reach = 0.0 if start == "coupled" else float(delta.norm(dim=2).max())
     errors = []

@@ -107,7 +107,7 @@ def test_losses_and_gradients_equal_the_direct_form(
     text, video = features(num_pairs, num_pairs, 4, 5, 32, torch.float64)
     config = LossConfig(**LOUD, direction_texts=2, **switches)
     video_ids = torch.randint(0, num_pairs, (num_pairs,)) if config.positives == "video" else None
-    draws = Draws.of_step(model, config, num_pairs, seed)
+    draws = Draws.of_step(model.scorer, config, num_pairs, seed)
     direct, expected = gradients("direct", model, text, video, config, draws, video_ids)
     factorised, found = gradients("factorised", model, text, video, config, draws, video_ids)
     for name, value in direct.named().items():
@@ -208,7 +208,7 @@ def test_a_sample_of_texts_is_unbiased(seed: int) -> None:
     ]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
     config = LossConfig(direction_over="sample", direction_texts=2)
-    drawn = {tuple(Draws.of_step(model, config, 6, step).sample.tolist()) for step in range(300)}  # type: ignore[union-attr]
+    drawn = {tuple(Draws.of_step(model.scorer, config, 6, step).sample.tolist()) for step in range(300)}  # type: ignore[union-attr]
     assert drawn == set(itertools.combinations(range(6), 2))
 
 

@@ -306,7 +306,7 @@ class FeatureInput(TrainInput):
     def loader(self, listed: Listed, shared: Any, device: torch.device, model: GARE) -> Callable[[], Load]:
         """Reads features of clips and captions."""
         del shared, device
-        store, words, cache_mb = self.store, model.needs_words, self.config.features.cache_mb
+        store, words, cache_mb = self.store, model.scorer.needs_words, self.config.features.cache_mb
         return lambda: FeatureLoader(FeatureReader(store, words=words, cache_mb=cache_mb), listed)
 
     def local_loader(self, make: Callable[[], Load]) -> Load | None:

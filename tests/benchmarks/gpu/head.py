@@ -99,7 +99,7 @@ def _step(bench: Bench, size: int, form: str) -> Callable[[], object]:
     compute = loss_terms if form == "direct" else sharded_terms
 
     def step() -> None:
-        draws = Draws.of_step(model, loss, size, bench.seed)
+        draws = Draws.of_step(model.scorer, loss, size, bench.seed)
         compute(model, text, video, loss, draws).objective.backward()
 
     return step

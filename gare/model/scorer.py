@@ -1,0 +1,276 @@
+"""Scores of pairs from features: the increment's settings, its dropout, and the path that computes a block.
+
+N texts, M videos, F frames, O owners of a basis, X others, D embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gare.config import ModelConfig
+from gare.errors import ConfigError
+from gare.model.basis import BasisMaps, build_basis, turn
+from gare.model.direct import Pairs, direct_deltas, direct_pairs, direct_pooled
+from gare.model.factorized import PairNumbers, Rule, pair_numbers
+from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.increment import Increment, IncrementRadius
+from gare.model.pooling import unit_mean
+from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
+
+logger = logging.getLogger(__name__)
+
+#: Forms of the score: every Δ_ij itself, or a few numbers of it.
+ScorePath = Literal["direct", "factorized"]
+
+
+class PairScorer:
+    """Turns features into what is known of pairs: scores, increments, coefficients.
+
+    It holds no parameters: ψ and its radius are modules of the model, under whose names they are saved, and
+    this refers to them. Where the model is copied or pickled as a whole, the copy's scorer refers to the
+    copy's ψ; ``train`` and ``eval`` of the model reach it through ψ.
+
+    Args:
+        config: sizes and switches.
+        increment: ψ, or None for the baseline.
+        radius: of increments where ψ is asked with the text, else None.
+
+    Source: arXiv 2505.12499, direct form.
+    """
+
+    def __init__(
+        self, config: ModelConfig, increment: Increment | None, radius: IncrementRadius | None
+    ) -> None:
+        self.config = config
+        self.increment = increment
+        self.radius = radius
+        self._said: set[str] = set()
+
+    @property
+    def training(self) -> bool:
+        """True if ψ is in training; the baseline has nothing that training changes."""
+        return self.increment is not None and self.increment.training
+
+    @property
+    def released_padding(self) -> bool:
+        """True if padded frames count as in the released code."""
+        return self.config.padding == "released"
+
+    @property
+    def needs_words(self) -> bool:
+        """True if scores depend on ``TextFeatures.words``."""
+        return self.context_of == "text"
+
+    @property
+    def context_of(self) -> Literal["video", "text", "none"]:
+        """The side that ψ attends to, which owns the basis of the increments."""
+        if self.increment is None:
+            return "none"
+        return "video" if self.config.context == "frames" else "text"
+
+    @property
+    def rule(self) -> Rule:
+        """How numbers of a pair become its score."""
+        config = self.config
+        return Rule(config.corrected_side, config.pool_temperature, self.radius, pooling=config.pooling)
+
+    def path(self, method: str | None = None) -> ScorePath:
+        """Chooses the form that computes pairs; what auto cannot do factorised is said once.
+
+        Args:
+            method: auto takes the factorised form wherever it is exact; None: ``config.method``.
+
+        Raises:
+            ConfigError: for an unknown method, or the factorised form where there is none.
+        """
+        method = method or self.config.method
+        if method not in ("auto", "direct", "factorized"):
+            raise ConfigError(f"is {method!r}", where="method", accepted="auto, direct or factorized")
+        reason = self.why_direct
+        if method == "factorized" and reason:
+            raise ConfigError(reason, where="method", accepted="auto or direct")
+        if method == "auto" and reason:
+            self._say_once(f"{reason}: the direct form is used")
+        return "direct" if method == "direct" or reason else "factorized"
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            logger.warning("%s", message)
+            self._said.add(message)
+
+    @property
+    def why_direct(self) -> str:
+        """The reason that only the direct form is exact as things are now; empty where the factorised is."""
+        if self.released_padding:
+            return "padding released has no factorised form"
+        if self.increment is None:
+            return ""
+        if len(self.increment.layers) > 1:
+            return f"increment_layers {len(self.increment.layers)} has no factorised form"
+        if self.training and self.config.increment_dropout and self.config.increment_dropout_per == "pair":
+            return "dropout of each pair has no factorised form"
+        return ""
+
+    def pair_numbers(
+        self,
+        owners: PreparedVideo | PreparedText,
+        others: Embeddings | PreparedVideo,
+        *,
+        unit_radius: bool = False,
+    ) -> PairNumbers:
+        """Computes a block of pairs in the factorised form, (O, X); no block is computed elsewhere.
+
+        Args:
+            owners: of the basis; videos for the baseline.
+            others: texts, or videos where texts are the owners.
+            unit_radius: whether increments that have a radius are taken with length 1 instead.
+        """
+        rule = replace(self.rule, unit=True) if unit_radius else self.rule
+        return pair_numbers(rule, owners, others)
+
+    def pair_scores(self, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo) -> Tensor:
+        """Computes the scores of a block, (O, X), for callers that want nothing else of it."""
+        return self.pair_numbers(owners, others).scores
+
+    @property
+    def drops(self) -> bool:
+        """True if ψ's contexts have dropout now."""
+        by_context = self.config.increment_dropout_per == "context"
+        return (
+            self.increment is not None and self.training and self.config.increment_dropout > 0 and by_context
+        )
+
+    def draw_dropout(self, owners: int, generator: torch.Generator | None = None) -> Tensor | None:
+        """Dropout of ψ for each owner of a context, (owners, D) factors 0 or 1/(1 − p); None where none is.
+
+        Args:
+            owners: videos where frames are the context, texts where words are.
+            generator: to draw from, on the CPU, so that a seed means the same on any device.
+        """
+        if not self.drops or self.increment is None:
+            return None
+        drop = self.config.increment_dropout
+        draws = torch.rand(owners, self.config.clip.embed_dim, generator=generator)
+        weight = self.increment.mean.weight
+        return ((draws >= drop).to(weight.dtype) / (1 - drop)).to(weight.device)
+
+    def basis_maps(self) -> BasisMaps | None:
+        """ψ's linear maps combined, to be made once for a step or a stream of blocks."""
+        return None if self.increment is None else BasisMaps.of(self.increment, drops=self.drops)
+
+    def asking(self, embedding_XD: Tensor) -> Embeddings:
+        """Embeddings of the side that does not own the basis, as ψ is asked with them."""
+        if self.increment is None:
+            return Embeddings.of(embedding_XD)
+        sign = 1 if self.radius is not None else self.config.gap_sign
+        if self.radius is None and self.context_of == "video":
+            sign = -sign  # the query is η(v̄ − t), and texts ask
+        return Embeddings.of(embedding_XD, sign * turn(self.increment, embedding_XD))
+
+    def with_basis(
+        self, video: VideoFeatures, maps: BasisMaps | None, keep_MD: Tensor | None
+    ) -> PreparedVideo:
+        """Videos with the basis that their frames make, where frames are the context.
+
+        Args:
+            video: frame features, zero at padding.
+            maps: from ``basis_maps``.
+            keep_MD: dropout of each video, or None.
+        """
+        if self.config.pooling == "mean":
+            # One unit vector is left of a clip, as if it had a single frame.
+            unit_M1D = functional.normalize(unit_mean(video)).unsqueeze(1)
+            one = VideoFeatures(unit_M1D, torch.ones_like(video.mask[:, :1]))
+            return replace(PreparedVideo.of(one, None), mean=video.mean)
+        if self.increment is None or maps is None:
+            return PreparedVideo.of(video, None)
+        if self.context_of == "text":
+            return PreparedVideo.of(video, None, self.asking(video.mean))
+        asks_text = self.radius is not None
+        basis = build_basis(
+            self.increment,
+            maps,
+            video.frames,
+            video.mask,
+            video.mean,
+            own_sign=0 if asks_text else self.config.gap_sign,
+            goal_OD=video.mean if asks_text else None,
+            keep_OD=keep_MD,
+        )
+        return PreparedVideo.of(video, basis)
+
+    def prepare_text(self, text: TextFeatures, maps: BasisMaps, keep_ND: Tensor | None) -> PreparedText:
+        """Texts with the basis that their words make, where words are the context.
+
+        Raises:
+            ConfigError: for text features without words.
+        """
+        assert self.increment is not None
+        basis = build_basis(
+            self.increment,
+            maps,
+            text.known_words,
+            text.mask,
+            text.embedding,
+            own_sign=-self.config.gap_sign,
+            keep_OD=keep_ND,
+        )
+        products_NL = (basis.vectors @ text.embedding.unsqueeze(2)).squeeze(2)
+        return PreparedText(Embeddings.of(text.embedding), basis, products_NL)
+
+    def prepare_video(self, video: VideoFeatures) -> PreparedVideo:
+        """Computes the part of factorised scores that belongs to videos alone, for any number of texts.
+
+        Where words are the context of ψ, or there is no ψ, this is little more than the frame features.
+
+        Raises:
+            ConfigError: for a ψ that has no factorised form.
+        """
+        if reason := self.why_direct:
+            raise ConfigError(
+                reason, where="model", accepted="one layer, dropout by context or none, padding masked"
+            )
+        owners = len(video.mask) if self.context_of == "video" else 0
+        with torch.autocast(video.frames.device.type, enabled=False):
+            frames_MFD = video.frames.to(torch.promote_types(video.frames.dtype, torch.float32))
+            exact = VideoFeatures(frames_MFD, video.mask)
+            return self.with_basis(exact, self.basis_maps(), self.draw_dropout(owners))
+
+    def pairs(self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None) -> Pairs:
+        """Scores and increments of all pairs in the direct form, memory N·M·D.
+
+        s_ij = cos(t_i + Δ_ij, p_ij), or cos(t_i, p_ij + Δ_ij) where the video is the corrected side.
+
+        Args:
+            text: N encoded captions.
+            video: M encoded clips.
+            keep_OD: from ``draw_dropout``; None: dropout of each pair, in training.
+
+        Raises:
+            ConfigError: for text features without words where they are the context of ψ.
+        """
+        return direct_pairs(self.config, self.increment, self.radius, text, video, keep_OD)
+
+    def pooled(self, text: TextFeatures, video: VideoFeatures) -> Tensor:
+        """Text-conditioned pooling p_ij (N, M, D) of all pairs."""
+        return direct_pooled(self.config, text, video)
+
+    def deltas(
+        self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None
+    ) -> Tensor | None:
+        """The increments Δ_ij (N, M, D) of all pairs, or None for the baseline.
+
+        Query gap: Δ_ij = ψ(η(v̄_j − t_i)). Query text: t*_ij = ψ(t_i), Δ_ij = R_ij·unit(v̄_j − t*_ij).
+        ψ attends to the frames of video j, or to the words of text i. Where padding is released, padded
+        frames count in v̄_j and are attended to; in R_ij they count 0 always.
+
+        Raises:
+            ConfigError: for text features without words where they are the context of ψ.
+        """
+        return direct_deltas(self.config, self.increment, self.radius, text, video, keep_OD)

@@ -44,6 +44,10 @@ class ClipConfig(Section):
         return self
 
 
+#: Keys that decide how a model is computed and not which one it is.
+_HOW_COMPUTED = {"method", "kernel", "products", "memory_mb"}
+
+
 class ModelConfig(Section):
     """GARE: CLIP towers, temporal transformer, increment."""
 
@@ -101,9 +105,20 @@ class ModelConfig(Section):
         description="how pairs are computed; auto: factorised, which is exact, and direct where it has no "
         "such form",
     )
-    memory_mb: Annotated[float, Field(ge=1)] = Field(
-        256.0,
-        description="MB that scores and losses may take beyond inputs and results before they go by blocks",
+    kernel: Literal["auto", "triton", "plain"] = Field(
+        "auto",
+        description="what computes pairs in the factorised form; auto: on a GPU fused Triton kernels where "
+        "the variant has them (frames as context, query gap), else plain PyTorch",
+    )
+    products: Literal["exact", "tf32", "bf16"] = Field(
+        "exact",
+        description="precision of the large products beside those kernels; exact: float32's, on tensor cores "
+        "by three products in TF32; tf32 and bf16 take one, with its errors",
+    )
+    memory_mb: Annotated[float, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="MB that scores and losses may take beyond inputs and results before they go by blocks; "
+        "auto: 256 on a CPU, two fifths of what is free on a GPU",
     )
 
     @model_validator(mode="after")
@@ -140,14 +155,9 @@ class ModelConfig(Section):
         """True if the model has weights beside the towers'."""
         return self.temporal == "transformer" or self.increment or self.adapters
 
-    @property
-    def memory_bytes(self) -> int:
-        """``memory_mb`` in bytes."""
-        return int(self.memory_mb * 10**6)
-
     def identity(self) -> dict[str, Any]:
         """Settings that make a model this model; how it is computed is not among them."""
-        settings = self.model_dump(mode="json", exclude={"method", "memory_mb"})
+        settings = self.model_dump(mode="json", exclude=_HOW_COMPUTED)
         # 0 and the number that it stands for are one model.
         return settings | {"temporal_heads": self.num_temporal_heads}
 
@@ -158,7 +168,7 @@ class ModelConfig(Section):
 
     def zero_shot(self) -> ModelConfig:
         """The same towers with nothing behind them: CLIP4Clip's zero-shot score, the mean of unit frames."""
-        shared = self.model_dump(include={"clip", "max_words", "max_frames", "method", "memory_mb"})
+        shared = self.model_dump(include={"clip", "max_words", "max_frames", *_HOW_COMPUTED})
         plain = {"pooling": "mean", "temporal": "none", "increment": False}
         return type(self).model_validate({**shared, **plain})
 

@@ -22,6 +22,10 @@ def _count_or_all(value: Any) -> int | str:
 CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 
+#: Increments of all pairs may take so much before the directional diversity is that of a sample.
+ALL_TEXTS_BYTES = 256 * 10**6
+
+
 class LossConfig(Section):
     """Weights and forms of the loss terms beside InfoNCE."""
 
@@ -50,7 +54,7 @@ class LossConfig(Section):
     direction_over: Literal["auto", "all", "sample"] = Field(
         "auto",
         description="texts of the directional diversity; auto: all, or a sample where N·M·D numbers exceed "
-        "model.memory_mb",
+        "256 MB, on whatever device",
     )
     direction_texts: Count = Field(
         64, description="texts in such a sample of the global batch, drawn anew for each step"
@@ -61,10 +65,13 @@ class LossConfig(Section):
         "its video",
     )
 
-    def samples_texts(self, num_pairs: int, width: int, budget_bytes: float) -> bool:
-        """True if the directional diversity of a batch is that of a sample of its texts."""
+    def samples_texts(self, num_pairs: int, width: int) -> bool:
+        """True if the directional diversity of a batch is that of a sample of its texts.
+
+        It does not depend on the memory of the machine: a run must mean the same wherever it continues.
+        """
         if self.direction_over == "auto":
-            sampled = 4 * num_pairs**2 * width > budget_bytes
+            sampled = 4 * num_pairs**2 * width > ALL_TEXTS_BYTES
         else:
             sampled = self.direction_over == "sample"
         return sampled and bool(self.direction_weight) and self.direction_texts < num_pairs

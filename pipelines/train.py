@@ -143,10 +143,8 @@ def _with_absolute_paths(config: Config) -> Config:
 def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     """What makes a run this run."""
     settings = settings_of_run(config)
-    # The budget of memory decides whether the diversity is that of a sample, and so what is computed.
-    sampled = config.loss.samples_texts(
-        config.train.batch_size, config.model.clip.embed_dim, config.model.memory_bytes
-    )
+    # Earlier versions had it follow from a setting of memory.
+    sampled = config.loss.samples_texts(config.train.batch_size, config.model.clip.embed_dim)
     settings["loss"]["direction_is_sampled"] = sampled
     if config.augment.is_on:
         # Earlier versions had another library's policy under the same settings.

@@ -1,4 +1,4 @@
-"""The pair score by fused kernels: exact as the plain form, with nothing of a pair in memory but its products.
+"""The pair score by fused kernels: exact as the plain form, with no more of a pair in memory than products.
 
 M videos, N texts, S sampled texts, F frames, H heads, K = H·F attention weights, L basis vectors, R = F + L
 rows of products, D embedding width.
@@ -6,7 +6,10 @@ rows of products, D embedding width.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +23,8 @@ from gare.model.forms import NORM_EPS, SHORTEST
 from gare.model.prepared import Embeddings, PreparedVideo
 from gare.model.products import product
 
-#: The largest basis whose tiles a program holds: 64 frames of one head, or 8 heads of 12.
-MOST_VECTORS = 128
+#: The largest basis whose tiles fit a multiprocessor: 61 frames, or 5 heads of 12.
+MOST_VECTORS = 64
 
 
 class Fused(NamedTuple):
@@ -63,15 +66,21 @@ class Asked:
     normalised: bool = False
 
 
-def why_not_fused(rule: Rule, basis: Basis | None) -> str:
-    """Why these pairs have no fused kernel; empty where they have."""
-    if basis is None:
-        return "a model without increments"
-    if rule.radius is not None:
-        return "query text"
-    if basis.vectors.shape[1] > MOST_VECTORS:
-        return f"{basis.vectors.shape[1]} basis vectors a video (up to {MOST_VECTORS})"
+def why_unavailable(dtype: torch.dtype, device: torch.device) -> str:
+    """The reason that the kernels cannot run on these numbers; empty where they can."""
+    if not _has_triton():
+        return "Triton is not installed (pip install 'gare[kernels]')"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"Triton has no kernels for {device.type}"
+    if dtype != torch.float32 and not (interpreted and dtype == torch.float64):
+        return f"features are {str(dtype).removeprefix('torch.')}"
     return ""
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def fused_pairs(
@@ -149,45 +158,60 @@ class _Shape:
         """L."""
         return self.heads * self.num_frames + 3
 
-    def constants(self, like: Tensor) -> dict[str, Any]:
-        """Compile-time arguments of both kernels."""
-        tile = max(16, _power_of_two(self.num_vectors))
-        double = like.dtype == torch.float64
-        return {
-            "WIDTH": self.width,
-            "TEMPERATURE": self.rule.pool_temperature,
-            "SIDE": self.rule.corrected_side,
-            "F": self.num_frames,
-            "H": self.heads,
-            "LP": tile,
-            "FP": max(16, _power_of_two(self.num_frames)),
-            "BN": self.block,
-            "HAS_NORMS": self.asked.norms,
-            "HAS_SAMPLE": self.num_sampled > 0,
-            "HAS_MOMENTS": self.asked.moments,
-            "NORMALISED": self.asked.normalised,
-            "PRECISION": "float64" if double else "ieee",
-            "TERMS": 16 if double else 9,
-            "NORM_EPS": NORM_EPS,
-            "COSINE_EPS_SQUARE": COSINE_EPS**2,
-            "TINY": torch.finfo(like.dtype).tiny,
-            "SHORTEST": SHORTEST,
-            "num_warps": 4 if tile <= 32 else 8,
-        }
-
-    @property
-    def block(self) -> int:
-        """Texts that a program takes at a time."""
-        return 64 if self.num_vectors <= 32 else 32
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of both kernels that they are compiled for."""
+        return constants_of(
+            self.rule, self.asked, self.width, self.num_frames, self.heads, dtype, self.num_sampled > 0
+        )
 
     def texts_per_program(self, device: torch.device) -> int:
         """So many that all processors of the device have work, in whole blocks."""
-        blocks = -(-self.num_texts // self.block)
+        blocks = -(-self.num_texts // block_of(self.num_vectors))
         programs = 1
         if device.type == "cuda":
             wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
             programs = min(blocks, max(1, wanted // self.num_videos))
-        return -(-blocks // programs) * self.block
+        return -(-blocks // programs) * block_of(self.num_vectors)
+
+
+def block_of(num_vectors: int) -> int:
+    """Texts that a program takes at a time: as many as leave its tiles in registers."""
+    return 64 if num_vectors <= 16 else 32
+
+
+def constants_of(
+    rule: Rule,
+    asked: Asked,
+    width: int,
+    num_frames: int,
+    heads: int,
+    dtype: torch.dtype,
+    has_sample: bool,
+) -> dict[str, Any]:
+    """Arguments that both kernels are compiled for."""
+    vectors = heads * num_frames + 3
+    double = dtype == torch.float64
+    return {
+        "WIDTH": width,
+        "TEMPERATURE": rule.pool_temperature,
+        "SIDE": rule.corrected_side,
+        "F": num_frames,
+        "H": heads,
+        "LP": max(16, _power_of_two(vectors)),
+        "FP": max(16, _power_of_two(num_frames)),
+        "BN": block_of(vectors),
+        "HAS_NORMS": asked.norms,
+        "HAS_SAMPLE": has_sample,
+        "HAS_MOMENTS": asked.moments,
+        "NORMALISED": asked.normalised,
+        "PRECISION": "float64" if double else "ieee",
+        "TERMS": 16 if double else 9,
+        "NORM_EPS": NORM_EPS,
+        "COSINE_EPS_SQUARE": COSINE_EPS**2,
+        "TINY": torch.finfo(dtype).tiny,
+        "SHORTEST": SHORTEST,
+        "num_warps": 8,
+    }
 
 
 def _power_of_two(count: int) -> int:
@@ -245,7 +269,7 @@ class _Pairs(torch.autograd.Function):
                 videos,
                 per_program,
                 HAS_PLAIN=asked.plain,
-                **shape.constants(products),
+                **shape.constants(products.dtype),
             )
         mean = scatter = None
         if part_mean is not None and part_scatter is not None and part_count is not None:
@@ -283,7 +307,7 @@ class _Pairs(torch.autograd.Function):
                 grad_scatter = products.new_zeros(videos, vectors, vectors)
         grads = (grad_scores, grad_norms, grad_sampled, grad_mean, grad_scatter)
         given = [None if grad is None else grad.contiguous() for grad in grads]
-        constants = shape.constants(products)
+        constants = shape.constants(products.dtype)
         constants |= {
             "HAS_NORMS": grad_norms is not None,
             "HAS_SAMPLE": grad_sampled is not None,

@@ -111,9 +111,14 @@ class PreparedVideo:
         return len(self.mean)
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a number."""
-        return self.rows.element_size()
+    def dtype(self) -> torch.dtype:
+        """Of all numbers."""
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.rows.device
 
     def __getitem__(self, videos: slice | Tensor) -> PreparedVideo:
         return PreparedVideo(
@@ -145,9 +150,14 @@ class PreparedText:
         return len(self.products)
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a number."""
-        return self.products.element_size()
+    def dtype(self) -> torch.dtype:
+        """Of all numbers."""
+        return self.products.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.products.device
 
     def __getitem__(self, texts: slice | Tensor) -> PreparedText:
         return PreparedText(self.embeddings[texts], self.basis[texts], self.products[texts])

@@ -19,6 +19,7 @@ from gare.model.basis import BasisMaps, build_basis, turn
 from gare.model.direct import Pairs, direct_deltas, direct_pairs, direct_pooled
 from gare.model.factorized import PairNumbers, Rule, pair_numbers
 from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.fused import MOST_VECTORS, Asked, Fused, fused_pairs, why_unavailable
 from gare.model.increment import Increment, IncrementRadius
 from gare.model.pooling import unit_mean
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
@@ -99,9 +100,9 @@ class PairScorer:
             self._say_once(f"{reason}: the direct form is used")
         return "direct" if method == "direct" or reason else "factorized"
 
-    def _say_once(self, message: str) -> None:
+    def _say_once(self, message: str, level: int = logging.WARNING) -> None:
         if message not in self._said:
-            logger.warning("%s", message)
+            logger.log(level, "%s", message)
             self._said.add(message)
 
     @property
@@ -136,7 +137,55 @@ class PairScorer:
 
     def pair_scores(self, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo) -> Tensor:
         """Computes the scores of a block, (O, X), for callers that want nothing else of it."""
+        if isinstance(owners, PreparedVideo) and isinstance(others, Embeddings):
+            num_frames = owners.features.mask.shape[1]
+            if self.takes_kernel(num_frames, owners.dtype, owners.device):
+                return self.fused_pairs(owners, others, Asked()).scores
         return self.pair_numbers(owners, others).scores
+
+    def fused_pairs(self, owners: PreparedVideo, others: Embeddings, asked: Asked) -> Fused:
+        """Computes a block of pairs by the fused kernels, where ``takes_kernel``."""
+        return fused_pairs(self.rule, others, owners, asked, precision=self.config.products)
+
+    def takes_kernel(
+        self, num_frames: int, dtype: torch.dtype, device: torch.device, reason: str = ""
+    ) -> bool:
+        """True if blocks of pairs are computed by the fused kernels; what speaks against it is said once.
+
+        Args:
+            num_frames: of a video.
+            dtype: of the features.
+            device: where they are.
+            reason: why the caller cannot take them; empty: it can.
+
+        Raises:
+            ConfigError: for ``model.kernel`` triton where they cannot be had.
+        """
+        kernel = self.config.kernel
+        if kernel == "plain" or (kernel == "auto" and device.type != "cuda"):
+            return False
+        reason = reason or self._why_not_fused(num_frames) or why_unavailable(dtype, device)
+        if reason and kernel == "triton":
+            raise ConfigError(
+                f"cannot be had: {reason}", where="model.kernel triton", accepted="auto or plain"
+            )
+        how = f"plain operations, since {reason}" if reason else "fused Triton kernels"
+        self._say_once(f"pairs on {device.type} are computed by {how}", logging.INFO)
+        return not reason
+
+    def _why_not_fused(self, num_frames: int) -> str:
+        if self.context_of == "none":
+            return "a model without increments has no kernel"
+        if self.context_of == "text":
+            return "context words has no kernel"
+        if self.radius is not None:
+            return "query text has no kernel"
+        vectors = num_frames * self.config.increment_heads + 3
+        if vectors > MOST_VECTORS:
+            return (
+                f"{num_frames} frames and {self.config.increment_heads} heads are more than the kernel holds"
+            )
+        return ""
 
     @property
     def drops(self) -> bool:

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gare.model.budget import MEGABYTE, Budget
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.prepared import PreparedVideo
 from gare.model.scorer import PairScorer
 
-MEGABYTE = 10**6
-#: Bytes of a block of pairs: large enough for products to be efficient, small enough for a processor's cache.
+#: Bytes of a block of pairs on a CPU: large enough for products to be efficient, small enough for its cache.
 CACHED_BYTES = 32 * MEGABYTE
 #: Texts of a block, so that products with the rows of a few videos are large enough to be efficient.
-TEXTS_PER_BLOCK = 1024
+TEXTS_PER_BLOCK = {"cpu": 1024, "cuda": 8192}
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
@@ -46,8 +46,13 @@ class Sizes:
     videos: int
 
 
-def numbers_of_a_pair(scorer: PairScorer, num_frames: int, num_words: int) -> int:
-    """How many numbers the factorised form holds of a pair: products, attention and its forms."""
+def numbers_of_a_pair(scorer: PairScorer, num_frames: int, num_words: int, *, fused: bool = False) -> int:
+    """How many numbers the factorised form holds of a pair: products, attention and its forms.
+
+    Those that the fused kernels hold are products and, in training, their gradients.
+    """
+    if fused:
+        return 2 * (2 * _attention_weights(scorer, num_frames, num_words) + num_frames + 6)
     if scorer.config.pooling == "mean":
         num_frames = 1
     wide = scorer.config.clip.embed_dim if scorer.context_of == "text" else 0
@@ -60,15 +65,19 @@ def _attention_weights(scorer: PairScorer, num_frames: int, num_words: int) -> i
     return positions * scorer.config.increment_heads
 
 
-def block_sizes(scorer: PairScorer, num_frames: int, num_words: int, itemsize: int) -> Sizes:
+def block_sizes(
+    scorer: PairScorer, num_frames: int, num_words: int, dtype: torch.dtype, device: torch.device
+) -> Sizes:
     """Block sizes under ``config.memory_mb``, from the numbers that a pair and an owner take."""
-    width = scorer.config.clip.embed_dim
-    budget = scorer.config.memory_bytes
+    width, itemsize = scorer.config.clip.embed_dim, dtype.itemsize
+    whole = Budget.of(scorer.config.memory_mb, device)
+    budget = whole.total
     keys = _attention_weights(scorer, num_frames, num_words)
     # Of an owner: mapped contexts, their copies by head, basis and rows.
     owner_bytes = itemsize * width * (12 * keys + 4 * num_frames + 8)
-    pair_bytes = itemsize * numbers_of_a_pair(scorer, num_frames, num_words)
-    pairs = min(CACHED_BYTES, budget // 4) // pair_bytes
+    fused = scorer.takes_kernel(num_frames, dtype, device)
+    pair_bytes = itemsize * numbers_of_a_pair(scorer, num_frames, num_words, fused=fused)
+    pairs = min(whole.block(CACHED_BYTES), budget // 4) // pair_bytes
     owners = max(budget // 4 // owner_bytes, 1)
     # Of an embedding that asks: itself centred, asked and turned, by head.
     askers = max(budget // 4 // (itemsize * width * (3 + 2 * scorer.config.increment_heads)), 1)
@@ -76,7 +85,7 @@ def block_sizes(scorer: PairScorer, num_frames: int, num_words: int, itemsize: i
         texts = min(64, max(1, math.isqrt(pairs)), owners)
         # Whole blocks of them, so that none is left with a few texts.
         return Sizes(owners // texts * texts, askers, texts, even(pairs // texts))
-    texts = max(min(TEXTS_PER_BLOCK, pairs), 1)
+    texts = max(min(TEXTS_PER_BLOCK.get(device.type, 1024), pairs), 1)
     return Sizes(owners, askers, texts, max(pairs // texts, 1))
 
 
@@ -117,7 +126,7 @@ def stream_factorized(scorer: PairScorer, text: TextFeatures, video: VideoFeatur
         words = None if text.words is None else text.words
         text = TextFeatures(embedding.to(dtype), words, text.mask)
         num_texts, num_videos = len(embedding), len(features.mask)
-        sizes = block_sizes(scorer, features.mask.shape[1], text.mask.shape[1], dtype.itemsize)
+        sizes = block_sizes(scorer, features.mask.shape[1], text.mask.shape[1], dtype, embedding.device)
         if torch.is_grad_enabled():
             most = max(num_texts, num_videos, 1)
             sizes = Sizes(most, most, most, most)
@@ -203,7 +212,7 @@ def _direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Ten
     keep = scorer.draw_dropout(owners)
     # The direct form holds about a dozen vectors of a pair at once.
     itemsize, width = text.embedding.element_size(), scorer.config.clip.embed_dim
-    pairs = scorer.config.memory_bytes // (12 * itemsize * width)
+    pairs = Budget.of(scorer.config.memory_mb, text.embedding.device).total // (12 * itemsize * width)
     side = max(math.isqrt(pairs), 1)
     if torch.is_grad_enabled() or max(num_texts, num_videos) <= side:
         return scorer.pairs(text, video, keep).scores

@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gare.model.budget import MEGABYTE
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.prepared import PreparedVideo
-from gare.model.streaming import MEGABYTE, block_sizes, stream_scores
+from gare.model.streaming import block_sizes, stream_scores
 from gare.retrieval.grid import TEXTS, VIDEOS, Grid
 
 #: Blocks are filled up to multiples of this. Products of matrices of whole tiles treat all places alike, so
@@ -81,7 +82,8 @@ class ModelBlocks:
         by_rows = self.scorer.context_of == "text"
         videos = VIDEOS_OF_WORDS
         if not by_rows:
-            sizes = block_sizes(self.scorer, self.video.mask.shape[1], self.text.mask.shape[1], 4)
+            frames, words = self.video.mask.shape[1], self.text.mask.shape[1]
+            sizes = block_sizes(self.scorer, frames, words, torch.float32, torch.device(self.device))
             # Preparing them may take half of the budget.
             videos = max(min(2 * sizes.owners, 2 * VIDEOS) // TILE * TILE, TILE)
         return Grid.of(video_of_text, len(self.video), texts=TEXTS, videos=videos, by_rows=by_rows)

@@ -5,7 +5,7 @@ O owners of a basis, X others, S sampled texts, L basis vectors, D embedding wid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gare.model.budget import MEGABYTE, Budget
 from gare.model.factorized import PairNumbers
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.forms import gram
+from gare.model.fused import Asked
 from gare.model.heap import give_back_free_memory
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.scorer import PairScorer
-from gare.model.streaming import MEGABYTE, numbers_of_a_pair
+from gare.model.streaming import numbers_of_a_pair
 from gare.train.gather import sum_over_workers, world_size
 
 #: Blocks that are computed, or computed again, between two times that their holes in the heap are given back.
 TRIM_EVERY = 16
-#: A block has so many pairs that its numbers stay in a processor's cache.
+#: On a CPU a block has so many pairs that its numbers stay in the cache.
 BLOCK_BYTES = 8 * MEGABYTE
 
 
@@ -108,9 +110,12 @@ def sides_of(
 def blocks_of(scorer: PairScorer, sides: Sides, wanted: Wanted, reference: Tensor | None) -> Iterator[Block]:
     """Blocks of owners with all others; recomputed in the backward where all together exceed the budget."""
     num_owners = len(sides.owners)
-    held = sides.owners.itemsize * sides.num_others * numbers_of_a_pair(scorer, *sides.positions)
-    size = max(BLOCK_BYTES // held, 1)
-    recompute = torch.is_grad_enabled() and held * num_owners > scorer.config.memory_bytes
+    fused = takes_kernel(scorer, sides, wanted)
+    numbers = numbers_of_a_pair(scorer, *sides.positions, fused=fused)
+    held = sides.owners.dtype.itemsize * sides.num_others * numbers
+    budget = Budget.of(scorer.config.memory_mb, sides.owners.device)
+    size = max(budget.block(BLOCK_BYTES) // held, 1)
+    recompute = torch.is_grad_enabled() and held * num_owners > budget.total
     parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(size)
     for number, owners in enumerate(parts):
         first = number * size
@@ -118,12 +123,48 @@ def blocks_of(scorer: PairScorer, sides: Sides, wanted: Wanted, reference: Tenso
         if texts is not None and sides.owner == "text":
             texts = texts[(texts >= first) & (texts < first + size)] - first
         arguments = (scorer, sides.owner, owners, sides.others, wanted, texts, reference)
-        if recompute:
-            run = _block if number % TRIM_EVERY else _block_on_trimmed_heap
-            block: Block = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
-            yield block
-        else:
-            yield _block(*arguments)
+        run: Callable[..., Block] = _fused if fused else _block
+        if not recompute:
+            yield run(*arguments)
+            continue
+        if not fused and number % TRIM_EVERY == 0:
+            run = _block_on_trimmed_heap
+        block: Block = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+        yield block
+
+
+def takes_kernel(scorer: PairScorer, sides: Sides, wanted: Wanted) -> bool:
+    """True if blocks of these sides are computed by the fused kernels; a reason against it is said once.
+
+    Raises:
+        ConfigError: where they are asked for and cannot be had.
+    """
+    reason = "the bottleneck of texts sums increments themselves" if wanted.sums else ""
+    return scorer.takes_kernel(sides.positions[0], sides.owners.dtype, sides.owners.device, reason)
+
+
+def _fused(
+    scorer: PairScorer,
+    owner: str,
+    owners: PreparedVideo,
+    others: Embeddings,
+    wanted: Wanted,
+    texts: Tensor | None,
+    reference: Tensor | None,
+) -> Block:
+    """``_block`` by the fused kernels, for videos that own the basis."""
+    del owner, reference
+    sample = "all" if texts is None else texts
+    asked = Asked(
+        norms=True,
+        plain=wanted.plain,
+        sample=sample if wanted.sample[0] else None,
+        moments=wanted.moments,
+        normalised=wanted.normalised,
+    )
+    found = scorer.fused_pairs(owners, others, asked)
+    moments = None if found.mean is None or found.scatter is None else (found.mean, found.scatter)
+    return Block(found.scores, found.norms, moments, None, found.sampled, found.plain)
 
 
 def _block_on_trimmed_heap(*arguments: Any) -> Block:

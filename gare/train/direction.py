@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gare.model.forms import SHORTEST
+from gare.model.products import add_product, multiply
 from gare.model.streaming import even
 from gare.train.losses import DIRECTION_FLOOR
 
@@ -28,6 +29,7 @@ def factorized_direction(
     form: Form,
     alpha: float,
     memory_bytes: int,
+    precision: str = "exact",
 ) -> Tensor:
     """Sum over S texts of their directional diversity, a scalar.
 
@@ -40,9 +42,10 @@ def factorized_direction(
         form: of the diversity.
         alpha: α of log_mean_exp.
         memory_bytes: that a chunk of texts may take.
+        precision: of the products, see ``gare.model.products``.
     """
     total: Tensor = _Direction.apply(  # type: ignore[no-untyped-call]
-        weights, vectors, owner, form, alpha, memory_bytes
+        weights, vectors, owner, form, alpha, memory_bytes, precision
     )
     return total
 
@@ -52,7 +55,14 @@ class _Direction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weights: Tensor, vectors: Tensor, owner: str, form: Form, alpha: float, memory_bytes: int
+        ctx: Any,
+        weights: Tensor,
+        vectors: Tensor,
+        owner: str,
+        form: Form,
+        alpha: float,
+        memory_bytes: int,
+        precision: str,
     ) -> Tensor:
         by_video = owner == "video"
         num_texts = weights.shape[2] if by_video else weights.shape[0]
@@ -69,18 +79,20 @@ class _Direction(torch.autograd.Function):
             part = weights[:, :, some] if by_video else weights[some]
             basis = vectors if by_video else vectors[some]
             # (M, c, D) or (c, M, D): a batch of small products over the owners.
-            delta = part.transpose(1, 2) @ basis
-            value, grad = _texts_direction(delta.transpose(0, 1) if by_video else delta, form, alpha, learns)
+            delta = multiply(part.transpose(1, 2), basis, precision)
+            value, grad = _texts_direction(
+                delta.transpose(0, 1) if by_video else delta, form, alpha, precision, learns
+            )
             total += value
             if grad is None or grad_weights is None or grad_vectors is None:
                 continue
             if by_video:
                 grad = grad.transpose(0, 1)
-                grad_weights[:, :, some] = basis @ grad.transpose(1, 2)
-                grad_vectors.baddbmm_(part, grad)
+                grad_weights[:, :, some] = multiply(basis, grad.transpose(1, 2), precision)
+                add_product(grad_vectors, part, grad, precision)
             else:
-                grad_weights[some] = basis @ grad.transpose(1, 2)
-                grad_vectors[some] = part @ grad
+                grad_weights[some] = multiply(basis, grad.transpose(1, 2), precision)
+                grad_vectors[some] = multiply(part, grad, precision)
         if learns:
             ctx.save_for_backward(grad_weights, grad_vectors)
         return total
@@ -89,11 +101,11 @@ class _Direction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_weights, grad_vectors = ctx.saved_tensors
-        return grad * grad_weights, grad * grad_vectors, None, None, None, None
+        return grad * grad_weights, grad * grad_vectors, None, None, None, None, None
 
 
 def _texts_direction(
-    delta_cMD: Tensor, form: Form, alpha: float, learns: bool
+    delta_cMD: Tensor, form: Form, alpha: float, precision: str, learns: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of the texts' diversities, and its gradient with respect to their increments.
 
@@ -101,7 +113,7 @@ def _texts_direction(
     the two products.
     """
     num_videos = delta_cMD.shape[1]
-    products_cMM = _products(delta_cMD)
+    products_cMM = _products(delta_cMD, precision)
     inverse_cM = products_cMM.diagonal(dim1=1, dim2=2).clamp(min=SHORTEST**2).rsqrt()
     inverse_cMM = inverse_cM.unsqueeze(2) * inverse_cM.unsqueeze(1)
     cosine_cMM = products_cMM.mul_(inverse_cMM)
@@ -122,15 +134,16 @@ def _texts_direction(
     along_cM = torch.linalg.vecdot(slope_cMM, cosine_cMM)
     slope_cMM *= inverse_cMM
     slope_cMM.diagonal(dim1=1, dim2=2).sub_(along_cM * inverse_cM.square())
-    return value, slope_cMM @ delta_cMD
+    return value, multiply(slope_cMM, delta_cMD, precision)
 
 
-def _products(vectors_cMD: Tensor) -> Tensor:
+def _products(vectors_cMD: Tensor, precision: str) -> Tensor:
     """Products (c, M, M) of vectors with each other; of the two quarters that are equal one is copied."""
     count = vectors_cMD.shape[1]
     products_cMM = vectors_cMD.new_empty(len(vectors_cMD), count, count)
     first, second = slice(0, count // 2), slice(count // 2, count)
-    products_cMM[:, first] = vectors_cMD[:, first] @ vectors_cMD.transpose(1, 2)
+    products_cMM[:, first] = multiply(vectors_cMD[:, first], vectors_cMD.transpose(1, 2), precision)
     products_cMM[:, second, first] = products_cMM[:, first, second].transpose(1, 2)
-    products_cMM[:, second, second] = vectors_cMD[:, second] @ vectors_cMD[:, second].transpose(1, 2)
+    lower = vectors_cMD[:, second]
+    products_cMM[:, second, second] = multiply(lower, lower.transpose(1, 2), precision)
     return products_cMM

@@ -86,9 +86,7 @@ class Draws:
         """Drawn by global index from a seed, the same on every worker and every kind of device."""
         generator = torch.Generator().manual_seed(seed)
         sample = None
-        if scorer.increment is not None and config.samples_texts(
-            num_pairs, scorer.config.clip.embed_dim, scorer.config.memory_bytes
-        ):
+        if scorer.increment is not None and config.samples_texts(num_pairs, scorer.config.clip.embed_dim):
             order = torch.randperm(num_pairs, generator=generator)
             sample = order[: config.direction_texts].sort().values.to(scorer.increment.mean.weight.device)
         return cls(sample, scorer.draw_dropout(num_pairs, generator))

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from gare.config import LossConfig
+from gare.model.budget import MEGABYTE, Budget
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.forms import quadratic
 from gare.model.prepared import PreparedVideo
 from gare.model.scorer import PairScorer
-from gare.model.streaming import MEGABYTE
 from gare.train.blocks import Block, Sides, Wanted, blocks_of, reference_of, sides_of
 from gare.train.direction import factorized_direction
 from gare.train.gather import Rows, max_over_workers, sum_over_workers, world_size
 from gare.train.losses import NOISE_ULPS, bounded, divergence, positive_shares, rounding_noise
 
-#: As much as a chunk of texts takes whose cosines are computed together.
+#: On a CPU, as much as a chunk of texts takes whose cosines are computed together.
 CHUNK_BYTES = 32 * MEGABYTE
 
 
@@ -136,7 +136,7 @@ def shares(
     elif reference is not None:
         bottleneck = _others_bottleneck(sides, blocks, reference, config) / num_pairs
     if wanted.sample[0]:
-        total = _direction(sides, blocks, own_sample, config, scorer.config.memory_bytes)
+        total = _direction(scorer, sides, blocks, own_sample, config)
         direction = total / (num_pairs if sample is None else len(sample))
     return Shares(*nce, bottleneck, radii, direction, seen)
 
@@ -237,18 +237,20 @@ def _others_bottleneck(sides: Sides, blocks: list[Block], reference: Tensor, con
 
 
 def _direction(
-    sides: Sides, blocks: list[Block], sample: Tensor | None, config: LossConfig, memory_bytes: int
+    scorer: PairScorer, sides: Sides, blocks: list[Block], sample: Tensor | None, config: LossConfig
 ) -> Tensor:
     """Sum of the diversity of this worker's texts, or of those among them that were drawn."""
     assert sides.owners.basis is not None
     vectors = sides.owners.basis.vectors
     if sides.owner == "text" and sample is not None:
         vectors = vectors[sample]
+    budget = Budget.of(scorer.config.memory_mb, vectors.device)
     return factorized_direction(
         torch.cat([block.sampled for block in blocks if block.sampled is not None]),
         vectors,
         "text" if sides.owner == "text" else "video",
         config.direction_form,
         config.direction_alpha,
-        min(memory_bytes, CHUNK_BYTES),
+        min(budget.total, budget.block(CHUNK_BYTES)),
+        scorer.config.products,
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gare.config import LossConfig
+from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.fused import Asked, Fused, fused_pairs, merge_moments
 from gare.model.gare import GARE
 from gare.model.prepared import Embeddings, PreparedVideo
+from gare.train import blocks
 from gare.train.blocks import Wanted, _block
+from gare.train.objective import Draws, sharded_terms
 from tests.heads import clip_like, features, head
 
 #: Read when the kernels are imported.
@@ -28,15 +36,14 @@ WIDTH = 32
 
 
 def sides(model: GARE, text: TextFeatures, video: VideoFeatures) -> tuple[Embeddings, PreparedVideo]:
-    return model.asking(text.embedding), model.with_basis(video, model.basis_maps(), None)
+    scorer = model.scorer
+    return scorer.asking(text.embedding), scorer.with_basis(video, scorer.basis_maps(), None)
 
 
-def plain(
-    model: GARE, texts: Embeddings, video: PreparedVideo, asked: Asked, sample: Tensor | None
-) -> Fused:
+def plain(model: GARE, texts: Embeddings, video: PreparedVideo, asked: Asked, sample: Tensor | None) -> Fused:
     """The same by the definition."""
     wanted = Wanted(asked.moments, False, asked.normalised, (asked.sample is not None, sample), asked.plain)
-    block = _block(model.rule, "video", video, texts, wanted, sample, None)
+    block = _block(model.scorer, "video", video, texts, wanted, sample, None)
     mean, scatter = block.moments or (None, None)
     return Fused(block.scores, block.norms, block.plain, block.sampled, mean, scatter)
 
@@ -64,7 +71,7 @@ def compare(model: GARE, text: TextFeatures, video: VideoFeatures, asked: Asked,
         embedding = text.embedding.to(kind).requires_grad_()
         frames = video.frames.to(kind).requires_grad_()
         owners = sides(one, replace(text, embedding=embedding), VideoFeatures(frames, video.mask))
-        found = fused_pairs(one.rule, *owners, asked) if fused else plain(one, *owners, asked, sample)
+        found = fused_pairs(one.scorer.rule, *owners, asked) if fused else plain(one, *owners, asked, sample)
         if factors is None:
             factors = Fused(*(None if value is None else torch.randn_like(value) for value in found))
         leaves = [embedding, frames, *one.increment.parameters()]  # type: ignore[union-attr]
@@ -131,7 +138,7 @@ def test_tiles_of_every_size(num_frames: int, heads: int, side: str, seed: int) 
 
 @pytest.mark.parametrize("side", ["text", "video"])
 def test_float32_keeps_the_promise(side: str, seed: int) -> None:
-    """Scores to 1e-5 of float64's and gradients to 1e-4 is what "exact" means here, on features like CLIP's."""
+    """Scores to 1e-5 of float64's and gradients to 1e-4 are what "exact" means, on features like CLIP's."""
     torch.manual_seed(seed)
     model = head(WIDTH, corrected_side=side, spread=0.0, dtype=torch.float32)
     text, video = clip_like(65, 12, 3, WIDTH)
@@ -163,3 +170,114 @@ def test_moments_of_parts_make_those_of_the_whole(seed: int) -> None:
     apart = values - values.mean(1, True)
     torch.testing.assert_close(mean, values.mean(1))
     torch.testing.assert_close(scatter, apart.mT @ apart)
+
+
+@pytest.mark.parametrize("side", ["text", "video"])
+def test_scores_of_a_model_are_those_of_the_plain_form(side: str, seed: int) -> None:
+    """Search and evaluation on a GPU take this path, in blocks of whatever size its memory gives."""
+    torch.manual_seed(seed)
+    text, video = features(70, 9, 5, 3, WIDTH, torch.float64)
+    plain_model = head(WIDTH, kernel="plain", corrected_side=side)
+    right = plain_model.score(text, video)
+    for memory_mb in ("auto", 1):
+        model = head(WIDTH, kernel="triton", corrected_side=side, memory_mb=memory_mb)
+        model.load_state_dict(plain_model.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(model.score(text, video), right, rtol=0, atol=1e-10)
+            prepared = model.prepare_video(video)
+            torch.testing.assert_close(model.score(text, prepared), right, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model.score(text, video), right, rtol=0, atol=1e-10)
+
+
+LOSSES: list[dict[str, Any]] = [
+    {},
+    {"kl_normalised": True, "direction_over": "sample", "direction_texts": 3},
+    {"positives": "video", "direction_form": "orthogonality"},
+    {"bottleneck_weight": 0.0, "direction_weight": 0.0},
+    {"bottleneck_anchor": "text"},
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: " ".join(map(str, loss)) or "default")
+@pytest.mark.parametrize("memory_mb", ["auto", 1])
+def test_losses_and_gradients_of_a_step(
+    loss: dict[str, Any], memory_mb: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Every term of a step must be the same on a GPU, also where its blocks are computed again."""
+    torch.manual_seed(seed)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 4000)  # several blocks
+    text, video = features(9, 9, 4, 3, WIDTH, torch.float64)
+    video_ids = torch.arange(9) // 2
+    outcomes = []
+    weights = head(WIDTH).state_dict()
+    for kernel in ("plain", "auto" if loss.get("bottleneck_anchor") else "triton"):
+        model = head(WIDTH, kernel=kernel, memory_mb=memory_mb, increment_dropout=0.3)
+        model.load_state_dict(weights)
+        model.train()
+        config = LossConfig(**loss)
+        draws = Draws.of_step(model.scorer, config, 9, seed)
+        terms = sharded_terms(model, text, video, config, draws, video_ids, watched=True)
+        assert terms.seen is not None
+        terms.objective.backward()
+        grads = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        outcomes.append((terms.named(), grads, terms.seen.columns, terms.seen.plain_columns))
+    for found, right in zip(outcomes[1], outcomes[0], strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-7, atol=1e-10)
+
+
+def test_the_path_is_chosen_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Who waits for a slow step must be told which path it takes, and who asks for one must get it."""
+    text, video = features(3, 2, 4, 3, WIDTH, torch.float64)
+    caplog.set_level(logging.INFO)
+    with torch.no_grad():
+        head(WIDTH).score(text, video)
+        assert not caplog.messages  # on a CPU there is nothing to choose
+        model = head(WIDTH, kernel="triton")
+        model.score(text, video)
+        model.score(text, video)
+    assert caplog.messages == ["pairs on cpu are computed by fused Triton kernels"]
+    for variant, reason in (
+        ({"context": "words"}, "context words has no kernel"),
+        ({"query": "text"}, "query text has no kernel"),
+        ({"increment": False}, "a model without increments has no kernel"),
+        ({"increment_heads": 16}, "4 frames and 16 heads are more than the kernel holds"),
+    ):
+        with pytest.raises(ConfigError, match=reason), torch.no_grad():
+            head(WIDTH, kernel="triton", **variant).score(text, video)
+
+
+COMPILE = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gare.model import kernels
+from gare.model.factorized import Rule
+from gare.model.fused import Asked, constants_of
+for num_frames, heads in ((12, 1), (16, 1), (12, 4)):
+    for kernel in (kernels.forward, kernels.backward):
+        asked = Asked(norms=True, plain=True, sample="all", moments=True)
+        constants = constants_of(Rule("text", 3.0, None), asked, 512, num_frames, heads, torch.float32, True)
+        warps = constants.pop("num_warps")
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        constants |= {"HAS_PLAIN": True} if "HAS_PLAIN" in kernel.arg_names else {}
+        numbers = ("N", "S", "num_videos", "texts_per_program")
+        kinds = {name: "i32" if name in numbers else "*fp32" for name in kernel.arg_names}
+        kinds |= {"slots": "*i32"} | dict.fromkeys(constants, "constexpr")
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature=kinds, constexprs=places)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        print(num_frames, heads, compiled.metadata.shared)
+"""
+
+
+def test_kernels_compile_for_a_gpu(repository: Path, tmp_path: Path) -> None:
+    """Code that the interpreter takes need not be code that the compiler does, nor fit a multiprocessor."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=repository, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = [int(line.split()[2]) for line in done.stdout.splitlines()]
+    assert len(sizes) == 6
+    assert max(sizes) <= 227 * 1024  # bytes of shared memory of an H100's block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gare.model.products import product, round_to_tf32, split_product
+from gare.model.products import product, round_to_tf32, split_factors
 
 
 def test_split_factors_have_float32s_errors(seed: int) -> None:
@@ -12,7 +12,7 @@ def test_split_factors_have_float32s_errors(seed: int) -> None:
     torch.manual_seed(seed)
     a_XD, b_DY = torch.randn(40, 512), torch.randn(512, 50)
     right = a_XD.double() @ b_DY.double()
-    left, across = split_product(a_XD, b_DY)
+    left, across = split_factors(a_XD, b_DY)
     # As tensor cores do it: operands in TF32, sums in float32 or better.
     split = round_to_tf32(left).double() @ round_to_tf32(across).double()
     single = round_to_tf32(a_XD).double() @ round_to_tf32(b_DY).double()

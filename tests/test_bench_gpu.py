@@ -33,7 +33,7 @@ LIKELY_ABSENT = (
     *("av", "boto3", "decord", "ftfy", "instant_clip_tokenizer", "cv2", "mlflow", "ray", "simplejpeg"),
 )
 #: Numbers that may be 0: a remainder, an error, a choice.
-MAY_BE_ZERO = {"other", "direct", "factorized", "seed"}
+MAY_BE_ZERO = {"other", "direct", "plain", "fused", "fused, prepared", "fused, tf32", "seed"}
 
 WITHOUT = """
 import sys
@@ -213,13 +213,13 @@ def test_sizes_of_the_head_that_cost_too_much_are_left_out_and_said(
     run = Bench(torch.device("cpu"), True, seed, tiny_config(), ends_at=time.perf_counter() + 1000)
     monkeypatch.setattr(head, "TINY_STEPS", (4, 10**9))
     rows = head.measure(run)["steps"]
-    assert [("ms" in row, row["size"]) for row in rows] == [(True, 4)] * 2 + [(False, 10**9)] * 2
-    assert all("s left" in row["left_out"] for row in rows[2:])
+    assert [("ms" in row, row["size"]) for row in rows] == [(True, 4)] * 3 + [(False, 10**9)] * 3
+    assert all("s left" in row["left_out"] for row in rows[3:])
     before = head.Before(size=100, seconds=1e-9, peak_bytes=1e9)
     monkeypatch.setattr(Bench, "memory_bytes", lambda self: 5 * 10**9)
     assert before.reason_against(run, 200, "direct step") == ""
     assert before.reason_against(run, 300, "direct step") == "it needs about 9 GB"
-    assert before.reason_against(run, 300, "factorized step") == ""
+    assert before.reason_against(run, 300, "fused step") == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

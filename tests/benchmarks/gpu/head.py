@@ -1,4 +1,7 @@
-"""The head by size, direct and factorised: scores of all pairs, and steps from features to gradients.
+"""The head by size and form: scores of all pairs, and steps from features to gradients.
+
+Forms are the direct one, the factorised one by plain operations and by fused kernels, and those with videos
+prepared beforehand and with cheaper products. Where there are no kernels, fused forms are plain ones.
 
 N pairs, F frames, D embedding width.
 """
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,8 +20,31 @@ from gare.model.gare import GARE
 from gare.train.objective import Draws, loss_terms, sharded_terms
 from tests.benchmarks.gpu.bench import Bench, Row, if_memory_suffices, once, say, seconds_of
 
-FORMS = ("direct", "factorized")
-SCORES, STEPS = (1000, 10_000), (128, 256, 512, 1024, 4096)
+
+@dataclass(frozen=True)
+class Form:
+    """A way to compute pairs.
+
+    Attributes:
+        name: in tables.
+        method: direct or factorized.
+        kernel: of ``model.kernel``.
+        products: of ``model.products``.
+        prepared: whether videos are prepared beforehand.
+    """
+
+    name: str
+    method: Literal["direct", "factorized"] = "factorized"
+    kernel: str = "auto"
+    products: str = "exact"
+    prepared: bool = False
+
+
+DIRECT, PLAIN, FUSED = Form("direct", "direct"), Form("plain", kernel="plain"), Form("fused")
+TF32 = Form("fused, tf32", products="tf32", prepared=True)
+SCORE_FORMS = (DIRECT, PLAIN, FUSED, Form("fused, prepared", prepared=True), TF32)
+STEP_FORMS = (DIRECT, PLAIN, FUSED)
+SCORES, STEPS = (1000, 10_000), (128, 256, 512, 1024, 4096, 16_384)
 TINY_SCORES, TINY_STEPS = (8, 16), (4, 8)
 #: Texts and videos whose scores are compared with those in float64.
 COMPARED = 64
@@ -27,13 +54,13 @@ def measure(bench: Bench) -> Row:
     """The scores' error against float64, then milliseconds and GB by size and form."""
     found: Row = {"relative_error": _errors(bench)}
     text = ", ".join(f"{form} {error:.2g}" for form, error in found["relative_error"].items())
-    say(f"  float32 scores against float64: relative error {text}")
+    say(f"  scores against float64: relative error {text}")
     few, many = (TINY_SCORES if bench.tiny else SCORES)[0], (TINY_SCORES if bench.tiny else SCORES)[1:]
     sizes = TINY_STEPS if bench.tiny else STEPS
     # The largest scores last: they take longest in the direct form.
-    found["scores"] = _series(bench, "scores of", (few,), _scores)
-    found["steps"] = _series(bench, "step of", sizes, _step)
-    found["scores"] += _series(bench, "scores of", many, _scores, found["scores"])
+    found["scores"] = _series(bench, "scores of", (few,), SCORE_FORMS, _scores)
+    found["steps"] = _series(bench, "step of", sizes, STEP_FORMS, _step)
+    found["scores"] += _series(bench, "scores of", many, SCORE_FORMS, _scores, found["scores"])
     return found
 
 
@@ -61,10 +88,10 @@ def features(bench: Bench, size: int) -> tuple[TextFeatures, VideoFeatures]:
 
 def _errors(bench: Bench) -> dict[str, float]:
     size = 8 if bench.tiny else COMPARED
-    model = build_head(bench, bench.config.model).eval()
     text, video = features(bench, size)
+    found = {form.name: _scores(bench, size, form)().double() for form in SCORE_FORMS}
+    model = build_head(bench, bench.config.model).eval()
     with torch.inference_mode():
-        found = {form: model.score(text, video, form).double() for form in FORMS}
         exact = model.double().score(
             TextFeatures(text.embedding.double(), None, text.mask),
             VideoFeatures(video.frames.double(), video.mask),
@@ -73,30 +100,37 @@ def _errors(bench: Bench) -> dict[str, float]:
     return {form: float((scores - exact).norm() / exact.norm()) for form, scores in found.items()}
 
 
-def _scores(bench: Bench, size: int, form: str) -> Callable[[], object]:
-    model = build_head(bench, bench.config.model).eval()
-    text, video = features(bench, size)
+def _configured(bench: Bench, form: Form, **settings: object) -> ModelConfig:
+    settings |= {"kernel": form.kernel, "products": form.products}
+    return bench.config.model.model_copy(update=settings)
 
-    def score() -> None:
+
+def _scores(bench: Bench, size: int, form: Form) -> Callable[[], torch.Tensor]:
+    model = build_head(bench, _configured(bench, form)).eval()
+    text, video = features(bench, size)
+    with torch.inference_mode():
+        videos = model.prepare_video(video) if form.prepared else video
+
+    def score() -> torch.Tensor:
         with torch.inference_mode():
-            model.score(text, video, form)  # type: ignore[arg-type]
+            return model.score(text, videos, form.method)
 
     return score
 
 
-def _step(bench: Bench, size: int, form: str) -> Callable[[], object]:
+def _step(bench: Bench, size: int, form: Form) -> Callable[[], object]:
     """A training step of the head with the losses of the configuration.
 
     The direct form has dropout of each pair, as the paper's. Which texts the diversity is of is what the
     configuration says for this size, in both forms.
     """
-    per = "pair" if form == "direct" else "context"
-    config = bench.config.model.model_copy(update={"increment_dropout_per": per})
+    per = "pair" if form is DIRECT else "context"
+    config = _configured(bench, form, increment_dropout_per=per)
     model, loss = build_head(bench, config).train(), bench.config.loss
     text, video = features(bench, size)
     text = TextFeatures(text.embedding.requires_grad_(), None, text.mask)
     video = VideoFeatures(video.frames.requires_grad_(), video.mask)
-    compute = loss_terms if form == "direct" else sharded_terms
+    compute = loss_terms if form is DIRECT else sharded_terms
 
     def step() -> None:
         draws = Draws.of_step(model.scorer, loss, size, bench.seed)
@@ -130,7 +164,8 @@ def _series(
     bench: Bench,
     what: str,
     sizes: tuple[int, ...],
-    make: Callable[[Bench, int, str], Callable[[], object]],
+    forms: tuple[Form, ...],
+    make: Callable[[Bench, int, Form], Callable[[], object]],
     earlier: list[Row] | None = None,
 ) -> list[Row]:
     """One row for each size and form, in the order of the sizes."""
@@ -141,18 +176,19 @@ def _series(
     }
     rows: list[Row] = []
     for size in sizes:
-        for form in FORMS:
-            row: Row = {"size": size, "form": form}
-            kind = f"{form} step" if make is _step else form
-            reason = before[form].reason_against(bench, size, kind) if form in before else ""
+        for form in forms:
+            name = form.name
+            row: Row = {"size": size, "form": name}
+            kind = f"{name} step" if make is _step else name
+            reason = before[name].reason_against(bench, size, kind) if name in before else ""
             if not reason and not bench.left_s():
                 reason = "the part has no time left"
             if not reason:
                 bench.reset_peak()
                 found = if_memory_suffices(
                     bench,
-                    lambda size=size, form=form: _timed(
-                        bench, make(bench, size, form), is_first=form not in before
+                    lambda size=size, form=form, name=name: _timed(
+                        bench, make(bench, size, form), is_first=name not in before
                     ),
                 )
                 reason = "" if found else "it needs more memory than the device has"
@@ -160,12 +196,12 @@ def _series(
             if reason:
                 row["left_out"] = reason
             else:
-                before[form] = Before(size, row["ms"] / 1e3, row["peak_gb"] * 1e9)
+                before[name] = Before(size, row["ms"] / 1e3, row["peak_gb"] * 1e9)
             rows.append(row)
             measured = (
                 f"{row['ms']:.4g} ms, {row['peak_gb']:.3g} GB" if "ms" in row else f"left out: {reason}"
             )
-            say(f"  {what} {size:>6,} {form:<11} {measured}")
+            say(f"  {what} {size:>6,} {name:<15} {measured}")
     return rows
 
 

@@ -80,7 +80,7 @@ PARTS = (
     ),
     Part(
         "head",
-        "scores and training steps of the head by size, direct and factorised (ms, GB)",
+        "scores and training steps of the head by size, direct, factorised and by fused kernels (ms, GB)",
         55,
         "head",
         (*CONFIGURATION, "numpy"),

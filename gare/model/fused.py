@@ -23,8 +23,10 @@ from gare.model.forms import NORM_EPS, SHORTEST
 from gare.model.prepared import Embeddings, PreparedVideo
 from gare.model.products import product
 
-#: The largest basis whose tiles fit a multiprocessor: 61 frames, or 5 heads of 12.
-MOST_VECTORS = 64
+#: Attention weights of a video whose tiles fit a multiprocessor: 64 frames, or 5 heads of 12.
+MOST_WEIGHTS = 64
+#: Shared memory that programs take, bytes, by rows of their tiles; as compiled for an H100.
+SHARED_BYTES = {16: 40_000, 32: 80_000, 64: 210_000}
 
 
 class Fused(NamedTuple):
@@ -66,8 +68,16 @@ class Asked:
     normalised: bool = False
 
 
-def why_unavailable(dtype: torch.dtype, device: torch.device) -> str:
-    """The reason that the kernels cannot run on these numbers; empty where they can."""
+def why_unavailable(num_weights: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The reason that the kernels cannot run; empty where they can.
+
+    Args:
+        num_weights: attention weights of a video, frames times heads.
+        dtype: of the features.
+        device: where they are.
+    """
+    if num_weights > MOST_WEIGHTS:
+        return f"frames times heads are {num_weights}, and the kernel holds {MOST_WEIGHTS}"
     if not _has_triton():
         return "Triton is not installed (pip install 'gare[kernels]')"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,6 +85,12 @@ def why_unavailable(dtype: torch.dtype, device: torch.device) -> str:
         return f"Triton has no kernels for {device.type}"
     if dtype != torch.float32 and not (interpreted and dtype == torch.float64):
         return f"features are {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        has: int | None = getattr(properties, "shared_memory_per_block_optin", None)
+        needs = SHARED_BYTES[_tile(num_weights)]
+        if has is not None and needs > has:
+            return f"its tiles take {needs:,} bytes of shared memory, and the GPU has {has:,}"
     return ""
 
 
@@ -166,17 +182,23 @@ class _Shape:
 
     def texts_per_program(self, device: torch.device) -> int:
         """So many that all processors of the device have work, in whole blocks."""
-        blocks = -(-self.num_texts // block_of(self.num_vectors))
+        block = block_of(self.heads * self.num_frames)
+        blocks = -(-self.num_texts // block)
         programs = 1
         if device.type == "cuda":
             wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
             programs = min(blocks, max(1, wanted // self.num_videos))
-        return -(-blocks // programs) * block_of(self.num_vectors)
+        return -(-blocks // programs) * block
 
 
-def block_of(num_vectors: int) -> int:
-    """Texts that a program takes at a time: as many as leave its tiles in registers."""
-    return 64 if num_vectors <= 16 else 32
+def block_of(num_weights: int) -> int:
+    """Texts that a program takes at a time: as many as leave its tiles in registers, or nearly so."""
+    return 32 if num_weights <= 32 else 16
+
+
+def _tile(count: int) -> int:
+    """Rows of a tile, a power of two."""
+    return max(16, _power_of_two(count))
 
 
 def constants_of(
@@ -189,7 +211,7 @@ def constants_of(
     has_sample: bool,
 ) -> dict[str, Any]:
     """Arguments that both kernels are compiled for."""
-    vectors = heads * num_frames + 3
+    weights = heads * num_frames
     double = dtype == torch.float64
     return {
         "WIDTH": width,
@@ -197,9 +219,9 @@ def constants_of(
         "SIDE": rule.corrected_side,
         "F": num_frames,
         "H": heads,
-        "LP": max(16, _power_of_two(vectors)),
-        "FP": max(16, _power_of_two(num_frames)),
-        "BN": block_of(vectors),
+        "LP": _tile(weights),
+        "FP": _tile(num_frames),
+        "BN": block_of(weights),
         "HAS_NORMS": asked.norms,
         "HAS_SAMPLE": has_sample,
         "HAS_MOMENTS": asked.moments,

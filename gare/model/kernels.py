@@ -7,7 +7,7 @@ in memory. The plain form is the definition, and tests hold these to it. ``gare.
 A program has one video and a share of the texts, of which it takes BN at a time.
 
 M videos, N texts, S sampled texts, F frames, H heads, K = H·F attention weights, L = K + 3 basis vectors,
-R = F + L rows of products, D embedding width; LP and FP are L and F as powers of two, 16 at least.
+R = F + L rows of products, D embedding width; LP and FP are K and F as powers of two, 16 at least, EP is 16.
 """
 
 from __future__ import annotations
@@ -35,32 +35,29 @@ def forward(
     """Scores, lengths and moments of one video with a share of the texts; see ``fused.fused_pairs``."""
     K: tl.constexpr = H * F
     L: tl.constexpr = K + 3
-    video, share_of_texts = tl.program_id(0), tl.program_id(1)
+    EP: tl.constexpr = 16
+    video, share_of_texts = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = tl.arange(0, LP)[:, None]
-    own, offset, even, share, scalars, numbers2, numbers3, gram, frame_gram, by_frames = tiles.load_video(
-        small, video, F, H, LP, FP
-    )
-    mean = tl.zeros([LP, 1], dtype=gram.dtype)
-    scatter = tl.zeros([LP, LP], dtype=gram.dtype)
+    kind: tl.constexpr = scores.dtype.element_ty
+    mean, last_mean = tl.zeros([LP, 1], dtype=kind), tl.zeros([EP, 1], dtype=kind)
+    scatter = tl.zeros([LP, LP], dtype=kind)
+    border, corner = tl.zeros([LP, EP], dtype=kind), tl.zeros([EP, EP], dtype=kind)
     first = share_of_texts * texts_per_program
-    last = tl.minimum(first + texts_per_program, N)
-    count = tl.zeros([1, 1], dtype=gram.dtype)
-    for start in range(first, last, BN):
+    end = tl.minimum(first + texts_per_program, N)
+    count = tl.zeros([1, 1], dtype=kind)
+    for start in range(first, end, BN):
         texts = start + tl.arange(0, BN)
-        inside = texts < last
-        (
-            frame_products, delta_products, logits, scale1, gap_square, uneven, change2, scale2, towards2,
-            hidden, change3, scale3, towards3, weights, pooling, text_pooled, frames_pooled, pooled_square,
-            gram_weights, delta_square, basis_pooled, square, text_length, video_length, dot,
-        ) = tiles.compute_pairs(
-            products, asked, text_mean, text_centred, text_square, video, texts, inside, N,
-            own, offset, even, share, scalars, numbers2, numbers3, gram, frame_gram, by_frames,
+        inside = texts < end
+        lengths, attended, norms_of_pairs, increment, with_text, with_pooled = tiles.compute_pairs(
+            products, asked, small, text_mean, text_centred, text_square, video, texts, inside, N,
             WIDTH, TEMPERATURE, SIDE, F, H, LP, FP, PRECISION, TERMS, NORM_EPS,
         )  # fmt: skip
+        square, text_length, video_length, dot, text_pooled, pooled_square, delta_square = lengths
+        weights, second, third, _, _, _ = increment
         score = dot / (
             tiles.root(text_length, COSINE_EPS_SQUARE) * tiles.root(video_length, COSINE_EPS_SQUARE)
         )
-        places = video.to(tl.int64) * N + texts[None, :]
+        places = video * N + texts[None, :]
         tl.store(scores + places, tl.minimum(tl.maximum(score, -1.0), 1.0), mask=inside[None, :])
         norm = tiles.root(delta_square, TINY)
         if HAS_NORMS:
@@ -70,30 +67,38 @@ def forward(
             tl.store(plain + places, text_pooled / length, mask=inside[None, :])
         if HAS_SAMPLE:
             slot = tl.load(slots + texts, mask=inside, other=-1)[None, :]
-            places = (video * L + rows).to(tl.int64) * S + slot
-            tl.store(sampled + places, weights, mask=(rows < L) & (slot >= 0))
+            places = (video * L + rows) * S + slot
+            tl.store(sampled + places, weights, mask=(rows < K) & (slot >= 0))
+            places = (video * L + K) * S + slot
+            tl.store(sampled + places, second, mask=slot >= 0)
+            tl.store(sampled + places + S, third, mask=slot >= 0)
+            tl.store(sampled + places + 2 * S, tl.zeros_like(third) + 1, mask=slot >= 0)
         if HAS_MOMENTS:
+            last = tiles.three_rows(second, third, tl.zeros_like(third) + 1, EP)
             if NORMALISED:
-                weights = weights / tl.maximum(norm, SHORTEST)
+                inverse = 1 / tl.maximum(norm, SHORTEST)
+                weights, last = weights * inverse, last * inverse
             # Chan's merge of this block's moments with those before it.
-            weights = tl.where(inside[None, :], weights, 0.0)
-            here = tl.minimum(last - start, BN).to(gram.dtype)
-            # About the first text: of equal increments no rounding must be left, whose σ has a huge gradient.
-            origin = tl.sum(tl.where(texts[None, :] == start, weights, 0.0), axis=1)[:, None]
-            apart = tl.where(inside[None, :], weights - origin, 0.0)
-            shift = tl.sum(apart, axis=1)[:, None] / here
-            mean_here = origin + shift
-            apart = tl.where(inside[None, :], apart - shift, 0.0)
-            step = mean_here - mean
+            here = tl.minimum(end - start, BN).to(kind)
+            mean_here, apart = tiles.block_moments(weights, texts, start, inside, here)
+            last_mean_here, last_apart = tiles.block_moments(last, texts, start, inside, here)
+            step, last_step = mean_here - mean, last_mean_here - last_mean
             both = count + here
-            scatter += tiles.multiply(apart, tl.trans(apart), PRECISION)
-            scatter += step * tl.trans(step) * (count * here / both)
+            share = count * here / both
+            scatter += tiles.multiply(apart, tl.trans(apart), PRECISION) + step * tl.trans(step) * share
+            border += (
+                tiles.multiply(apart, tl.trans(last_apart), PRECISION) + step * tl.trans(last_step) * share
+            )
+            corner += tiles.multiply(last_apart, tl.trans(last_apart), PRECISION)
+            corner += last_step * tl.trans(last_step) * share
             mean += step * (here / both)
+            last_mean += last_step * (here / both)
             count = both
     if HAS_MOMENTS:
-        place = (share_of_texts * num_videos + video).to(tl.int64)
-        tiles.store_column(part_mean + place * L, mean, L, LP)
-        tiles.store_matrix(part_scatter + place * L * L, scatter, L, L, LP, LP)
+        place = share_of_texts * num_videos + video
+        tiles.store_column(part_mean + place * L, mean, K, LP)
+        tiles.store_column(part_mean + place * L + K, last_mean, 3, EP)
+        tiles.store_symmetric(part_scatter + place * L * L, scatter, border, corner, K, 3, L, LP, EP)
         tiles.store_column(part_count + place, count, 1, 1)
 
 
@@ -118,44 +123,61 @@ def backward(
     """
     K: tl.constexpr = H * F
     L: tl.constexpr = K + 3
-    video, share_of_texts = tl.program_id(0), tl.program_id(1)
+    EP: tl.constexpr = 16
+    video, share_of_texts = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = tl.arange(0, LP)[:, None]
-    own, offset, even, share, scalars, numbers2, numbers3, gram, frame_gram, by_frames = tiles.load_video(
-        small, video, F, H, LP, FP
-    )
-    base2, base3 = tl.load(scalars + 2), tl.load(scalars + 3)
-    grad_own, grad_offset = tl.zeros([LP, 1], dtype=gram.dtype), tl.zeros([LP, 1], dtype=gram.dtype)
-    grad_gram2, grad_slope2 = tl.zeros([LP, LP], dtype=gram.dtype), tl.zeros([LP, 1], dtype=gram.dtype)
-    grad_gram3, grad_slope3 = tl.zeros([LP, LP], dtype=gram.dtype), tl.zeros([LP, 1], dtype=gram.dtype)
-    grad_gram = tl.zeros([LP, LP], dtype=gram.dtype)
-    grad_frame_gram = tl.zeros([FP, FP], dtype=gram.dtype)
-    grad_by_frames = tl.zeros([LP, FP], dtype=gram.dtype)
-    grad_base2, grad_base3 = tl.zeros([1, 1], dtype=gram.dtype), tl.zeros([1, 1], dtype=gram.dtype)
+    kind: tl.constexpr = grad_products.dtype.element_ty
+    numbers = small + video * tiles.numbers_of_a_video(F, H)
+    scalars = numbers + 3 * K + F
+    by_frames_at = scalars + 4 + K * K + K + (K + 1) * (K + 1) + K + 1 + L * L + F * F
+    by_frames = tiles.load_matrix(by_frames_at, K, F, F, LP, FP)
+    last_by_frames = tiles.load_matrix(by_frames_at + K * F, 3, F, F, EP, FP)
+    grad_own, grad_offset = tl.zeros([LP, 1], dtype=kind), tl.zeros([LP, 1], dtype=kind)
+    grad_base2, grad_base3 = tl.zeros([1, 1], dtype=kind), tl.zeros([1, 1], dtype=kind)
+    grad_gram2, grad_slope2 = tl.zeros([LP, LP], dtype=kind), tl.zeros([LP, 1], dtype=kind)
+    grad_gram3, grad_slope3 = tl.zeros([LP, LP], dtype=kind), tl.zeros([LP, 1], dtype=kind)
+    grad_border3, grad_corner3 = tl.zeros([LP, 1], dtype=kind), tl.zeros([1, 1], dtype=kind)
+    grad_last_slope3 = tl.zeros([1, 1], dtype=kind)
+    grad_gram, grad_border = tl.zeros([LP, LP], dtype=kind), tl.zeros([LP, EP], dtype=kind)
+    grad_corner = tl.zeros([EP, EP], dtype=kind)
+    grad_frame_gram = tl.zeros([FP, FP], dtype=kind)
+    grad_by_frames, grad_last_by_frames = tl.zeros([LP, FP], dtype=kind), tl.zeros([EP, FP], dtype=kind)
     if HAS_MOMENTS:
-        centre = tiles.load_column(moments_mean + video * L, L, LP)
-        along = tiles.load_column(grad_mean + video * L, L, LP) / N
+        centre = tiles.load_column(moments_mean + video * L, K, LP)
+        last_centre = tiles.load_column(moments_mean + video * L + K, 3, EP)
+        along = tiles.load_column(grad_mean + video * L, K, LP) / N
+        last_along = tiles.load_column(grad_mean + video * L + K, 3, EP) / N
         # Scatter is symmetric, its gradient need not be.
-        spread = tiles.load_matrix(grad_scatter + video.to(tl.int64) * L * L, L, L, LP, LP)
+        of_scatter = grad_scatter + video * L * L
+        spread = tiles.load_matrix(of_scatter, K, K, L, LP, LP)
         spread += tl.trans(spread)
+        spread_border = tiles.load_matrix(of_scatter + K, K, 3, L, LP, EP)
+        spread_border += tl.trans(tiles.load_matrix(of_scatter + K * L, 3, K, L, EP, LP))
+        spread_corner = tiles.load_matrix(of_scatter + K * L + K, 3, 3, L, EP, EP)
+        spread_corner += tl.trans(spread_corner)
     first = share_of_texts * texts_per_program
-    last = tl.minimum(first + texts_per_program, N)
-    for start in range(first, last, BN):
+    end = tl.minimum(first + texts_per_program, N)
+    for start in range(first, end, BN):
         texts = start + tl.arange(0, BN)
-        inside = texts < last
-        (
-            frame_products, delta_products, logits, scale1, gap_square, uneven, change2, scale2, towards2,
-            hidden, change3, scale3, towards3, weights, pooling, text_pooled, frames_pooled, pooled_square,
-            gram_weights, delta_square, basis_pooled, square, text_length, video_length, dot,
-        ) = tiles.compute_pairs(
-            products, asked, text_mean, text_centred, text_square, video, texts, inside, N,
-            own, offset, even, share, scalars, numbers2, numbers3, gram, frame_gram, by_frames,
+        inside = texts < end
+        lengths, attended, norms_of_pairs, increment, with_text, with_pooled = tiles.compute_pairs(
+            products, asked, small, text_mean, text_centred, text_square, video, texts, inside, N,
             WIDTH, TEMPERATURE, SIDE, F, H, LP, FP, PRECISION, TERMS, NORM_EPS,
         )  # fmt: skip
+        _, text_length, video_length, dot, _, pooled_square, delta_square = lengths
+        logits, scale1, gap_square, uneven, even, pooling, share = attended
+        change2, scale2, towards2, hidden, change_of_scale2, change3, scale3, towards3, last_towards3 = (
+            norms_of_pairs
+        )
+        weights, second, third, gram_weights, gram_second, gram_third = increment
+        frame_products, delta_products, second_product, third_product = with_text
+        frames_pooled, basis_pooled, second_pooled, third_pooled = with_pooled
+        last = tiles.three_rows(second, third, tl.zeros_like(third) + 1, EP)
         inverse = 1 / (
             tiles.root(text_length, COSINE_EPS_SQUARE) * tiles.root(video_length, COSINE_EPS_SQUARE)
         )
         score = dot * inverse
-        places = video.to(tl.int64) * N + texts[None, :]
+        places = video * N + texts[None, :]
         grad_score = tl.load(grad_scores + places, mask=inside[None, :], other=0.0)
         grad_score = tl.where((score >= -1.0) & (score <= 1.0), grad_score, 0.0)
         grad_dot = grad_score * inverse
@@ -175,57 +197,75 @@ def backward(
         else:
             grad_text_delta, grad_delta_pooled = grad_dot, 2 * grad_video_length
             grad_delta_square = grad_video_length
-        grad_weights = tl.zeros_like(weights)
+        grad_weights, grad_last = tl.zeros_like(weights), tl.zeros_like(last)
         norm = tiles.root(delta_square, TINY)
         grad_norm = tl.zeros_like(norm)
         if HAS_NORMS:
             grad_norm += tl.load(grad_norms + places, mask=inside[None, :], other=0.0)
         if HAS_SAMPLE:
             slot = tl.load(slots + texts, mask=inside, other=-1)[None, :]
-            at = (video * L + rows).to(tl.int64) * S + slot
-            grad_weights += tl.load(grad_sampled + at, mask=(rows < L) & (slot >= 0), other=0.0)
+            at = (video * L + rows) * S + slot
+            grad_weights += tl.load(grad_sampled + at, mask=(rows < K) & (slot >= 0), other=0.0)
+            more = tl.arange(0, EP)[:, None]
+            at = (video * L + K + more) * S + slot
+            grad_last += tl.load(grad_sampled + at, mask=(more < 3) & (slot >= 0), other=0.0)
         if HAS_MOMENTS:
+            inverse = tl.zeros_like(norm) + 1
             if NORMALISED:
-                length = tl.maximum(norm, SHORTEST)
-                seen = tl.where(inside[None, :], weights / length - centre, 0.0)
-                grad_seen = tl.where(inside[None, :], along + tiles.multiply(spread, seen, PRECISION), 0.0)
-                grad_weights += grad_seen / length
-                shortened = tiles.sum_of_rows(grad_seen * weights) / (length * length)
-                grad_norm -= tl.where(norm >= SHORTEST, shortened, 0.0)
-            else:
-                seen = tl.where(inside[None, :], weights - centre, 0.0)
-                grad_weights += tl.where(
-                    inside[None, :], along + tiles.multiply(spread, seen, PRECISION), 0.0
-                )
+                inverse = 1 / tl.maximum(norm, SHORTEST)
+            seen = tl.where(inside[None, :], weights * inverse - centre, 0.0)
+            last_seen = tl.where(inside[None, :], last * inverse - last_centre, 0.0)
+            grad_seen = along + tiles.multiply(spread, seen, PRECISION)
+            grad_seen += tiles.multiply(spread_border, last_seen, PRECISION)
+            grad_seen = tl.where(inside[None, :], grad_seen, 0.0)
+            grad_last_seen = last_along + tiles.multiply(tl.trans(spread_border), seen, PRECISION)
+            grad_last_seen += tiles.multiply(spread_corner, last_seen, PRECISION)
+            grad_last_seen = tl.where(inside[None, :], grad_last_seen, 0.0)
+            grad_weights += grad_seen * inverse
+            grad_last += grad_last_seen * inverse
+            if NORMALISED:
+                shortened = tiles.sum_of_rows(grad_seen * weights) + tiles.sum_of_rows(grad_last_seen * last)
+                grad_norm -= tl.where(norm >= SHORTEST, shortened * inverse * inverse, 0.0)
         grad_delta_square += tl.where(delta_square >= TINY, 0.5 * grad_norm / norm, 0.0)
         grad_delta_square = tl.where(delta_square >= 0, grad_delta_square, 0.0)
         grad_pooled_square = tl.where(pooled_square >= 0, grad_video_length, 0.0)
         # Quadratic forms and products of coefficients and pooling weights.
         grad_weights += grad_text_delta * delta_products + grad_delta_pooled * basis_pooled
         grad_weights += 2 * grad_delta_square * gram_weights
-        grad_pooling = grad_dot * frame_products + 2 * grad_pooled_square * frames_pooled
-        grad_pooling += grad_delta_pooled * tiles.multiply(tl.trans(by_frames), weights, PRECISION)
+        grad_second = tiles.row_of(grad_last, 0, EP) + 2 * grad_delta_square * gram_second
+        grad_second += grad_text_delta * second_product + grad_delta_pooled * second_pooled
+        grad_third = tiles.row_of(grad_last, 1, EP) + 2 * grad_delta_square * gram_third
+        grad_third += grad_text_delta * third_product + grad_delta_pooled * third_pooled
+        grad_pooling = tiles.multiply(tl.trans(by_frames), weights, PRECISION)
+        grad_pooling += tiles.multiply(tl.trans(last_by_frames), last, PRECISION)
+        grad_pooling = grad_pooling * grad_delta_pooled + grad_dot * frame_products
+        grad_pooling += 2 * grad_pooled_square * frames_pooled
+        last_across, pooling_across = tl.trans(last), tl.trans(pooling)
         grad_gram += tiles.multiply(grad_delta_square * weights, tl.trans(weights), PRECISION)
-        grad_by_frames += tiles.multiply(grad_delta_pooled * weights, tl.trans(pooling), PRECISION)
-        grad_frame_gram += tiles.multiply(grad_pooled_square * pooling, tl.trans(pooling), PRECISION)
+        grad_border += tiles.multiply(grad_delta_square * weights, last_across, PRECISION)
+        grad_corner += tiles.multiply(grad_delta_square * last, last_across, PRECISION)
+        grad_by_frames += tiles.multiply(grad_delta_pooled * weights, pooling_across, PRECISION)
+        grad_last_by_frames += tiles.multiply(grad_delta_pooled * last, pooling_across, PRECISION)
+        grad_frame_gram += tiles.multiply(grad_pooled_square * pooling, pooling_across, PRECISION)
         # LN3.
-        hidden_rows = rows <= K
-        grad_hidden = tl.where(hidden_rows, grad_weights * scale3, 0.0)
-        grad_scale = tiles.sum_of_rows(tl.where(hidden_rows, grad_weights * hidden, 0.0))
+        grad_scale = tiles.sum_of_rows(grad_weights * hidden) + grad_second * change_of_scale2
         grad_change, grad_base = tiles.norm_scales_backward(
-            change3, base3, grad_scale, tiles.row_of(grad_weights, K + 1, LP), NORM_EPS
+            change3, tl.load(scalars + 3), grad_scale, grad_third, NORM_EPS
         )
-        grad_hidden += 2 * grad_change * towards3
+        grad_hidden = grad_weights * scale3 + 2 * grad_change * towards3
+        grad_change_of_scale2 = grad_second * scale3 + 2 * grad_change * last_towards3
         grad_gram3 += tiles.multiply(grad_change * hidden, tl.trans(hidden), PRECISION)
+        grad_border3 += tl.sum(grad_change * hidden * change_of_scale2, axis=1)[:, None]
+        grad_corner3 += tl.sum(grad_change * change_of_scale2 * change_of_scale2, axis=1)[:, None]
         grad_slope3 += tl.sum(2 * grad_change * hidden, axis=1)[:, None]
+        grad_last_slope3 += tl.sum(2 * grad_change * change_of_scale2, axis=1)[:, None]
         grad_base3 += tl.sum(tl.where(inside[None, :], grad_base, 0.0), axis=1)[:, None]
         # LN2.
-        grad_uneven = tl.where(rows < K, grad_hidden * scale2, 0.0)
         grad_scale = tiles.sum_of_rows(grad_hidden * uneven)
         grad_change, grad_base = tiles.norm_scales_backward(
-            change2, base2, grad_scale, tiles.row_of(grad_hidden, K, LP), NORM_EPS
+            change2, tl.load(scalars + 2), grad_scale, grad_change_of_scale2, NORM_EPS
         )
-        grad_uneven += 2 * grad_change * towards2
+        grad_uneven = grad_hidden * scale2 + 2 * grad_change * towards2
         grad_gram2 += tiles.multiply(grad_change * uneven, tl.trans(uneven), PRECISION)
         grad_slope2 += tl.sum(2 * grad_change * uneven, axis=1)[:, None]
         grad_base2 += tl.sum(tl.where(inside[None, :], grad_base, 0.0), axis=1)[:, None]
@@ -253,11 +293,14 @@ def backward(
         grad_frames = grad_dot * pooling + pooling * (grad_pooling - common) / TEMPERATURE
         grad_frames -= 2 * share * grad_square
         frames = tl.arange(0, FP)[:, None]
-        at = (video * (F + L) + frames).to(tl.int64) * N + texts[None, :]
+        at = (video * (F + L) + frames) * N + texts[None, :]
         tl.store(grad_products + at, grad_frames, mask=(frames < F) & inside[None, :])
-        at = (video * (F + L) + F + rows).to(tl.int64) * N + texts[None, :]
-        tl.store(grad_products + at, grad_text_delta * weights, mask=(rows < L) & inside[None, :])
-    part = part_small + (share_of_texts * num_videos + video).to(tl.int64) * tiles.numbers_of_a_video(F, H)
+        at = (video * (F + L) + F + rows) * N + texts[None, :]
+        tl.store(grad_products + at, grad_text_delta * weights, mask=(rows < K) & inside[None, :])
+        more = tl.arange(0, EP)[:, None]
+        at = (video * (F + L) + F + K + more) * N + texts[None, :]
+        tl.store(grad_products + at, grad_text_delta * last, mask=(more < 3) & inside[None, :])
+    part = part_small + (share_of_texts * num_videos + video) * tiles.numbers_of_a_video(F, H)
     tiles.store_column(part, grad_own, K, LP)
     tiles.store_column(part + K, grad_offset, K, LP)
     # Even attention and shares of frames carry no gradient; own mean and square get theirs from grad_gap.
@@ -265,12 +308,17 @@ def backward(
     tiles.store_column(part, grad_base2, 1, 1)
     tiles.store_column(part + 1, grad_base3, 1, 1)
     part += 2
-    tiles.store_matrix(part, grad_gram2, K, K, LP, LP)
+    tiles.store_matrix(part, grad_gram2, K, K, K, LP, LP)
     tiles.store_column(part + K * K, grad_slope2, K, LP)
     part += K * K + K
-    tiles.store_matrix(part, grad_gram3, K + 1, K + 1, LP, LP)
-    tiles.store_column(part + (K + 1) * (K + 1), grad_slope3, K + 1, LP)
-    part += (K + 1) * (K + 1) + K + 1
-    tiles.store_matrix(part, grad_gram, L, L, LP, LP)
-    tiles.store_matrix(part + L * L, grad_frame_gram, F, F, FP, FP)
-    tiles.store_matrix(part + L * L + F * F, grad_by_frames, L, F, LP, FP)
+    tiles.store_symmetric(part, grad_gram3, grad_border3, grad_corner3, K, 1, K + 1, LP, 1)
+    part += (K + 1) * (K + 1)
+    tiles.store_column(part, grad_slope3, K, LP)
+    tiles.store_column(part + K, grad_last_slope3, 1, 1)
+    part += K + 1
+    tiles.store_symmetric(part, grad_gram, grad_border, grad_corner, K, 3, L, LP, EP)
+    part += L * L
+    tiles.store_matrix(part, grad_frame_gram, F, F, F, FP, FP)
+    part += F * F
+    tiles.store_matrix(part, grad_by_frames, K, F, F, LP, FP)
+    tiles.store_matrix(part + K * F, grad_last_by_frames, 3, F, F, EP, FP)

@@ -19,7 +19,7 @@ from gare.model.basis import BasisMaps, build_basis, turn
 from gare.model.direct import Pairs, direct_deltas, direct_pairs, direct_pooled
 from gare.model.factorized import PairNumbers, Rule, pair_numbers
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.fused import MOST_VECTORS, Asked, Fused, fused_pairs, why_unavailable
+from gare.model.fused import Asked, Fused, fused_pairs, why_unavailable
 from gare.model.increment import Increment, IncrementRadius
 from gare.model.pooling import unit_mean
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
@@ -164,7 +164,8 @@ class PairScorer:
         kernel = self.config.kernel
         if kernel == "plain" or (kernel == "auto" and device.type != "cuda"):
             return False
-        reason = reason or self._why_not_fused(num_frames) or why_unavailable(dtype, device)
+        weights = num_frames * self.config.increment_heads
+        reason = reason or self._why_not_fused() or why_unavailable(weights, dtype, device)
         if reason and kernel == "triton":
             raise ConfigError(
                 f"cannot be had: {reason}", where="model.kernel triton", accepted="auto or plain"
@@ -173,18 +174,13 @@ class PairScorer:
         self._say_once(f"pairs on {device.type} are computed by {how}", logging.INFO)
         return not reason
 
-    def _why_not_fused(self, num_frames: int) -> str:
+    def _why_not_fused(self) -> str:
         if self.context_of == "none":
             return "a model without increments has no kernel"
         if self.context_of == "text":
             return "context words has no kernel"
         if self.radius is not None:
             return "query text has no kernel"
-        vectors = num_frames * self.config.increment_heads + 3
-        if vectors > MOST_VECTORS:
-            return (
-                f"{num_frames} frames and {self.config.increment_heads} heads are more than the kernel holds"
-            )
         return ""
 
     @property

@@ -1,7 +1,7 @@
 """Triton functions on the tiles of the fused kernels: small matrices, norms, softmaxes, and all of a pair.
 
-Vectors of pairs are columns of tiles (LP, BN): K rows for attention weights, by head, then one each for LN2's
-scale, LN3's scale and 1, as the coefficients w_ij of the basis are. Sizes are those of ``kernels``.
+Vectors of pairs are columns of tiles: the attention weights, by head, of (LP, BN), what belongs to frames of
+(FP, BN). Sizes are those of ``kernels``. ``video`` is int64, so that no place in memory overflows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def multiply(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_matrix(numbers, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A small matrix in a tile, zero beyond."""
+def load_matrix(numbers, num_rows, num_columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A part of a matrix whose rows are ``stride`` numbers apart in a tile, zero beyond."""
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (rows < num_rows) & (columns < num_columns)
-    return tl.load(numbers + rows * num_columns + columns, mask=inside, other=0.0)
+    return tl.load(numbers + rows * stride + columns, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -47,10 +47,19 @@ def load_column(numbers, count, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_matrix(numbers, tile, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Stores a tile as a small matrix."""
+def store_matrix(numbers, tile, num_rows, num_columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Stores a tile as a part of a matrix whose rows are ``stride`` numbers apart."""
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    tl.store(numbers + rows * num_columns + columns, tile, mask=(rows < num_rows) & (columns < num_columns))
+    tl.store(numbers + rows * stride + columns, tile, mask=(rows < num_rows) & (columns < num_columns))
+
+
+@triton.jit
+def store_symmetric(numbers, inner, border, corner, count, more, stride, LP: tl.constexpr, EP: tl.constexpr):
+    """Stores a symmetric matrix of ``count`` rows and ``more`` after them, from its three different parts."""
+    store_matrix(numbers, inner, count, count, stride, LP, LP)
+    store_matrix(numbers + count, border, count, more, stride, LP, EP)
+    store_matrix(numbers + count * stride, tl.trans(border), more, count, stride, EP, LP)
+    store_matrix(numbers + count * stride + count, corner, more, more, stride, EP, EP)
 
 
 @triton.jit
@@ -61,10 +70,18 @@ def store_column(numbers, tile, count, ROWS: tl.constexpr):
 
 
 @triton.jit
-def row_of(tile, index, LP: tl.constexpr):
+def row_of(tile, index, ROWS: tl.constexpr):
     """One row (1, BN) of a tile."""
-    rows = tl.arange(0, LP)[:, None]
+    rows = tl.arange(0, ROWS)[:, None]
     return tl.sum(tl.where(rows == index, tile, 0.0), axis=0)[None, :]
+
+
+@triton.jit
+def three_rows(first, second, third, EP: tl.constexpr):
+    """A tile (EP, BN) of three rows, zero beyond."""
+    rows = tl.arange(0, EP)[:, None]
+    tile = tl.where(rows == 0, first, tl.where(rows == 1, second, third))
+    return tl.where(rows < 3, tile, 0.0)
 
 
 @triton.jit
@@ -122,14 +139,14 @@ def pooling_weights(products, share, TEMPERATURE: tl.constexpr):
 def load_rows(numbers, first, stride, count, texts, inside, ROWS: tl.constexpr):
     """Numbers of ``count`` rows for some texts (ROWS, BN), zero beyond."""
     rows = tl.arange(0, ROWS)[:, None]
-    places = (first + rows * stride).to(tl.int64) + texts[None, :]
+    places = first + rows * stride + texts[None, :]
     return tl.load(numbers + places, mask=(rows < count) & inside[None, :], other=0.0)
 
 
 @triton.jit
 def logit_places(video, rows, texts, N, F: tl.constexpr, H: tl.constexpr):
     """Places of products of contexts with turned texts, (F, H, N) a video, for rows by head."""
-    return ((video * F + rows % F).to(tl.int64) * H + rows // F) * N + texts[None, :]
+    return ((video * F + rows % F) * H + rows // F) * N + texts[None, :]
 
 
 @triton.jit
@@ -150,78 +167,107 @@ def root(square, LEAST: tl.constexpr):
 
 
 @triton.jit
-def load_video(small, video, F: tl.constexpr, H: tl.constexpr, LP: tl.constexpr, FP: tl.constexpr):
-    """The numbers of a video, in the order of ``fused.small_numbers``, and where those of the norms begin."""
-    K: tl.constexpr = H * F
-    L: tl.constexpr = K + 3
-    numbers = small + video.to(tl.int64) * numbers_of_a_video(F, H)
-    own, offset, even = (
-        load_column(numbers, K, LP),
-        load_column(numbers + K, K, LP),
-        load_column(numbers + 2 * K, K, LP),
-    )
-    numbers += 3 * K
-    share = load_column(numbers, F, FP)
-    scalars = numbers + F
-    numbers2 = scalars + 4
-    numbers3 = numbers2 + K * K + K
-    numbers = numbers3 + (K + 1) * (K + 1) + K + 1
-    gram = load_matrix(numbers, L, L, LP, LP)
-    frame_gram = load_matrix(numbers + L * L, F, F, FP, FP)
-    by_frames = load_matrix(numbers + L * L + F * F, L, F, LP, FP)
-    return own, offset, even, share, scalars, numbers2, numbers3, gram, frame_gram, by_frames
+def block_moments(values, texts, start, inside, count):
+    """Mean (…, 1) over the texts of a block, and the values less it, zero beyond the texts.
+
+    About the first text: of equal increments no rounding must be left, whose σ would have a huge gradient.
+    """
+    origin = tl.sum(tl.where(texts[None, :] == start, values, 0.0), axis=1)[:, None]
+    apart = tl.where(inside[None, :], values - origin, 0.0)
+    shift = tl.sum(apart, axis=1)[:, None] / count
+    return origin + shift, tl.where(inside[None, :], apart - shift, 0.0)
 
 
 @triton.jit
 def numbers_of_a_video(F: tl.constexpr, H: tl.constexpr):
-    """How many numbers a video has."""
+    """How many numbers a video has, in the order of ``fused.small_numbers``."""
     K: tl.constexpr = H * F
     return 3 * K + F + 4 + K * K + K + (K + 1) * (K + 1) + K + 1 + (K + 3) * (K + 3) + (F + K + 3) * F
 
 
 @triton.jit
 def compute_pairs(
-    products, asked, text_mean, text_centred, text_square, video, texts, inside, N,
-    own, offset, even, share, scalars, numbers2, numbers3, gram, frame_gram, by_frames,
+    products, asked, small, text_mean, text_centred, text_square, video, texts, inside, N,
     WIDTH: tl.constexpr, TEMPERATURE: tl.constexpr, SIDE: tl.constexpr,
     F: tl.constexpr, H: tl.constexpr, LP: tl.constexpr, FP: tl.constexpr,
     PRECISION: tl.constexpr, TERMS: tl.constexpr, NORM_EPS: tl.constexpr,
 ):  # fmt: skip
-    """All that is known of a video's pairs with some texts; what a kernel does not use is not computed."""
+    """All that is known of a video's pairs with some texts; what a kernel does not use is not computed.
+
+    Tiles have the K attention weights as rows. What belongs to LN2's scale, LN3's scale and even attention
+    stands beside them as single rows.
+    """
     K: tl.constexpr = H * F
     L: tl.constexpr = K + 3
     rows = tl.arange(0, LP)[:, None]
+    numbers = small + video * numbers_of_a_video(F, H)
+    own, offset = load_column(numbers, K, LP), load_column(numbers + K, K, LP)
+    even = load_column(numbers + 2 * K, K, LP)
+    share = load_column(numbers + 3 * K, F, FP)
+    scalars = numbers + 3 * K + F
     square = tl.load(text_square + texts, mask=inside, other=1.0)[None, :]
     mean = tl.load(text_mean + texts, mask=inside, other=0.0)[None, :]
     centred = tl.load(text_centred + texts, mask=inside, other=1.0)[None, :]
-    frame_products = load_rows(products, video * (F + L) * N, N, F, texts, inside, FP)
-    delta_products = load_rows(products, (video * (F + L) + F) * N, N, L, texts, inside, LP)
+    first = video * (F + L) * N
+    frame_products = load_rows(products, first, N, F, texts, inside, FP)
+    delta_products = load_rows(products, first + F * N, N, K, texts, inside, LP)
+    second_product = load_rows(products, first + (F + K) * N, N, 1, texts, inside, 1)
+    third_product = load_rows(products, first + (F + K + 1) * N, N, 1, texts, inside, 1)
+    even_product = load_rows(products, first + (F + K + 2) * N, N, 1, texts, inside, 1)
     places = logit_places(video, rows, texts, N, F, H)
     logits = own + tl.load(asked + places, mask=(rows < K) & inside[None, :], other=0.0)
     scale1, gap_square = query_gap(frame_products, share, scalars, mean, centred, WIDTH, NORM_EPS)
     uneven = uneven_attention(logits * scale1 + offset, even, F, H, LP, TERMS)
-    # The norms: LN2, then LN3.
-    slope2 = load_column(numbers2 + K * K, K, LP)
-    towards2 = multiply(load_matrix(numbers2, K, K, LP, LP), uneven, PRECISION) + slope2
-    change2 = sum_of_rows(uneven * (towards2 + slope2))
-    scale2, difference2 = norm_scales(change2, tl.load(scalars + 2), NORM_EPS)
-    hidden = tl.where(rows == K, difference2, uneven * scale2)
-    slope3 = load_column(numbers3 + (K + 1) * (K + 1), K + 1, LP)
-    towards3 = multiply(load_matrix(numbers3, K + 1, K + 1, LP, LP), hidden, PRECISION) + slope3
-    change3 = sum_of_rows(hidden * (towards3 + slope3))
-    scale3, difference3 = norm_scales(change3, tl.load(scalars + 3), NORM_EPS)
-    weights = tl.where(rows == K + 1, difference3, hidden * scale3)
-    weights = tl.where(rows == K + 2, 1.0, weights)
-    # Lengths and products.
+    # LN2.
+    numbers = scalars + 4
+    slope = load_column(numbers + K * K, K, LP)
+    towards2 = multiply(load_matrix(numbers, K, K, K, LP, LP), uneven, PRECISION) + slope
+    change2 = sum_of_rows(uneven * (towards2 + slope))
+    scale2, change_of_scale2 = norm_scales(change2, tl.load(scalars + 2), NORM_EPS)
+    hidden = uneven * scale2
+    # LN3, whose Gram matrix has a row more.
+    numbers += K * K + K
+    border = load_column(numbers + K * (K + 1), K, LP)
+    corner = tl.load(numbers + K * (K + 1) + K)
+    slopes = numbers + (K + 1) * (K + 1)
+    slope, last_slope = load_column(slopes, K, LP), tl.load(slopes + K)
+    towards3 = multiply(load_matrix(numbers, K, K, K + 1, LP, LP), hidden, PRECISION)
+    towards3 += border * change_of_scale2 + slope
+    last_towards3 = sum_of_rows(border * hidden) + corner * change_of_scale2 + last_slope
+    change3 = sum_of_rows(hidden * (towards3 + slope)) + change_of_scale2 * (last_towards3 + last_slope)
+    scale3, third = norm_scales(change3, tl.load(scalars + 3), NORM_EPS)
+    weights, second = hidden * scale3, change_of_scale2 * scale3
+    # The increment: its length, and products with the text and the pooled video.
+    numbers = slopes + K + 1
+    with_second = load_column(numbers + K * L, K, LP)
+    with_third = load_column(numbers + (K + 1) * L, K, LP)
+    with_even = load_column(numbers + (K + 2) * L, K, LP)
+    corner = numbers + K * L + K
+    gram_weights = multiply(load_matrix(numbers, K, K, L, LP, LP), weights, PRECISION)
+    gram_weights += with_second * second + with_third * third + with_even
+    gram_second = sum_of_rows(with_second * weights)
+    gram_second += tl.load(corner) * second + tl.load(corner + 1) * third + tl.load(corner + 2)
+    gram_third = sum_of_rows(with_third * weights)
+    gram_third += tl.load(corner + L) * second + tl.load(corner + L + 1) * third + tl.load(corner + L + 2)
+    gram_even = sum_of_rows(with_even * weights)
+    corner += 2 * L
+    gram_even += tl.load(corner) * second + tl.load(corner + 1) * third + tl.load(corner + 2)
+    delta_square = sum_of_rows(weights * gram_weights) + second * gram_second + third * gram_third + gram_even
+    text_delta = sum_of_rows(weights * delta_products)
+    text_delta += second * second_product + third * third_product + even_product
     pooling = pooling_weights(frame_products, share, TEMPERATURE)
     text_pooled = sum_of_rows(pooling * frame_products)
-    frames_pooled = multiply(frame_gram, pooling, PRECISION)
+    numbers += L * L
+    frames_pooled = multiply(load_matrix(numbers, F, F, F, FP, FP), pooling, PRECISION)
     pooled_square = sum_of_rows(pooling * frames_pooled)
-    text_delta = sum_of_rows(weights * delta_products)
-    gram_weights = multiply(gram, weights, PRECISION)
-    delta_square = sum_of_rows(weights * gram_weights)
-    basis_pooled = multiply(by_frames, pooling, PRECISION)
-    delta_pooled = sum_of_rows(weights * basis_pooled)
+    numbers += F * F
+    basis_pooled = multiply(load_matrix(numbers, K, F, F, LP, FP), pooling, PRECISION)
+    numbers += K * F
+    second_pooled = sum_of_rows(load_column(numbers, F, FP) * pooling)
+    third_pooled = sum_of_rows(load_column(numbers + F, F, FP) * pooling)
+    even_pooled = sum_of_rows(load_column(numbers + 2 * F, F, FP) * pooling)
+    delta_pooled = sum_of_rows(weights * basis_pooled) + second * second_pooled
+    delta_pooled += third * third_pooled + even_pooled
     if SIDE == "text":
         text_length = square + 2 * text_delta + tl.maximum(delta_square, 0.0)
         video_length = tl.maximum(pooled_square, 0.0)
@@ -230,8 +276,10 @@ def compute_pairs(
         text_length = square
         video_length = tl.maximum(pooled_square, 0.0) + 2 * delta_pooled + tl.maximum(delta_square, 0.0)
         dot = text_pooled + text_delta
-    return (
-        frame_products, delta_products, logits, scale1, gap_square, uneven, change2, scale2, towards2,
-        hidden, change3, scale3, towards3, weights, pooling, text_pooled, frames_pooled, pooled_square,
-        gram_weights, delta_square, basis_pooled, square, text_length, video_length, dot,
-    )  # fmt: skip
+    lengths = (square, text_length, video_length, dot, text_pooled, pooled_square, delta_square)
+    attention = (logits, scale1, gap_square, uneven, even, pooling, share)
+    norms = (change2, scale2, towards2, hidden, change_of_scale2, change3, scale3, towards3, last_towards3)
+    increment = (weights, second, third, gram_weights, gram_second, gram_third)
+    with_text = (frame_products, delta_products, second_product, third_product)
+    with_pooled = (frames_pooled, basis_pooled, second_pooled, third_pooled)
+    return lengths, attention, norms, increment, with_text, with_pooled

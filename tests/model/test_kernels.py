@@ -19,7 +19,7 @@ from torch import Tensor
 from gare.config import LossConfig
 from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.fused import Asked, Fused, fused_pairs, merge_moments
+from gare.model.fused import SHARED_BYTES, Asked, Fused, fused_pairs, merge_moments
 from gare.model.gare import GARE
 from gare.model.prepared import Embeddings, PreparedVideo
 from gare.train import blocks
@@ -125,7 +125,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(
     compare(model, text, video, asked, tolerance=1e-8)
 
 
-@pytest.mark.parametrize(("num_frames", "heads"), [(12, 1), (16, 1), (13, 1), (12, 8), (64, 1)])
+@pytest.mark.parametrize(("num_frames", "heads"), [(12, 1), (16, 1), (17, 1), (12, 4), (64, 1)])
 @pytest.mark.parametrize("side", ["text", "video"])
 def test_tiles_of_every_size(num_frames: int, heads: int, side: str, seed: int) -> None:
     """Clips of the paper's benchmarks have 12 and 64 frames; a tile that is cut off would lose some."""
@@ -141,8 +141,8 @@ def test_float32_keeps_the_promise(side: str, seed: int) -> None:
     """Scores to 1e-5 of float64's and gradients to 1e-4 are what "exact" means, on features like CLIP's."""
     torch.manual_seed(seed)
     model = head(WIDTH, corrected_side=side, spread=0.0, dtype=torch.float32)
-    text, video = clip_like(65, 12, 3, WIDTH)
-    asked = Asked(norms=True, sample=torch.tensor([0, 64]), moments=True)
+    text, video = clip_like(33, 12, 3, WIDTH)
+    asked = Asked(norms=True, sample=torch.tensor([0, 32]), moments=True)
     compare(model, text, video, asked, tolerance=1e-4)
 
 
@@ -240,7 +240,7 @@ def test_the_path_is_chosen_and_said_once(caplog: pytest.LogCaptureFixture) -> N
         ({"context": "words"}, "context words has no kernel"),
         ({"query": "text"}, "query text has no kernel"),
         ({"increment": False}, "a model without increments has no kernel"),
-        ({"increment_heads": 16}, "4 frames and 16 heads are more than the kernel holds"),
+        ({"increment_heads": 32}, "frames times heads are 128, and the kernel holds 64"),
     ):
         with pytest.raises(ConfigError, match=reason), torch.no_grad():
             head(WIDTH, kernel="triton", **variant).score(text, video)
@@ -253,7 +253,7 @@ from triton.compiler import ASTSource
 from gare.model import kernels
 from gare.model.factorized import Rule
 from gare.model.fused import Asked, constants_of
-for num_frames, heads in ((12, 1), (16, 1), (12, 4)):
+for num_frames, heads in ((12, 1), (32, 1), (64, 1)):
     for kernel in (kernels.forward, kernels.backward):
         asked = Asked(norms=True, plain=True, sample="all", moments=True)
         constants = constants_of(Rule("text", 3.0, None), asked, 512, num_frames, heads, torch.float32, True)
@@ -278,6 +278,7 @@ def test_kernels_compile_for_a_gpu(repository: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", COMPILE], cwd=repository, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    sizes = [int(line.split()[2]) for line in done.stdout.splitlines()]
-    assert len(sizes) == 6
-    assert max(sizes) <= 227 * 1024  # bytes of shared memory of an H100's block
+    assert len(done.stdout.splitlines()) == 6
+    for line in done.stdout.splitlines():
+        num_frames, _, shared = map(int, line.split())
+        assert shared <= SHARED_BYTES[16 if num_frames == 12 else num_frames], line

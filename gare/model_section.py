@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, PlainValidator, ValidationInfo, model_validator
 
 from gare.sections import Count, Positive, Section
 
@@ -44,6 +45,15 @@ class ClipConfig(Section):
         return self
 
 
+def _megabytes_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf:
+        raise ValueError(f"got {value!r}; a number from 1 on, or the word auto")
+    return float(value)
+
+
+MegabytesOrAuto = Annotated[float | Literal["auto"], PlainValidator(_megabytes_or_auto)]
 #: Keys that decide how a model is computed and not which one it is.
 _HOW_COMPUTED = {"method", "kernel", "products", "memory_mb"}
 
@@ -112,10 +122,11 @@ class ModelConfig(Section):
     )
     products: Literal["exact", "tf32", "bf16"] = Field(
         "exact",
-        description="precision of the large products beside those kernels; exact: float32's, on tensor cores "
-        "by three products in TF32; tf32 and bf16 take one, with its errors",
+        description="precision of large products beside those kernels, and of the directional "
+        "diversity's, on a GPU; exact: float32's, on tensor cores by operands split in two; tf32 and "
+        "bf16: theirs. train.tf32 is about all others",
     )
-    memory_mb: Annotated[float, Field(ge=1)] | Literal["auto"] = Field(
+    memory_mb: MegabytesOrAuto = Field(
         "auto",
         description="MB that scores and losses may take beyond inputs and results before they go by blocks; "
         "auto: 256 on a CPU, two fifths of what is free on a GPU",
@@ -142,6 +153,8 @@ class ModelConfig(Section):
             raise ValueError(
                 "method factorized has no form for increment_dropout_per pair: take auto or direct"
             )
+        if self.kernel == "triton" and self.method == "direct":
+            raise ValueError("kernel triton computes the factorised form: take method auto or factorized")
         if self.query == "text" and self.gap_sign != 1:
             raise ValueError("gap_sign -1 would change nothing: query text does not ask with the gap")
         if self.query == "text" and self.context == "words":
@@ -158,17 +171,23 @@ class ModelConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Settings that make a model this model; how it is computed is not among them."""
         settings = self.model_dump(mode="json", exclude=_HOW_COMPUTED)
+        if self.products != "exact":  # what is learned, too, has their errors
+            settings["products"] = self.products
         # 0 and the number that it stands for are one model.
         return settings | {"temporal_heads": self.num_temporal_heads}
 
     def baseline(self) -> ModelConfig:
         """The same model without increment, and without the switches that only shape it."""
-        shared = self.model_dump(exclude={"increment", *INCREMENT_KEYS})
+        shared = self.model_dump(exclude={"increment", "kernel", *INCREMENT_KEYS})
         return type(self).model_validate({**shared, "increment": False})
+
+    def computed_as(self, other: ModelConfig) -> ModelConfig:
+        """The same model, computed as another one is."""
+        return self.model_copy(update={key: getattr(other, key) for key in _HOW_COMPUTED})
 
     def zero_shot(self) -> ModelConfig:
         """The same towers with nothing behind them: CLIP4Clip's zero-shot score, the mean of unit frames."""
-        shared = self.model_dump(include={"clip", "max_words", "max_frames", *_HOW_COMPUTED})
+        shared = self.model_dump(include={"clip", "max_words", "max_frames", *_HOW_COMPUTED} - {"kernel"})
         plain = {"pooling": "mean", "temporal": "none", "increment": False}
         return type(self).model_validate({**shared, **plain})
 

@@ -159,7 +159,8 @@ class TrainConfig(Section):
     tf32: bool = Field(
         False,
         description="products and convolutions of float32 on a GPU in TF32, faster and rougher, those of "
-        "scores (errors of 5e-4) and losses too; false: neither, where torch alone has convolutions in TF32",
+        "scores (errors of 5e-4) and losses too, but for what model.products is about; false: neither, where "
+        "torch alone has convolutions in TF32",
     )
     warmup_fraction: Fraction = Field(0.1, description="share of the schedule's steps that warm up linearly")
     schedule_epochs: int = Field(

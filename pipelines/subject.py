@@ -97,7 +97,8 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         )
     with tells_how_to_mend(checkpoint == best):
         trained = read_config(checkpoint)
-    differing = differences(trained.model.identity(), config.model.identity(), "model")
+    asked = config.model.computed_as(trained.model)
+    differing = differences(trained.model.identity(), asked.identity(), "model")
     if differing:
         raise CheckpointError(
             f"is of another model: {'; '.join(differing[:8])}",
@@ -106,6 +107,13 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         )
     with tells_how_to_mend(checkpoint == best):
         model = load_checkpoint(checkpoint)
+        model.compute_as(config.model)
+
+    def load_again() -> GARE:
+        again = load_checkpoint(checkpoint, quiet=True)
+        again.compute_as(config.model)
+        return again
+
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
     settings = settings_of(config, model) if kind == "features" else None
     record = join(places.run(config.train.run), "run.json")
@@ -113,7 +121,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         config.train.run,
         checkpoint,
         model,
-        lambda: load_checkpoint(checkpoint, quiet=True),
+        load_again,
         places.frames if settings is None else places.features,
         settings,
         record if checkpoint == best and exists(record) else "",

@@ -143,8 +143,10 @@ def _with_absolute_paths(config: Config) -> Config:
 def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     """What makes a run this run."""
     settings = settings_of_run(config)
-    # Earlier versions had it follow from a setting of memory.
+    # Which of the two it is makes the run, whatever key says so: earlier versions had auto follow from a
+    # setting of memory.
     sampled = config.loss.samples_texts(config.train.batch_size, config.model.clip.embed_dim)
+    del settings["loss"]["direction_over"]
     settings["loss"]["direction_is_sampled"] = sampled
     if config.augment.is_on:
         # Earlier versions had another library's policy under the same settings.
@@ -161,6 +163,8 @@ def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str,
     earlier: dict[str, Any] = read_json(join(folder, "run.json"))
     now = _identity(config, splits)
     earlier["settings"] = completed_settings(earlier.get("settings", {}))
+    if isinstance(loss := earlier["settings"].get("loss"), dict):
+        loss.pop("direction_over", None)
     differing = [
         line.removeprefix("settings.") for line in differences({key: earlier.get(key) for key in now}, now)
     ]

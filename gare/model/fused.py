@@ -6,10 +6,6 @@ rows of products, D embedding width.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import math
-import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,11 +18,7 @@ from gare.model.factorized import COSINE_EPS, Rule
 from gare.model.forms import NORM_EPS, SHORTEST
 from gare.model.prepared import Embeddings, PreparedVideo
 from gare.model.products import product
-
-#: Attention weights of a video whose tiles fit a multiprocessor: 64 frames, or 5 heads of 12.
-MOST_WEIGHTS = 64
-#: Shared memory that programs take, bytes, by rows of their tiles; as compiled for an H100.
-SHARED_BYTES = {16: 40_000, 32: 80_000, 64: 210_000}
+from gare.model.tile_sizes import block_of, on_device_of, tile_rows
 
 
 class Fused(NamedTuple):
@@ -68,37 +60,6 @@ class Asked:
     normalised: bool = False
 
 
-def why_unavailable(num_weights: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The reason that the kernels cannot run; empty where they can.
-
-    Args:
-        num_weights: attention weights of a video, frames times heads.
-        dtype: of the features.
-        device: where they are.
-    """
-    if num_weights > MOST_WEIGHTS:
-        return f"frames times heads are {num_weights}, and the kernel holds {MOST_WEIGHTS}"
-    if not _has_triton():
-        return "Triton is not installed (pip install 'gare[kernels]')"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"Triton has no kernels for {device.type}"
-    if dtype != torch.float32 and not (interpreted and dtype == torch.float64):
-        return f"features are {str(dtype).removeprefix('torch.')}"
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        has: int | None = getattr(properties, "shared_memory_per_block_optin", None)
-        needs = SHARED_BYTES[_tile(num_weights)]
-        if has is not None and needs > has:
-            return f"its tiles take {needs:,} bytes of shared memory, and the GPU has {has:,}"
-    return ""
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def fused_pairs(
     rule: Rule, texts: Embeddings, video: PreparedVideo, asked: Asked, *, precision: str = "exact"
 ) -> Fused:
@@ -106,8 +67,8 @@ def fused_pairs(
 
     Args:
         rule: of the model, which asks with the gap.
-        texts: N of them, turned.
-        video: M of them.
+        texts: N of them, one or more, turned.
+        video: M of them, one or more.
         asked: what is wanted.
         precision: of the products: exact, tf32 or bf16.
 
@@ -191,16 +152,6 @@ class _Shape:
         return -(-blocks // programs) * block
 
 
-def block_of(num_weights: int) -> int:
-    """Texts that a program takes at a time: as many as leave its tiles in registers, or nearly so."""
-    return 32 if num_weights <= 32 else 16
-
-
-def _tile(count: int) -> int:
-    """Rows of a tile, a power of two."""
-    return max(16, _power_of_two(count))
-
-
 def constants_of(
     rule: Rule,
     asked: Asked,
@@ -219,8 +170,8 @@ def constants_of(
         "SIDE": rule.corrected_side,
         "F": num_frames,
         "H": heads,
-        "LP": _tile(weights),
-        "FP": _tile(num_frames),
+        "LP": tile_rows(weights),
+        "FP": tile_rows(num_frames),
         "BN": block_of(weights),
         "HAS_NORMS": asked.norms,
         "HAS_SAMPLE": has_sample,
@@ -234,10 +185,6 @@ def constants_of(
         "SHORTEST": SHORTEST,
         "num_warps": 8,
     }
-
-
-def _power_of_two(count: int) -> int:
-    return int(2 ** math.ceil(math.log2(count)))
 
 
 class _Pairs(torch.autograd.Function):
@@ -270,7 +217,7 @@ class _Pairs(torch.autograd.Function):
             part_mean = products.new_empty(parts, videos, vectors)
             part_scatter = products.new_empty(parts, videos, vectors, vectors)
             part_count = products.new_empty(parts, videos)
-        if videos and texts:
+        with on_device_of(products):
             kernels.forward[(videos, parts)](
                 products,
                 logits,
@@ -338,7 +285,7 @@ class _Pairs(torch.autograd.Function):
         grad_products, grad_logits = torch.empty_like(products), torch.empty_like(logits)
         part_small = small.new_zeros(ctx.parts, *small.shape)
         grad_gap, grad_text = products.new_empty(videos, texts), products.new_empty(videos, texts)
-        if videos and texts:
+        with on_device_of(products):
             kernels.backward[(videos, ctx.parts)](
                 products,
                 logits,
@@ -389,6 +336,7 @@ def merge_moments(mean: Tensor, scatter: Tensor, count: Tensor) -> tuple[Tensor,
     if len(mean) == 1:
         return mean[0], scatter[0]
     share = (count / count.sum()).view(-1, 1, 1)
-    whole = (mean * share).sum(dim=0)
+    # About the first: the mean of equal numbers may round to another one.
+    whole = mean[0] + ((mean - mean[0]) * share).sum(dim=0)
     apart = ((mean - whole) * count.sqrt().view(-1, 1, 1)).transpose(0, 1)
     return whole, scatter.sum(dim=0) + apart.transpose(1, 2) @ apart

@@ -65,6 +65,14 @@ class GARE(nn.Module):
             return ""
         return self.temporal.start_from_text_tower(self.towers)
 
+    def compute_as(self, config: ModelConfig) -> None:
+        """Takes over how pairs are computed: method, kernel, products and memory.
+
+        Args:
+            config: of another run or machine, whose other settings are left alone.
+        """
+        self.config = self.scorer.config = self.config.computed_as(config)
+
     def drop_towers(self) -> None:
         """Leaves of CLIP only the logit scale, for a model that learns from stored features."""
         self.towers = NoTowers(self.logit_scale)

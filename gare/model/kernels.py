@@ -19,6 +19,12 @@ from gare.model import tiles
 
 
 @triton.jit
+def touch(written):
+    """Writes 1, to find out whether kernels run at all."""
+    tl.store(written, 1.0)
+
+
+@triton.jit
 def forward(
     # Read.
     products, asked, small, text_mean, text_centred, text_square, slots,
@@ -58,12 +64,14 @@ def forward(
             tiles.root(text_length, COSINE_EPS_SQUARE) * tiles.root(video_length, COSINE_EPS_SQUARE)
         )
         places = video * N + texts[None, :]
-        tl.store(scores + places, tl.minimum(tl.maximum(score, -1.0), 1.0), mask=inside[None, :])
+        tl.store(
+            scores + places, tl.where(score > 1.0, 1.0, tiles.at_least(score, -1.0)), mask=inside[None, :]
+        )
         norm = tiles.root(delta_square, TINY)
         if HAS_NORMS:
             tl.store(norms + places, norm, mask=inside[None, :])
         if HAS_PLAIN:
-            length = tl.maximum(tl.sqrt(square * tl.maximum(pooled_square, 0.0)), SHORTEST)
+            length = tiles.at_least(tl.sqrt(square * tiles.at_least(pooled_square, 0.0)), SHORTEST)
             tl.store(plain + places, text_pooled / length, mask=inside[None, :])
         if HAS_SAMPLE:
             slot = tl.load(slots + texts, mask=inside, other=-1)[None, :]
@@ -76,7 +84,7 @@ def forward(
         if HAS_MOMENTS:
             last = tiles.three_rows(second, third, tl.zeros_like(third) + 1, EP)
             if NORMALISED:
-                inverse = 1 / tl.maximum(norm, SHORTEST)
+                inverse = 1 / tiles.at_least(norm, SHORTEST)
                 weights, last = weights * inverse, last * inverse
             # Chan's merge of this block's moments with those before it.
             here = tl.minimum(end - start, BN).to(kind)
@@ -183,12 +191,12 @@ def backward(
         grad_dot = grad_score * inverse
         grad_text_length = tl.where(
             text_length >= COSINE_EPS_SQUARE,
-            -0.5 * grad_score * score / tl.maximum(text_length, COSINE_EPS_SQUARE),
+            -0.5 * grad_score * score / tiles.at_least(text_length, COSINE_EPS_SQUARE),
             0.0,
         )
         grad_video_length = tl.where(
             video_length >= COSINE_EPS_SQUARE,
-            -0.5 * grad_score * score / tl.maximum(video_length, COSINE_EPS_SQUARE),
+            -0.5 * grad_score * score / tiles.at_least(video_length, COSINE_EPS_SQUARE),
             0.0,
         )
         if SIDE == "text":
@@ -212,7 +220,7 @@ def backward(
         if HAS_MOMENTS:
             inverse = tl.zeros_like(norm) + 1
             if NORMALISED:
-                inverse = 1 / tl.maximum(norm, SHORTEST)
+                inverse = 1 / tiles.at_least(norm, SHORTEST)
             seen = tl.where(inside[None, :], weights * inverse - centre, 0.0)
             last_seen = tl.where(inside[None, :], last * inverse - last_centre, 0.0)
             grad_seen = along + tiles.multiply(spread, seen, PRECISION)

@@ -7,11 +7,14 @@ the operands.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+_SWITCH = threading.Lock()
 
 
 def product(a_XD: Tensor, b_YD: Tensor, precision: str = "exact") -> Tensor:
@@ -51,12 +54,14 @@ def multiply(a: Tensor, b: Tensor, precision: str = "exact") -> Tensor:
         if torch.cuda.get_device_capability(a.device) < (8, 0):  # no TF32
             return a @ b
         a, b = split_factors(a, b)
-    matmul = torch.backends.cuda.matmul
-    allowed, matmul.allow_tf32 = matmul.allow_tf32, True
-    try:
-        return a @ b
-    finally:
-        matmul.allow_tf32 = allowed
+    # The switch is the process's: no other thread may see it turned, or turn it back too late.
+    with _SWITCH:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return a @ b
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, precision: str = "exact") -> None:

@@ -19,10 +19,11 @@ from gare.model.basis import BasisMaps, build_basis, turn
 from gare.model.direct import Pairs, direct_deltas, direct_pairs, direct_pooled
 from gare.model.factorized import PairNumbers, Rule, pair_numbers
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.fused import Asked, Fused, fused_pairs, why_unavailable
+from gare.model.fused import Asked, Fused, fused_pairs
 from gare.model.increment import Increment, IncrementRadius
 from gare.model.pooling import unit_mean
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
+from gare.model.tile_sizes import why_unavailable
 
 logger = logging.getLogger(__name__)
 

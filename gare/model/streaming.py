@@ -72,13 +72,10 @@ def block_sizes(
     width, itemsize = scorer.config.clip.embed_dim, dtype.itemsize
     whole = Budget.of(scorer.config.memory_mb, device)
     budget = whole.total
-    keys = _attention_weights(scorer, num_frames, num_words)
-    # Of an owner: mapped contexts, their copies by head, basis and rows.
-    owner_bytes = itemsize * width * (12 * keys + 4 * num_frames + 8)
     fused = scorer.takes_kernel(num_frames, dtype, device)
     pair_bytes = itemsize * numbers_of_a_pair(scorer, num_frames, num_words, fused=fused)
     pairs = min(whole.block(CACHED_BYTES), budget // 4) // pair_bytes
-    owners = max(budget // 4 // owner_bytes, 1)
+    owners = owners_at_once(scorer, num_frames, num_words, itemsize, budget)
     # Of an embedding that asks: itself centred, asked and turned, by head.
     askers = max(budget // 4 // (itemsize * width * (3 + 2 * scorer.config.increment_heads)), 1)
     if scorer.context_of == "text":
@@ -87,6 +84,16 @@ def block_sizes(
         return Sizes(owners // texts * texts, askers, texts, even(pairs // texts))
     texts = max(min(TEXTS_PER_BLOCK.get(device.type, 1024), pairs), 1)
     return Sizes(owners, askers, texts, max(pairs // texts, 1))
+
+
+def owners_at_once(
+    scorer: PairScorer, num_frames: int, num_words: int, itemsize: int, budget_bytes: int
+) -> int:
+    """Contexts whose basis is made together under a budget."""
+    keys = _attention_weights(scorer, num_frames, num_words)
+    # Of each: mapped contexts, their copies by head, basis and rows.
+    owner_bytes = itemsize * scorer.config.clip.embed_dim * (12 * keys + 4 * num_frames + 8)
+    return max(budget_bytes // 4 // owner_bytes, 1)
 
 
 def even(count: int) -> int:

@@ -94,7 +94,7 @@ def sum_of_rows(tile):
 def norm_scales(change, base, EPS: tl.constexpr):
     """See ``forms.Length.scales``."""
     at_base = 1 / tl.sqrt(base)
-    scale = 1 / tl.sqrt(tl.maximum(base + change, EPS))
+    scale = 1 / tl.sqrt(at_least(base + change, EPS))
     both = scale * at_base
     return scale, -change * both * both / (scale + at_base)
 
@@ -103,7 +103,7 @@ def norm_scales(change, base, EPS: tl.constexpr):
 def norm_scales_backward(change, base, grad_scale, grad_difference, EPS: tl.constexpr):
     """Gradients of ``change`` and ``base`` from those of what ``scales`` gives."""
     b = 1 / tl.sqrt(base)
-    s = 1 / tl.sqrt(tl.maximum(base + change, EPS))
+    s = 1 / tl.sqrt(at_least(base + change, EPS))
     # The difference is −change·q, q = (sb)²/(s + b), ∂q/∂s = (sb)²(s + 2b)/(s(s + b)²).
     part = s * b / (s + b)
     grad_q = -grad_difference * change
@@ -157,13 +157,19 @@ def query_gap(
     own_mean, own_square = tl.load(numbers), tl.load(numbers + 1)
     shared = sum_of_rows(share * frame_products) - WIDTH * own_mean * mean
     square = own_square + centred_square - 2 * shared
-    return 1 / tl.sqrt(tl.maximum(square, 0.0) / WIDTH + NORM_EPS), square
+    return 1 / tl.sqrt(at_least(square, 0.0) / WIDTH + NORM_EPS), square
 
 
 @triton.jit
 def root(square, LEAST: tl.constexpr):
     """The square root of a number that is at least so large."""
-    return tl.sqrt(tl.maximum(square, LEAST))
+    return tl.sqrt(at_least(square, LEAST))
+
+
+@triton.jit
+def at_least(x, LEAST: tl.constexpr):
+    """The larger of the two; NaN stays NaN, so that what is not finite is seen to be so."""
+    return tl.where(x < LEAST, LEAST, x)
 
 
 @triton.jit
@@ -269,12 +275,12 @@ def compute_pairs(
     delta_pooled = sum_of_rows(weights * basis_pooled) + second * second_pooled
     delta_pooled += third * third_pooled + even_pooled
     if SIDE == "text":
-        text_length = square + 2 * text_delta + tl.maximum(delta_square, 0.0)
-        video_length = tl.maximum(pooled_square, 0.0)
+        text_length = square + 2 * text_delta + at_least(delta_square, 0.0)
+        video_length = at_least(pooled_square, 0.0)
         dot = text_pooled + delta_pooled
     else:
         text_length = square
-        video_length = tl.maximum(pooled_square, 0.0) + 2 * delta_pooled + tl.maximum(delta_square, 0.0)
+        video_length = at_least(pooled_square, 0.0) + 2 * delta_pooled + at_least(delta_square, 0.0)
         dot = text_pooled + text_delta
     lengths = (square, text_length, video_length, dot, text_pooled, pooled_square, delta_square)
     attention = (logits, scale1, gap_square, uneven, even, pooling, share)

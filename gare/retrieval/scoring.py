@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gare.model.budget import MEGABYTE
+from gare.model.budget import MEGABYTE, Budget
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.prepared import PreparedVideo
-from gare.model.streaming import block_sizes, stream_scores
+from gare.model.streaming import owners_at_once, stream_scores
 from gare.retrieval.grid import TEXTS, VIDEOS, Grid
 
 #: Blocks are filled up to multiples of this. Products of matrices of whole tiles treat all places alike, so
@@ -83,9 +83,12 @@ class ModelBlocks:
         videos = VIDEOS_OF_WORDS
         if not by_rows:
             frames, words = self.video.mask.shape[1], self.text.mask.shape[1]
-            sizes = block_sizes(self.scorer, frames, words, torch.float32, torch.device(self.device))
+            # Of a CPU, wherever scores are computed: shares of the grid are dealt out to workers that must
+            # all have the same one.
+            budget = Budget.of(self.scorer.config.memory_mb, torch.device("cpu"))
+            owners = owners_at_once(self.scorer, frames, words, 4, budget.total)
             # Preparing them may take half of the budget.
-            videos = max(min(2 * sizes.owners, 2 * VIDEOS) // TILE * TILE, TILE)
+            videos = max(min(2 * owners, 2 * VIDEOS) // TILE * TILE, TILE)
         return Grid.of(video_of_text, len(self.video), texts=TEXTS, videos=videos, by_rows=by_rows)
 
     @torch.inference_mode()

@@ -104,3 +104,19 @@ def test_modes_and_moves_of_the_model_reach_its_scorer(seed: int) -> None:
     text, video = features(4, 5, 3, 2, 32, torch.float32)
     assert model.float().score(text, video).dtype == torch.float32
     assert torch.equal(stream_scores(model.scorer, text, video), model.score(text, video))
+
+
+def test_a_checkpoint_is_computed_as_the_machine_has_it(seed: int) -> None:
+    """A model trained by kernels on a GPU is evaluated on a CPU, and one of an earlier version has no auto."""
+    torch.manual_seed(seed)
+    model = head(32, kernel="triton", memory_mb=256.0, corrected_side="video")
+    here = head(32, memory_mb=1, products="tf32").config
+    before = model.config.identity()
+    model.compute_as(here)
+    assert (model.config.kernel, model.config.memory_mb, model.config.corrected_side) == ("auto", 1, "video")
+    assert model.scorer.config is model.config
+    assert model.config.identity() == before | {"products": "tf32"}
+    text, video = features(4, 5, 3, 2, 32, torch.float64)
+    assert model.score(text, video).shape == (4, 5)
+    assert head(32, kernel="triton").config.zero_shot().kernel == "auto"
+    assert head(32, kernel="triton").config.baseline().kernel == "auto"

@@ -142,6 +142,22 @@ def test_blocks_of_a_model_are_bounded(seed: int) -> None:
     assert covered == [1] * 3000
 
 
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_the_grid_does_not_depend_on_the_device(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Who plans the shares has a CPU, who scores them GPUs: another grid would leave videos out, or twice."""
+    torch.manual_seed(seed)
+    model = GARE(tiny_config(f"model.kernel={kernel}").model).eval()
+    text = TextFeatures(torch.randn(300, 32), None, torch.ones(300, 1, dtype=torch.bool))
+    video = VideoFeatures(torch.randn(300, 4, 32), torch.ones(300, 4, dtype=torch.bool))
+    planned = ModelBlocks(model, text, video).grid(torch.arange(300))
+    blocks = ModelBlocks(model, text, video)
+    blocks.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * 10**9, 80 * 10**9))
+    assert blocks.grid(torch.arange(300)) == planned
+
+
 def test_a_score_that_is_no_number_is_named() -> None:
     """A nan compares false with everything: its query would rank first."""
     scores = torch.zeros(4, 5)

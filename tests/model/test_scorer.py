@@ -113,7 +113,8 @@ def test_a_checkpoint_is_computed_as_the_machine_has_it(seed: int) -> None:
     here = head(32, memory_mb=1, products="tf32").config
     before = model.config.identity()
     model.compute_as(here)
-    assert (model.config.kernel, model.config.memory_mb, model.config.corrected_side) == ("auto", 1, "video")
+    assert (model.config.kernel, model.config.memory_mb) == ("auto", 1)
+    assert model.config.corrected_side == "video"
     assert model.scorer.config is model.config
     assert model.config.identity() == before | {"products": "tf32"}
     text, video = features(4, 5, 3, 2, 32, torch.float64)

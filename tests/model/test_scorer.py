@@ -107,7 +107,7 @@ def test_modes_and_moves_of_the_model_reach_its_scorer(seed: int) -> None:
 
 
 def test_a_checkpoint_is_computed_as_the_machine_has_it(seed: int) -> None:
-    """One that kernels on a GPU have trained is evaluated on a CPU, one of an earlier version with no auto."""
+    """One that a GPU has trained is evaluated on a CPU, and one of an earlier version has no auto."""
     torch.manual_seed(seed)
     model = head(32, kernel="triton", memory_mb=256.0, corrected_side="video")
     here = head(32, memory_mb=1, products="tf32").config

@@ -28,8 +28,10 @@ from gare.model.prepared import Embeddings, PreparedVideo
 from gare.model.tile_sizes import SHARED_BYTES
 from gare.train import blocks
 from gare.train.blocks import Wanted, _block
+from gare.train.gather import gather
 from gare.train.objective import Draws, sharded_terms
 from tests.heads import clip_like, features, head
+from tests.train import parity
 
 pytestmark = [
     pytest.mark.kernels,
@@ -273,6 +275,34 @@ def test_losses_and_gradients_of_a_step(
     assert ("_fused" in recomputed) == (recompute and not loss.get("bottleneck_anchor"))
     for found, right in zip(outcomes[1], outcomes[0], strict=True):
         torch.testing.assert_close(found, right, rtol=1e-7, atol=1e-10)
+
+
+WORKERS = (
+    "loss.direction_over=sample loss.direction_texts=3",
+    "train.micro_batch=1 loss.positives=video",
+    "train.batch_size=7 loss.kl_normalised=true",
+)
+
+
+def test_two_workers_are_one(repository: Path, tmp_path: Path, seed: int) -> None:
+    """Shares of the texts on GPUs must give one gradient, also by GradCache and with unequal shares."""
+    options = [f"model.kernel=triton {option}" for option in WORKERS]
+    commands = [
+        [sys.executable, "-m", "tests.train.parity", str(rank), str(seed), str(tmp_path), *options]
+        for rank in range(2)
+    ]
+    parity.run_together(commands, tmp_path, 300, cwd=repository)
+    for option in options:
+        one = parity.run(seed, torch.float64, gather, *option.replace("triton", "plain").split())
+        whole = torch.cat([value.flatten() for value in one.gradients.values()]).norm()
+        for rank in range(2):
+            found = torch.load(tmp_path / f"found-{rank}.pt", weights_only=True)[option]
+            for name, value in one.terms.items():
+                torch.testing.assert_close(found["terms"][name], value, rtol=1e-8, atol=1e-10, msg=name)
+            for name, value in one.gradients.items():
+                difference = (found["gradients"][name] - value).norm()
+                bound = 1e-7 if "kl_normalised" in option else 1e-8  # whose terms cancel
+                assert difference < bound * torch.maximum(value.norm(), 1e-3 * whole), f"{option}: {name}"
 
 
 def test_the_path_is_chosen_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """What one worker of test_parity does; run as a process: ``python -m tests.train.parity RANK SEED FOLDER``.
 
-The test itself calls the same functions as the only worker, with the whole batch.
+The test itself calls the same functions as the only worker, with the whole batch. With more arguments it is
+one of two workers that take these options alone, in float64.
 """
 
 from __future__ import annotations
@@ -238,6 +239,12 @@ def validate(seed: int, num_videos: int) -> dict[str, float]:
 def main() -> None:
     own_rank, seed, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    if chosen := sys.argv[4:]:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=own_rank, world_size=2)
+        outcomes = {option: vars(run(seed, torch.float64, gather, *option.split())) for option in chosen}
+        torch.save(outcomes, folder / f"found-{own_rank}.pt")
+        dist.destroy_process_group()
+        return
     for world in WORLDS:
         if own_rank >= world:
             continue

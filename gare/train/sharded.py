@@ -186,10 +186,12 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
     if sides.owner == "video":
         # Each worker has a part of the texts: the moments of the parts make those of the whole.
         part, count = count, len(sides.owners)
-        # About one of them: the mean of equal numbers may round to another one, and that pass for spread.
-        origin = max_over_workers(mean.detach())
-        whole = origin + sum_over_workers((mean - origin) * (part / count))
-        apart = (mean - whole).unsqueeze(2)
+        whole = sum_over_workers(mean * (part / count))
+        apart = mean - whole
+        # The mean of equal numbers may round to another one, which must not pass for spread: σ has a huge
+        # gradient where it is small.
+        is_rounding = apart.abs() <= 4 * torch.finfo(apart.dtype).eps * whole.abs()
+        apart = apart.masked_fill(is_rounding, 0).unsqueeze(2)
         scatter = sum_over_workers(scatter + part * (apart @ apart.transpose(1, 2)))
         mean, scatter, vectors = whole[sides.own], scatter[sides.own], vectors[sides.own]
     covariance = scatter / (count - 1)

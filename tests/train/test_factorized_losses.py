@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,7 +115,15 @@ def test_losses_and_gradients_equal_the_direct_form(
         torch.testing.assert_close(factorised.named()[name], value, rtol=1e-9, atol=1e-12, msg=name)
     difference, name = worst(found, expected)
     # Between nearly equal increments of length 1 the direct form itself is left with few digits.
-    assert difference < (1e-7 if config.kl_normalised else 1e-9), name
+    bound = 1e-7 if config.kl_normalised else 1e-9
+    if difference >= bound:
+        # So it is with some clips of two frames and two texts, where σ is small: seed 1636117 differs by 3e-9.
+        # Features that are off by 1e-12 must then change the direct form's gradient by more than that.
+        text = replace(text, embedding=text.embedding * (1 + 1e-12 * torch.randn_like(text.embedding)))
+        video = replace(video, frames=video.frames * (1 + 1e-12 * torch.randn_like(video.frames)))
+        _, beside = gradients("direct", model, text, video, config, draws, video_ids)
+        bound = worst(beside, expected)[0]
+    assert difference < bound, name
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.05])

@@ -189,9 +189,9 @@ def _owners_bottleneck(sides: Sides, blocks: list[Block], config: LossConfig) ->
         whole = sum_over_workers(mean * (part / count))
         apart = mean - whole
         # The mean of equal numbers may round to another one, which must not pass for spread: σ has a huge
-        # gradient where it is small.
+        # gradient where it is small. Numbers that are equal by chance still have gradients of their own.
         is_rounding = apart.abs() <= 4 * torch.finfo(apart.dtype).eps * whole.abs()
-        apart = apart.masked_fill(is_rounding, 0).unsqueeze(2)
+        apart = (apart - apart.detach() * is_rounding).unsqueeze(2)
         scatter = sum_over_workers(scatter + part * (apart @ apart.transpose(1, 2)))
         mean, scatter, vectors = whole[sides.own], scatter[sides.own], vectors[sides.own]
     covariance = scatter / (count - 1)

@@ -105,15 +105,14 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
             where=checkpoint,
             accepted="the model settings that it was trained with",
         )
+
+    def load(*, quiet: bool = True) -> GARE:
+        loaded = load_checkpoint(checkpoint, quiet=quiet)
+        loaded.compute_as(config.model)
+        return loaded
+
     with tells_how_to_mend(checkpoint == best):
-        model = load_checkpoint(checkpoint)
-        model.compute_as(config.model)
-
-    def load_again() -> GARE:
-        again = load_checkpoint(checkpoint, quiet=True)
-        again.compute_as(config.model)
-        return again
-
+        model = load(quiet=False)
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
     settings = settings_of(config, model) if kind == "features" else None
     record = join(places.run(config.train.run), "run.json")
@@ -121,7 +120,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         config.train.run,
         checkpoint,
         model,
-        load_again,
+        load,
         places.frames if settings is None else places.features,
         settings,
         record if checkpoint == best and exists(record) else "",

@@ -22,7 +22,7 @@ from gare.model.tile_sizes import block_of, on_device_of, tile_rows
 
 
 class Fused(NamedTuple):
-    """What the kernel gives of M videos with N texts; None where it was not asked for.
+    """Numbers of M videos with N texts from the kernel; None where they were not asked for.
 
     Attributes:
         scores: (M, N).
@@ -43,7 +43,7 @@ class Fused(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is wanted of each pair beside its score.
+    """Choose what the kernel gives of each pair beside its score.
 
     Attributes:
         norms: whether lengths are.
@@ -204,6 +204,7 @@ class _Pairs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         from gare.model import kernels
 
+        read = (products, logits, small, text_mean, text_centred, text_square, slots)
         asked, videos, texts = shape.asked, shape.num_videos, shape.num_texts
         scores = products.new_empty(videos, texts)
         norms = torch.empty_like(scores) if asked.norms else None
@@ -219,13 +220,7 @@ class _Pairs(torch.autograd.Function):
             part_count = products.new_empty(parts, videos)
         with on_device_of(products):
             kernels.forward[(videos, parts)](
-                products,
-                logits,
-                small,
-                text_mean,
-                text_centred,
-                text_square,
-                slots,
+                *read,
                 scores,
                 norms,
                 plain,
@@ -244,7 +239,7 @@ class _Pairs(torch.autograd.Function):
         if part_mean is not None and part_scatter is not None and part_count is not None:
             mean, scatter = merge_moments(part_mean, part_scatter, part_count[:, 0])
         ctx.shape, ctx.per_program, ctx.parts = shape, per_program, parts
-        ctx.save_for_backward(products, logits, small, text_mean, text_centred, text_square, slots, mean)
+        ctx.save_for_backward(*read, mean)
         ctx.set_materialize_grads(False)
         if plain is not None:
             ctx.mark_non_differentiable(plain)
@@ -264,7 +259,8 @@ class _Pairs(torch.autograd.Function):
         from gare.model import kernels
 
         del grad_plain
-        products, logits, small, text_mean, text_centred, text_square, slots, mean = ctx.saved_tensors
+        *read, mean = ctx.saved_tensors
+        products, logits, small, text_mean, *_ = read
         shape: _Shape = ctx.shape
         videos, texts, vectors = shape.num_videos, shape.num_texts, shape.num_vectors
         if grad_scores is None:
@@ -287,13 +283,7 @@ class _Pairs(torch.autograd.Function):
         grad_gap, grad_text = products.new_empty(videos, texts), products.new_empty(videos, texts)
         with on_device_of(products):
             kernels.backward[(videos, ctx.parts)](
-                products,
-                logits,
-                small,
-                text_mean,
-                text_centred,
-                text_square,
-                slots,
+                *read,
                 mean,
                 *given,
                 grad_products,

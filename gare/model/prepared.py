@@ -112,12 +112,12 @@ class PreparedVideo:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all numbers."""
+        """The kind of all numbers."""
         return self.rows.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device that they are on."""
         return self.rows.device
 
     def __getitem__(self, videos: slice | Tensor) -> PreparedVideo:
@@ -151,12 +151,12 @@ class PreparedText:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all numbers."""
+        """The kind of all numbers."""
         return self.products.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device that they are on."""
         return self.products.device
 
     def __getitem__(self, texts: slice | Tensor) -> PreparedText:

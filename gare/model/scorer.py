@@ -78,7 +78,7 @@ class PairScorer:
 
     @property
     def rule(self) -> Rule:
-        """How numbers of a pair become its score."""
+        """The rule by which numbers of a pair become its score."""
         config = self.config
         return Rule(config.corrected_side, config.pool_temperature, self.radius, pooling=config.pooling)
 

@@ -47,7 +47,7 @@ class Sizes:
 
 
 def numbers_of_a_pair(scorer: PairScorer, num_frames: int, num_words: int, *, fused: bool = False) -> int:
-    """How many numbers the factorised form holds of a pair: products, attention and its forms.
+    """Count the numbers that the factorised form holds of a pair: products, attention and its forms.
 
     Those that the fused kernels hold are products and, in training, their gradients.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
 
 import torch
@@ -69,11 +68,7 @@ def block_of(num_weights: int) -> int:
 
 def tile_rows(count: int) -> int:
     """Rows of a tile, a power of two."""
-    return max(16, _power_of_two(count))
-
-
-def _power_of_two(count: int) -> int:
-    return int(2 ** math.ceil(math.log2(count)))
+    return max(16, 1 << (count - 1).bit_length())
 
 
 def on_device_of(tensor: Tensor) -> torch.cuda.device:

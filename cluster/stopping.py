@@ -5,6 +5,9 @@ something goes on that must not be cut in two (``shielded``), and workers that h
 asked to end by themselves (``asking``), which a second signal does not wait for any longer. A third ends the
 process without closing anything.
 
+Not within an import: what is half imported stays so for the rest of the process, and an extension written in
+C++ may abort at an exception while it sets itself up, as Triton does. The signal waits for the import's end.
+
 This module imports nothing that takes time, so that a command can take signals before it imports the rest.
 """
 
@@ -34,6 +37,8 @@ GRACE_S = 25.0
 #: Seconds after which an exception that nobody has seen is raised again: libraries swallow one that is raised
 #: within a destructor or a callback.
 UNSEEN_S = 10.0
+#: The same for one that Python itself says it has swallowed, and between two looks at an import under way.
+SOON_S = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
@@ -56,6 +61,8 @@ class _Signals:
     """
 
     def __init__(self) -> None:
+        self._unraisable: Callable[[Any], Any] = sys.unraisablehook
+        self._hook = self._hear_unraisable  # one object, by which it is known again
         self._forget()
 
     def _forget(self) -> None:
@@ -73,6 +80,8 @@ class _Signals:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
+        if sys.unraisablehook is not self._hook:
+            self._unraisable, sys.unraisablehook = sys.unraisablehook, self._hook
         self.is_taken = True
         return before
 
@@ -85,13 +94,23 @@ class _Signals:
         """Installs the handlers that ``take`` has found."""
         for number, handler in before.items():
             signal.signal(number, handler)
+        if sys.unraisablehook is self._hook:
+            sys.unraisablehook = self._unraisable
         self.stop_timer()
         self._forget()
+
+    def _hear_unraisable(self, unraisable: Any) -> None:
+        """Raises again what a destructor or a callback had to swallow, instead of printing it."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            self._unraisable(unraisable)
+        elif not self.is_over:
+            self._is_seen = False
+            self._wake_after(SOON_S)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._is_woken:
             self._is_woken = False
-            self._look_again()
+            self._look_again(frame)
             return
         name = NAMES[signal.Signals(number)]
         if not self.is_running and not self.is_over:
@@ -102,19 +121,19 @@ class _Signals:
         if self.is_over:
             return
         if self.name:
-            self._handle_another()
+            self._handle_another(frame)
             return
         self.name, self._number = name, number
         if self._ask:
             self._begin_asking(self._ask)
         elif not self._depth:
-            self._raise()
+            self._raise_outside_imports(frame)
         else:
             _tell(f"{name}: the command ends once what must not be cut in two is done")
 
-    def _handle_another(self) -> None:
+    def _handle_another(self, frame: FrameType | None) -> None:
         if (self._ask or self._is_asked) and not (self._is_raised or self._depth):
-            self._raise()
+            self._raise_outside_imports(frame)
         _tell(f"{self.name}: what is open is being closed; once more ends at once, without that")
 
     def _begin_asking(self, ask: Callable[[str], None]) -> None:
@@ -130,6 +149,12 @@ class _Signals:
         self._wake_after(UNSEEN_S)
         raise Interrupted(self.name)
 
+    def _raise_outside_imports(self, frame: FrameType | None) -> None:
+        if _is_importing(frame):
+            self._wake_after(SOON_S)
+        else:
+            self._raise()
+
     def _wake_after(self, seconds: float) -> None:
         """Has the main thread look again later, whatever it waits for then."""
         self.stop_timer()
@@ -142,13 +167,13 @@ class _Signals:
         # Sent to the thread, so that what it waits for in the system is ended as by a signal from outside.
         signal.pthread_kill(_main_ident(), self._number)
 
-    def _look_again(self) -> None:
+    def _look_again(self, frame: FrameType | None) -> None:
         if self.is_over or self._is_seen or not self.name:
             return
         if self._depth:
             self._wake_after(UNSEEN_S)
         else:
-            self._raise()
+            self._raise_outside_imports(frame)
 
     def stop_timer(self) -> None:
         """Forgets what was to be looked at again."""
@@ -307,6 +332,15 @@ def asking(ask: Callable[[str], None]) -> Iterator[None]:
         _signals.ask_with(None)
         if before:
             _signals.give_back(before)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """True where the code that a signal interrupted runs within an import, however far below."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_unwinding(error: BaseException | None) -> bool:

@@ -126,6 +126,60 @@ threading.Event().wait(60)
     assert "swallowed" in done.stderr
 
 
+def test_one_within_a_callback_is_not_told_as_a_fault(repository: Path, config: Path) -> None:
+    """Python prints a traceback of what it drops in a weak reference's callback; CI met one in weakref.py."""
+    body = """
+import weakref
+class Key:
+    pass
+key = Key()
+callback = weakref.ref(key, lambda reference: hit())
+del key
+say("went on")
+threading.Event().wait(60)
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert_interrupted(done, signal.SIGTERM)
+    assert "went on" in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_other_exceptions_of_callbacks_are_told(repository: Path, config: Path) -> None:
+    body = """
+class Faulty:
+    def __del__(self):
+        raise ValueError("of a destructor")
+Faulty()
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert done.returncode == 0
+    assert "ValueError: of a destructor" in done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_import_ends_first(repository: Path, config: Path, tmp_path: Path, count: int) -> None:
+    """CI met an abort: Triton's extension sets its enumerations up by Python code, and may not throw."""
+    (tmp_path / "imported_slowly.py").write_text(
+        "import os, signal, sys, time\n"
+        f"for _ in range({count}):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.2)\n"
+        "sys.stderr.write('imported\\n')\n"
+    )
+    body = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+try:
+    import imported_slowly
+    threading.Event().wait(60)
+finally:
+    say("closed")
+    assert "imported_slowly" in sys.modules
+"""
+    done = end_of(repository, config, signal.SIGTERM, body)
+    assert_interrupted(done, signal.SIGTERM)
+    assert "imported\nclosed\n" in done.stderr
+
+
 def test_one_that_is_swallowed_before_a_shield(repository: Path, config: Path) -> None:
     """Imports have bare excepts; what is shielded after one is no sign that the command is ending."""
     body = """

@@ -76,7 +76,7 @@ class _Signals:
 
     def take(self) -> dict[int, Any]:
         """Installs the handlers; returns those before. What is ignored stays so, as below ``nohup``."""
-        before = {number: signal.getsignal(number) for number in NAMES}
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in NAMES}
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._handle)

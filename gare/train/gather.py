@@ -73,36 +73,102 @@ def rows_of(count: int, device: torch.device) -> Rows:
     return rows
 
 
-class _Gather(torch.autograd.Function):
-    """All-gather of blocks; its backward sums what every worker says about the local block.
+class Gathering:
+    """An all-gather under way: the work between its start and ``wait`` goes on beside it, both ways.
+
+    In the backward the incoming gradient is sent when that of ``wait`` runs, and is needed where the start's
+    does: PyTorch runs what was computed in between in between there too, since it goes backward in the order
+    of the forward.
 
     PyTorch's own differentiable all_gather hands gloo the incoming gradient as it lies in memory, and a
     non-contiguous one comes back permuted without a word (2.13). Here both directions are contiguous.
+
+    Args:
+        local: this worker's rows.
+        rows: of all workers.
     """
 
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, rows: Rows) -> Tensor:
-        ctx.rows = rows
-        missing = rows.most - len(local)
+    def __init__(self, local: Tensor, rows: Rows) -> None:
+        self.rows = rows
+        self.local = local
+        self._is_alone = world_size() == 1
+        self._work: dist.Work | None = None
+        self._grad: Tensor | None = None
+        if not self._is_alone:
+            self._token: Tensor = _StartGather.apply(local.contiguous(), self)  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Tensor:
+        """Returns all workers' rows; to be called once."""
+        if self._is_alone:
+            return self.local
+        gathered: Tensor = _WaitForGather.apply(self._token, self)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def send(self, local: Tensor) -> None:
+        """Starts to gather."""
+        missing = self.rows.most - len(local)
         if missing:  # collectives want equal blocks
             local = torch.cat([local, local.new_zeros(missing, *local.shape[1:])])
-        blocks = [torch.empty_like(local) for _ in rows.counts]
+        self._sent = local  # held until it has been sent
+        self._blocks = [torch.empty_like(local) for _ in self.rows.counts]
+        self._work = dist.all_gather(self._blocks, local, async_op=True)
+
+    def receive(self) -> Tensor:
+        """Waits for the rows."""
+        self._finish()
+        blocks = [block[:count] for block, count in zip(self._blocks, self.rows.counts, strict=True)]
+        del self._sent, self._blocks
+        return torch.cat(blocks)
+
+    def send_back(self, grad: Tensor) -> None:
+        """Starts to sum what every worker says about all rows."""
+        # A copy: the incoming gradient may be another consumer's too, and the all-reduce works in place.
+        self._grad = grad.clone(memory_format=torch.contiguous_format)
+        # gloo has no reduce-scatter; an all-reduce of the same bytes and a slice give the same sum.
+        self._work = dist.all_reduce(self._grad, async_op=True)
+
+    def receive_back(self) -> Tensor:
+        """Waits for the sum, and takes this worker's rows of it."""
+        self._finish()
+        assert self._grad is not None
+        grad, self._grad = self._grad[self.rows.own].contiguous(), None
+        return grad
+
+    def _finish(self) -> None:
+        assert self._work is not None
         with stage("communication"):
-            dist.all_gather(blocks, local)
-        return torch.cat([block[:count] for block, count in zip(blocks, rows.counts, strict=True)])
+            self._work.wait()
+        self._work = None
+
+
+class _StartGather(torch.autograd.Function):
+    """Starts; what it returns only ties the end to the start, and has no value."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, gathering: Gathering) -> Tensor:
+        ctx.gathering = gathering
+        gathering.send(local)
+        return local.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # A copy: the incoming gradient may be another consumer's too, and the all-reduce works in place.
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        # gloo has no reduce-scatter; an all-reduce of the same bytes and a slice give the same sum.
-        with stage("communication"):
-            dist.all_reduce(grad)
-        return grad[ctx.rows.own].contiguous(), None
+        return ctx.gathering.receive_back(), None
 
 
-def gather(local: Tensor, rows: Rows) -> Tensor:
-    """All workers' rows: (b, …) on each worker → (N, …), differentiable.
+class _WaitForGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, gathering: Gathering) -> Tensor:
+        ctx.gathering = gathering
+        return gathering.receive()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.gathering.send_back(grads[0])
+        return grads[0].new_zeros(()), None
+
+
+def start_gather(local: Tensor, rows: Rows) -> Gathering:
+    """Starts to gather all workers' rows, (b, …) on each worker → (N, …) by ``wait``, differentiable.
 
     The gradient of the local rows is the sum over the workers of their gradients. With every worker
     computing the whole batch's loss, DDP's mean over workers then gives the gradient of one worker that
@@ -112,10 +178,12 @@ def gather(local: Tensor, rows: Rows) -> Tensor:
         local: as many rows as ``rows`` says.
         rows: from ``rows_of``, the same on all.
     """
-    if world_size() == 1:
-        return local
-    gathered: Tensor = _Gather.apply(local.contiguous(), rows)  # type: ignore[no-untyped-call]
-    return gathered
+    return Gathering(local, rows)
+
+
+def gather(local: Tensor, rows: Rows) -> Tensor:
+    """All workers' rows, as of ``start_gather``, waited for at once."""
+    return start_gather(local, rows).wait()
 
 
 class _Sum(torch.autograd.Function):

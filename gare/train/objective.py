@@ -6,9 +6,10 @@ b pairs on this worker, N pairs over all R workers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,14 @@ from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.scorer import PairScorer
 from gare.model.streaming import slices
-from gare.train.gather import Rows, gather, rows_of, sum_over_workers, world_size
+from gare.train.gather import Rows, gather, rows_of, start_gather, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
 from gare.train.sharded import Seen, shares
 from gare.train.stages import stage
 
 logger = logging.getLogger(__name__)
+
+Encoded = TypeVar("Encoded", TextFeatures, VideoFeatures)
 
 
 @dataclass(frozen=True)
@@ -225,13 +228,16 @@ class Objective(nn.Module):
         """
         scorer = self.model.scorer
         rows = rows_of(len(batch.frames), batch.frames.device)
-        text, video = self._divided(*self._encode(batch))
+        video = self._encode_video(batch)
+        # Frames are most of what travels; texts are encoded meanwhile.
+        frames, mask = start_gather(video.frames, rows), start_gather(video.mask, rows)
+        text = self._encode_text(batch)
         video_ids = None
         if self.config.positives == "video":
             if batch.video_ids is None:
                 raise GareError("the batch does not say whose its captions are", where="loss.positives video")
             video_ids = gather(batch.video_ids, rows)
-        video = VideoFeatures(gather(video.frames, rows), gather(video.mask, rows))
+        video = VideoFeatures(frames.wait(), mask.wait())
         draws = Draws.of_step(scorer, self.config, len(video), seed)
         if scorer.path() == "factorized":
             with stage("head"):
@@ -268,22 +274,27 @@ class Objective(nn.Module):
         finally:
             model.train(training)
 
-    def _divided(self, text: TextFeatures, video: VideoFeatures) -> tuple[TextFeatures, VideoFeatures]:
-        """The same features, whose gradients the encoders get divided where the released recipe has it so.
+    def _encode_text(self, batch: Batch | FeatureBatch) -> TextFeatures:
+        """Features of this worker's captions, float32 at least."""
+        parts = self._in_parts(self._text_features, batch)
+        words = [part.words for part in parts if part.words is not None]
+        return TextFeatures(
+            self._divided(_joined([part.embedding for part in parts])),
+            self._divided(_joined(words)) if words else None,
+            _joined([part.mask for part in parts]),
+        )
 
-        Source: released code, whose gather keeps of R workers' gradients its own, and DDP averages over R.
-        """
-        train = self.train_config
-        has_towers = isinstance(self.model.towers, ClipTowers)
-        if train.precision != "fp16_released" or not has_towers or train.encoder_gradient_divisor == 1:
-            return text, video
-        divisor = train.encoder_gradient_divisor
-        words = None if text.words is None else divide_gradient(text.words, divisor)
-        text = TextFeatures(divide_gradient(text.embedding, divisor), words, text.mask)
-        return text, replace(video, frames=divide_gradient(video.frames, divisor))
+    def _encode_video(self, batch: Batch | FeatureBatch) -> VideoFeatures:
+        """Features of this worker's clips, float32 at least."""
+        parts = self._in_parts(self._video_features, batch)
+        return VideoFeatures(
+            self._divided(_joined([part.frames for part in parts])), _joined([part.mask for part in parts])
+        )
 
-    def _encode(self, batch: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
-        """Features of this worker's pairs, float32 at least.
+    def _in_parts(
+        self, encode: Callable[[Batch | FeatureBatch], Encoded], batch: Batch | FeatureBatch
+    ) -> list[Encoded]:
+        """Encodes a batch whole, or in micro-batches.
 
         With ``train.micro_batch`` no activation of the towers outlives its micro-batch: the backward encodes
         each again, with the random state that it had, when the gradient at its features is known (GradCache,
@@ -292,13 +303,22 @@ class Objective(nn.Module):
         count = len(batch.frames)
         size = self.train_config.micro_batch or count
         if size >= count or not torch.is_grad_enabled():
-            return self._features(batch)
-        parts = [
-            checkpoint(self._features, batch[rows], use_reentrant=False, preserve_rng_state=True)
+            return [encode(batch)]
+        return [
+            checkpoint(encode, batch[rows], use_reentrant=False, preserve_rng_state=True)
             for rows in slices(count, size)
         ]
-        texts, videos = zip(*parts, strict=True)
-        return _join_texts(texts), _join_videos(videos)
+
+    def _divided(self, features: Tensor) -> Tensor:
+        """The same features, whose gradients the encoders get divided where the released recipe has it so.
+
+        Source: released code, whose gather keeps of R workers' gradients its own, and DDP averages over R.
+        """
+        train = self.train_config
+        has_towers = isinstance(self.model.towers, ClipTowers)
+        if train.precision != "fp16_released" or not has_towers or train.encoder_gradient_divisor == 1:
+            return features
+        return divide_gradient(features, train.encoder_gradient_divisor)
 
     def rehearse(self, num_pairs: int) -> None:
         """Runs the towers forward and backward on blank pairs, as a step does; no gradient is left."""
@@ -309,30 +329,44 @@ class Objective(nn.Module):
             for most in (config.max_words, config.max_frames)
         )
         pictures = torch.zeros(*frame_mask.shape, side, side, 3, dtype=torch.uint8, device=device)
-        text, video = self._features(Batch(text_mask.long(), text_mask, pictures, frame_mask))
+        blank = Batch(text_mask.long(), text_mask, pictures, frame_mask)
+        text, video = self._text_features(blank), self._video_features(blank)
         learning = [one for one in self.model.towers.parameters() if one.requires_grad]
         if learning:
             total = text.embedding.sum() + video.frames.sum()
             torch.autograd.grad(total, learning, allow_unused=True)
 
-    def _features(self, part: Batch | FeatureBatch) -> tuple[TextFeatures, VideoFeatures]:
-        bf16 = self.train_config.precision == "bf16"
-        if isinstance(part, Batch) and part.frames.dtype == torch.uint8:
-            # Here and not where batches are made: as floats they are four times as large, and this way only
-            # those of a micro-batch are.
-            with stage("normalise"):
-                part = replace(part, token_ids=part.token_ids.long(), frames=normalise(part.frames))
-        with stage("towers"), torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
-            if isinstance(part, FeatureBatch):
+    def _text_features(self, part: Batch | FeatureBatch) -> TextFeatures:
+        with self._encoding(part):
+            if isinstance(part, Batch):
+                text = self.model.encode_text(part.token_ids.long(), part.token_mask)
+            else:
                 kind = self.model.logit_scale.dtype
                 words = None if part.words is None else part.words.to(kind)
                 stored = TextFeatures(part.text.to(kind), words, part.token_mask.bool())
                 text = self.model.text_from_towers(stored)
-                video = self.model.video_from_towers(part.frames.to(kind), part.frame_mask)
+        return text.float() if self.train_config.precision == "bf16" else text
+
+    def _video_features(self, part: Batch | FeatureBatch) -> VideoFeatures:
+        frames = part.frames
+        if isinstance(part, Batch) and frames.dtype == torch.uint8:
+            # Here and not where batches are made: as floats they are four times as large, and this way only
+            # those of a micro-batch are.
+            with stage("normalise"):
+                frames = normalise(frames)
+        with self._encoding(part):
+            if isinstance(part, Batch):
+                video = self.model.encode_video(frames, part.frame_mask)
             else:
-                text = self.model.encode_text(part.token_ids, part.token_mask)
-                video = self.model.encode_video(part.frames, part.frame_mask)
-        return (text.float(), video.float()) if bf16 else (text, video)
+                video = self.model.video_from_towers(frames.to(self.model.logit_scale.dtype), part.frame_mask)
+        return video.float() if self.train_config.precision == "bf16" else video
+
+    @contextmanager
+    def _encoding(self, part: Batch | FeatureBatch) -> Iterator[None]:
+        """Marks the towers' stage; under autocast in bf16."""
+        bf16 = self.train_config.precision == "bf16"
+        with stage("towers"), torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
+            yield
 
 
 class _DividedGradient(torch.autograd.Function):
@@ -352,14 +386,5 @@ def divide_gradient(tensor: Tensor, divisor: float) -> Tensor:
     return divided
 
 
-def _join_texts(parts: Sequence[TextFeatures]) -> TextFeatures:
-    words = [part.words for part in parts if part.words is not None]
-    return TextFeatures(
-        torch.cat([part.embedding for part in parts]),
-        torch.cat(words) if words else None,
-        torch.cat([part.mask for part in parts]),
-    )
-
-
-def _join_videos(parts: Sequence[VideoFeatures]) -> VideoFeatures:
-    return VideoFeatures(torch.cat([part.frames for part in parts]), torch.cat([part.mask for part in parts]))
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

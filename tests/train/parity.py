@@ -23,7 +23,7 @@ from gare.config import Config
 from gare.errors import GareError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.train.gather import Rows, gather, gather_unequal, rank, rows_of, world_size
+from gare.train.gather import Gathering, Rows, gather, gather_unequal, rank, rows_of, start_gather, world_size
 from gare.train.input.tokens import CaptionTokens
 from gare.train.step import Learner, build_learner, compute_gradients, train_step
 from gare.train.validation import Validation
@@ -99,16 +99,25 @@ def run(
         seen.append(not grad.is_contiguous())
         return grad
 
-    def watched(local: Tensor, rows: Rows) -> Tensor:
-        if local.requires_grad:
-            seen.append(not local.is_contiguous())
-        gathered = gatherer(local, rows)
-        if gathered.requires_grad:
-            gathered.register_hook(come_back_strided)
-        return gathered
+    class Watched:
+        def __init__(self, local: Tensor, rows: Rows) -> None:
+            if local.requires_grad:
+                seen.append(not local.is_contiguous())
+            self.wait_once = (
+                start_gather(local, rows).wait if gatherer is gather else lambda: gatherer(local, rows)
+            )
 
-    original = gare.train.objective.gather
-    gare.train.objective.gather = watched
+        def wait(self) -> Tensor:
+            gathered = self.wait_once()
+            if gathered.requires_grad:
+                gathered.register_hook(come_back_strided)
+            return gathered
+
+    def watched(local: Tensor, rows: Rows) -> Tensor:
+        return Watched(local, rows).wait()
+
+    original = gare.train.objective.gather, gare.train.objective.start_gather
+    gare.train.objective.gather, gare.train.objective.start_gather = watched, Watched  # type: ignore[assignment]
     try:
         learner = _learner(seed, dtype, *overrides)
         terms = compute_gradients(learner, batches[0]).named()
@@ -121,7 +130,7 @@ def run(
         start = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
         losses = [train_step(learner, batch)["loss/total"] for batch in batches]
     finally:
-        gare.train.objective.gather = original
+        gare.train.objective.gather, gare.train.objective.start_gather = original
     weights = {name: parameter.detach() for name, parameter in learner.model.named_parameters()}
     moved = {name: weights[name] - start[name] for name in weights}
     return Outcome(terms, gradients, weights, moved, losses, seen)
@@ -214,6 +223,45 @@ def shared_gradient() -> Tensor:
     return torch.cat([other.grad, local.grad])
 
 
+def order_of_a_step(seed: int) -> list[str]:
+    """When frames travel in a step, and when texts are encoded, forward and backward."""
+    seen: list[str] = []
+    learner = _learner(seed, torch.float32)
+    encode_text = learner.model.encode_text
+
+    def encode(*arguments: Tensor) -> TextFeatures:
+        seen.append("text forward")
+        text = encode_text(*arguments)
+        text.embedding.register_hook(lambda grad: seen.append("text backward"))
+        return text
+
+    class Watched(Gathering):
+        def send(self, local: Tensor) -> None:
+            seen.extend(["frames leave"] * local.is_floating_point())
+            super().send(local)
+
+        def receive(self) -> Tensor:
+            seen.extend(["frames arrive"] * self.local.is_floating_point())
+            return super().receive()
+
+        def send_back(self, grad: Tensor) -> None:
+            seen.append("gradients leave")
+            super().send_back(grad)
+
+        def receive_back(self) -> Tensor:
+            seen.append("gradients arrive")
+            return super().receive_back()
+
+    original, learner.model.encode_text = gare.train.objective.start_gather, encode  # type: ignore[method-assign]
+    gare.train.objective.start_gather = Watched
+    try:
+        batch = share(tiny_batch(config(), np.random.default_rng(seed)), rank(), world_size())
+        compute_gradients(learner, batch)
+    finally:
+        gare.train.objective.start_gather = original
+    return seen
+
+
 def validate(seed: int, num_videos: int) -> dict[str, float]:
     """Metrics of clips dealt out as the plan does; the model was training when the epoch ended."""
     torch.manual_seed(seed)
@@ -264,6 +312,7 @@ def main() -> None:
             "nothing_to_do": nothing_to_do(),
             "torch": vars(run(seed, gatherer=torch_gather)),
             "shared_gradient": shared_gradient(),
+            "order": order_of_a_step(seed),
             "validation": {count: validate(seed, count) for count in (2, 7)},
             "unequal": gather_unequal(torch.full((own_rank, 2), float(own_rank))),
         }

@@ -216,6 +216,20 @@ def test_the_test_bites(world: int, found: Found, alone: parity.Outcome) -> None
 
 
 @pytest.mark.parametrize("world", parity.WORLDS)
+def test_frames_travel_beside_the_texts(found: Found, world: int) -> None:
+    """On a slow network whoever waits for frames at once pays for each of them twice, there and back."""
+    for rank in range(world):
+        assert found[world, rank]["order"] == [
+            "frames leave",
+            "text forward",
+            "frames arrive",
+            "gradients leave",
+            "text backward",
+            "gradients arrive",
+        ]
+
+
+@pytest.mark.parametrize("world", parity.WORLDS)
 def test_gather_leaves_the_gradient_of_others_alone(world: int, found: Found) -> None:
     """Autograd hands one gradient to all consumers: a sum in place would change theirs without a word."""
     for rank in range(world):

@@ -113,7 +113,7 @@ class ModelConfig(Section):
     method: Literal["auto", "direct", "factorized"] = Field(
         "auto",
         description="how pairs are computed; auto: factorised, which is exact, and direct where it has no "
-        "such form",
+        "such form, or where on a GPU it is faster (steps of 256 pairs or fewer without fused kernels)",
     )
     kernel: Literal["auto", "triton", "plain"] = Field(
         "auto",

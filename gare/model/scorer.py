@@ -27,6 +27,10 @@ from gare.model.tile_sizes import why_unavailable
 
 logger = logging.getLogger(__name__)
 
+#: Pairs of a step up to which the direct form is faster on a GPU than plain operations. On an H200 in float32
+#: (F 12, D 512) it takes 7.6 and 21 ms at 128 and 256 pairs, and the factorised form's launches take 30.
+DIRECT_STEP_PAIRS = 256
+
 #: Forms of the score: every Δ_ij itself, or a few numbers of it.
 ScorePath = Literal["direct", "factorized"]
 
@@ -100,6 +104,23 @@ class PairScorer:
         if method == "auto" and reason:
             self._say_once(f"{reason}: the direct form is used")
         return "direct" if method == "direct" or reason else "factorized"
+
+    def path_of_step(self, frames: Tensor, reason: str = "") -> ScorePath:
+        """Chooses the form of a training step's pairs: where both are exact, auto takes the faster one.
+
+        Args:
+            frames: (N, F, D) of the global batch.
+            reason: why the loss cannot have the fused kernels; empty: it can.
+        """
+        path = self.path()
+        may_choose = self.config.method == "auto" and self.increment is not None and frames.is_cuda
+        if path == "direct" or not may_choose or frames.shape[0] > DIRECT_STEP_PAIRS:
+            return path
+        if self.takes_kernel(frames.shape[1], frames.dtype, frames.device, reason):
+            return "factorized"
+        faster = f"the direct form is used, which is faster up to {DIRECT_STEP_PAIRS} pairs"
+        self._say_once(faster, logging.INFO)
+        return "direct"
 
     def _say_once(self, message: str, level: int = logging.WARNING) -> None:
         if message not in self._said:

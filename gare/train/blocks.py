@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gare.config import LossConfig
 from gare.model.budget import MEGABYTE, Budget
 from gare.model.factorized import PairNumbers
 from gare.model.features import TextFeatures, VideoFeatures
@@ -28,6 +29,7 @@ from gare.train.gather import sum_over_workers, world_size
 TRIM_EVERY = 16
 #: On a CPU a block has so many pairs that its numbers stay in the cache.
 BLOCK_BYTES = 8 * MEGABYTE
+SUMS_INCREMENTS = "the bottleneck of texts sums increments themselves"
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,23 @@ def blocks_of(scorer: PairScorer, sides: Sides, wanted: Wanted, reference: Tenso
         yield block
 
 
+def sums_increments(owner: str, config: LossConfig) -> bool:
+    """True if the bottleneck's anchors do not own the basis: increments themselves have to be summed."""
+    return owner != "none" and bool(config.bottleneck_weight) and config.bottleneck_anchor != owner
+
+
+def why_not_fused(scorer: PairScorer, config: LossConfig) -> str:
+    """The reason that a loss cannot have the fused kernels; empty where it can."""
+    return SUMS_INCREMENTS if sums_increments(scorer.context_of, config) else ""
+
+
 def takes_kernel(scorer: PairScorer, sides: Sides, wanted: Wanted) -> bool:
     """True if blocks of these sides are computed by the fused kernels; a reason against it is said once.
 
     Raises:
         ConfigError: where they are asked for and cannot be had.
     """
-    reason = "the bottleneck of texts sums increments themselves" if wanted.sums else ""
+    reason = SUMS_INCREMENTS if wanted.sums else ""
     return scorer.takes_kernel(sides.positions[0], sides.owners.dtype, sides.owners.device, reason)
 
 

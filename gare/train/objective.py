@@ -24,6 +24,7 @@ from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.scorer import PairScorer
 from gare.model.streaming import slices
+from gare.train.blocks import why_not_fused
 from gare.train.gather import Rows, gather, rows_of, start_gather, sum_over_workers, world_size
 from gare.train.losses import bottleneck, direction, info_nce, orthogonality, radii
 from gare.train.sharded import Seen, shares
@@ -239,7 +240,7 @@ class Objective(nn.Module):
             video_ids = gather(batch.video_ids, rows)
         video = VideoFeatures(frames.wait(), mask.wait())
         draws = Draws.of_step(scorer, self.config, len(video), seed)
-        if scorer.path() == "factorized":
+        if scorer.path_of_step(video.frames, why_not_fused(scorer, self.config)) == "factorized":
             with stage("head"):
                 return sharded_terms(
                     self.model, text, video, self.config, draws, video_ids, rows=rows, watched=watched

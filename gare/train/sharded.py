@@ -22,7 +22,7 @@ from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.forms import quadratic
 from gare.model.prepared import PreparedVideo
 from gare.model.scorer import PairScorer
-from gare.train.blocks import Block, Sides, Wanted, blocks_of, reference_of, sides_of
+from gare.train.blocks import Block, Sides, Wanted, blocks_of, reference_of, sides_of, sums_increments
 from gare.train.direction import factorized_direction
 from gare.train.gather import Rows, max_over_workers, sum_over_workers, world_size
 from gare.train.losses import NOISE_ULPS, bounded, divergence, positive_shares, rounding_noise
@@ -143,10 +143,10 @@ def shares(
 
 def _wanted(sides: Sides, config: LossConfig, own_sample: Tensor | None, watched: bool) -> Wanted:
     """What the configured terms need of each block."""
-    has_delta, anchor_owns = sides.owner != "none", config.bottleneck_anchor == sides.owner
+    has_delta, sums = sides.owner != "none", sums_increments(sides.owner, config)
     return Wanted(
-        has_delta and bool(config.bottleneck_weight) and anchor_owns,
-        has_delta and bool(config.bottleneck_weight) and not anchor_owns,
+        has_delta and bool(config.bottleneck_weight) and not sums,
+        sums,
         config.kl_normalised,
         (has_delta and bool(config.direction_weight), own_sample),
         watched,

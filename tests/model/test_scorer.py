@@ -6,10 +6,13 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import gare.model.scorer
 from gare.model.gare import GARE
 from gare.model.streaming import stream_scores
 from gare.train.optim import build_optimizer
@@ -104,6 +107,30 @@ def test_modes_and_moves_of_the_model_reach_its_scorer(seed: int) -> None:
     text, video = features(4, 5, 3, 2, 32, torch.float32)
     assert model.float().score(text, video).dtype == torch.float32
     assert torch.equal(stream_scores(model.scorer, text, video), model.score(text, video))
+
+
+@pytest.mark.parametrize(
+    ("device", "num_pairs", "settings", "expected"),
+    [
+        ("cuda", 256, {"kernel": "plain"}, "direct"),
+        ("cuda", 257, {"kernel": "plain"}, "factorized"),
+        ("cuda", 256, {"kernel": "plain", "method": "factorized"}, "factorized"),
+        ("cuda", 256, {"context": "words"}, "direct"),
+        ("cuda", 256, {}, "factorized"),
+        ("cuda", 256, {"increment": False}, "factorized"),
+        ("cpu", 256, {}, "factorized"),
+    ],
+)
+def test_auto_takes_the_faster_of_the_exact_forms(
+    monkeypatch: pytest.MonkeyPatch, device: str, num_pairs: int, settings: dict[str, Any], expected: str
+) -> None:
+    """Small steps of variants without kernels took four times as long on a GPU as they had to."""
+    monkeypatch.setattr(gare.model.scorer, "why_unavailable", lambda *_: "")
+    scorer = head(32, **settings).train().scorer
+    frames = SimpleNamespace(
+        shape=(num_pairs, 12, 32), dtype=torch.float32, device=torch.device(device), is_cuda=device == "cuda"
+    )
+    assert scorer.path_of_step(frames) == expected  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_is_computed_as_the_machine_has_it(seed: int) -> None:

@@ -11,16 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gare.config import Config
 from gare.data.batch import Batch
 from gare.model.gare import GARE
 from gare.train.optim import build_optimizer
-from tests.benchmarks.gpu import head, step
+from tests.benchmarks.gpu import figure, head, step
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.bench import Bench, Row
+from tests.benchmarks.gpu.figure import FORMS
 from tests.benchmarks.gpu.parts import PARTS
 from tests.benchmarks.gpu.training import summary
 from tests.benchmarks.gpu.variants import VARIANTS, LoopingBertAdam
@@ -33,7 +36,7 @@ LIKELY_ABSENT = (
     *("av", "boto3", "decord", "ftfy", "instant_clip_tokenizer", "cv2", "mlflow", "ray", "simplejpeg"),
 )
 #: Numbers that may be 0: a remainder, an error, a choice.
-MAY_BE_ZERO = {"other", "direct", "plain", "fused", "fused, prepared", "fused, tf32", "seed"}
+MAY_BE_ZERO = {"other", "direct", "plain", "fused", "fused, prepared", "fused, tf32", "fused, bf16", "seed"}
 
 WITHOUT = """
 import sys
@@ -118,8 +121,11 @@ def test_all_parts_measure_something(repository: Path, seed: int) -> None:
     for row in rows:
         assert row["stages_ms"].keys() >= {"towers", "head", "backward", "optimizer", "other"}
         assert row["share_of_ceiling"].keys() == parts["ceilings"]["tflops"].keys()
-    assert all("ms" in row for row in parts["head"]["scores"] + parts["head"]["steps"])
+    for row in parts["head"]["scores"] + parts["head"]["steps"]:
+        assert ("ms" in row) != (row["form"] == "fused, graph")
     assert max(parts["head"]["relative_error"].values()) < 1e-5
+    assert max(parts["head"]["gradient_error"].values()) < 1e-4
+    assert parts["head"]["operations"]["dot products"] < parts["head"]["operations"]["direct"]
     assert parts["loader"]["clips_per_s"].keys() == {"plain", "augmented"}
     assert all(rates["all_cpus"] for rates in parts["loader"]["clips_per_s"].values())
     assert "uint8_copy_and_normalise" in parts["transfer"]["ms_per_clip"]
@@ -212,14 +218,57 @@ def test_sizes_of_the_head_that_cost_too_much_are_left_out_and_said(
     """One size that takes minutes would else cost all numbers after it."""
     run = Bench(torch.device("cpu"), True, seed, tiny_config(), ends_at=time.perf_counter() + 1000)
     monkeypatch.setattr(head, "TINY_STEPS", (4, 10**9))
-    rows = head.measure(run)["steps"]
-    assert [("ms" in row, row["size"]) for row in rows] == [(True, 4)] * 3 + [(False, 10**9)] * 3
-    assert all("s left" in row["left_out"] for row in rows[3:])
+    rows = [row for row in head.measure(run)["steps"] if row["form"] != "fused, graph"]
+    forms = len(head.STEP_FORMS) - 1
+    assert [("ms" in row, row["size"]) for row in rows] == [(True, 4)] * forms + [(False, 10**9)] * forms
+    assert all("s left" in row["left_out"] for row in rows[forms:])
     before = head.Before(size=100, seconds=1e-9, peak_bytes=1e9)
     monkeypatch.setattr(Bench, "memory_bytes", lambda self: 5 * 10**9)
     assert before.reason_against(run, 200, "direct step") == ""
     assert before.reason_against(run, 300, "direct step") == "it needs about 9 GB"
     assert before.reason_against(run, 300, "fused step") == ""
+
+
+@pytest.mark.parametrize("error", [0.0, 0.01])
+def test_a_graph_that_computes_something_else_is_not_measured(
+    seed: int, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    """What stands for the graph here is the head itself, with an error or without."""
+
+    def stand_in(module: torch.nn.Module, sample: Any, **options: Any) -> Any:
+        assert all(one.is_leaf for one in sample)
+        return lambda *arguments: module(*arguments) * (1 + error)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+    run = Bench(torch.device("cpu"), True, seed, tiny_config())
+    form = head.Form("fused, graph", graph=True)
+    if error:
+        with pytest.raises(RuntimeError, match="something else"):
+            head.make_step(run, 4, form)
+    else:
+        head.make_step(run, 4, form)()
+
+
+def test_the_heads_figure_has_a_line_for_each_form(tmp_path: Path) -> None:
+    """A form whose line is missing would pass for one that was not measured."""
+    steps = [
+        {"size": size, "form": form, "ms": size * (number + 1), "peak_gb": 1.0 + number}
+        for size in (128, 256)
+        for number, (form, _, _) in enumerate(FORMS)
+    ]
+    steps += [{"size": 512, "form": "direct", "left_out": "it needs more memory than the device has"}]
+    files = []
+    for name in ("NVIDIA H100", "NVIDIA H200"):
+        files.append(tmp_path / f"{name}.json")
+        machine = {"gpu": name, "cpus": 16}
+        files[-1].write_text(
+            "a line\n" + json.dumps({"machine": machine, "parts": {"head": {"steps": steps}}})
+        )
+    figure.main([*map(str, files), str(tmp_path / "steps.png")])
+    image = np.asarray(Image.open(tmp_path / "steps.png").convert("RGB")).reshape(-1, 3)
+    for _, label, colour in FORMS:
+        wanted = np.array([int(colour[first : first + 2], 16) for first in (1, 3, 5)])
+        assert (np.abs(image.astype(int) - wanted).max(axis=1) <= 2).sum() > 300, label
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -64,7 +64,8 @@ class Wanted:
         moments: whether the bottleneck's anchors own the basis, so that coefficients tell their moments.
         sums: whether the anchors are the others, so that increments themselves have to be summed.
         normalised: whether the bottleneck looks at increments of length 1.
-        sample: whether the diversity needs coefficients, and of which of this worker's texts; None: of all.
+        sample: whether the diversity needs coefficients, and of which of this worker's texts, indices on the
+            CPU; None: of all.
         plain: whether diagnostics need the scores without increments.
     """
 
@@ -124,6 +125,7 @@ def blocks_of(scorer: PairScorer, sides: Sides, wanted: Wanted, reference: Tenso
         texts = wanted.sample[1]
         if texts is not None and sides.owner == "text":
             texts = texts[(texts >= first) & (texts < first + size)] - first
+        texts = None if texts is None else texts.to(sides.owners.device)
         arguments = (scorer, sides.owner, owners, sides.others, wanted, texts, reference)
         run: Callable[..., Block] = _fused if fused else _block
         if not recompute:

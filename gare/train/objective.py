@@ -78,7 +78,8 @@ class Draws:
     It is of the global batch, so that the number of workers changes nothing.
 
     Attributes:
-        sample: indices of the texts of the directional diversity; None: all.
+        sample: indices of the texts of the directional diversity, on the CPU: each worker takes its own of
+            them, and their number must not be asked of a GPU. None: all.
         keep: dropout of the contexts of ψ; None: of each pair, in training.
     """
 
@@ -92,7 +93,7 @@ class Draws:
         sample = None
         if scorer.increment is not None and config.samples_texts(num_pairs, scorer.config.clip.embed_dim):
             order = torch.randperm(num_pairs, generator=generator)
-            sample = order[: config.direction_texts].sort().values.to(scorer.increment.mean.weight.device)
+            sample = order[: config.direction_texts].sort().values
         return cls(sample, scorer.draw_dropout(num_pairs, generator))
 
 

@@ -100,7 +100,7 @@ def shares(
         text: this worker's n captions.
         video: the clips of all workers.
         config: of the loss.
-        sample: global indices of the texts of the directional diversity; None: all.
+        sample: global indices of the texts of the directional diversity, on the CPU; None: all.
         keep: dropout of the global batch's N contexts, from ``PairScorer.draw_dropout``.
         video_ids: (N,) the video of each pair where its pairs are each other's positives.
         rows: of each worker; None: this one is the only one.
@@ -247,7 +247,7 @@ def _direction(
     assert sides.owners.basis is not None
     vectors = sides.owners.basis.vectors
     if sides.owner == "text" and sample is not None:
-        vectors = vectors[sample]
+        vectors = vectors[sample.to(vectors.device)]
     budget = Budget.of(scorer.config.memory_mb, vectors.device)
     return factorized_direction(
         torch.cat([block.sampled for block in blocks if block.sampled is not None]),

@@ -1,7 +1,9 @@
 """The head by size and form: scores of all pairs, and steps from features to gradients.
 
 Forms are the direct one, the factorised one by plain operations and by fused kernels, and those with videos
-prepared beforehand and with cheaper products. Where there are no kernels, fused forms are plain ones.
+prepared beforehand and with cheaper products; of steps also the fused one as a CUDA graph, and dot products
+without increments, by which one sees what increments cost. Where there are no kernels, fused forms are plain
+ones.
 
 N pairs, F frames, D embedding width.
 """
@@ -19,6 +21,7 @@ from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.objective import Draws, loss_terms, sharded_terms
 from tests.benchmarks.gpu.bench import Bench, Row, if_memory_suffices, once, say, seconds_of
+from tests.benchmarks.gpu.launches import graphed_step, operations_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Form:
         kernel: of ``model.kernel``.
         products: of ``model.products``.
         prepared: whether videos are prepared beforehand.
+        graph: whether a step is one CUDA graph.
+        increments: False: the baseline of mean-pooled clips, one product and InfoNCE.
     """
 
     name: str
@@ -38,12 +43,23 @@ class Form:
     kernel: str = "auto"
     products: str = "exact"
     prepared: bool = False
+    graph: bool = False
+    increments: bool = True
+
+    @property
+    def most(self) -> int:
+        """Pairs of a step up to which it is measured."""
+        return GRAPHED_PAIRS if self.graph else 2**31
 
 
+#: Beyond so many pairs a step's work takes longer than its launches.
+GRAPHED_PAIRS = 512
 DIRECT, PLAIN, FUSED = Form("direct", "direct"), Form("plain", kernel="plain"), Form("fused")
 TF32 = Form("fused, tf32", products="tf32", prepared=True)
-SCORE_FORMS = (DIRECT, PLAIN, FUSED, Form("fused, prepared", prepared=True), TF32)
-STEP_FORMS = (DIRECT, PLAIN, FUSED)
+BF16 = Form("fused, bf16", products="bf16", prepared=True)
+SCORE_FORMS = (DIRECT, PLAIN, FUSED, Form("fused, prepared", prepared=True), TF32, BF16)
+DOT = Form("dot products", increments=False)
+STEP_FORMS = (DIRECT, PLAIN, FUSED, Form("fused, graph", graph=True), TF32, BF16, DOT)
 SCORES, STEPS = (1000, 10_000), (128, 256, 512, 1024, 4096, 16_384)
 TINY_SCORES, TINY_STEPS = (8, 16), (4, 8)
 #: Texts and videos whose scores are compared with those in float64.
@@ -51,15 +67,23 @@ COMPARED = 64
 
 
 def measure(bench: Bench) -> Row:
-    """The scores' error against float64, then milliseconds and GB by size and form."""
-    found: Row = {"relative_error": _errors(bench)}
-    text = ", ".join(f"{form} {error:.2g}" for form, error in found["relative_error"].items())
-    say(f"  scores against float64: relative error {text}")
+    """Errors against float64, then operations, milliseconds and GB by size and form."""
+    found: Row = {"relative_error": _errors(bench), "gradient_error": _gradient_errors(bench)}
+    for what, key in (("scores", "relative_error"), ("gradients of frames", "gradient_error")):
+        text = ", ".join(f"{form} {error:.2g}" for form, error in found[key].items())
+        say(f"  {what} against float64: relative error {text}")
+    found["operations"] = {
+        form.name: operations_of(make_step(bench, TINY_STEPS[0], form))
+        for form in STEP_FORMS
+        if not form.graph
+    }
+    text = ", ".join(f"{form} {count}" for form, count in found["operations"].items())
+    say(f"  operations of a step, forward and backward: {text}")
     few, many = (TINY_SCORES if bench.tiny else SCORES)[0], (TINY_SCORES if bench.tiny else SCORES)[1:]
     sizes = TINY_STEPS if bench.tiny else STEPS
     # The largest scores last: they take longest in the direct form.
     found["scores"] = _series(bench, "scores of", (few,), SCORE_FORMS, _scores)
-    found["steps"] = _series(bench, "step of", sizes, STEP_FORMS, _step)
+    found["steps"] = _series(bench, "step of", sizes, STEP_FORMS, make_step)
     found["scores"] += _series(bench, "scores of", many, SCORE_FORMS, _scores, found["scores"])
     return found
 
@@ -100,8 +124,33 @@ def _errors(bench: Bench) -> dict[str, float]:
     return {form: float((scores - exact).norm() / exact.norm()) for form, scores in found.items()}
 
 
+def _gradient_errors(bench: Bench) -> dict[str, float]:
+    """Of the frames' gradients; of the direct form dropout is of other masks, so that it is left out."""
+    size = 8 if bench.tiny else COMPARED
+    exact = _frame_gradients(bench, size, PLAIN, torch.float64)
+    found = {}
+    for form in STEP_FORMS:
+        if form.method == "factorized" and form.increments and not form.graph:
+            found[form.name] = _frame_gradients(bench, size, form, torch.float32)
+    return {form: float((one - exact).norm() / exact.norm()) for form, one in found.items()}
+
+
+def _frame_gradients(bench: Bench, size: int, form: Form, dtype: torch.dtype) -> torch.Tensor:
+    config = _configured(bench, form, increment_dropout_per="context")
+    model = build_head(bench, config).train().to(dtype)
+    text, video = features(bench, size)
+    frames = video.frames.to(dtype).requires_grad_()
+    text = TextFeatures(text.embedding.to(dtype), None, text.mask)
+    loss = bench.config.loss
+    draws = Draws.of_step(model.scorer, loss, size, bench.seed)
+    terms = sharded_terms(model, text, VideoFeatures(frames, video.mask), loss, draws)
+    return torch.autograd.grad(terms.objective, frames)[0].double()
+
+
 def _configured(bench: Bench, form: Form, **settings: object) -> ModelConfig:
     settings |= {"kernel": form.kernel, "products": form.products}
+    if not form.increments:
+        settings |= {"increment": False, "pooling": "mean"}
     return bench.config.model.model_copy(update=settings)
 
 
@@ -118,7 +167,7 @@ def _scores(bench: Bench, size: int, form: Form) -> Callable[[], torch.Tensor]:
     return score
 
 
-def _step(bench: Bench, size: int, form: Form) -> Callable[[], object]:
+def make_step(bench: Bench, size: int, form: Form) -> Callable[[], object]:
     """A training step of the head with the losses of the configuration.
 
     The direct form has dropout of each pair, as the paper's. Which texts the diversity is of is what the
@@ -130,6 +179,9 @@ def _step(bench: Bench, size: int, form: Form) -> Callable[[], object]:
     text, video = features(bench, size)
     text = TextFeatures(text.embedding.requires_grad_(), None, text.mask)
     video = VideoFeatures(video.frames.requires_grad_(), video.mask)
+    if form.graph:
+        draws = Draws.of_step(model.scorer, loss, size, bench.seed)
+        return graphed_step(model, text, video, loss, draws)
     compute = loss_terms if form is DIRECT else sharded_terms
 
     def step() -> None:
@@ -179,8 +231,12 @@ def _series(
         for form in forms:
             name = form.name
             row: Row = {"size": size, "form": name}
-            kind = f"{name} step" if make is _step else name
+            kind = f"{name} step" if make is make_step else name
             reason = before[name].reason_against(bench, size, kind) if name in before else ""
+            if size > form.most:
+                reason = f"it is measured up to {form.most} pairs"
+            if form.graph and not bench.is_gpu:
+                reason = "CUDA graphs are a GPU's"
             if not reason and not bench.left_s():
                 reason = "the part has no time left"
             if not reason:

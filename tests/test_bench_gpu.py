@@ -149,7 +149,7 @@ def test_without_pydantic_one_message_says_so(repository: Path) -> None:
     done = bench(repository, *TINY, absent=["pydantic"])
     assert done.returncode == 2
     assert done.stderr.startswith(
-        "error: pydantic must be installed: feed, step, encode, head, loader, training"
+        "error: pydantic must be installed: feed, step, encode, head, evaluation, loader, training"
     )
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.endswith("--parts ceilings,transfer\n")

@@ -71,6 +71,10 @@ class Marks:
     text: Tensor
     video: Tensor | None
 
+    def to(self, device: torch.device) -> Marks:
+        """The same on a device."""
+        return Marks(self.text.to(device), None if self.video is None else self.video.to(device))
+
     @classmethod
     def of(cls, grid: Grid, seen: Survey, variant: Variant) -> Marks:
         """From the survey."""
@@ -85,7 +89,7 @@ class Marks:
 
 
 class Tally:
-    """Counts of Q queries.
+    """Counts of Q queries, on the device of the scores: fetched block by block, they would be waited for.
 
     Attributes:
         better: (Q,) int64, candidates with a greater score than the own.
@@ -93,10 +97,15 @@ class Tally:
         best: (Q, K) keys of the best candidates.
     """
 
-    def __init__(self, num_queries: int) -> None:
-        self.better = torch.zeros(num_queries, dtype=torch.int64)
-        self.tied = torch.zeros(num_queries, dtype=torch.int64)
-        self.best = top.none(num_queries)
+    def __init__(self, num_queries: int, device: torch.device | str = "cpu") -> None:
+        self.better = torch.zeros(num_queries, dtype=torch.int64, device=device)
+        self.tied = torch.zeros(num_queries, dtype=torch.int64, device=device)
+        self.best = top.none(num_queries, device)
+
+    def cpu(self) -> Tally:
+        """The same on the CPU."""
+        self.better, self.tied, self.best = self.better.cpu(), self.tied.cpu(), self.best.cpu()
+        return self
 
     def add(self, queries: slice, scores: Tensor, candidates: Tensor, marks: Tensor, own: Tensor) -> None:
         """Counts a block.
@@ -109,12 +118,12 @@ class Tally:
             own: (2, P) positions in the block of pairs that are right, which compete with no one.
         """
         keys = top.keys(scores, candidates)
-        self.best[queries] = top.merge(self.best[queries], keys.cpu())
-        marks = marks.to(scores.device).unsqueeze(1)
+        self.best[queries] = top.merge(self.best[queries], keys)
+        marks = marks.unsqueeze(1)
         # Told by their places and not by their scores.
         scores[own[0], own[1]] = -torch.inf
-        self.better[queries] += (scores > marks).sum(dim=1).cpu()
-        self.tied[queries] += (scores == marks).sum(dim=1).cpu()
+        self.better[queries] += (scores > marks).sum(dim=1)
+        self.tied[queries] += (scores == marks).sum(dim=1)
 
     def join(self, queries: slice, other: Tally) -> None:
         """Adds the counts of other candidates."""
@@ -148,29 +157,37 @@ def count(blocks: Blocks, grid: Grid, share: int, seen: Survey, variants: Sequen
     """
     rows, columns = grid.extent(share)
     marks = {variant.name: Marks.of(grid, seen, variant) for variant in variants}
-    texts = {name: Tally(rows.stop - rows.start) for name in marks}
-    videos = {
-        name: Tally(columns.stop - columns.start) for name, mark in marks.items() if mark.video is not None
-    }
+    texts: dict[str, Tally] = {}
+    videos: dict[str, Tally] = {}
     for row, column in grid.cells(share):
         scores = checked_block(blocks, grid, row, column)
+        if not texts:
+            marks = {name: mark.to(scores.device) for name, mark in marks.items()}
+            texts = {name: Tally(rows.stop - rows.start, scores.device) for name in marks}
+            by_video = [name for name, mark in marks.items() if mark.video is not None]
+            videos = {name: Tally(columns.stop - columns.start, scores.device) for name in by_video}
         places = torch.arange(row.start, row.stop, device=scores.device)
         numbers = torch.arange(column.start, column.stop, device=scores.device)
         own = torch.stack(grid.own_pairs(row, column)).to(scores.device)
-        owner, owner_of_row = torch.unique_consecutive(grid.owner[row].to(scores.device), return_inverse=True)
+        owners = torch.unique_consecutive(grid.owner[row], return_inverse=True)
+        owner, owner_of_row = (one.to(scores.device) for one in owners)
         for variant in variants:
             mark = marks[variant.name]
-            by_video = variant.by_video(scores, places.unsqueeze(1), numbers)
-            if mark.video is not None and by_video is not None:
-                best = by_video.new_full((len(owner), len(numbers)), -torch.inf)
+            for_videos = variant.by_video(scores, places.unsqueeze(1), numbers)
+            if mark.video is not None and for_videos is not None:
+                best = for_videos.new_full((len(owner), len(numbers)), -torch.inf)
                 index = owner_of_row.unsqueeze(1).expand(-1, len(numbers))
-                best = best.scatter_reduce(0, index, by_video, reduce="amax")
+                best = best.scatter_reduce(0, index, for_videos, reduce="amax")
                 right = torch.stack([own[1], owner_of_row[own[0]]])
                 queries = _within(column, columns)
                 videos[variant.name].add(queries, best.T.contiguous(), owner, mark.video[column], right)
             by_text = variant.by_text(scores, places.unsqueeze(1), numbers).clone()
             texts[variant.name].add(_within(row, rows), by_text, numbers, mark.text[row], own)
-    return Counts(share, texts, videos)
+    return Counts(
+        share,
+        {name: tally.cpu() for name, tally in texts.items()},
+        {name: tally.cpu() for name, tally in videos.items()},
+    )
 
 
 def _within(part: slice, whole: slice) -> slice:

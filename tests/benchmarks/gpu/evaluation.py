@@ -1,0 +1,52 @@
+"""Evaluation on the device: ranks of a gallery in both directions, best candidates and 95 % intervals.
+
+Features are given and lie on the device, as they do after an encoder there.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from gare.retrieval.ranks import rank_blocks
+from gare.retrieval.results import intervals_of
+from gare.retrieval.scoring import ModelBlocks
+from tests.benchmarks.gpu.bench import Bench, Row, say
+from tests.benchmarks.gpu.head import build_head, features
+
+#: Texts and videos of the gallery, and of one that is ranked before, so that kernels are loaded.
+SIZE, WARM = 10_000, 256
+TINY_SIZE, TINY_WARM = 70, 16
+
+
+def measure(bench: Bench) -> Row:
+    """Seconds of ranking and of the intervals, and GB at the peak."""
+    sizes = (TINY_WARM, TINY_SIZE) if bench.tiny else (WARM, SIZE)
+    for size in sizes:
+        row = _ranked(bench, size)
+    say(
+        f"  {row['texts']:,} texts × {row['videos']:,} videos: ranked in {row['ranks_s']:.3f} s, "
+        f"intervals {row['intervals_s']:.3f} s, {row['peak_gb']:.3g} GB"
+    )
+    return row
+
+
+def _ranked(bench: Bench, size: int) -> Row:
+    model = build_head(bench, bench.config.model).eval()
+    text, video = features(bench, size)
+    owners = torch.arange(size)
+    bench.reset_peak()
+    started = time.perf_counter()
+    blocks = ModelBlocks(model, text, video, bench.device)
+    ranks = rank_blocks(blocks, blocks.grid(owners))
+    ranked = time.perf_counter()
+    for variant, found in ranks.items():
+        intervals_of(found, owners, variant, resamples=1000, seed=0)
+    return {
+        "texts": size,
+        "videos": size,
+        "ranks_s": ranked - started,
+        "intervals_s": time.perf_counter() - ranked,
+        "peak_gb": bench.peak_gb(),
+    }

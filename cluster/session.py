@@ -43,13 +43,13 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         return
     try:
         # Half of a local Ray could not be ended; a cluster that does not answer is left at once.
-        with nullcontext() if address else shielded(), handlers_kept():
+        with nullcontext() if address else shielded(), handlers_kept(below_python=True):
             _begin(config, address)
         quiet_data()
         with _own_faults():
             yield
     finally:
-        with shielded():
+        with shielded(), handlers_kept(below_python=True):
             ray.shutdown()
 
 

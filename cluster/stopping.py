@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import ctypes
 import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -39,6 +40,10 @@ GRACE_S = 25.0
 UNSEEN_S = 10.0
 #: The same for one that Python itself says it has swallowed, and between two looks at an import under way.
 SOON_S = 0.05
+
+
+#: At least what the system's description of a handler takes (152 on 64-bit Linux).
+_SIGACTION_BYTES = 512
 
 
 class Interrupted(KeyboardInterrupt):
@@ -277,11 +282,16 @@ def shielded() -> Iterator[None]:
 
 
 @contextmanager
-def handlers_kept() -> Iterator[None]:
+def handlers_kept(*, below_python: bool = False) -> Iterator[None]:
     """Keeps the handlers of a command while a library would put its own in their place.
 
     Ray does so when it starts (its own ends Ray first, after which nothing can be closed in order), and Ray
     Train when it trains, for good.
+
+    Args:
+        below_python: whether handlers are also kept that C++ puts below Python's: Ray's prints a trace of
+            addresses first, and when Ray ends it leaves the system's there, which ends the process without
+            a word. A thread looks every 2 ms, so this is for what is short.
     """
     if not _signals.is_taken:
         yield
@@ -293,11 +303,37 @@ def handlers_kept() -> Iterator[None]:
 
     signal.signal = keep  # type: ignore[assignment]
     try:
-        yield
+        with _kept_below_python() if below_python else nullcontext():
+            yield
     finally:
         signal.signal = original
-        # Ray's C++ puts one below Python's, which prints a trace of addresses first.
         _signals.take()
+
+
+@contextmanager
+def _kept_below_python() -> Iterator[None]:
+    """Puts the handlers that the system calls now in place again and again; on Linux alone."""
+    if sys.platform != "linux":
+        yield
+        return
+    sigaction = ctypes.CDLL(None).sigaction
+    kept = {number: ctypes.create_string_buffer(_SIGACTION_BYTES) for number in NAMES}
+    for number, action in kept.items():
+        sigaction(int(number), None, action)
+    over = threading.Event()
+
+    def put_back() -> None:
+        while not over.wait(0.002):
+            for number, action in kept.items():
+                sigaction(int(number), action, None)
+
+    thread = threading.Thread(target=put_back, name="signal handlers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

@@ -257,6 +257,33 @@ hit()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("when", ["while Ray ends", "after Ray has ended"])
+def test_ray_leaves_our_handlers_when_it_ends(
+    repository: Path, config: Path, number: signal.Signals, when: str
+) -> None:
+    """Ray's end leaves the system's handlers, by which a signal ended an evaluation without a word."""
+    body = f"""
+import ray
+from cluster.session import ray_session
+end = ray.shutdown
+def end_and_hit():
+    threading.Timer(0.5, os.kill, (os.getpid(), NUMBER)).start()
+    end()
+    say("ended")
+if {when == "while Ray ends"}:
+    ray.shutdown = end_and_hit
+with ray_session(config.cluster):
+    say("began")
+ray.shutdown = end
+hit()
+threading.Event().wait(60)
+"""
+    done = end_of(repository, config, number, body)
+    assert_interrupted(done, number)
+    assert ("ended" in done.stderr) == (when == "while Ray ends")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_workers_are_asked_first(repository: Path, config: Path, number: signal.Signals) -> None:
     """They have the steps since the last checkpoint, which would be lost with them."""
     body = """

@@ -183,6 +183,7 @@ def test_steps_go_on_where_they_were_interrupted(
         assert runs.get_run(evaluation["mlflow_run_id"]).info.status == "FINISHED"
 
 
+@pytest.mark.timeout(600 + 90 * MINUTES)
 def test_a_local_ray_is_ended_with_its_command(
     benchmark: dict[str, Any],
     repository: Path,

@@ -126,14 +126,13 @@ def stream_scores(
 
 def stream_factorized(scorer: PairScorer, text: TextFeatures, video: VideoFeatures | PreparedVideo) -> Tensor:
     """Scores (N, M) in the factorised form, float32 at least. Where gradients are needed, in one block."""
-    features = video if isinstance(video, VideoFeatures) else video.features
     embedding = text.embedding
     with torch.autocast(embedding.device.type, enabled=False):
         dtype = torch.promote_types(embedding.dtype, torch.float32)
         words = None if text.words is None else text.words
         text = TextFeatures(embedding.to(dtype), words, text.mask)
-        num_texts, num_videos = len(embedding), len(features.mask)
-        sizes = block_sizes(scorer, features.mask.shape[1], text.mask.shape[1], dtype, embedding.device)
+        num_texts, num_videos = len(embedding), len(video)
+        sizes = block_sizes(scorer, video.mask.shape[1], text.mask.shape[1], dtype, embedding.device)
         if torch.is_grad_enabled():
             most = max(num_texts, num_videos, 1)
             sizes = Sizes(most, most, most, most)
@@ -158,11 +157,12 @@ def _by_videos(
     sizes: Sizes,
     dtype: torch.dtype,
 ) -> Blocks:
+    lean = isinstance(video, PreparedVideo) and video.scales is not None
     maps = None if isinstance(video, PreparedVideo) else scorer.basis_maps()
     keep = scorer.draw_dropout(0 if isinstance(video, PreparedVideo) else len(video.mask))
     # Texts are asked with once for all videos, so many of them as fit.
     for group in slices(len(text.embedding), sizes.askers):
-        texts = scorer.asking(text.embedding[group])
+        texts = scorer.asking(text.embedding[group], lean=lean)
         for owners in slices(len(video), sizes.owners):
             if isinstance(video, PreparedVideo):
                 prepared = video[owners]

@@ -77,8 +77,8 @@ class Embeddings:
 class PreparedVideo:
     """The part of the score that belongs to videos alone.
 
-    Videos are lean where no dropout and no training wants their basis: a third of the numbers, from which the
-    same products follow (see ``pair_products``).
+    Lean videos keep no basis but a third of the numbers, from which the same products follow (see
+    ``pair_products``); they are without dropout.
 
     Attributes:
         mask: (M, F) bool, true for real frames.

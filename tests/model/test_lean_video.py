@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from gare.errors import ConfigError
 from gare.model.factorized import PairNumbers
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.pair_products import FEW_TEXTS, video_products
 from gare.model.prepared import PreparedVideo
-from tests.heads import clip_like, features, head
+from tests.heads import clip_like, features, head, held_bytes
 
 VARIANTS: list[dict[str, Any]] = [
     {"corrected_side": side, **asked}
@@ -35,22 +35,6 @@ def numbers(model: GARE, text: TextFeatures, video: PreparedVideo) -> PairNumber
     return model.scorer.pair_numbers(
         video, model.scorer.asking(text.embedding, lean=video.scales is not None)
     )
-
-
-def held_bytes(value: object) -> int:
-    """Bytes of all tensors that an object holds, each storage once."""
-    storages: dict[int, int] = {}
-
-    def look(some: object) -> None:
-        if isinstance(some, Tensor):
-            storage = some.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        else:
-            for one in vars(some).values() if hasattr(some, "__dict__") else ():
-                look(one)
-
-    look(value)
-    return sum(storages.values())
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False)
@@ -70,7 +54,7 @@ def test_all_numbers_of_pairs_are_those_of_the_basis(
     model = head(32, increment_heads=heads, **variant)
     text, video = features(num_texts, num_videos, num_frames, 2, 32, torch.float64)
     with torch.no_grad():
-        lean, whole = model.prepare_video(video), with_basis(model, video)
+        lean, whole = model.prepare_video(video, lean=True), with_basis(model, video)
         assert lean.scales is not None
         found, right = (vars(numbers(model, text, one)) for one in (lean, whole))
         for name, expected in right.items():
@@ -96,7 +80,7 @@ def test_frames_that_are_much_alike_lose_nothing(noise: float, heads: int, seed:
     video64 = VideoFeatures(video.frames.double(), video.mask)
     with torch.no_grad():
         right = exact.score(text64, video64, "direct")
-        lean, whole = model.prepare_video(video), with_basis(model, video)
+        lean, whole = model.prepare_video(video, lean=True), with_basis(model, video)
         error = (model.score(text, lean) - right).abs().max()
         assert error < 1e-5
         assert error < 3 * (model.score(text, whole) - right).abs().max() + 1e-7
@@ -117,7 +101,7 @@ def test_parts_are_those_of_the_whole(seed: int) -> None:
     model = head(32, increment_heads=2)
     text, video = features(70, 9, 5, 3, 32, torch.float64)
     with torch.no_grad():
-        lean = model.prepare_video(video)
+        lean = model.prepare_video(video, lean=True)
         right = model.score(text, lean)
         for some in (slice(2, 7), torch.tensor([8, 0, 3])):
             torch.testing.assert_close(model.score(text, lean[some]), right[:, some], rtol=0, atol=1e-12)
@@ -137,19 +121,33 @@ def test_a_prepared_gallery_takes_a_third(seed: int) -> None:
     model = head(512, dtype=torch.float32)
     _, video = features(1, 10, 12, 2, 512, torch.float32)
     with torch.no_grad():
-        lean, whole = held_bytes(model.prepare_video(video)), held_bytes(with_basis(model, video))
+        lean, whole = held_bytes(model.prepare_video(video, lean=True)), held_bytes(with_basis(model, video))
     assert lean < 0.37 * whole
     # F + 1 vectors and less than 5 kB besides.
     assert lean < 10 * (4 * 13 * 512 + 5000)
 
 
-def test_dropout_keeps_the_basis(seed: int) -> None:
-    """Dropout falls between ψ's maps: videos prepared in training without it would be another model's."""
+def test_dropout_refuses_lean_videos(seed: int) -> None:
+    """Dropout falls between ψ's maps: lean videos in training would silently be another model's."""
     torch.manual_seed(seed)
     model = head(32, increment_dropout=0.5, increment_dropout_per="context").train()
     _, video = features(2, 3, 4, 2, 32, torch.float64)
+    with pytest.raises(ConfigError, match=r"dropout.*model\.eval"):
+        model.prepare_video(video, lean=True)
     assert model.prepare_video(video).scales is None
-    assert model.eval().prepare_video(video).scales is not None
+    assert model.eval().prepare_video(video, lean=True).scales is not None
+
+
+@pytest.mark.parametrize("variant", [{"context": "words"}, {"increment": False}, {"pooling": "mean"}])
+def test_models_without_a_basis_of_frames_take_lean_as_it_is(variant: dict[str, Any], seed: int) -> None:
+    """Who prepares a gallery need not know which of the models keeps something besides the frames."""
+    torch.manual_seed(seed)
+    model = head(32, **{"increment": variant.get("pooling") != "mean"} | variant)
+    text, video = features(6, 4, 5, 3, 32, torch.float64)
+    with torch.no_grad():
+        right = model.score(text, video, "direct")
+        found = model.score(text, model.prepare_video(video, lean=True))
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-10)
 
 
 def test_gradients_are_those_of_the_basis(seed: int) -> None:
@@ -160,8 +158,9 @@ def test_gradients_are_those_of_the_basis(seed: int) -> None:
     embedding, frames = text.embedding.requires_grad_(), video.frames.requires_grad_()
     leaves = [embedding, frames, *model.increment.parameters()]  # type: ignore[union-attr]
     factors, found = torch.randn(4, 6, dtype=torch.float64), []
-    for prepare in (model.prepare_video, lambda one: with_basis(model, one)):
-        scores = numbers(model, text, prepare(VideoFeatures(frames, video.mask))).scores
+    for lean in (True, False):
+        prepared = model.prepare_video(VideoFeatures(frames, video.mask), lean=lean)
+        scores = numbers(model, text, prepared).scores
         found.append(torch.autograd.grad((scores * factors).sum(), leaves, allow_unused=True))
     for one, right in zip(*found, strict=True):
         # The keys' bias shifts all logits alike.

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 1
 
 .PHONY: help install demo test test-kernels test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
-.PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer fuzz model audit ui clean
+.PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer bench-prepared fuzz model audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-loader  what loading a batch costs, in the loaders and in the training process (2 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
+	@echo "make bench-prepared  prepared videos with their basis and lean ones: bytes, milliseconds, error (1 min)"
 	@echo "make bench-optimizer  BertAdam's step over fused AdamW's, at ViT-B/32 (1 min)"
 	@echo "make bench-gpu  on a machine with a GPU and with its own torch: ceilings, step, head, loader, training (6 min)"
 	@echo "make audit    known vulnerabilities of the pinned packages, by pip-audit (asks the package index)"
@@ -104,6 +105,9 @@ bench-loader: install
 
 bench-reads: install
 	$(BIN)/python -m tests.benchmarks.reads
+
+bench-prepared: install
+	$(BIN)/python -m tests.benchmarks.prepared
 
 bench-optimizer: install
 	$(BIN)/python -m tests.benchmarks.optimizer

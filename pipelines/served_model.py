@@ -20,7 +20,9 @@ TOP = 10
 def load(folder: str) -> tuple[Any, Any]:
     """The model and the gallery beside it, or None; both compared with their SHA-256."""
     model, gallery = load_checkpoint(folder).eval(), join(folder, FILE)
-    return model, gallery_of(SummedFolder(folder).read(FILE), gallery) if exists(gallery) else None
+    if not exists(gallery):
+        return model, None
+    return model, gallery_of(SummedFolder(folder).read(FILE), gallery).prepared(model)
 
 
 def predict(loaded: tuple[Any, Any], captions: list[str]) -> Any:

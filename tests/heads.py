@@ -67,3 +67,19 @@ def clip_like(
         TextFeatures(text, words * word_mask.unsqueeze(-1), word_mask),
         VideoFeatures(frames * frame_mask.unsqueeze(-1), frame_mask),
     )
+
+
+def held_bytes(value: object) -> int:
+    """Bytes of all tensors that an object holds, each storage once."""
+    storages: dict[int, int] = {}
+
+    def look(some: object) -> None:
+        if isinstance(some, torch.Tensor):
+            storage = some.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        else:
+            for one in vars(some).values() if hasattr(some, "__dict__") else ():
+                look(one)
+
+    look(value)
+    return sum(storages.values())

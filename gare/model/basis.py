@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class Basis:
 
     Attributes:
         context: (O, C, D) LN1 of the context less its mean over positions, which no softmax sees: products
-            with what ``turn`` makes of a query are attention logits before the query's LN1 scale.
+            with what ``turn`` makes of a query are attention logits before the query's LN1 scale. None where
+            owners keep what it is made of instead.
         own_logits: (O, K), the owner's part of the same.
         offset: (O, K) κ⁰, added to scaled logits; −inf at padding.
         even: (O, K), attention that is spread evenly, 0 at padding.
@@ -41,13 +43,13 @@ class Basis:
         attended: what a change of attention makes of LN2's deviation.
         hidden: what it, and the change of LN2's scale, make of LN3's deviation.
         aimed: what all of it makes of the distance to v̄ where ψ is asked with the text itself, else None.
-        vectors: (O, L, D) B: along each attention weight, along LN2's scale, along LN3's scale, along the
-            distance to v̄ where there is one, and the increment of even attention.
+        spanning: (O, L, D) B: along each attention weight, along LN2's scale, along LN3's scale, along the
+            distance to v̄ where there is one, and the increment of even attention. None as the context is.
         gram: (O, L, L) Gram matrix of B.
         heads: H.
     """
 
-    context: Tensor
+    context: Tensor | None
     own_logits: Tensor
     offset: Tensor
     even: Tensor
@@ -56,25 +58,37 @@ class Basis:
     attended: Length
     hidden: Length
     aimed: Length | None
-    vectors: Tensor
+    spanning: Tensor | None
     gram: Tensor
     heads: int
 
+    @property
+    def vectors(self) -> Tensor:
+        """(O, L, D) B, for callers whose owners keep it."""
+        assert self.spanning is not None, "lean videos keep no basis vectors"
+        return self.spanning
+
     def __getitem__(self, owners: slice | Tensor) -> Basis:
-        return self._of(tensor[owners] for tensor in self._tensors())
+        return self._of(None if tensor is None else tensor[owners] for tensor in self._tensors())
 
     def split(self, size: int) -> Iterator[Basis]:
         """Consecutive parts of ``size`` owners, whose gradients are joined once and not added up."""
-        parts = zip(*(torch.split(tensor, size) for tensor in self._tensors()), strict=True)
+        count = -(-len(self.gram) // size)
+        split = (repeat(None, count) if one is None else torch.split(one, size) for one in self._tensors())
+        parts = zip(*split, strict=True)
         return (self._of(part) for part in parts)
 
-    def _tensors(self) -> list[Tensor]:
-        own = [self.context, self.own_logits, self.offset, self.even, self.own_mean, self.own_square]
+    def _tensors(self) -> list[Tensor | None]:
+        own = [self.own_logits, self.offset, self.even, self.own_mean, self.own_square, self.gram]
         lengths = [self.attended, self.hidden, *([] if self.aimed is None else [self.aimed])]
-        return [*own, self.vectors, self.gram, *(tensor for one in lengths for tensor in vars(one).values())]
+        of_lengths = (tensor for one in lengths for tensor in vars(one).values())
+        return [self.context, self.spanning, *own, *of_lengths]
 
-    def _of(self, tensors: Iterable[Tensor]) -> Basis:
-        context, own_logits, offset, even, own_mean, own_square, vectors, gram, *rest = tensors
+    def _of(self, tensors: Iterable[Tensor | None]) -> Basis:
+        context, spanning, *others = tensors
+        own_logits, offset, even, own_mean, own_square, gram, *rest = (
+            one for one in others if one is not None
+        )
         attended, hidden, *aimed = (Length(*rest[first : first + 3]) for first in range(0, len(rest), 3))
         return Basis(
             context=context,
@@ -86,7 +100,7 @@ class Basis:
             attended=attended,
             hidden=hidden,
             aimed=aimed[0] if aimed else None,
-            vectors=vectors,
+            spanning=spanning,
             gram=gram,
             heads=self.heads,
         )
@@ -242,7 +256,7 @@ def build_basis(
         attended=attended,
         hidden=hidden,
         aimed=aimed,
-        vectors=vectors_OLD,
+        spanning=vectors_OLD,
         gram=gram(vectors_OLD),
         heads=heads,
     )

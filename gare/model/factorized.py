@@ -21,6 +21,7 @@ from torch import Tensor
 from gare.model.basis import Basis
 from gare.model.forms import NORM_EPS, SHORTEST, quadratic
 from gare.model.increment import IncrementRadius
+from gare.model.pair_products import context_products, video_products
 from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
 
 #: Lengths below this count as this, as in PyTorch's cosine_similarity.
@@ -54,6 +55,7 @@ class PairNumbers:
 
 def combine(
     basis: Basis,
+    logits_OCHX: Tensor,
     gap_dot_OX: Tensor | None,
     others: Embeddings,
     log_radius_OX: Tensor | None = None,
@@ -62,19 +64,16 @@ def combine(
 
     Args:
         basis: of the owners.
+        logits_OCHX: of attention, before the query's LN1 scale and without the owners' part.
         gap_dot_OX: products of the owners' embeddings with the others', or None where the query has no part
             of the owner.
-        others: the others' embeddings, turned.
+        others: the others' embeddings.
         log_radius_OX: log R_ij where ψ is asked with the text itself.
 
     Source: factorised derivation, points 1 to 4.
     """
     width = others.vectors.shape[1]
-    assert others.turned is not None
-    num_owners, num_positions, _ = basis.context.shape
-    products = basis.context.flatten(0, 1) @ others.turned.flatten(0, 1).T
-    # (O, C, H, X) → (O, H·C, X).
-    products_OKX = products.view(num_owners, num_positions, basis.heads, -1).transpose(1, 2).flatten(1, 2)
+    products_OKX = logits_OCHX.transpose(1, 2).flatten(1, 2)
     square_OX = others.centred_square
     if gap_dot_OX is not None:
         shared_OX = gap_dot_OX - width * basis.own_mean.unsqueeze(1) * others.mean
@@ -170,29 +169,29 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
 
     Source: factorised derivation, points 1 to 5 and 7.
     """
-    num_videos, num_rows, _ = video.rows.shape
-    num_frames = video.features.mask.shape[1]
     assert video.by_frames is not None
     if rule.pooling == "mean":
         return mean_pairs(texts, video)
-    products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_rows, -1)
-    frame_products, delta_products = torch.split(products, [num_frames, num_rows - num_frames], dim=1)
+    products = video_products(texts, video)
+    frame_products, num_frames = products.with_frames, products.num_frames
     pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
     text_pooled = (pooling_MFN * frame_products).sum(dim=1)
-    frame_gram, delta_by_frames = torch.split(video.by_frames, [num_frames, num_rows - num_frames], dim=1)
+    frame_gram, delta_by_frames = torch.split(
+        video.by_frames, [num_frames, video.by_frames.shape[1] - num_frames], dim=1
+    )
     pooled_square = quadratic(frame_gram, pooling_MFN).clamp(min=0)
-    if video.basis is None:
+    if video.basis is None or products.logits is None:
         scores = corrected_cosine("text", texts.square, text_pooled, pooled_square, None, None, None)
         return PairNumbers(scores, text_pooled, pooled_square, None, None, None, None, pooling_MFN)
     if rule.radius is None:
         gap_dot = (video.share.unsqueeze(1) @ frame_products).squeeze(1)
-        weights = combine(video.basis, gap_dot, texts)
+        weights = combine(video.basis, products.logits, gap_dot, texts)
     else:
-        log_radius = rule.radius.log_of_products(frame_products, video.features.mask)
+        log_radius = rule.radius.log_of_products(frame_products, video.mask)
         if rule.unit:
             log_radius = torch.zeros_like(log_radius)
-        weights = combine(video.basis, None, texts, log_radius)
-    text_delta = (weights * delta_products).sum(dim=1)
+        weights = combine(video.basis, products.logits, None, texts, log_radius)
+    text_delta = _dot(weights, products.with_vectors)
     delta_square = quadratic(video.basis.gram, weights).clamp(min=0)
     delta_pooled = (weights * (delta_by_frames @ pooling_MFN)).sum(dim=1)
     scores = corrected_cosine(
@@ -202,6 +201,13 @@ def video_pairs(rule: Rule, texts: Embeddings, video: PreparedVideo) -> PairNumb
     return PairNumbers(
         scores, text_pooled, pooled_square, norms, text_delta, delta_pooled, weights, pooling_MFN
     )
+
+
+def _dot(weights_MLN: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+    """Σ_k w_k x_k (M, N) of numbers x that come in parts."""
+    some = torch.split(weights_MLN, [part.shape[1] for part in parts], dim=1)
+    first, *rest = ((one * part).sum(dim=1) for one, part in zip(some, parts, strict=True))
+    return sum(rest, start=first)
 
 
 def mean_pairs(texts: Embeddings, video: PreparedVideo) -> PairNumbers:
@@ -220,7 +226,8 @@ def text_pairs(rule: Rule, text: PreparedText, video: PreparedVideo) -> PairNumb
     basis, texts = text.basis, text.embeddings
     num_videos, num_frames, _ = video.rows.shape
     assert video.asking is not None
-    weights = combine(basis, texts.vectors @ video.mean.T, video.asking)
+    logits = context_products(basis, video.asking)
+    weights = combine(basis, logits, texts.vectors @ video.mean.T, video.asking)
     text_delta = (weights * text.products.unsqueeze(2)).sum(dim=1)
     delta_square = quadratic(basis.gram, weights).clamp(min=0)
     frame_products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_frames, -1)

@@ -7,6 +7,7 @@ rows of products, D embedding width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from gare.model.basis import Basis
 from gare.model.factorized import COSINE_EPS, Rule
 from gare.model.forms import NORM_EPS, SHORTEST
+from gare.model.pair_products import video_products
 from gare.model.prepared import Embeddings, PreparedVideo
 from gare.model.products import product
 from gare.model.tile_sizes import block_of, on_device_of, tile_rows
@@ -67,7 +69,7 @@ def fused_pairs(
 
     Args:
         rule: of the model, which asks with the gap.
-        texts: N of them, one or more, turned.
+        texts: N of them, one or more, turned; mapped if the videos are lean.
         video: M of them, one or more.
         asked: what is wanted.
         precision: of the products: exact, tf32 or bf16.
@@ -76,11 +78,10 @@ def fused_pairs(
     """
     basis = video.basis
     assert basis is not None
-    assert texts.turned is not None
-    num_videos, num_rows, _ = video.rows.shape
-    num_frames, num_texts = video.features.mask.shape[1], len(texts)
-    products = product(video.rows.flatten(0, 1), texts.vectors, precision)
-    logits = product(basis.context.flatten(0, 1), texts.turned.flatten(0, 1), precision)
+    num_videos, num_frames, num_texts = len(video), video.mask.shape[1], len(texts)
+    found_products = video_products(texts, video, partial(product, precision=precision))
+    products, logits = found_products.whole, found_products.logits
+    assert logits is not None
     slots, num_sampled = None, 0
     if isinstance(asked.sample, Tensor):
         num_sampled = len(asked.sample)
@@ -93,8 +94,8 @@ def fused_pairs(
         num_videos, num_texts, num_sampled, texts.vectors.shape[1], num_frames, basis.heads, rule, asked
     )
     found = _Pairs.apply(  # type: ignore[no-untyped-call]
-        products.view(num_videos, num_rows, num_texts),
-        logits.view(num_videos, num_frames, basis.heads, num_texts),
+        products,
+        logits.contiguous(),
         small_numbers(video, basis),
         texts.mean,
         texts.centred_square,

@@ -140,13 +140,17 @@ class GARE(nn.Module):
             limit = self.temporal.positions.num_embeddings
         return clip_mask(frame_mask, limit)
 
-    def prepare_video(self, video: VideoFeatures) -> PreparedVideo:
+    def prepare_video(self, video: VideoFeatures, *, lean: bool = False) -> PreparedVideo:
         """Prepares videos for any number of texts; see ``PairScorer.prepare_video``.
 
+        Args:
+            video: M encoded clips.
+            lean: whether to keep a third of the numbers, for large galleries and queries of a few texts.
+
         Raises:
-            ConfigError: for a ψ that has no factorised form.
+            ConfigError: for a ψ that has no factorised form, or for lean videos with dropout.
         """
-        return self.scorer.prepare_video(video)
+        return self.scorer.prepare_video(video, lean=lean)
 
     def score(
         self,

@@ -66,7 +66,12 @@ def _attention_weights(scorer: PairScorer, num_frames: int, num_words: int) -> i
 
 
 def block_sizes(
-    scorer: PairScorer, num_frames: int, num_words: int, dtype: torch.dtype, device: torch.device
+    scorer: PairScorer,
+    num_texts: int,
+    num_frames: int,
+    num_words: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Sizes:
     """Block sizes under ``config.memory_mb``, from the numbers that a pair and an owner take."""
     width, itemsize = scorer.config.clip.embed_dim, dtype.itemsize
@@ -82,7 +87,8 @@ def block_sizes(
         texts = min(64, max(1, math.isqrt(pairs)), owners)
         # Whole blocks of them, so that none is left with a few texts.
         return Sizes(owners // texts * texts, askers, texts, even(pairs // texts))
-    texts = max(min(TEXTS_PER_BLOCK.get(device.type, 1024), pairs), 1)
+    # Where there are few texts, more videos go with them.
+    texts = max(min(TEXTS_PER_BLOCK.get(device.type, 1024), pairs, num_texts), 1)
     return Sizes(owners, askers, texts, max(pairs // texts, 1))
 
 
@@ -126,14 +132,14 @@ def stream_scores(
 
 def stream_factorized(scorer: PairScorer, text: TextFeatures, video: VideoFeatures | PreparedVideo) -> Tensor:
     """Scores (N, M) in the factorised form, float32 at least. Where gradients are needed, in one block."""
-    features = video if isinstance(video, VideoFeatures) else video.features
     embedding = text.embedding
     with torch.autocast(embedding.device.type, enabled=False):
         dtype = torch.promote_types(embedding.dtype, torch.float32)
         words = None if text.words is None else text.words
         text = TextFeatures(embedding.to(dtype), words, text.mask)
-        num_texts, num_videos = len(embedding), len(features.mask)
-        sizes = block_sizes(scorer, features.mask.shape[1], text.mask.shape[1], dtype, embedding.device)
+        num_texts, num_videos = len(embedding), len(video)
+        num_frames, num_words = video.mask.shape[1], text.mask.shape[1]
+        sizes = block_sizes(scorer, num_texts, num_frames, num_words, dtype, embedding.device)
         if torch.is_grad_enabled():
             most = max(num_texts, num_videos, 1)
             sizes = Sizes(most, most, most, most)
@@ -158,12 +164,15 @@ def _by_videos(
     sizes: Sizes,
     dtype: torch.dtype,
 ) -> Blocks:
+    lean = isinstance(video, PreparedVideo) and video.scales is not None
     maps = None if isinstance(video, PreparedVideo) else scorer.basis_maps()
     keep = scorer.draw_dropout(0 if isinstance(video, PreparedVideo) else len(video.mask))
+    # Prepared videos have been made.
+    at_once = len(video) if isinstance(video, PreparedVideo) else sizes.owners
     # Texts are asked with once for all videos, so many of them as fit.
     for group in slices(len(text.embedding), sizes.askers):
-        texts = scorer.asking(text.embedding[group])
-        for owners in slices(len(video), sizes.owners):
+        texts = scorer.asking(text.embedding[group], lean=lean)
+        for owners in slices(len(video), at_once):
             if isinstance(video, PreparedVideo):
                 prepared = video[owners]
             else:

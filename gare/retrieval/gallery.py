@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ from torch import Tensor
 from gare.errors import DataError
 from gare.model.features import VideoFeatures
 from gare.model.gare import GARE
+from gare.model.prepared import PreparedVideo
 from gare.model.tokenizer import tokenize
 from gare.storage.files import write_atomically
 
 #: Name of the file, in an evaluation's folder and beside a served model's weights.
 FILE = "gallery.safetensors"
 _IDS = "video_ids"
+#: Clips that are prepared together: some 400 kB of each are needed meanwhile, of which 30 kB are kept.
+PREPARED_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,20 @@ class Gallery:
     Attributes:
         video_ids: M names.
         features: of the clips.
+        parts: what is searched: consecutive clips, encoded or prepared.
     """
 
     video_ids: tuple[str, ...]
     features: VideoFeatures
+    parts: tuple[VideoFeatures | PreparedVideo, ...]
+
+    @torch.inference_mode()
+    def prepared(self, model: GARE) -> Gallery:
+        """The gallery with what does not depend on captions made once, for all searches with a model."""
+        if model.scorer.path() == "direct":
+            return self
+        parts = (model.prepare_video(some, lean=True) for some in self.features.split(PREPARED_AT_ONCE))
+        return replace(self, parts=tuple(parts))
 
 
 def write_gallery(uri: str, video_ids: Sequence[str], frames: np.ndarray, mask: np.ndarray) -> None:
@@ -72,7 +85,7 @@ def gallery_of(data: bytes, uri: str) -> Gallery:
             raise ValueError(f"{len(ids)} names, frames {tuple(features.frames.shape)}")
     except (SafetensorError, ValueError, KeyError) as error:
         raise DataError(f"is no gallery: {error}", where=uri, accepted="one that evaluate wrote") from error
-    return Gallery(ids, features)
+    return Gallery(ids, features, (features,))
 
 
 @torch.inference_mode()
@@ -81,12 +94,13 @@ def search(model: GARE, gallery: Gallery, captions: Sequence[str], top: int) -> 
 
     Args:
         model: the trained model.
-        gallery: what is searched.
+        gallery: what is searched; prepared with this model, or not.
         captions: queries.
         top: videos of each at most.
     """
     token_ids, token_mask = tokenize(captions, model.config.max_words)
-    scores: Tensor = model.score(model.encode_text(token_ids, token_mask), gallery.features).float()
+    text = model.encode_text(token_ids, token_mask)
+    scores: Tensor = torch.cat([model.score(text, part).float() for part in gallery.parts], dim=1)
     best = scores.topk(min(top, len(gallery.video_ids)), dim=1)
     return [
         [(gallery.video_ids[video], score) for video, score in zip(videos, values, strict=True)]

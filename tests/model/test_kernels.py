@@ -230,6 +230,21 @@ def test_scores_of_a_model_are_those_of_the_plain_form(side: str, seed: int) -> 
         torch.testing.assert_close(model.score(text, video), right, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_lean_videos_are_scored_as_those_with_a_basis(heads: int, seed: int) -> None:
+    """A gallery that was prepared without the kernels must rank alike where they are to be had."""
+    torch.manual_seed(seed)
+    model = head(WIDTH, increment_heads=heads)
+    text, video = features(70, 4, 5, 3, WIDTH, torch.float64)
+    with torch.no_grad():
+        lean = model.prepare_video(video, lean=True)
+        right = model.scorer.pair_numbers(*reversed(sides(model, text, video))).scores
+        asking = model.scorer.asking(text.embedding, lean=True)
+        for some in (slice(0, 7), slice(0, 70)):
+            found = fused_pairs(model.scorer.rule, asking[some], lean, Asked())
+            torch.testing.assert_close(found.scores, right[:, some], rtol=0, atol=1e-10)
+
+
 LOSSES: list[dict[str, Any]] = [
     {},
     {"kl_normalised": True, "direction_over": "sample", "direction_texts": 3},

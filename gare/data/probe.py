@@ -7,6 +7,8 @@ pts × time base, in seconds, as the file states them (its clock may not start a
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +17,17 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from gare.data.clock import Clock
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
 _EXACT_HEADERS = frozenset({"mov", "matroska", "avi"})
+#: Containers whose clock has 33 bits.
+MPEG_CLOCKS = frozenset({"mpegts", "mpeg"})
+
+
+#: Trait of streams whose times rise in decoding order, though pictures are shown in another.
+DECODING_ORDER = "times in decoding order"
 
 
 class Orientation(NamedTuple):
@@ -60,6 +69,7 @@ class Probe:
         interlaced: whether a picture may come as two fields.
         traits: what makes seeking decoders go wrong, by name; see ``scan`` below.
         fault: why the file seems damaged, empty if it does not.
+        remark: what a person should know about a file that is whole, empty if there is nothing.
     """
 
     path: str
@@ -82,6 +92,12 @@ class Probe:
     interlaced: bool
     traits: frozenset[str]
     fault: str
+    remark: str = ""
+
+    @property
+    def wraps(self) -> bool:
+        """True if the container's clock has 33 bits."""
+        return self.container in MPEG_CLOCKS
 
 
 def probe(path: str | Path) -> Probe:
@@ -102,7 +118,11 @@ def probe(path: str | Path) -> Probe:
         start_s = (container.start_time or 0) / av.time_base
         fault = scan.fault
         if not fault and name in _EXACT_HEADERS:
-            fault = _missing_end(scan, frames, duration_s, start_s)
+            fault = _missing_end(scan, name, frames, duration_s, start_s)
+        if not fault and scan.errors:
+            fault = f"its container is damaged: {scan.errors[0]}"
+        if not fault and scan.num_corrupt > scan.num_joins:  # a joint itself looks like a lost packet
+            fault = f"{scan.num_corrupt} of its packets are damaged"
         width, height = context.width, context.height
         if scan.orientation.transpose:
             width, height = height, width
@@ -120,14 +140,16 @@ def probe(path: str | Path) -> Probe:
             stream_index=stream.index,
             num_video_streams=num_video_streams,
             time_base_s=float(stream.time_base or 0) or 1 / av.time_base,
-            # Encoder delay can put the first sound before 0; players do not count that.
-            origin_s=max(start_s, 0.0),
+            # Encoder delay can put the first sound before 0; players do not count that. Below 0 in an MPEG
+            # stream is a clock that wraps later.
+            origin_s=start_s if name in MPEG_CLOCKS else max(start_s, 0.0),
             pts=np.unique(np.array(scan.pts, dtype=np.int64)),
             key_pts=np.unique(np.array(scan.key_pts, dtype=np.int64)),
             end_pts=scan.end_pts,
             interlaced=context.field_order > 1,  # 0: unknown, 1: progressive
             traits=frozenset(scan.traits),
             fault=fault,
+            remark=scan.remark,
         )
 
 
@@ -176,11 +198,37 @@ def _main_stream(container: av.container.InputContainer, path: str) -> tuple[av.
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         raise DataError("has no video stream", where=path, accepted="a file with moving pictures")
+    stream = _shown(streams)
     # A stream whose codec this FFmpeg does not know has no context, whatever the type says.
-    if getattr(streams[0], "codec_context", None) is None:
+    if getattr(stream, "codec_context", None) is None:
         raise DataError("has a video stream whose codec is unknown", where=path)
-    streams[0].codec_context.thread_count = 1
-    return streams[0], len(streams)
+    stream.codec_context.thread_count = 1
+    return stream, len(streams)
+
+
+def _shown(streams: Sequence[av.VideoStream]) -> av.VideoStream:
+    """The track that players show: the first default one, or the first, past tracks of thumbnails."""
+    flags = av.stream.Disposition
+    aside = flags.timed_thumbnails | flags.still_image | flags.dependent
+    areas, rates = ([size(stream) for stream in streams] for size in (_area, _rate))
+    # Small and slow beside another: pictures for a timeline, which some writers mark as default too.
+    sizes = zip(areas, rates, strict=True)
+    small = [4 * area <= max(areas) and 4 * rate <= max(rates) for area, rate in sizes]
+
+    def rank(place: int) -> tuple[bool, bool, int]:
+        kinds = streams[place].disposition
+        return bool(kinds & aside) or small[place], not kinds & flags.default, place
+
+    return streams[min(range(len(streams)), key=rank)]
+
+
+def _area(stream: av.VideoStream) -> int:
+    context = getattr(stream, "codec_context", None)
+    return 0 if context is None else context.width * context.height
+
+
+def _rate(stream: av.VideoStream) -> float:
+    return float(stream.average_rate or 0)
 
 
 @dataclass
@@ -193,6 +241,10 @@ class _Scan:
     orientation: Orientation = field(default_factory=Orientation)
     traits: set[str] = field(default_factory=set)
     fault: str = ""
+    remark: str = ""
+    errors: list[str] = field(default_factory=list)
+    num_corrupt: int = 0
+    num_joins: int = 0
 
 
 def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> _Scan:
@@ -200,23 +252,54 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> _Sc
 
     Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
     (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
-    them, lost after a seek), ``no keyframe first``.
+    them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``times in
+    decoding order`` (of pictures that are shown in another).
     """
+    with _errors_of_demuxer(container) as errors:
+        scan = _scan_packets(container, stream)
+    scan.errors = errors
+    return scan
+
+
+@contextmanager
+def _errors_of_demuxer(container: av.container.InputContainer) -> Iterator[list[str]]:
+    """Collects what the demuxer says at level error, which is the only sign of some damage."""
+    names = set(container.format.name.split(","))
+    found: list[str] = []
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as said:
+            yield found
+        for _, name, message in said:
+            if names & set(name.split(",")):
+                found.append(" ".join(message.split())[:200])
+    finally:
+        av.logging.set_level(before)
+
+
+def _scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> _Scan:
     scan = _Scan()
     key_pts: int | None = None
     looking = True
     ends: dict[int, int] = {}
+    time_base_s = float(stream.time_base or 0) or 1 / av.time_base
+    clock = Clock(time_base_s, wraps=container.format.name.split(",")[0] in MPEG_CLOCKS)
     try:
         for packet in container.demux():
             if packet.size == 0:
                 continue
             pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
-            end_pts = 0 if pts is None else pts + (packet.duration or 0)
+            duration = packet.duration or 0
+            if index == stream.index and (offset := clock.offset(packet.dts, duration)) and pts is not None:
+                pts += offset
+            end_pts = 0 if pts is None else pts + duration
             ends[index] = max(ends.get(index, 0), end_pts)
             if index != stream.index:
                 continue
             looking = looking and not _read_orientation(packet, scan)
             scan.num_packets += 1
+            scan.num_corrupt += packet.is_corrupt
             if scan.num_packets == 1 and not packet.is_keyframe:
                 scan.traits.add("no keyframe first")
             if pts is None:
@@ -240,8 +323,14 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> _Sc
         scan.fault = f"reading stops early: {explain(error)}"
     for index, end in ends.items():
         scan.end_s = max(scan.end_s, end * float(container.streams[index].time_base or 0))
+    scan.num_joins = clock.num_joins
+    if clock.num_joins:
+        scan.traits.add("joined clocks")
+        scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
     if len(set(scan.pts)) < len(scan.pts):
         scan.traits.add("shared timestamps")
+    elif stream.codec_context.has_b_frames and len(scan.pts) > 1 and scan.pts == sorted(scan.pts):
+        scan.traits.add(DECODING_ORDER)
     return scan
 
 
@@ -268,8 +357,14 @@ def _orientation(matrix: NDArray[np.int32]) -> Orientation:
     return Orientation(True, c < 0, b < 0)
 
 
-def _missing_end(scan: _Scan, frames: int | None, duration_s: float | None, start_s: float) -> str:
-    if frames and scan.num_packets < frames:
+def _missing_end(
+    scan: _Scan, container: str, frames: int | None, duration_s: float | None, start_s: float
+) -> str:
+    held = 0
+    if container == "avi" and len(scan.pts) == scan.num_packets > 0:
+        # Chunks without data, which this demuxer leaves out: the picture before is shown on.
+        held = max(scan.pts) - min(scan.pts) + 1 - scan.num_packets
+    if frames and scan.num_packets + held < frames:
         return f"cut off: {scan.num_packets} of the {frames} frames that its header promises"
     ends_s = scan.end_s - start_s
     if duration_s and duration_s - ends_s > max(0.5, 0.02 * duration_s):

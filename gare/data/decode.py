@@ -16,6 +16,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from gare.data.file_kind import file_kind, read_head
 from gare.data.from_start import Found, Picture, decode_from_start, least_effort
 from gare.data.probe import probe
 from gare.data.sampling import Sampling
@@ -197,7 +198,9 @@ def _decode_with_pyav(request: Request) -> DecodedClip:
     seen = decode_from_start(source, set(), request.prepare)
     damage = source.fault or seen.damage
     if not seen.order:
-        what = f"no frame decodes: {damage or 'its video stream is empty'}"
+        kind = file_kind(read_head(source.path) or b" ")
+        reason = damage or "its video stream is empty"
+        what = f"no frame decodes: it is {kind} ({reason})" if kind else f"no frame decodes: {reason}"
         raise DataError(what, where=source.path, accepted="a video with at least one whole frame")
     pts, key_pts = (np.array(sorted(ticks), dtype=np.int64) for ticks in (seen.order, seen.keys))
     selection = request.select(pts, key_pts, seen.end_pts, damage)

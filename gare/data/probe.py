@@ -15,6 +15,9 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from gare.data.containers import ACCEPTED, DEMUXERS, head_of, names_other_files, still_demuxer
+from gare.data.encryption import is_encrypted
+from gare.data.file_kind import begins_as, file_kind
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
@@ -97,6 +100,8 @@ def probe(path: str | Path) -> Probe:
         scan = _scan(container, stream)
         context = stream.codec_context
         name = container.format.name.split(",")[0]
+        if is_encrypted(path, name, stream):
+            raise DataError("is encrypted (DRM)", where=path, accepted="a video that plays without a key")
         frames = stream.frames or None
         duration_s = container.duration / av.time_base if container.duration else None
         start_s = (container.start_time or 0) / av.time_base
@@ -140,26 +145,45 @@ def _check_kind(path: str) -> None:
     except (OSError, ValueError) as error:
         fault = explain(error)
     if fault:
-        what = f"cannot be opened as a video: {fault}"
-        raise DataError(what, where=path, accepted="a whole video file that FFmpeg can read")
+        raise DataError(f"cannot be opened as a video: {fault}", where=path, accepted=ACCEPTED)
 
 
 def open_container(path: str) -> av.container.InputContainer:
-    """Opens a local file for reading; what it may refer to stays on this machine.
+    """Opens a local file for reading, and no other file that it may name.
 
     Raises:
-        DataError: if it cannot be opened.
+        DataError: if it cannot be opened, or is read by opening others.
     """
+    head = head_of(path)
+    fault = names_other_files(head or b"", path)
+    if fault:
+        raise DataError(f"cannot be opened as a video: it is {fault}", where=path, accepted=ACCEPTED)
     try:
-        return av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        return av.open(
+            path,
+            format=still_demuxer(head or b"", path),
+            options={"protocol_whitelist": "file", "format_whitelist": ",".join(sorted(DEMUXERS))},
+            metadata_errors="replace",
+        )
     except MemoryError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise DataError(
-            f"cannot be opened as a video: {explain(error)}",
-            where=path,
-            accepted="a whole video file that FFmpeg can read",
-        ) from error
+        what = f"cannot be opened as a video: {_reason(error, head)}"
+        raise DataError(what, where=path, accepted=ACCEPTED) from error
+
+
+def _reason(error: Exception, head: bytes | None) -> str:
+    """Why a file cannot be opened, by its first bytes where they tell more than FFmpeg's error."""
+    if head is None:
+        return explain(error)
+    kind, container = file_kind(head), begins_as(head)
+    if kind:
+        return f"it is {kind}"
+    if container:
+        return f"it begins as {container}, but is cut off, not finished or damaged ({explain(error)})"
+    if isinstance(error, av.error.ArgumentError):  # FFmpeg's answer to what is not in its list
+        return "it is of a kind that is not read"
+    return explain(error)
 
 
 def explain(error: BaseException) -> str:
@@ -175,12 +199,21 @@ def _main_stream(container: av.container.InputContainer, path: str) -> tuple[av.
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
-        raise DataError("has no video stream", where=path, accepted="a file with moving pictures")
+        what = f"has no video stream, {_content(container)}"
+        raise DataError(what, where=path, accepted="a file with moving pictures")
     # A stream whose codec this FFmpeg does not know has no context, whatever the type says.
     if getattr(streams[0], "codec_context", None) is None:
         raise DataError("has a video stream whose codec is unknown", where=path)
     streams[0].codec_context.thread_count = 1
     return streams[0], len(streams)
+
+
+def _content(container: av.container.InputContainer) -> str:
+    """What a file without moving pictures holds."""
+    names = {"audio": "sound", "video": "a cover picture", "subtitle": "subtitles"}
+    kinds = {stream.type for stream in container.streams}
+    held = [name for kind, name in names.items() if kind in kinds]
+    return f"only {' and '.join(held)}" if held else "nor any other that is known"
 
 
 @dataclass

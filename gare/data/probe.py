@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gare.data.containers import ACCEPTED, DEMUXERS, head_of, names_other_files, still_demuxer
 from gare.data.encryption import is_encrypted
 from gare.data.file_kind import begins_as, file_kind
+from gare.data.mov_tracks import mov_tracks
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
@@ -36,6 +37,15 @@ class Orientation(NamedTuple):
         if self.transpose:
             rgb = rgb.transpose(1, 0, 2)
         return np.ascontiguousarray(rgb[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1])
+
+
+#: What turns a picture upright by its rotation alone, in quarters counterclockwise.
+_QUARTER_TURNS = (
+    Orientation(),
+    Orientation(transpose=True, flip_y=True),
+    Orientation(flip_x=True, flip_y=True),
+    Orientation(transpose=True, flip_x=True),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +108,11 @@ def probe(path: str | Path) -> Probe:
     with open_container(path) as container:
         stream, num_video_streams = _main_stream(container, path)
         scan = _scan(container, stream)
+        if not scan.num_packets and _is_external(path, stream):
+            what = "has its pictures in other files (data references), which are not opened"
+            raise DataError(what, where=path, accepted=ACCEPTED)
         context = stream.codec_context
         name = container.format.name.split(",")[0]
-        if is_encrypted(path, name, stream):
-            raise DataError("is encrypted (DRM)", where=path, accepted="a video that plays without a key")
         frames = stream.frames or None
         duration_s = container.duration / av.time_base if container.duration else None
         start_s = (container.start_time or 0) / av.time_base
@@ -201,6 +212,8 @@ def _main_stream(container: av.container.InputContainer, path: str) -> tuple[av.
     if not streams:
         what = f"has no video stream, {_content(container)}"
         raise DataError(what, where=path, accepted="a file with moving pictures")
+    if is_encrypted(path, container.format.name.split(",")[0], streams[0]):
+        raise DataError("is encrypted (DRM)", where=path, accepted="a video that plays without a key")
     # A stream whose codec this FFmpeg does not know has no context, whatever the type says.
     if getattr(streams[0], "codec_context", None) is None:
         raise DataError("has a video stream whose codec is unknown", where=path)
@@ -214,6 +227,10 @@ def _content(container: av.container.InputContainer) -> str:
     kinds = {stream.type for stream in container.streams}
     held = [name for kind, name in names.items() if kind in kinds]
     return f"only {' and '.join(held)}" if held else "nor any other that is known"
+
+
+def _is_external(path: str, stream: av.VideoStream) -> bool:
+    return any(track.track_id == stream.id and track.is_external for track in mov_tracks(path))
 
 
 @dataclass
@@ -287,7 +304,12 @@ def _read_orientation(packet: av.Packet[Any], scan: _Scan) -> bool:
     except av.error.FFmpegError:
         return False
     for frame in frames:
-        for item in getattr(frame, "side_data", ()):
+        try:
+            side_data = list(getattr(frame, "side_data", ()))
+        except ValueError:  # PyAV does not know all kinds of it: EXIF of photos, views of spatial videos
+            scan.orientation = _QUARTER_TURNS[round(frame.rotation / 90) % 4]
+            continue
+        for item in side_data:
             if item.type.name == "DISPLAYMATRIX":
                 scan.orientation = _orientation(np.frombuffer(bytes(item), dtype="<i4"))
     return bool(frames)

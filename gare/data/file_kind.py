@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from pathlib import Path
@@ -100,6 +101,19 @@ def read_head(path: str, size: int = HEAD_BYTES) -> bytes | None:
             return file.read(size)
     except (OSError, ValueError):
         return None
+
+
+def broken_link(path: str) -> str:
+    """Why a path names no file though it is there: a link to nothing, as git-annex leaves it; empty else."""
+    try:
+        target = os.readlink(path) if not os.path.exists(path) else ""  # noqa: PTH110, PTH115 - follows no type
+    except (OSError, ValueError):
+        return ""
+    if not target:
+        return ""
+    is_annex = ".git/annex/objects/" in target
+    hint = "content of git-annex that is not here; fetch it with git annex get" if is_annex else "nothing"
+    return f"a link to {hint}"
 
 
 def file_kind(head: bytes) -> str:

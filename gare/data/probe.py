@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gare.data.containers import ACCEPTED, DEMUXERS, head_of, names_other_files, still_demuxer
 from gare.data.encryption import is_encrypted
-from gare.data.file_kind import begins_as, file_kind
+from gare.data.file_kind import begins_as, broken_link, file_kind
 from gare.data.mov_tracks import mov_tracks
 from gare.errors import DataError
 
@@ -154,7 +154,8 @@ def _check_kind(path: str) -> None:
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or socket"
         fault = "" if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) else f"it is {kind}"
     except (OSError, ValueError) as error:
-        fault = explain(error)
+        link = broken_link(path)
+        fault = f"it is {link}" if link else explain(error)
     if fault:
         raise DataError(f"cannot be opened as a video: {fault}", where=path, accepted=ACCEPTED)
 

@@ -1,10 +1,11 @@
 """Containers that are read: those that hold the pictures themselves, and none that names other files.
 
 A playlist of 90 bytes from a stranger would otherwise put private videos of this machine, or what the
-network gives, into the store. FFmpeg's demuxers that open further files recognise theirs in three ways only:
-by text at the start, by text anywhere before the first zero byte, and by the name of the file (those of
-pictures: ``frame%03d.jpg``). ``names_other_files`` looks for all three, since decord and torchcodec have
-FFmpegs of their own and no option for a list; PyAV is given the list besides.
+network gives, into the store. PyAV is given the list of demuxers; what it refuses reaches no other decoder.
+decord and torchcodec have FFmpegs of their own and no option for a list, and could take the same bytes for
+something else: FFmpeg's demuxers that open further files recognise theirs by text at the start, by text
+anywhere before the first zero byte, or by a name of pictures (``frame%03d.jpg``). ``names_other_files`` looks
+for all three, before anything is opened.
 """
 
 from __future__ import annotations
@@ -14,115 +15,24 @@ from pathlib import PurePath
 
 from gare.data.file_kind import read_head, text_of
 
+_FILES = (
+    "mov matroska avi mpegts mpeg flv live_flv kux asf asf_o ogg mxf gxf rm ivr dv nut ivf wtv nsv swf "
+    "nuv pva ty dhav lmlm4 lxf mtv roq smk bink flic film_cpk ipmovie vivo yuv4mpegpipe iv8 mods thp"
+)
+_BARE_STREAMS = (
+    "h261 h263 h264 hevc vvc m4v mpegvideo mjpeg mjpeg_2000 mpjpeg ingenient av1 obu evc vc1 vc1test "
+    "dirac dnxhd cavsvideo avs2 avs3 apv"
+)
+#: Several pictures are a video; one is a video of one picture.
+_PICTURE_FILES = (
+    "gif apng jpegxl_anim gif_pipe jpeg_pipe png_pipe webp_pipe bmp_pipe tiff_pipe ppm_pipe pgm_pipe "
+    "pbm_pipe pam_pipe j2k_pipe jpegls_pipe jpegxl_pipe exr_pipe dpx_pipe psd_pipe qoi_pipe sgi_pipe"
+)
+#: Opened to say that they hold no pictures.
+_SOUNDS = "mp3 wav w64 flac aac ac3 eac3 dts amr aiff caf ape au wv tta"
 #: FFmpeg's names of the demuxers that may read a file. None of them opens another file; MOV would with
 #: ``enable_drefs``, which is off by default.
-DEMUXERS = frozenset(
-    (
-        # of files and broadcasts
-        *(
-            "mov",
-            "matroska",
-            "avi",
-            "mpegts",
-            "mpeg",
-            "flv",
-            "live_flv",
-            "kux",
-            "asf",
-            "asf_o",
-            "ogg",
-            "mxf",
-            "gxf",
-        ),
-        *(
-            "rm",
-            "ivr",
-            "dv",
-            "nut",
-            "ivf",
-            "wtv",
-            "nsv",
-            "swf",
-            "nuv",
-            "pva",
-            "ty",
-            "dhav",
-            "lmlm4",
-            "lxf",
-            "mtv",
-        ),
-        *(
-            "roq",
-            "smk",
-            "bink",
-            "flic",
-            "film_cpk",
-            "ipmovie",
-            "vivo",
-            "yuv4mpegpipe",
-            "viv",
-            "iv8",
-            "mods",
-            "thp",
-        ),
-        # of one stream without a container
-        *(
-            "h261",
-            "h263",
-            "h264",
-            "hevc",
-            "vvc",
-            "m4v",
-            "mpegvideo",
-            "mjpeg",
-            "mjpeg_2000",
-            "mpjpeg",
-            "ingenient",
-        ),
-        *("av1", "obu", "evc", "vc1", "vc1test", "dirac", "dnxhd", "cavsvideo", "avs2", "avs3", "apv"),
-        # of pictures; several of them are a video, one is a video of one picture
-        *(
-            "gif",
-            "apng",
-            "jpegxl_anim",
-            "jpeg_pipe",
-            "png_pipe",
-            "webp_pipe",
-            "bmp_pipe",
-            "tiff_pipe",
-            "ppm_pipe",
-        ),
-        *(
-            "pgm_pipe",
-            "pbm_pipe",
-            "pam_pipe",
-            "j2k_pipe",
-            "jpegls_pipe",
-            "jpegxl_pipe",
-            "gif_pipe",
-            "exr_pipe",
-        ),
-        *("dpx_pipe", "psd_pipe", "qoi_pipe", "sgi_pipe"),
-        # of sound, to say that there are no pictures
-        *(
-            "mp3",
-            "wav",
-            "w64",
-            "flac",
-            "aac",
-            "ac3",
-            "eac3",
-            "dts",
-            "amr",
-            "aiff",
-            "caf",
-            "ape",
-            "au",
-            "wv",
-            "tta",
-        ),
-    )
-)
+DEMUXERS = frozenset(" ".join((_FILES, _BARE_STREAMS, _PICTURE_FILES, _SOUNDS)).split())
 #: The same in words, for messages.
 ACCEPTED = (
     "one whole file with its pictures in it: MP4, MOV, Matroska, WebM, AVI, MPEG-TS, MPEG-PS, FLV, WMV, Ogg, "
@@ -154,62 +64,13 @@ _MARKS: tuple[tuple[re.Pattern[bytes], str], ...] = (
 )
 #: Names that mean many files to FFmpeg's image2 demuxer, where they end like those of pictures.
 _PATTERN = re.compile(r"%(?:\d*d|[*?\[{])")
-_PICTURES = frozenset(
-    (
-        *(
-            "jpeg",
-            "jpg",
-            "jps",
-            "mpo",
-            "ljpg",
-            "jls",
-            "jxl",
-            "jxs",
-            "j2c",
-            "j2k",
-            "jp2",
-            "jpc",
-            "png",
-            "pns",
-            "mng",
-        ),
-        *(
-            "ppm",
-            "pnm",
-            "pgm",
-            "pgmyuv",
-            "pbm",
-            "pam",
-            "pfm",
-            "phm",
-            "pgx",
-            "bmp",
-            "tga",
-            "tif",
-            "tiff",
-            "dng",
-        ),
-        *("sgi", "ptx", "pcd", "pcx", "pic", "pct", "pict", "sun", "ras", "rs", "im1", "im8", "im24", "im32"),
-        *(
-            "sunras",
-            "gif",
-            "ico",
-            "webp",
-            "xbm",
-            "xpm",
-            "xwd",
-            "exr",
-            "dpx",
-            "dds",
-            "cri",
-            "crw",
-            "hdr",
-            "qoi",
-        ),
-        *("svg", "svgz", "psd", "raw", "y", "vbn", "wbmp", "gem", "img", "ximg", "timg", "avif", "pix"),
-        *("mpg1-img", "mpg2-img", "mpg4-img"),
-    )
+_PICTURE_ENDINGS = (
+    "jpeg jpg jps mpo ljpg jls jxl jxs j2c j2k jp2 jpc png pns mng ppm pnm pgm pgmyuv pbm pam pfm phm pgx "
+    "bmp tga tif tiff dng sgi ptx pcd pcx pic pct pict sun ras rs im1 im8 im24 im32 sunras gif ico webp "
+    "xbm xpm xwd exr dpx dds cri crw hdr qoi svg svgz psd raw y vbn wbmp gem img ximg timg avif pix "
+    "mpg1-img mpg2-img mpg4-img"
 )
+_PICTURES = frozenset(_PICTURE_ENDINGS.split())
 #: Demuxers of pictures in one file, by the ending for which FFmpeg would take image2 instead.
 _STILLS = {
     "jpg": "jpeg_pipe",

@@ -106,10 +106,15 @@ def read_head(path: str, size: int = HEAD_BYTES) -> bytes | None:
 def broken_link(path: str) -> str:
     """Why a path names no file though it is there: a link to nothing, as git-annex leaves it; empty else."""
     try:
-        target = os.readlink(path) if not os.path.exists(path) else ""  # noqa: PTH110, PTH115 - follows no type
+        if not os.path.islink(path):  # noqa: PTH114 - also of what is no ordinary path
+            return ""
+        target = os.readlink(path)  # noqa: PTH115
+        os.stat(path)  # noqa: PTH116
+    except FileNotFoundError:
+        pass
     except (OSError, ValueError):
         return ""
-    if not target:
+    else:
         return ""
     is_annex = ".git/annex/objects/" in target
     hint = "content of git-annex that is not here; fetch it with git annex get" if is_annex else "nothing"
@@ -170,7 +175,7 @@ def _text_kind(head: bytes) -> str:
     if lowered.startswith((b"<?xml", b"<error")):
         if b"<html" in lowered:
             return _TEXT_SIGNATURES[0][1]
-        code = re.search(r"<error>.*?<code>(\w{1,60})</code>", text, re.IGNORECASE | re.DOTALL)
+        code = re.search(r"<error>.{0,500}?<code>(\w{1,60})</code>", text, re.IGNORECASE | re.DOTALL)
         return (
             f"the error of a storage server ({code[1]}), saved in the video's place" if code else "text (XML)"
         )

@@ -16,8 +16,10 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from gare.data.file_kind import file_kind, read_head
 from gare.data.from_start import Found, Picture, decode_from_start, least_effort
-from gare.data.probe import DECODING_ORDER, Probe, probe
+from gare.data.packets import DECODING_ORDER
+from gare.data.probe import Probe, probe
 from gare.data.sampling import Sampling
 from gare.data.selection import Request, Selection, UnfitError
 from gare.data.with_decord import decode_with_decord, unfit_for_decord
@@ -224,7 +226,9 @@ def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
     seen = seen or decode_from_start(source, set(), request.prepare)
     damage = source.fault or seen.damage
     if not seen.order:
-        what = f"no frame decodes: {damage or 'its video stream is empty'}"
+        kind = file_kind(read_head(source.path) or b" ")
+        reason = damage or "its video stream is empty"
+        what = f"no frame decodes: it is {kind} ({reason})" if kind else f"no frame decodes: {reason}"
         raise DataError(what, where=source.path, accepted="a video with at least one whole frame")
     pts, key_pts = (np.array(sorted(ticks), dtype=np.int64) for ticks in (seen.order, seen.keys))
     remark = ""

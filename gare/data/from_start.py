@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.clock import Clock
-from gare.data.probe import DECODING_ORDER, Probe, explain, open_container
+from gare.data.packets import DECODING_ORDER, explain
+from gare.data.probe import Probe, open_container
 
 Picture = NDArray[np.uint8]
 #: Which packets are decoded: all; all but unwanted pictures that no other refers to; or the wanted ones

@@ -7,41 +7,24 @@ pts × time base, in seconds, as the file states them (its clock may not start a
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
-from gare.data.clock import Clock
+from gare.data.containers import ACCEPTED, DEMUXERS, head_of, names_other_files, still_demuxer
+from gare.data.encryption import is_encrypted
+from gare.data.file_kind import begins_as, broken_link, file_kind
+from gare.data.mov_tracks import mov_tracks
+from gare.data.orientation import Orientation
+from gare.data.packets import MPEG_CLOCKS, explain, missing_end, scan_packets
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
 _EXACT_HEADERS = frozenset({"mov", "matroska", "avi"})
-#: Containers whose clock has 33 bits.
-MPEG_CLOCKS = frozenset({"mpegts", "mpeg"})
-
-
-#: Trait of streams whose times rise in decoding order, though pictures are shown in another.
-DECODING_ORDER = "times in decoding order"
-
-
-class Orientation(NamedTuple):
-    """How stored pictures are turned upright: transpose first, then the flips."""
-
-    transpose: bool = False
-    flip_x: bool = False
-    flip_y: bool = False
-
-    def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The upright picture, (H, W, 3), contiguous."""
-        if self.transpose:
-            rgb = rgb.transpose(1, 0, 2)
-        return np.ascontiguousarray(rgb[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +50,7 @@ class Probe:
         key_pts: those of them that start anew, without the pictures before.
         end_pts: tick at which the last of them ends.
         interlaced: whether a picture may come as two fields.
-        traits: what makes seeking decoders go wrong, by name; see ``scan`` below.
+        traits: what makes seeking decoders go wrong, by name; see ``packets.scan_packets``.
         fault: why the file seems damaged, empty if it does not.
         remark: what a person should know about a file that is whole, empty if there is nothing.
     """
@@ -110,7 +93,10 @@ def probe(path: str | Path) -> Probe:
     _check_kind(path)
     with open_container(path) as container:
         stream, num_video_streams = _main_stream(container, path)
-        scan = _scan(container, stream)
+        scan = scan_packets(container, stream)
+        if not scan.num_packets and _is_external(path, stream):
+            what = "has its pictures in other files (data references), which are not opened"
+            raise DataError(what, where=path, accepted=ACCEPTED)
         context = stream.codec_context
         name = container.format.name.split(",")[0]
         frames = stream.frames or None
@@ -118,7 +104,7 @@ def probe(path: str | Path) -> Probe:
         start_s = (container.start_time or 0) / av.time_base
         fault = scan.fault
         if not fault and name in _EXACT_HEADERS:
-            fault = _missing_end(scan, name, frames, duration_s, start_s)
+            fault = missing_end(scan, name, frames, duration_s, start_s)
         if not fault and scan.errors:
             fault = f"its container is damaged: {scan.errors[0]}"
         if not fault and scan.num_corrupt > scan.num_joins:  # a joint itself looks like a lost packet
@@ -160,45 +146,59 @@ def _check_kind(path: str) -> None:
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or socket"
         fault = "" if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) else f"it is {kind}"
     except (OSError, ValueError) as error:
-        fault = explain(error)
+        link = broken_link(path)
+        fault = f"it is {link}" if link else explain(error)
     if fault:
-        what = f"cannot be opened as a video: {fault}"
-        raise DataError(what, where=path, accepted="a whole video file that FFmpeg can read")
+        raise DataError(f"cannot be opened as a video: {fault}", where=path, accepted=ACCEPTED)
 
 
 def open_container(path: str) -> av.container.InputContainer:
-    """Opens a local file for reading; what it may refer to stays on this machine.
+    """Opens a local file for reading, and no other file that it may name.
 
     Raises:
-        DataError: if it cannot be opened.
+        DataError: if it cannot be opened, or is read by opening others.
     """
+    head = head_of(path)
+    fault = names_other_files(head or b"", path)
+    if fault:
+        raise DataError(f"cannot be opened as a video: it is {fault}", where=path, accepted=ACCEPTED)
     try:
-        return av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        return av.open(
+            path,
+            format=still_demuxer(head or b"", path),
+            options={"protocol_whitelist": "file", "format_whitelist": ",".join(sorted(DEMUXERS))},
+            metadata_errors="replace",
+        )
     except MemoryError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise DataError(
-            f"cannot be opened as a video: {explain(error)}",
-            where=path,
-            accepted="a whole video file that FFmpeg can read",
-        ) from error
+        what = f"cannot be opened as a video: {_reason(error, head)}"
+        raise DataError(what, where=path, accepted=ACCEPTED) from error
 
 
-def explain(error: BaseException) -> str:
-    """A decoder's error in one short line, without the path that the caller adds."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    log = getattr(error, "log", None)
-    if log and log[2].strip():
-        text = f"{text} ({log[2].strip()})"
-    return " ".join(text.split())[:300]
+def _reason(error: Exception, head: bytes | None) -> str:
+    """Why a file cannot be opened, by its first bytes where they tell more than FFmpeg's error."""
+    if head is None:
+        return explain(error)
+    kind, container = file_kind(head), begins_as(head)
+    if kind:
+        return f"it is {kind}"
+    if container:
+        return f"it begins as {container}, but is cut off, not finished or damaged ({explain(error)})"
+    if isinstance(error, av.error.ArgumentError):  # FFmpeg's answer to what is not in its list
+        return "it is of a kind that is not read"
+    return explain(error)
 
 
 def _main_stream(container: av.container.InputContainer, path: str) -> tuple[av.VideoStream, int]:
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
-        raise DataError("has no video stream", where=path, accepted="a file with moving pictures")
+        what = f"has no video stream, {_content(container)}"
+        raise DataError(what, where=path, accepted="a file with moving pictures")
     stream = _shown(streams)
+    if is_encrypted(path, container.format.name.split(",")[0], stream):
+        raise DataError("is encrypted (DRM)", where=path, accepted="a video that plays without a key")
     # A stream whose codec this FFmpeg does not know has no context, whatever the type says.
     if getattr(stream, "codec_context", None) is None:
         raise DataError("has a video stream whose codec is unknown", where=path)
@@ -231,142 +231,13 @@ def _rate(stream: av.VideoStream) -> float:
     return float(stream.average_rate or 0)
 
 
-@dataclass
-class _Scan:
-    pts: list[int] = field(default_factory=list)
-    key_pts: list[int] = field(default_factory=list)
-    end_pts: int = 0
-    end_s: float = 0.0
-    num_packets: int = 0
-    orientation: Orientation = field(default_factory=Orientation)
-    traits: set[str] = field(default_factory=set)
-    fault: str = ""
-    remark: str = ""
-    errors: list[str] = field(default_factory=list)
-    num_corrupt: int = 0
-    num_joins: int = 0
+def _content(container: av.container.InputContainer) -> str:
+    """What a file without moving pictures holds."""
+    names = {"audio": "sound", "video": "a cover picture", "subtitle": "subtitles"}
+    kinds = {stream.type for stream in container.streams}
+    held = [name for kind, name in names.items() if kind in kinds]
+    return f"only {' and '.join(held)}" if held else "nor any other that is known"
 
 
-def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> _Scan:
-    """Demuxes the whole file.
-
-    Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
-    (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
-    them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``times in
-    decoding order`` (of pictures that are shown in another).
-    """
-    with _errors_of_demuxer(container) as errors:
-        scan = _scan_packets(container, stream)
-    scan.errors = errors
-    return scan
-
-
-@contextmanager
-def _errors_of_demuxer(container: av.container.InputContainer) -> Iterator[list[str]]:
-    """Collects what the demuxer says at level error, which is the only sign of some damage."""
-    names = set(container.format.name.split(","))
-    found: list[str] = []
-    before = av.logging.get_level()
-    av.logging.set_level(av.logging.ERROR)
-    try:
-        with av.logging.Capture() as said:
-            yield found
-        for _, name, message in said:
-            if names & set(name.split(",")):
-                found.append(" ".join(message.split())[:200])
-    finally:
-        av.logging.set_level(before)
-
-
-def _scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> _Scan:
-    scan = _Scan()
-    key_pts: int | None = None
-    looking = True
-    ends: dict[int, int] = {}
-    time_base_s = float(stream.time_base or 0) or 1 / av.time_base
-    clock = Clock(time_base_s, wraps=container.format.name.split(",")[0] in MPEG_CLOCKS)
-    try:
-        for packet in container.demux():
-            if packet.size == 0:
-                continue
-            pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
-            duration = packet.duration or 0
-            if index == stream.index and (offset := clock.offset(packet.dts, duration)) and pts is not None:
-                pts += offset
-            end_pts = 0 if pts is None else pts + duration
-            ends[index] = max(ends.get(index, 0), end_pts)
-            if index != stream.index:
-                continue
-            looking = looking and not _read_orientation(packet, scan)
-            scan.num_packets += 1
-            scan.num_corrupt += packet.is_corrupt
-            if scan.num_packets == 1 and not packet.is_keyframe:
-                scan.traits.add("no keyframe first")
-            if pts is None:
-                scan.traits.add("no timestamps")
-                continue
-            is_key = packet.is_keyframe
-            if is_key:
-                key_pts = pts
-            elif key_pts is not None and pts < key_pts:
-                scan.traits.add("open GOP")
-            if packet.is_discard:
-                scan.traits.add("edit list")
-                continue
-            scan.pts.append(pts)
-            if is_key:
-                scan.key_pts.append(pts)
-            scan.end_pts = max(scan.end_pts, end_pts)
-    except MemoryError:
-        raise
-    except (av.error.FFmpegError, OSError) as error:
-        scan.fault = f"reading stops early: {explain(error)}"
-    for index, end in ends.items():
-        scan.end_s = max(scan.end_s, end * float(container.streams[index].time_base or 0))
-    scan.num_joins = clock.num_joins
-    if clock.num_joins:
-        scan.traits.add("joined clocks")
-        scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
-    if len(set(scan.pts)) < len(scan.pts):
-        scan.traits.add("shared timestamps")
-    elif stream.codec_context.has_b_frames and len(scan.pts) > 1 and scan.pts == sorted(scan.pts):
-        scan.traits.add(DECODING_ORDER)
-    return scan
-
-
-def _read_orientation(packet: av.Packet[Any], scan: _Scan) -> bool:
-    """Decodes until there is a picture, which carries the display matrix; True when there was one."""
-    try:
-        frames = packet.decode()
-    except MemoryError:
-        raise
-    except av.error.FFmpegError:
-        return False
-    for frame in frames:
-        for item in getattr(frame, "side_data", ()):
-            if item.type.name == "DISPLAYMATRIX":
-                scan.orientation = _orientation(np.frombuffer(bytes(item), dtype="<i4"))
-    return bool(frames)
-
-
-def _orientation(matrix: NDArray[np.int32]) -> Orientation:
-    """The nearest right angle, mirrored or not: x' = a·x + c·y, y' = b·x + d·y."""
-    a, b, c, d = (int(matrix[place]) for place in (0, 1, 3, 4))
-    if abs(a) >= abs(b):
-        return Orientation(False, a < 0, d < 0)
-    return Orientation(True, c < 0, b < 0)
-
-
-def _missing_end(
-    scan: _Scan, container: str, frames: int | None, duration_s: float | None, start_s: float
-) -> str:
-    held = 0
-    if container == "avi" and len(scan.pts) == scan.num_packets > 0:
-        # Chunks without data, which this demuxer leaves out: the picture before is shown on.
-        held = max(scan.pts) - min(scan.pts) + 1 - scan.num_packets
-    if frames and scan.num_packets + held < frames:
-        return f"cut off: {scan.num_packets} of the {frames} frames that its header promises"
-    ends_s = scan.end_s - start_s
-    if duration_s and duration_s - ends_s > max(0.5, 0.02 * duration_s):
-        return f"cut off: its header promises {duration_s:.2f} s, its data end at {ends_s:.2f} s"
-    return ""
+def _is_external(path: str, stream: av.VideoStream) -> bool:
+    return any(track.track_id == stream.id and track.is_external for track in mov_tracks(path))

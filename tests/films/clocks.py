@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,58 +25,75 @@ from tests.films.film import (
 WRAP_S = 2**33 / TICKS
 
 
-def _one_of(rng: np.random.Generator, *names: str) -> str:
+def one_of(rng: np.random.Generator, *names: str) -> str:
+    """Draws one of the names."""
     return names[int(rng.integers(len(names)))]
 
 
-def _made(
+def made(
     path: Path,
     container: str,
     tracks: Sequence[Track],
     what: str = "",
     *,
-    options: dict[str, str] | None = None,
-    showings: Sequence[Showing] = (),
+    film: Track | None = None,
+    options: Mapping[str, str] | None = None,
     is_sound: bool = True,
 ) -> Film:
-    """Writes the tracks; the first is the film, and second 0 is where the first of them starts."""
+    """Writes the tracks; second 0 is where the first of them starts.
+
+    Args:
+        path: where to write, without the ending.
+        container: FFmpeg's name of it.
+        tracks: what to write.
+        what: what is unusual about it.
+        film: the track that players show; None: the first.
+        options: of the container.
+        is_sound: see ``Film``.
+    """
     path = path.with_name(f"{path.name}.{FITS[container][1]}")
     write(path, container, tracks, options)
-    film = tracks[0]
+    film = film or tracks[0]
     assert film.recipe is not None
-    if not showings:
-        start_s = min(float(track.times_s[0]) for track in tracks)
-        showings = [showing(film, start_s=start_s, clock_s=[started_at(path)])]
+    start_s = min(float(track.times_s[0]) for track in tracks if not track.is_text)
+    shown = showing(film, start_s=start_s, clock_s=[started_at(path)])
     what = f"{container}, {film.recipe}, {len(film.numbers)} pictures{', ' if what else ''}{what}"
-    frame_s, keys = film.recipe.frame_s, frozenset(film.keys)
-    return Film(path, what, tuple(showings), frame_s, keys, is_sound=is_sound)
+    return Film(path, what, (shown,), film.recipe.frame_s, frozenset(film.keys), is_sound=is_sound)
 
 
-def _with_sound(rng: np.random.Generator, track: Track) -> list[Track]:
+def with_sound(rng: np.random.Generator, track: Track) -> list[Track]:
     """The track, half the time beside sound that begins with it."""
     return [track] if rng.random() < 0.5 else [track, Track(None, times_s=[track.times_s[0], track.times_s[-1]])]
 
 
 def steady(rng: np.random.Generator, path: Path) -> Film:
     """Starts at 0 and runs evenly: the kind that all others are held against."""
-    container = _one_of(rng, *FITS)
+    container = one_of(rng, *FITS)
     # AVI states no presentation times: those with B-frames are in ``order``.
     track = draw_track(rng, container, two_way=False if container == "avi" else None)
-    return _made(path, container, _with_sound(rng, track))
+    return made(path, container, with_sound(rng, track))
 
 
 def late(rng: np.random.Generator, path: Path) -> Film:
     """Starts seconds or minutes above zero; second 0 is its first picture."""
-    container, start_s = _one_of(rng, "mp4", "matroska", "mpegts", "webm", "flv"), float(rng.uniform(0.5, 90))
+    container, start_s = one_of(rng, "mp4", "matroska", "mpegts", "webm", "flv"), float(rng.uniform(0.5, 90))
     track = moved(draw_track(rng, container), start_s)
-    return _made(path, container, _with_sound(rng, track), f"starts at {start_s:.3f} s")
+    return made(path, container, with_sound(rng, track), f"starts at {start_s:.3f} s")
 
 
 def negative(rng: np.random.Generator, path: Path) -> Film:
-    """Starts below zero: an MP4 whose edit list cuts the first pictures, which no player shows."""
-    cut_s = float(rng.uniform(0.2, 1.5))
-    track = moved(draw_track(rng, "mp4"), -cut_s)
-    film = _made(path, "mp4", _with_sound(rng, track), f"starts at {-cut_s:.3f} s")
+    """Starts below zero.
+
+    An MP4's edit list then cuts the first pictures, which no player shows. Other containers have no such
+    rule: players show all pictures, and second 0 is the first one, as in a transport stream that wraps.
+    """
+    container, cut_s = one_of(rng, "mp4", "mp4", "matroska", "mpegts"), float(rng.uniform(0.2, 1.5))
+    track = moved(draw_track(rng, container), -cut_s)
+    tracks = with_sound(rng, track)
+    options = {} if container == "mp4" else {"avoid_negative_ts": "disabled"}
+    film = made(path, container, tracks, f"starts at {-cut_s:.3f} s", options=options)
+    if container != "mp4":
+        return film
     times = np.asarray(track.times_s)
     first = int(np.searchsorted(times, 0.0, side="right")) - 1
     numbers = np.array(track.numbers[first:], dtype=np.int64)
@@ -86,7 +103,7 @@ def negative(rng: np.random.Generator, path: Path) -> Film:
 
 def sparse(rng: np.random.Generator, path: Path) -> Film:
     """Holds a picture for seconds, or all of them, as slides do."""
-    container = _one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
+    container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
     track = draw_track(rng, container)
     count, frame_s = len(track.numbers), float(track.times_s[1])
     steps = np.full(count, frame_s)
@@ -96,21 +113,21 @@ def sparse(rng: np.random.Generator, path: Path) -> Film:
         held = rng.integers(1, count - 1, int(rng.integers(1, 4)))
         steps[held] = rng.uniform(1, 6, len(held))
     track.times_s = np.concatenate([[0.0], np.cumsum(steps)])
-    return _made(path, container, [track], f"longest {steps.max():.2f} s")
+    return made(path, container, [track], f"longest {steps.max():.2f} s")
 
 
 def variable(rng: np.random.Generator, path: Path) -> Film:
     """Shows each picture for another time, as phones and screen recorders do."""
-    container = _one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
+    container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
     track = draw_track(rng, container)
     steps = rng.uniform(0.4, 1.9, len(track.numbers)) * float(track.times_s[1])
     track.times_s = np.concatenate([[0.0], np.cumsum(steps)])
-    return _made(path, container, _with_sound(rng, track))
+    return made(path, container, with_sound(rng, track))
 
 
 def equal(rng: np.random.Generator, path: Path) -> Film:
     """Gives two pictures the same time: keyframes and those after or before them, or any."""
-    container = _one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
+    container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
     track = draw_track(rng, container, two_way=False)
     assert track.recipe is not None
     times = np.array(track.times_s)
@@ -122,15 +139,17 @@ def equal(rng: np.random.Generator, path: Path) -> Film:
     for place in places:
         times[place] = times[place + 1]  # not earlier: no picture may be shown before it is coded
     track.times_s = np.maximum.accumulate(times)
-    return _made(path, container, [track], f"{len(places)} shared times", is_sound=False)
+    return made(path, container, [track], f"{len(places)} shared times", is_sound=False)
 
 
 def order(rng: np.random.Generator, path: Path) -> Film:
     """States the times of decoding for those of presentation, although pictures are coded out of order."""
-    container = _one_of(rng, "avi", "avi", "mp4", "matroska", "mpegts", "flv")
-    track = draw_track(rng, container, codecs=("libx264", "mpeg4"), two_way=True)
+    container = one_of(rng, "avi", "avi", "mp4", "matroska", "mpegts", "flv")
+    track = draw_track(rng, container, codecs=("libx264",), two_way=True)
+    assert track.recipe is not None
+    track.recipe = replace(track.recipe, num_b=max(2, track.recipe.num_b))
     track.in_coding_order = True
-    return _made(path, container, [track], "pts = dts", is_sound=False)
+    return made(path, container, [track], "pts = dts", is_sound=False)
 
 
 def wrapped(rng: np.random.Generator, path: Path) -> Film:
@@ -138,10 +157,10 @@ def wrapped(rng: np.random.Generator, path: Path) -> Film:
     track = draw_track(rng, "mpegts")
     before_s = float(rng.uniform(0.1, 0.9)) * float(track.times_s[-1])
     track = moved(track, WRAP_S - before_s)
-    film = _made(
+    film = made(
         path,
         "mpegts",
-        _with_sound(rng, track),
+        with_sound(rng, track),
         f"wraps after {before_s:.2f} s",
         options={"mpegts_copyts": "1"},
     )
@@ -188,14 +207,14 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
 
 def jump(rng: np.random.Generator, path: Path) -> Film:
     """Jumps far ahead in the middle. Players of a transport stream then go on at once."""
-    container = _one_of(rng, "mpegts", "mpegts", "matroska", "mp4", "flv")
+    container = one_of(rng, "mpegts", "mpegts", "matroska", "mp4", "flv")
     track = draw_track(rng, container)
     assert track.recipe is not None
     place = int(rng.integers(2, len(track.numbers) - 2))
     by_s = float(10 ** rng.uniform(1.3 if container == "mpegts" else 3.7, 4.3))
     steady_s = np.array(track.times_s)
     track.times_s = steady_s + np.where(np.arange(len(steady_s)) >= place, by_s, 0)
-    film = _made(path, container, [track], f"{by_s:.0f} s ahead at picture {place}", is_sound=False)
+    film = made(path, container, [track], f"{by_s:.0f} s ahead at picture {place}", is_sound=False)
     closed = replace(film.showings[0], times_F=steady_s[:-1], end_s=float(steady_s[-1]))
     # Other containers may hold a picture for hours; players disagree.
     return replace(film, showings=(closed,) if container == "mpegts" else (closed, *film.showings))
@@ -203,17 +222,17 @@ def jump(rng: np.random.Generator, path: Path) -> Film:
 
 def sound_first(rng: np.random.Generator, path: Path) -> Film:
     """Has sound that begins before or after its pictures; second 0 is where the first of them starts."""
-    container = _one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
+    container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
     track = draw_track(rng, container)
     apart_s = float(rng.uniform(0.3, 3.0))
     end_s = float(track.times_s[-1])
     if rng.random() < 0.6:
         track = moved(track, apart_s)
-        return _made(
+        return made(
             path, container, [track, Track(None, times_s=[0.0, end_s])], f"sound {apart_s:.2f} s earlier"
         )
     sound = Track(None, times_s=[min(apart_s, end_s / 2), end_s])
-    return _made(path, container, [track, sound], f"sound {sound.times_s[0]:.2f} s later")
+    return made(path, container, [track, sound], f"sound {sound.times_s[0]:.2f} s later")
 
 
 def held_avi(rng: np.random.Generator, path: Path) -> Film:
@@ -226,7 +245,7 @@ def held_avi(rng: np.random.Generator, path: Path) -> Film:
     if rng.random() < 0.3:
         steps = rng.integers(1, 4, len(steps))
     track.times_s = np.concatenate([[0], np.cumsum(steps)]) / track.recipe.fps
-    return _made(path, "avi", [track], f"{int((steps > 1).sum())} held")
+    return made(path, "avi", [track], f"{int((steps > 1).sum())} held")
 
 
 def held_mp4(rng: np.random.Generator, path: Path) -> Film:
@@ -235,19 +254,19 @@ def held_mp4(rng: np.random.Generator, path: Path) -> Film:
     steps = np.full(len(track.numbers), float(track.times_s[1]))
     steps[[0, -1, int(rng.integers(len(steps)))]] = rng.uniform(0.04, 5.0, 3)
     track.times_s = np.concatenate([[0.0], np.cumsum(steps)])
-    return _made(path, "mp4", [track], f"first {steps[0]:.2f} s, last {steps[-1]:.2f} s")
+    return made(path, "mp4", [track], f"first {steps[0]:.2f} s, last {steps[-1]:.2f} s")
 
 
 def open_start(rng: np.random.Generator, path: Path) -> Film:
     """Begins in the middle of a group of pictures, the first of which cannot decode."""
-    container = _one_of(rng, "mp4", "matroska", "mpegts", "flv")
+    container = one_of(rng, "mp4", "matroska", "mpegts", "flv")
     track = draw_track(rng, container, codecs=("libx264",), length_s=(4.0, 7.0))
     assert track.recipe is not None
     gop = int(rng.integers(10, max(11, len(track.numbers) // 2)))
     is_open = rng.random() < 0.5 and track.recipe.num_b > 0
     track.recipe = replace(track.recipe, gop=gop, open_gop=is_open)
     track.drop = int(rng.integers(1, gop))
-    film = _made(path, container, [track], f"without its first {track.drop} packets", is_sound=False)
+    film = made(path, container, [track], f"without its first {track.drop} packets", is_sound=False)
     times, key_s = np.array(track.times_s), float(track.times_s[min(track.keys) - track.numbers[0]])
     start_s = float(times[track.drop])  # with B-frames a picture or two off, which frame_s covers
     kept = times[:-1] >= start_s - 1e-6

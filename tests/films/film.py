@@ -5,6 +5,7 @@ Letters: F pictures of a film, in the order in which they are shown.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -110,11 +111,12 @@ class Track:
     """Packets of one stream to be written; places are positions among its pictures as shown.
 
     Attributes:
-        recipe: how it is coded; None for sound.
+        recipe: how it is coded; None for sound and subtitles.
         numbers: of its pictures.
         times_s: at which each begins, and the end of the last one: one more than ``numbers``.
         default: True for the track that players choose.
         cover: True for a picture that is no video.
+        is_text: True for subtitles, of which one is shown from each time to the next.
         in_coding_order: True to state decoding times for presentation times.
         coded_at_s: times from which decoding times are taken; empty for ``times_s``.
         drop: packets to leave out at the start.
@@ -126,6 +128,7 @@ class Track:
     times_s: Sequence[float] | NDArray[np.float64] = ()
     default: bool = True
     cover: bool = False
+    is_text: bool = False
     in_coding_order: bool = False
     coded_at_s: Sequence[float] | NDArray[np.float64] = ()
     drop: int = 0
@@ -237,28 +240,62 @@ def _sound(stream: av.AudioStream, track: Track) -> list[av.Packet[Any]]:
     return packets
 
 
+def _texts(stream: av.stream.Stream, track: Track, container: str) -> list[av.Packet[Any]]:
+    packets = []
+    for first_s, last_s in itertools.pairwise(track.times_s):
+        text = f"shown from {first_s:.2f} s".encode()
+        packet = av.Packet(len(text).to_bytes(2, "big") + text if container == "mp4" else text)
+        packet.stream, packet.time_base = stream, Fraction(1, TICKS)
+        packet.pts = packet.dts = round(first_s * TICKS)
+        packet.duration = round((last_s - first_s) * TICKS)
+        packets.append(packet)
+    return packets
+
+
+def jpeg(number: int, width: int, height: int) -> bytes:
+    """A picture of a number as a JPEG file."""
+    context = av.CodecContext.create("mjpeg", "w")
+    assert isinstance(context, av.VideoCodecContext)
+    context.width, context.height, context.pix_fmt = width, height, "yuvj420p"
+    context.time_base = Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(draw(number, width, height), format="rgb24")
+    frame.pts = 0
+    return b"".join(bytes(packet) for packet in (*context.encode(frame), *context.encode()))
+
+
+def _add(out: av.container.OutputContainer, container: str, track: Track) -> av.stream.Stream:
+    if track.is_text:
+        return out.add_mux_stream({"mp4": "mov_text", "webm": "webvtt"}.get(container, "subrip"))
+    if track.recipe is None:
+        sound = out.add_stream(_SOUNDS[container], rate=48_000 if container == "webm" else 44_100)
+        assert isinstance(sound, av.AudioStream)
+        sound.layout = "mono"
+        return sound
+    if track.cover and container == "matroska":
+        data = jpeg(track.numbers[0], track.recipe.width, track.recipe.height)
+        return out.add_attachment("cover.jpg", "image/jpeg", data)
+    stream = _add_video(out, track)
+    if container == "mp4":
+        stream.time_base = Fraction(1, TICKS)
+    flags = Disposition.attached_pic if track.cover else Disposition(0)
+    stream.disposition = flags | (Disposition.default if track.default else Disposition(0))
+    return stream
+
+
 def write(
     path: Path, container: str, tracks: Sequence[Track], options: Mapping[str, str] | None = None
 ) -> None:
     """Writes a film; its tracks' packets lie in the order of their decoding times."""
     packets: list[av.Packet[Any]] = []
     with av.open(str(path), "w", format=container, options=dict(options or {})) as out:
-        added = []
-        for track in tracks:
-            if track.recipe is None:
-                sound = out.add_stream(_SOUNDS[container], rate=48_000 if container == "webm" else 44_100)
-                assert isinstance(sound, av.AudioStream)
-                sound.layout = "mono"
-                added.append(sound)
-                continue
-            stream = _add_video(out, track)
-            if container == "mp4":
-                stream.time_base = Fraction(1, TICKS)
-            flags = Disposition.attached_pic if track.cover else Disposition(0)
-            stream.disposition = flags | (Disposition.default if track.default else Disposition(0))
-            added.append(stream)
-        for stream, track in zip(added, tracks, strict=True):
-            packets += _sound(stream, track) if track.recipe is None else encode(stream, track)
+        for stream, track in [(_add(out, container, track), track) for track in tracks]:
+            if isinstance(stream, av.VideoStream):
+                packets += encode(stream, track)
+            elif isinstance(stream, av.AudioStream):
+                packets += _sound(stream, track)
+            elif track.is_text:
+                packets += _texts(stream, track, container)
+        out.start_encoding()
         for packet in sorted(packets, key=lambda packet: int(packet.dts or 0)):
             out.mux(packet)
 

@@ -99,7 +99,7 @@ def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
     except (DecoderCrashError, DecodeTimeoutError) as error:
         return Verdict("wrong", error.what)
     except DataError as error:
-        return Verdict("failed", error.what, is_needless=film.is_sound and bool(film.showings))
+        return Verdict("failed", error.what, is_needless=film.is_sound and _has_keys(film, ask))
     numbers = [read(np.frombuffer(data, np.uint8).reshape(SIZE_PX, SIZE_PX, 3)) for data in clip.frames]
     if not film.showings:
         return Verdict("wrong", f"{len(numbers)} frames of a file that is to be refused: {numbers}")
@@ -118,6 +118,12 @@ def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
     if film.is_damaged and not is_said and not signs(film):
         return Verdict("unseen", f"{faults[0]}; {got}")
     return Verdict("wrong", f"{faults[0]}; {got}")
+
+
+def _has_keys(film: Film, ask: Ask) -> bool:
+    """True if there is a picture to give; an edit list can cut all keyframes."""
+    shown = film.showings
+    return bool(shown) and (ask.sampling != "keyframes" or not film.keys.isdisjoint(shown[0].numbers_F.tolist()))
 
 
 def _faults(
@@ -157,6 +163,8 @@ def _mistimed(shown: Showing, time_s: NDArray[np.float64], numbers: list[int | N
     for (one, first), (two, second) in itertools.pairwise(known):
         if one == two and first != second:
             return f"picture {one} at two times, {first:.3f} and {second:.3f} s"
+        if two < one:
+            return f"picture {one} at {first:.3f} s before picture {two} at {second:.3f} s"
     away = [[_away(shown, number, time - zero) for number, time in known] for zero in shown.clock_s]
     if known and min(max(row) for row in away) > near_s:
         row = min(away, key=max)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.films import clocks
+from tests.films import clocks, damage, links, tracks
 from tests.films.film import Film
 
 Make = Callable[[np.random.Generator, Path], Film]
@@ -18,6 +18,9 @@ _MAKERS: tuple[Make, ...] = (
     *(clocks.steady, clocks.late, clocks.negative, clocks.sparse, clocks.variable, clocks.equal),
     *(clocks.order, clocks.wrapped, clocks.joined, clocks.jump, clocks.sound_first, clocks.open_start),
     *(clocks.held_avi, clocks.held_mp4),
+    *(tracks.two_tracks, tracks.thumbnail, tracks.cover, tracks.sound_only, tracks.subtitles),
+    *(damage.hurt_mkv, damage.hurt_ts, damage.hurt_avi, damage.hurt_mp4),
+    *(links.hls, links.concat, links.dash, links.sdp, links.images),
 )
 KINDS: dict[str, Make] = {make.__name__: make for make in _MAKERS}
 

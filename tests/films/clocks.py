@@ -63,7 +63,9 @@ def made(
 
 def with_sound(rng: np.random.Generator, track: Track) -> list[Track]:
     """The track, half the time beside sound that begins with it."""
-    return [track] if rng.random() < 0.5 else [track, Track(None, times_s=[track.times_s[0], track.times_s[-1]])]
+    return (
+        [track] if rng.random() < 0.5 else [track, Track(None, times_s=[track.times_s[0], track.times_s[-1]])]
+    )
 
 
 def steady(rng: np.random.Generator, path: Path) -> Film:
@@ -104,13 +106,15 @@ def negative(rng: np.random.Generator, path: Path) -> Film:
 def sparse(rng: np.random.Generator, path: Path) -> Film:
     """Holds a picture for seconds, or all of them, as slides do."""
     container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
-    track = draw_track(rng, container)
+    is_slides = rng.random() < 0.3
+    # An MP4 states how long a picture lasts by the order of coding: no B-frames where the last ones are held.
+    track = draw_track(rng, container, two_way=False if is_slides else None, length_s=(2.0, 5.0))
     count, frame_s = len(track.numbers), float(track.times_s[1])
     steps = np.full(count, frame_s)
-    if rng.random() < 0.3:
+    if is_slides:
         steps = rng.uniform(0.5, 4.0, count)
     else:
-        held = rng.integers(1, count - 1, int(rng.integers(1, 4)))
+        held = rng.integers(1, count - 6, int(rng.integers(1, 4)))
         steps[held] = rng.uniform(1, 6, len(held))
     track.times_s = np.concatenate([[0.0], np.cumsum(steps)])
     return made(path, container, [track], f"longest {steps.max():.2f} s")

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import av
 import numpy as np
@@ -23,10 +23,11 @@ from tests.films.film import Film, Showing
 from tests.films.numbers import read
 
 #: right: whole and true. said: true as far as it goes, and marked. garbled: marked, with pictures that
-#: cannot be read. failed: an error with its reason. unseen: wrong, but neither FFmpeg's log nor the clock
-#: tells. wrong: silently.
-Ending = Literal["right", "said", "garbled", "failed", "unseen", "wrong"]
-ENDINGS: tuple[Ending, ...] = ("right", "said", "garbled", "failed", "unseen", "wrong")
+#: cannot be read. mistimed: marked, of overwritten bytes, with pictures under times that are not theirs.
+#: failed: an error with its reason. unseen: wrong, but neither FFmpeg's log nor the clock tells. wrong:
+#: silently, or marked without any damage that would excuse it.
+Ending = Literal["right", "said", "garbled", "mistimed", "failed", "unseen", "wrong"]
+ENDINGS: tuple[Ending, ...] = get_args(Ending)
 #: Seconds to which containers round times.
 ROUNDING_S = 0.002
 SIZE_PX, DEADLINE_S, MEMORY_MB = 40, 60.0, 1000.0
@@ -115,7 +116,9 @@ def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
         if is_said and None in numbers:
             ending = "garbled"
         return Verdict(ending, note, is_needless=film.is_sound and ending != "right")
-    if film.is_damaged and not is_said and not signs(film):
+    if film.is_damaged and is_said:
+        return Verdict("mistimed", f"{faults[0]}; {got}")
+    if film.is_damaged and not signs(film):
         return Verdict("unseen", f"{faults[0]}; {got}")
     return Verdict("wrong", f"{faults[0]}; {got}")
 
@@ -123,7 +126,9 @@ def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
 def _has_keys(film: Film, ask: Ask) -> bool:
     """True if there is a picture to give; an edit list can cut all keyframes."""
     shown = film.showings
-    return bool(shown) and (ask.sampling != "keyframes" or not film.keys.isdisjoint(shown[0].numbers_F.tolist()))
+    return bool(shown) and (
+        ask.sampling != "keyframes" or not film.keys.isdisjoint(shown[0].numbers_F.tolist())
+    )
 
 
 def _faults(
@@ -157,7 +162,9 @@ def _away(shown: Showing, number: int, time_s: float) -> float:
 def _mistimed(shown: Showing, time_s: NDArray[np.float64], numbers: list[int | None], near_s: float) -> str:
     if (np.diff(time_s) < 0).any():
         return "times that fall"
-    known = [(number, float(time)) for number, time in zip(numbers, time_s, strict=True) if number is not None]
+    known = [
+        (number, float(time)) for number, time in zip(numbers, time_s, strict=True) if number is not None
+    ]
     if others := [number for number, _ in known if number not in shown.numbers_F]:
         return f"pictures {others} are not of this film"
     for (one, first), (two, second) in itertools.pairwise(known):

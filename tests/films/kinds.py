@@ -31,8 +31,13 @@ def generator(seed: int, kind: str, number: int) -> np.random.Generator:
 
 
 def make_film(kind: str, rng: np.random.Generator, folder: Path, number: int) -> Film:
-    """Makes one film in a folder of its own, which may hold what the film names."""
-    own = folder / f"{kind}-{number}"
+    """Makes one film in a folder of its own, which also holds what the film names."""
+    own = folder_of(folder, kind, number)
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
     return KINDS[kind](rng, own / "film")
+
+
+def folder_of(folder: Path, kind: str, number: int) -> Path:
+    """The folder of one film."""
+    return folder / f"{kind}-{number}"

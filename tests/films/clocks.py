@@ -219,7 +219,7 @@ def jump(rng: np.random.Generator, path: Path) -> Film:
     steady_s = np.array(track.times_s)
     track.times_s = steady_s + np.where(np.arange(len(steady_s)) >= place, by_s, 0)
     film = made(path, container, [track], f"{by_s:.0f} s ahead at picture {place}", is_sound=False)
-    closed = replace(film.showings[0], times_F=steady_s[:-1], end_s=float(steady_s[-1]))
+    closed = replace(film.showings[0], times_s=steady_s[:-1], end_s=float(steady_s[-1]))
     # Other containers may hold a picture for hours; players disagree.
     return replace(film, showings=(closed,) if container == "mpegts" else (closed, *film.showings))
 
@@ -240,7 +240,11 @@ def sound_first(rng: np.random.Generator, path: Path) -> Film:
 
 
 def held_avi(rng: np.random.Generator, path: Path) -> Film:
-    """Variable rate written into AVI, which then has empty chunks where a picture is held."""
+    """Variable rate written into AVI, which then has empty chunks where a picture is held.
+
+    AVI states no times but the places of its chunks. FFmpeg guesses those of H.264 one chunk late, which
+    would hold the picture before the held one; players that count chunks, and this truth, do not.
+    """
     track = draw_track(rng, "avi", two_way=False, length_s=(2.0, 4.0))
     assert track.recipe is not None
     steps = np.ones(len(track.numbers), np.int64)
@@ -255,8 +259,11 @@ def held_avi(rng: np.random.Generator, path: Path) -> Film:
 def held_mp4(rng: np.random.Generator, path: Path) -> Film:
     """Few pictures of long durations in MP4, the first or the last among them."""
     track = draw_track(rng, "mp4", length_s=(0.5, 2.0))
+    assert track.recipe is not None
     steps = np.full(len(track.numbers), float(track.times_s[1]))
-    steps[[0, -1, int(rng.integers(len(steps)))]] = rng.uniform(0.04, 5.0, 3)
+    # As in ``sparse``: with B-frames the last picture's duration is not stated.
+    last = len(steps) - 1 if not track.recipe.num_b else 1
+    steps[[0, last, int(rng.integers(max(1, len(steps) - 6)))]] = rng.uniform(0.04, 5.0, 3)
     track.times_s = np.concatenate([[0.0], np.cumsum(steps)])
     return made(path, "mp4", [track], f"first {steps[0]:.2f} s, last {steps[-1]:.2f} s")
 

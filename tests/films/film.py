@@ -1,7 +1,4 @@
-"""What players show of a film, and how a film is encoded and written.
-
-Letters: F pictures of a film, in the order in which they are shown.
-"""
+"""The truth about a film, which is what players show of it; and how a film is encoded and written."""
 
 from __future__ import annotations
 
@@ -69,14 +66,14 @@ class Showing:
     """One way in which players show a film. Seconds count from the player's second 0.
 
     Attributes:
-        numbers_F: of the pictures, in the order in which they are shown.
-        times_F: seconds at which each begins, increasing.
+        numbers: of the F pictures, in the order in which they are shown, (F,).
+        times_s: seconds at which each begins, increasing, (F,).
         end_s: end of the last one.
-        clock_s: what the file's own clock may say at second 0.
+        clock_s: times that the file's own clock may state at second 0.
     """
 
-    numbers_F: NDArray[np.int64]
-    times_F: NDArray[np.float64]
+    numbers: NDArray[np.int64]
+    times_s: NDArray[np.float64]
     end_s: float
     clock_s: tuple[float, ...] = (0.0,)
 

@@ -127,7 +127,7 @@ def _has_keys(film: Film, ask: Ask) -> bool:
     """True if there is a picture to give; an edit list can cut all keyframes."""
     shown = film.showings
     return bool(shown) and (
-        ask.sampling != "keyframes" or not film.keys.isdisjoint(shown[0].numbers_F.tolist())
+        ask.sampling != "keyframes" or not film.keys.isdisjoint(shown[0].numbers.tolist())
     )
 
 
@@ -146,7 +146,7 @@ def _faults(
         return f"{lost_s:.2f} s without pictures are not said"
     if lost_s <= 0 or not film.lost[1]:
         fault = _not_chosen(film, shown, ask, [number for number in numbers if number is not None], near_s)
-    last_s = float(shown.end_s - shown.times_F[-1])
+    last_s = float(shown.end_s - shown.times_s[-1])
     if not fault and abs(clip.duration_s - shown.end_s) > 0.5 + last_s:
         fault = f"a duration of {clip.duration_s:.2f} s for {shown.end_s:.2f} s"
     return fault
@@ -154,9 +154,9 @@ def _faults(
 
 def _away(shown: Showing, number: int, time_s: float) -> float:
     """Seconds between a moment and the nearest one at which a picture is on screen."""
-    place = int(np.searchsorted(shown.numbers_F, number))
-    until_s = shown.times_F[place + 1] if place + 1 < len(shown.times_F) else shown.end_s
-    return float(max(shown.times_F[place] - time_s, time_s - until_s, 0.0))
+    place = int(np.searchsorted(shown.numbers, number))
+    until_s = shown.times_s[place + 1] if place + 1 < len(shown.times_s) else shown.end_s
+    return float(max(shown.times_s[place] - time_s, time_s - until_s, 0.0))
 
 
 def _mistimed(shown: Showing, time_s: NDArray[np.float64], numbers: list[int | None], near_s: float) -> str:
@@ -165,7 +165,7 @@ def _mistimed(shown: Showing, time_s: NDArray[np.float64], numbers: list[int | N
     known = [
         (number, float(time)) for number, time in zip(numbers, time_s, strict=True) if number is not None
     ]
-    if others := [number for number, _ in known if number not in shown.numbers_F]:
+    if others := [number for number, _ in known if number not in shown.numbers]:
         return f"pictures {others} are not of this film"
     for (one, first), (two, second) in itertools.pairwise(known):
         if one == two and first != second:
@@ -188,12 +188,12 @@ def _outside(shown: Showing, ask: Ask, numbers: list[int | None], near_s: float,
     end_s = shown.end_s if ask.end_s is None else ask.end_s
     for number in numbers:
         if number is not None:
-            middle = min(max(shown.times_F[0], start_s), end_s)
+            middle = min(max(shown.times_s[0], start_s), end_s)
             inside = [moment for moment in (start_s, end_s) if _away(shown, number, moment) <= near_s]
-            place = int(np.searchsorted(shown.numbers_F, number))
-            is_first = place == 0 and middle <= shown.times_F[0] + near_s
-            if not inside and not is_first and not start_s <= shown.times_F[place] <= end_s:
-                return f"picture {number}, shown from {shown.times_F[place]:.3f} s, is not of the clip"
+            place = int(np.searchsorted(shown.numbers, number))
+            is_first = place == 0 and middle <= shown.times_s[0] + near_s
+            if not inside and not is_first and not start_s <= shown.times_s[place] <= end_s:
+                return f"picture {number}, shown from {shown.times_s[place]:.3f} s, is not of the clip"
     return ""
 
 
@@ -208,12 +208,12 @@ def _not_chosen(film: Film, shown: Showing, ask: Ask, numbers: list[int], near_s
             for number, moment in zip(numbers, moments.tolist(), strict=True)
         ):
             return ""
-    expected = [int(shown.numbers_F[place]) for place in shown_at(shown.times_F, np.array(wanted[0]))]
+    expected = [int(shown.numbers[place]) for place in shown_at(shown.times_s, np.array(wanted[0]))]
     return f"pictures {expected} are to be chosen"
 
 
 def _bounds(film: Film, shown: Showing, ask: Ask) -> Iterator[tuple[float, float]]:
-    first, last = float(shown.times_F[0]), float(shown.times_F[-1])
+    first, last = float(shown.times_s[0]), float(shown.times_s[-1])
     starts = {first, 0.0} if ask.start_s is None else {max(ask.start_s, first)}
     ends = [shown.end_s, shown.end_s - film.frame_s, shown.end_s + film.frame_s, last, last + film.frame_s]
     if ask.end_s is not None:
@@ -230,8 +230,8 @@ def _moments(film: Film, shown: Showing, ask: Ask, start_s: float, end_s: float)
     """The moments whose pictures the policy keeps, or the times of its keyframes."""
     end_s = max(start_s, end_s)
     if ask.sampling == "keyframes":
-        keys = np.isin(shown.numbers_F, sorted(film.keys))
-        times = shown.times_F[keys]
+        keys = np.isin(shown.numbers, sorted(film.keys))
+        times = shown.times_s[keys]
         return times[keyframes_within(times, start_s, end_s, ask.num_frames)] if len(times) else times
     if ask.sampling == "uniform":
         return uniform_times(start_s, end_s, ask.num_frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import cast
 
 import numpy as np
@@ -49,7 +50,7 @@ def read(rgb: NDArray[np.uint8]) -> int | None:
     luma = rgb[top : top + size, left : left + size].mean(axis=2)
     edges = np.arange(SIDE + 1) * size / SIDE
     rim = size / SIDE / 4  # the edges of a block are where its neighbours bleed into it
-    inner = [slice(int(low + rim), int(high - rim) + 1) for low, high in zip(edges, edges[1:], strict=False)]
+    inner = [slice(int(low + rim), int(high - rim) + 1) for low, high in itertools.pairwise(edges)]
     blocks = np.array([luma[rows, columns].mean() for rows in inner for columns in inner])
     if ((blocks >= _BLACK) & (blocks <= _WHITE)).any():
         return None

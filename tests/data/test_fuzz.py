@@ -75,6 +75,7 @@ _WRONG = {
 _NEEDLESS = {
     "late": "L7: the header of a Matroska file counts from its clock's zero",
     "negative": "L7: pictures that an edit list cuts count as lost",
+    "sparse": "L8: a last picture that is held counts as lost",
     "wrapped": "L7: a clip behind the place where the clock wraps is refused",
     "held_avi": "L8: held pictures count as lost",
     "held_mp4": "L8: a last picture that is held counts as lost",

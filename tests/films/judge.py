@@ -30,6 +30,8 @@ Ending = Literal["right", "said", "garbled", "mistimed", "failed", "unseen", "wr
 ENDINGS: tuple[Ending, ...] = get_args(Ending)
 #: Seconds to which containers round times.
 ROUNDING_S = 0.002
+#: Seconds that encoders of sound put before the first sound, by which second 0 may move.
+PRIMING_S = 0.024
 SIZE_PX, DEADLINE_S, MEMORY_MB = 40, 60.0, 1000.0
 #: Notes that say what was asked for, not what is wrong with the file.
 _NEAREST = "no keyframe inside the clip, the nearest is taken"
@@ -100,7 +102,7 @@ def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
     except (DecoderCrashError, DecodeTimeoutError) as error:
         return Verdict("wrong", error.what)
     except DataError as error:
-        return Verdict("failed", error.what, is_needless=film.is_sound and _has_keys(film, ask))
+        return Verdict("failed", error.what, is_needless=film.is_sound and _has_pictures(film, ask))
     numbers = [read(np.frombuffer(data, np.uint8).reshape(SIZE_PX, SIZE_PX, 3)) for data in clip.frames]
     if not film.showings:
         return Verdict("wrong", f"{len(numbers)} frames of a file that is to be refused: {numbers}")
@@ -123,12 +125,14 @@ def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
     return Verdict("wrong", f"{faults[0]}; {got}")
 
 
-def _has_keys(film: Film, ask: Ask) -> bool:
-    """True if there is a picture to give; an edit list can cut all keyframes."""
-    shown = film.showings
-    return bool(shown) and (
-        ask.sampling != "keyframes" or not film.keys.isdisjoint(shown[0].numbers.tolist())
-    )
+def _has_pictures(film: Film, ask: Ask) -> bool:
+    """True if there is a picture to give: an edit list can cut all keyframes, and sound can begin earlier."""
+    if not film.showings:
+        return False
+    (shown, *_) = film.showings
+    if ask.end_s is not None and ask.end_s <= shown.times_s[0] + film.frame_s:
+        return False
+    return ask.sampling != "keyframes" or not film.keys.isdisjoint(shown.numbers.tolist())
 
 
 def _faults(
@@ -219,7 +223,7 @@ def _bounds(film: Film, shown: Showing, ask: Ask) -> Iterator[tuple[float, float
     if ask.end_s is not None:
         ends = [min(ask.end_s, end) for end in ends]
     for start_s, end_s in itertools.product(sorted(starts, reverse=True), dict.fromkeys(ends)):
-        for off_s in (0.0, -ROUNDING_S, ROUNDING_S):
+        for off_s in (0.0, -ROUNDING_S, ROUNDING_S, -PRIMING_S, PRIMING_S):
             if end_s > start_s:
                 yield start_s + off_s, end_s
                 yield start_s + off_s, end_s + ROUNDING_S

@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults: list[str] = []
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, DecodeProcess() as process:
-        folder = Path(temporary)
+        # Made where it is kept, because a file that names others may name them by their whole path.
+        folder = options.keep.absolute() if options.keep else Path(temporary)
         for kind in kinds:
             counts = rows[kind] = Counter[str]()
             for number in numbers:
@@ -101,10 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     faults.append(line)
                 if options.only or (verdict.ending == "wrong" and counts["wrong"] <= _NAMED):
                     sys.stderr.write(f"{line}\n")
-                own = folder_of(folder, kind, number)
-                if options.keep and (options.only or verdict.ending == "wrong"):
-                    shutil.copytree(own, options.keep / own.name, dirs_exist_ok=True)
-                shutil.rmtree(own)
+                if not options.keep or not (options.only or verdict.ending == "wrong"):
+                    shutil.rmtree(folder_of(folder, kind, number))
             sys.stderr.write(f"{kind}: {dict(counts)}, {time.perf_counter() - started:.0f} s\n")
             sys.stderr.flush()
     sys.stderr.write(f"{len(numbers)} files of each kind, seed {seed}\n{table(rows)}\n")

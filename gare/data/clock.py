@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 #: Seconds by which decoding times fall where a clock starts anew; none falls by so much within one clock.
 FALL_S = 0.5
+#: Seconds by which times of an MPEG stream rise at once where its clock was set anew; nobody pauses so long.
+JUMP_S = 10.0
 #: Ticks after which the clock of MPEG streams wraps, and how near to that a fall must be to be a wrap.
 WRAP_TICKS, NEAR_WRAP_S = 2**33, 60.0
 
@@ -15,8 +17,9 @@ class Clock:
     """Keeps times running on where those of a file start anew, as they do where streams were joined.
 
     Decoding times never fall within a stream. Where they do, what follows is taken to follow at once: it was
-    joined by ``cat``, or the clock's 33 bits were used up. Packets must come in the order of the file, from
-    its start, so that each pass over it finds the same.
+    joined by ``cat``, or the clock's 33 bits were used up. So it is where those of an MPEG stream jump ahead,
+    as at a joint of recordings, or where seconds were lost on the way. Packets must come in the order of the
+    file, from its start, so that each pass over it finds the same.
 
     Args:
         time_base_s: seconds of a tick.
@@ -43,7 +46,8 @@ class Clock:
         if dts is None:
             return self._offset
         last = self._last
-        if last is not None and (last - dts) * self.time_base_s > FALL_S:
+        rise_s = 0.0 if last is None else (dts - last) * self.time_base_s
+        if last is not None and (rise_s < -FALL_S or (self.wraps and rise_s > JUMP_S)):
             is_wrap = self.wraps and abs(last - dts - WRAP_TICKS) * self.time_base_s < NEAR_WRAP_S
             if is_wrap:
                 self._offset += WRAP_TICKS

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.clock import Clock
-from gare.data.packets import DECODING_ORDER, explain
+from gare.data.packets import DECODING_ORDER, DECODING_TIMES, explain
 from gare.data.probe import Probe, open_container
 
 Picture = NDArray[np.uint8]
@@ -115,7 +115,7 @@ def decode_from_start(
         stream = cast(av.VideoStream, container.streams[source.stream_index])
         stream.codec_context.thread_count = 1
         position, last, is_done = 0, -(2**63), False
-        packets = _packets(container, stream, Clock(source.time_base_s, source.wraps), wanted, effort, found)
+        packets = _packets(container, stream, source, wanted, effort, found)
         for frame in _frames(packets, found):
             tick = round(position * ticks_per_frame) if frame.pts is None else int(frame.pts)
             if times is not None:
@@ -168,7 +168,7 @@ def _is_empty(frame: av.VideoFrame, *, damaged: bool) -> bool:
 def _packets(
     container: av.container.InputContainer,
     stream: av.VideoStream,
-    clock: Clock,
+    source: Probe,
     wanted: Set[int],
     effort: Effort,
     found: Found,
@@ -178,7 +178,11 @@ def _packets(
     Until there is a picture nothing is left out but for keyframes alone: others may then be wanted.
     """
     context, skipping = stream.codec_context, False
+    takes_dts = DECODING_TIMES in source.traits
+    clock = Clock(source.time_base_s, source.wraps)
     for packet in container.demux(stream):
+        if takes_dts and packet.dts is not None:
+            packet.pts = packet.dts
         if packet.size and (offset := clock.offset(packet.dts, packet.duration or 0)):
             packet.dts = None if packet.dts is None else packet.dts + offset
             packet.pts = None if packet.pts is None else packet.pts + offset

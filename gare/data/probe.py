@@ -100,6 +100,7 @@ def probe(path: str | Path) -> Probe:
         context = stream.codec_context
         name = container.format.name.split(",")[0]
         frames = stream.frames or None
+        time_base_s = float(stream.time_base or 0) or 1 / av.time_base
         duration_s = container.duration / av.time_base if container.duration else None
         start_s = (container.start_time or 0) / av.time_base
         fault = scan.fault
@@ -125,10 +126,8 @@ def probe(path: str | Path) -> Probe:
             num_frames=frames,
             stream_index=stream.index,
             num_video_streams=num_video_streams,
-            time_base_s=float(stream.time_base or 0) or 1 / av.time_base,
-            # Encoder delay can put the first sound before 0; players do not count that. Below 0 in an MPEG
-            # stream is a clock that wraps later.
-            origin_s=start_s if name in MPEG_CLOCKS else max(start_s, 0.0),
+            time_base_s=time_base_s,
+            origin_s=_origin(name, start_s, scan.pts, time_base_s),
             pts=np.unique(np.array(scan.pts, dtype=np.int64)),
             key_pts=np.unique(np.array(scan.key_pts, dtype=np.int64)),
             end_pts=scan.end_pts,
@@ -137,6 +136,18 @@ def probe(path: str | Path) -> Probe:
             fault=fault,
             remark=scan.remark,
         )
+
+
+def _origin(container: str, start_s: float, pts: Sequence[int], time_base_s: float) -> float:
+    """The time that a player shows as 0.
+
+    Encoder delay can put the first sound below 0, which players do not count; below 0 in an MPEG stream is a
+    clock that wraps later, and pictures below 0 are shown from there.
+    """
+    first_s = min(pts) * time_base_s if pts else 0.0
+    if container in MPEG_CLOCKS:
+        return start_s
+    return min(max(start_s, 0.0), first_s) if first_s < 0 else max(start_s, 0.0)
 
 
 def _check_kind(path: str) -> None:

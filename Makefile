@@ -19,7 +19,7 @@ help:
 	@echo "make test-cluster  the same model and store on four nodes (5 min)"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    direct against factorised form, speed and memory; parameters and multiply-adds (20 min)"
-	@echo "make fuzz     500 damaged videos through the decoding process (needs the shared real clips)"
+	@echo "make fuzz     500 files of each kind of clock, track, damage and link, and damaged real clips (30 min; KINDS=a,b COUNT=N SEED=N)"
 	@echo "make model    random histories of a store's writers, local and on S3: jobs that sleep, die, take over (MINUTES=N)"
 	@echo "make bench-scaling  extraction and a training step on 1 and 2 workers, and a model of 8 to 512 GPUs (10 min)"
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
@@ -86,7 +86,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.size
 
 fuzz: install
-	$(BIN)/python -m tests.benchmarks.fuzz
+	$(BIN)/python -m tests.benchmarks.fuzz $(if $(KINDS),--kinds $(KINDS)) $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
 
 # WHERE=local, s3 or a kind of S3 (kept, refused, unseen); SEED=N begins there, EXAMPLES=N histories a seed.
 WHERE ?= all

@@ -103,12 +103,20 @@ def damaged_files(
         What was done to which clip, and the file, which is gone when the next one comes.
     """
     for number in range(count):
-        damage = DAMAGES[number % len(DAMAGES)]
-        one, two = (clips[int(rng.integers(len(clips)))] for _ in range(2))
-        path = folder / f"{number}{one.suffix}"
-        path.write_bytes(damage(rng, Bytes(one.read_bytes()), Bytes(two.read_bytes())))
-        yield f"{damage.__name__} of {one.name} ({two.name})", path
+        what, path = damaged_file(rng, clips, number, folder)
+        yield what, path
         path.unlink()
+
+
+def damaged_file(
+    rng: np.random.Generator, clips: Sequence[Path], number: int, folder: Path
+) -> tuple[str, Path]:
+    """Writes a damaged file, whose number says which damage; what was done to which clip, and the file."""
+    damage = DAMAGES[number % len(DAMAGES)]
+    one, two = (clips[int(rng.integers(len(clips)))] for _ in range(2))
+    path = folder / f"{number}{one.suffix}"
+    path.write_bytes(damage(rng, Bytes(one.read_bytes()), Bytes(two.read_bytes())))
+    return f"{damage.__name__} of {one.name} ({two.name})", path
 
 
 def outcome(process: DecodeProcess, path: Path) -> str:

@@ -16,8 +16,10 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from gare.data.file_kind import file_kind, read_head
 from gare.data.from_start import Found, Picture, decode_from_start, least_effort
-from gare.data.probe import probe
+from gare.data.packets import DECODING_ORDER
+from gare.data.probe import Probe, probe
 from gare.data.sampling import Sampling
 from gare.data.selection import Request, Selection, UnfitError
 from gare.data.with_decord import decode_with_decord, unfit_for_decord
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 #: Who decodes; auto: decord where it is right, else PyAV. Keyframes alone are always PyAV's.
 Decoder = Literal["auto", "pyav", "torchcodec"]
+#: A start that does not decode is no fault up to so many seconds: many cameras' first group is open.
+LATE_START_S = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,27 +191,96 @@ def _clip(
 def _decode_with_pyav(request: Request) -> DecodedClip:
     """The packets name the frames; where they do not, or not truly, a first pass finds what decodes."""
     source = request.source
+    seen: Found | None = None
     if len(source.pts) and not source.fault and "no timestamps" not in source.traits:
+        late = _LateStart(request)
         selection = request.select(source.pts, source.key_pts, source.end_pts)
         effort = least_effort(source, keyframes=request.sampling == "keyframes")
-        found = decode_from_start(source, selection.ticks, request.prepare, effort)
+        times = dict(enumerate(source.pts.tolist())) if DECODING_ORDER in source.traits else None
+        found = decode_from_start(
+            source,
+            selection.ticks,
+            request.prepare,
+            effort,
+            times=times,
+            must_rise=True,
+            choose_again=late.select,
+        )
+        selection = late.selection or selection
         if not found.damage and found.has_all(selection.ticks):
-            idx = _places(found, selection) if effort == "all" else selection.idx
-            return _pyav_clip(request, selection, found, idx)
-    seen = decode_from_start(source, set(), request.prepare)
+            idx = _places(source, found, selection)
+            return _pyav_clip(request, selection, found, idx, complete=not late.is_long)
+        if found.at_end and effort == "all" and times is None:
+            seen = found
+    return _decode_what_decodes(request, seen)
+
+
+def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
+    """Samples what really decodes.
+
+    Args:
+        request: the clip.
+        seen: what a decode of the whole file gave; None: it is still to be done.
+    """
+    source = request.source
+    seen = seen or decode_from_start(source, set(), request.prepare)
     damage = source.fault or seen.damage
     if not seen.order:
-        what = f"no frame decodes: {damage or 'its video stream is empty'}"
+        kind = file_kind(read_head(source.path) or b" ")
+        reason = damage or "its video stream is empty"
+        what = f"no frame decodes: it is {kind} ({reason})" if kind else f"no frame decodes: {reason}"
         raise DataError(what, where=source.path, accepted="a video with at least one whole frame")
     pts, key_pts = (np.array(sorted(ticks), dtype=np.int64) for ticks in (seen.order, seen.keys))
-    selection = request.select(pts, key_pts, seen.end_pts, damage)
-    found = decode_from_start(source, selection.ticks, request.prepare)
+    remark = ""
+    if not damage and len(source.pts):
+        remark = _late_by(source, int(pts[0]))
+    selection = request.select(pts, key_pts, seen.end_pts, damage, remark)
+    times = None
+    if seen.runs_backwards:
+        times = dict(zip(sorted(seen.order.values()), pts.tolist(), strict=True))
+    found = decode_from_start(source, selection.ticks, request.prepare, times=times)
     if not found.has_all(selection.ticks):
         raise DataError("decodes differently each time", where=source.path)
-    return _pyav_clip(request, selection, found, _places(found, selection), complete=not damage)
+    idx = _places(source, found, selection)
+    return _pyav_clip(request, selection, found, idx, complete=not (damage or remark))
 
 
-def _places(found: Found, selection: Selection) -> NDArray[np.int64]:
+def _late_by(source: Probe, first: int) -> str:
+    """Says how much is missing before the first picture that decodes; empty if it is too little to say."""
+    missing_s = (first - int(source.pts[0])) * source.time_base_s
+    return f"its first {missing_s:.2f} s do not decode" if missing_s > LATE_START_S else ""
+
+
+class _LateStart:
+    """Chooses the frames again where the first pictures of a file do not decode.
+
+    Args:
+        request: the clip.
+
+    Attributes:
+        selection: of the pictures that decode; None where the first one does.
+        is_long: whether so much is missing that a person should know.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.selection: Selection | None = None
+        self.is_long = False
+
+    def select(self, first: int) -> set[int]:
+        """Samples the video from its first picture that decodes, whose tick it gets."""
+        source = self.request.source
+        note = _late_by(source, first)
+        self.is_long = bool(note)
+        pts, key_pts = (ticks[ticks >= first] for ticks in (source.pts, source.key_pts))
+        self.selection = self.request.select(pts, key_pts, source.end_pts, remark=note)
+        return self.selection.ticks
+
+
+def _places(source: Probe, found: Found, selection: Selection) -> NDArray[np.int64]:
+    """Positions among the video's pictures: by its packets where each is a picture, else as they decode."""
+    if len(source.pts) and not (source.interlaced or {"no timestamps", "shared timestamps"} & source.traits):
+        return np.searchsorted(source.pts, selection.pts).astype(np.int64)
     return np.array([found.order[tick] for tick in selection.pts.tolist()], dtype=np.int64)
 
 

@@ -5,7 +5,7 @@ What no wanted picture needs may be left undecoded, which changes no pixel of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -13,7 +13,9 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from gare.data.probe import Probe, explain, open_container
+from gare.data.clock import Clock
+from gare.data.packets import DECODING_ORDER, DECODING_TIMES, explain
+from gare.data.probe import Probe, open_container
 
 Picture = NDArray[np.uint8]
 #: Which packets are decoded: all; all but unwanted pictures that no other refers to; or the wanted ones
@@ -33,6 +35,8 @@ def least_effort(source: Probe, *, keyframes: bool) -> Effort:
         return "all"
     if keyframes:
         return "alone" if source.codec in _ALONE_CODECS else "all"
+    if DECODING_ORDER in source.traits:  # pictures get their times by their places
+        return "all"
     one_packet_each = source.container in _SPARING_CONTAINERS and "shared timestamps" not in source.traits
     return "needed" if one_packet_each and source.codec in _SPARING_CODECS else "all"
 
@@ -49,6 +53,8 @@ class Found:
         num_bad: packets that do not decode and pictures that the decoder marks as corrupt, all left out.
         error: the last error, short; empty if there was none.
         at_end: False if it stopped early because all wanted pictures were there.
+        first: tick of the first picture; None: there was none.
+        runs_backwards: whether a picture had an earlier time than the one before it, damage aside.
     """
 
     order: dict[int, int] = field(default_factory=dict)
@@ -58,6 +64,8 @@ class Found:
     num_bad: int = 0
     error: str = ""
     at_end: bool = False
+    first: int | None = None
+    runs_backwards: bool = False
 
     def has_all(self, wanted: Set[int]) -> bool:
         """Whether every wanted picture is there."""
@@ -73,7 +81,14 @@ class Found:
 
 
 def decode_from_start(
-    source: Probe, wanted: Set[int], prepare: Callable[[Picture], Picture], effort: Effort = "all"
+    source: Probe,
+    wanted: Set[int],
+    prepare: Callable[[Picture], Picture],
+    effort: Effort = "all",
+    *,
+    times: Mapping[int, int] | None = None,
+    must_rise: bool = False,
+    choose_again: Callable[[int], Set[int]] | None = None,
 ) -> Found:
     """Decodes until all wanted pictures are there; with none wanted, the whole video, keeping no picture.
 
@@ -82,23 +97,45 @@ def decode_from_start(
         wanted: presentation times in ticks of the pictures to keep.
         prepare: applied to each kept picture, upright RGB (H, W, 3), at once.
         effort: which packets are decoded.
+        times: tick of each picture by its position among those that are decoded; None: their own.
+        must_rise: whether to stop where times run backwards.
+        choose_again: gives the pictures to keep where wanted ones come before the first that decodes, of
+            which it gets the tick.
+
+    Pictures come in the order in which they are shown. Where their own times run backwards, which is told by
+    ``Found.runs_backwards``, the times are of another order: the n-th picture is shown at the n-th of them.
 
     Raises:
         DataError: if the file cannot be opened.
         MemoryError: if a picture does not fit into this process's memory.
     """
-    found = Found()
+    found, wanted = Found(), set(wanted)
     ticks_per_frame = 1 / ((source.fps or 25.0) * source.time_base_s)
     with open_container(source.path) as container:
         stream = cast(av.VideoStream, container.streams[source.stream_index])
         stream.codec_context.thread_count = 1
-        position = 0
-        for frame in _frames(_packets(container, stream, wanted, effort), found):
+        position, last, is_done = 0, -(2**63), False
+        packets = _packets(container, stream, source, wanted, effort, found)
+        for frame in _frames(packets, found):
             tick = round(position * ticks_per_frame) if frame.pts is None else int(frame.pts)
+            if times is not None:
+                tick = times.get(position, tick)
+            found.runs_backwards = found.runs_backwards or (tick < last and not found.num_bad)
+            if found.runs_backwards and must_rise:
+                return found
+            if is_done:  # past one picture more, which might have had an earlier time
+                return found
+            last = tick
             position += 1
             if frame.is_corrupt or _is_empty(frame, damaged=found.num_bad > 0):
                 found.num_bad += 1
                 continue
+            if found.first is None:
+                found.first = tick
+                if choose_again and min(wanted) < tick:
+                    chosen = choose_again(tick)
+                    wanted.clear()
+                    wanted.update(chosen)
             found.order.setdefault(tick, position - 1)
             if frame.key_frame:
                 found.keys.add(tick)
@@ -106,7 +143,8 @@ def decode_from_start(
             if tick in wanted and tick not in found.kept:
                 rgb = cast(Picture, frame.to_ndarray(format="rgb24", threads=1))
                 found.kept[tick] = prepare(source.orientation.apply(rgb))
-                if len(found.kept) == len(wanted):
+                is_done = len(found.kept) == len(wanted)
+                if is_done and effort == "alone":
                     return found
     found.at_end = True
     return found
@@ -128,15 +166,31 @@ def _is_empty(frame: av.VideoFrame, *, damaged: bool) -> bool:
 
 
 def _packets(
-    container: av.container.InputContainer, stream: av.VideoStream, wanted: Set[int], effort: Effort
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    source: Probe,
+    wanted: Set[int],
+    effort: Effort,
+    found: Found,
 ) -> Iterator[av.Packet[Any]]:
-    """The packets to decode; the decoder is told before each what it may leave out."""
+    """The packets to decode, on one clock; the decoder is told before each what it may leave out.
+
+    Until there is a picture nothing is left out but for keyframes alone: others may then be wanted.
+    """
     context, skipping = stream.codec_context, False
+    takes_dts = DECODING_TIMES in source.traits
+    clock = Clock(source.time_base_s, source.wraps)
     for packet in container.demux(stream):
+        if takes_dts and packet.dts is not None:
+            packet.pts = packet.dts
+        if packet.size and (offset := clock.offset(packet.dts, packet.duration or 0)):
+            packet.dts = None if packet.dts is None else packet.dts + offset
+            packet.pts = None if packet.pts is None else packet.pts + offset
         skippable = packet.size > 0 and packet.pts not in wanted
-        if effort == "alone" and skippable:
+        # Another picture may share a keyframe's time, which alone is no picture.
+        if effort == "alone" and (skippable or (packet.size > 0 and not packet.is_keyframe)):
             continue
-        if effort == "needed" and skippable != skipping:
+        if effort == "needed" and found.first is not None and skippable != skipping:
             skipping = skippable
             context.skip_frame = "NONREF" if skipping else "DEFAULT"
         yield packet

@@ -70,7 +70,12 @@ class Request:
     prepare: Callable[[Picture], Picture]
 
     def select(
-        self, pts: NDArray[np.int64], key_pts: NDArray[np.int64], end_pts: int, damage: str = ""
+        self,
+        pts: NDArray[np.int64],
+        key_pts: NDArray[np.int64],
+        end_pts: int,
+        damage: str = "",
+        remark: str = "",
     ) -> Selection:
         """Samples a video.
 
@@ -79,6 +84,7 @@ class Request:
             key_pts: those of keyframes.
             end_pts: tick at which the last one ends.
             damage: why pictures may be missing; empty if none are.
+            remark: what else a person should know, empty if there is nothing.
 
         Raises:
             DataError: if the clip lies outside the video, or there is no keyframe where one is asked for.
@@ -86,7 +92,7 @@ class Request:
         times_s = (pts * self.source.time_base_s).astype(np.float64)
         video_end_s = max(end_pts * self.source.time_base_s, float(times_s[-1]))
         start_s, end_s = self._bounds(float(times_s[0]), video_end_s, damage)
-        notes = [damage]
+        notes = [damage, remark, self.source.remark]
         if self.sampling == "keyframes":
             idx = np.searchsorted(pts, self._keyframes(key_pts, start_s, end_s))
             if not start_s - 1e-3 <= times_s[idx[0]] <= end_s:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from gare.data.file_kind import broken_link
 from gare.errors import DataError, FetchError, GoneError, shown
 from gare.storage.uris import local_path, scheme_of
 
@@ -103,7 +104,10 @@ def _version(uri: str) -> FileVersion:
         status = os.stat(local_path(uri))  # noqa: PTH116 - also of what is no ordinary path, such as one with NUL
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        kind = GoneError if isinstance(error, FileNotFoundError) else FetchError
+        kind = FetchError
+        if isinstance(error, FileNotFoundError):
+            kind, link = GoneError, broken_link(local_path(uri))
+            reason = f"is {link}" if link else reason
         fault = kind(reason, where=shown(uri), accepted="a file that exists and may be read")
         is_final = not isinstance(error, OSError) or error.errno in _OF_THE_NAME
         raise fault if is_final else fault.passing() from error

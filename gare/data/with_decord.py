@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from gare.data.from_start import Picture, decode_from_start
-from gare.data.probe import Probe, explain
+from gare.data.packets import explain
+from gare.data.probe import Probe
 from gare.data.selection import Request, Selection, UnfitError
 from gare.errors import DataError
 

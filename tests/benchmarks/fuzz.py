@@ -1,8 +1,19 @@
-"""``make fuzz``: hundreds of damaged files through the decoding process, counted by how they end.
+"""``make fuzz``: hundreds of files of each kind through the decoding process, counted by how they end.
 
-A file that crashes the decoder, hangs it or gives an empty picture is named; the exit status is then 1.
-Each ends as a clip or as a failure with its reason, which is what extraction writes to ``data`` or
-``failures``. One JSON line on stdout.
+Most kinds are films made here, so that it is known which picture belongs to which time, see
+``tests.films``; ``real`` are real clips with damaged bytes, of which only crashes, hangs and empty pictures
+can be told. The table has a row for each kind:
+
+- right: the whole clip, each picture at its time
+- said: marked as incomplete or with a note, each picture at its time
+- garbled: marked, with pictures that show no number
+- mistimed: marked, with pictures of overwritten files under times that are not theirs
+- failed: refused with a reason
+- unseen: wrong, but neither FFmpeg's log nor the clock tells
+- wrong: silently; also crashes and hangs
+- needless: said or failed (counted there) although nothing is wrong with the file
+
+Each wrong file is named with what makes it again; the exit status is then 1. One JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -11,55 +22,95 @@ import argparse
 import json
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from gare.data.decode_process import DecodeProcess
-from tests.fuzz import damaged_files, outcome, real_clips, table
+from tests.films.judge import ENDINGS, Ending, Verdict, draw_ask, judge
+from tests.films.kinds import KINDS, folder_of, generator, make_film
+from tests.fuzz import damaged_file, outcome, real_clips
 
-#: Outcomes that need a look.
+REAL = "real"
+#: Outcomes of damaged real clips that need a look.
 BAD = ("DecoderCrashError", "DecodeTimeoutError", "empty picture")
+#: Outcomes of them that are clips.
+_CLIPS: dict[str, Ending] = {"whole": "right", "damaged": "said"}
+#: Wrong files of a kind that are named on stderr; all are in the JSON line.
+_NAMED = 5
 
 
-def main() -> int:
-    """Runs it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=None, help="that of an earlier run, to repeat it")
-    parser.add_argument("--keep", type=Path, help="folder that keeps the files that need a look")
-    options = parser.parse_args()
-    seed = secrets.randbits(31) if options.seed is None else options.seed
+def one_file(process: DecodeProcess, kind: str, seed: int, number: int, folder: Path) -> tuple[str, Verdict]:
+    """Makes one file, decodes it, and says what it was and how it ended."""
+    rng = generator(seed, kind, number)
+    if kind != REAL:
+        film = make_film(kind, rng, folder, number)
+        ask = draw_ask(rng, film)
+        return f"{film.what} | {ask}", judge(process, film, ask)
     shared = Path(os.environ.get("GARE_SHARED") or Path(__file__).resolve().parents[3] / "shared")
-    clips = real_clips(shared / "data" / "videos")
-    outcomes: Counter[str] = Counter()
-    by_damage: Counter[str] = Counter()
-    faults = []
-    started, slowest = time.perf_counter(), (0.0, "")
-    with tempfile.TemporaryDirectory() as folder, DecodeProcess() as process:
-        for what, path in damaged_files(np.random.default_rng(seed), clips, options.count, Path(folder)):
-            began = time.perf_counter()
-            ended = outcome(process, path)
-            slowest = max(slowest, (time.perf_counter() - began, what))
-            outcomes[ended] += 1
-            if outcomes.total() % 50 == 0:
-                sys.stderr.write(f"{outcomes.total()} files, {time.perf_counter() - started:.0f} s\n")
-                sys.stderr.write(f"{table(outcomes)}\n")
-                sys.stderr.flush()
-            by_damage[f"{what.split()[0]}: {'clip' if ended in ('whole', 'damaged') else 'failure'}"] += 1
-            if ended.startswith(BAD):
-                faults.append(f"{what}: {ended}")
-                if options.keep:
-                    options.keep.mkdir(parents=True, exist_ok=True)
-                    (options.keep / path.name).write_bytes(path.read_bytes())
-    seconds = time.perf_counter() - started
-    sys.stderr.write(f"{options.count} files, seed {seed}, {seconds:.0f} s; slowest {slowest}\n")
-    sys.stderr.write(f"{table(outcomes)}\n\n{table(by_damage)}\n" + "\n".join(faults) + "\n")
-    sys.stdout.write(json.dumps({"seed": seed, "outcomes": outcomes, "faults": faults}) + "\n")
+    own = folder_of(folder, kind, number)
+    own.mkdir(parents=True, exist_ok=True)
+    what, path = damaged_file(rng, real_clips(shared / "data" / "videos"), number, own)
+    ended = outcome(process, path)
+    return what, Verdict("wrong" if ended.startswith(BAD) else _CLIPS.get(ended, "failed"), ended)
+
+
+def table(rows: dict[str, Counter[str]]) -> str:
+    """One line for each kind."""
+    columns = (*ENDINGS, "needless")
+    lines = [f"{'':12s}" + "".join(f"{name:>9s}" for name in columns)]
+    for kind, counts in rows.items():
+        lines.append(f"{kind:12s}" + "".join(f"{counts[name] or '.':>9}" for name in columns))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs it."""
+    known = [REAL, *KINDS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kinds", default=",".join(known), help=f"some of: {', '.join(known)}")
+    parser.add_argument("--count", type=int, default=500, help="files of each kind")
+    parser.add_argument("--seed", type=int, default=None, help="that of an earlier run, to repeat it")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="one file of a run, with --seed")
+    parser.add_argument("--keep", type=Path, help="folder that keeps the wrong files, or the one of --only")
+    options = parser.parse_args(arguments)
+    seed = secrets.randbits(31) if options.seed is None else options.seed
+    kinds, numbers = options.kinds.split(","), range(options.count)
+    if options.only:
+        kind, _, number = options.only.partition(":")
+        kinds, numbers = [kind], range(int(number), int(number) + 1)
+    if unknown := set(kinds) - set(known):
+        parser.error(f"unknown kinds {', '.join(sorted(unknown))}; accepted: {', '.join(known)}")
+    rows: dict[str, Counter[str]] = {}
+    faults: list[str] = []
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary, DecodeProcess() as process:
+        # Made where it is kept, because a file that names others may name them by their whole path.
+        folder = options.keep.absolute() if options.keep else Path(temporary)
+        for kind in kinds:
+            counts = rows[kind] = Counter[str]()
+            for number in numbers:
+                what, verdict = one_file(process, kind, seed, number, folder)
+                counts[verdict.ending] += 1
+                counts["needless"] += verdict.is_needless
+                line = f"{kind}:{number} {verdict.ending}: {verdict.why}\n    {what}"
+                if verdict.ending == "wrong":
+                    faults.append(line)
+                if options.only or (verdict.ending == "wrong" and counts["wrong"] <= _NAMED):
+                    sys.stderr.write(f"{line}\n")
+                if not options.keep or not (options.only or verdict.ending == "wrong"):
+                    shutil.rmtree(folder_of(folder, kind, number))
+            sys.stderr.write(f"{kind}: {dict(counts)}, {time.perf_counter() - started:.0f} s\n")
+            sys.stderr.flush()
+    sys.stderr.write(f"{len(numbers)} files of each kind, seed {seed}\n{table(rows)}\n")
+    if faults:
+        again = f"python -m tests.benchmarks.fuzz --seed {seed} --only KIND:NUMBER --keep FOLDER"
+        sys.stderr.write(f"{len(faults)} silently wrong; one of them again: {again}\n")
+    sys.stdout.write(json.dumps({"seed": seed, "table": rows, "faults": faults}) + "\n")
     return 1 if faults else 0
 
 

@@ -78,6 +78,7 @@ class Reference:
     def of(cls, path: Path, clips: Sequence[DecodedClip], until_s: float = np.inf) -> Reference:
         found = cls([], 0.0, [], {})
         wanted = {int(i) for clip in clips for i in clip.frame_idx}
+        keys = []
         with av.open(str(path)) as container:
             for i, frame in enumerate(container.decode(video=0)):
                 if frame.time > until_s:
@@ -85,9 +86,12 @@ class Reference:
                 found.times_s.append(frame.time)
                 found.end_s = max(found.end_s, frame.time + float(frame.duration * frame.time_base))
                 if frame.key_frame:
-                    found.keys_s.append(frame.time)
+                    keys.append(i)
                 if i in wanted:
                     found.pictures[i] = small(upright(frame))
+        # A decoder gives pictures in the order in which they are shown, whatever their packets' times.
+        found.times_s.sort()
+        found.keys_s = [found.times_s[i] for i in keys]
         return found
 
     def moments(self, sampling: str, start_s: float, end_s: float) -> list[float]:

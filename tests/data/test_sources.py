@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gare.data.probe import probe
 from gare.data.sources import FileVersion, LocalVideos
 from gare.errors import DataError, FetchError, GoneError, shown
 
@@ -31,6 +32,23 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
             raise AssertionError("it was opened")
         assert "secret" not in str(caught.value)
         assert isinstance(LocalVideos().stat([uri])[uri], FetchError)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("../.git/annex/objects/zq/Xk/SHA256E-s9--0.mp4/SHA256E-s9--0.mp4", "fetch it with git annex get"),
+        ("moved.mp4", "is a link to nothing"),
+    ],
+)
+def test_a_link_to_nothing_is_named(tmp_path: Path, target: str, reason: str) -> None:
+    """A folder shows such a file, so that "No such file" sends people looking in the wrong place."""
+    path = tmp_path / "a.mp4"
+    path.symlink_to(target)
+    with pytest.raises(GoneError, match=reason), LocalVideos().open(str(path)):
+        raise AssertionError("it was opened")
+    with pytest.raises(DataError, match=reason):
+        probe(path)
 
 
 @pytest.mark.parametrize("decoded", [True, False])

@@ -1,0 +1,61 @@
+"""The clock of a video stream, as its packets tell it in the order of the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Seconds by which decoding times fall where a clock starts anew; none falls by so much within one clock.
+FALL_S = 0.5
+#: Seconds by which times of an MPEG stream rise at once where its clock was set anew; nobody pauses so long.
+JUMP_S = 10.0
+#: Ticks after which the clock of MPEG streams wraps, and how near to that a fall must be to be a wrap.
+WRAP_TICKS, NEAR_WRAP_S = 2**33, 60.0
+
+
+@dataclass
+class Clock:
+    """Keeps times running on where those of a file start anew, as they do where streams were joined.
+
+    Decoding times never fall within a stream. Where they do, what follows is taken to follow at once: it was
+    joined by ``cat``, or the clock's 33 bits were used up. So it is where those of an MPEG stream jump ahead,
+    as at a joint of recordings, or where seconds were lost on the way. Packets must come in the order of the
+    file, from its start, so that each pass over it finds the same.
+
+    Args:
+        time_base_s: seconds of a tick.
+        wraps: whether the clock has 33 bits, as in MPEG streams.
+
+    Attributes:
+        num_joins: times that the clock started anew.
+    """
+
+    time_base_s: float
+    wraps: bool = False
+    num_joins: int = 0
+    _offset: int = 0
+    _last: int | None = None
+    _step: int = 0
+
+    def offset(self, dts: int | None, duration: int) -> int:
+        """Ticks to add to the times of the next packet.
+
+        Args:
+            dts: its decoding time; None: it states none.
+            duration: of it, 0 if unknown.
+        """
+        if dts is None:
+            return self._offset
+        last = self._last
+        rise_s = 0.0 if last is None else (dts - last) * self.time_base_s
+        if last is not None and (rise_s < -FALL_S or (self.wraps and rise_s > JUMP_S)):
+            is_wrap = self.wraps and abs(last - dts - WRAP_TICKS) * self.time_base_s < NEAR_WRAP_S
+            if is_wrap:
+                self._offset += WRAP_TICKS
+            else:
+                self.num_joins += 1
+                self._offset += last + self._step - dts
+        elif last is not None and dts > last and not duration:
+            self._step = dts - last
+        self._last = dts
+        self._step = duration or self._step
+        return self._offset

@@ -1,0 +1,97 @@
+"""Tracks of an MP4 or MOV file as its boxes describe them, for what FFmpeg does not tell.
+
+Source: ISO/IEC 14496-12, sections 8.3 to 8.7 (trak, tkhd, stsd, dref).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+#: Boxes in one place that are looked at; a film in fragments has its moov before them.
+_MAX_BOXES = 1000
+#: The index of a day of video is smaller.
+_MAX_MOOV_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class MovTrack:
+    """A track of the file.
+
+    Attributes:
+        track_id: its number in the file, which FFmpeg gives as the id of the stream.
+        entries: four-letter names of its sample entries: avc1, hvc1, mp4a, encv, …
+        is_external: True if all of its pictures or sounds lie in other files.
+    """
+
+    track_id: int
+    entries: frozenset[bytes]
+    is_external: bool
+
+
+def mov_tracks(path: str) -> list[MovTrack]:
+    """Reads the tracks, in their order; none where the file cannot be read or has no index."""
+    try:
+        if not Path(path).is_file():  # a pipe's bytes are there once
+            return []
+        with Path(path).open("rb") as file:
+            moov = _moov(file)
+    except (OSError, ValueError):
+        return []
+    return [_track(trak) for name, trak in _boxes(moov) if name == b"trak"]
+
+
+def _track(trak: memoryview) -> MovTrack:
+    header, media = _inside(trak, b"tkhd"), _inside(trak, b"mdia", b"minf")
+    at = 20 if bytes(header[:1]) == b"\1" else 12  # behind version, flags and two times of 8 or 4 bytes
+    entries = _boxes(_inside(media, b"stbl", b"stsd")[8:])
+    # Bit 0 of an entry's flags: the data lie in this file.
+    is_inside = [
+        bool(content[3] & 1) for _, content in _boxes(_inside(media, b"dinf", b"dref")[8:]) if content
+    ]
+    return MovTrack(
+        int.from_bytes(header[at : at + 4], "big"),
+        frozenset(name for name, _ in entries),
+        bool(is_inside) and not any(is_inside),
+    )
+
+
+def _moov(file: BinaryIO) -> memoryview:
+    """The content of the box that holds the tracks; empty if there is none."""
+    at = 0
+    for _ in range(_MAX_BOXES):
+        file.seek(at)
+        head = file.read(16)
+        if len(head) < 8:
+            break
+        size, start = int.from_bytes(head[:4], "big"), 8
+        if size == 1:
+            size, start = int.from_bytes(head[8:16], "big"), 16
+        if head[4:8] == b"moov":
+            file.seek(at + start)
+            left = size - start if size else _MAX_MOOV_BYTES  # 0: to the end of the file
+            return memoryview(file.read(max(0, min(left, _MAX_MOOV_BYTES))))
+        if size < start:
+            break
+        at += size
+    return memoryview(b"")
+
+
+def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    """Name and content of each box."""
+    at = 0
+    for _ in range(_MAX_BOXES):
+        size = int.from_bytes(data[at : at + 4], "big") or len(data) - at
+        if at + 8 > len(data) or size < 8:
+            return
+        yield bytes(data[at + 4 : at + 8]), data[at + 8 : at + size]
+        at += size
+
+
+def _inside(data: memoryview, *names: bytes) -> memoryview:
+    """The content of the first box of each name, one in the other; empty if there is none."""
+    for name in names:
+        data = next((content for kind, content in _boxes(data) if kind == name), memoryview(b""))
+    return data

@@ -1,0 +1,219 @@
+"""One pass over the packets of a file: times, keyframes, and signs of damage, without decoding.
+
+Only the first picture is decoded, for its orientation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import av
+
+from gare.data.clock import Clock
+from gare.data.orientation import Orientation, orientation_of
+
+#: Containers whose clock has 33 bits.
+MPEG_CLOCKS = frozenset({"mpegts", "mpeg"})
+#: Trait of streams whose times rise in decoding order, though pictures are shown in another.
+DECODING_ORDER = "times in decoding order"
+
+#: Trait of streams whose pictures are shown when they are decoded, whatever their packets' times.
+DECODING_TIMES = "shown when decoded"
+
+
+@dataclass
+class Packets:
+    """What one pass over the packets of a video stream tells.
+
+    Attributes:
+        pts: ticks of pictures to be shown, in the order of the file.
+        key_pts: those of keyframes.
+        key_places: which of ``pts`` they are.
+        end_pts: tick at which the last picture ends.
+        end_s: seconds at which the last packet of any stream ends.
+        num_packets: of the stream.
+        orientation: what turns a stored picture upright.
+        traits: what makes seeking decoders go wrong, see ``scan_packets``.
+        fault: why reading stopped early, empty if it did not.
+        remark: what a person should know, empty if there is nothing.
+        errors: what the demuxer called an error.
+        num_corrupt: packets that the demuxer marks as damaged.
+        num_joins: times that the clock started anew.
+        dts: decoding times of the pictures in ``pts``, as far as packets state them.
+        last_duration: ticks of the last packet.
+    """
+
+    pts: list[int] = field(default_factory=list)
+    key_pts: list[int] = field(default_factory=list)
+    key_places: list[int] = field(default_factory=list)
+    end_pts: int = 0
+    end_s: float = 0.0
+    num_packets: int = 0
+    orientation: Orientation = field(default_factory=Orientation)
+    traits: set[str] = field(default_factory=set)
+    fault: str = ""
+    remark: str = ""
+    errors: list[str] = field(default_factory=list)
+    num_corrupt: int = 0
+    num_joins: int = 0
+    dts: list[int] = field(default_factory=list)
+    last_duration: int = 0
+
+
+def scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
+    """Demuxes the whole file.
+
+    Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
+    (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
+    them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``times in
+    decoding order`` (of pictures that are shown in another), ``shown when decoded``, ``negative times``.
+    """
+    with _errors_of_demuxer(container) as errors:
+        scan = _read_packets(container, stream)
+    scan.errors = errors
+    return scan
+
+
+@contextmanager
+def _errors_of_demuxer(container: av.container.InputContainer) -> Iterator[list[str]]:
+    """Collects what the demuxer says at level error, which is the only sign of some damage."""
+    names = set(container.format.name.split(","))
+    found: list[str] = []
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as said:
+            yield found
+        for _, name, message in said:
+            if names & set(name.split(",")):
+                found.append(" ".join(message.split())[:200])
+    finally:
+        av.logging.set_level(before)
+
+
+def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
+    scan = Packets()
+    key_pts: int | None = None
+    looking = True
+    ends: dict[int, int] = {}
+    last_pts = -(2**63)
+    time_base_s = float(stream.time_base or 0) or 1 / av.time_base
+    clock = Clock(time_base_s, wraps=container.format.name.split(",")[0] in MPEG_CLOCKS)
+    try:
+        for packet in container.demux():
+            if packet.size == 0:
+                continue
+            pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
+            duration = packet.duration or 0
+            offset = clock.offset(packet.dts, duration) if index == stream.index else 0
+            if offset and pts is not None:
+                pts += offset
+            end_pts = 0 if pts is None else pts + duration
+            ends[index] = max(ends.get(index, 0), end_pts)
+            if index != stream.index:
+                continue
+            looking = looking and not _read_orientation(packet, scan)
+            scan.num_packets += 1
+            scan.num_corrupt += packet.is_corrupt
+            if scan.num_packets == 1 and not packet.is_keyframe:
+                scan.traits.add("no keyframe first")
+            if pts is None:
+                scan.traits.add("no timestamps")
+                continue
+            is_key = packet.is_keyframe
+            if is_key:
+                key_pts = pts
+            elif key_pts is not None and pts < key_pts:
+                scan.traits.add("open GOP")
+            if packet.is_discard:
+                scan.traits.add("edit list")
+                continue
+            scan.pts.append(pts)
+            if packet.dts is not None:
+                scan.dts.append(packet.dts + offset)
+            if is_key:
+                scan.key_pts.append(pts)
+                scan.key_places.append(len(scan.pts) - 1)
+            scan.last_duration = duration
+            if pts >= last_pts:
+                last_pts, scan.end_pts = pts, end_pts
+    except MemoryError:
+        raise
+    except (av.error.FFmpegError, OSError) as error:
+        scan.fault = f"reading stops early: {explain(error)}"
+    for index, end in ends.items():
+        scan.end_s = max(scan.end_s, end * float(container.streams[index].time_base or 0))
+    scan.num_joins = clock.num_joins
+    if clock.num_joins:
+        scan.traits.add("joined clocks")
+        scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
+    if len(set(scan.pts)) < len(scan.pts):
+        scan.traits.add("shared timestamps")
+    elif scan.pts and scan.pts[-1] != last_pts:
+        # Durations of such packets are of the order of decoding; the last one's is that of a picture.
+        scan.end_pts = last_pts + scan.last_duration
+    elif stream.codec_context.has_b_frames and len(scan.pts) > 1 and scan.pts == sorted(scan.pts):
+        scan.traits.add(DECODING_ORDER)
+    elif container.format.name == "avi" and len(scan.dts) == len(scan.pts) and scan.pts == sorted(scan.pts):
+        _take_decoding_times(scan)
+    if scan.pts and min(scan.pts) < 0:
+        scan.traits.add("negative times")
+    return scan
+
+
+def _take_decoding_times(scan: Packets) -> None:
+    """Times of pictures between which others are held.
+
+    AVI states when each chunk is decoded. FFmpeg guesses when it is shown: where nothing is reordered it is a
+    chunk too late, so that beside chunks without data another picture would be held.
+    """
+    if scan.pts == scan.dts or scan.dts[-1] - scan.dts[0] < len(scan.dts):
+        return
+    scan.traits.add(DECODING_TIMES)
+    scan.end_pts += scan.dts[-1] - scan.pts[-1]
+    scan.pts, scan.key_pts = scan.dts, [scan.dts[place] for place in scan.key_places]
+
+
+def _read_orientation(packet: av.Packet[Any], scan: Packets) -> bool:
+    """Decodes until there is a picture, which carries the display matrix; True when there was one."""
+    try:
+        frames = packet.decode()
+    except MemoryError:
+        raise
+    except av.error.FFmpegError:
+        return False
+    for frame in frames:
+        scan.orientation = orientation_of(frame) or scan.orientation
+    return bool(frames)
+
+
+def missing_end(
+    scan: Packets, container: str, frames: int | None, duration_s: float | None, start_s: float
+) -> str:
+    """Says how much less there is than the container's header promises; empty if nothing is missing."""
+    held = 0
+    if container == "avi" and len(scan.pts) == scan.num_packets > 0:
+        # Chunks without data, which this demuxer leaves out: the picture before is shown on.
+        held = max(scan.pts) - min(scan.pts) + 1 - scan.num_packets
+    # Durations count from 0 where the first picture comes later.
+    ends_s = scan.end_s - min(start_s, 0.0)
+    is_short = bool(duration_s and duration_s - ends_s > max(0.5, 0.02 * duration_s))
+    if frames and scan.num_packets + held < frames:
+        # An edit list of MP4 cuts pictures off that its table counts.
+        if container != "mov" or is_short:
+            return f"cut off: {scan.num_packets} of the {frames} frames that its header promises"
+    elif is_short and not (frames and container == "mov"):  # all that its table lists is there
+        return f"cut off: its header promises {duration_s:.2f} s, its data end at {ends_s:.2f} s"
+    return ""
+
+
+def explain(error: BaseException) -> str:
+    """A decoder's error in one short line, without the path that the caller adds."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    log = getattr(error, "log", None)
+    if log and log[2].strip():
+        text = f"{text} ({log[2].strip()})"
+    return " ".join(text.split())[:300]

@@ -1,0 +1,256 @@
+"""Clocks that fall, wrap and start anew, held pictures, tracks, and files that begin in the middle."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from gare.data import decode, from_start
+from gare.data.clock import WRAP_TICKS, Clock
+from gare.data.decode import DecodedClip, decode_clip
+from gare.data.probe import probe
+
+#: Levels of grey by which pictures are told apart, after coding.
+STEP = 3
+
+
+def write(
+    path: Path,
+    numbers: range,
+    *,
+    codec: str = "libx264",
+    rate: int = 10,
+    size: int = 64,
+    options: dict[str, str] | None = None,
+    first_s: float = 0.0,
+) -> Path:
+    """A video whose n-th picture is as grey as its number says."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, rate)
+        for number in numbers:
+            grey = np.full((size, size, 3), 40 + STEP * (number % 60), np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = number - numbers.start + round(first_s * rate), Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def numbers_of(clip: DecodedClip) -> list[int]:
+    return [round((float(frame.mean()) - 40) / STEP) for frame in clip.frames]
+
+
+def test_a_clock_runs_on_where_it_starts_anew() -> None:
+    """Half of a joined recording would be thrown away, or shown among the other half."""
+    clock = Clock(1 / 90000)
+    assert [clock.offset(dts, 9000) for dts in (0, 9000, 18000, None)] == [0, 0, 0, 0]
+    # Reordering within one clock is no fall.
+    assert clock.offset(9000, 9000) == 0
+    clock.offset(90000, 9000)
+    assert clock.offset(0, 9000) == 99000
+    assert clock.offset(9000, 9000) == 99000
+    assert clock.num_joins == 1
+    wrapping = Clock(1 / 90000, wraps=True)
+    wrapping.offset(WRAP_TICKS - 9000, 9000)
+    assert (wrapping.offset(0, 9000), wrapping.num_joins) == (WRAP_TICKS, 0)
+    without_durations = Clock(1 / 10)
+    assert [without_durations.offset(dts, 0) for dts in (0, 2, 40, 4)] == [0, 0, 0, 40 + 38 - 4]
+
+
+@pytest.mark.parametrize("sampling", ["released", "uniform", "keyframes"])
+def test_joined_recordings_are_one(tmp_path: Path, sampling: Any) -> None:
+    """Cameras and downloaders join segments with cat; the second part was lost or mixed with the first."""
+    options = {"g": "10", "bf": "2"}
+    parts = [write(tmp_path / f"{i}.ts", range(20 * i, 20 * i + 20), options=options) for i in (0, 1)]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    clip = decode_clip(joined, sampling=sampling, num_frames=4)
+    assert clip.duration_s == pytest.approx(4.0, abs=0.05)
+    assert numbers_of(clip) == [5, 15, 25, 35] if sampling == "uniform" else [0, 10, 20, 30]
+    assert (clip.complete, "starts anew 1 times" in clip.note) == (True, True)
+    assert np.all(np.diff(clip.time_s) > 0.5)
+    inside = decode_clip(joined, start_s=2.5, end_s=3.5, sampling="uniform", num_frames=2)
+    assert numbers_of(inside) == [27, 32]
+
+
+def test_the_shared_joined_recording(shared: Path) -> None:
+    """Six seconds of red and six of blue."""
+    clip = decode_clip(shared / "data/faults/01/concat.ts")
+    colours = np.array([frame.mean(axis=(0, 1)).argmax() for frame in clip.frames])
+    assert colours.tolist() == [0] * 6 + [2] * 6
+    assert clip.duration_s == pytest.approx(12.0)
+
+
+def test_a_clock_that_wraps_starts_where_players_show_0(shared: Path) -> None:
+    """After a day of recording the clock wraps: seconds 0 to 3 were 3.7 to 5.7."""
+    path = shared / "data/faults/03/wrap.ts"
+    clip = decode_clip(path, start_s=0, end_s=3)
+    assert clip.frame_idx.tolist() == [0, 10, 20]
+    assert clip.duration_s == pytest.approx(6.0, abs=0.01)
+    assert decode_clip(path, start_s=4, end_s=6).frame_idx.tolist() == [40, 50]
+
+
+def test_held_pictures_of_avi_are_no_damage(shared: Path) -> None:
+    """FFmpeg writes empty chunks from any variable rate: whole files were called cut off."""
+    for name in ("gap264.avi", "gapm4.avi"):
+        clip = decode_clip(shared / "data/faults/02" / name)
+        assert (clip.complete, clip.note, len(clip.frames)) == (True, "", 6)
+        # One picture is held from second 2 to second 4.
+        assert (clip.frames[2] == clip.frames[3]).all()
+        assert len(set(clip.frame_idx.tolist())) == 4
+
+
+def test_an_avi_that_is_cut_off_is_said_to_be(shared: Path, tmp_path: Path) -> None:
+    """Held pictures must not excuse the end that is missing."""
+    data = (shared / "data/faults/02/gapm4.avi").read_bytes()
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(data[: int(0.7 * len(data))])
+    clip = decode_clip(cut)
+    assert not clip.complete
+    assert "cut off" in clip.note
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize("name", ["h264b.avi", "h264b_remux.mp4"])
+def test_pictures_and_times_belong_together(shared: Path, name: str, decoder: Any) -> None:
+    """Where presentation times are decoding times, pictures were up to three apart under one time."""
+    clip = decode_clip(shared / "data/faults/21" / name, decoder=decoder)
+    assert clip.frame_idx.tolist() == [0, 10, 20, 30, 40, 50]
+    with av.open(str(shared / "data/faults/21" / name)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for place, frame in zip(clip.frame_idx, clip.frames, strict=True):
+        assert (shown[place] == frame).all()
+
+
+def test_packets_times_that_run_backwards_are_seen_in_the_pictures(shared: Path) -> None:
+    """XviD's packed pictures get times of another order, of which packets tell nothing: UCF101 is so."""
+    path = shared / "data/videos/apply_eye_makeup.avi"
+    assert probe(path).traits == set()
+    clip = decode_clip(path)
+    with av.open(str(path)) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert clip.frame_idx.tolist() == [0, 25, 50, 75, 100, 125, 150]
+    for place, frame in zip(clip.frame_idx, clip.frames, strict=True):
+        assert (shown[place] == frame).all()
+
+
+def test_a_keyframe_is_taken_by_its_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another picture that shares its time was decoded alone, and stored in the keyframe's place."""
+    path = write(
+        tmp_path / "a.mkv", range(20), codec="mpeg4", options={"g": "10", "sc_threshold": "1000000000"}
+    )
+    shared_time = tmp_path / "b.mkv"
+    with av.open(str(path)) as source, av.open(str(shared_time), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size == 0:
+                continue
+            step = round(1 / (10 * packet.time_base))
+            packet.stream = stream
+            if packet.pts is not None and round(packet.pts / step) == 9:
+                packet.pts = packet.dts = packet.pts + step  # the time of the second keyframe
+            target.mux(packet)
+    monkeypatch.setattr(decode, "unfit_for_decord", lambda source: "as asked")
+    assert "shared timestamps" in probe(shared_time).traits
+    clip = decode_clip(shared_time, sampling="keyframes")
+    assert numbers_of(clip) == [0, 10]
+
+
+@pytest.fixture
+def without_start(tmp_path: Path) -> Path:
+    """A stream whose first 15 of 60 pictures refer to a keyframe that is not there."""
+    whole = write(tmp_path / "whole.mkv", range(60), options={"g": "20", "bf": "0", "sc_threshold": "0"})
+    cut = tmp_path / "cut.mkv"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if packet.size and number >= 5:
+                packet.stream = stream
+                target.mux(packet)
+    return cut
+
+
+@pytest.mark.parametrize("sampling", ["released", "uniform", "keyframes"])
+def test_a_start_that_does_not_decode_is_said(without_start: Path, sampling: Any) -> None:
+    """One and a half seconds were missing without a word, after three decodes of the whole file."""
+    clip = decode_clip(without_start, sampling=sampling, num_frames=4)
+    if sampling != "keyframes":
+        assert not clip.complete
+        assert "1.50 s do not decode" in clip.note
+    expected = {"released": [20, 30, 40, 50], "uniform": [25, 35, 45, 55], "keyframes": [20, 40]}[sampling]
+    assert numbers_of(clip) == expected
+    # One meaning for all policies: the position among the pictures of the stream.
+    assert clip.frame_idx.tolist() == [number - 5 for number in expected]
+
+
+def test_a_start_that_does_not_decode_costs_one_pass(
+    without_start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        passes.append(arguments)
+        return from_start.decode_from_start(*arguments, **options)
+
+    monkeypatch.setattr(decode, "decode_from_start", counting)
+    decode_clip(without_start)
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("damage", ["zeros", "noise"])
+def test_damage_that_only_the_demuxer_tells_of(
+    shared: Path, tmp_path: Path, rng: np.random.Generator, damage: str
+) -> None:
+    """A quarter of the packets was gone, and the clip was called whole."""
+    data = bytearray((shared / "data/videos/crystal.webm").read_bytes())
+    at, size = int(len(data) * rng.uniform(0.3, 0.6)), len(data) // 5
+    data[at : at + size] = bytes(size) if damage == "zeros" else rng.bytes(size)
+    path = tmp_path / "damaged.webm"
+    path.write_bytes(data)
+    clip = decode_clip(path)
+    assert not clip.complete
+    assert "container is damaged" in clip.note or "cut off" in clip.note
+
+
+def two_tracks(path: Path, tracks: list[dict[str, Any]]) -> Path:
+    """Tracks of one colour each, some marked as default."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for track in tracks:
+            stream = container.add_stream("libx264", rate=track.get("rate", 10), options={"bf": "0"})
+            stream.width = stream.height = track.get("size", 64)
+            stream.pix_fmt = "yuv420p"
+            stream.disposition = av.stream.Disposition.default if track["default"] else 0
+            streams.append(stream)
+        for stream, track in zip(streams, tracks, strict=True):
+            side, rate = track.get("size", 64), track.get("rate", 10)
+            for number in range(2 * rate):
+                picture = np.full((side, side, 3), track["grey"], np.uint8)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, rate)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    "tracks",
+    [
+        [{"grey": 200, "default": False}, {"grey": 60, "default": True}],
+        [{"grey": 60, "default": True}, {"grey": 200, "default": True, "size": 128}],
+        [{"grey": 200, "default": True, "size": 32, "rate": 1}, {"grey": 60, "default": True, "size": 128}],
+    ],
+    ids=["the default one", "the first of two", "no thumbnails"],
+)
+def test_the_track_that_players_show(tmp_path: Path, tracks: list[dict[str, Any]]) -> None:
+    """A track of thumbnails, or another language's, would be the video in training."""
+    clip = decode_clip(two_tracks(tmp_path / "two.mkv", tracks))
+    assert all(abs(float(frame.mean()) - 60) < 8 for frame in clip.frames)

@@ -7,7 +7,7 @@ believed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -267,14 +267,30 @@ class _LateStart:
         self.selection: Selection | None = None
         self.is_long = False
 
-    def select(self, first: int) -> set[int]:
-        """Samples the video from its first picture that decodes, whose tick it gets."""
+    def select(self, first: int, wanted: Set[int]) -> set[int] | None:
+        """Samples the video from its first picture that decodes, where the clip begins before that.
+
+        Args:
+            first: its tick.
+            wanted: the frames that were chosen.
+
+        Returns:
+            Ticks of the frames to keep instead; None where it does not matter.
+        """
         source = self.request.source
         note = _late_by(source, first)
+        if min(wanted) >= first and not (note and self._begins_before(first)):
+            return None
         self.is_long = bool(note)
         pts, key_pts = (ticks[ticks >= first] for ticks in (source.pts, source.key_pts))
         self.selection = self.request.select(pts, key_pts, source.end_pts, remark=note)
         return self.selection.ticks
+
+    def _begins_before(self, first: int) -> bool:
+        # Keyframes are decoded alone, so that the first one tells of no other picture.
+        request, source = self.request, self.request.source
+        starts_s = -np.inf if request.start_s is None else source.origin_s + request.start_s
+        return request.sampling != "keyframes" and starts_s < first * source.time_base_s
 
 
 def _places(source: Probe, found: Found, selection: Selection) -> NDArray[np.int64]:

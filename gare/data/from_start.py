@@ -88,7 +88,7 @@ def decode_from_start(
     *,
     times: Mapping[int, int] | None = None,
     must_rise: bool = False,
-    choose_again: Callable[[int], Set[int]] | None = None,
+    choose_again: Callable[[int, Set[int]], Set[int] | None] | None = None,
 ) -> Found:
     """Decodes until all wanted pictures are there; with none wanted, the whole video, keeping no picture.
 
@@ -99,8 +99,8 @@ def decode_from_start(
         effort: which packets are decoded.
         times: tick of each picture by its position among those that are decoded; None: their own.
         must_rise: whether to stop where times run backwards.
-        choose_again: gives the pictures to keep where wanted ones come before the first that decodes, of
-            which it gets the tick.
+        choose_again: gets the tick of the first picture that decodes, and what is wanted; gives what is to be
+            kept instead, or None.
 
     Pictures come in the order in which they are shown. Where their own times run backwards, which is told by
     ``Found.runs_backwards``, the times are of another order: the n-th picture is shown at the n-th of them.
@@ -132,8 +132,7 @@ def decode_from_start(
                 continue
             if found.first is None:
                 found.first = tick
-                if choose_again and min(wanted) < tick:
-                    chosen = choose_again(tick)
+                if choose_again and (chosen := choose_again(tick, wanted)) is not None:
                     wanted.clear()
                     wanted.update(chosen)
             found.order.setdefault(tick, position - 1)

@@ -191,6 +191,15 @@ def test_a_start_that_does_not_decode_is_said(without_start: Path, sampling: Any
     assert clip.frame_idx.tolist() == [number - 5 for number in expected]
 
 
+def test_a_start_that_does_not_decode_is_said_whatever_is_chosen(without_start: Path) -> None:
+    """One frame from the middle says nothing of a start that is missing; a clip behind it lacks nothing."""
+    clip = decode_clip(without_start, sampling="uniform", num_frames=1)
+    assert (clip.complete, numbers_of(clip)) == (False, [40])
+    assert "1.50 s do not decode" in clip.note
+    behind = decode_clip(without_start, sampling="uniform", num_frames=1, start_s=2.5, end_s=3.5)
+    assert (behind.complete, behind.note, numbers_of(behind)) == (True, "", [35])
+
+
 def test_a_start_that_does_not_decode_costs_one_pass(
     without_start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

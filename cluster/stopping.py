@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import _thread
 import atexit
-import ctypes
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
+from cluster.handlers import kept_below_python
 from gare.errors import StoppedError
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,6 @@ GRACE_S = 25.0
 UNSEEN_S = 10.0
 #: The same for one that Python itself says it has swallowed, and between two looks at an import under way.
 SOON_S = 0.05
-
-
-#: At least what the system's description of a handler takes (152 on 64-bit Linux).
-_SIGACTION_BYTES = 512
 
 
 class Interrupted(KeyboardInterrupt):
@@ -68,6 +64,7 @@ class _Signals:
     def __init__(self) -> None:
         self._unraisable: Callable[[Any], Any] = sys.unraisablehook
         self._hook = self._hear_unraisable  # one object, by which it is known again
+        self._hears = False
         self._forget()
 
     def _forget(self) -> None:
@@ -85,8 +82,9 @@ class _Signals:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
-        if sys.unraisablehook is not self._hook:
+        if not self._hears:  # once: a library may have put one before ours since, which calls it
             self._unraisable, sys.unraisablehook = sys.unraisablehook, self._hook
+            self._hears = True
         self.is_taken = True
         return before
 
@@ -100,7 +98,7 @@ class _Signals:
         for number, handler in before.items():
             signal.signal(number, handler)
         if sys.unraisablehook is self._hook:
-            sys.unraisablehook = self._unraisable
+            sys.unraisablehook, self._hears = self._unraisable, False
         self.stop_timer()
         self._forget()
 
@@ -303,37 +301,11 @@ def handlers_kept(*, below_python: bool = False) -> Iterator[None]:
 
     signal.signal = keep  # type: ignore[assignment]
     try:
-        with _kept_below_python() if below_python else nullcontext():
+        with kept_below_python(NAMES) if below_python else nullcontext():
             yield
     finally:
         signal.signal = original
         _signals.take()
-
-
-@contextmanager
-def _kept_below_python() -> Iterator[None]:
-    """Puts the handlers that the system calls now in place again and again; on Linux alone."""
-    if sys.platform != "linux":
-        yield
-        return
-    sigaction = ctypes.CDLL(None).sigaction
-    kept = {number: ctypes.create_string_buffer(_SIGACTION_BYTES) for number in NAMES}
-    for number, action in kept.items():
-        sigaction(int(number), None, action)
-    over = threading.Event()
-
-    def put_back() -> None:
-        while not over.wait(0.002):
-            for number, action in kept.items():
-                sigaction(int(number), action, None)
-
-    thread = threading.Thread(target=put_back, name="signal handlers", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @contextmanager

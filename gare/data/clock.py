@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 #: Seconds by which decoding times fall where a clock starts anew; none falls by so much within one clock.
 FALL_S = 0.5
-#: Seconds by which times of an MPEG stream rise at once where its clock was set anew; nobody pauses so long.
+#: The same in MPEG streams, whose times are exact.
+FALL_OF_MPEG_S = 0.1
+#: Seconds by which times of an MPEG stream rise that are worth a word, if they rose otherwise before.
 JUMP_S = 10.0
 #: Ticks after which the clock of MPEG streams wraps, and how near to that a fall must be to be a wrap.
 WRAP_TICKS, NEAR_WRAP_S = 2**33, 60.0
@@ -17,9 +19,9 @@ class Clock:
     """Keeps times running on where those of a file start anew, as they do where streams were joined.
 
     Decoding times never fall within a stream. Where they do, what follows is taken to follow at once: it was
-    joined by ``cat``, or the clock's 33 bits were used up. So it is where those of an MPEG stream jump ahead,
-    as at a joint of recordings, or where seconds were lost on the way. Packets must come in the order of the
-    file, from its start, so that each pass over it finds the same.
+    joined by ``cat``, or the clock's 33 bits were used up. Where times jump ahead nobody can tell a picture
+    that is held from a clock that was set anew: they stay, and it is said. Packets must come in the order of
+    the file, from its start, so that each pass over it finds the same.
 
     Args:
         time_base_s: seconds of a tick.
@@ -27,11 +29,13 @@ class Clock:
 
     Attributes:
         num_joins: times that the clock started anew.
+        jump_s: seconds of the longest jump ahead, 0 if there is none.
     """
 
     time_base_s: float
     wraps: bool = False
     num_joins: int = 0
+    jump_s: float = 0.0
     _offset: int = 0
     _last: int | None = None
     _step: int = 0
@@ -47,7 +51,9 @@ class Clock:
             return self._offset
         last = self._last
         rise_s = 0.0 if last is None else (dts - last) * self.time_base_s
-        if last is not None and (rise_s < -FALL_S or (self.wraps and rise_s > JUMP_S)):
+        if self.wraps and rise_s > max(JUMP_S, 10 * self._step * self.time_base_s) and self._step:
+            self.jump_s = max(self.jump_s, rise_s)
+        if last is not None and rise_s < -(FALL_OF_MPEG_S if self.wraps else FALL_S):
             is_wrap = self.wraps and abs(last - dts - WRAP_TICKS) * self.time_base_s < NEAR_WRAP_S
             if is_wrap:
                 self._offset += WRAP_TICKS

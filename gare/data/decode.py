@@ -203,12 +203,13 @@ def _decode_with_pyav(request: Request) -> DecodedClip:
             request.prepare,
             effort,
             times=times,
+            from_packets=True,
             must_rise=True,
             choose_again=late.select,
         )
         selection = late.selection or selection
-        if not found.damage and found.has_all(selection.ticks):
-            idx = _places(source, found, selection)
+        if not (found.damage or found.runs_backwards) and found.has_all(selection.ticks):
+            idx = _places(source, found, selection, alone=effort == "alone")
             return _pyav_clip(request, selection, found, idx, complete=not late.is_long)
         if found.at_end and effort == "all" and times is None:
             seen = found
@@ -236,13 +237,19 @@ def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
         remark = _late_by(source, int(pts[0]))
     selection = request.select(pts, key_pts, seen.end_pts, damage, remark)
     times = None
-    if seen.runs_backwards:
+    if seen.runs_backwards and not _has_hole(pts):
         times = dict(zip(sorted(seen.order.values()), pts.tolist(), strict=True))
     found = decode_from_start(source, selection.ticks, request.prepare, times=times)
     if not found.has_all(selection.ticks):
         raise DataError("decodes differently each time", where=source.path)
     idx = _places(source, found, selection)
     return _pyav_clip(request, selection, found, idx, complete=not (damage or remark))
+
+
+def _has_hole(pts: NDArray[np.int64]) -> bool:
+    """Whether pictures seem to be lost, after which decoders give some out of the order of showing."""
+    steps = np.diff(pts)
+    return bool(len(steps) and steps.max() > 10 * np.median(steps))
 
 
 def _late_by(source: Probe, first: int) -> str:
@@ -293,9 +300,13 @@ class _LateStart:
         return request.sampling != "keyframes" and starts_s < first * source.time_base_s
 
 
-def _places(source: Probe, found: Found, selection: Selection) -> NDArray[np.int64]:
-    """Positions among the video's pictures: by its packets where each is a picture, else as they decode."""
-    if len(source.pts) and not (source.interlaced or {"no timestamps", "shared timestamps"} & source.traits):
+def _places(source: Probe, found: Found, selection: Selection, *, alone: bool = False) -> NDArray[np.int64]:
+    """Positions among the video's pictures: by its packets where each is a picture, else as they decode.
+
+    Pictures that were decoded alone have no position among others that were.
+    """
+    unclear = source.interlaced or {"no timestamps", "shared timestamps"} & source.traits
+    if len(source.pts) and (alone or not unclear):
         return np.searchsorted(source.pts, selection.pts).astype(np.int64)
     return np.array([found.order[tick] for tick in selection.pts.tolist()], dtype=np.int64)
 

@@ -22,6 +22,8 @@ Picture = NDArray[np.uint8]
 #: alone, for keyframes.
 Effort = Literal["all", "needed", "alone"]
 
+#: Pictures beyond the last wanted one that are looked at for times that run backwards.
+LOOK_AHEAD = 4
 #: Codecs whose pictures say whether others refer to them, and containers that give each picture a packet.
 _SPARING_CODECS = frozenset({"h264", "hevc"})
 _SPARING_CONTAINERS = frozenset({"mov", "matroska"})
@@ -87,6 +89,7 @@ def decode_from_start(
     effort: Effort = "all",
     *,
     times: Mapping[int, int] | None = None,
+    from_packets: bool = False,
     must_rise: bool = False,
     choose_again: Callable[[int, Set[int]], Set[int] | None] | None = None,
 ) -> Found:
@@ -98,6 +101,7 @@ def decode_from_start(
         prepare: applied to each kept picture, upright RGB (H, W, 3), at once.
         effort: which packets are decoded.
         times: tick of each picture by its position among those that are decoded; None: their own.
+        from_packets: whether ``times`` are the packets', of which the first may have no picture.
         must_rise: whether to stop where times run backwards.
         choose_again: gets the tick of the first picture that decodes, and what is wanted; gives what is to be
             kept instead, or None.
@@ -114,16 +118,21 @@ def decode_from_start(
     with open_container(source.path) as container:
         stream = cast(av.VideoStream, container.streams[source.stream_index])
         stream.codec_context.thread_count = 1
-        position, last, is_done = 0, -(2**63), False
+        position, skipped, last, ahead = 0, 0, -(2**63), -1
         packets = _packets(container, stream, source, wanted, effort, found)
         for frame in _frames(packets, found):
             tick = round(position * ticks_per_frame) if frame.pts is None else int(frame.pts)
             if times is not None:
-                tick = times.get(position, tick)
+                if position == 0 and from_packets and frame.key_frame:
+                    # Packets before it gave no picture: its own time tells which one it is.
+                    skipped = next((place for place, one in times.items() if one == tick), 0)
+                tick = times.get(skipped + position, tick)
             found.runs_backwards = found.runs_backwards or (tick < last and not found.num_bad)
             if found.runs_backwards and must_rise:
                 return found
-            if is_done:  # past one picture more, which might have had an earlier time
+            # Past a few pictures more, of which one might have had an earlier time.
+            ahead -= ahead > 0
+            if ahead == 0:
                 return found
             last = tick
             position += 1
@@ -142,9 +151,10 @@ def decode_from_start(
             if tick in wanted and tick not in found.kept:
                 rgb = cast(Picture, frame.to_ndarray(format="rgb24", threads=1))
                 found.kept[tick] = prepare(source.orientation.apply(rgb))
-                is_done = len(found.kept) == len(wanted)
-                if is_done and effort == "alone":
-                    return found
+                if len(found.kept) == len(wanted):
+                    ahead = LOOK_AHEAD
+                    if effort == "alone":
+                        return found
     found.at_end = True
     return found
 

@@ -5,6 +5,7 @@ Only the first picture is decoded, for its orientation.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +18,15 @@ from gare.data.orientation import Orientation, orientation_of
 
 #: Containers whose clock has 33 bits.
 MPEG_CLOCKS = frozenset({"mpegts", "mpeg"})
+_LOG = threading.Lock()
 #: Trait of streams whose times rise in decoding order, though pictures are shown in another.
 DECODING_ORDER = "times in decoding order"
 
 #: Trait of streams whose pictures are shown when they are decoded, whatever their packets' times.
 DECODING_TIMES = "shown when decoded"
+
+#: Seconds of a gap between pictures of an MP4, which states how long each lasts.
+LOST_S = 0.3
 
 
 @dataclass
@@ -44,6 +49,7 @@ class Packets:
         num_joins: times that the clock started anew.
         dts: decoding times of the pictures in ``pts``, as far as packets state them.
         last_duration: ticks of the last packet.
+        lost_s: seconds through which no picture of an MP4 lasts.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -61,6 +67,7 @@ class Packets:
     num_joins: int = 0
     dts: list[int] = field(default_factory=list)
     last_duration: int = 0
+    lost_s: float = 0.0
 
 
 def scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
@@ -80,18 +87,25 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream)
 @contextmanager
 def _errors_of_demuxer(container: av.container.InputContainer) -> Iterator[list[str]]:
     """Collects what the demuxer says at level error, which is the only sign of some damage."""
-    names = set(container.format.name.split(","))
+    # Of raw streams demuxer and codec have one name.
+    names = set(container.format.name.split(",")) - {
+        stream.codec_context.name for stream in container.streams.video if stream.codec_context
+    }
     found: list[str] = []
-    before = av.logging.get_level()
-    av.logging.set_level(av.logging.ERROR)
-    try:
-        with av.logging.Capture() as said:
-            yield found
-        for _, name, message in said:
-            if names & set(name.split(",")):
-                found.append(" ".join(message.split())[:200])
-    finally:
-        av.logging.set_level(before)
+    with _LOG:  # its level is the process's
+        before = av.logging.get_level(), av.logging.get_skip_repeated()
+        av.logging.set_level(av.logging.ERROR)
+        # Else what the last file's demuxer said is not said again of this one, but counted with it.
+        av.logging.set_skip_repeated(False)
+        try:
+            with av.logging.Capture() as said:
+                yield found
+            for _, name, message in said:
+                if names & set(name.split(",")):
+                    found.append(" ".join(message.split())[:200])
+        finally:
+            av.logging.set_level(before[0])
+            av.logging.set_skip_repeated(before[1])
 
 
 def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
@@ -99,6 +113,8 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     key_pts: int | None = None
     looking = True
     ends: dict[int, int] = {}
+    is_mov = container.format.name.startswith("mov")
+    due: int | None = None
     last_pts = -(2**63)
     time_base_s = float(stream.time_base or 0) or 1 / av.time_base
     clock = Clock(time_base_s, wraps=container.format.name.split(",")[0] in MPEG_CLOCKS)
@@ -132,6 +148,11 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
                 scan.traits.add("edit list")
                 continue
             scan.pts.append(pts)
+            if is_mov and packet.dts is not None:
+                # Its tables tell how long each picture lasts: what nothing lasts through was lost.
+                lost_s = 0.0 if due is None else (packet.dts - due) * time_base_s
+                scan.lost_s += lost_s if lost_s > LOST_S else 0.0
+                due = packet.dts + duration
             if packet.dts is not None:
                 scan.dts.append(packet.dts + offset)
             if is_key:
@@ -150,6 +171,8 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     if clock.num_joins:
         scan.traits.add("joined clocks")
         scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
+    elif clock.jump_s:
+        scan.remark = f"its clock jumps {clock.jump_s:.1f} s ahead, while one picture is shown"
     if len(set(scan.pts)) < len(scan.pts):
         scan.traits.add("shared timestamps")
     elif scan.pts and scan.pts[-1] != last_pts:

@@ -24,6 +24,8 @@ from gare.data.packets import MPEG_CLOCKS, explain, missing_end, scan_packets
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
+#: Pictures a second of a track of thumbnails, at most.
+TIMELINE_FPS = 2.0
 _EXACT_HEADERS = frozenset({"mov", "matroska", "avi"})
 
 
@@ -108,6 +110,8 @@ def probe(path: str | Path) -> Probe:
             fault = missing_end(scan, name, frames, duration_s, start_s)
         if not fault and scan.errors:
             fault = f"its container is damaged: {scan.errors[0]}"
+        if not fault and scan.lost_s:
+            fault = f"{scan.lost_s:.2f} s are missing between its pictures"
         if not fault and scan.num_corrupt > scan.num_joins:  # a joint itself looks like a lost packet
             fault = f"{scan.num_corrupt} of its packets are damaged"
         width, height = context.width, context.height
@@ -224,7 +228,9 @@ def _shown(streams: Sequence[av.VideoStream]) -> av.VideoStream:
     areas, rates = ([size(stream) for stream in streams] for size in (_area, _rate))
     # Small and slow beside another: pictures for a timeline, which some writers mark as default too.
     sizes = zip(areas, rates, strict=True)
-    small = [4 * area <= max(areas) and 4 * rate <= max(rates) for area, rate in sizes]
+    small = [
+        4 * area <= max(areas) and 0 < rate <= TIMELINE_FPS and 4 * rate <= max(rates) for area, rate in sizes
+    ]
 
     def rank(place: int) -> tuple[bool, bool, int]:
         kinds = streams[place].disposition

@@ -16,6 +16,7 @@ from torch.nn import functional
 from gare.config import ModelConfig
 from gare.errors import ConfigError
 from gare.model.basis import BasisMaps, build_basis, turn
+from gare.model.budget import Budget
 from gare.model.direct import Pairs, direct_deltas, direct_pairs, direct_pooled
 from gare.model.factorized import PairNumbers, Rule, pair_numbers
 from gare.model.features import TextFeatures, VideoFeatures
@@ -116,6 +117,10 @@ class PairScorer:
         path = self.path()
         may_choose = self.config.method == "auto" and self.increment is not None and frames.is_cuda
         if path == "direct" or not may_choose or frames.shape[0] > DIRECT_STEP_PAIRS:
+            return path
+        # It holds about a dozen vectors of a pair at once.
+        needed = 12 * frames.dtype.itemsize * frames.shape[0] ** 2 * frames.shape[2]
+        if needed > Budget.of(self.config.memory_mb, frames.device).total:
             return path
         if self.takes_kernel(frames.shape[1], frames.dtype, frames.device, reason):
             return "factorized"

@@ -99,9 +99,14 @@ class Gathering:
 
     def wait(self) -> Tensor:
         """Returns all workers' rows; to be called once."""
+        local = self.local
+        del self.local
         if self._is_alone:
-            return self.local
-        gathered: Tensor = _WaitForGather.apply(self._token, self)  # type: ignore[no-untyped-call]
+            return local
+        # The token's graph holds this object: kept here, it would be a cycle that holds the step's features.
+        token = self._token
+        del self._token
+        gathered: Tensor = _WaitForGather.apply(token, self)  # type: ignore[no-untyped-call]
         return gathered
 
     def send(self, local: Tensor) -> None:

@@ -241,7 +241,10 @@ class Objective(nn.Module):
             video_ids = gather(batch.video_ids, rows)
         video = VideoFeatures(frames.wait(), mask.wait())
         draws = Draws.of_step(scorer, self.config, len(video), seed)
-        if scorer.path_of_step(video.frames, why_not_fused(scorer, self.config)) == "factorized":
+        path = scorer.path()
+        if world_size() == 1:  # workers must not choose each by its own device
+            path = scorer.path_of_step(video.frames, why_not_fused(scorer, self.config))
+        if path == "factorized":
             with stage("head"):
                 return sharded_terms(
                     self.model, text, video, self.config, draws, video_ids, rows=rows, watched=watched

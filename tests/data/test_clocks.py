@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from gare.data import decode, from_start
 from gare.data.clock import WRAP_TICKS, Clock
 from gare.data.decode import DecodedClip, decode_clip
+from gare.data.packets import DECODING_ORDER
 from gare.data.probe import probe
 
 #: Levels of grey by which pictures are told apart, after coding.
@@ -52,7 +55,7 @@ def test_a_clock_runs_on_where_it_starts_anew() -> None:
     """Half of a joined recording would be thrown away, or shown among the other half."""
     clock = Clock(1 / 90000)
     assert [clock.offset(dts, 9000) for dts in (0, 9000, 18000, None)] == [0, 0, 0, 0]
-    # Reordering within one clock is no fall.
+    # A little back within one clock is no fall.
     assert clock.offset(9000, 9000) == 0
     clock.offset(90000, 9000)
     assert clock.offset(0, 9000) == 99000
@@ -263,3 +266,77 @@ def test_the_track_that_players_show(tmp_path: Path, tracks: list[dict[str, Any]
     """A track of thumbnails, or another language's, would be the video in training."""
     clip = decode_clip(two_tracks(tmp_path / "two.mkv", tracks))
     assert all(abs(float(frame.mean()) - 60) < 8 for frame in clip.frames)
+
+
+def test_damage_is_told_of_each_file_and_of_no_other(shared: Path, tmp_path: Path) -> None:
+    """One process decodes many files: what FFmpeg said of the last one was not said again, or of the next."""
+    data = bytearray((shared / "data/videos/crystal.webm").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 50_000] = bytes(50_000)
+    damaged = tmp_path / "damaged.webm"
+    damaged.write_bytes(data)
+    faults = [probe(damaged).fault for _ in range(3)]
+    assert faults[0]
+    assert faults == [faults[0]] * 3
+    assert probe(shared / "data/videos/crystal.webm").fault == ""
+
+
+def test_a_held_picture_of_a_stream_stays(tmp_path: Path) -> None:
+    """Slides last longer than cameras pause; cut out of the clock, the film would lose its seconds."""
+    path = tmp_path / "slides.ts"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "0", "g": "1"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 10)
+        for number, tick in enumerate([0, 1, 2, 3, 4, 150, 151, 152]):
+            grey = np.full((64, 64, 3), 40 + STEP * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    clip = decode_clip(path, start_s=5, end_s=10, sampling="uniform", num_frames=2)
+    assert numbers_of(clip) == [4, 4]
+    assert "jumps 14.6 s ahead" in clip.note
+    assert clip.duration_s == pytest.approx(15.3, abs=0.05)
+
+
+def test_decoding_order_after_a_start_that_does_not_decode(tmp_path: Path) -> None:
+    """Pictures are counted to get their times; those that never came must be counted too."""
+    whole = write(tmp_path / "whole.mkv", range(60), options={"g": "30", "bf": "0", "sc_threshold": "0"})
+    cut = tmp_path / "cut.mkv"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if packet.size and number >= 5:
+                packet.stream = stream
+                target.mux(packet)
+    source_facts = probe(cut)
+    as_if = dataclasses.replace(source_facts, traits=source_facts.traits | {DECODING_ORDER})
+    wanted = {int(source_facts.pts[40])}
+    times = dict(enumerate(source_facts.pts.tolist()))
+    found = from_start.decode_from_start(as_if, wanted, np.asarray, times=times, from_packets=True)
+    assert found.first == int(source_facts.pts[25])
+    assert round((float(found.kept[wanted.pop()].mean()) - 40) / STEP) == 45
+
+
+def test_lost_fragments_are_damage(tmp_path: Path) -> None:
+    """A live recording with a hole was called whole, and showed one picture through it."""
+    path = tmp_path / "fragments.mp4"
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "0", "g": "10", "sc_threshold": "0"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 40 + STEP * number, np.uint8), "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    whole = decode_clip(path)
+    assert (whole.complete, whole.note) == (True, "")
+    data = path.read_bytes()
+    starts = [match.start() - 4 for match in re.finditer(b"moof", data)]
+    path.write_bytes(data[: starts[2]] + data[starts[4] :])
+    clip = decode_clip(path)
+    assert not clip.complete
+    assert "2.00 s are missing" in clip.note

@@ -116,6 +116,7 @@ def test_modes_and_moves_of_the_model_reach_its_scorer(seed: int) -> None:
         ("cuda", 257, {"kernel": "plain"}, "factorized"),
         ("cuda", 256, {"kernel": "plain", "method": "factorized"}, "factorized"),
         ("cuda", 256, {"context": "words"}, "direct"),
+        ("cuda", 256, {"context": "words", "memory_mb": 10.0}, "factorized"),
         ("cuda", 256, {}, "factorized"),
         ("cuda", 256, {"increment": False}, "factorized"),
         ("cpu", 256, {}, "factorized"),
@@ -126,7 +127,7 @@ def test_auto_takes_the_faster_of_the_exact_forms(
 ) -> None:
     """Small steps of variants without kernels took four times as long on a GPU as they had to."""
     monkeypatch.setattr(gare.model.scorer, "why_unavailable", lambda *_: "")
-    scorer = head(32, **settings).train().scorer
+    scorer = head(32, **{"memory_mb": 1000.0} | settings).train().scorer
     frames = SimpleNamespace(
         shape=(num_pairs, 12, 32), dtype=torch.float32, device=torch.device(device), is_cuda=device == "cuda"
     )

@@ -6,8 +6,10 @@ one of two workers that take these options alone, in float64.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,6 +225,24 @@ def shared_gradient() -> Tensor:
     return torch.cat([other.grad, local.grad])
 
 
+def features_left() -> int:
+    """Gathered features of steps that are over and whose memory nobody has given back."""
+    alive: list[weakref.ref[Tensor]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(5):
+            local = (torch.ones(2, 3, requires_grad=True) * number).clone()
+            alive.append(weakref.ref(local))
+            gathered = gather(local, rows_of(2, torch.device("cpu")))
+            if number % 2:
+                gathered.sum().backward()
+            del local, gathered
+        return sum(one() is not None for one in alive)
+    finally:
+        gc.enable()
+
+
 def order_of_a_step(seed: int) -> list[str]:
     """When frames travel in a step, and when texts are encoded, forward and backward."""
     seen: list[str] = []
@@ -313,6 +333,7 @@ def main() -> None:
             "torch": vars(run(seed, gatherer=torch_gather)),
             "shared_gradient": shared_gradient(),
             "order": order_of_a_step(seed),
+            "features_left": features_left(),
             "validation": {count: validate(seed, count) for count in (2, 7)},
             "unequal": gather_unequal(torch.full((own_rank, 2), float(own_rank))),
         }

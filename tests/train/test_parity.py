@@ -216,6 +216,12 @@ def test_the_test_bites(world: int, found: Found, alone: parity.Outcome) -> None
 
 
 @pytest.mark.parametrize("world", parity.WORLDS)
+def test_a_step_leaves_no_features(found: Found, world: int) -> None:
+    """Fifty steps' features lay in memory until Python's collector came; on a GPU it would run full."""
+    assert [found[world, rank]["features_left"] for rank in range(world)] == [0] * world
+
+
+@pytest.mark.parametrize("world", parity.WORLDS)
 def test_frames_travel_beside_the_texts(found: Found, world: int) -> None:
     """On a slow network whoever waits for frames at once pays for each of them twice, there and back."""
     for rank in range(world):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 #: Seconds by which decoding times fall where a clock starts anew; none falls by so much within one clock.
 FALL_S = 0.5
@@ -29,13 +29,13 @@ class Clock:
 
     Attributes:
         num_joins: times that the clock started anew.
-        jump_s: seconds of the longest jump ahead, 0 if there is none.
+        jumps: seconds at which it jumped ahead, and to which.
     """
 
     time_base_s: float
     wraps: bool = False
     num_joins: int = 0
-    jump_s: float = 0.0
+    jumps: list[tuple[float, float]] = field(default_factory=list)
     _offset: int = 0
     _last: int | None = None
     _step: int = 0
@@ -52,7 +52,7 @@ class Clock:
         last = self._last
         rise_s = 0.0 if last is None else (dts - last) * self.time_base_s
         if self.wraps and rise_s > max(JUMP_S, 10 * self._step * self.time_base_s) and self._step:
-            self.jump_s = max(self.jump_s, rise_s)
+            self.jumps.append((dts * self.time_base_s - rise_s, dts * self.time_base_s))
         if last is not None and rise_s < -(FALL_OF_MPEG_S if self.wraps else FALL_S):
             is_wrap = self.wraps and abs(last - dts - WRAP_TICKS) * self.time_base_s < NEAR_WRAP_S
             if is_wrap:

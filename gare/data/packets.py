@@ -49,7 +49,8 @@ class Packets:
         num_joins: times that the clock started anew.
         dts: decoding times of the pictures in ``pts``, as far as packets state them.
         last_duration: ticks of the last packet.
-        lost_s: seconds through which no picture of an MP4 lasts.
+        lost_s: seconds through which no picture of a fragmented MP4 lasts.
+        jump_s: seconds of the longest jump ahead of an MPEG clock, beside which no other stream goes on.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Packets:
     dts: list[int] = field(default_factory=list)
     last_duration: int = 0
     lost_s: float = 0.0
+    jump_s: float = 0.0
 
 
 def scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
@@ -113,7 +115,8 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     key_pts: int | None = None
     looking = True
     ends: dict[int, int] = {}
-    is_mov = container.format.name.startswith("mov")
+    is_fragmented = container.format.name.startswith("mov") and not stream.frames
+    heard_s: set[int] = set()
     due: int | None = None
     last_pts = -(2**63)
     time_base_s = float(stream.time_base or 0) or 1 / av.time_base
@@ -125,6 +128,8 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
             pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
             duration = packet.duration or 0
             offset = clock.offset(packet.dts, duration) if index == stream.index else 0
+            if index != stream.index and pts is not None:
+                heard_s.add(int(pts * float(packet.time_base or 0)))
             if offset and pts is not None:
                 pts += offset
             end_pts = 0 if pts is None else pts + duration
@@ -148,7 +153,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
                 scan.traits.add("edit list")
                 continue
             scan.pts.append(pts)
-            if is_mov and packet.dts is not None:
+            if is_fragmented and packet.dts is not None:
                 # Its tables tell how long each picture lasts: what nothing lasts through was lost.
                 lost_s = 0.0 if due is None else (packet.dts - due) * time_base_s
                 scan.lost_s += lost_s if lost_s > LOST_S else 0.0
@@ -167,12 +172,20 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
         scan.fault = f"reading stops early: {explain(error)}"
     for index, end in ends.items():
         scan.end_s = max(scan.end_s, end * float(container.streams[index].time_base or 0))
+    # Sound goes on beside a picture that is held.
+    gaps = [(first_s + 1, last_s - 1) for first_s, last_s in clock.jumps]
+    scan.jump_s = max(
+        (
+            last_s - first_s + 2
+            for first_s, last_s in gaps
+            if not any(first_s < one < last_s for one in heard_s)
+        ),
+        default=0.0,
+    )
     scan.num_joins = clock.num_joins
     if clock.num_joins:
         scan.traits.add("joined clocks")
         scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
-    elif clock.jump_s:
-        scan.remark = f"its clock jumps {clock.jump_s:.1f} s ahead, while one picture is shown"
     if len(set(scan.pts)) < len(scan.pts):
         scan.traits.add("shared timestamps")
     elif scan.pts and scan.pts[-1] != last_pts:

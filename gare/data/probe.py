@@ -110,6 +110,8 @@ def probe(path: str | Path) -> Probe:
             fault = missing_end(scan, name, frames, duration_s, start_s)
         if not fault and scan.errors:
             fault = f"its container is damaged: {scan.errors[0]}"
+        if not fault and scan.jump_s:
+            fault = f"its clock jumps {scan.jump_s:.1f} s ahead, or a picture is held; nothing tells which"
         if not fault and scan.lost_s:
             fault = f"{scan.lost_s:.2f} s are missing between its pictures"
         if not fault and scan.num_corrupt > scan.num_joins:  # a joint itself looks like a lost packet

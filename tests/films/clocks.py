@@ -220,8 +220,9 @@ def jump(rng: np.random.Generator, path: Path) -> Film:
     track.times_s = steady_s + np.where(np.arange(len(steady_s)) >= place, by_s, 0)
     film = made(path, container, [track], f"{by_s:.0f} s ahead at picture {place}", is_sound=False)
     closed = replace(film.showings[0], times_s=steady_s[:-1], end_s=float(steady_s[-1]))
-    # Other containers may hold a picture for hours; players disagree.
-    return replace(film, showings=(closed,) if container == "mpegts" else (closed, *film.showings))
+    # Other containers may hold a picture for hours; players disagree. So may a stream, but it is to be said.
+    held = (replace(one, must_be_said=container == "mpegts") for one in film.showings)
+    return replace(film, showings=(closed, *held))
 
 
 def sound_first(rng: np.random.Generator, path: Path) -> Film:

@@ -70,12 +70,14 @@ class Showing:
         times_s: seconds at which each begins, increasing, (F,).
         end_s: end of the last one.
         clock_s: times that the file's own clock may state at second 0.
+        must_be_said: whether it is right only where the answer says that something is unclear.
     """
 
     numbers: NDArray[np.int64]
     times_s: NDArray[np.float64]
     end_s: float
     clock_s: tuple[float, ...] = (0.0,)
+    must_be_said: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -139,6 +139,8 @@ def _faults(
     film: Film, shown: Showing, ask: Ask, clip: ExtractedClip, numbers: list[int | None], *, is_said: bool
 ) -> str:
     """What is wrong with an answer if players show the film in this way; empty if nothing is."""
+    if shown.must_be_said and not is_said:
+        return "that it is unclear is not said"
     near_s = film.frame_s + ROUNDING_S
     fault = _mistimed(shown, clip.time_s, numbers, near_s) or _outside(shown, ask, numbers, near_s, clip.note)
     if fault or is_said:

@@ -257,11 +257,12 @@ def order_of_a_step(seed: int) -> list[str]:
 
     class Watched(Gathering):
         def send(self, local: Tensor) -> None:
-            seen.extend(["frames leave"] * local.is_floating_point())
+            self.is_frames = local.is_floating_point()
+            seen.extend(["frames leave"] * self.is_frames)
             super().send(local)
 
         def receive(self) -> Tensor:
-            seen.extend(["frames arrive"] * self.local.is_floating_point())
+            seen.extend(["frames arrive"] * self.is_frames)
             return super().receive()
 
         def send_back(self, grad: Tensor) -> None:

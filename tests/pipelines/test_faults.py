@@ -112,6 +112,8 @@ def start_job(
             env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
             stdout=subprocess.DEVNULL,
             stderr=stderr,
+            # A shell's background job ignores Ctrl-C, and hands that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 

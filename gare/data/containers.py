@@ -111,7 +111,7 @@ def head_of(path: str) -> bytes | None:
 
 
 def ending_of(path: str) -> str:
-    """What follows the last dot of a file's name, in lower case."""
+    """Returns the ending of a file's name, behind its last dot, in lower case."""
     return PurePath(path).name.rpartition(".")[2].lower()
 
 

@@ -203,8 +203,7 @@ def _decode_with_pyav(request: Request) -> DecodedClip:
             request.prepare,
             effort,
             times=times,
-            from_packets=True,
-            must_rise=True,
+            by_packets=True,
             choose_again=late.select,
         )
         selection = late.selection or selection
@@ -247,7 +246,7 @@ def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
 
 
 def _has_hole(pts: NDArray[np.int64]) -> bool:
-    """Whether pictures seem to be lost, after which decoders give some out of the order of showing."""
+    """True if pictures seem to be lost, after which decoders give some out of the order of showing."""
     steps = np.diff(pts)
     return bool(len(steps) and steps.max() > 10 * np.median(steps))
 

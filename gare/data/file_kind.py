@@ -104,7 +104,7 @@ def read_head(path: str, size: int = HEAD_BYTES) -> bytes | None:
 
 
 def broken_link(path: str) -> str:
-    """Why a path names no file though it is there: a link to nothing, as git-annex leaves it; empty else."""
+    """Names a link that leads to nothing, as git-annex leaves them; empty for any other path."""
     try:
         if not os.path.islink(path):  # noqa: PTH114 - also of what is no ordinary path
             return ""
@@ -151,7 +151,7 @@ def begins_as(head: bytes) -> str:
 
 
 def text_of(head: bytes) -> bytes:
-    """What programs that look for text see of a file: from its first letter to the first zero byte.
+    """Cuts out the text that a file begins with: from its first letter to the first zero byte.
 
     An ID3 tag in front of it is left out, as FFmpeg does before it looks.
     """

@@ -89,8 +89,7 @@ def decode_from_start(
     effort: Effort = "all",
     *,
     times: Mapping[int, int] | None = None,
-    from_packets: bool = False,
-    must_rise: bool = False,
+    by_packets: bool = False,
     choose_again: Callable[[int, Set[int]], Set[int] | None] | None = None,
 ) -> Found:
     """Decodes until all wanted pictures are there; with none wanted, the whole video, keeping no picture.
@@ -101,8 +100,8 @@ def decode_from_start(
         prepare: applied to each kept picture, upright RGB (H, W, 3), at once.
         effort: which packets are decoded.
         times: tick of each picture by its position among those that are decoded; None: their own.
-        from_packets: whether ``times`` are the packets', of which the first may have no picture.
-        must_rise: whether to stop where times run backwards.
+        by_packets: whether pictures were chosen by the packets' times: ``times`` are then those of all
+            packets, of which the first may give no picture, and it stops where times run backwards.
         choose_again: gets the tick of the first picture that decodes, and what is wanted; gives what is to be
             kept instead, or None.
 
@@ -123,12 +122,12 @@ def decode_from_start(
         for frame in _frames(packets, found):
             tick = round(position * ticks_per_frame) if frame.pts is None else int(frame.pts)
             if times is not None:
-                if position == 0 and from_packets and frame.key_frame:
+                if position == 0 and by_packets and frame.key_frame:
                     # Packets before it gave no picture: its own time tells which one it is.
                     skipped = next((place for place, one in times.items() if one == tick), 0)
                 tick = times.get(skipped + position, tick)
             found.runs_backwards = found.runs_backwards or (tick < last and not found.num_bad)
-            if found.runs_backwards and must_rise:
+            if found.runs_backwards and by_packets:
                 return found
             # Past a few pictures more, of which one might have had an earlier time.
             ahead -= ahead > 0

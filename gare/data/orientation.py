@@ -1,4 +1,4 @@
-"""How a stored picture is turned upright, as its display matrix tells."""
+"""Turning stored pictures upright, as their display matrices tell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class Orientation(NamedTuple):
-    """How stored pictures are turned upright: transpose first, then the flips."""
+    """A turn of stored pictures that makes them upright: transpose first, then the flips."""
 
     transpose: bool = False
     flip_x: bool = False
@@ -33,7 +33,7 @@ _QUARTER_TURNS = (
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation | None:
-    """What turns this picture upright; None where it says nothing of it."""
+    """Reads the turn that makes a picture upright; None where it states none."""
     try:
         side_data = list(getattr(frame, "side_data", ()))
     except ValueError:  # PyAV does not know all kinds of it: EXIF of photos, views of spatial videos

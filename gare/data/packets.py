@@ -18,31 +18,29 @@ from gare.data.orientation import Orientation, orientation_of
 
 #: Containers whose clock has 33 bits.
 MPEG_CLOCKS = frozenset({"mpegts", "mpeg"})
-_LOG = threading.Lock()
 #: Trait of streams whose times rise in decoding order, though pictures are shown in another.
 DECODING_ORDER = "times in decoding order"
-
 #: Trait of streams whose pictures are shown when they are decoded, whatever their packets' times.
 DECODING_TIMES = "shown when decoded"
-
 #: Seconds of a gap between pictures of an MP4, which states how long each lasts.
 LOST_S = 0.3
+#: Held while the level of FFmpeg's log, which is the process's, is another.
+_LOG = threading.Lock()
 
 
 @dataclass
 class Packets:
-    """What one pass over the packets of a video stream tells.
+    """Times, keyframes and signs of damage of a video stream, from one pass over its packets.
 
     Attributes:
         pts: ticks of pictures to be shown, in the order of the file.
-        key_pts: those of keyframes.
-        key_places: which of ``pts`` they are.
+        key_places: which of ``pts`` are keyframes'.
         end_pts: tick at which the last picture ends.
         end_s: seconds at which the last packet of any stream ends.
         num_packets: of the stream.
         orientation: what turns a stored picture upright.
         traits: what makes seeking decoders go wrong, see ``scan_packets``.
-        fault: why reading stopped early, empty if it did not.
+        stopped_early: why reading stopped early, empty if it did not.
         remark: what a person should know, empty if there is nothing.
         errors: what the demuxer called an error.
         num_corrupt: packets that the demuxer marks as damaged.
@@ -54,14 +52,13 @@ class Packets:
     """
 
     pts: list[int] = field(default_factory=list)
-    key_pts: list[int] = field(default_factory=list)
     key_places: list[int] = field(default_factory=list)
     end_pts: int = 0
     end_s: float = 0.0
     num_packets: int = 0
     orientation: Orientation = field(default_factory=Orientation)
     traits: set[str] = field(default_factory=set)
-    fault: str = ""
+    stopped_early: str = ""
     remark: str = ""
     errors: list[str] = field(default_factory=list)
     num_corrupt: int = 0
@@ -70,6 +67,29 @@ class Packets:
     last_duration: int = 0
     lost_s: float = 0.0
     jump_s: float = 0.0
+
+    @property
+    def key_pts(self) -> list[int]:
+        """Those of ``pts`` that are keyframes'."""
+        return [self.pts[place] for place in self.key_places]
+
+    @property
+    def damage(self) -> str:
+        """The first sign of damage within what was read, empty if there is none."""
+        if self.errors:
+            return f"its container is damaged: {self.errors[0]}"
+        if self.jump_s:
+            return f"its clock jumps {self.jump_s:.1f} s ahead, or a picture is held; nothing tells which"
+        if self.lost_s:
+            return f"{self.lost_s:.2f} s are missing between its pictures"
+        if self.num_corrupt > self.num_joins:  # a joint itself looks like a lost packet
+            return f"{self.num_corrupt} of its packets are damaged"
+        return ""
+
+
+def time_base_of(stream: av.VideoStream) -> float:
+    """Seconds of a tick of a stream."""
+    return float(stream.time_base or 0) or 1 / av.time_base
 
 
 def scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
@@ -94,7 +114,7 @@ def _errors_of_demuxer(container: av.container.InputContainer) -> Iterator[list[
         stream.codec_context.name for stream in container.streams.video if stream.codec_context
     }
     found: list[str] = []
-    with _LOG:  # its level is the process's
+    with _LOG:
         before = av.logging.get_level(), av.logging.get_skip_repeated()
         av.logging.set_level(av.logging.ERROR)
         # Else what the last file's demuxer said is not said again of this one, but counted with it.
@@ -119,7 +139,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     heard_s: set[int] = set()
     due: int | None = None
     last_pts = -(2**63)
-    time_base_s = float(stream.time_base or 0) or 1 / av.time_base
+    time_base_s = time_base_of(stream)
     clock = Clock(time_base_s, wraps=container.format.name.split(",")[0] in MPEG_CLOCKS)
     try:
         for packet in container.demux():
@@ -127,15 +147,16 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
                 continue
             pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
             duration = packet.duration or 0
-            offset = clock.offset(packet.dts, duration) if index == stream.index else 0
-            if index != stream.index and pts is not None:
-                heard_s.add(int(pts * float(packet.time_base or 0)))
-            if offset and pts is not None:
-                pts += offset
+            if index != stream.index:
+                ends[index] = max(ends.get(index, 0), 0 if pts is None else pts + duration)
+                if clock.wraps and pts is not None:
+                    heard_s.add(int(pts * float(packet.time_base or 0)))
+                continue
+            dts = packet.dts
+            offset = clock.offset(dts, duration)
+            pts = None if pts is None else pts + offset
             end_pts = 0 if pts is None else pts + duration
             ends[index] = max(ends.get(index, 0), end_pts)
-            if index != stream.index:
-                continue
             looking = looking and not _read_orientation(packet, scan)
             scan.num_packets += 1
             scan.num_corrupt += packet.is_corrupt
@@ -153,15 +174,14 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
                 scan.traits.add("edit list")
                 continue
             scan.pts.append(pts)
-            if is_fragmented and packet.dts is not None:
+            if is_fragmented and dts is not None:
                 # Its tables tell how long each picture lasts: what nothing lasts through was lost.
-                lost_s = 0.0 if due is None else (packet.dts - due) * time_base_s
+                lost_s = 0.0 if due is None else (dts - due) * time_base_s
                 scan.lost_s += lost_s if lost_s > LOST_S else 0.0
-                due = packet.dts + duration
-            if packet.dts is not None:
-                scan.dts.append(packet.dts + offset)
+                due = dts + duration
+            if dts is not None:
+                scan.dts.append(dts + offset)
             if is_key:
-                scan.key_pts.append(pts)
                 scan.key_places.append(len(scan.pts) - 1)
             scan.last_duration = duration
             if pts >= last_pts:
@@ -169,19 +189,13 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     except MemoryError:
         raise
     except (av.error.FFmpegError, OSError) as error:
-        scan.fault = f"reading stops early: {explain(error)}"
+        scan.stopped_early = f"reading stops early: {explain(error)}"
     for index, end in ends.items():
         scan.end_s = max(scan.end_s, end * float(container.streams[index].time_base or 0))
-    # Sound goes on beside a picture that is held.
-    gaps = [(first_s + 1, last_s - 1) for first_s, last_s in clock.jumps]
-    scan.jump_s = max(
-        (
-            last_s - first_s + 2
-            for first_s, last_s in gaps
-            if not any(first_s < one < last_s for one in heard_s)
-        ),
-        default=0.0,
-    )
+    for first_s, last_s in clock.jumps:
+        # Sound goes on beside a picture that is held.
+        if not any(first_s + 1 < one < last_s - 1 for one in heard_s):
+            scan.jump_s = max(scan.jump_s, last_s - first_s)
     scan.num_joins = clock.num_joins
     if clock.num_joins:
         scan.traits.add("joined clocks")
@@ -201,7 +215,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
 
 
 def _take_decoding_times(scan: Packets) -> None:
-    """Times of pictures between which others are held.
+    """Takes decoding times for the pictures of an AVI of which some are held.
 
     AVI states when each chunk is decoded. FFmpeg guesses when it is shown: where nothing is reordered it is a
     chunk too late, so that beside chunks without data another picture would be held.
@@ -210,7 +224,7 @@ def _take_decoding_times(scan: Packets) -> None:
         return
     scan.traits.add(DECODING_TIMES)
     scan.end_pts += scan.dts[-1] - scan.pts[-1]
-    scan.pts, scan.key_pts = scan.dts, [scan.dts[place] for place in scan.key_places]
+    scan.pts = scan.dts
 
 
 def _read_orientation(packet: av.Packet[Any], scan: Packets) -> bool:

@@ -20,13 +20,13 @@ from gare.data.encryption import is_encrypted
 from gare.data.file_kind import begins_as, broken_link, file_kind
 from gare.data.mov_tracks import mov_tracks
 from gare.data.orientation import Orientation
-from gare.data.packets import MPEG_CLOCKS, explain, missing_end, scan_packets
+from gare.data.packets import MPEG_CLOCKS, explain, missing_end, scan_packets, time_base_of
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
+_EXACT_HEADERS = frozenset({"mov", "matroska", "avi"})
 #: Pictures a second of a track of thumbnails, at most.
 TIMELINE_FPS = 2.0
-_EXACT_HEADERS = frozenset({"mov", "matroska", "avi"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,20 +102,11 @@ def probe(path: str | Path) -> Probe:
         context = stream.codec_context
         name = container.format.name.split(",")[0]
         frames = stream.frames or None
-        time_base_s = float(stream.time_base or 0) or 1 / av.time_base
+        time_base_s = time_base_of(stream)
         duration_s = container.duration / av.time_base if container.duration else None
         start_s = (container.start_time or 0) / av.time_base
-        fault = scan.fault
-        if not fault and name in _EXACT_HEADERS:
-            fault = missing_end(scan, name, frames, duration_s, start_s)
-        if not fault and scan.errors:
-            fault = f"its container is damaged: {scan.errors[0]}"
-        if not fault and scan.jump_s:
-            fault = f"its clock jumps {scan.jump_s:.1f} s ahead, or a picture is held; nothing tells which"
-        if not fault and scan.lost_s:
-            fault = f"{scan.lost_s:.2f} s are missing between its pictures"
-        if not fault and scan.num_corrupt > scan.num_joins:  # a joint itself looks like a lost packet
-            fault = f"{scan.num_corrupt} of its packets are damaged"
+        missing = missing_end(scan, name, frames, duration_s, start_s) if name in _EXACT_HEADERS else ""
+        fault = scan.stopped_early or missing or scan.damage
         width, height = context.width, context.height
         if scan.orientation.transpose:
             width, height = height, width
@@ -251,7 +242,7 @@ def _rate(stream: av.VideoStream) -> float:
 
 
 def _content(container: av.container.InputContainer) -> str:
-    """What a file without moving pictures holds."""
+    """Says what a file without moving pictures holds."""
     names = {"audio": "sound", "video": "a cover picture", "subtitle": "subtitles"}
     kinds = {stream.type for stream in container.streams}
     held = [name for kind, name in names.items() if kind in kinds]

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 #: Pairs of a step up to which the direct form is faster on a GPU than plain operations. On an H200 in float32
 #: (F 12, D 512) it takes 7.6 and 21 ms at 128 and 256 pairs, and the factorised form's launches take 30.
 DIRECT_STEP_PAIRS = 256
+#: Vectors of width D that the direct form holds of a pair at once, about.
+DIRECT_VECTORS = 12
 
 #: Forms of the score: every Δ_ij itself, or a few numbers of it.
 ScorePath = Literal["direct", "factorized"]
@@ -118,8 +120,7 @@ class PairScorer:
         may_choose = self.config.method == "auto" and self.increment is not None and frames.is_cuda
         if path == "direct" or not may_choose or frames.shape[0] > DIRECT_STEP_PAIRS:
             return path
-        # It holds about a dozen vectors of a pair at once.
-        needed = 12 * frames.dtype.itemsize * frames.shape[0] ** 2 * frames.shape[2]
+        needed = DIRECT_VECTORS * frames.dtype.itemsize * frames.shape[0] ** 2 * frames.shape[2]
         if needed > Budget.of(self.config.memory_mb, frames.device).total:
             return path
         if self.takes_kernel(frames.shape[1], frames.dtype, frames.device, reason):

@@ -15,7 +15,7 @@ from torch import Tensor
 from gare.model.budget import MEGABYTE, Budget
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.prepared import PreparedVideo
-from gare.model.scorer import PairScorer
+from gare.model.scorer import DIRECT_VECTORS, PairScorer
 
 #: Bytes of a block of pairs on a CPU: large enough for products to be efficient, small enough for its cache.
 CACHED_BYTES = 32 * MEGABYTE
@@ -226,9 +226,10 @@ def _direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Ten
     num_texts, num_videos = len(text.embedding), len(video.mask)
     owners = num_videos if scorer.context_of == "video" else num_texts
     keep = scorer.draw_dropout(owners)
-    # The direct form holds about a dozen vectors of a pair at once.
     itemsize, width = text.embedding.element_size(), scorer.config.clip.embed_dim
-    pairs = Budget.of(scorer.config.memory_mb, text.embedding.device).total // (12 * itemsize * width)
+    pairs = Budget.of(scorer.config.memory_mb, text.embedding.device).total // (
+        DIRECT_VECTORS * itemsize * width
+    )
     side = max(math.isqrt(pairs), 1)
     if torch.is_grad_enabled() or max(num_texts, num_videos) <= side:
         return scorer.pairs(text, video, keep).scores

@@ -47,6 +47,19 @@ def write(
     return path
 
 
+def without_first(folder: Path, count: int, *, gop: int) -> Path:
+    """A stream of 60 pictures without its first packets: those up to the next keyframe do not decode."""
+    options = {"g": str(gop), "bf": "0", "sc_threshold": "0"}
+    whole, cut = write(folder / "whole.mkv", range(60), options=options), folder / "cut.mkv"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(source.streams.video[0])):
+            if packet.size and number >= count:
+                packet.stream = stream
+                target.mux(packet)
+    return cut
+
+
 def numbers_of(clip: DecodedClip) -> list[int]:
     return [round((float(frame.mean()) - 40) / STEP) for frame in clip.frames]
 
@@ -170,15 +183,7 @@ def test_a_keyframe_is_taken_by_its_flag(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.fixture
 def without_start(tmp_path: Path) -> Path:
     """A stream whose first 15 of 60 pictures refer to a keyframe that is not there."""
-    whole = write(tmp_path / "whole.mkv", range(60), options={"g": "20", "bf": "0", "sc_threshold": "0"})
-    cut = tmp_path / "cut.mkv"
-    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for number, packet in enumerate(source.demux(source.streams.video[0])):
-            if packet.size and number >= 5:
-                packet.stream = stream
-                target.mux(packet)
-    return cut
+    return without_first(tmp_path, 5, gop=20)
 
 
 @pytest.mark.parametrize("sampling", ["released", "uniform", "keyframes"])
@@ -316,19 +321,12 @@ def test_a_held_picture_of_a_stream_stays(tmp_path: Path, sound: bool) -> None:
 
 def test_decoding_order_after_a_start_that_does_not_decode(tmp_path: Path) -> None:
     """Pictures are counted to get their times; those that never came must be counted too."""
-    whole = write(tmp_path / "whole.mkv", range(60), options={"g": "30", "bf": "0", "sc_threshold": "0"})
-    cut = tmp_path / "cut.mkv"
-    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for number, packet in enumerate(source.demux(source.streams.video[0])):
-            if packet.size and number >= 5:
-                packet.stream = stream
-                target.mux(packet)
+    cut = without_first(tmp_path, 5, gop=30)
     source_facts = probe(cut)
     as_if = dataclasses.replace(source_facts, traits=source_facts.traits | {DECODING_ORDER})
     wanted = {int(source_facts.pts[40])}
     times = dict(enumerate(source_facts.pts.tolist()))
-    found = from_start.decode_from_start(as_if, wanted, np.asarray, times=times, from_packets=True)
+    found = from_start.decode_from_start(as_if, wanted, np.asarray, times=times, by_packets=True)
     assert found.first == int(source_facts.pts[25])
     assert round((float(found.kept[wanted.pop()].mean()) - 40) / STEP) == 45
 

@@ -60,6 +60,11 @@ class ExtractConfig(Section):
     retry_failed: bool = Field(
         False, description="try all videos again that failed before, also those whose file is at fault"
     )
+    retry_traits: bool = Field(
+        False,
+        description="decode videos again that an earlier version may have read wrongly, as --verify names "
+        "them; their frames count until others take their place",
+    )
     videos_per_part: Count = Field(32, description="videos a Parquet part of the store holds at most")
     workers: int = Field(0, ge=0, description="decoding actors; 0: one for each CPU that the cluster has")
 

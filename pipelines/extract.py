@@ -35,7 +35,7 @@ from gare.data.store_pass import StorePass
 from gare.data.verify import verify_or_raise
 from gare.storage.files import exists, join, write_atomically, write_json
 from gare.storage.lock import StoreLock
-from pipelines.extraction import Encoding, decode_rows, frame_pass, told, words
+from pipelines.extraction import Encoding, decode_rows, find_mended, frame_pass, told, words
 from pipelines.locks import store_lock
 from pipelines.pending import pending_of
 from pipelines.sizes import sizes_of_weights
@@ -48,6 +48,11 @@ FLAGS = {
     "--retry-failed": (
         "extract.retry_failed",
         "try all failed videos again, also those whose file is at fault",
+        "true",
+    ),
+    "--retry-traits": (
+        "extract.retry_traits",
+        "decode videos again that an earlier version may have read wrongly, see --verify",
         "true",
     ),
     "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
@@ -75,6 +80,9 @@ def run(config: Config) -> dict[str, Any]:
     else:
         encoding = Encoding(config, manifest, places, is_kept=is_kept, is_beside=kind == "both")
         jobs = [*(jobs if kind == "both" else []), encoding.job]
+    if config.extract.retry_traits and config.upkeep.task == "write":
+        for job in jobs:
+            job.again = find_mended(config, job).keys()
     if config.upkeep.task != "write":
         results = [_look_after(config, job) for job in jobs]
     elif encoding is None:
@@ -113,10 +121,22 @@ def _look_after(config: Config, job: StorePass) -> dict[str, Any]:
     started, store = time.monotonic(), job.uri
     read_meta(store)  # there is one
     if config.upkeep.task == "verify":
-        return verify_or_raise(store, job.schema, {row.video_id for row in job.manifest.rows})
+        found = verify_or_raise(store, job.schema, {row.video_id for row in job.manifest.rows})
+        return found | {"mended": _named(find_mended(config, job))}
     with store_lock(config, store) as lock:
         merged = compact(store, config.upkeep.part_mb * 10**6, lock.held)
     return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _named(traits: dict[str, str]) -> dict[str, str]:
+    """The same, told to a person."""
+    for video_id, trait in sorted(traits.items()):
+        logger.warning("%s: an earlier version may have taken other frames: %s", video_id, trait)
+    if traits:
+        logger.warning(
+            "%d such clips; --retry-traits (extract.retry_traits=true) makes them again", len(traits)
+        )
+    return traits
 
 
 def _write_both(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +21,13 @@ from cluster.tracking.extraction import ExtractionRun
 from gare import __version__
 from gare.config import Config
 from gare.data.collection import Comparison
-from gare.data.extraction import Extractor, cut_into_parts
+from gare.data.extraction import Extractor, MendedFinder, cut_into_parts
 from gare.data.feature_pass import FeaturePass, can_be_made
 from gare.data.frame_pass import FramePass
 from gare.data.manifest import Manifest
 from gare.data.sources import LocalVideos
 from gare.data.store import META, fingerprint, frame_settings, read_meta
+from gare.data.store_pass import StorePass
 from gare.storage.files import delete_tree, exists, join
 from gare.storage.generations import Held
 from gare.storage.lock import StoreLock
@@ -84,6 +86,38 @@ def decode_rows(
         for done in results:
             progress.add(done)
             held.check()
+
+
+def find_mended(config: Config, job: StorePass) -> dict[str, str]:
+    """Names clips of a store that an earlier version may have read wrongly, and that are as they were then.
+
+    Returns:
+        The trait of each file that tells it, by the id of the clip.
+    """
+    rows = job.decoded_before()
+    if not rows:
+        return {}
+    extract, sources = config.extract, config.sources
+    workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
+    size = min(extract.videos_per_part, math.ceil(len(rows) / (3 * workers)))
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    logger.info("%s: %d of its clips were decoded by an earlier version", job.uri, len(rows))
+    progress, traits = Progress(len(rows), "looked at"), dict[str, str]()
+    with ray_session(config.cluster):
+        results = run_parts(
+            lambda: MendedFinder(extract, RemoteVideos(sources, LocalVideos())).find,
+            parts,
+            workers=workers,
+            memory_bytes=ACTOR_MEMORY_BYTES,
+        )
+        with contextlib.closing(results):
+            for found in results:
+                progress.add(found)
+                traits |= found["traits"]
+                for video_id, reason in found["unknown"].items():
+                    logger.warning("%s: its file cannot be looked at: %s", video_id, reason)
+    progress.show()
+    return traits
 
 
 def told(progress: Progress) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from gare.config import Config
 from gare.data.feature_store import feature_schema, feature_settings, feature_table
 from gare.data.parts import write_table
-from gare.data.store import StoreMeta, fingerprint, write_meta
+from gare.data.store import RULES, StoreMeta, fingerprint, write_meta
 
 
 def feature_row(config: Config, video_id: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -31,6 +31,7 @@ def feature_row(config: Config, video_id: str, rng: np.random.Generator) -> dict
         "captions": [f"caption {number} of {video_id}" for number in range(captions)],
         "num_tokens": rng.integers(3, model.max_words + 1, captions).tolist(),
         "text": rng.standard_normal((captions, width)).astype(np.float16),
+        "rules": RULES,
     }
     if config.features.words:
         row["words"] = rng.standard_normal((captions, model.max_words, width)).astype(np.float16)

@@ -16,6 +16,7 @@ from gare.data.images import encode_jpeg
 from gare.data.manifest import Manifest
 from gare.data.sources import LocalVideos, VideoSource
 from gare.data.store import (
+    RULES,
     StoreMeta,
     fingerprint,
     frame_schema,
@@ -56,6 +57,7 @@ def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dic
         "decoder_version": "0.6.0",
         "complete": True,
         "note": "",
+        "rules": RULES,
     }
 
 
@@ -73,6 +75,7 @@ def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
         "source_bytes": 1000,
         "source_version": "mtime 1",
         "transient": False,
+        "rules": RULES,
     }
 
 

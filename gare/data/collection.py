@@ -7,14 +7,14 @@ written one row counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gare.data.manifest import ManifestRow
 from gare.data.parts import Part, read_parts
 from gare.data.sources import FileVersion
-from gare.data.store import IDENTITY, failures_by_clip, read_retired
+from gare.data.store import IDENTITY, RULES, failures_by_clip, read_retired, rules_of
 from gare.errors import DataError, GoneError
 
 #: start_s, end_s, source_bytes, source_version: see ``gare.data.store.IDENTITY``.
@@ -50,12 +50,14 @@ class Wanted:
             they are not known.
         is_gone: whether what it is made of is there no more.
         is_decoded: whether its frames are there, so that a failure to decode it is past.
+        rules: by which these were decoded; what was made of frames by earlier ones does not count.
     """
 
     row: ManifestRow
     identity: Identity
     is_gone: bool = False
     is_decoded: bool = False
+    rules: int = 1
 
     @classmethod
     def of(cls, row: ManifestRow, version: FileVersion | DataError | None = None) -> Wanted:
@@ -74,6 +76,7 @@ class _Held:
     identity: Identity
     captions: tuple[str, ...]
     is_retired: bool
+    rules: int
 
 
 def compare(
@@ -83,6 +86,7 @@ def compare(
     *,
     retry_failed: bool,
     max_attempts: int = 1,
+    again: Container[str] = (),
 ) -> Comparison:
     """Compares the rows of a frame store with the clips that it should hold.
 
@@ -93,9 +97,11 @@ def compare(
             for another reason than that it is gone counts as unchanged.
         retry_failed: whether clips are tried again that failed on this very file, whatever the reason.
         max_attempts: attempts at a clip as it is now whose failures may pass; see ``may_pass``.
+        again: ids of clips that are to be made again though their file has not changed, where they were made
+            by rules before ``gare.data.store.RULES``. Their rows count until others take their place.
     """
     wanted = [Wanted.of(row, versions[row.uri]) for row in rows]
-    return compare_clips(uri, wanted, retry_failed=retry_failed, max_attempts=max_attempts)
+    return compare_clips(uri, wanted, retry_failed=retry_failed, max_attempts=max_attempts, again=again)
 
 
 def compare_clips(
@@ -105,6 +111,7 @@ def compare_clips(
     retry_failed: bool,
     max_attempts: int = 1,
     captions: bool = False,
+    again: Container[str] = (),
 ) -> Comparison:
     """As ``compare``, for a store of any kind.
 
@@ -114,8 +121,9 @@ def compare_clips(
         retry_failed: as in ``compare``.
         max_attempts: as in ``compare``.
         captions: whether a row counts only with the captions of the manifest. Pending rows then have
-            ``captions``, ``made``: the part that has the clip with others, None where none has, and
-            ``counted``: which of the counts it is in.
+            ``captions``, ``made``: the part that has the clip with others, None where none has, ``rules``
+            by which its frames were decoded, and ``counted``: which of the counts it is in.
+        again: as in ``compare``.
     """
     wanted = {clip.row.video_id: clip for clip in clips}
     held, failures = _held(uri, captions=captions), failures_by_clip(uri)
@@ -126,18 +134,18 @@ def compare_clips(
     for video_id in held.keys() - wanted.keys():
         counts["gone"] += _retire(retired, video_id, held[video_id], None, "gone")
     for video_id, clip in wanted.items():
-        stored, identity = held.get(video_id, []), clip.identity
-        same = [] if clip.is_gone else [one for one in stored if _same(one.identity, identity)]
+        stored, failed = held.get(video_id, []), failures.get(video_id, [])
+        same = [] if clip.is_gone else _of_the_clip(stored, failed, clip)
         matches = [one for one in same if not captions or one.captions == clip.row.captions]
         match = matches[0] if matches else None
         if clip.is_gone and stored:
             lost.append(video_id)
             counts["gone"] += 1
         _retire(retired, video_id, stored, match, "gone" if clip.is_gone else "changed")
-        if match:
+        is_again = video_id in again and all(one.rules < RULES for one in same)
+        if match and not is_again:
             counts["unchanged"] += 1
             continue
-        failed = failures.get(video_id, [])
         known = [one for one in failed if _has_failed(one, clip)]
         is_pending = not known or retry_failed or _is_tried_again(known, failed, clip, max_attempts)
         counted = "changed" if stored or failed else "new"
@@ -149,27 +157,41 @@ def compare_clips(
             request = _request(clip, max((one["attempts"] for one in failed), default=0))
             if captions:
                 request["captions"] = list(clip.row.captions)
-                request["made"] = same[0].part.location if same else None
+                request["made"] = same[0].part.location if same and not is_again else None
+                request["rules"] = same[0].rules if request["made"] else clip.rules
                 request["counted"] = counted
             pending.append(request)
     return Comparison(tuple(pending), retired, counts, tuple(sorted(lost)))
 
 
 def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
-    """Rows of each clip, those first that count until now, and of these the newest generation's."""
-    parts, _ = read_parts(uri, "data", ["video_id", *IDENTITY, *(["captions"] if captions else [])])
+    """Rows of each clip, those first that count until now, of these those of newer rules, then generation."""
+    columns = ["video_id", *IDENTITY, *(["captions"] if captions else [])]
+    parts, _ = read_parts(uri, "data", columns, ["rules"])
     retired = read_retired(uri)
     held: dict[str, list[_Held]] = {}
     for part in parts:
         for row in part.rows:
             video_id, captions_of_row = row["video_id"], tuple(row.get("captions") or ())
             is_retired = video_id in retired.get(part.checksum, {})
-            one = _Held(part, tuple(row[key] for key in IDENTITY), captions_of_row, is_retired)
+            identity = tuple(row[key] for key in IDENTITY)
+            one = _Held(part, identity, captions_of_row, is_retired, rules_of(row))
             held.setdefault(video_id, []).append(one)
     return {
-        video_id: sorted(rows, key=lambda one: (one.is_retired, -one.part.generation))
+        video_id: sorted(rows, key=lambda one: (one.is_retired, -one.rules, -one.part.generation))
         for video_id, rows in held.items()
     }
+
+
+def _of_the_clip(stored: Sequence[_Held], failed: Sequence[Mapping[str, Any]], clip: Wanted) -> list[_Held]:
+    """Rows of a clip as it is now, by rules that still hold; later ones may have refused its file."""
+    refused = [
+        rules_of(one)
+        for one in failed
+        if one["stage"] == "decode" and not may_pass(one) and _has_failed(one, clip)
+    ]
+    least = max([clip.rules, *refused])
+    return [one for one in stored if one.rules >= least and _same(one.identity, clip.identity)]
 
 
 def may_pass(failure: Mapping[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from gare.data.store import (
     ids_in_parts,
     read_meta,
     read_retired,
+    with_added_columns,
     write_meta,
     write_retired,
 )
@@ -58,7 +59,7 @@ def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
     _delete(replaced, held.check)
     left_out, gone = 0, set[str]()
     for group in _groups(parts, retired, part_bytes):
-        table = pa.concat_tables([_live_rows(part, retired, stored) for part in group])
+        table = _joined([_live_rows(part, retired, stored) for part in group])
         ids = [str(video_id) for video_id in table["video_id"].to_pylist()]
         # Even without rows: who is taken over before it deletes must not delete what its successor counts.
         if any(part.rows for part in group):
@@ -102,6 +103,13 @@ def _groups(
 def _worth_it(group: list[Part], retired: Mapping[str, Mapping[str, str]]) -> Iterator[list[Part]]:
     if len(group) > 1 or any(part.checksum in retired or not part.rows for part in group):
         yield group
+
+
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table of the rows of parts; those of earlier versions have nulls in the columns that they lack."""
+    # Columns are only ever added, so that the longest schema has all of them.
+    schema = max((table.schema for table in tables), key=len)
+    return pa.concat_tables([with_added_columns(table, schema) for table in tables])
 
 
 def _live_rows(

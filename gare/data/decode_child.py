@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from gare.data.decode import DecodedClip, decode_clip
 from gare.data.decode_pipe import LENGTH_BYTES
 from gare.data.images import encode_jpeg, fit_frame, prepare_frame
+from gare.data.mended import mended_trait
 from gare.errors import GareError
 from gare.storage.patience import is_of_the_machine
 from gare.storage.uris import local_path
@@ -29,7 +30,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         request = json.loads(requests.read(int.from_bytes(prefix, "big")))
         _limit_memory(request["memory_mb"])
         try:
-            clip, frames = _extract(request)
+            header, frames = _do(request)
         except GareError as error:
             kind = type(error).__name__
             fault = {"error": error.what, "kind": kind, "where": error.where, "accepted": error.accepted}
@@ -41,12 +42,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             fault = {"error": text, "kind": "", "where": request["path"], "accepted": ""}
             _answer(answers, {**fault, "may_pass": is_of_the_machine(error)})
         else:
-            header = {name: value for name, value in vars(clip).items() if name != "frames"}
-            _answer(
-                answers,
-                {**header, "frame_idx": clip.frame_idx.tolist(), "time_s": clip.time_s.tolist()},
-                frames,
-            )
+            _answer(answers, header, frames)
 
 
 def _limit_memory(memory_mb: float) -> None:
@@ -60,6 +56,15 @@ def _limit_memory(memory_mb: float) -> None:
     resource.setrlimit(
         resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
     )
+
+
+def _do(request: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+    """The answer to a request: of its kind ``look`` a trait, else a clip."""
+    if "look" in request:
+        return {"trait": mended_trait(local_path(request["path"]), **request["look"])}, []
+    clip, frames = _extract(request)
+    header = {name: value for name, value in vars(clip).items() if name != "frames"}
+    return {**header, "frame_idx": clip.frame_idx.tolist(), "time_s": clip.time_s.tolist()}, frames
 
 
 def _extract(request: dict[str, Any]) -> tuple[DecodedClip, list[bytes]]:

@@ -9,7 +9,7 @@ import re
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,6 +164,40 @@ class DecodeProcess:
             "encoding": encoding,
             "jpeg_quality": jpeg_quality,
         }
+        header, frames = self._ask(request, path, deadline_s, memory_mb)
+        header["frame_idx"] = np.array(header["frame_idx"], dtype=np.int64)
+        header["time_s"] = np.array(header["time_s"], dtype=np.float64)
+        return ExtractedClip(frames=frames, **header)
+
+    def look(
+        self,
+        path: str,
+        *,
+        sampling: Sampling,
+        complete: bool | None,
+        deadline_s: float = 60.0,
+        memory_mb: float = 2000.0,
+    ) -> str:
+        """Calls ``gare.data.mended.mended_trait`` in the child.
+
+        Args:
+            path: local path or ``file://`` URI.
+            sampling: as of ``mended_trait``, and so is the next.
+            complete: whether the file was taken to be whole.
+            deadline_s: as of ``extract``, and so is the next.
+            memory_mb: MB of memory of its own that the child may have.
+
+        Raises:
+            DataError: as ``extract``, but for a bad video.
+        """
+        look = {"sampling": sampling, "complete": complete}
+        request = {"path": _checked(path), "look": look, "memory_mb": memory_mb}
+        return str(self._ask(request, path, deadline_s, memory_mb)[0]["trait"])
+
+    def _ask(
+        self, request: dict[str, Any], path: str, deadline_s: float, memory_mb: float
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        """The child's answer to a request about a file."""
         child = self._ready_child()
         try:
             child.send(request)
@@ -193,9 +227,7 @@ class DecodeProcess:
             fault = kind(header["error"], where=header["where"], accepted=header["accepted"])
             raise fault.passing() if header["may_pass"] else fault
         header.pop("sizes")
-        header["frame_idx"] = np.array(header["frame_idx"], dtype=np.int64)
-        header["time_s"] = np.array(header["time_s"], dtype=np.float64)
-        return ExtractedClip(frames=frames, **header)
+        return header, frames
 
     def _ready_child(self) -> Child:
         if self._child and (self._num_videos >= self._max_videos or self._child.process.poll() is not None):

@@ -13,7 +13,7 @@ from gare.config import ExtractConfig
 from gare.data.decode_process import DecodeProcess, DecoderCrashError, ExtractedClip
 from gare.data.parts import encode_part, name_of, put_part, table_of
 from gare.data.sources import LocalVideo, LocalVideos, VideoSource, check_readable
-from gare.data.store import FAILURE_SCHEMA, IDENTITY, frame_schema
+from gare.data.store import FAILURE_SCHEMA, IDENTITY, RULES, frame_schema
 from gare.errors import DataError, FetchError, GoneError, shown
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,48 @@ def cut_into_parts(
         parts.append(left[:size])
         left = left[size:]
     return parts
+
+
+class MendedFinder:
+    """Looks in a child process for files of which an earlier version may have taken other frames.
+
+    Args:
+        extract: settings of the store.
+        source: brings the videos here.
+    """
+
+    def __init__(self, extract: ExtractConfig, source: VideoSource) -> None:
+        self.extract, self.source = extract, source
+        self.process = DecodeProcess()
+
+    def find(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Looks at the files of rows of ``StorePass.decoded_before``.
+
+        Returns:
+            ``traits``: those of files that show one, by id; ``unknown``: why others could not be looked at;
+            ``written``: how many were.
+        """
+        traits: dict[str, str] = {}
+        unknown: dict[str, str] = {}
+        for row in rows:
+            try:
+                with self.source.open(row["uri"]) as video:
+                    trait = self.process.look(
+                        video.path,
+                        sampling=self.extract.sampling,
+                        complete=row["complete"],
+                        deadline_s=self.extract.deadline_s,
+                        memory_mb=self.extract.memory_mb,
+                    )
+            except DataError as error:
+                unknown[row["video_id"]] = error.what
+            else:
+                traits |= {row["video_id"]: trait} if trait else {}
+        return {"traits": traits, "unknown": unknown, "written": len(rows)}
+
+    def close(self) -> None:
+        """Ends the child process."""
+        self.process.close()
 
 
 class Extractor:
@@ -149,6 +191,7 @@ class Extractor:
             "decoder_version": clip.decoder_version,
             "complete": clip.complete,
             "note": clip.note,
+            "rules": RULES,
         }
 
     def _checked(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
@@ -209,6 +252,7 @@ def _failure(row: Mapping[str, Any], error: DataError) -> dict[str, Any]:
         "error_type": type(error.__cause__ or error).__name__,
         "message": error.what,
         "attempts": row["attempts"] + 1,
+        "rules": RULES,
         # What was there when the run began and then was not may be back as it was, of a disk that was
         # unmounted for an hour.
         "transient": error.may_pass or (isinstance(error, GoneError) and row["source_version"] is not None),

@@ -27,6 +27,7 @@ from gare.data.store import (
     ids_in_parts,
     read_failures,
     rows_in_parts,
+    rules_of,
     write_part,
     write_retired,
 )
@@ -82,12 +83,17 @@ class FeaturePass(StorePass):
         words = model.max_words if self.config.features.words else 0
         return feature_schema(model.max_frames, model.clip.embed_dim, words)
 
+    @property
+    def decodes(self) -> bool:
+        """True if frames are not kept."""
+        return self._stat is not None
+
     def look(self) -> Comparison:
         """The store beside what it is made of, as both are now.
 
         Where the frame store is kept, what it lacks is not pending here.
         """
-        frames = rows_in_parts(self.frames_uri, "data", IDENTITY)
+        frames = rows_in_parts(self.frames_uri, "data", IDENTITY, ["rules"])
         versions = self._stat([row.uri for row in self.manifest.rows]) if self._stat else None
         failed = {} if versions is not None else read_failures(self.frames_uri, frames)
         wanted, places = [], {}
@@ -95,7 +101,8 @@ class FeaturePass(StorePass):
             place, _, stored = frames.get(row.video_id, (None, 0, {}))
             if place and (stored["start_s"], stored["end_s"]) == (row.start_s, row.end_s):
                 places[row.video_id] = place
-                wanted.append(Wanted(row, tuple(stored[key] for key in IDENTITY), is_decoded=True))
+                identity = tuple(stored[key] for key in IDENTITY)
+                wanted.append(Wanted(row, identity, is_decoded=True, rules=rules_of(stored)))
             elif versions is not None:
                 wanted.append(Wanted.of(row, versions[row.uri]))
             else:
@@ -108,6 +115,7 @@ class FeaturePass(StorePass):
             retry_failed=extract.retry_failed,
             max_attempts=extract.max_attempts,
             captions=True,
+            again=self.again,
         )
         pending = tuple(row | {"place": places.get(row["video_id"])} for row in found.pending)
         counts = self._with_handed_out(found.counts, {row["video_id"] for row in pending})
@@ -177,12 +185,19 @@ class FeaturePass(StorePass):
     def _new_failures(self) -> list[dict[str, Any]]:
         if not exists(join(self.frames_uri, META)):
             return []
-        stored = ids_in_parts(self.uri, "data")
-        wanted = {row.video_id for row in self.manifest.rows} - stored.keys()
+        stored = rows_in_parts(self.uri, "data", (), ["rules"])
+        wanted = {row.video_id for row in self.manifest.rows}
         theirs = read_failures(self.frames_uri, ids_in_parts(self.frames_uri, "data"))
         # Not the last one of each clip: that may be a failure to encode, which is ours alone.
         ours = failures_by_clip(self.uri)
-        return [row for key, row in sorted(theirs.items()) if key in wanted and row not in ours.get(key, ())]
+        return [
+            row
+            for key, row in sorted(theirs.items())
+            if key in wanted
+            and row not in ours.get(key, ())
+            # What is stored counts, unless later rules have refused its file.
+            and (key not in stored or rules_of(stored[key][2]) < rules_of(row))
+        ]
 
 
 def without_frames(frames_uri: str, manifest: Manifest) -> list[str]:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from gare.config import Config
 from gare.data.manifest import ManifestRow
 from gare.data.store import (
+    ADDED_COLUMNS,
     FAILURE_SCHEMA,
     IDENTITY,
     SCHEMA_VERSION,
@@ -53,6 +54,8 @@ def feature_schema(num_frames: int, width: int, num_words: int = 0) -> pa.Schema
     }
     if num_words:
         columns["words"] = pa.list_(pa.fixed_shape_tensor(half, [num_words, width]))
+    # Of the frames that the features were made of.
+    columns["rules"] = ADDED_COLUMNS["rules"]
     return pa.schema(columns)
 
 

@@ -36,6 +36,11 @@ class FramePass(StorePass):
         """Columns of the store's data parts."""
         return frame_schema(self.config.extract)
 
+    @property
+    def decodes(self) -> bool:
+        """True: it is made of video files."""
+        return True
+
     def look(self) -> Comparison:
         """The store beside the files as both are now."""
         versions = self._stat([row.uri for row in self.manifest.rows])
@@ -46,4 +51,5 @@ class FramePass(StorePass):
             versions,
             retry_failed=extract.retry_failed,
             max_attempts=extract.max_attempts,
+            again=self.again,
         )

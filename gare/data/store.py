@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,14 @@ from gare.storage.files import exists, join, json_bytes, read_json
 from gare.storage.generations import Held, generation_of
 
 __all__ = [
+    "ADDED_COLUMNS",
     "EARLIER_FAILURE_SCHEMA",
     "FAILURE_SCHEMA",
     "IDENTITY",
     "META",
     "NOBODY",
     "RETIRED",
+    "RULES",
     "StoreMeta",
     "all_failures",
     "check_settings",
@@ -44,6 +46,9 @@ __all__ = [
     "read_meta",
     "read_retired",
     "rows_in_parts",
+    "rules_of",
+    "with_added_columns",
+    "without_added_columns",
     "write_meta",
     "write_part",
     "write_retired",
@@ -52,6 +57,9 @@ __all__ = [
 SCHEMA_VERSION = 2
 META = "_META.json"
 NOBODY = Held()
+#: Version of the rules by which video files are read, in the column ``rules`` of all rows. It rises where
+#: frames of some file become others; ``gare.data.mended`` says of which. Rows without it are of version 1.
+RULES = 2
 
 #: What a row was made of: the same clip of the same file has the same four, wherever the file lies. The last
 #: two are its size, and its modification time or ETag as ``gare.data.sources`` gives it.
@@ -71,12 +79,34 @@ _FAILURE_COLUMNS: dict[str, pa.DataType] = {
     "attempts": pa.int32(),
     **_IDENTITY_COLUMNS,
 }
-#: Columns of failures that parts of earlier versions lack. ``transient``: whether the clip may succeed as it
-#: is, since a server, disk or node was at fault; null where an earlier version has not said it.
-_ADDED_COLUMNS: dict[str, pa.DataType] = {"transient": pa.bool_()}
-FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS | _ADDED_COLUMNS)
-#: As earlier versions have written it.
+#: Columns that parts of earlier versions lack; null where an earlier version has not said it. ``transient``:
+#: whether a failed clip may succeed as it is, since a server, disk or node was at fault.
+ADDED_COLUMNS: dict[str, pa.DataType] = {"transient": pa.bool_(), "rules": pa.int32()}
+FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS | ADDED_COLUMNS)
+#: As the first versions have written it.
 EARLIER_FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS)
+
+
+def rules_of(row: Mapping[str, Any]) -> int:
+    """The version of the rules by which a row was made, or a failure came about."""
+    return row.get("rules") or 1
+
+
+def without_added_columns(schema: pa.Schema) -> Iterator[pa.Schema]:
+    """Schemas of the same kind of part as it and earlier versions have written it."""
+    added = [name for name in schema.names if name in ADDED_COLUMNS]
+    for count in range(len(added) + 1):
+        left_out = added[len(added) - count :]
+        yield pa.schema([field for field in schema if field.name not in left_out])
+
+
+def with_added_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A part of an earlier version with nulls in the columns that it lacks, in the order of ``schema``."""
+    for name in schema.names:
+        if name not in table.column_names and name in ADDED_COLUMNS:
+            nulls: Any = pa.array([None] * len(table), ADDED_COLUMNS[name])
+            table = table.append_column(schema.field(name), nulls)
+    return table.select(schema.names)
 
 
 _SAMPLING = {
@@ -123,6 +153,7 @@ def frame_schema(extract: ExtractConfig) -> pa.Schema:
         "decoder_version": pa.string(),
         "complete": pa.bool_(),
         "note": pa.string(),
+        "rules": ADDED_COLUMNS["rules"],
     }
     return pa.schema(columns)
 
@@ -285,15 +316,21 @@ def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
 
 
 def rows_in_parts(
-    uri: str, folder: str, columns: Sequence[str]
+    uri: str, folder: str, columns: Sequence[str], added: Sequence[str] = ()
 ) -> dict[str, tuple[str, int, dict[str, Any]]]:
     """As ``ids_in_parts``, with some columns of each row beside its place.
+
+    Args:
+        uri: the store.
+        folder: ``data`` or ``failures``.
+        columns: which.
+        added: more of them, which parts of earlier versions lack; their rows have None there.
 
     Raises:
         DataError: for a part that cannot be read or lacks a column, or an id that two parts of one
             generation hold.
     """
-    parts, retired = _parts_and_retired(uri, folder, ["video_id", *columns])
+    parts, retired = _parts_and_retired(uri, folder, ["video_id", *columns], added)
     found: dict[str, tuple[str, int, dict[str, Any]]] = {}
     for part in parts:
         left_out = retired.get(part.checksum, {})
@@ -314,11 +351,11 @@ def rows_in_parts(
 
 
 def _parts_and_retired(
-    uri: str, folder: str, columns: Sequence[str]
+    uri: str, folder: str, columns: Sequence[str], added: Sequence[str]
 ) -> tuple[list[Part], dict[str, dict[str, str]]]:
     """Parts that count and the rows of them that do not, as of one moment."""
     for _ in range(_LOOKS):
-        parts, _ = read_parts(uri, folder, columns)
+        parts, _ = read_parts(uri, folder, columns, added)
         if folder != "data" or not parts:
             return parts, {}
         # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
@@ -358,5 +395,5 @@ def all_failures(uri: str) -> list[dict[str, Any]]:
     Raises:
         DataError: for a part that cannot be read.
     """
-    parts, _ = read_parts(uri, "failures", list(_FAILURE_COLUMNS), list(_ADDED_COLUMNS))
+    parts, _ = read_parts(uri, "failures", list(_FAILURE_COLUMNS), list(ADDED_COLUMNS))
     return sorted((row for part in parts for row in part.rows), key=lambda row: int(row["attempts"]))

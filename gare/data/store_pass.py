@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,11 +20,14 @@ from gare.data.sources import FileVersion
 from gare.data.store import (
     META,
     NOBODY,
+    RULES,
     StoreMeta,
     check_settings,
     fingerprint,
     read_meta,
     read_retired,
+    rows_in_parts,
+    rules_of,
     write_meta,
     write_retired,
 )
@@ -51,6 +54,7 @@ class StorePass(ABC):
     Attributes:
         kind: frames or features.
         held: the store's lock, from ``hold`` on; every write makes sure of it.
+        again: ids of clips to be made again that earlier rules have decoded, see ``decoded_before``.
 
     Raises:
         DataError: for a store that was made with other settings, naming each that differs.
@@ -64,6 +68,7 @@ class StorePass(ABC):
         self.config, self.manifest, self.uri, self.settings = config, manifest, uri, settings
         self.code_version = code_version
         self.held = NOBODY
+        self.again: Container[str] = ()
         if exists(join(uri, META)):
             check_settings(uri, read_meta(uri), settings)
 
@@ -81,6 +86,28 @@ class StorePass(ABC):
     @abstractmethod
     def look(self) -> Comparison:
         """The store beside its collection as both are now."""
+
+    @property
+    @abstractmethod
+    def decodes(self) -> bool:
+        """True if the store is made of the files themselves, False if of another store."""
+
+    def decoded_before(self) -> list[dict[str, Any]]:
+        """Clips of the manifest that count as they were decoded by earlier rules; their files may show more.
+
+        Returns:
+            ``video_id``, ``uri`` and ``complete`` of each, the last None where it is not known.
+        """
+        if not self.decodes:
+            return []
+        known = ["rules", *({"complete"} & set(self.schema.names))]
+        stored = rows_in_parts(self.uri, "data", (), known)
+        return [
+            {"video_id": row.video_id, "uri": row.uri, "complete": found.get("complete")}
+            for row in self.manifest.rows
+            if (found := stored.get(row.video_id, (None, None, {"rules": RULES}))[2])
+            and rules_of(found) < RULES
+        ]
 
     def count(self) -> Inventory:
         """What the store holds now."""

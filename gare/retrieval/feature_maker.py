@@ -273,5 +273,6 @@ def _failure(row: Mapping[str, Any], kind: str, message: str, *, transient: bool
         "error_type": kind,
         "message": message,
         "attempts": row["attempts"] + 1,
+        "rules": row["rules"],
         "transient": transient,
     }

@@ -15,10 +15,13 @@ from gare.data.sources import FileVersion, LocalVideos
 from gare.data.store import (
     EARLIER_FAILURE_SCHEMA,
     FAILURE_SCHEMA,
+    RULES,
     frame_schema,
     ids_in_parts,
     read_failures,
     read_retired,
+    rows_in_parts,
+    without_added_columns,
     write_part,
     write_retired,
 )
@@ -56,10 +59,13 @@ class Store:
         max_attempts: int = 3,
         fails: str = "",
         transient: bool | None = False,
+        rules: int = RULES,
+        again: str = "",
         **failure: str,
     ) -> Comparison:
         """A run over these clips; those named in ``fails`` fail, None: as earlier versions recorded it."""
-        found = compare(self.uri, rows, versions, retry_failed=retry_failed, max_attempts=max_attempts)
+        asked = {"retry_failed": retry_failed, "max_attempts": max_attempts}
+        found = compare(self.uri, rows, versions, **asked, again=again)
         write_retired(self.uri, found.retired)
         self.runs += 1
         for request in found.pending:
@@ -69,14 +75,18 @@ class Store:
                     key: request[key] for key in ("start_s", "end_s", "source_bytes", "source_version")
                 }
                 schema = EARLIER_FAILURE_SCHEMA if transient is None else FAILURE_SCHEMA
-                row |= {"transient": transient, **failure}
-                write_part(self.uri, "failures", [row], schema, group)
+                row |= {"transient": transient, "rules": rules, **failure}
+                write_part(self.uri, "failures", [row], schema, group, self.runs)
                 continue
             frames = random_frames(RAW, self.rng, 2)
             row = stored_row(RAW, request["video_id"], frames) | {
                 key: request[key] for key in ("start_s", "end_s", "source_bytes", "source_version")
             }
-            write_part(self.uri, "data", [row], frame_schema(RAW), group)
+            schemas = list(without_added_columns(frame_schema(RAW)))
+            schema = schemas[0 if rules > 1 else -1]
+            write_part(self.uri, "data", [row | {"rules": rules}], schema, group, self.runs)
+        # As a run does at its end.
+        write_retired(self.uri, compare(self.uri, rows, versions, **asked).retired)
         return found
 
     @property
@@ -239,10 +249,50 @@ def test_what_two_jobs_wrote_counts_once(store: Store) -> None:
     """A job that was taken for dead may still write; then the store must mend itself, not refuse for ever."""
     store.run(ROWS, FIRST)
     row = stored_row(RAW, "b", random_frames(RAW, store.rng, 2))
-    write_part(store.uri, "data", [row], frame_schema(RAW), ["other job", "b"])
+    write_part(store.uri, "data", [row], frame_schema(RAW), ["other job", "b"], 1)
     with pytest.raises(DataError, match=r"'b' is in two parts.*run pipelines/extract\.py again"):
         ids_in_parts(store.uri, "data")
     assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    assert store.ids == {"a", "b", "c"}
+
+
+def rules(store: Store) -> dict[str, int | None]:
+    return {key: row["rules"] for key, (_, _, row) in rows_in_parts(store.uri, "data", (), ["rules"]).items()}
+
+
+@pytest.mark.parametrize("is_compacted", [False, True])
+def test_clips_of_earlier_rules_count_until_they_are_made_again(store: Store, *, is_compacted: bool) -> None:
+    """An upgrade must cost nothing until asked, and then the clips that are named, each once."""
+    describe_store(store.uri, RAW)
+    store.run(ROWS, FIRST, rules=1)
+    assert rules(store) == {"a": None, "b": None, "c": None}
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    before = compare(store.uri, ROWS, FIRST, retry_failed=False, again="ab")
+    assert (pending(before), counts(before), before.retired) == (["a", "b"], (0, 2, 1, 0), {})
+    store.run(ROWS, FIRST, again="ab")
+    if is_compacted:
+        assert compact(store.uri, 10**6)["rows_left_out"] == 2
+    assert rules(store) == {"a": 2, "b": 2, "c": None}
+    # Asked again, what is made is made; and it counts also after it was away.
+    assert counts(store.run(ROWS, FIRST, again="ab")) == (0, 0, 3, 0)
+    store.run(ROWS[1:], FIRST)
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    assert rules(store) == {"a": 2, "b": 2, "c": None}
+
+
+def test_a_file_that_is_refused_now_counts_no_more(store: Store) -> None:
+    """A playlist's pictures must not stay since a later version reads none; an outage takes nothing."""
+    store.run(ROWS, FIRST, rules=1)
+    store.run(ROWS, FIRST, again="ab", fails="ab", transient=True, stage="fetch")
+    assert store.ids == {"a", "b", "c"}
+    found = store.run(ROWS, FIRST, again="ab", fails="b")
+    assert pending(found) == ["a", "b"]
+    assert (store.ids, rules(store)["a"]) == ({"a", "c"}, 2)
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    assert store.ids == {"a", "c"}
+    assert read_failures(store.uri, store.ids).keys() == {"b"}
+    # Mended, it is back.
+    assert pending(store.run(ROWS, {**FIRST, "/videos/b.mp4": version(2)})) == ["b"]
     assert store.ids == {"a", "b", "c"}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 
+from gare.data.avi_chunks import avi_chunks
 from gare.data.clock import Clock
 from gare.data.orientation import Orientation, orientation_of
 
@@ -49,6 +50,7 @@ class Packets:
         last_duration: ticks of the last packet.
         lost_s: seconds through which no picture of a fragmented MP4 lasts.
         jump_s: seconds of the longest jump ahead of an MPEG clock, beside which no other stream goes on.
+        num_held: chunks of an AVI without data, through which the picture before is shown on.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Packets:
     last_duration: int = 0
     lost_s: float = 0.0
     jump_s: float = 0.0
+    num_held: int = 0
 
     @property
     def key_pts(self) -> list[int]:
@@ -244,10 +247,10 @@ def missing_end(
     scan: Packets, container: str, frames: int | None, duration_s: float | None, start_s: float
 ) -> str:
     """Says how much less there is than the container's header promises; empty if nothing is missing."""
-    held = 0
+    held = scan.num_held
     if container == "avi" and len(scan.pts) == scan.num_packets > 0:
         # Chunks without data, which this demuxer leaves out: the picture before is shown on.
-        held = max(scan.pts) - min(scan.pts) + 1 - scan.num_packets
+        held = max(held, max(scan.pts) - min(scan.pts) + 1 - scan.num_packets)
     # Durations count from 0 where the first picture comes later.
     ends_s = scan.end_s - min(start_s, 0.0)
     is_short = bool(duration_s and duration_s - ends_s > max(0.5, 0.02 * duration_s))
@@ -258,6 +261,22 @@ def missing_end(
     elif is_short and not (frames and container == "mov"):  # all that its table lists is there
         return f"cut off: its header promises {duration_s:.2f} s, its data end at {ends_s:.2f} s"
     return ""
+
+
+def hold_last(scan: Packets, path: str, stream: av.VideoStream) -> None:
+    """Lets the last picture of an AVI last through the chunks without data behind it.
+
+    The demuxer gives no packet for them, so that they look like an end that is cut off. The file tells:
+    there they are, as many as its header promises.
+    """
+    if scan.num_packets >= stream.frames:
+        return
+    chunks = avi_chunks(path, stream.index)
+    if chunks.num_full != scan.num_packets or chunks.num_full + chunks.num_empty < stream.frames:
+        return
+    scan.num_held = chunks.num_empty
+    scan.end_pts += chunks.num_held
+    scan.end_s = max(scan.end_s, scan.end_pts * time_base_of(stream))
 
 
 def explain(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from gare.data.encryption import is_encrypted
 from gare.data.file_kind import begins_as, broken_link, file_kind
 from gare.data.mov_tracks import mov_tracks
 from gare.data.orientation import Orientation
-from gare.data.packets import MPEG_CLOCKS, explain, missing_end, scan_packets, time_base_of
+from gare.data.packets import MPEG_CLOCKS, explain, hold_last, missing_end, scan_packets, time_base_of
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
@@ -101,6 +101,8 @@ def probe(path: str | Path) -> Probe:
             raise DataError(what, where=path, accepted=ACCEPTED)
         context = stream.codec_context
         name = container.format.name.split(",")[0]
+        if name == "avi":
+            hold_last(scan, path, stream)
         frames = stream.frames or None
         time_base_s = time_base_of(stream)
         duration_s = container.duration / av.time_base if container.duration else None

@@ -17,6 +17,8 @@ from gare.data.clock import WRAP_TICKS, Clock
 from gare.data.decode import DecodedClip, decode_clip
 from gare.data.packets import DECODING_ORDER
 from gare.data.probe import probe
+from tests.films.clocks import made
+from tests.films.film import Recipe, Track
 
 #: Levels of grey by which pictures are told apart, after coding.
 STEP = 3
@@ -132,6 +134,43 @@ def test_an_avi_that_is_cut_off_is_said_to_be(shared: Path, tmp_path: Path) -> N
     clip = decode_clip(cut)
     assert not clip.complete
     assert "cut off" in clip.note
+
+
+def held_end(path: Path, codec: str, *, sound: bool) -> Path:
+    """A second of pictures in AVI, of which the last is held for two seconds: it has 19 empty chunks."""
+    times = np.array([*range(10), 29]) / 10
+    tracks = [Track(Recipe(codec, 64, 64, 10, 5), range(10), times)]
+    return made(path, "avi", [*tracks, Track(None, times_s=[0.0, 1.0])] if sound else tracks).path
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize("codec", ["mpeg4", "mjpeg", "libx264"])
+def test_a_last_picture_of_avi_that_is_held_is_no_damage(tmp_path: Path, codec: str, sound: bool) -> None:
+    """Slides end so: the whole film was called cut off, and was as short as if the end were not there."""
+    path = held_end(tmp_path / "slides", codec, sound=sound)
+    clip = decode_clip(path, sampling="uniform", num_frames=5)
+    assert (clip.complete, clip.note) == (True, "")
+    assert clip.duration_s == pytest.approx(2.9, abs=0.11)  # FFmpeg guesses H.264 a picture late
+    assert clip.frame_idx.tolist() == [2, 8, 9, 9, 9]
+    late = decode_clip(path, start_s=2, end_s=2.5)
+    assert (late.complete, late.note, late.frame_idx.tolist()) == (True, "", [9])
+
+
+@pytest.mark.parametrize("cut", ["the index", "three empty chunks", "the last picture", "a header within"])
+def test_a_held_end_does_not_excuse_what_is_missing(tmp_path: Path, cut: str) -> None:
+    """Downloads that broke off would pass for slides."""
+    path = held_end(tmp_path / "slides", "mpeg4", sound=True)
+    data = bytearray(path.read_bytes())
+    index = data.rindex(b"idx1")
+    last = max(chunk.start() for chunk in re.finditer(rb"00dc[^\0]", data[:index]))
+    if cut == "a header within":
+        data[last : last + 8] = bytes(8)
+    path.write_bytes(
+        data[: {"the index": index, "three empty chunks": index - 24, "the last picture": last}.get(cut)]
+    )
+    fault = probe(path).fault
+    # Without its index all pictures are there, and as long as they were.
+    assert ("cut off" in fault) == (cut != "the index")
 
 
 @pytest.mark.parametrize("decoder", ["auto", "pyav"])

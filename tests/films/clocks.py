@@ -253,8 +253,10 @@ def held_avi(rng: np.random.Generator, path: Path) -> Film:
         steps[place] = int(rng.integers(2, 2 * track.recipe.fps))
     if rng.random() < 0.3:
         steps = rng.integers(1, 4, len(steps))
+    if rng.random() < 0.3:
+        steps[-1] = int(rng.integers(2, 4 * track.recipe.fps))
     track.times_s = np.concatenate([[0], np.cumsum(steps)]) / track.recipe.fps
-    return made(path, "avi", [track], f"{int((steps > 1).sum())} held")
+    return made(path, "avi", [track], f"{int((steps > 1).sum())} held, the last for {steps[-1]}")
 
 
 def held_mp4(rng: np.random.Generator, path: Path) -> Film:

@@ -19,9 +19,10 @@ class Clock:
     """Keeps times running on where those of a file start anew, as they do where streams were joined.
 
     Decoding times never fall within a stream. Where they do, what follows is taken to follow at once: it was
-    joined by ``cat``, or the clock's 33 bits were used up. Where times jump ahead nobody can tell a picture
-    that is held from a clock that was set anew: they stay, and it is said. Packets must come in the order of
-    the file, from its start, so that each pass over it finds the same.
+    joined by ``cat``, or the clock's 33 bits were used up. FFmpeg takes a time far below the first for the
+    latter and adds 33 bits to it: where times then jump ahead, they fell, too. Where they jump within the 33
+    bits nobody can tell a picture that is held from a clock that was set anew: they stay, and it is said.
+    Packets must come in the order of the file, from its start, so that each pass over it finds the same.
 
     Args:
         time_base_s: seconds of a tick.
@@ -29,12 +30,14 @@ class Clock:
 
     Attributes:
         num_joins: times that the clock started anew.
+        num_wraps: times that its 33 bits were used up, whether FFmpeg ran on from there or not.
         jumps: seconds at which it jumped ahead, and to which.
     """
 
     time_base_s: float
     wraps: bool = False
     num_joins: int = 0
+    num_wraps: int = 0
     jumps: list[tuple[float, float]] = field(default_factory=list)
     _offset: int = 0
     _last: int | None = None
@@ -51,17 +54,24 @@ class Clock:
             return self._offset
         last = self._last
         rise_s = 0.0 if last is None else (dts - last) * self.time_base_s
-        if self.wraps and rise_s > max(JUMP_S, 10 * self._step * self.time_base_s) and self._step:
-            self.jumps.append((dts * self.time_base_s - rise_s, dts * self.time_base_s))
-        if last is not None and rise_s < -(FALL_OF_MPEG_S if self.wraps else FALL_S):
+        many_s = 10 * self._step * self.time_base_s
+        is_reset = self.wraps and last is not None and dts % WRAP_TICKS < last % WRAP_TICKS
+        is_fall = rise_s < -(FALL_OF_MPEG_S if self.wraps else FALL_S)
+        if is_fall or (is_reset and rise_s > max(NEAR_WRAP_S, many_s)):
+            assert last is not None
             is_wrap = self.wraps and abs(last - dts - WRAP_TICKS) * self.time_base_s < NEAR_WRAP_S
             if is_wrap:
                 self._offset += WRAP_TICKS
+                self.num_wraps += is_reset
             else:
                 self.num_joins += 1
                 self._offset += last + self._step - dts
-        elif last is not None and dts > last and not duration:
-            self._step = dts - last
+        elif last is not None and dts > last:
+            self.num_wraps += is_reset
+            if self.wraps and self._step and rise_s > max(JUMP_S, many_s):
+                self.jumps.append((dts * self.time_base_s - rise_s, dts * self.time_base_s))
+            if not duration:
+                self._step = dts - last
         self._last = dts
         self._step = duration or self._step
         return self._offset

@@ -100,8 +100,9 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream)
 
     Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
     (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
-    them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``times in
-    decoding order`` (of pictures that are shown in another), ``shown when decoded``, ``negative times``.
+    them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``wrapped
+    clock`` (33 bits of an MPEG stream that were used up), ``times in decoding order`` (of pictures that are
+    shown in another), ``shown when decoded``, ``negative times``.
     """
     with _errors_of_demuxer(container) as errors:
         scan = _read_packets(container, stream)
@@ -203,6 +204,8 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     if clock.num_joins:
         scan.traits.add("joined clocks")
         scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
+    if clock.num_wraps:
+        scan.traits.add("wrapped clock")
     if len(set(scan.pts)) < len(scan.pts):
         scan.traits.add("shared timestamps")
     elif scan.pts and scan.pts[-1] != last_pts:

@@ -17,8 +17,10 @@ from gare.data.clock import WRAP_TICKS, Clock
 from gare.data.decode import DecodedClip, decode_clip
 from gare.data.packets import DECODING_ORDER
 from gare.data.probe import probe
-from tests.films.clocks import made
+from tests.films.clocks import WRAP_S, made
 from tests.films.film import Recipe, Track
+from tests.films.film import write as write_film
+from tests.films.numbers import read
 
 #: Levels of grey by which pictures are told apart, after coding.
 STEP = 3
@@ -78,9 +80,64 @@ def test_a_clock_runs_on_where_it_starts_anew() -> None:
     assert clock.num_joins == 1
     wrapping = Clock(1 / 90000, wraps=True)
     wrapping.offset(WRAP_TICKS - 9000, 9000)
-    assert (wrapping.offset(0, 9000), wrapping.num_joins) == (WRAP_TICKS, 0)
+    assert (wrapping.offset(0, 9000), wrapping.num_joins, wrapping.num_wraps) == (WRAP_TICKS, 0, 1)
     without_durations = Clock(1 / 10)
     assert [without_durations.offset(dts, 0) for dts in (0, 2, 40, 4)] == [0, 0, 0, 40 + 38 - 4]
+
+
+def test_a_wrap_counts_once_whoever_runs_on_from_it() -> None:
+    """FFmpeg runs on by itself for a day; a clip that crosses the wrap could not be told from any other."""
+    step = WRAP_TICKS // 10_000
+    for first in (-step // 2, WRAP_TICKS - step // 2, WRAP_TICKS // 3):
+        clock = Clock(1 / 90000, wraps=True)
+        times = [first + step * count for count in range(10_000)]
+        assert {clock.offset(time, step) for time in times} == {0}
+        assert clock.num_wraps == 1
+        # Behind its first time FFmpeg starts at it again, which is no wrap.
+        assert clock.offset(times[-1] + step - WRAP_TICKS, step) == WRAP_TICKS
+        assert (clock.num_wraps, clock.num_joins, clock.jumps) == (1, 0, [])
+    # No other clock has 33 bits.
+    other = Clock(1 / 90000)
+    assert [other.offset(time, 9000) for time in (-9000, 0, WRAP_TICKS - 9000, WRAP_TICKS)] == [0] * 4
+    assert other.num_wraps == 0
+
+
+def ts_from(path: Path, numbers: range, start_s: float, step_s: float = 0.1) -> bytes:
+    """A transport stream whose clock starts at any second of its 26 hours."""
+    track = Track(Recipe("libx264", 64, 64, 10, 5), numbers, start_s + step_s * np.arange(len(numbers) + 1))
+    write_film(path, "mpegts", [track], {"mpegts_copyts": "1"})
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("start_s", "step_s", "wraps"),
+    [(WRAP_S - 1, 0.1, True), (WRAP_S - 100, 8, True), (WRAP_S - 100, 0.1, False), (500, 0.1, False)],
+)
+def test_a_wrapped_clock_is_a_trait(tmp_path: Path, start_s: float, step_s: float, wraps: bool) -> None:
+    """Clips that an older version cut at other seconds could not be found among those in a store."""
+    path = tmp_path / "wrapped.ts"
+    ts_from(path, range(20), start_s, step_s)
+    source = probe(path)
+    assert ("wrapped clock" in source.traits) == wraps
+    assert (source.fault, source.remark) == ("", "")
+    clip = decode_clip(path, sampling="uniform", num_frames=4, end_s=17 * step_s)
+    assert [read(frame) for frame in clip.frames] == [2, 6, 10, 14]
+    assert clip.duration_s == pytest.approx(20 * step_s, abs=step_s)
+
+
+@pytest.mark.parametrize(
+    ("first_s", "second_s"), [(5000, 200), (5000, 4930), (95300, 40), (95440, 90000), (500, 499)]
+)
+def test_joined_recordings_of_any_hours_are_one(tmp_path: Path, first_s: float, second_s: float) -> None:
+    """Of two broadcasts the one of the earlier hour was put a day after the other, and called damaged."""
+    joined = tmp_path / "joined.ts"
+    parts = (ts_from(joined, range(20), first_s), ts_from(joined, range(20, 40), second_s))
+    joined.write_bytes(b"".join(parts))
+    clip = decode_clip(joined, sampling="uniform", num_frames=4)
+    assert (clip.complete, "starts anew 1 times" in clip.note) == (True, True)
+    assert clip.frame_idx.tolist() == [5, 15, 25, 35]
+    assert clip.duration_s == pytest.approx(4.0, abs=0.01)
+    assert [read(frame) for frame in clip.frames] == [5, 15, 25, 35]
 
 
 @pytest.mark.parametrize("sampling", ["released", "uniform", "keyframes"])

@@ -173,7 +173,10 @@ def wrapped(rng: np.random.Generator, path: Path) -> Film:
 
 
 def joined(rng: np.random.Generator, path: Path) -> Film:
-    """Two transport streams in one file, the second starting its clock anew, as ``cat`` joins them."""
+    """Two transport streams in one file, the second starting its clock anew, as ``cat`` joins them.
+
+    Both start at 0, or the second at an earlier hour than the first.
+    """
     first = draw_track(rng, "mpegts")
     assert first.recipe is not None
     count = max(8, round(rng.uniform(1.0, 6.0) * first.recipe.fps))
@@ -182,14 +185,17 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
         range(len(first.numbers), len(first.numbers) + count),
         np.arange(count + 1) / first.recipe.fps,
     )
-    has_sound = rng.random() < 0.5
-    parts = []
-    for name, track in (("one", first), ("two", second)):
-        sound = [Track(None, times_s=[track.times_s[0], track.times_s[-1]])] if has_sound else []
+    has_sound, is_late = rng.random() < 0.5, rng.random() < 0.5
+    hours_s = sorted(rng.uniform(0, WRAP_S - 60, 2), reverse=True) if is_late else (0.0, 0.0)
+    parts, starts_s = [], []
+    for name, track, hour_s in zip(("one", "two"), (first, second), hours_s, strict=True):
+        late = moved(track, hour_s) if is_late else track
+        sound = [Track(None, times_s=[late.times_s[0], late.times_s[-1]])] if has_sound else []
         part = path.with_name(f"{path.name}.{name}")
-        write(part, "mpegts", [track, *sound])
+        write(part, "mpegts", [late, *sound], {"mpegts_copyts": "1"} if is_late else None)
+        track.keys |= late.keys
         parts.append(part.read_bytes())
-        start_s = started_at(part)
+        starts_s.append(started_at(part))
         part.unlink()
     path = path.with_name(f"{path.name}.ts")
     path.write_bytes(b"".join(parts))
@@ -202,7 +208,7 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
     return Film(
         path,
         f"mpegts, {first.recipe}, {len(first.numbers)} and {count} pictures{', sound' if has_sound else ''}",
-        (showing(whole, clock_s=[start_s]),),
+        (showing(whole, clock_s=starts_s[:1]),),
         2 * first.recipe.frame_s,  # nothing says by how much the parts are apart
         frozenset(first.keys | second.keys),
         is_sound=False,

@@ -20,7 +20,15 @@ from gare.data.encryption import is_encrypted
 from gare.data.file_kind import begins_as, broken_link, file_kind
 from gare.data.mov_tracks import mov_tracks
 from gare.data.orientation import Orientation
-from gare.data.packets import MPEG_CLOCKS, explain, hold_last, missing_end, scan_packets, time_base_of
+from gare.data.packets import (
+    MPEG_CLOCKS,
+    DemuxerLog,
+    explain,
+    hold_last,
+    missing_end,
+    scan_packets,
+    time_base_of,
+)
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
@@ -93,9 +101,9 @@ def probe(path: str | Path) -> Probe:
     """
     path = str(Path(path).absolute())  # absolute: FFmpeg takes "a:b.mp4" for a protocol
     _check_kind(path)
-    with open_container(path) as container:
+    with DemuxerLog() as log, open_container(path) as container:
         stream, num_video_streams = _main_stream(container, path)
-        scan = scan_packets(container, stream)
+        scan = scan_packets(container, stream, log)
         if not scan.num_packets and _is_external(path, stream):
             what = "has its pictures in other files (data references), which are not opened"
             raise DataError(what, where=path, accepted=ACCEPTED)

@@ -15,11 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.avi_chunks import avi_chunks
-from gare.data.clock import Clock
+from gare.data.clock import WRAPS, Clock
 from gare.data.orientation import Orientation, orientation_of
 
-#: Containers whose clock has 33 bits.
-MPEG_CLOCKS = frozenset({"mpegts", "mpeg"})
 #: Trait of streams whose times rise in decoding order, though pictures are shown in another.
 DECODING_ORDER = "times in decoding order"
 #: Trait of streams whose pictures are shown when they are decoded, whatever their packets' times.
@@ -145,8 +143,8 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream,
     Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
     (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
     them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``wrapped
-    clock`` (33 bits of an MPEG stream that were used up), ``times in decoding order`` (of pictures that are
-    shown in another), ``shown when decoded``, ``negative times``.
+    clock`` (whose bits were used up), ``times in decoding order`` (of pictures that are shown in another),
+    ``shown when decoded``, ``negative times``.
     """
     # MP4 and MOV have an index: what is odd in it when they are opened is no damage of the pictures.
     first = log.num_said if container.format.name.startswith("mov") else 0
@@ -169,7 +167,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     due: int | None = None
     last_pts = -(2**63)
     time_base_s = time_base_of(stream)
-    clock = Clock(time_base_s, wraps=container.format.name.split(",")[0] in MPEG_CLOCKS)
+    clock = Clock(time_base_s, WRAPS.get(container.format.name.split(",")[0], 0))
     try:
         for packet in container.demux():
             if packet.size == 0:
@@ -178,7 +176,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
             duration = packet.duration or 0
             if index != stream.index:
                 if pts is not None:
-                    if clock.wraps:
+                    if clock.is_mpeg:
                         heard_s.add(int(pts * float(packet.time_base or 0)))
                     elif index in silences:
                         end, base_s = ends.get(index, pts), sound_bases_s[index]

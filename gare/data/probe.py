@@ -15,13 +15,13 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from gare.data.clock import WRAPS
 from gare.data.containers import ACCEPTED, DEMUXERS, head_of, names_other_files, still_demuxer
 from gare.data.encryption import is_encrypted
 from gare.data.file_kind import begins_as, broken_link, file_kind
 from gare.data.mov_tracks import mov_tracks
 from gare.data.orientation import Orientation
 from gare.data.packets import (
-    MPEG_CLOCKS,
     DemuxerLog,
     explain,
     hold_last,
@@ -88,9 +88,9 @@ class Probe:
     remark: str = ""
 
     @property
-    def wraps(self) -> bool:
-        """True if the container's clock has 33 bits."""
-        return self.container in MPEG_CLOCKS
+    def wraps(self) -> int:
+        """Ticks after which the container's clock starts at 0 again; 0: never."""
+        return WRAPS.get(self.container, 0)
 
 
 def probe(path: str | Path) -> Probe:
@@ -148,11 +148,11 @@ def probe(path: str | Path) -> Probe:
 def _origin(container: str, start_s: float, pts: Sequence[int], time_base_s: float) -> float:
     """The time that a player shows as 0.
 
-    Encoder delay can put the first sound below 0, which players do not count; below 0 in an MPEG stream is a
-    clock that wraps later, and pictures below 0 are shown from there.
+    Encoder delay can put the first sound below 0, which players do not count. Where clocks wrap, below 0 is
+    before the wrap, and counts; so do pictures below 0.
     """
     first_s = min(pts) * time_base_s if pts else 0.0
-    if container in MPEG_CLOCKS:
+    if container in WRAPS:
         return start_s
     return min(max(start_s, 0.0), first_s) if first_s < 0 else max(start_s, 0.0)
 

@@ -18,7 +18,7 @@ from gare.data.decode import DecodedClip, decode_clip
 from gare.data.packets import DECODING_ORDER
 from gare.data.probe import probe
 from tests.films.clocks import WRAP_S, made
-from tests.films.film import Recipe, Track
+from tests.films.film import Recipe, Track, shift_flv
 from tests.films.film import write as write_film
 from tests.films.numbers import read
 
@@ -78,7 +78,7 @@ def test_a_clock_runs_on_where_it_starts_anew() -> None:
     assert clock.offset(0, 9000) == 99000
     assert clock.offset(9000, 9000) == 99000
     assert clock.num_joins == 1
-    wrapping = Clock(1 / 90000, wraps=True)
+    wrapping = Clock(1 / 90000, wraps=WRAP_TICKS)
     wrapping.offset(WRAP_TICKS - 9000, 9000)
     assert (wrapping.offset(0, 9000), wrapping.num_joins, wrapping.num_wraps) == (WRAP_TICKS, 0, 1)
     without_durations = Clock(1 / 10)
@@ -89,7 +89,7 @@ def test_a_wrap_counts_once_whoever_runs_on_from_it() -> None:
     """FFmpeg runs on by itself for a day; a clip that crosses the wrap could not be told from any other."""
     step = WRAP_TICKS // 10_000
     for first in (-step // 2, WRAP_TICKS - step // 2, WRAP_TICKS // 3):
-        clock = Clock(1 / 90000, wraps=True)
+        clock = Clock(1 / 90000, wraps=WRAP_TICKS)
         times = [first + step * count for count in range(10_000)]
         assert {clock.offset(time, step) for time in times} == {0}
         assert clock.num_wraps == 1
@@ -123,6 +123,51 @@ def test_a_wrapped_clock_is_a_trait(tmp_path: Path, start_s: float, step_s: floa
     clip = decode_clip(path, sampling="uniform", num_frames=4, end_s=17 * step_s)
     assert [read(frame) for frame in clip.frames] == [2, 6, 10, 14]
     assert clip.duration_s == pytest.approx(20 * step_s, abs=step_s)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize(
+    ("num_bits", "before_ms", "trait"),
+    [
+        (32, 2000, "wrapped clock"),
+        (32, 70_000, ""),  # ends before
+        (32, 2**31 + 2000, ""),  # FFmpeg reads no sign
+        (24, 2000, "joined clocks"),  # the writer fills no upper byte
+        (24, 2**24, ""),
+    ],
+)
+def test_the_clock_of_flv_wraps(
+    tmp_path: Path, num_bits: int, before_ms: int, trait: str, sound: bool
+) -> None:
+    """Recordings of a stream that runs for hours would show one picture for 49 days, and count as whole."""
+    tracks = [Track(Recipe("libx264", 64, 64, 10, 5, 1), range(40), np.arange(41) / 10)]
+    if sound:
+        tracks.append(Track(None, times_s=[0.0, 4.0]))
+    path = made(tmp_path / "live", "flv", tracks).path
+    whole = decode_clip(path, start_s=1, end_s=3.5, sampling="uniform", num_frames=5)
+    shift_flv(path, 2**num_bits - before_ms, num_bits)
+    clip = decode_clip(path, start_s=1, end_s=3.5, sampling="uniform", num_frames=5)
+    assert ({"wrapped clock", "joined clocks"} & probe(path).traits) == {trait} - {""}
+    assert (clip.complete, "starts anew" in clip.note) == (True, trait == "joined clocks")
+    assert clip.frame_idx.tolist() == whole.frame_idx.tolist()
+    assert [read(frame) for frame in clip.frames] == [read(frame) for frame in whole.frames]
+    assert clip.duration_s == pytest.approx(whole.duration_s)
+
+
+def test_a_stream_of_flv_that_was_interrupted_is_one(tmp_path: Path) -> None:
+    """Recorders of live streams start their clock anew after each break: the rest came 49 days later."""
+    parts = []
+    for name, first, by_ms in (("one", 0, 100_000), ("two", 20, 3000)):
+        track = Track(Recipe("flv", 64, 64, 10, 5), range(first, first + 20), np.arange(21) / 10)
+        path = made(tmp_path / name, "flv", [track]).path
+        shift_flv(path, by_ms)
+        parts.append(path.read_bytes())
+    path = tmp_path / "both.flv"
+    path.write_bytes(parts[0] + parts[1][13:])
+    clip = decode_clip(path, sampling="uniform", num_frames=4, end_s=3.6)
+    assert [read(frame) for frame in clip.frames] == [4, 13, 22, 31]
+    assert (clip.complete, "starts anew 1 times" in clip.note) == (True, True)
+    assert clip.duration_s == pytest.approx(4.0, abs=0.11)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.films.film import (
     Track,
     draw_track,
     moved,
+    shift_flv,
     showing,
     started_at,
     write,
@@ -157,9 +158,18 @@ def order(rng: np.random.Generator, path: Path) -> Film:
 
 
 def wrapped(rng: np.random.Generator, path: Path) -> Film:
-    """Starts shortly before the clock of a transport stream wraps."""
-    track = draw_track(rng, "mpegts")
+    """Starts shortly before the clock of a transport stream wraps, or that of FLV."""
+    container = one_of(rng, "mpegts", "flv")
+    track = draw_track(rng, container)
     before_s = float(rng.uniform(0.1, 0.9)) * float(track.times_s[-1])
+    if container == "flv":
+        num_bits = int(rng.choice([24, 32]))  # some writers fill no upper byte
+        film = made(path, "flv", with_sound(rng, track), f"wraps {num_bits} bits after {before_s:.2f} s")
+        wraps_ms, before_ms = 1 << num_bits, round(before_s * 1000)
+        shift_flv(film.path, wraps_ms - before_ms, num_bits)
+        (shown,) = film.showings
+        clock_s = (-before_ms / 1000, (wraps_ms - before_ms) / 1000)
+        return replace(film, showings=(replace(shown, clock_s=clock_s),), is_sound=num_bits == 32)
     track = moved(track, WRAP_S - before_s)
     film = made(
         path,
@@ -218,7 +228,8 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
 def jump(rng: np.random.Generator, path: Path) -> Film:
     """Jumps far ahead in the middle. Players of a transport stream then go on at once."""
     container = one_of(rng, "mpegts", "mpegts", "matroska", "mp4", "flv")
-    track = draw_track(rng, container)
+    # FLV cannot state that a picture is shown hours after it is decoded.
+    track = draw_track(rng, container, two_way=False if container == "flv" else None)
     assert track.recipe is not None
     place = int(rng.integers(2, len(track.numbers) - 2))
     by_s = float(10 ** rng.uniform(1.3 if container == "mpegts" else 3.7, 4.3))

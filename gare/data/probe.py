@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.clock import WRAPS
-from gare.data.containers import ACCEPTED, DEMUXERS, head_of, names_other_files, still_demuxer
+from gare.data.containers import ACCEPTED, DEMUXERS, head_of, is_pattern, names_other_files, still_demuxer
 from gare.data.encryption import is_encrypted
 from gare.data.file_kind import begins_as, broken_link, file_kind
 from gare.data.mov_tracks import mov_tracks
@@ -60,7 +60,8 @@ class Probe:
         key_pts: those of them that start anew, without the pictures before.
         end_pts: tick at which the last of them ends.
         interlaced: whether a picture may come as two fields.
-        traits: what makes seeking decoders go wrong, by name; see ``packets.scan_packets``.
+        traits: what makes seeking decoders go wrong, by name; see ``packets.scan_packets``. ``path like a
+            pattern``: one that they would take for that of many pictures.
         fault: why the file seems damaged, empty if it does not.
         remark: what a person should know about a file that is whole, empty if there is nothing.
     """
@@ -116,6 +117,8 @@ def probe(path: str | Path) -> Probe:
         duration_s = container.duration / av.time_base if container.duration else None
         start_s = (container.start_time or 0) / av.time_base
         missing = missing_end(scan, name, frames, duration_s, start_s) if name in _EXACT_HEADERS else ""
+        if is_pattern(path):
+            scan.traits.add("path like a pattern")
         fault = scan.stopped_early or missing or scan.damage
         width, height = context.width, context.height
         if scan.orientation.transpose:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gare.data.avi_chunks import avi_chunks
 from gare.data.clock import WRAPS, Clock
+from gare.data.mkv_blocks import times_below_zero
 from gare.data.orientation import Orientation, orientation_of
 
 #: Trait of streams whose times rise in decoding order, though pictures are shown in another.
@@ -50,6 +51,7 @@ class Packets:
         lost_s: seconds through which no picture of a fragmented MP4 lasts, or all of a Matroska stands still.
         jump_s: seconds of the longest jump ahead of an MPEG clock, beside which no other stream goes on.
         num_held: chunks of an AVI without data, through which the picture before is shown on.
+        block_times: position in the file of packets of a Matroska that lie below zero → their true times.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -69,6 +71,7 @@ class Packets:
     lost_s: float = 0.0
     jump_s: float = 0.0
     num_held: int = 0
+    block_times: dict[int, int] = field(default_factory=dict)
 
     @property
     def key_pts(self) -> list[int]:
@@ -184,6 +187,10 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
                             silences[index].append((end * base_s, pts * base_s))
                     ends[index] = max(ends.get(index, 0), pts + duration)
                 continue
+            if is_matroska and scan.num_packets == 0 and (pts is None or pts < 0):
+                scan.block_times = times_below_zero(container.name)
+            if scan.block_times:
+                pts = scan.block_times.get(packet.pos or 0, pts)
             dts = packet.dts
             offset = clock.offset(dts, duration)
             pts = None if pts is None else pts + offset

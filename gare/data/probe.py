@@ -7,8 +7,8 @@ pts × time base, in seconds, as the file states them (its clock may not start a
 from __future__ import annotations
 
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -64,6 +64,7 @@ class Probe:
             pattern``: one that they would take for that of many pictures.
         fault: why the file seems damaged, empty if it does not.
         remark: what a person should know about a file that is whole, empty if there is nothing.
+        block_times: position in the file of packets whose times PyAV does not give → their ticks.
     """
 
     path: str
@@ -87,6 +88,7 @@ class Probe:
     traits: frozenset[str]
     fault: str
     remark: str = ""
+    block_times: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def wraps(self) -> int:
@@ -145,6 +147,7 @@ def probe(path: str | Path) -> Probe:
             traits=frozenset(scan.traits),
             fault=fault,
             remark=scan.remark,
+            block_times=scan.block_times,
         )
 
 

@@ -15,6 +15,7 @@ import pytest
 from gare.data import decode, from_start
 from gare.data.clock import WRAP_TICKS, Clock
 from gare.data.decode import DecodedClip, decode_clip
+from gare.data.mkv_blocks import times_below_zero
 from gare.data.packets import DECODING_ORDER
 from gare.data.probe import probe
 from tests.films.clocks import WRAP_S, made
@@ -168,6 +169,50 @@ def test_a_stream_of_flv_that_was_interrupted_is_one(tmp_path: Path) -> None:
     assert [read(frame) for frame in clip.frames] == [4, 13, 22, 31]
     assert (clip.complete, "starts anew 1 times" in clip.note) == (True, True)
     assert clip.duration_s == pytest.approx(4.0, abs=0.11)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize("variable", [True, False])
+@pytest.mark.parametrize(
+    ("codec", "num_b"), [("libx264", 0), ("libx264", 2), ("mpeg4", 1), ("mjpeg", 0), ("libvpx", 0)]
+)
+def test_a_matroska_file_that_begins_below_zero(
+    tmp_path: Path, codec: str, num_b: int, variable: bool, sound: bool
+) -> None:
+    """FFmpeg gives such blocks no time, or a guess: their pictures came by others' times, or not at all."""
+    times = np.cumsum([0, *[1, 3, 1, 2, 2] * 8]) / 20 if variable else np.arange(41) / 10
+    tracks = [Track(Recipe(codec, 64, 64, 10, 8, num_b), range(40), times - 1.25)]
+    if sound:
+        tracks.append(Track(None, times_s=[-1.25, 2.0]))
+    path = made(tmp_path / "cut", "matroska", tracks, options={"avoid_negative_ts": "disabled"}).path
+    source = probe(path)
+    assert (source.traits - {"open GOP"}, source.fault) == ({"negative times"}, "")
+    assert np.abs(source.pts * source.time_base_s - (times[:40] - 1.25)).max() < 0.0006
+    assert source.origin_s == -1.25  # where a player shows 0
+    seconds = [(times[place] + times[place + 1]) / 2 for place in (2, 9, 25)]
+    clips = [decode_clip(path, start_s=at, num_frames=1) for at in seconds]
+    assert [read(clip.frames[0]) for clip in clips] == [2, 9, 25]
+    assert [clip.frame_idx.tolist() for clip in clips] == [[2], [9], [25]]
+    keys = decode_clip(path, sampling="keyframes", num_frames=40)
+    assert (keys.complete, keys.note) == (True, "")
+    assert [read(frame) for frame in keys.frames] == keys.frame_idx.tolist()
+    assert keys.frame_idx[0] == 0
+
+
+def test_blocks_of_any_bytes_have_times_or_none(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The reason why a file cannot be read would be an error of the code that looks into it."""
+    options = {"avoid_negative_ts": "disabled"}
+    track = Track(Recipe("libx264", 64, 64, 10, 5), range(40), np.arange(41) / 10 - 1)
+    path = made(tmp_path / "cut", "matroska", [track], options=options).path
+    good = path.read_bytes()
+    assert list(times_below_zero(str(path)).values()) == list(range(-1000, 0, 100))
+    for _ in range(200):
+        data = bytearray(good)
+        for at in rng.integers(0, len(data), 30):
+            data[at] = int(rng.integers(256))
+        path.write_bytes(data[: int(rng.integers(0, len(data) + 1))])
+        assert all(-(2**15) <= time < 0 for time in times_below_zero(str(path)).values())
+    assert times_below_zero(str(tmp_path / "gone")) == times_below_zero(str(tmp_path)) == {}
 
 
 @pytest.mark.parametrize(

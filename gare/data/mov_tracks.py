@@ -56,7 +56,9 @@ def _track(trak: memoryview) -> MovTrack:
     entries = _boxes(_inside(media, b"stbl", b"stsd")[8:])
     # Bit 0 of an entry's flags: the data lie in this file.
     is_inside = [
-        bool(content[3] & 1) for _, content in _boxes(_inside(media, b"dinf", b"dref")[8:]) if content
+        bool(content[3] & 1)
+        for _, content in _boxes(_inside(media, b"dinf", b"dref")[8:])
+        if len(content) > 3
     ]
     return MovTrack(
         int.from_bytes(header[at : at + 4], "big"),

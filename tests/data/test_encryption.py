@@ -155,7 +155,9 @@ def test_odd_boxes_are_no_tracks(tmp_path: Path, rng: np.random.Generator) -> No
     path = write_video(tmp_path / "a.mp4", "libx264")
     good = path.read_bytes()
     assert len(mov_tracks(str(path))) == 1
-    for data in (b"", b"\0", boxed(b"moov", b""), boxed(b"moov", boxed(b"trak", b"\0")), bytes(99)):
+    short = boxed(b"dinf", boxed(b"dref", bytes(8) + boxed(b"url ", b"\0")))
+    short = boxed(b"moov", boxed(b"trak", boxed(b"mdia", boxed(b"minf", short))))
+    for data in (b"", b"\0", short, boxed(b"moov", b""), boxed(b"moov", boxed(b"trak", b"\0")), bytes(99)):
         path.write_bytes(data)
         assert all(not track.entries for track in mov_tracks(str(path)))
     for _ in range(200):

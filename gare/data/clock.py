@@ -10,8 +10,17 @@ FALL_S = 0.5
 FALL_OF_MPEG_S = 0.1
 #: Seconds by which times of an MPEG stream rise that are worth a word, if they rose otherwise before.
 JUMP_S = 10.0
-#: Ticks after which the clock of MPEG streams wraps, and how near to that a fall must be to be a wrap.
-WRAP_TICKS, NEAR_WRAP_S = 2**33, 60.0
+#: Ticks after which clocks start at 0 again, by container: 26 hours of MPEG streams, 49 days of FLV.
+WRAP_TICKS, FLV_WRAP_TICKS = 2**33, 2**32
+WRAPS = {
+    "mpegts": WRAP_TICKS,
+    "mpeg": WRAP_TICKS,
+    "flv": FLV_WRAP_TICKS,
+    "live_flv": FLV_WRAP_TICKS,
+    "kux": FLV_WRAP_TICKS,
+}
+#: Seconds by which a fall may be off from that and is a wrap still.
+NEAR_WRAP_S = 60.0
 
 
 @dataclass
@@ -19,26 +28,34 @@ class Clock:
     """Keeps times running on where those of a file start anew, as they do where streams were joined.
 
     Decoding times never fall within a stream. Where they do, what follows is taken to follow at once: it was
-    joined by ``cat``, or the clock's 33 bits were used up. Where times jump ahead nobody can tell a picture
-    that is held from a clock that was set anew: they stay, and it is said. Packets must come in the order of
-    the file, from its start, so that each pass over it finds the same.
+    joined by ``cat``, or the clock's bits were used up. FFmpeg takes a time far below the first for the
+    latter and adds those bits to it: where times then jump ahead, they fell, too. Where those of MPEG streams
+    jump otherwise nobody can tell a picture that is held from a clock that was set anew: they stay, and it is
+    said. Packets must come in the order of the file, from its start: each pass over it then finds the same.
 
     Args:
         time_base_s: seconds of a tick.
-        wraps: whether the clock has 33 bits, as in MPEG streams.
+        wraps: ticks after which the clock starts at 0 again, see ``WRAPS``; 0: never.
 
     Attributes:
         num_joins: times that the clock started anew.
+        num_wraps: times that its bits were used up, whether FFmpeg ran on from there or not.
         jumps: seconds at which it jumped ahead, and to which.
     """
 
     time_base_s: float
-    wraps: bool = False
+    wraps: int = 0
     num_joins: int = 0
+    num_wraps: int = 0
     jumps: list[tuple[float, float]] = field(default_factory=list)
     _offset: int = 0
     _last: int | None = None
     _step: int = 0
+
+    @property
+    def is_mpeg(self) -> bool:
+        """True if it is that of an MPEG stream."""
+        return self.wraps == WRAP_TICKS
 
     def offset(self, dts: int | None, duration: int) -> int:
         """Ticks to add to the times of the next packet.
@@ -51,17 +68,23 @@ class Clock:
             return self._offset
         last = self._last
         rise_s = 0.0 if last is None else (dts - last) * self.time_base_s
-        if self.wraps and rise_s > max(JUMP_S, 10 * self._step * self.time_base_s) and self._step:
-            self.jumps.append((dts * self.time_base_s - rise_s, dts * self.time_base_s))
-        if last is not None and rise_s < -(FALL_OF_MPEG_S if self.wraps else FALL_S):
-            is_wrap = self.wraps and abs(last - dts - WRAP_TICKS) * self.time_base_s < NEAR_WRAP_S
-            if is_wrap:
-                self._offset += WRAP_TICKS
+        many_s = 10 * self._step * self.time_base_s
+        is_reset = self.wraps > 0 and last is not None and dts % self.wraps < last % self.wraps
+        is_fall = rise_s < -(FALL_OF_MPEG_S if self.is_mpeg else FALL_S)
+        if is_fall or (is_reset and rise_s > max(NEAR_WRAP_S, many_s)):
+            assert last is not None
+            if self.wraps and abs(last - dts - self.wraps) * self.time_base_s < NEAR_WRAP_S:
+                self._offset += self.wraps
+                self.num_wraps += is_reset
             else:
                 self.num_joins += 1
                 self._offset += last + self._step - dts
-        elif last is not None and dts > last and not duration:
-            self._step = dts - last
+        elif last is not None and dts > last:
+            self.num_wraps += is_reset
+            if self.is_mpeg and self._step and rise_s > max(JUMP_S, many_s):
+                self.jumps.append((dts * self.time_base_s - rise_s, dts * self.time_base_s))
+            if not duration:
+                self._step = dts - last
         self._last = dts
         self._step = duration or self._step
         return self._offset

@@ -5,7 +5,8 @@ network gives, into the store. PyAV is given the list of demuxers; what it refus
 decord and torchcodec have FFmpegs of their own and no option for a list, and could take the same bytes for
 something else: FFmpeg's demuxers that open further files recognise theirs by text at the start, by text
 anywhere before the first zero byte, or by a name of pictures (``frame%03d.jpg``). ``names_other_files`` looks
-for all three, before anything is opened.
+for all three, before anything is opened. A folder's name counts there, too: what lies in ``50%done`` is read
+by the demuxer of its first bytes, and by PyAV alone.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ _PICTURE_ENDINGS = (
     "mpg1-img mpg2-img mpg4-img"
 )
 _PICTURES = frozenset(_PICTURE_ENDINGS.split())
-#: Demuxers of pictures in one file, by the ending for which FFmpeg would take image2 instead.
+#: Endings for which FFmpeg would take image2 whatever the path is.
 _STILLS = {
     "jpg": "jpeg_pipe",
     "jpeg": "jpeg_pipe",
@@ -79,7 +80,16 @@ _STILLS = {
     "tif": "tiff_pipe",
     "tiff": "tiff_pipe",
 }
-_STILL_STARTS = {"jpeg_pipe": (b"\xff\xd8\xff",), "bmp_pipe": (b"BM",), "tiff_pipe": (b"II*\0", b"MM\0*")}
+#: Demuxers of pictures in one file, by how it begins.
+_STILL_STARTS: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (re.compile(rb"GIF8"), "gif"),
+    (re.compile(rb"\xff\xd8\xff"), "jpeg_pipe"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n(?:(?!IDAT).)*?acTL", re.DOTALL), "apng"),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "png_pipe"),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), "webp_pipe"),
+    (re.compile(rb"BM"), "bmp_pipe"),
+    (re.compile(rb"II\*\0|MM\0\*"), "tiff_pipe"),
+)
 
 
 def names_other_files(head: bytes, path: str) -> str:
@@ -92,7 +102,7 @@ def names_other_files(head: bytes, path: str) -> str:
     Returns:
         Empty for any other file.
     """
-    if ending_of(path) in _PICTURES and _PATTERN.search(path):
+    if is_pattern(path) and (_PATTERN.search(PurePath(path).name) or not still_demuxer(head, path)):
         return "named like a sequence of pictures in other files (image2)"
     text = text_of(head)
     lowered = text[:64].lower()
@@ -115,7 +125,12 @@ def ending_of(path: str) -> str:
     return PurePath(path).name.rpartition(".")[2].lower()
 
 
+def is_pattern(path: str) -> bool:
+    """True if FFmpeg may take a path for that of many pictures, be it for the name of a folder in it."""
+    return ending_of(path) in _PICTURES and bool(_PATTERN.search(path))
+
+
 def still_demuxer(head: bytes, path: str) -> str | None:
-    """The demuxer for one picture whose name makes FFmpeg take image2, which reads by names; None else."""
-    demuxer = _STILLS.get(ending_of(path))
-    return demuxer if demuxer and head.startswith(_STILL_STARTS[demuxer]) else None
+    """The demuxer for a picture whose path makes FFmpeg take image2, which reads by names; None else."""
+    demuxer = next((name for start, name in _STILL_STARTS if start.match(head)), None)
+    return demuxer if is_pattern(path) or demuxer == _STILLS.get(ending_of(path)) else None

@@ -49,8 +49,8 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"MM\0*", "a TIFF picture"),
     (0, b"8BPS", "a Photoshop picture"),
     (4, b"ftypavi", "an AVIF picture"),
-    (4, b"ftyphe", "a HEIF picture"),
-    (4, b"ftypmif1", "a HEIF picture"),
+    *((4, b"ftyp" + brand, "a HEIF picture") for brand in (b"heic", b"heix", b"heim", b"heis", b"mif1")),
+    (4, b"ftypmsf1", "a HEIF sequence of pictures"),
     (4, b"ftypM4A", "sound (M4A)"),
     (4, b"ftypM4B", "sound (M4B)"),
     (0, b"ID3", "sound (MP3)"),
@@ -155,10 +155,13 @@ def text_of(head: bytes) -> bytes:
 
     An ID3 tag in front of it is left out, as FFmpeg does before it looks.
     """
-    while head.startswith(b"ID3") and len(head) > 10:
-        size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
-        head = head[10 + size + (10 if head[5] & 0x10 else 0) :]
-    return head.partition(b"\0")[0].removeprefix(b"\xef\xbb\xbf").lstrip()
+    at = 0
+    while head.startswith(b"ID3", at) and len(head) - at > 10:
+        tag = head[at : at + 10]
+        size = sum((byte & 0x7F) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+        at += 10 + size + (10 if tag[5] & 0x10 else 0)
+    end = head.find(b"\0", at)
+    return head[at : None if end < 0 else end].removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 def _text_kind(head: bytes) -> str:

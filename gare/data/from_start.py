@@ -191,6 +191,8 @@ def _packets(
     for packet in container.demux(stream):
         if takes_dts and packet.dts is not None:
             packet.pts = packet.dts
+        if source.block_times:
+            packet.pts = source.block_times.get(packet.pos or 0, packet.pts)
         if packet.size and (offset := clock.offset(packet.dts, packet.duration or 0)):
             packet.dts = None if packet.dts is None else packet.dts + offset
             packet.pts = None if packet.pts is None else packet.pts + offset

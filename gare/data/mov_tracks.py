@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-#: Boxes in one place that are looked at; a film in fragments has its moov before them.
-_MAX_BOXES = 1000
+from gare.errors import DataError
+
+#: Boxes in one place that are passed on the way. A recording of a day in fragments has a quarter as many, and
+#: its index may lie behind them.
+MAX_BOXES = 1 << 20
 #: The index of a day of video is smaller.
 _MAX_MOOV_BYTES = 1 << 28
 
@@ -32,12 +35,16 @@ class MovTrack:
 
 
 def mov_tracks(path: str) -> list[MovTrack]:
-    """Reads the tracks, in their order; none where the file cannot be read or has no index."""
+    """Reads the tracks, in their order; none where the file cannot be read or has no index.
+
+    Raises:
+        DataError: if it has so many boxes that its index is not looked for to the end.
+    """
     try:
         if not Path(path).is_file():  # a pipe's bytes are there once
             return []
         with Path(path).open("rb") as file:
-            moov = _moov(file)
+            moov = _moov(file, path)
     except (OSError, ValueError):
         return []
     return [_track(trak) for name, trak in _boxes(moov) if name == b"trak"]
@@ -49,7 +56,9 @@ def _track(trak: memoryview) -> MovTrack:
     entries = _boxes(_inside(media, b"stbl", b"stsd")[8:])
     # Bit 0 of an entry's flags: the data lie in this file.
     is_inside = [
-        bool(content[3] & 1) for _, content in _boxes(_inside(media, b"dinf", b"dref")[8:]) if content
+        bool(content[3] & 1)
+        for _, content in _boxes(_inside(media, b"dinf", b"dref")[8:])
+        if len(content) > 3
     ]
     return MovTrack(
         int.from_bytes(header[at : at + 4], "big"),
@@ -58,14 +67,14 @@ def _track(trak: memoryview) -> MovTrack:
     )
 
 
-def _moov(file: BinaryIO) -> memoryview:
-    """The content of the box that holds the tracks; empty if there is none."""
+def _moov(file: BinaryIO, path: str) -> memoryview:
+    """The content of the box that holds the tracks; empty if there is none. Of others 16 bytes are read."""
     at = 0
-    for _ in range(_MAX_BOXES):
+    for _ in range(MAX_BOXES):
         file.seek(at)
         head = file.read(16)
         if len(head) < 8:
-            break
+            return memoryview(b"")
         size, start = int.from_bytes(head[:4], "big"), 8
         if size == 1:
             size, start = int.from_bytes(head[8:16], "big"), 16
@@ -74,15 +83,16 @@ def _moov(file: BinaryIO) -> memoryview:
             left = size - start if size else _MAX_MOOV_BYTES  # 0: to the end of the file
             return memoryview(file.read(max(0, min(left, _MAX_MOOV_BYTES))))
         if size < start:
-            break
+            return memoryview(b"")
         at += size
-    return memoryview(b"")
+    what = f"has more than {MAX_BOXES} boxes before its index (moov)"
+    raise DataError(what, where=path, accepted="an MP4 or MOV file with fewer fragments")
 
 
 def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     """Name and content of each box."""
     at = 0
-    for _ in range(_MAX_BOXES):
+    for _ in range(MAX_BOXES):
         size = int.from_bytes(data[at : at + 4], "big") or len(data) - at
         if at + 8 > len(data) or size < 8:
             return

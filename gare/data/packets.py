@@ -6,23 +6,24 @@ Only the first picture is decoded, for its orientation.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import av
+import numpy as np
+from numpy.typing import NDArray
 
-from gare.data.clock import Clock
+from gare.data.avi_chunks import avi_chunks
+from gare.data.clock import WRAPS, Clock
+from gare.data.mkv_blocks import times_below_zero
 from gare.data.orientation import Orientation, orientation_of
 
-#: Containers whose clock has 33 bits.
-MPEG_CLOCKS = frozenset({"mpegts", "mpeg"})
 #: Trait of streams whose times rise in decoding order, though pictures are shown in another.
 DECODING_ORDER = "times in decoding order"
 #: Trait of streams whose pictures are shown when they are decoded, whatever their packets' times.
 DECODING_TIMES = "shown when decoded"
-#: Seconds of a gap between pictures of an MP4, which states how long each lasts.
+#: Seconds of a gap between pictures of an MP4, which states how long each lasts, or in all of a Matroska.
 LOST_S = 0.3
 #: Held while the level of FFmpeg's log, which is the process's, is another.
 _LOG = threading.Lock()
@@ -47,8 +48,10 @@ class Packets:
         num_joins: times that the clock started anew.
         dts: decoding times of the pictures in ``pts``, as far as packets state them.
         last_duration: ticks of the last packet.
-        lost_s: seconds through which no picture of a fragmented MP4 lasts.
+        lost_s: seconds through which no picture of a fragmented MP4 lasts, or all of a Matroska stands still.
         jump_s: seconds of the longest jump ahead of an MPEG clock, beside which no other stream goes on.
+        num_held: chunks of an AVI without data, through which the picture before is shown on.
+        block_times: position in the file of packets of a Matroska that lie below zero → their true times.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -67,6 +70,8 @@ class Packets:
     last_duration: int = 0
     lost_s: float = 0.0
     jump_s: float = 0.0
+    num_held: int = 0
+    block_times: dict[int, int] = field(default_factory=dict)
 
     @property
     def key_pts(self) -> list[int]:
@@ -92,42 +97,63 @@ def time_base_of(stream: av.VideoStream) -> float:
     return float(stream.time_base or 0) or 1 / av.time_base
 
 
-def scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
+class DemuxerLog:
+    """Collects what demuxers say at level error, which is the only sign of some damage.
+
+    To be entered before a file is opened: FFmpeg then reads its first packets, too, for their codecs.
+    """
+
+    def __enter__(self) -> Self:
+        """Holds the level of FFmpeg's log until the exit."""
+        with ExitStack() as stack:
+            stack.enter_context(_LOG)
+            stack.callback(av.logging.set_skip_repeated, av.logging.get_skip_repeated())
+            stack.callback(av.logging.set_level, av.logging.get_level())
+            av.logging.set_level(av.logging.ERROR)
+            # Else what the last file's demuxer said is not said again of this one, but counted with it.
+            av.logging.set_skip_repeated(False)
+            capture = av.logging.Capture()
+            self._said: list[tuple[int, str, str]] = capture.__enter__()
+            stack.callback(capture.__exit__, None, None, None)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Sets the log back as it was."""
+        self._stack.close()
+
+    @property
+    def num_said(self) -> int:
+        """Number of messages up to now, of any part of FFmpeg."""
+        return len(self._said)
+
+    def errors(self, container: av.container.InputContainer, first: int = 0) -> list[str]:
+        """What the demuxer of a file said, from message ``first`` on."""
+        # Of raw streams demuxer and codec have one name.
+        names = set(container.format.name.split(",")) - {
+            stream.codec_context.name for stream in container.streams.video if stream.codec_context
+        }
+        return [
+            " ".join(message.split())[:200]
+            for _, name, message in self._said[first:]
+            if names & set(name.split(","))
+        ]
+
+
+def scan_packets(container: av.container.InputContainer, stream: av.VideoStream, log: DemuxerLog) -> Packets:
     """Demuxes the whole file.
 
     Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
     (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
-    them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``times in
-    decoding order`` (of pictures that are shown in another), ``shown when decoded``, ``negative times``.
+    them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``wrapped
+    clock`` (whose bits were used up), ``times in decoding order`` (of pictures that are shown in another),
+    ``shown when decoded``, ``negative times``.
     """
-    with _errors_of_demuxer(container) as errors:
-        scan = _read_packets(container, stream)
-    scan.errors = errors
+    # MP4 and MOV have an index: what is odd in it when they are opened is no damage of the pictures.
+    first = log.num_said if container.format.name.startswith("mov") else 0
+    scan = _read_packets(container, stream)
+    scan.errors = log.errors(container, first)
     return scan
-
-
-@contextmanager
-def _errors_of_demuxer(container: av.container.InputContainer) -> Iterator[list[str]]:
-    """Collects what the demuxer says at level error, which is the only sign of some damage."""
-    # Of raw streams demuxer and codec have one name.
-    names = set(container.format.name.split(",")) - {
-        stream.codec_context.name for stream in container.streams.video if stream.codec_context
-    }
-    found: list[str] = []
-    with _LOG:
-        before = av.logging.get_level(), av.logging.get_skip_repeated()
-        av.logging.set_level(av.logging.ERROR)
-        # Else what the last file's demuxer said is not said again of this one, but counted with it.
-        av.logging.set_skip_repeated(False)
-        try:
-            with av.logging.Capture() as said:
-                yield found
-            for _, name, message in said:
-                if names & set(name.split(",")):
-                    found.append(" ".join(message.split())[:200])
-        finally:
-            av.logging.set_level(before[0])
-            av.logging.set_skip_repeated(before[1])
 
 
 def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
@@ -137,10 +163,14 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     ends: dict[int, int] = {}
     is_fragmented = container.format.name.startswith("mov") and not stream.frames
     heard_s: set[int] = set()
+    is_matroska = container.format.name.startswith("matroska")
+    sounds = container.streams.audio if is_matroska else ()
+    sound_bases_s = {sound.index: float(sound.time_base or 0) for sound in sounds}
+    silences: dict[int, list[tuple[float, float]]] = {index: [] for index in sound_bases_s}
     due: int | None = None
     last_pts = -(2**63)
     time_base_s = time_base_of(stream)
-    clock = Clock(time_base_s, wraps=container.format.name.split(",")[0] in MPEG_CLOCKS)
+    clock = Clock(time_base_s, WRAPS.get(container.format.name.split(",")[0], 0))
     try:
         for packet in container.demux():
             if packet.size == 0:
@@ -148,10 +178,19 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
             pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
             duration = packet.duration or 0
             if index != stream.index:
-                ends[index] = max(ends.get(index, 0), 0 if pts is None else pts + duration)
-                if clock.wraps and pts is not None:
-                    heard_s.add(int(pts * float(packet.time_base or 0)))
+                if pts is not None:
+                    if clock.is_mpeg:
+                        heard_s.add(int(pts * float(packet.time_base or 0)))
+                    elif index in silences:
+                        end, base_s = ends.get(index, pts), sound_bases_s[index]
+                        if (pts - end) * base_s > LOST_S:
+                            silences[index].append((end * base_s, pts * base_s))
+                    ends[index] = max(ends.get(index, 0), pts + duration)
                 continue
+            if is_matroska and scan.num_packets == 0 and (pts is None or pts < 0):
+                scan.block_times = times_below_zero(container.name)
+            if scan.block_times:
+                pts = scan.block_times.get(packet.pos or 0, pts)
             dts = packet.dts
             offset = clock.offset(dts, duration)
             pts = None if pts is None else pts + offset
@@ -196,10 +235,15 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
         # Sound goes on beside a picture that is held.
         if not any(first_s + 1 < one < last_s - 1 for one in heard_s):
             scan.jump_s = max(scan.jump_s, last_s - first_s)
+    if is_matroska:
+        beside = [spans for index, spans in silences.items() if index in ends]
+        scan.lost_s = _stands_still_s(np.unique(scan.pts) * time_base_s, beside)
     scan.num_joins = clock.num_joins
     if clock.num_joins:
         scan.traits.add("joined clocks")
         scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
+    if clock.num_wraps:
+        scan.traits.add("wrapped clock")
     if len(set(scan.pts)) < len(scan.pts):
         scan.traits.add("shared timestamps")
     elif scan.pts and scan.pts[-1] != last_pts:
@@ -212,6 +256,31 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
     if scan.pts and min(scan.pts) < 0:
         scan.traits.add("negative times")
     return scan
+
+
+def _stands_still_s(times_s: NDArray[np.float64], silences: list[list[tuple[float, float]]]) -> float:
+    """Seconds through which neither pictures nor sound go on, where both do everywhere else.
+
+    A picture may be held, and sound may pause; where they only do so together a part of the file is lost.
+
+    Args:
+        times_s: times of the pictures, increasing.
+        silences: of each stream of sound the seconds from and to which it pauses.
+    """
+    steps_s = np.diff(times_s)
+    usual_s = float(np.median(steps_s)) if len(steps_s) else 0.0
+    (places,) = np.nonzero(steps_s > max(LOST_S, 10 * usual_s))
+    still_s = 0.0
+    for nth, place in enumerate(places.tolist()):
+        first_s, last_s = float(times_s[place]) + usual_s, float(times_s[place + 1])
+        for pauses in silences:
+            if len(pauses) != len(places):
+                return 0.0
+            first_s, last_s = max(first_s, pauses[nth][0]), min(last_s, pauses[nth][1])
+        if not silences or last_s - first_s <= LOST_S:
+            return 0.0
+        still_s += last_s - first_s
+    return still_s
 
 
 def _take_decoding_times(scan: Packets) -> None:
@@ -244,10 +313,10 @@ def missing_end(
     scan: Packets, container: str, frames: int | None, duration_s: float | None, start_s: float
 ) -> str:
     """Says how much less there is than the container's header promises; empty if nothing is missing."""
-    held = 0
+    held = scan.num_held
     if container == "avi" and len(scan.pts) == scan.num_packets > 0:
         # Chunks without data, which this demuxer leaves out: the picture before is shown on.
-        held = max(scan.pts) - min(scan.pts) + 1 - scan.num_packets
+        held = max(held, max(scan.pts) - min(scan.pts) + 1 - scan.num_packets)
     # Durations count from 0 where the first picture comes later.
     ends_s = scan.end_s - min(start_s, 0.0)
     is_short = bool(duration_s and duration_s - ends_s > max(0.5, 0.02 * duration_s))
@@ -258,6 +327,22 @@ def missing_end(
     elif is_short and not (frames and container == "mov"):  # all that its table lists is there
         return f"cut off: its header promises {duration_s:.2f} s, its data end at {ends_s:.2f} s"
     return ""
+
+
+def hold_last(scan: Packets, path: str, stream: av.VideoStream) -> None:
+    """Lets the last picture of an AVI last through the chunks without data behind it.
+
+    The demuxer gives no packet for them, so that they look like an end that is cut off. The file tells:
+    there they are, as many as its header promises.
+    """
+    if scan.num_packets >= stream.frames:
+        return
+    chunks = avi_chunks(path, stream.index)
+    if chunks.num_full != scan.num_packets or chunks.num_full + chunks.num_empty < stream.frames:
+        return
+    scan.num_held = chunks.num_empty
+    scan.end_pts += chunks.num_held
+    scan.end_s = max(scan.end_s, scan.end_pts * time_base_of(stream))
 
 
 def explain(error: BaseException) -> str:

@@ -7,20 +7,28 @@ pts × time base, in seconds, as the file states them (its clock may not start a
 from __future__ import annotations
 
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
-from gare.data.containers import ACCEPTED, DEMUXERS, head_of, names_other_files, still_demuxer
+from gare.data.clock import WRAPS
+from gare.data.containers import ACCEPTED, DEMUXERS, head_of, is_pattern, names_other_files, still_demuxer
 from gare.data.encryption import is_encrypted
 from gare.data.file_kind import begins_as, broken_link, file_kind
 from gare.data.mov_tracks import mov_tracks
 from gare.data.orientation import Orientation
-from gare.data.packets import MPEG_CLOCKS, explain, missing_end, scan_packets, time_base_of
+from gare.data.packets import (
+    DemuxerLog,
+    explain,
+    hold_last,
+    missing_end,
+    scan_packets,
+    time_base_of,
+)
 from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
@@ -52,9 +60,11 @@ class Probe:
         key_pts: those of them that start anew, without the pictures before.
         end_pts: tick at which the last of them ends.
         interlaced: whether a picture may come as two fields.
-        traits: what makes seeking decoders go wrong, by name; see ``packets.scan_packets``.
+        traits: what makes seeking decoders go wrong, by name; see ``packets.scan_packets``. ``path like a
+            pattern``: one that they would take for that of many pictures.
         fault: why the file seems damaged, empty if it does not.
         remark: what a person should know about a file that is whole, empty if there is nothing.
+        block_times: position in the file of packets whose times PyAV does not give → their ticks.
     """
 
     path: str
@@ -78,11 +88,12 @@ class Probe:
     traits: frozenset[str]
     fault: str
     remark: str = ""
+    block_times: Mapping[int, int] = field(default_factory=dict)
 
     @property
-    def wraps(self) -> bool:
-        """True if the container's clock has 33 bits."""
-        return self.container in MPEG_CLOCKS
+    def wraps(self) -> int:
+        """Ticks after which the container's clock starts at 0 again; 0: never."""
+        return WRAPS.get(self.container, 0)
 
 
 def probe(path: str | Path) -> Probe:
@@ -93,19 +104,23 @@ def probe(path: str | Path) -> Probe:
     """
     path = str(Path(path).absolute())  # absolute: FFmpeg takes "a:b.mp4" for a protocol
     _check_kind(path)
-    with open_container(path) as container:
+    with DemuxerLog() as log, open_container(path) as container:
         stream, num_video_streams = _main_stream(container, path)
-        scan = scan_packets(container, stream)
+        scan = scan_packets(container, stream, log)
         if not scan.num_packets and _is_external(path, stream):
             what = "has its pictures in other files (data references), which are not opened"
             raise DataError(what, where=path, accepted=ACCEPTED)
         context = stream.codec_context
         name = container.format.name.split(",")[0]
+        if name == "avi":
+            hold_last(scan, path, stream)
         frames = stream.frames or None
         time_base_s = time_base_of(stream)
         duration_s = container.duration / av.time_base if container.duration else None
         start_s = (container.start_time or 0) / av.time_base
         missing = missing_end(scan, name, frames, duration_s, start_s) if name in _EXACT_HEADERS else ""
+        if is_pattern(path):
+            scan.traits.add("path like a pattern")
         fault = scan.stopped_early or missing or scan.damage
         width, height = context.width, context.height
         if scan.orientation.transpose:
@@ -132,17 +147,18 @@ def probe(path: str | Path) -> Probe:
             traits=frozenset(scan.traits),
             fault=fault,
             remark=scan.remark,
+            block_times=scan.block_times,
         )
 
 
 def _origin(container: str, start_s: float, pts: Sequence[int], time_base_s: float) -> float:
     """The time that a player shows as 0.
 
-    Encoder delay can put the first sound below 0, which players do not count; below 0 in an MPEG stream is a
-    clock that wraps later, and pictures below 0 are shown from there.
+    Encoder delay can put the first sound below 0, which players do not count. Where clocks wrap, below 0 is
+    before the wrap, and counts; so do pictures below 0.
     """
     first_s = min(pts) * time_base_s if pts else 0.0
-    if container in MPEG_CLOCKS:
+    if container in WRAPS:
         return start_s
     return min(max(start_s, 0.0), first_s) if first_s < 0 else max(start_s, 0.0)
 

@@ -15,8 +15,13 @@ import pytest
 from gare.data import decode, from_start
 from gare.data.clock import WRAP_TICKS, Clock
 from gare.data.decode import DecodedClip, decode_clip
+from gare.data.mkv_blocks import times_below_zero
 from gare.data.packets import DECODING_ORDER
 from gare.data.probe import probe
+from tests.films.clocks import WRAP_S, made
+from tests.films.film import Recipe, Track, shift_flv
+from tests.films.film import write as write_film
+from tests.films.numbers import read
 
 #: Levels of grey by which pictures are told apart, after coding.
 STEP = 3
@@ -74,11 +79,155 @@ def test_a_clock_runs_on_where_it_starts_anew() -> None:
     assert clock.offset(0, 9000) == 99000
     assert clock.offset(9000, 9000) == 99000
     assert clock.num_joins == 1
-    wrapping = Clock(1 / 90000, wraps=True)
+    wrapping = Clock(1 / 90000, wraps=WRAP_TICKS)
     wrapping.offset(WRAP_TICKS - 9000, 9000)
-    assert (wrapping.offset(0, 9000), wrapping.num_joins) == (WRAP_TICKS, 0)
+    assert (wrapping.offset(0, 9000), wrapping.num_joins, wrapping.num_wraps) == (WRAP_TICKS, 0, 1)
     without_durations = Clock(1 / 10)
     assert [without_durations.offset(dts, 0) for dts in (0, 2, 40, 4)] == [0, 0, 0, 40 + 38 - 4]
+
+
+def test_a_wrap_counts_once_whoever_runs_on_from_it() -> None:
+    """FFmpeg runs on by itself for a day; a clip that crosses the wrap could not be told from any other."""
+    step = WRAP_TICKS // 10_000
+    for first in (-step // 2, WRAP_TICKS - step // 2, WRAP_TICKS // 3):
+        clock = Clock(1 / 90000, wraps=WRAP_TICKS)
+        times = [first + step * count for count in range(10_000)]
+        assert {clock.offset(time, step) for time in times} == {0}
+        assert clock.num_wraps == 1
+        # Behind its first time FFmpeg starts at it again, which is no wrap.
+        assert clock.offset(times[-1] + step - WRAP_TICKS, step) == WRAP_TICKS
+        assert (clock.num_wraps, clock.num_joins, clock.jumps) == (1, 0, [])
+    # No other clock has 33 bits.
+    other = Clock(1 / 90000)
+    assert [other.offset(time, 9000) for time in (-9000, 0, WRAP_TICKS - 9000, WRAP_TICKS)] == [0] * 4
+    assert other.num_wraps == 0
+
+
+def ts_from(path: Path, numbers: range, start_s: float, step_s: float = 0.1) -> bytes:
+    """A transport stream whose clock starts at any second of its 26 hours."""
+    track = Track(Recipe("libx264", 64, 64, 10, 5), numbers, start_s + step_s * np.arange(len(numbers) + 1))
+    write_film(path, "mpegts", [track], {"mpegts_copyts": "1"})
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("start_s", "step_s", "wraps"),
+    [(WRAP_S - 1, 0.1, True), (WRAP_S - 100, 8, True), (WRAP_S - 100, 0.1, False), (500, 0.1, False)],
+)
+def test_a_wrapped_clock_is_a_trait(tmp_path: Path, start_s: float, step_s: float, wraps: bool) -> None:
+    """Clips that an older version cut at other seconds could not be found among those in a store."""
+    path = tmp_path / "wrapped.ts"
+    ts_from(path, range(20), start_s, step_s)
+    source = probe(path)
+    assert ("wrapped clock" in source.traits) == wraps
+    assert (source.fault, source.remark) == ("", "")
+    clip = decode_clip(path, sampling="uniform", num_frames=4, end_s=17 * step_s)
+    assert [read(frame) for frame in clip.frames] == [2, 6, 10, 14]
+    assert clip.duration_s == pytest.approx(20 * step_s, abs=step_s)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize(
+    ("num_bits", "before_ms", "trait"),
+    [
+        (32, 2000, "wrapped clock"),
+        (32, 70_000, ""),  # ends before
+        (32, 2**31 + 2000, ""),  # FFmpeg reads no sign
+        (24, 2000, "joined clocks"),  # the writer fills no upper byte
+        (24, 2**24, ""),
+    ],
+)
+def test_the_clock_of_flv_wraps(
+    tmp_path: Path, num_bits: int, before_ms: int, trait: str, sound: bool
+) -> None:
+    """Recordings of a stream that runs for hours would show one picture for 49 days, and count as whole."""
+    tracks = [Track(Recipe("libx264", 64, 64, 10, 5, 1), range(40), np.arange(41) / 10)]
+    if sound:
+        tracks.append(Track(None, times_s=[0.0, 4.0]))
+    path = made(tmp_path / "live", "flv", tracks).path
+    whole = decode_clip(path, start_s=1, end_s=3.5, sampling="uniform", num_frames=5)
+    shift_flv(path, 2**num_bits - before_ms, num_bits)
+    clip = decode_clip(path, start_s=1, end_s=3.5, sampling="uniform", num_frames=5)
+    assert ({"wrapped clock", "joined clocks"} & probe(path).traits) == {trait} - {""}
+    assert (clip.complete, "starts anew" in clip.note) == (True, trait == "joined clocks")
+    assert clip.frame_idx.tolist() == whole.frame_idx.tolist()
+    assert [read(frame) for frame in clip.frames] == [read(frame) for frame in whole.frames]
+    assert clip.duration_s == pytest.approx(whole.duration_s)
+
+
+def test_a_stream_of_flv_that_was_interrupted_is_one(tmp_path: Path) -> None:
+    """Recorders of live streams start their clock anew after each break: the rest came 49 days later."""
+    parts = []
+    for name, first, by_ms in (("one", 0, 100_000), ("two", 20, 3000)):
+        track = Track(Recipe("flv", 64, 64, 10, 5), range(first, first + 20), np.arange(21) / 10)
+        path = made(tmp_path / name, "flv", [track]).path
+        shift_flv(path, by_ms)
+        parts.append(path.read_bytes())
+    path = tmp_path / "both.flv"
+    path.write_bytes(parts[0] + parts[1][13:])
+    clip = decode_clip(path, sampling="uniform", num_frames=4, end_s=3.6)
+    assert [read(frame) for frame in clip.frames] == [4, 13, 22, 31]
+    assert (clip.complete, "starts anew 1 times" in clip.note) == (True, True)
+    assert clip.duration_s == pytest.approx(4.0, abs=0.11)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize("variable", [True, False])
+@pytest.mark.parametrize(
+    ("codec", "num_b"), [("libx264", 0), ("libx264", 2), ("mpeg4", 1), ("mjpeg", 0), ("libvpx", 0)]
+)
+def test_a_matroska_file_that_begins_below_zero(
+    tmp_path: Path, codec: str, num_b: int, variable: bool, sound: bool
+) -> None:
+    """FFmpeg gives such blocks no time, or a guess: their pictures came by others' times, or not at all."""
+    times = np.cumsum([0, *[1, 3, 1, 2, 2] * 8]) / 20 if variable else np.arange(41) / 10
+    tracks = [Track(Recipe(codec, 64, 64, 10, 8, num_b), range(40), times - 1.25)]
+    if sound:
+        tracks.append(Track(None, times_s=[-1.25, 2.0]))
+    path = made(tmp_path / "cut", "matroska", tracks, options={"avoid_negative_ts": "disabled"}).path
+    source = probe(path)
+    assert (source.traits - {"open GOP"}, source.fault) == ({"negative times"}, "")
+    assert np.abs(source.pts * source.time_base_s - (times[:40] - 1.25)).max() < 0.0006
+    assert source.origin_s == -1.25  # where a player shows 0
+    seconds = [(times[place] + times[place + 1]) / 2 for place in (2, 9, 25)]
+    clips = [decode_clip(path, start_s=at, num_frames=1) for at in seconds]
+    assert [read(clip.frames[0]) for clip in clips] == [2, 9, 25]
+    assert [clip.frame_idx.tolist() for clip in clips] == [[2], [9], [25]]
+    keys = decode_clip(path, sampling="keyframes", num_frames=40)
+    assert (keys.complete, keys.note) == (True, "")
+    assert [read(frame) for frame in keys.frames] == keys.frame_idx.tolist()
+    assert keys.frame_idx[0] == 0
+
+
+def test_blocks_of_any_bytes_have_times_or_none(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The reason why a file cannot be read would be an error of the code that looks into it."""
+    options = {"avoid_negative_ts": "disabled"}
+    track = Track(Recipe("libx264", 64, 64, 10, 5), range(40), np.arange(41) / 10 - 1)
+    path = made(tmp_path / "cut", "matroska", [track], options=options).path
+    good = path.read_bytes()
+    assert list(times_below_zero(str(path)).values()) == list(range(-1000, 0, 100))
+    for _ in range(200):
+        data = bytearray(good)
+        for at in rng.integers(0, len(data), 30):
+            data[at] = int(rng.integers(256))
+        path.write_bytes(data[: int(rng.integers(0, len(data) + 1))])
+        assert all(-(2**15) <= time < 0 for time in times_below_zero(str(path)).values())
+    assert times_below_zero(str(tmp_path / "gone")) == times_below_zero(str(tmp_path)) == {}
+
+
+@pytest.mark.parametrize(
+    ("first_s", "second_s"), [(5000, 200), (5000, 4930), (95300, 40), (95440, 90000), (500, 499)]
+)
+def test_joined_recordings_of_any_hours_are_one(tmp_path: Path, first_s: float, second_s: float) -> None:
+    """Of two broadcasts the one of the earlier hour was put a day after the other, and called damaged."""
+    joined = tmp_path / "joined.ts"
+    parts = (ts_from(joined, range(20), first_s), ts_from(joined, range(20, 40), second_s))
+    joined.write_bytes(b"".join(parts))
+    clip = decode_clip(joined, sampling="uniform", num_frames=4)
+    assert (clip.complete, "starts anew 1 times" in clip.note) == (True, True)
+    assert clip.frame_idx.tolist() == [5, 15, 25, 35]
+    assert clip.duration_s == pytest.approx(4.0, abs=0.01)
+    assert [read(frame) for frame in clip.frames] == [5, 15, 25, 35]
 
 
 @pytest.mark.parametrize("sampling", ["released", "uniform", "keyframes"])
@@ -132,6 +281,43 @@ def test_an_avi_that_is_cut_off_is_said_to_be(shared: Path, tmp_path: Path) -> N
     clip = decode_clip(cut)
     assert not clip.complete
     assert "cut off" in clip.note
+
+
+def held_end(path: Path, codec: str, *, sound: bool) -> Path:
+    """A second of pictures in AVI, of which the last is held for two seconds: it has 19 empty chunks."""
+    times = np.array([*range(10), 29]) / 10
+    tracks = [Track(Recipe(codec, 64, 64, 10, 5), range(10), times)]
+    return made(path, "avi", [*tracks, Track(None, times_s=[0.0, 1.0])] if sound else tracks).path
+
+
+@pytest.mark.parametrize("sound", [True, False])
+@pytest.mark.parametrize("codec", ["mpeg4", "mjpeg", "libx264"])
+def test_a_last_picture_of_avi_that_is_held_is_no_damage(tmp_path: Path, codec: str, sound: bool) -> None:
+    """Slides end so: the whole film was called cut off, and was as short as if the end were not there."""
+    path = held_end(tmp_path / "slides", codec, sound=sound)
+    clip = decode_clip(path, sampling="uniform", num_frames=5)
+    assert (clip.complete, clip.note) == (True, "")
+    assert clip.duration_s == pytest.approx(2.9, abs=0.11)  # FFmpeg guesses H.264 a picture late
+    assert clip.frame_idx.tolist() == [2, 8, 9, 9, 9]
+    late = decode_clip(path, start_s=2, end_s=2.5)
+    assert (late.complete, late.note, late.frame_idx.tolist()) == (True, "", [9])
+
+
+@pytest.mark.parametrize("cut", ["the index", "three empty chunks", "the last picture", "a header within"])
+def test_a_held_end_does_not_excuse_what_is_missing(tmp_path: Path, cut: str) -> None:
+    """Downloads that broke off would pass for slides."""
+    path = held_end(tmp_path / "slides", "mpeg4", sound=True)
+    data = bytearray(path.read_bytes())
+    index = data.rindex(b"idx1")
+    last = max(chunk.start() for chunk in re.finditer(rb"00dc[^\0]", data[:index]))
+    if cut == "a header within":
+        data[last : last + 8] = bytes(8)
+    path.write_bytes(
+        data[: {"the index": index, "three empty chunks": index - 24, "the last picture": last}.get(cut)]
+    )
+    fault = probe(path).fault
+    # Without its index all pictures are there, and as long as they were.
+    assert ("cut off" in fault) == (cut != "the index")
 
 
 @pytest.mark.parametrize("decoder", ["auto", "pyav"])

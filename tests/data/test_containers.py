@@ -18,6 +18,8 @@ from gare.data.containers import DEMUXERS, head_of, names_other_files
 from gare.data.decode import decode_clip
 from gare.data.mov_tracks import mov_tracks
 from gare.data.probe import probe
+from gare.data.with_decord import unfit_for_decord
+from gare.data.with_torchcodec import unfit_for_torchcodec
 from gare.errors import DataError
 
 M3U8 = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\nprivate.ts\n#EXT-X-ENDLIST\n"
@@ -130,6 +132,38 @@ def test_a_name_is_no_pattern(private: Path, name: str, content: str) -> None:
         path.write_bytes((private / "private.mp4").read_bytes())
     else:
         Image.new("RGB", (64, 48), (0, 255, 0)).save(path, format=content)
+    refused(path, "named like a sequence of pictures in other files")
+
+
+@pytest.mark.parametrize("folder", ["50%done", "a%03db", "x%*y", "x%%dy", "50%d %d"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "APNG", "WebP", "BMP", "TIFF", "GIF"])
+def test_a_folder_named_like_a_pattern_can_hold_pictures(tmp_path: Path, folder: str, kind: str) -> None:
+    """Lost otherwise: all GIFs below a folder such as 50%done, or pictures of another in their place."""
+    others = [folder.replace(part, number) for part in ("%d", "%03d") for number in ("1", "001")]
+    for name in (*others, folder):
+        (tmp_path / name).mkdir(exist_ok=True)
+        rgb = (0, 255, 0) if name == folder else (255, 0, 0)
+        path = tmp_path / name / f"a.{kind.lower().removeprefix('a')}"
+        picture = Image.new("RGB", (64, 48), rgb)
+        asked = {"save_all": True, "append_images": [Image.new("RGB", (64, 48), (0, 200, 0))]}
+        picture.save(path, format=kind.removeprefix("A"), **(asked if kind in ("APNG", "GIF") else {}))
+    source = probe(path)
+    assert source.container == {"GIF": "gif", "APNG": "apng"}.get(kind, f"{kind.lower()}_pipe")
+    assert len(source.pts) == (2 if kind in ("APNG", "GIF") else 1)
+    assert unfit_for_decord(source)
+    assert unfit_for_torchcodec(source) == "path like a pattern"
+    for decoder in DECODERS:
+        (frame,) = decode_clip(path, num_frames=1, decoder=decoder).frames  # type: ignore[arg-type]
+        assert frame[20, 20].argmax() == 1
+
+
+@pytest.mark.parametrize("content", ["MP4", "nothing", "HLS"])
+def test_what_is_no_picture_is_not_read_below_such_a_folder(private: Path, content: str) -> None:
+    """Lost otherwise: pictures of another folder, in place of a film that is named like a picture."""
+    data = {"MP4": (private / "private.mp4").read_bytes(), "nothing": b"", "HLS": M3U8.encode()}[content]
+    path = private / "50%done" / "a.gif"
+    path.parent.mkdir()
+    path.write_bytes(data)
     refused(path, "named like a sequence of pictures in other files")
 
 

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 
+from gare.data import mov_tracks as reading
 from gare.data.decode import decode_clip
 from gare.data.mov_tracks import mov_tracks
 from gare.errors import DataError
@@ -79,6 +80,32 @@ def test_an_encrypted_track_beside_a_plain_one(tmp_path: Path) -> None:
     assert len(decode_clip(path).frames) == 1
 
 
+@pytest.mark.parametrize("num_boxes", [1001, 20_000])
+def test_an_index_behind_many_boxes_is_found(tmp_path: Path, num_boxes: int) -> None:
+    """Lost otherwise: what a recorder wrote in fragments, with its index behind them: garbage of its key."""
+    path = write_video(tmp_path / "bought.mp4", "libx264")
+    data = path.read_bytes()
+    at = data.index(b"mdat") - 4
+    fragments = (boxed(b"moof", boxed(b"mfhd", bytes(8))) + boxed(b"mdat", b"")) * (num_boxes // 2)
+    mdat = data[at : at + int.from_bytes(data[at : at + 4], "big")]
+    moov = data[at + len(mdat) :]
+    path.write_bytes(data[:at] + mdat + fragments + moov)
+    assert [(track.track_id, track.entries) for track in mov_tracks(str(path))] == [(1, {b"avc1"})]
+    path.write_bytes(data[:at] + mdat + fragments + moov.replace(b"avc1", b"encv", 1))
+    with pytest.raises(DataError, match="is encrypted"):
+        decode_clip(path)
+
+
+def test_boxes_beyond_counting_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost otherwise: a file made to hide its index, whose key would not be asked for."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(boxed(b"free", b"") * 50)
+    assert mov_tracks(str(path)) == []
+    monkeypatch.setattr(reading, "MAX_BOXES", 49)
+    with pytest.raises(DataError, match="more than 49 boxes before its index"):
+        mov_tracks(str(path))
+
+
 def element(name: str, content: bytes) -> bytes:
     """An EBML element with a length of eight bytes."""
     return bytes.fromhex(name) + struct.pack(">Q", len(content) | 1 << 56) + content
@@ -128,7 +155,9 @@ def test_odd_boxes_are_no_tracks(tmp_path: Path, rng: np.random.Generator) -> No
     path = write_video(tmp_path / "a.mp4", "libx264")
     good = path.read_bytes()
     assert len(mov_tracks(str(path))) == 1
-    for data in (b"", b"\0", boxed(b"moov", b""), boxed(b"moov", boxed(b"trak", b"\0")), bytes(99)):
+    short = boxed(b"dinf", boxed(b"dref", bytes(8) + boxed(b"url ", b"\0")))
+    short = boxed(b"moov", boxed(b"trak", boxed(b"mdia", boxed(b"minf", short))))
+    for data in (b"", b"\0", short, boxed(b"moov", b""), boxed(b"moov", boxed(b"trak", b"\0")), bytes(99)):
         path.write_bytes(data)
         assert all(not track.entries for track in mov_tracks(str(path)))
     for _ in range(200):

@@ -16,6 +16,7 @@ from tests.films.film import (
     Track,
     draw_track,
     moved,
+    shift_flv,
     showing,
     started_at,
     write,
@@ -157,9 +158,18 @@ def order(rng: np.random.Generator, path: Path) -> Film:
 
 
 def wrapped(rng: np.random.Generator, path: Path) -> Film:
-    """Starts shortly before the clock of a transport stream wraps."""
-    track = draw_track(rng, "mpegts")
+    """Starts shortly before the clock of a transport stream wraps, or that of FLV."""
+    container = one_of(rng, "mpegts", "flv")
+    track = draw_track(rng, container)
     before_s = float(rng.uniform(0.1, 0.9)) * float(track.times_s[-1])
+    if container == "flv":
+        num_bits = int(rng.choice([24, 32]))  # some writers fill no upper byte
+        film = made(path, "flv", with_sound(rng, track), f"wraps {num_bits} bits after {before_s:.2f} s")
+        wraps_ms, before_ms = 1 << num_bits, round(before_s * 1000)
+        shift_flv(film.path, wraps_ms - before_ms, num_bits)
+        (shown,) = film.showings
+        clock_s = (-before_ms / 1000, (wraps_ms - before_ms) / 1000)
+        return replace(film, showings=(replace(shown, clock_s=clock_s),), is_sound=num_bits == 32)
     track = moved(track, WRAP_S - before_s)
     film = made(
         path,
@@ -173,7 +183,10 @@ def wrapped(rng: np.random.Generator, path: Path) -> Film:
 
 
 def joined(rng: np.random.Generator, path: Path) -> Film:
-    """Two transport streams in one file, the second starting its clock anew, as ``cat`` joins them."""
+    """Two transport streams in one file, the second starting its clock anew, as ``cat`` joins them.
+
+    Both start at 0, or the second at an earlier hour than the first.
+    """
     first = draw_track(rng, "mpegts")
     assert first.recipe is not None
     count = max(8, round(rng.uniform(1.0, 6.0) * first.recipe.fps))
@@ -182,14 +195,17 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
         range(len(first.numbers), len(first.numbers) + count),
         np.arange(count + 1) / first.recipe.fps,
     )
-    has_sound = rng.random() < 0.5
-    parts = []
-    for name, track in (("one", first), ("two", second)):
-        sound = [Track(None, times_s=[track.times_s[0], track.times_s[-1]])] if has_sound else []
+    has_sound, is_late = rng.random() < 0.5, rng.random() < 0.5
+    hours_s = sorted(rng.uniform(0, WRAP_S - 60, 2), reverse=True) if is_late else (0.0, 0.0)
+    parts, starts_s = [], []
+    for name, track, hour_s in zip(("one", "two"), (first, second), hours_s, strict=True):
+        late = moved(track, hour_s) if is_late else track
+        sound = [Track(None, times_s=[late.times_s[0], late.times_s[-1]])] if has_sound else []
         part = path.with_name(f"{path.name}.{name}")
-        write(part, "mpegts", [track, *sound])
+        write(part, "mpegts", [late, *sound], {"mpegts_copyts": "1"} if is_late else None)
+        track.keys |= late.keys
         parts.append(part.read_bytes())
-        start_s = started_at(part)
+        starts_s.append(started_at(part))
         part.unlink()
     path = path.with_name(f"{path.name}.ts")
     path.write_bytes(b"".join(parts))
@@ -202,7 +218,7 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
     return Film(
         path,
         f"mpegts, {first.recipe}, {len(first.numbers)} and {count} pictures{', sound' if has_sound else ''}",
-        (showing(whole, clock_s=[start_s]),),
+        (showing(whole, clock_s=starts_s[:1]),),
         2 * first.recipe.frame_s,  # nothing says by how much the parts are apart
         frozenset(first.keys | second.keys),
         is_sound=False,
@@ -212,7 +228,8 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
 def jump(rng: np.random.Generator, path: Path) -> Film:
     """Jumps far ahead in the middle. Players of a transport stream then go on at once."""
     container = one_of(rng, "mpegts", "mpegts", "matroska", "mp4", "flv")
-    track = draw_track(rng, container)
+    # FLV cannot state that a picture is shown hours after it is decoded.
+    track = draw_track(rng, container, two_way=False if container == "flv" else None)
     assert track.recipe is not None
     place = int(rng.integers(2, len(track.numbers) - 2))
     by_s = float(10 ** rng.uniform(1.3 if container == "mpegts" else 3.7, 4.3))
@@ -253,8 +270,10 @@ def held_avi(rng: np.random.Generator, path: Path) -> Film:
         steps[place] = int(rng.integers(2, 2 * track.recipe.fps))
     if rng.random() < 0.3:
         steps = rng.integers(1, 4, len(steps))
+    if rng.random() < 0.3:
+        steps[-1] = int(rng.integers(2, 4 * track.recipe.fps))
     track.times_s = np.concatenate([[0], np.cumsum(steps)]) / track.recipe.fps
-    return made(path, "avi", [track], f"{int((steps > 1).sum())} held")
+    return made(path, "avi", [track], f"{int((steps > 1).sum())} held, the last for {steps[-1]}")
 
 
 def held_mp4(rng: np.random.Generator, path: Path) -> Film:

@@ -299,6 +299,19 @@ def write(
             out.mux(packet)
 
 
+def shift_flv(path: Path, by_ms: int, num_bits: int = 32) -> None:
+    """Moves all times of an FLV file, which start at 0 again after as many bits as its writer fills."""
+    data = bytearray(path.read_bytes())
+    at = 13  # behind the header, and the size of a tag that is not there
+    while at < len(data):
+        size, low = (int.from_bytes(data[first : first + 3], "big") for first in (at + 1, at + 4))
+        time_ms = (by_ms + (data[at + 7] << 24 | low)) % (1 << num_bits)
+        if data[at] != 18:  # not the script of the header
+            data[at + 4 : at + 7], data[at + 7] = (time_ms & 0xFFFFFF).to_bytes(3, "big"), time_ms >> 24
+        at += 11 + size + 4
+    path.write_bytes(data)
+
+
 def started_at(path: Path) -> float:
     """Seconds on the file's clock at which its first stream starts, by its packets."""
     with av.open(str(path)) as container:

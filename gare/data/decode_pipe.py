@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -61,6 +62,8 @@ class Child:
     def send(self, request: dict[str, Any]) -> None:
         """Writes one request; it fits the pipe's buffer, so this does not wait for a child that hangs."""
         data = json.dumps(request).encode()
+        self._read_stderr()
+        self._tail = b""
         os.write(self._requests, len(data).to_bytes(LENGTH_BYTES, "big") + data)
 
     def receive(self, until: float) -> tuple[dict[str, Any], list[bytes]]:
@@ -94,6 +97,11 @@ class Child:
 
             header = json.loads(take(int.from_bytes(take(LENGTH_BYTES), "big")))
             return header, [take(size) for size in header["sizes"]]
+
+    def has_said(self, pattern: re.Pattern[bytes]) -> bool:
+        """True if a line that decoders have written since the last request matches, of the last 4 kB."""
+        self._read_stderr()
+        return bool(pattern.search(self._tail))
 
     def _read_stderr(self) -> bool:
         """Takes what there is; False at its end."""

@@ -20,6 +20,8 @@ from gare.data.sampling import Sampling
 from gare.errors import ConfigError, DataError, shown
 from gare.storage.uris import scheme_of
 
+#: FFmpeg's messages of damage within decord, which conceals it and goes on. swscale speaks of formats alone.
+_DAMAGE = re.compile(rb"^\[(?!swscaler)\w+ @ 0x", re.MULTILINE)
 #: Importing the decoders on a busy machine; not part of a video's deadline.
 _START_DEADLINE_S = 120.0
 
@@ -148,7 +150,7 @@ class DecodeProcess:
             DataError: if the video is bad; the text is the child's.
             ConfigError: if the decoder is not installed.
         """
-        request = {
+        request: dict[str, Any] = {
             "path": _checked(path),
             "clip": {
                 "start_s": start_s,
@@ -165,6 +167,9 @@ class DecodeProcess:
             "jpeg_quality": jpeg_quality,
         }
         header, frames = self._ask(request, path, deadline_s, memory_mb)
+        if header["decoder"] == "decord" and self._child and self._child.has_said(_DAMAGE):
+            request["clip"] |= {"decoder": "pyav"}
+            header, frames = self._ask(request, path, deadline_s, memory_mb)
         header["frame_idx"] = np.array(header["frame_idx"], dtype=np.int64)
         header["time_s"] = np.array(header["time_s"], dtype=np.float64)
         return ExtractedClip(frames=frames, **header)

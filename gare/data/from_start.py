@@ -6,6 +6,7 @@ What no wanted picture needs may be left undecoded, which changes no pixel of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.clock import Clock
-from gare.data.packets import DECODING_ORDER, DECODING_TIMES, explain
+from gare.data.packets import DECODING_ORDER, DECODING_TIMES, ErrorLog, explain
 from gare.data.probe import Probe, open_container
 
 Picture = NDArray[np.uint8]
@@ -114,12 +115,15 @@ def decode_from_start(
     """
     found, wanted = Found(), set(wanted)
     ticks_per_frame = 1 / ((source.fps or 25.0) * source.time_base_s)
-    with open_container(source.path) as container:
+    with ExitStack() as stack:
+        # Of pictures that no other one refers to, an error is damage of its own.
+        log = stack.enter_context(ErrorLog()) if source.is_intra_only else None
+        container = stack.enter_context(open_container(source.path))
         stream = cast(av.VideoStream, container.streams[source.stream_index])
         stream.codec_context.thread_count = 1
         position, skipped, last, ahead = 0, 0, -(2**63), -1
         packets = _packets(container, stream, source, wanted, effort, found)
-        for frame in _frames(packets, found):
+        for frame in _frames(packets, found, log):
             tick = round(position * ticks_per_frame) if frame.pts is None else int(frame.pts)
             if times is not None:
                 if position == 0 and by_packets and frame.key_frame:
@@ -206,8 +210,11 @@ def _packets(
         yield packet
 
 
-def _frames(packets: Iterator[av.Packet[Any]], found: Found) -> Iterator[av.VideoFrame]:
-    """Yields all frames that come, past packets that do not decode; notes the errors."""
+def _frames(packets: Iterator[av.Packet[Any]], found: Found, log: ErrorLog | None) -> Iterator[av.VideoFrame]:
+    """Yields all frames that come, past packets that do not decode; notes the errors.
+
+    With a log, frames are left out as well whose decoder says that something is wrong with them.
+    """
     while True:
         try:
             packet = next(packets)
@@ -218,11 +225,15 @@ def _frames(packets: Iterator[av.Packet[Any]], found: Found) -> Iterator[av.Vide
         except (av.error.FFmpegError, OSError) as error:
             found.error = explain(error)
             return
+        before = log.num_said if log else 0
         try:
             frames = packet.decode()
         except MemoryError:
             raise
         except av.error.FFmpegError as error:
             found.error, found.num_bad = explain(error), found.num_bad + 1
+            continue
+        if log and log.num_said > before:
+            found.num_bad += len(frames)
             continue
         yield from frames

@@ -49,6 +49,7 @@ class Packets:
         dts: decoding times of the pictures in ``pts``, as far as packets state them.
         last_duration: ticks of the last packet.
         lost_s: seconds through which no picture of a fragmented MP4 lasts, or all of a Matroska stands still.
+        key_dts: decoding times of the keyframes, as the file states them.
         jump_s: seconds of the longest jump ahead of an MPEG clock, beside which no other stream goes on.
         num_held: chunks of an AVI without data, through which the picture before is shown on.
         block_times: position in the file of packets of a Matroska that lie below zero → their true times.
@@ -70,6 +71,7 @@ class Packets:
     last_duration: int = 0
     lost_s: float = 0.0
     jump_s: float = 0.0
+    key_dts: set[int | None] = field(default_factory=set)
     num_held: int = 0
     block_times: dict[int, int] = field(default_factory=dict)
 
@@ -97,8 +99,8 @@ def time_base_of(stream: av.VideoStream) -> float:
     return float(stream.time_base or 0) or 1 / av.time_base
 
 
-class DemuxerLog:
-    """Collects what demuxers say at level error, which is the only sign of some damage.
+class ErrorLog:
+    """Collects what FFmpeg says at level error, which is the only sign of some damage.
 
     To be entered before a file is opened: FFmpeg then reads its first packets, too, for their codecs.
     """
@@ -140,19 +142,24 @@ class DemuxerLog:
         ]
 
 
-def scan_packets(container: av.container.InputContainer, stream: av.VideoStream, log: DemuxerLog) -> Packets:
+def scan_packets(container: av.container.InputContainer, stream: av.VideoStream, log: ErrorLog) -> Packets:
     """Demuxes the whole file.
 
     Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
     (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
     them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``wrapped
     clock`` (whose bits were used up), ``times in decoding order`` (of pictures that are shown in another),
-    ``shown when decoded``, ``negative times``.
+    ``shown when decoded``, ``negative times``, ``other keyframes`` (than an MP4's table lists: a damaged
+    picture that looks like one).
     """
     # MP4 and MOV have an index: what is odd in it when they are opened is no damage of the pictures.
     first = log.num_said if container.format.name.startswith("mov") else 0
     scan = _read_packets(container, stream)
     scan.errors = log.errors(container, first)
+    if container.format.name.startswith("mov"):
+        listed = {entry.timestamp for entry in stream.index_entries if entry.is_keyframe}
+        if listed != scan.key_dts:
+            scan.traits.add("other keyframes")
     return scan
 
 
@@ -207,6 +214,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
             is_key = packet.is_keyframe
             if is_key:
                 key_pts = pts
+                scan.key_dts.add(packet.dts)
             elif key_pts is not None and pts < key_pts:
                 scan.traits.add("open GOP")
             if packet.is_discard:

@@ -22,7 +22,7 @@ from gare.data.file_kind import begins_as, broken_link, file_kind
 from gare.data.mov_tracks import mov_tracks
 from gare.data.orientation import Orientation
 from gare.data.packets import (
-    DemuxerLog,
+    ErrorLog,
     explain,
     hold_last,
     missing_end,
@@ -60,6 +60,7 @@ class Probe:
         key_pts: those of them that start anew, without the pictures before.
         end_pts: tick at which the last of them ends.
         interlaced: whether a picture may come as two fields.
+        is_intra_only: whether each picture decodes by itself, by its codec.
         traits: what makes seeking decoders go wrong, by name; see ``packets.scan_packets``. ``path like a
             pattern``: one that they would take for that of many pictures.
         fault: why the file seems damaged, empty if it does not.
@@ -85,6 +86,7 @@ class Probe:
     key_pts: NDArray[np.int64]
     end_pts: int
     interlaced: bool
+    is_intra_only: bool
     traits: frozenset[str]
     fault: str
     remark: str = ""
@@ -104,7 +106,7 @@ def probe(path: str | Path) -> Probe:
     """
     path = str(Path(path).absolute())  # absolute: FFmpeg takes "a:b.mp4" for a protocol
     _check_kind(path)
-    with DemuxerLog() as log, open_container(path) as container:
+    with ErrorLog() as log, open_container(path) as container:
         stream, num_video_streams = _main_stream(container, path)
         scan = scan_packets(container, stream, log)
         if not scan.num_packets and _is_external(path, stream):
@@ -144,6 +146,7 @@ def probe(path: str | Path) -> Probe:
             key_pts=np.unique(np.array(scan.key_pts, dtype=np.int64)),
             end_pts=scan.end_pts,
             interlaced=context.field_order > 1,  # 0: unknown, 1: progressive
+            is_intra_only=context.codec.intra_only,
             traits=frozenset(scan.traits),
             fault=fault,
             remark=scan.remark,

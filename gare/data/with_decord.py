@@ -58,7 +58,8 @@ def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]
         import decord
     except (ImportError, OSError) as error:
         raise UnfitError(f"decord cannot be loaded: {error}") from error
-    decord.logging.set_level(decord.logging.QUIET)
+    # What it conceals is told on stderr alone, where ``DecodeProcess`` looks for it.
+    decord.logging.set_level(decord.logging.INFO)
     kept: list[Picture] = []
     flat: list[int] = []
     reader = None

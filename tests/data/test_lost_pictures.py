@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gare.data.decode import decode_clip
-from gare.data.packets import DemuxerLog
+from gare.data.packets import ErrorLog
 from gare.data.probe import probe
 from tests.films.film import Recipe, Track, write
 
@@ -53,7 +53,7 @@ def test_a_log_is_that_of_its_file(tmp_path: Path, shared: Path) -> None:
     level = av.logging.get_level(), av.logging.get_skip_repeated()
     assert [bool(probe(path).fault) for path in (bad, good, bad, good)] == [True, False, True, False]
     assert (av.logging.get_level(), av.logging.get_skip_repeated()) == level
-    with pytest.raises(KeyError), DemuxerLog():
+    with pytest.raises(KeyError), ErrorLog():
         raise KeyError
     assert (av.logging.get_level(), av.logging.get_skip_repeated()) == level
 

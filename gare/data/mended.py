@@ -21,6 +21,7 @@ _TRAITS = {
     DECODING_ORDER: "its times are in decoding order",
     DECODING_TIMES: "it holds pictures (AVI)",
     "negative times": "its times begin below zero",
+    "other keyframes": "its keyframes are not those that it lists",
     "no keyframe first": "its first pictures depend on others before them",
 }
 

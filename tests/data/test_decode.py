@@ -332,8 +332,8 @@ def noting(seen: list[Any]) -> Callable[..., Any]:
     """``_frames``, noting the packets that reach the decoder."""
     frames = from_start._frames
 
-    def noted(packets: Any, found: from_start.Found) -> Any:
-        return frames((seen.append(packet) or packet if packet.size else packet for packet in packets), found)
+    def noted(packets: Any, *rest: Any) -> Any:
+        return frames((seen.append(packet) or packet if packet.size else packet for packet in packets), *rest)
 
     return noted
 

@@ -52,18 +52,11 @@ _COUNT = 6
 _SEED = 17
 #: Kinds that are silently wrong now and then, by the row of the list of faults.
 _WRONG = {
-    "negative": "L7: Matroska's blocks below zero get other times",
-    "held_avi": "L8: with B-frames FFmpeg guesses times of the pictures beside a held one",
-    "hurt_mkv": "L9: lost or damaged pictures are not said",
-    "hurt_ts": "L9: lost or damaged pictures are not said",
-    "hurt_mp4": "L9: damaged pictures are not said",
-    "hurt_avi": "L9: lost or damaged pictures are not said",
+    "hurt_ts": "L9: damage that no decoder notices is not said",
+    "hurt_mp4": "L9: damage that no decoder notices is not said",
 }
 #: Kinds of good files that are refused or marked as incomplete now and then.
-_NEEDLESS = {
-    "held_avi": "L8: held pictures count as lost",
-    "held_mp4": "L8: a last picture that is held counts as lost",
-}
+_NEEDLESS = {"held_mp4": "L8: a last picture that is held counts as lost"}
 _GOOD = (
     *("steady", "late", "negative", "sparse", "variable", "wrapped", "sound_first", "held_avi", "held_mp4"),
     *("two_tracks", "thumbnail", "cover", "subtitles"),

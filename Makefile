@@ -54,7 +54,7 @@ $(VENV)/kernels: $(VENV)/installed
 	touch $@
 
 test-kernels: $(VENV)/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels tests/model/test_kernels.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels tests/model/fused/test_kernels.py
 
 # What is killed and when is drawn from a seed, which a failure prints: GARE_TEST_SEED=N makes it the same again.
 faults: install
@@ -68,10 +68,10 @@ interrupts: install
 	GARE_INTERRUPT_MINUTES=$(or $(MINUTES),0) $(BIN)/python -m pytest -m faults -s --show-capture=no tests/pipelines/test_interrupted_steps.py
 
 suite: install
-	$(BIN)/python -m tests.suite
+	$(BIN)/python -m tests.scripts.suite
 
 screenshots: install
-	$(BIN)/python -m tests.screenshots
+	$(BIN)/python -m tests.scripts.screenshots
 
 test-cluster: install
 	$(BIN)/python -m pytest -m cluster

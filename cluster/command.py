@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.logs import JsonStream, json_lines, set_up_logging
-from cluster.stopping import (
+from cluster.runtime.signals import (
     NAMES,
     STATUS,
     asked_by,
@@ -26,7 +26,8 @@ from cluster.stopping import (
     wait_until_told,
 )
 from cluster.tracking import finish_open_runs
-from gare.config import Config, SizesOf, describe_keys, load_config
+from gare.config import Config, describe_keys, load_config
+from gare.config.loading import SizesOf
 from gare.errors import ConfigError, GareError, StoppedError
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _run_of(config: Config) -> str:
 
 
 def _overrides_of(options: argparse.Namespace, flags: Flags) -> list[str]:
-    """What the given flags set.
+    """Translates the given flags into overrides.
 
     Raises:
         ConfigError: for two flags that set one key to different values.

@@ -1,4 +1,4 @@
-"""What the program says while it runs: lines for people, or JSON objects for a log collector.
+"""Logs: lines for people, or JSON objects for a log collector.
 
 With ``tracking.log_format`` json every line of a command's stderr is one object, also what Ray forwards from
 its workers and what libraries print. Workers write such lines themselves, so that a collector which reads
@@ -89,7 +89,7 @@ class JsonStream:
 
     def error(self, message: str, trace: str = "") -> None:
         """Writes why the command ends, with the trace of what nobody foresaw."""
-        more = {"trace": trace} if trace else {}
+        more: dict[str, Any] = {"trace": trace} if trace else {}
         self._to.write(self._formatter.line("ERROR", "command", message, **more) + "\n")
 
     def finish(self) -> None:
@@ -102,12 +102,12 @@ class JsonStream:
         return False
 
     def fileno(self) -> int:
-        """Of where lines go: child processes write there."""
+        """File descriptor of where lines go: child processes write there."""
         return self._to.fileno()
 
 
 def is_object(line: str) -> bool:
-    """Whether a line is one of our objects."""
+    """Returns True if a line is one of our objects."""
     if not line.startswith("{"):
         return False
     try:
@@ -157,7 +157,7 @@ def json_lines(run: str) -> Iterator[None]:
     set_up_logging(replace=True, log_format="json", run=run)
     stream = JsonStream(sys.stderr, JsonFormatter(run))
     try:
-        with contextlib.redirect_stderr(stream):  # type: ignore[type-var]
+        with contextlib.redirect_stderr(stream):
             yield
             stream.finish()
     finally:
@@ -166,7 +166,7 @@ def json_lines(run: str) -> Iterator[None]:
 
 
 def runtime_env() -> dict[str, Any]:
-    """What ``ray.init`` needs so that every worker process logs as this one does."""
+    """Builds the runtime environment with which every worker process logs as this one does."""
     if os.environ.get(FORMAT_VARIABLE) != "json":
         return {}
     names = {FORMAT_VARIABLE: "json", RUN_VARIABLE: os.environ.get(RUN_VARIABLE, ""), JOB_VARIABLE: job_id()}

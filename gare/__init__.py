@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gare.config import Config, load_config
     from gare.errors import CheckpointError, ConfigError, DataError, GareError
+    from gare.model.encoders.tokenizer import tokenize
     from gare.model.features import TextFeatures, VideoFeatures
     from gare.model.gare import GARE
-    from gare.model.tokenizer import tokenize
-    from gare.model.weights import import_clip, import_released
-    from gare.retrieval.metrics import retrieval_metrics
-    from gare.train.state import load_checkpoint
+    from gare.model.importing.weights import import_clip, import_released
+    from gare.retrieval.ranking.metrics import retrieval_metrics
+    from gare.train.checkpoint.files import load_checkpoint
 
 __version__ = "0.1.0"
 
@@ -29,12 +29,12 @@ _HOMES = {
     "GareError": "gare.errors",
     "TextFeatures": "gare.model.features",
     "VideoFeatures": "gare.model.features",
-    "import_clip": "gare.model.weights",
-    "import_released": "gare.model.weights",
-    "load_checkpoint": "gare.train.state",
+    "import_clip": "gare.model.importing.weights",
+    "import_released": "gare.model.importing.weights",
+    "load_checkpoint": "gare.train.checkpoint.files",
     "load_config": "gare.config",
-    "retrieval_metrics": "gare.retrieval.metrics",
-    "tokenize": "gare.model.tokenizer",
+    "retrieval_metrics": "gare.retrieval.ranking.metrics",
+    "tokenize": "gare.model.encoders.tokenizer",
 }
 
 __all__ = [

@@ -39,7 +39,7 @@ class GareError(Exception):
         return _rebuild, (type(self), self.what, self.where, self.accepted, self.may_pass)
 
     def passing(self) -> Self:
-        """The same error, as one that may pass."""
+        """Marks the error as one that may pass, and returns it."""
         self.may_pass = True
         return self
 
@@ -131,7 +131,7 @@ def masked(text: str) -> str:
 
 
 def secret_in(uri: str) -> str:
-    """What a URI holds that belongs into the environment, in words; empty where it holds nothing secret.
+    """Names the secret that a URI holds and that belongs into the environment; empty if it holds none.
 
     A database's user alone, ``postgresql://USER@HOST/DB``, is no secret; a web server's may be a token.
     """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from gare.errors import masked
+
 if __name__ == "__main__":  # before the imports, which take seconds
-    from cluster.stopping import take_signals
+    from cluster.runtime.signals import take_signals
 
     take_signals()
 
@@ -15,11 +17,11 @@ from collections import defaultdict
 from typing import Any
 
 from cluster.command import main
-from cluster.memory import PeakMemory
-from cluster.session import ray_session
-from cluster.stopping import raise_if_asked
-from cluster.storage import layout
-from cluster.tracking import mask_credentials, resolve_tracking_uri
+from cluster.layout import layout
+from cluster.runtime.session import ray_session
+from cluster.runtime.signals import raise_if_asked
+from cluster.status.peak_memory import PeakMemory
+from cluster.tracking import resolve_tracking_uri
 from gare.config import Config
 from gare.storage.files import join, write_json
 from pipelines import evaluate, extract, prepare, train
@@ -121,7 +123,7 @@ def _table(
     verdict = "above" if gain > 0 else "below" if gain < 0 else "level with"
     within = seeds > 1 and abs(gain) <= max(result["deviation"][model]["t2v/R1"] for model in MODELS)
     places = layout(config)
-    uri = mask_credentials(resolve_tracking_uri(config.tracking.uri, places.root))
+    uri = masked(resolve_tracking_uri(config.tracking.uri, places.root))
     lines += [
         f"GARE is {abs(gain):.1f} points of t2v R@1 {verdict} the baseline here"
         f"{', within one deviation' if within else ''}.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from cluster.stopping import take_signals
+    from cluster.runtime.signals import take_signals
 
     take_signals()
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.command import Flags, main
-from cluster.session import ray_session
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
+from cluster.runtime.session import ray_session
 from cluster.tracking import (
     RunHandle,
     benchmark_name,
@@ -26,21 +26,18 @@ from cluster.tracking import (
     status_after,
 )
 from gare.config import Config
-from gare.data.frames import FrameReader, NoPictures, open_pictures
 from gare.data.manifest import SPLITS, ManifestRow
+from gare.data.splits import StoredSplits, read_splits, split_hash_of
+from gare.data.store.frame_reader import FrameReader, NoPictures, open_pictures
 from gare.errors import DataError
-from gare.retrieval.evaluated import ZERO_SHOT, split_hash_of
-from gare.retrieval.notes import evaluation_note
+from gare.retrieval.results.evaluation import ZERO_SHOT
+from gare.retrieval.results.notes import evaluation_note
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
 from gare.storage.lock import StoreLock
-from gare.train.data import StoredSplits, read_splits
-from pipelines.comparison import FOLDER_TAG, collect, compare
-from pipelines.curve import score_curve
-from pipelines.locks import evaluation_lock
-from pipelines.registration import write_and_register
-from pipelines.scoring import encode, rank
-from pipelines.sizes import sizes_for_evaluation
-from pipelines.subject import (
+from pipelines.evaluating.comparison import FOLDER_TAG, collect, compare
+from pipelines.evaluating.registration import write_and_register
+from pipelines.evaluating.scoring import encode, rank
+from pipelines.evaluating.subject import (
     PICTURE,
     Subject,
     checkpoint_subject,
@@ -48,10 +45,13 @@ from pipelines.subject import (
     take_folder,
     zero_shot_subject,
 )
-from pipelines.syncing import sync
+from pipelines.evaluating.sync import sync
+from pipelines.evaluating.test_curve import score_curve
+from pipelines.locks import evaluation_lock
+from pipelines.sizes import sizes_for_evaluation
 
 if TYPE_CHECKING:
-    from gare.retrieval.ranks import Ranks
+    from gare.retrieval.ranking.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def _score_and_write(
     started: float,
 ) -> dict[str, Any]:
     """Scores the split and writes all that comes of it, into the run too; the result."""
-    from gare.retrieval.evaluation_figures import figures_of
+    from gare.report.evaluation_figures import figures_of
 
     split = config.evaluate.split
     rows, own = splits.of_split(split), subject.is_trained_run
@@ -244,7 +244,7 @@ def _write(
     picture: bytes,
 ) -> dict[str, Any]:
     """Files of the evaluation; what the result says of them."""
-    from gare.retrieval.results import write_results
+    from gare.retrieval.results.files import write_results
 
     split = config.evaluate.split
     folder = places.evaluation(subject.run, split)
@@ -264,9 +264,9 @@ def _write(
 def _picture(
     config: Config, title: str, reader: FrameReader | NoPictures, rows: Sequence[ManifestRow], ranks: Ranks
 ) -> bytes:
-    from gare.retrieval.examples import choose_examples
-    from gare.retrieval.pictures import retrieval_picture
-    from gare.retrieval.queries import owners_of
+    from gare.report.examples import choose_examples
+    from gare.report.pictures import retrieval_picture
+    from gare.retrieval.results.queries import owners_of
 
     texts = [caption for row in rows for caption in row.captions]
     examples = choose_examples(ranks.t2v, owners_of(rows), texts, rows, reader, config.evaluate.num_examples)

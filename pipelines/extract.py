@@ -8,7 +8,7 @@ store that is there, beside its making, or of frames that are not kept. ``--veri
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from cluster.stopping import take_signals
+    from cluster.runtime.signals import take_signals
 
     take_signals()
 
@@ -19,30 +19,37 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from cluster.command import main
-from cluster.progress import Progress
-from cluster.session import ray_session
-from cluster.storage import Layout, layout
+from cluster.command import Flags, main
+from cluster.layout import Layout, layout
+from cluster.runtime.session import ray_session
+from cluster.status.progress import Progress
 from cluster.tracking.extraction import ExtractionRun
 from gare.config import Config
-from gare.data.collection import Comparison
-from gare.data.compact import compact
-from gare.data.feature_pass import without_frames
-from gare.data.inventory import Inventory
 from gare.data.manifest import Manifest, read_manifest
-from gare.data.store import META, read_meta
-from gare.data.store_pass import StorePass
-from gare.data.verify import verify_or_raise
+from gare.data.store.compact import compact
+from gare.data.store.contents import META, read_meta
+from gare.data.store.verify import verify_or_raise
+from gare.extract.comparison import Comparison
+from gare.extract.feature_update import without_frames
+from gare.extract.inventory import Inventory
+from gare.extract.update import StoreUpdate
 from gare.storage.files import exists, join, write_atomically, write_json
 from gare.storage.lock import StoreLock
-from pipelines.extraction import Encoding, decode_rows, find_mended, frame_pass, told, words
+from pipelines.extracting.stores import (
+    Encoding,
+    decode_rows,
+    find_mended,
+    format_counts,
+    frame_update,
+    log_and_report,
+)
 from pipelines.locks import store_lock
-from pipelines.pending import pending_of
 from pipelines.sizes import sizes_of_weights
+from pipelines.stored_outbox import pending_of
 
 logger = logging.getLogger(__name__)
 
-FLAGS = {
+FLAGS: Flags = {
     "--verify": ("upkeep.task", "check all that is in the store", "verify"),
     "--compact": ("upkeep.task", "merge small parts of the store", "compact"),
     "--retry-failed": (
@@ -72,9 +79,9 @@ def run(config: Config) -> dict[str, Any]:
     places, kind = layout(config), config.extract.store
     manifest = read_manifest(places.manifest)
     is_kept = kind != "features" or _is_complete(places.frames)
-    jobs: list[StorePass] = []
+    jobs: list[StoreUpdate] = []
     if is_kept:
-        jobs = [frame_pass(config, manifest, places.frames)]
+        jobs = [frame_update(config, manifest, places.frames)]
     if kind == "frames":
         encoding = None
     else:
@@ -116,7 +123,7 @@ def _warn_of_missing_frames(frames: str, manifest: Manifest, *, is_kept: bool) -
     logger.warning("%s lacks %d of %d videos, %r the first of them: %s", frames, *counts, missing[0], effect)
 
 
-def _look_after(config: Config, job: StorePass) -> dict[str, Any]:
+def _look_after(config: Config, job: StoreUpdate) -> dict[str, Any]:
     """Checks or compacts a store."""
     started, store = time.monotonic(), job.uri
     read_meta(store)  # there is one
@@ -129,7 +136,7 @@ def _look_after(config: Config, job: StorePass) -> dict[str, Any]:
 
 
 def _named(traits: dict[str, str]) -> dict[str, str]:
-    """The same, told to a person."""
+    """Logs the clips with their traits, and returns them."""
     for video_id, trait in sorted(traits.items()):
         logger.warning("%s: an earlier version may have taken other frames: %s", video_id, trait)
     if traits:
@@ -140,14 +147,15 @@ def _named(traits: dict[str, str]) -> dict[str, str]:
 
 
 def _write_both(
-    config: Config, places: Layout, frames: StorePass, encoding: Encoding
+    config: Config, places: Layout, frames: StoreUpdate, encoding: Encoding
 ) -> list[dict[str, Any]]:
     """Brings both stores up to the collection; clips are encoded while others are decoded."""
     jobs = (frames, encoding.job)
-    looks = [job.look() for job in jobs]
-    done = [job.inventory_if_done(look) for job, look in zip(jobs, looks, strict=True)]
-    if all(done):
-        return [_unchanged(*one) for one in zip(jobs, looks, done, strict=True)]
+    comparisons = [job.compare_with_collection() for job in jobs]
+    done = [job.inventory_if_done(comparison) for job, comparison in zip(jobs, comparisons, strict=True)]
+    whole = [inventory for inventory in done if inventory]
+    if len(whole) == len(jobs):
+        return [_unchanged(*one) for one in zip(jobs, comparisons, whole, strict=True)]
     with (
         store_lock(config, encoding.job.uri) as lock,
         ray_session(config.cluster),
@@ -157,7 +165,7 @@ def _write_both(
 
         def between_parts() -> None:
             lock.check()
-            encoding.take_some()
+            encoding.submit_ready()
 
         decoding = _decoding(config, frames.uri, between_parts)
         first = _write(config, places, frames, "extract", decoding)
@@ -165,25 +173,25 @@ def _write_both(
 
 
 def _write(
-    config: Config, places: Layout, job: StorePass, step: str, work: Work, held: StoreLock | None = None
+    config: Config, places: Layout, job: StoreUpdate, step: str, work: Work, held: StoreLock | None = None
 ) -> dict[str, Any]:
     """Brings a store up to the collection, whose lock may be held; nothing changes where nothing is to do."""
     started = time.monotonic()
-    comparison = job.look()
+    comparison = job.compare_with_collection()
     inventory = job.inventory_if_done(comparison)
     if inventory and not held:
         return _unchanged(job, comparison, inventory)
     with contextlib.nullcontext(held) if held else store_lock(config, job.uri) as lock:
         job.hold(lock.held)
-        comparison = job.look()  # another job may have written while this one waited
+        comparison = job.compare_with_collection()  # another job may have written while this one waited
         job.refuse_lost(comparison)
-        if job.is_settled(comparison) and not held:
+        if job.has_nothing_left(comparison) and not held:
             result = job.finish(comparison, job.count(), {})
         else:
             with ExtractionRun(config, step, places.root, pending_of(places)) as tracked:
-                job.begin(comparison)
+                job.mark_incomplete(comparison)
                 done = work(comparison, lock, tracked)
-                inventory = job.settle()
+                inventory = job.retire_and_count()
                 tracked.log(comparison.counts, done, inventory.failures)
                 result = job.finish(comparison, inventory, done)
                 result |= tracked.log_result(result)
@@ -192,8 +200,8 @@ def _write(
     return result
 
 
-def _unchanged(job: StorePass, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
-    logger.info("%s: %s, nothing to do", job.uri, words(comparison.counts))
+def _unchanged(job: StoreUpdate, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
+    logger.info("%s: %s, nothing to do", job.uri, format_counts(comparison.counts))
     inventory.raise_if_too_many()
     return job.result(comparison, inventory) | {"seconds": 0.0}
 
@@ -209,17 +217,17 @@ def _decoding(config: Config, store: str, between_parts: Callable[[], None] = la
             lock.check()
             between_parts()
 
-        logger.info("%s: %s, %d to do", store, words(comparison.counts), len(comparison.pending))
+        logger.info("%s: %s, %d to do", store, format_counts(comparison.counts), len(comparison.pending))
         with ray_session(config.cluster), tracked.system_metrics():
             progress = Progress(len(comparison.pending), "extracted")
             decode_rows(config, store, comparison.pending, progress, replace(lock.held, check=check))
-            return told(progress)
+            return log_and_report(progress)
 
     return work
 
 
 def _preview(config: Config, store: str, manifest: Manifest) -> str:
-    from gare.retrieval.preview import draw_preview
+    from gare.report.contact_sheet import draw_preview
 
     location = join(store, "preview.png")
     write_atomically(location, draw_preview(store, manifest.rows, config.upkeep.preview))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from gare.config import Config
-from gare.retrieval.evaluated import ZERO_SHOT
+from gare.retrieval.results.evaluation import ZERO_SHOT
 from gare.storage.files import join
 from gare.storage.lock import StoreLock
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from cluster.stopping import take_signals
+    from cluster.runtime.signals import take_signals
 
     take_signals()
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.command import main
-from cluster.remote import RemoteVideos
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
+from cluster.sources.fetch import RemoteVideos
 from gare.config import Config
-from gare.data.benchmarks.folder import read_folder
-from gare.data.benchmarks.published import READERS, Benchmark, read_benchmark, table
+from gare.data.benchmarks.own_videos import read_folder
+from gare.data.benchmarks.registry import READERS, Benchmark, read_benchmark, table
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
-from gare.data.sources import LocalVideos
 from gare.data.synthetic import generate_benchmark
+from gare.data.videos import LocalVideos
 from gare.errors import ConfigError
 from gare.storage.files import join, write_json
 from pipelines.sizes import sizes_of_weights

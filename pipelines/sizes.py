@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.storage import absolute, layout
+from cluster.layout import absolute, layout
 from gare.config import Config
 from gare.errors import ConfigError
 from gare.storage.files import exists
-from pipelines.best import tells_how_to_mend
+from pipelines.training.best import tells_how_to_mend
 
 
 def sizes_of_weights(config: Config) -> Mapping[str, int]:
-    """As ``gare.train.start.sizes_of_weights``; torch, which takes seconds, is loaded where it is called."""
-    from gare.train.start import sizes_of_weights
+    """Calls ``gare.train.checkpoint.initial_model.sizes_of_weights``, which loads torch."""
+    from gare.train.checkpoint.initial_model import sizes_of_weights
 
     return sizes_of_weights(config)
 
@@ -32,7 +32,7 @@ def sizes_for_evaluation(config: Config) -> Mapping[str, int] | None:
         return None
     if chosen.zero_shot:
         return sizes_of_weights(config)
-    from gare.train.state import read_config
+    from gare.train.checkpoint.files import read_config
 
     best = layout(config).checkpoint(config.train.run)
     named = config.features.weights or config.train.clip_weights

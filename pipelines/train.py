@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from cluster.stopping import take_signals
+    from cluster.runtime.signals import take_signals
 
     take_signals()
 
@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.command import main
-from cluster.resources import require_train_resources, resources_of_worker, settle_resources
+from cluster.layout import Layout, absolute, layout
 from cluster.runtime.devices import require_usable_gpus
-from cluster.session import fault_of, ray_session, watches_preemption
-from cluster.stopping import asking
-from cluster.storage import Layout, absolute, layout
+from cluster.runtime.resources import (
+    require_train_resources,
+    resources_of_worker,
+    settle_resources,
+    warn_while_short_of_nodes,
+)
+from cluster.runtime.session import fault_of, ray_session, watches_preemption
+from cluster.runtime.signals import asking
 from cluster.tracking import (
     RunHandle,
     Tracker,
@@ -30,26 +35,25 @@ from cluster.tracking import (
     status_after,
     system_metrics,
 )
-from cluster.waiting import tells_of_lost_nodes
 from gare.config import ClipConfig, Config, differences
+from gare.config.run_settings import completed_settings, settings_of_run
+from gare.data.splits import StoredSplits, split_hash_of
 from gare.errors import ConfigError, DivergedError, GareError
-from gare.retrieval.evaluated import model_label, split_hash_of
-from gare.run_settings import completed_settings, settings_of_run
+from gare.retrieval.results.evaluation import model_label
 from gare.storage.files import delete_tree, exists, join, list_files, open_fs, read_json, write_json
 from gare.storage.lock import StoreLock
-from gare.train.checkpoints import Checkpoints, Entry
-from gare.train.data import StoredSplits
-from gare.train.history import History
+from gare.train.checkpoint.history import History
+from gare.train.checkpoint.index import Checkpoints, Entry
 from gare.train.input.randaugment import POLICY
-from pipelines.best import copy_best, mend_best
-from pipelines.finishing import log_outputs
+from pipelines.evaluating.subject import require_name_of_a_run
 from pipelines.locks import run_lock
-from pipelines.pending import pending_of
-from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
-from pipelines.saving import SELECTION, StopRequest, checkpoints_of
 from pipelines.sizes import sizes_of_weights
-from pipelines.subject import require_name_of_a_run
-from pipelines.training import clips_file, input_of_run, plan_of, splits_of, train_worker
+from pipelines.stored_outbox import pending_of
+from pipelines.training.best import copy_best, mend_best
+from pipelines.training.checkpointing import SELECTION, StopRequest, checkpoints_of
+from pipelines.training.outputs import log_outputs
+from pipelines.training.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
+from pipelines.training.worker import clips_file, input_of_run, plan_of, splits_of, train_worker
 
 if TYPE_CHECKING:
     from gare.train.input.inputs import TrainInput
@@ -141,7 +145,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
-    """What makes a run this run."""
+    """Settings that make a run this run."""
     settings = settings_of_run(config)
     # Which of the two it is makes the run, whatever key says so: earlier versions had auto follow from a
     # setting of memory.
@@ -214,15 +218,16 @@ def _fit(
     lock: StoreLock | None,
 ) -> Checkpoints:
     """Runs the workers; returns the checkpoints of the run."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    import ray.train.torch
+
+    v2: Any = ray.train  # its types are those of the first version of Ray Train
 
     cluster, run_folder = config.cluster, places.run(config.train.run)
     # Ray would open the URI by itself, without our endpoint and tries.
     filesystem, folder = open_fs(run_folder)
     # Ray's own record of checkpoints is written in place: a kill or a full disk at that moment loses it, and
     # with it the run. Ours is not, so Ray starts workers again and knows nothing of checkpoints.
-    trainer = TorchTrainer(
+    trainer = v2.torch.TorchTrainer(
         train_worker,
         train_loop_config={
             "config": config,
@@ -234,7 +239,7 @@ def _fit(
             # Workers look at it themselves: they go on while their driver is suspended.
             "owned": lock.owned if lock else None,
         },
-        scaling_config=ScalingConfig(
+        scaling_config=v2.ScalingConfig(
             num_workers=(cluster.min_workers, cluster.train_workers)
             if cluster.min_workers
             else cluster.train_workers,
@@ -243,18 +248,18 @@ def _fit(
             resources_per_worker=resources_of_worker(cluster),
             placement_strategy=cluster.placement.upper(),
         ),
-        run_config=RunConfig(
+        run_config=v2.RunConfig(
             name="ray",
             storage_path=folder,
             storage_filesystem=None if places.is_local else filesystem,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            failure_config=v2.FailureConfig(max_failures=config.train.max_failures),
+            logging_config=v2.LoggingConfig(log_level="WARNING"),
         ),
     )
     request = StopRequest(run_folder)
     request.withdraw()
     try:
-        with asking(request.make), tells_of_lost_nodes(cluster):
+        with asking(request.make), warn_while_short_of_nodes(cluster):
             fault = trainer.fit().return_value
     except Exception as error:
         raise _cause(error) from error

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.servers import CREDENTIALS, DroppingProxy, Site, s3_server, web_server
+from tests.helpers.servers import CREDENTIALS, DroppingProxy, Site, s3_server, web_server
 
 # Tensors here are tiny: threads would spend their time waiting for each other, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,7 +1,8 @@
 """Nothing from outside is run as code: no pickles, no YAML tags, no eval; read from the source itself.
 
-That hostile files are refused is shown where they are read: ``tests/train/test_state.py`` (trainer.pt),
-``tests/model/test_weights.py`` (CLIP's and released weights), ``tests/cluster/test_tracking.py`` (registry).
+That hostile files are refused is shown where they are read: ``tests/train/checkpoint/test_files.py``
+(trainer.pt), ``tests/model/importing/test_weights.py`` (CLIP's and released weights) and
+``tests/cluster/tracking/test_run.py`` (registry).
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ CALLS = {
 #: What may be there all the same, by file, with its reason.
 ALLOWED = {
     # An unpickler that knows tensors and plain containers alone, for OpenAI's archives.
-    ("gare/model/weight_files.py", "import pickle"),
+    ("gare/model/importing/weight_files.py", "import pickle"),
     # Its loader is the safe one, without repeated keys.
-    ("gare/strict_yaml.py", "yaml.load"),
+    ("gare/config/strict_yaml.py", "yaml.load"),
     # A model of code and weights, after it has been looked at.
     ("cluster/tracking/served.py", "mlflow.pyfunc.load_model"),
 }
@@ -116,11 +117,11 @@ def test_nothing_from_outside_is_run_as_code() -> None:
 
 def test_the_exceptions_are_what_they_say() -> None:
     """An exception by name would let anything through that takes its place."""
-    weights = (REPOSITORY / "gare/model/weight_files.py").read_text()
+    weights = (REPOSITORY / "gare/model/importing/weight_files.py").read_text()
     assert set(_attributes_of(weights, "pickle")) == {"Unpickler", "UnpicklingError"}
     import yaml
 
-    from gare import strict_yaml
+    from gare.config import strict_yaml
 
     assert issubclass(strict_yaml._Loader, yaml.SafeLoader)
     for text in ("!!python/object/apply:os.getcwd []", "!!python/name:os.system", "a: !!python/tuple [1]"):

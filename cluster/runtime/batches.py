@@ -104,7 +104,7 @@ def ahead_bytes(config: ClusterConfig, workers: int, batch_bytes: int, enough: f
 
     here = ray.get_runtime_context().get_node_id()
     wanted = min(config.prefetch_mb * _MEGABYTE, enough)
-    stores = [
+    stores: list[float] = [
         node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["NodeID"] == here
     ]
     room = sum(stores) * STORE_SHARE / max(workers, 1) - batch_bytes

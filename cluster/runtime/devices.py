@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, GareError
@@ -76,7 +76,7 @@ def require_usable_gpus(config: ClusterConfig) -> bool | None:
     import ray
 
     count = min(config.train_workers, int(ray.available_resources().get("GPU", 0)))
-    probes = [ray.remote(num_cpus=0, num_gpus=1)(_Probe).remote() for _ in range(count)]
+    probes: list[Any] = [ray.remote(num_cpus=0, num_gpus=1)(_Probe).remote() for _ in range(count)]
     try:
         # All at once, so that none gets the GPU of another.
         answers = ray.get([probe.look.remote() for probe in probes], timeout=ANSWER_S)

@@ -1,4 +1,4 @@
-"""Which addresses a URI from somebody's manifest may lead to."""
+"""Addresses that a URI from somebody's manifest may lead to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is written as an IP address."""
+    """Returns True if a host is written as an IP address."""
     try:
         ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -46,7 +46,7 @@ class TransientError(Exception):
 
 
 def is_transient(status: int) -> bool:
-    """Whether an HTTP status asks for a new try: 408, 425, 429 and 5xx do, 403 and 404 do not."""
+    """Returns True if an HTTP status asks for a new try: 408, 425, 429 and 5xx do, 403 and 404 do not."""
     return status in _TRANSIENT_STATUS or (status >= 500 and status not in _FINAL_STATUS)
 
 
@@ -107,7 +107,7 @@ class Attempts:
         time.sleep(pause_s)
 
     def call(self, function: Callable[[float], T]) -> T:
-        """What the function returns at the first try that is not disturbed; its argument is ``timeout_s``.
+        """Calls the function until nothing disturbs it; its argument is ``timeout_s``.
 
         Raises:
             FetchError: from the function, or as in ``wait``.

@@ -1,4 +1,4 @@
-"""What fetching asks of each kind of server, and the plain values that it answers with."""
+"""The contract of each kind of server that videos are fetched from, and the plain values of its answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class RemoteVersion:
-    """As ``gare.data.sources.FileVersion``, which this room does not know."""
+    """Size and version of a remote file, as ``gare.data.videos.FileVersion``, which is unknown here."""
 
     size_bytes: int
     version: str
@@ -24,7 +24,7 @@ class RemoteVersion:
 
 @dataclass(frozen=True)
 class FetchedVideo:
-    """As ``gare.data.sources.LocalVideo``."""
+    """A fetched video; like ``gare.data.videos.LocalVideo``."""
 
     path: str
     size_bytes: int
@@ -63,7 +63,7 @@ class Server(Protocol):
 
 
 class LocalSource(Protocol):
-    """What reads files of this machine; ``gare.data.sources.LocalVideos`` does."""
+    """Reads files of this machine, as ``gare.data.videos.LocalVideos`` does."""
 
     def open(self, uri: str) -> AbstractContextManager[Any]:
         """The file where it is."""

@@ -232,7 +232,7 @@ def _chunks(response: urllib3.BaseHTTPResponse, uri: str) -> Iterator[bytes]:
 
 
 def _beside_proxy() -> str:
-    """What a person behind a proxy has to know."""
+    """Says what a person behind a proxy has to know."""
     # A proxy resolves names itself: which address one leads to could not be looked at here.
     return "; videos are fetched directly, without the proxy of the environment" if getproxies() else ""
 

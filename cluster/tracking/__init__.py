@@ -1,7 +1,7 @@
 """MLflow: runs, metrics, pictures, data sets and models. ``client`` is the only file that imports mlflow."""
 
 from cluster.tracking.described import benchmark_name, processing_tag, run_tags, split_tags
-from cluster.tracking.location import mask_credentials, resolve_tracking_uri
+from cluster.tracking.location import resolve_tracking_uri
 from cluster.tracking.revision import git_revision
 from cluster.tracking.run import RunHandle, check_metric_names, finish_open_runs, status_after
 from cluster.tracking.served import serve_model, use_served_model
@@ -16,7 +16,6 @@ __all__ = [
     "connect",
     "finish_open_runs",
     "git_revision",
-    "mask_credentials",
     "processing_tag",
     "resolve_tracking_uri",
     "run_tags",

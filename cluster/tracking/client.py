@@ -65,7 +65,7 @@ def client(uri: str) -> Any:
 
 
 def is_server(uri: str) -> bool:
-    """Whether the store is behind an MLflow server, as opposed to a database used directly."""
+    """True if the store is behind an MLflow server, as opposed to a database used directly."""
     return scheme_of(uri) in ("http", "https")
 
 
@@ -115,7 +115,7 @@ def _open_database(uri: str, artifacts: str) -> None:
     finally:
         engine.dispose()
     # The first to open a database also makes the experiment "Default", with files below what it is told.
-    SqlAlchemyStore(uri, artifacts)  # type: ignore[no-untyped-call]
+    SqlAlchemyStore(uri, artifacts)
 
 
 def find_or_create_experiment(uri: str, name: str, artifacts: str | None) -> str:
@@ -270,8 +270,8 @@ def _request(uri: str, endpoint: str, method: str, **content: Any) -> dict[str, 
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    answer = http_request(  # type: ignore[no-untyped-call]
-        get_default_host_creds(uri),  # type: ignore[no-untyped-call]
+    answer = http_request(
+        get_default_host_creds(uri),
         f"/api/2.0/mlflow/{endpoint}",
         method,
         max_retries=0,
@@ -307,7 +307,7 @@ def link_dataset(
 
 
 def system_monitor(uri: str, run_id: str, node: str) -> Any:
-    """What samples this machine: it numbers its samples on from those that the run has."""
+    """Builds the monitor of this machine: it numbers its samples on from those that the run has."""
     mlflow_module()
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 

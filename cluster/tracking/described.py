@@ -9,7 +9,7 @@ from gare.config import Config
 
 
 def benchmark_name(config: Config, benchmark: str) -> str:
-    """What a person calls it: folders of one's own are all ``folder``, told apart by the data set's name."""
+    """Names a benchmark for people; folders of one's own are told apart by the data set's name."""
     return config.name if benchmark == "folder" else benchmark
 
 

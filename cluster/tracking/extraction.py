@@ -61,7 +61,7 @@ class ExtractionRun:
 
         Args:
             counts: by name, such as ``new``.
-            done: ``cluster.progress.Progress.report``; empty where there was nothing to extract.
+            done: ``cluster.status.progress.Progress.report``; empty where there was nothing to extract.
             failures: rows of the store's failures by id.
         """
         numbers = {name: value for name, value in done.items() if isinstance(value, int | float)}

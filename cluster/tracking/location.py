@@ -1,4 +1,4 @@
-"""Where MLflow's records and files are: tracking URIs, with and without what must not be shown."""
+"""Locations of MLflow's records and files: tracking URIs, with and without what must not be shown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gare.errors import ConfigError
-from gare.errors import masked as mask_credentials
+from gare.errors import ConfigError, masked
 
 #: Databases that MLflow can use without a server in between.
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -30,14 +29,10 @@ def resolve_tracking_uri(uri: str, root: str) -> str:
     scheme = scheme_of(uri)
     if scheme in ("http", "https"):
         if not urlsplit(uri).hostname:
-            raise ConfigError(
-                f"{mask_credentials(uri)!r} names no host", where="tracking.uri", accepted=_ACCEPTED
-            )
+            raise ConfigError(f"{masked(uri)!r} names no host", where="tracking.uri", accepted=_ACCEPTED)
         return uri
     if scheme not in DATABASES:
-        raise ConfigError(
-            f"{mask_credentials(uri)!r} is no MLflow store", where="tracking.uri", accepted=_ACCEPTED
-        )
+        raise ConfigError(f"{masked(uri)!r} is no MLflow store", where="tracking.uri", accepted=_ACCEPTED)
     if scheme != "sqlite":
         return uri
     prefix, separator, path = uri.partition(":///")

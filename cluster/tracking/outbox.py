@@ -1,4 +1,4 @@
-"""What could not be delivered to the tracking server yet, kept in a JSON-lines file.
+"""Entries that could not be delivered to the tracking server yet, kept in a JSON-lines file.
 
 Entries are idempotent for the receiver: a metric carries its own time, a tag its value. So the file is
 emptied only once everything in it has been delivered, and sending some of it twice does no harm.
@@ -33,7 +33,7 @@ Entry = dict[str, Any]
 
 
 class Outbox(Protocol):
-    """What keeps entries until they can be delivered; it can be pickled, and ``str`` says where it is."""
+    """Keeps entries until they can be delivered; it can be pickled, and ``str`` says where it is."""
 
     def add(self, entry: Entry) -> None:
         """Keeps one entry.
@@ -56,11 +56,11 @@ class FileOutbox:
         return self.path
 
     def add(self, entry: Entry) -> None:
-        """As ``add``."""
+        """Adds entries to it."""
         add(self.path, entry)
 
     def deliver(self, send: Callable[[Entry], None]) -> int:
-        """As ``deliver``."""
+        """Delivers its entries."""
         return deliver(self.path, send)
 
 

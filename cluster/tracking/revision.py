@@ -1,4 +1,4 @@
-"""Which version of the code ran."""
+"""The version of the code that ran."""
 
 from __future__ import annotations
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from cluster.stopping import asked_by, shielded
+from cluster.runtime.signals import asked_by, shielded
 from cluster.tracking import client, outbox, registry, served
-from cluster.tracking.location import mask_credentials
-from gare.errors import GareError, LockLostError, StoppedError
+from gare.errors import GareError, LockLostError, StoppedError, masked
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ class RunHandle:
                 self.run_id,
                 name=name,
                 digest=digest,
-                source=mask_credentials(source),
+                source=masked(source),
                 context=context,
                 profile=counts or {},
             ),
@@ -394,5 +393,5 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def brief(error: Exception) -> str:
     """The error on one line, without credentials."""
-    text = " ".join(mask_credentials(str(error)).split())
+    text = " ".join(masked(str(error)).split())
     return f"{type(error).__name__}: {text[:400]}"

@@ -1,4 +1,4 @@
-"""What every node of the cluster does while a run lasts: MLflow's system metrics, ``system/NODE/…``.
+"""System metrics of every node of the cluster while a run lasts, as MLflow's ``system/NODE/…``.
 
 A small Ray actor on each node samples it, those included that only decode. Whatever happens to one of them,
 or to MLflow, the run knows nothing of it.
@@ -129,8 +129,9 @@ class _Samplers:
             for node, about in alive.items():
                 if node not in self._actors:
                     here = NodeAffinitySchedulingStrategy(node, soft=False)
-                    remote = ray.remote(num_cpus=0, max_restarts=2, scheduling_strategy=here)(NodeSampler)
-                    actor = remote.remote(self._handle, node_name(about), self._every_s)
+                    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+                    sampler: Any = ray.remote(max_restarts=2, **options)(NodeSampler)
+                    actor = sampler.remote(self._handle, node_name(about), self._every_s)
                     self._actors[node] = (actor, actor.is_up.remote())
         except Exception as error:
             logger.warning("no system metrics of new nodes: %s", brief(error))

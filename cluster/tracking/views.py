@@ -1,4 +1,4 @@
-"""What MLflow's pages show of an experiment before anyone has chosen: runs with their scores, in three views.
+"""Saved views of an experiment on MLflow's pages: runs with their scores, in three views.
 
 By default the table of runs shows times and sources, and no score. Views are tags of the experiment, in the
 form in which MLflow 3.17's pages save a person's own; pages that do not know it show their default.

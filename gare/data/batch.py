@@ -1,4 +1,4 @@
-"""What a training or evaluation step consumes.
+"""Batches of a training or evaluation step.
 
 B text-video pairs, F frames, W words, D embedding width.
 """
@@ -32,7 +32,7 @@ class Batch:
     video_ids: Tensor | None = None
 
     def to(self, device: Any) -> Batch:
-        """The same batch on another device."""
+        """Copies the batch to another device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def __getitem__(self, rows: slice) -> Batch:
@@ -69,7 +69,7 @@ class FeatureBatch:
     video_ids: Tensor | None = None
 
     def to(self, device: Any) -> FeatureBatch:
-        """The same batch on another device."""
+        """Copies the batch to another device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def __getitem__(self, rows: slice) -> FeatureBatch:

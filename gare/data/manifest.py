@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.faults import Faults
+from gare.data.collected_errors import Faults
 from gare.errors import DataError
 from gare.storage.files import exists, read_bytes, write_atomically
 from gare.storage.uris import is_uri

@@ -1,4 +1,4 @@
-"""What the encoders hand to the score.
+"""Features of texts and videos, as the encoders hand them to the score.
 
 N texts, M videos, F frames, W words, D embedding width. Nothing here is normalised.
 """

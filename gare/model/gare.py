@@ -10,14 +10,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 from gare.config import ModelConfig
-from gare.model.adapters import Adapters
-from gare.model.clip import ClipTowers, NoTowers, tower_frames, tower_text
+from gare.model.encoders.adapters import Adapters
+from gare.model.encoders.clip import ClipTowers, NoTowers, tower_frames, tower_text
+from gare.model.encoders.temporal import TemporalTransformer
+from gare.model.factorized.prepared import PreparedVideo
 from gare.model.features import TextFeatures, VideoFeatures, clip_mask
 from gare.model.increment import Increment, IncrementRadius
-from gare.model.prepared import PreparedVideo
 from gare.model.scorer import PairScorer
 from gare.model.streaming import stream_scores
-from gare.model.temporal import TemporalTransformer
 
 
 class GARE(nn.Module):
@@ -110,14 +110,14 @@ class GARE(nn.Module):
         return self.video_from_towers(frames_MFD, frame_mask)
 
     def text_from_towers(self, text: TextFeatures) -> TextFeatures:
-        """What ``encode_text`` makes of the text tower's output, which a feature store keeps."""
+        """Encodes texts on from the text tower's output, which a feature store keeps."""
         if self.adapters is None:
             return text
         words = None if text.words is None else self.adapters.text(text.words)
         return TextFeatures(self.adapters.text(text.embedding), words, text.mask)
 
     def video_from_towers(self, frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
-        """What ``encode_video`` makes of the image tower's output, which a feature store keeps.
+        """Encodes videos on from the image tower's output, which a feature store keeps.
 
         Args:
             frames: (M, F, D), zero at padded frames; where padding is released, a grey picture's features.

@@ -99,7 +99,7 @@ class Increment(nn.Module):
 
 
 class IncrementRadius(nn.Module):
-    """How long the increment is where ψ is asked with the text itself: R_ij = exp(b + Σ_f c_f t_i·v_jf).
+    """Length of the increment where ψ is asked with the text itself: R_ij = exp(b + Σ_f c_f t_i·v_jf).
 
     One learned number c_f a frame position and b, all starting at 0; padded frames count 0.
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gare.model.factorized.quadratic_forms import SHORTEST
 from gare.model.features import VideoFeatures
-from gare.model.forms import SHORTEST
 
 
 def pool(

@@ -15,17 +15,17 @@ from torch.nn import functional
 
 from gare.config import ModelConfig
 from gare.errors import ConfigError
-from gare.model.basis import BasisMaps, build_basis, turn
 from gare.model.budget import Budget
 from gare.model.direct import Pairs, direct_deltas, direct_pairs, direct_pooled
-from gare.model.factorized import PairNumbers, Rule, pair_numbers
+from gare.model.factorized.basis import BasisMaps, build_basis, queries_in_key_space
+from gare.model.factorized.lean_video import map_text
+from gare.model.factorized.pairs import PairNumbers, ScoringRule, pair_numbers
+from gare.model.factorized.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.fused import Asked, Fused, fused_pairs
+from gare.model.fused.blocks import Asked, Fused, fused_pairs
+from gare.model.fused.tile_sizes import why_unavailable
 from gare.model.increment import Increment, IncrementRadius
-from gare.model.lean_video import map_text
 from gare.model.pooling import unit_mean
-from gare.model.prepared import Embeddings, PreparedText, PreparedVideo
-from gare.model.tile_sizes import why_unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,12 @@ class PairScorer:
         return "video" if self.config.context == "frames" else "text"
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> ScoringRule:
         """The rule by which numbers of a pair become its score."""
         config = self.config
-        return Rule(config.corrected_side, config.pool_temperature, self.radius, pooling=config.pooling)
+        return ScoringRule(
+            config.corrected_side, config.pool_temperature, self.radius, pooling=config.pooling
+        )
 
     def path(self, method: str | None = None) -> ScorePath:
         """Chooses the form that computes pairs; what auto cannot do factorised is said once.
@@ -238,7 +240,7 @@ class PairScorer:
         """ψ's linear maps combined, to be made once for a step or a stream of blocks."""
         return None if self.increment is None else BasisMaps.of(self.increment, drops=self.drops)
 
-    def asking(self, embedding_XD: Tensor, *, lean: bool = False) -> Embeddings:
+    def query_embeddings(self, embedding_XD: Tensor, *, lean: bool = False) -> Embeddings:
         """Embeddings of the side that does not own the basis, as ψ is asked with them.
 
         Args:
@@ -250,7 +252,7 @@ class PairScorer:
         sign = 1 if self.radius is not None else self.config.gap_sign
         if self.radius is None and self.context_of == "video":
             sign = -sign  # the query is η(v̄ − t), and texts ask
-        turned_HXD = sign * turn(self.increment, embedding_XD)
+        turned_HXD = sign * queries_in_key_space(self.increment, embedding_XD)
         if lean:
             return Embeddings.of(embedding_XD, None, map_text(self.increment, embedding_XD, turned_HXD))
         return Embeddings.of(embedding_XD, turned_HXD)
@@ -274,7 +276,7 @@ class PairScorer:
         if self.increment is None or maps is None:
             return PreparedVideo.of(video, None)
         if self.context_of == "text":
-            return PreparedVideo.of(video, None, self.asking(video.mean))
+            return PreparedVideo.of(video, None, self.query_embeddings(video.mean))
         asks_text = self.radius is not None
         basis = build_basis(
             self.increment,

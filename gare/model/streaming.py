@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gare.model.budget import MEGABYTE, Budget
+from gare.model.factorized.prepared import PreparedVideo
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.prepared import PreparedVideo
 from gare.model.scorer import DIRECT_VECTORS, PairScorer
 
 #: Bytes of a block of pairs on a CPU: large enough for products to be efficient, small enough for its cache.
@@ -31,7 +31,7 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many texts and videos go at once.
+    """Numbers of texts and videos that are scored at once.
 
     Attributes:
         owners: contexts whose basis is made together.
@@ -171,7 +171,7 @@ def _by_videos(
     at_once = len(video) if isinstance(video, PreparedVideo) else sizes.owners
     # Texts are asked with once for all videos, so many of them as fit.
     for group in slices(len(text.embedding), sizes.askers):
-        texts = scorer.asking(text.embedding[group], lean=lean)
+        texts = scorer.query_embeddings(text.embedding[group], lean=lean)
         for owners in slices(len(video), at_once):
             if isinstance(video, PreparedVideo):
                 prepared = video[owners]

@@ -16,10 +16,10 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from gare.errors import DataError
+from gare.model.encoders.tokenizer import tokenize
+from gare.model.factorized.prepared import PreparedVideo
 from gare.model.features import VideoFeatures
 from gare.model.gare import GARE
-from gare.model.prepared import PreparedVideo
-from gare.model.tokenizer import tokenize
 from gare.storage.files import write_atomically
 
 #: Name of the file, in an evaluation's folder and beside a served model's weights.

@@ -74,7 +74,7 @@ def join(uri: str, *names: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there.
+    """Returns True if a file or folder is there.
 
     Raises:
         DataError: if that cannot be found out.

@@ -107,7 +107,7 @@ def _environment(*names: str) -> str:
 
 
 def _credentials() -> tuple[str, ...]:
-    """What tells one environment from another; the SDK itself reads the credentials."""
+    """Builds a key that tells one environment from another; the SDK itself reads the credentials."""
     names = ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_PROFILE")
     return tuple(os.environ.get(name, "") for name in names)
 

@@ -61,7 +61,7 @@ def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Whether a fault is one that a person has to mend: one of what is stored, or a lasting one of where."""
+    """Returns True if a person has to mend a fault: one of the content, or a lasting one of its place."""
     return not is_of_a_file(error) or _has_errno(error, LASTING)
 
 

@@ -1,4 +1,4 @@
-"""What a location says about itself: whether it is a URI, its scheme, the path or the names in it."""
+"""Parts of a location: whether it is a URI, its scheme, the path or the names in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def scheme_of(location: str) -> str:
 
 
 def is_uri(location: str) -> bool:
-    """Whether it has the form ``scheme://…``; all else is a local path."""
+    """Returns True for the form ``scheme://…``; all else is a local path."""
     return _SCHEME.match(location) is not None
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from gare.data.features import FeatureReader
-from gare.data.frames import FrameReader
 from gare.data.manifest import ManifestRow
+from gare.data.store.feature_reader import FeatureReader
+from gare.data.store.frame_reader import FrameReader
 from gare.errors import CheckpointError, DataError
 from gare.model.gare import GARE
-from gare.retrieval.encode import (
+from gare.retrieval.ranking.encode import (
     CAPTIONS,
     Encoder,
     encode_stored,
@@ -27,11 +27,11 @@ from gare.retrieval.encode import (
     text_of,
     video_of,
 )
-from gare.retrieval.queries import owners_of
-from gare.retrieval.ranks import rank_split
-from gare.train.checkpoints import Entry
-from gare.train.start import read_start
-from gare.train.state import load_checkpoint, read_config
+from gare.retrieval.ranking.ranks import rank_split
+from gare.retrieval.results.queries import owners_of
+from gare.train.checkpoint.files import load_checkpoint, read_config
+from gare.train.checkpoint.index import Entry
+from gare.train.checkpoint.initial_model import read_start
 
 logger = logging.getLogger(__name__)
 

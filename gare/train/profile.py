@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gare.train.gather import world_size
 from gare.train.input.loader import PARTS
+from gare.train.loss.gather import world_size
 from gare.train.stages import STAGES, start_recording, stop_recording, watch_gradients
 from gare.train.step import Learner
 
@@ -132,7 +132,7 @@ def picture(profile: Mapping[str, Any], title: str) -> bytes:
     """
     from matplotlib.figure import Figure
 
-    from gare.retrieval.pictures import FAINT, INK, LINES, as_png
+    from gare.report.pictures import FAINT, INK, LINES, as_png
 
     steps: Sequence[Mapping[str, float]] = profile["by_step"]
     names = [name for name in STAGES if any(step.get(name) for step in steps)]
@@ -154,5 +154,5 @@ def picture(profile: Mapping[str, Any], title: str) -> bytes:
 
 
 def trace_file(folder: str) -> str:
-    """Where the Chrome trace goes; its ending has it compressed."""
+    """Path of the Chrome trace; its ending has it compressed."""
     return str(Path(folder) / "trace.json.gz")

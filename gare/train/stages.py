@@ -1,4 +1,4 @@
-"""Where the seconds of a training step go: stages that are marked in the code and measured on request.
+"""Seconds of a training step by stage: stages are marked in the code and measured on request.
 
 A stage's seconds are its own: those of a stage inside it count there. On a GPU every border waits for the
 device, so a measured step is a little slower than one that is not. Off, a mark costs less than a microsecond.
@@ -99,7 +99,7 @@ class Recorder:
             self._open[-1].inner += seconds
 
     def gradients_ready(self) -> None:
-        """What is left of the backward is the exchange of the last gradients."""
+        """Marks that the rest of the backward is the exchange of the last gradients."""
         self._ready = self.now()
 
     def _add(self, name: str, seconds: float) -> None:

@@ -15,19 +15,19 @@ from torch.optim import Optimizer
 from gare.config import Config, TrainConfig
 from gare.data.batch import Batch, FeatureBatch
 from gare.errors import DivergedError
-from gare.model.clip import ClipTowers
-from gare.model.compiled import checkpoint_activations, compile_towers
+from gare.model.encoders.clip import ClipTowers
+from gare.model.encoders.compiled import checkpoint_activations, compile_towers
+from gare.model.encoders.released_fp16 import convert_to_released_fp16
 from gare.model.gare import GARE
-from gare.model.released_fp16 import convert_to_released_fp16
-from gare.train.diagnostics import diagnose
-from gare.train.gather import gather_names, rank, world_size
 from gare.train.input.sampler import step_seed
-from gare.train.objective import LossTerms, Objective
-from gare.train.optim import build_optimizer, clip_gradients, freeze, set_learning_rate
-from gare.train.precision import precision_on, use_tf32
-from gare.train.sharded import Seen
+from gare.train.loss.diagnostics import diagnose
+from gare.train.loss.gather import gather_names, rank, world_size
+from gare.train.loss.objective import LossTerms, Objective
+from gare.train.loss.sharded import StepObservations
+from gare.train.loss.trust_region import trust_region_step
+from gare.train.optim.optimizer import build_optimizer, clip_gradients, freeze, set_learning_rate
+from gare.train.optim.precision import precision_on, use_tf32
 from gare.train.stages import stage
-from gare.train.trust_region import trust_region_step
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def train_step(
     return values
 
 
-def _measures(learner: Learner, seen: Seen) -> dict[str, float]:
+def _measures(learner: Learner, seen: StepObservations) -> dict[str, float]:
     """Diagnostics of a step."""
     model, train = learner.model, learner.config.train
     measures = diagnose(model.scorer, seen, train.diagnostics_texts)

@@ -14,9 +14,9 @@ from torch import Tensor
 from gare.data.images import normalise
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.retrieval.encode import from_stored
-from gare.retrieval.ranks import rank_split
-from gare.train.gather import gather_unequal
+from gare.retrieval.ranking.encode import from_stored
+from gare.retrieval.ranking.ranks import rank_split
+from gare.train.loss.gather import gather_unequal
 
 
 @dataclass

@@ -18,9 +18,9 @@ import torch
 
 from gare.config import Config
 from gare.model.gare import GARE
-from gare.train.state import capture, restore_learner, write_checkpoint
+from gare.train.checkpoint.files import capture, restore_learner, write_checkpoint
+from gare.train.checkpoint.sums import SUMS, sha256_of
 from gare.train.step import Learner, build_learner
-from gare.train.sums import SUMS, sha256_of
 from tests.benchmarks.measure import interleaved
 
 
@@ -45,8 +45,8 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
     def without(call: Callable[[], object]) -> Callable[[], object]:
         def patched() -> None:
             with (
-                patch("gare.train.state.sha256_of", lambda content: "0" * 64),
-                patch("gare.train.sums.sha256_of", lambda content: "0" * 64),
+                patch("gare.train.checkpoint.files.sha256_of", lambda content: "0" * 64),
+                patch("gare.train.checkpoint.sums.sha256_of", lambda content: "0" * 64),
             ):
                 call()
             (plain / SUMS).unlink(missing_ok=True)

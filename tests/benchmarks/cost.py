@@ -102,8 +102,8 @@ def loss_traffic(form: Form, num_pairs: int, shape: Shape) -> Traffic:
     """Of the loss: forward and backward of the gather, and what the rows share.
 
     Args:
-        form: sharded: each worker its own rows, as ``gare.train.sharded`` does; everything: every worker has
-            all captions and clips and computes the whole loss; with or without words.
+        form: sharded: each worker its own rows, as ``gare.train.loss.sharded`` does; everything: every worker
+            has all captions and clips and computes the whole loss; with or without words.
         num_pairs: N.
         shape: of the step.
     """

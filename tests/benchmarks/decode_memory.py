@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from gare.data.decode_process import DecodeProcess
+from gare.data.decode.process import DecodeProcess
 
 
 def main() -> int:

@@ -17,9 +17,9 @@ from typing import Any
 import av
 import numpy as np
 
-from gare.data.decode import decode_clip
+from gare.data.decode.clip import decode_clip
+from gare.data.decode.probe import probe
 from gare.data.images import encode_jpeg, prepare_frame
-from gare.data.probe import probe
 
 
 def generate(path: Path, seconds: float = 15.0) -> None:

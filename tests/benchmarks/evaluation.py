@@ -14,12 +14,12 @@ import time
 
 import torch
 
-from gare.retrieval.postprocess import Processing
-from gare.retrieval.ranks import rank_blocks
-from gare.retrieval.results import intervals_of
-from gare.retrieval.scoring import ModelBlocks
+from gare.retrieval.ranking.postprocess import Processing
+from gare.retrieval.ranking.ranks import rank_blocks
+from gare.retrieval.ranking.scoring import ModelBlocks
+from gare.retrieval.results.files import intervals_of
 from tests.benchmarks.inputs import D, F, features, head
-from tests.memory import peak_mb, reset_peak
+from tests.helpers.memory import peak_mb, reset_peak
 
 BAR_MB = 2000
 

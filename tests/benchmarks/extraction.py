@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.session import ray_session
-from cluster.storage import layout
+from cluster.layout import layout
+from cluster.runtime.session import ray_session
 from gare.config import Config, parse_config
-from gare.data.decode import decode_clip
+from gare.data.decode.clip import decode_clip
+from gare.data.decode.probe import probe
 from gare.data.images import encode_jpeg, prepare_frame
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
-from gare.data.probe import probe
 from gare.storage.files import delete_tree
 from pipelines import extract
 from tests.benchmarks.clips import write_clips

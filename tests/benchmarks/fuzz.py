@@ -30,10 +30,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from gare.data.decode_process import DecodeProcess
+from gare.data.decode.process import DecodeProcess
 from tests.films.judge import ENDINGS, Ending, Verdict, draw_ask, judge
 from tests.films.kinds import KINDS, folder_of, generator, make_film
-from tests.fuzz import damaged_file, outcome, real_clips
+from tests.helpers.fuzz import damaged_file, outcome, real_clips
 
 REAL = "real"
 #: Outcomes of damaged real clips that need a look.

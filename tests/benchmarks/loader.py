@@ -23,7 +23,7 @@ import torch
 
 from gare.config import Config, load_config, parse_config
 from gare.data.images import normalise
-from gare.data.store import IDENTITY
+from gare.data.store.contents import IDENTITY
 from gare.train.input.feed import Feed
 from gare.train.input.loader import Arrays, FrameLoader, Listed
 from gare.train.input.tokens import CaptionTokens

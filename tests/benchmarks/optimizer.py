@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gare.config import Config
 from gare.model.gare import GARE
-from gare.train.bert_adam import BertAdam
+from gare.train.optim.bert_adam import BertAdam
 from tests.benchmarks.measure import interleaved
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from gare.model.factorized.prepared import PreparedVideo
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.model.prepared import PreparedVideo
 from tests.benchmarks.inputs import D, F, features, head
-from tests.heads import held_bytes
+from tests.helpers.heads import held_bytes
 
 TEXTS = (1, 8, 64, 1000)
 FORMS = {"with basis": False, "lean": True}

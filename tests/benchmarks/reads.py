@@ -24,14 +24,21 @@ import decord
 import numpy as np
 
 from gare.config import Config, parse_config
-from gare.data.decode import decode_clip
-from gare.data.extraction import Extractor
-from gare.data.feature_store import feature_schema, feature_settings, feature_table
-from gare.data.features import FeatureReader
+from gare.data.decode.clip import decode_clip
+from gare.data.decode.sampling import choose
 from gare.data.images import prepare_frame
-from gare.data.parts import write_table
-from gare.data.sampling import choose
-from gare.data.store import IDENTITY, StoreMeta, fingerprint, frame_settings, ids_in_parts, write_meta
+from gare.data.store.contents import (
+    IDENTITY,
+    StoreMeta,
+    fingerprint,
+    frame_settings,
+    ids_in_parts,
+    write_meta,
+)
+from gare.data.store.feature_reader import FeatureReader
+from gare.data.store.feature_schema import feature_schema, feature_settings, feature_table
+from gare.data.store.parts import write_table
+from gare.extract.frame_writer import Extractor
 from gare.train.input.loader import FeatureLoader, FrameLoader
 from gare.train.input.tokens import CaptionTokens
 from tests.helpers.plans import listed

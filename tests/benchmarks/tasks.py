@@ -16,11 +16,11 @@ import torch.distributed as dist
 from gare.config import LossConfig
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.train.diagnostics import diagnose
-from gare.train.gather import rows_of
-from gare.train.objective import Draws, loss_terms, sharded_terms
+from gare.train.loss.diagnostics import diagnose
+from gare.train.loss.gather import rows_of
+from gare.train.loss.objective import StepRandomness, loss_terms, sharded_terms
 from tests.benchmarks.inputs import features, head
-from tests.memory import peak_mb, reset_peak
+from tests.helpers.memory import peak_mb, reset_peak
 
 
 def step_call(num_pairs: int, form: str, over: str = "all", *, watched: bool = False) -> Callable[[], None]:
@@ -35,7 +35,7 @@ def step_call(num_pairs: int, form: str, over: str = "all", *, watched: bool = F
     config = LossConfig(direction_over=over)  # type: ignore[arg-type]
 
     def step() -> None:
-        draws = Draws.of_step(model.scorer, config, num_pairs, 0)
+        draws = StepRandomness.of_step(model.scorer, config, num_pairs, 0)
         if form == "direct":
             loss_terms(model, text, video, config, draws).objective.backward()
             return
@@ -85,7 +85,7 @@ def worker(rank: int, world: int, folder: str, num_pairs: int) -> None:
     for number in range(rounds):
         if number == 1:
             started = time.perf_counter()
-        draws = Draws.of_step(model.scorer, config, num_pairs, 0)
+        draws = StepRandomness.of_step(model.scorer, config, num_pairs, 0)
         rows = rows_of(share, torch.device("cpu"))
         terms = sharded_terms(model, own, VideoFeatures(frames, video.mask), config, draws, rows=rows)
         terms.objective.backward()

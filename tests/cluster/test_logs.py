@@ -111,7 +111,7 @@ def run(config):
         raise RuntimeError("unforeseen")
     if config.train.run == "ray":
         import ray
-        from cluster.session import ray_session
+        from cluster.runtime.session import ray_session
 
         # Ray forwards when it likes; a driver that ends before that shows nothing of it.
         there, write = threading.Event(), sys.stderr.write

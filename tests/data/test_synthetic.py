@@ -27,8 +27,8 @@ from gare.data.synthetic import (
     render_frame,
 )
 from gare.data.synthetic import encode as encode_module
+from gare.data.synthetic.benchmark_plan import GENERATOR_VERSION
 from gare.data.synthetic.captions import MAX_WORDS, MIN_WORDS, NUM_CAPTIONS
-from gare.data.synthetic.plan import GENERATOR_VERSION
 from gare.data.synthetic.scene import (
     BACKGROUND_COLORS,
     FRAME_RATES,

@@ -16,8 +16,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from gare.data.decode_process import DecodeProcess, DecoderCrashError, DecodeTimeoutError, ExtractedClip
-from gare.data.sampling import choose, keyframes_within, sample_times, shown_at, uniform_times
+from gare.data.decode.process import DecodeProcess, DecoderCrashError, DecodeTimeoutError, ExtractedClip
+from gare.data.decode.sampling import choose, keyframes_within, sample_times, shown_at, uniform_times
 from gare.errors import DataError
 from tests.films.film import Film, Showing
 from tests.films.numbers import read

@@ -16,12 +16,12 @@ from torch.nn import functional
 from gare.errors import ConfigError, DataError
 from gare.model.features import VideoFeatures
 from gare.model.gare import GARE
-from gare.train.objective import Objective
+from gare.train.loss.objective import Objective
 from gare.train.step import build_learner, train_step
 from gare.train.validation import Validation
-from tests.heads import features, head
-from tests.model.plain_temporal import plain_temporal
-from tests.tiny import moved_model, tiny_batch, tiny_config, tiny_feature_batch
+from tests.helpers.heads import features, head
+from tests.helpers.plain_temporal import plain_temporal
+from tests.helpers.tiny import moved_model, tiny_batch, tiny_config, tiny_feature_batch
 
 MEAN = ("model.increment=false", "model.pooling=mean")
 NO_TEMPORAL = ("model.temporal=none", "model.temporal_layers=4", "model.temporal_heads=0")

@@ -11,8 +11,8 @@ from gare.model.features import VideoFeatures
 from gare.model.gare import GARE
 from gare.model.increment import Increment
 from gare.model.pooling import pool
-from gare.train.losses import bottleneck, direction, info_nce, radii
-from tests.golden import GOLDEN, draw_weight, head_inputs
+from gare.train.loss.losses import bottleneck, direction, info_nce, radii
+from tests.helpers.golden import GOLDEN, draw_weight, head_inputs
 
 D = 512
 NAMES = {

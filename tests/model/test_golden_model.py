@@ -11,10 +11,10 @@ import torch
 
 from gare import GARE, import_released
 from gare.config import LossConfig
-from gare.train.bert_adam import BertAdam
-from gare.train.objective import LossTerms, loss_terms
-from gare.train.optim import rate_factor_released
-from tests.golden import GOLDEN, draw, draw_weight
+from gare.train.loss.objective import LossTerms, loss_terms
+from gare.train.optim.bert_adam import BertAdam
+from gare.train.optim.optimizer import rate_factor_released
+from tests.helpers.golden import GOLDEN, draw, draw_weight
 
 
 def released_state_dict(seed: int) -> dict[str, torch.Tensor]:

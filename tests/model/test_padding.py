@@ -18,11 +18,11 @@ from gare.errors import ConfigError, DataError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.pooling import pool
-from gare.retrieval.scoring import ModelBlocks
+from gare.retrieval.ranking.scoring import ModelBlocks
 from gare.train.step import build_learner, compute_gradients, train_step
 from gare.train.validation import Validation
-from tests.model.plain_temporal import plain_temporal
-from tests.tiny import moved_model, tiny_batch, tiny_config
+from tests.helpers.plain_temporal import plain_temporal
+from tests.helpers.tiny import moved_model, tiny_batch, tiny_config
 
 RELEASED = "model.padding=released"
 NO_TEMPORAL = ("model.temporal=none", "model.temporal_layers=4", "model.temporal_heads=0")

@@ -13,9 +13,9 @@ from torch import Tensor
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.model.pooling import pool
-from gare.retrieval.metrics import retrieval_metrics
-from tests.retrieval.test_metrics import brute_force
-from tests.tiny import tiny_config
+from gare.retrieval.ranking.metrics import retrieval_metrics
+from tests.helpers.tiny import tiny_config
+from tests.retrieval.ranking.test_metrics import brute_force
 
 D = 32
 FEW = settings(max_examples=30, deadline=None)
@@ -54,8 +54,10 @@ def test_scores_are_cosines_and_columns_follow_their_videos(
     assert scores.abs().max() <= 1 + 1e-12
     order = torch.randperm(videos)
     torch.testing.assert_close(model.score(text, video[order]), scores[:, order], rtol=1e-9, atol=1e-9)
-    turn = torch.randperm(texts)
-    torch.testing.assert_close(model.score(text[turn], video), scores[turn], rtol=1e-9, atol=1e-9)
+    queries_in_key_space = torch.randperm(texts)
+    torch.testing.assert_close(
+        model.score(text[queries_in_key_space], video), scores[queries_in_key_space], rtol=1e-9, atol=1e-9
+    )
 
 
 @FEW

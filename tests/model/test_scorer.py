@@ -15,9 +15,9 @@ import torch
 import gare.model.scorer
 from gare.model.gare import GARE
 from gare.model.streaming import stream_scores
-from gare.train.optim import build_optimizer
-from tests.heads import features, head
-from tests.tiny import tiny_config
+from gare.train.optim.optimizer import build_optimizer
+from tests.helpers.heads import features, head
+from tests.helpers.tiny import tiny_config
 
 LAYER = [
     *(

@@ -16,8 +16,8 @@ from torch.nn import functional
 from gare.errors import ConfigError
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.train.objective import Objective
-from tests.tiny import moved_model, tiny_batch, tiny_config
+from gare.train.loss.objective import Objective
+from tests.helpers.tiny import moved_model, tiny_batch, tiny_config
 
 N, M, F, W, D = 3, 4, 4, 8, 32
 

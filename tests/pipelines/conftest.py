@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.session import ray_session
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
+from cluster.runtime.session import ray_session
 from pipelines import evaluate, extract, prepare, train
-from tests.pipelines.recovery import SECONDS, recovering
-from tests.pipelines.support import TINY, tiny
+from tests.helpers.pipelines import TINY, tiny
+from tests.helpers.recovery import SECONDS, recovering
 
 #: Warnings that Ray and MLflow give about themselves; all others are errors.
 LIBRARY_WARNINGS = ("ignore::DeprecationWarning:ray.data.context",)

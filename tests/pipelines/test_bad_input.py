@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
 from gare.config import Config
 from pipelines import evaluate, extract, prepare, train
-from tests.pipelines.support import Answer, command, in_process, snapshot, tiny
+from tests.helpers.pipelines import Answer, command, in_process, snapshot, tiny
 
 Step = Callable[[Config], Mapping[str, Any]]
 Run = Callable[..., Answer]

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.layout import Layout
 from cluster.runtime.batches import CHUNK_BYTES, Asked, Load, ahead_bytes, stream
 from cluster.runtime.devices import Answer, device_of_worker, explained_memory, refuse_unusable
-from cluster.storage import Layout
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, DataError, GareError
-from tests.pipelines.support import tiny
+from tests.helpers.pipelines import tiny
 
 #: So large that a batch of 5 rows comes in chunks of 2.
 ROW_BYTES = CHUNK_BYTES // 2

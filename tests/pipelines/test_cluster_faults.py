@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.storage import Layout
-from tests.pipelines.recovery import (
+from cluster.layout import Layout
+from tests.helpers.recovery import (
     Recovery,
     assert_as_undisturbed,
     last_entry,
@@ -24,8 +24,8 @@ from tests.pipelines.recovery import (
     remember,
     resumed,
 )
+from tests.helpers.services import free_port
 from tests.pipelines.test_faults import PATIENCE_S, wait_for
-from tests.services import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -33,10 +33,10 @@ NODES = """
 import json, subprocess, sys, threading
 import ray
 from ray.cluster_utils import Cluster
-from cluster.storage import layout
+from cluster.layout import layout
 from gare.config import parse_config
 from pipelines import train
-from tests.pipelines.recovery import SECONDS, Recovery, last_step, send, training_actors, workers
+from tests.helpers.recovery import SECONDS, Recovery, last_step, send, training_actors, workers
 from tests.pipelines.test_faults import wait_for
 
 how, after, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])

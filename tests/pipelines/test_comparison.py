@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from cluster.tracking import use_served_model
 from cluster.tracking.client import client
 from cluster.tracking.registry import champion_of
 from cluster.tracking.tracker import connect
 from gare.data.manifest import read_manifest
-from gare.retrieval.queries import read_queries
+from gare.retrieval.results.queries import read_queries
 from gare.storage.files import copy_files
-from gare.train.state import MODEL
-from gare.train.sums import SUMS
+from gare.train.checkpoint.files import MODEL
+from gare.train.checkpoint.sums import SUMS
 from pipelines import evaluate, train
-from pipelines.registration import write_and_register
-from tests.pipelines.support import in_process, tiny
+from pipelines.evaluating.registration import write_and_register
+from tests.helpers.pipelines import in_process, tiny
 
 
 def stored(places: Layout) -> Any:

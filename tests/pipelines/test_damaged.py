@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
 from gare import load_checkpoint
 from gare.data.manifest import ManifestRow
 from gare.errors import DamagedError
 from gare.model.gare import GARE
 from gare.retrieval.gallery import FILE
-from gare.train.checkpoints import Entry
-from gare.train.history import History
+from gare.train.checkpoint.files import CONFIG, MODEL, TRAINER, check_checkpoint
+from gare.train.checkpoint.history import History
+from gare.train.checkpoint.index import Entry
+from gare.train.checkpoint.sums import SUMS
 from gare.train.input.inputs import TrainInput, input_of
-from gare.train.state import CONFIG, MODEL, TRAINER, check_checkpoint
 from gare.train.step import build_learner
-from gare.train.sums import SUMS
-from pipelines import registration
-from pipelines.best import copy_best, mend_best
-from pipelines.saving import SELECTION, Saver
+from pipelines.evaluating import registration
+from pipelines.evaluating.subject import checkpoint_subject
 from pipelines.sizes import sizes_for_evaluation
-from pipelines.subject import checkpoint_subject
-from tests.tiny import tiny_config
+from pipelines.training.best import copy_best, mend_best
+from pipelines.training.checkpointing import SELECTION, Saver
+from tests.helpers.tiny import tiny_config
 
 EPOCHS = 4
 
@@ -174,7 +174,9 @@ class Registry:
 
 def test_a_served_model_is_compared(run: Run, tmp_path: Path, rng: np.random.Generator) -> None:
     """What is served has travelled the furthest, and answers for years."""
-    from pipelines.served_model import load  # it says at once that it is a model, which takes MLflow
+    from pipelines.evaluating.served_model import (
+        load,  # it says at once that it is a model, which takes MLflow
+    )
 
     copy_best(run.checkpoints, str(run.best), run.source)
     record = Path(run.places.run(run.config.train.run), "result.json")

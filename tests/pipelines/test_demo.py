@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from pipelines import demo
-from tests.pipelines.support import in_process
+from tests.helpers.pipelines import in_process
 
 METRICS = {f"{way}/{name}" for way in ("t2v", "v2t") for name in ("R1", "R5", "R10", "R50", "MdR", "MnR")}
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.storage import Layout
-from tests.pipelines.recovery import remember
-from tests.pipelines.support import losses, tiny
+from cluster.layout import Layout
+from tests.helpers.pipelines import losses, tiny
+from tests.helpers.recovery import remember
 from tests.pipelines.test_faults import PATIENCE_S
 
 pytestmark = [pytest.mark.faults, pytest.mark.long, pytest.mark.timeout(1500)]
@@ -28,10 +28,10 @@ SCRIPT = """
 import json, signal, sys, threading
 import ray
 from ray.cluster_utils import Cluster
-from cluster.storage import layout
+from cluster.layout import layout
 from gare.config import parse_config
 from pipelines import train
-from tests.pipelines.recovery import SECONDS, Recovery, last_step, send, training_actors, workers
+from tests.helpers.recovery import SECONDS, Recovery, last_step, send, training_actors, workers
 from tests.pipelines.test_faults import wait_for
 
 after, config = int(sys.argv[1]), parse_config(json.loads(sys.argv[2]))

@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from gare.data.manifest import read_manifest
 from gare.errors import GareError
-from gare.retrieval.compare import compare_runs
-from gare.retrieval.queries import read_queries
+from gare.retrieval.results.compare import compare_runs
+from gare.retrieval.results.queries import read_queries
 from gare.storage.lock import StoreLock
-from pipelines import evaluate, scoring
-from tests.pipelines.support import in_process, snapshot, tiny
+from pipelines import evaluate
+from pipelines.evaluating import scoring
+from tests.helpers.pipelines import in_process, snapshot, tiny
 
 
 def test_actors_rank_as_one_process_does(

@@ -12,15 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
 from cluster.tracking import resolve_tracking_uri
-from gare.data.frames import FrameReader
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
-from gare.data.store import ids_in_parts, read_failures, read_meta
+from gare.data.store.contents import ids_in_parts, read_failures, read_meta
+from gare.data.store.frame_reader import FrameReader
 from gare.storage.files import list_files
 from pipelines import extract, train
-from tests.pipelines.support import Answer, in_process, snapshot, tiny
-from tests.stores import stored_values
+from tests.helpers.pipelines import Answer, in_process, snapshot, tiny
+from tests.helpers.stores import stored_values
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ import psutil
 import pytest
 import ray
 
-from cluster.storage import Layout, layout
-from gare.data.store import ids_in_parts, read_failures, read_meta
+from cluster.layout import Layout, layout
+from gare.data.store.contents import ids_in_parts, read_failures, read_meta
 from gare.storage.files import list_files
 from pipelines import extract
-from tests.pipelines.support import in_process, tiny
-from tests.stores import stored_values
+from tests.helpers.pipelines import in_process, tiny
+from tests.helpers.stores import stored_values
 
 pytestmark = pytest.mark.faults
 
@@ -64,7 +64,7 @@ def assert_undisturbed(store: str, places: Layout) -> None:
     assert list_files(f"{store}/lock") == []
 
 
-@pytest.mark.parametrize("what", ["ray::MapWorker", "gare.data.decode_child"], ids=["actor", "decoder"])
+@pytest.mark.parametrize("what", ["ray::MapWorker", "gare.data.decode.child"], ids=["actor", "decoder"])
 def test_a_killed_worker(what: str, name: str, places: Layout, rng: np.random.Generator) -> None:
     """The system kills what takes too much memory: neither its clips nor the job may be lost with it."""
     store = layout(tiny(f"name={name}")).frames
@@ -171,9 +171,9 @@ NODES = """
 import json, os, signal, sys, threading
 import ray
 from ray.cluster_utils import Cluster
-from cluster.storage import layout
+from cluster.layout import layout
 from pipelines import extract
-from tests.pipelines.support import tiny
+from tests.helpers.pipelines import tiny
 from tests.pipelines.test_faults import num_parts, wait_for
 
 name, after = sys.argv[1], int(sys.argv[2])

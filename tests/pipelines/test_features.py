@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
 from gare import load_checkpoint
-from gare.data.features import FeatureReader
 from gare.data.manifest import read_manifest, write_manifest
-from gare.data.store import ids_in_parts, read_meta, write_meta
-from gare.model.clip import towers_sha256
+from gare.data.store.contents import ids_in_parts, read_meta, write_meta
+from gare.data.store.feature_reader import FeatureReader
+from gare.model.encoders.clip import towers_sha256
 from gare.storage.files import copy_files, delete_file, list_files, stat_file
-from gare.train.state import MODEL
-from gare.train.sums import SUMS
+from gare.train.checkpoint.files import MODEL
+from gare.train.checkpoint.sums import SUMS
 from pipelines import evaluate, extract, train
-from tests.pipelines.support import STEPS, in_process, snapshot, tiny
+from tests.helpers.pipelines import STEPS, in_process, snapshot, tiny
 from tests.pipelines.test_faults import num_parts, start_job, wait_for
 
 RUN = ("train.input=features", "train.run=from-features", "model.adapters=true")

@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.stopping import NAMES
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
+from cluster.runtime.signals import NAMES
 from cluster.tracking import resolve_tracking_uri
 from cluster.tracking.client import client
 from gare.data.manifest import read_manifest
-from gare.data.store import read_failures, read_meta
+from gare.data.store.contents import read_failures, read_meta
 from gare.storage.files import exists, join, list_files, read_json
 from pipelines import prepare
-from tests.pipelines.interrupts import Ended, assert_ended_in_order, run_command
-from tests.pipelines.support import losses, tiny
-from tests.stores import stored_values
+from tests.helpers.interrupts import Ended, assert_ended_in_order, run_command
+from tests.helpers.pipelines import losses, tiny
+from tests.helpers.stores import stored_values
 
 pytestmark = pytest.mark.faults
 

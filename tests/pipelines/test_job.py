@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from tests.cluster.deploy.support import IN_IMAGE, crontab_lines
-from tests.pipelines.support import losses, overrides_of, tiny
+from tests.helpers.pipelines import losses, overrides_of, tiny
 
 RAY = str(Path(sys.executable).with_name("ray"))
 UPLOAD_LIMIT_BYTES = 2_000_000

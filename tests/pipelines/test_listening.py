@@ -11,7 +11,7 @@ from pathlib import Path
 LISTENERS = """
 import json, os, sys
 import psutil
-from cluster.session import ray_session
+from cluster.runtime.session import ray_session
 from gare.config import parse_config
 
 with ray_session(parse_config({"cluster": {"num_cpus": 1}}).cluster):

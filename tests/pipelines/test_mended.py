@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cluster.storage import Layout, layout
-from gare.data.features import FeatureReader
-from gare.data.frames import FrameReader
+from cluster.layout import Layout, layout
 from gare.data.manifest import read_manifest, write_manifest
-from gare.data.parts import write_table
-from gare.data.store import part_files, read_columns, rows_in_parts
+from gare.data.store.contents import part_files, read_columns, rows_in_parts
+from gare.data.store.feature_reader import FeatureReader
+from gare.data.store.frame_reader import FrameReader
+from gare.data.store.parts import write_table
 from gare.storage.files import delete_file
 from gare.storage.generations import generation_of
 from pipelines import extract
-from tests.pipelines.support import in_process, snapshot, tiny
+from tests.helpers.pipelines import in_process, snapshot, tiny
 
 #: Clips of which earlier versions took other frames.
 WRONG = {"concat", "gap264"}

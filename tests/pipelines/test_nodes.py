@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.storage import Layout, layout
-from tests.pipelines.support import in_process, losses, tiny
-from tests.stores import stored_values
+from cluster.layout import Layout, layout
+from tests.helpers.pipelines import in_process, losses, tiny
+from tests.helpers.stores import stored_values
 
 PATIENCE_S = 500
 #: Relative difference of a loss over the workers' other order of sums, in float32.
@@ -28,10 +28,10 @@ SCRIPT = """
 import json, sys
 import ray
 from ray.cluster_utils import Cluster
-from cluster.resources import extraction_cpus, nodes
+from cluster.runtime.resources import extraction_cpus, nodes
 from gare.errors import ConfigError
 from pipelines import extract, train
-from tests.pipelines.support import tiny
+from tests.helpers.pipelines import tiny
 
 name, count, overrides = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 head = {"num_cpus": 1, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from gare.errors import DataError
 from gare.storage.files import list_files, read_bytes
-from pipelines import pending as pending_module
-from pipelines.pending import StoredOutbox, pending_of
+from pipelines import stored_outbox as pending_module
+from pipelines.stored_outbox import StoredOutbox, pending_of
 
 
 def entry(step: int) -> dict[str, Any]:

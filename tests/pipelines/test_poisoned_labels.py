@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
 from cluster.tracking.client import client
 from cluster.tracking.tracker import connect
 from gare.data.manifest import read_manifest, write_manifest
-from gare.train.state import MODEL
+from gare.train.checkpoint.files import MODEL
 from pipelines import evaluate, train
-from pipelines.saving import checkpoints_of
-from tests.pipelines.support import in_process, losses, snapshot, tiny
+from pipelines.training.checkpointing import checkpoints_of
+from tests.helpers.pipelines import in_process, losses, snapshot, tiny
 
 POISONED = "name=poisoned"
 

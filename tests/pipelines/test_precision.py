@@ -9,10 +9,10 @@ import pytest
 from gare.config import Config
 from gare.errors import ConfigError
 from gare.storage.files import write_json
-from gare.train.optim import reach_of_towers
-from gare.train.precision import resolve_precision
-from pipelines.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
-from tests.tiny import tiny_config
+from gare.train.optim.optimizer import reach_of_towers
+from gare.train.optim.precision import resolve_precision
+from pipelines.training.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from gare.data.manifest import read_manifest
 from pipelines import prepare
-from tests.annotation_copies import text_of
-from tests.pipelines.support import command, in_process
+from tests.helpers.annotation_copies import text_of
+from tests.helpers.pipelines import command, in_process
 
 FLAGS = {"--verify": ("data.verify", "compare", "true")}
 

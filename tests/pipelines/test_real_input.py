@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import layout
-from gare.data.frames import FrameReader
-from gare.data.store import ids_in_parts
+from cluster.layout import layout
+from gare.data.store.contents import ids_in_parts
+from gare.data.store.frame_reader import FrameReader
 from pipelines import evaluate, extract, prepare, train
-from tests.pipelines.support import losses, tiny
+from tests.helpers.pipelines import losses, tiny
 
 JPEG = ("extract.encoding=jpeg", "extract.sample_fps=1")
 #: Nothing in them can be seen, as their README says.

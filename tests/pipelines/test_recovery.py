@@ -11,10 +11,10 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.storage import Layout
-from gare.train.checkpoints import Checkpoints
+from cluster.layout import Layout
+from gare.train.checkpoint.index import Checkpoints
 from pipelines import train
-from tests.pipelines.recovery import (
+from tests.helpers.recovery import (
     STEPS,
     Recovery,
     assert_as_undisturbed,

@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.storage import layout
+from cluster.layout import layout
 from gare.config import Config
 from gare.data.manifest import read_manifest
-from gare.data.store import frame_schema, ids_in_parts, read_columns, read_failures, read_meta
+from gare.data.store.contents import frame_schema, ids_in_parts, read_columns, read_failures, read_meta
 from gare.errors import GareError
 from gare.storage.files import delete_tree, list_files
 from pipelines import evaluate, extract, prepare, train
-from tests.pipelines.support import in_process, tiny
-from tests.servers import DroppingProxy, Site
+from tests.helpers.pipelines import in_process, tiny
+from tests.helpers.servers import DroppingProxy, Site
 
 #: Name of the clip, where it is put and its split.
 CLIPS = (

@@ -16,15 +16,15 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from cluster.tracking import resolve_tracking_uri
 from gare.config import ModelConfig
+from gare.config.run_settings import completed_settings
 from gare.errors import ConfigError
-from gare.run_settings import completed_settings
 from gare.storage.lock import StoreLock
-from gare.train.state import MODEL, check_checkpoint
+from gare.train.checkpoint.files import MODEL, check_checkpoint
 from pipelines import evaluate, train
-from tests.pipelines.support import in_process, losses, tiny
+from tests.helpers.pipelines import in_process, losses, tiny
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

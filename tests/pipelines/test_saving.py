@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.storage import layout
+from cluster.layout import layout
 from gare.errors import DamagedError, LockLostError, StoppedError
 from gare.model.gare import GARE
 from gare.storage import generations
 from gare.storage.generations import Owned
-from gare.train import state
-from gare.train.checkpoints import Entry
-from gare.train.history import History
-from gare.train.state import MODEL
+from gare.train.checkpoint import files as state
+from gare.train.checkpoint.files import MODEL
+from gare.train.checkpoint.history import History
+from gare.train.checkpoint.index import Entry
 from gare.train.step import build_learner
-from pipelines import saving
-from pipelines.saving import LOOK_EVERY_S, Saver, StopRequest
-from pipelines.training import within_memory
-from tests.tiny import tiny_config
+from pipelines.training import checkpointing as saving
+from pipelines.training.checkpointing import LOOK_EVERY_S, Saver, StopRequest
+from pipelines.training.worker import within_memory
+from tests.helpers.tiny import tiny_config
 
 STEPS = 6
 

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
 from pipelines import evaluate, extract, prepare, train
-from tests.pipelines.support import in_process, tiny
-from tests.servers import Site
+from tests.helpers.pipelines import in_process, tiny
+from tests.helpers.servers import Site
 
 #: What the tests' environment holds, the driver's as well as every worker's.
 PLANTED = (

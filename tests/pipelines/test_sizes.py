@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.storage import layout
+from cluster.layout import layout
 from gare.config import load_config
 from gare.errors import ConfigError
-from gare.model.weights import import_clip
+from gare.model.importing.weights import import_clip
 from pipelines.sizes import sizes_for_evaluation
-from tests.model.test_weights import SMALL, OpenAIClip, published
-from tests.pipelines.support import command, tiny
+from tests.helpers.pipelines import command, tiny
+from tests.model.importing.test_weights import SMALL, OpenAIClip, published
 
 AUTO = (
     "name: sized\ndata: {benchmark: synthetic, num_train: 2, num_val: 1, num_test: 1}\nmodel: {clip: auto}\n"

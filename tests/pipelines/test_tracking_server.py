@@ -16,11 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from cluster.tracking import client as client_module
-from pipelines import evaluate, train, training
-from tests.pipelines.support import in_process, tiny
-from tests.services import MlflowServer, postgres, s3
+from pipelines import evaluate, train
+from pipelines.training import worker as training
+from tests.helpers.pipelines import in_process, tiny
+from tests.helpers.services import MlflowServer, postgres, s3
 
 pytestmark = pytest.mark.faults
 

@@ -19,16 +19,16 @@ import psutil
 import pytest
 import ray
 
-from cluster.storage import Layout, layout
+from cluster.layout import Layout, layout
 from cluster.tracking import resolve_tracking_uri
 from gare.storage.files import read_json
-from gare.train.checkpoints import Checkpoints
+from gare.train.checkpoint.index import Checkpoints
 from pipelines import train
-from pipelines.saving import StopRequest
-from tests.pipelines.recovery import Recovery, assert_as_undisturbed, last_entry, resumed, send, workers
-from tests.pipelines.support import in_process, losses, tiny
+from pipelines.training.checkpointing import StopRequest
+from tests.helpers.pipelines import in_process, losses, tiny
+from tests.helpers.recovery import Recovery, assert_as_undisturbed, last_entry, resumed, send, workers
+from tests.helpers.servers import DroppingProxy
 from tests.pipelines.test_faults import PATIENCE_S, wait_for
-from tests.servers import DroppingProxy
 
 pytestmark = pytest.mark.faults
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from cluster.tracking import connect, resolve_tracking_uri, system_metrics
 from pipelines import train
-from tests.pipelines.support import losses, tiny
+from tests.helpers.pipelines import losses, tiny
 
 WATCHED = (
     "train.run=watched",

@@ -15,13 +15,13 @@ import torch
 import yaml
 from PIL import Image
 
-from cluster.storage import Layout
+from cluster.layout import Layout
 from cluster.tracking import git_revision, resolve_tracking_uri, use_served_model
 from gare import load_checkpoint, tokenize
 from gare.config import parse_config
 from gare.data.manifest import read_manifest
 from pipelines import train
-from tests.pipelines.support import STEPS, losses, tiny
+from tests.helpers.pipelines import STEPS, losses, tiny
 
 CAPTIONS = ["a red circle moves to the left", "two squares cross"]
 

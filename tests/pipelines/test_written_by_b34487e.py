@@ -21,19 +21,19 @@ import yaml
 
 from cluster.tracking import resolve_tracking_uri
 from gare.config import Config, parse_config
-from gare.data.features import FeatureReader
-from gare.data.frames import FrameReader
 from gare.data.manifest import read_manifest
-from gare.data.store import read_failures, read_meta
+from gare.data.store.contents import read_failures, read_meta
+from gare.data.store.feature_reader import FeatureReader
+from gare.data.store.frame_reader import FrameReader
 from gare.storage import claims
 from gare.storage.files import list_files
 from gare.storage.generations import generation_of, newest_number
-from gare.train import sums
-from gare.train.checkpoints import Checkpoints
-from gare.train.history import History
+from gare.train.checkpoint import sums
+from gare.train.checkpoint.history import History
+from gare.train.checkpoint.index import Checkpoints
 from pipelines import evaluate, extract, prepare, train
-from tests.pipelines.support import losses, snapshot
-from tests.stores import stored_values
+from tests.helpers.pipelines import losses, snapshot
+from tests.helpers.stores import stored_values
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from gare.model.prepared import PreparedVideo
+from gare.model.factorized.prepared import PreparedVideo
 from gare.retrieval import gallery as galleries
 from gare.retrieval.gallery import Gallery, search
-from tests.heads import features, head
+from tests.helpers.heads import features, head
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from gare.storage.exclusive import create_file, renew_object, replace_file
 from gare.storage.files import delete_file, exists, read_bytes, write_atomically
 from gare.storage.lock import StoreLock
 from gare.storage.object_store import address_of
-from tests.servers import DroppingProxy
+from tests.helpers.servers import DroppingProxy
 
 FOLDER = "s3://videos/store"
 

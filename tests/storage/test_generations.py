@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data.compact import compact
-from gare.data.parts import read_columns, read_parts, write_part
-from gare.data.store import (
+from gare.data.store.compact import compact
+from gare.data.store.contents import (
     FAILURE_SCHEMA,
     frame_schema,
     ids_in_parts,
@@ -23,10 +22,11 @@ from gare.data.store import (
     write_meta,
     write_retired,
 )
+from gare.data.store.parts import read_columns, read_parts, write_part
 from gare.errors import DataError, LockLostError
 from gare.storage import generations
 from gare.storage.generations import Held, Owned
-from tests.stores import describe_store, failure_row, random_frames, stored_row, stored_values
+from tests.helpers.stores import describe_store, failure_row, random_frames, stored_row, stored_values
 
 RAW = ExtractConfig(num_frames=2, image_size=16, encoding="raw")
 

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gare.data.parts import write_table
+from gare.data.store.parts import write_table
 from gare.errors import StoppedError
 from gare.storage.files import copy_files, join, read_bytes, write_atomically, write_json
-from tests.servers import DroppingProxy
+from tests.helpers.servers import DroppingProxy
 
 #: Requests of an upload: its beginning, a part and its end.
 REQUESTS = {"begin": r"\?uploads", "part": r"partNumber=", "end": r"^POST .*\?uploadId="}

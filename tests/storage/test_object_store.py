@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data.frames import FrameReader
-from gare.data.store import ids_in_parts
+from gare.data.store.contents import ids_in_parts
+from gare.data.store.frame_reader import FrameReader
 from gare.errors import DataError
 from gare.storage import files, object_store
 from gare.storage.files import (
@@ -25,8 +25,8 @@ from gare.storage.files import (
     write_atomically,
     write_json,
 )
-from tests.servers import DroppingProxy
-from tests.stores import write_store
+from tests.helpers.servers import DroppingProxy
+from tests.helpers.stores import write_store
 
 EXTRACT = ExtractConfig(num_frames=2, image_size=32, encoding="raw")
 

@@ -10,15 +10,15 @@ import torch
 import yaml
 
 from gare.config import ClipConfig, Config, load_config, parse_config
+from gare.config.yaml_files import shipped_files
 from gare.errors import CheckpointError, ConfigError
 from gare.model.gare import GARE
-from gare.model.weights import import_clip
-from gare.settings_files import shipped_files
-from gare.train.start import initial_model, sizes_of_weights
-from gare.train.state import save_checkpoint
+from gare.model.importing.weights import import_clip
+from gare.train.checkpoint.files import save_checkpoint
+from gare.train.checkpoint.initial_model import initial_model, sizes_of_weights
 from gare.train.step import build_learner
-from tests.model.test_weights import SMALL, OpenAIClip, published, scripted
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
+from tests.model.importing.test_weights import SMALL, OpenAIClip, published, scripted
 
 #: ``SMALL`` as a configuration has it; heads are 64 wide.
 SIZES: dict[str, Any] = {

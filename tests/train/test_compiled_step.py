@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from gare.model.compiled import CompiledBlocks
-from gare.run_settings import FREE_TRAIN_KEYS
-from gare.train.gather import gather
+from gare.config.run_settings import FREE_TRAIN_KEYS
+from gare.model.encoders.compiled import CompiledBlocks
+from gare.train.loss.gather import gather
 from gare.train.step import build_learner
-from tests.tiny import tiny_config
-from tests.train import parity
+from tests.helpers import parity
+from tests.helpers.tiny import tiny_config
 
 SETTINGS = ("train.compile=towers", "train.activation_checkpointing=true")
 WORKER = """
 import sys, torch, torch.distributed as dist
-from gare.train.gather import gather
-from tests.train import parity
+from gare.train.loss.gather import gather
+from tests.helpers import parity
 rank, seed, folder, *settings = sys.argv[1:]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(rank), world_size=2)

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from gare.config import Config
-from gare.data.features import FeatureReader
 from gare.data.manifest import ManifestRow
+from gare.data.store.feature_reader import FeatureReader
 from gare.model.gare import GARE
-from gare.retrieval.encode import Encoder, encode_stored, text_of, video_of
-from gare.retrieval.metrics import retrieval_metrics
-from gare.retrieval.queries import owners_of
-from gare.retrieval.scoring import score_split
-from gare.train.checkpoints import Entry
+from gare.retrieval.ranking.encode import Encoder, encode_stored, text_of, video_of
+from gare.retrieval.ranking.metrics import retrieval_metrics
+from gare.retrieval.ranking.scoring import score_split
+from gare.retrieval.results.queries import owners_of
+from gare.train.checkpoint.files import MODEL, load_checkpoint, save_checkpoint
+from gare.train.checkpoint.index import Entry
 from gare.train.curve import CheckpointScorer, Curve, Look, one_of_each_step
-from gare.train.state import MODEL, load_checkpoint, save_checkpoint
 from gare.train.step import build_learner
-from tests.features import write_feature_store
-from tests.stores import write_store
-from tests.tiny import tiny_config
+from tests.helpers.features import write_feature_store
+from tests.helpers.stores import write_store
+from tests.helpers.tiny import tiny_config
 
 IDS = [f"v{number}" for number in range(7)]
 # The tokenizer's own vocabulary, for captions are words here.

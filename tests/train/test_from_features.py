@@ -15,13 +15,10 @@ import pytest
 import torch
 
 from gare.config import Config
-from gare.data.compact import compact
-from gare.data.feature_pass import FeaturePass
-from gare.data.features import FeatureReader
-from gare.data.frames import FrameReader
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
-from gare.data.parts import read_columns, read_parts, write_table
-from gare.data.store import (
+from gare.data.splits import read_splits
+from gare.data.store.compact import compact
+from gare.data.store.contents import (
     frame_schema,
     ids_in_parts,
     part_files,
@@ -30,25 +27,28 @@ from gare.data.store import (
     write_part,
     write_retired,
 )
-from gare.data.verify import verify
+from gare.data.store.feature_reader import FeatureReader
+from gare.data.store.frame_reader import FrameReader
+from gare.data.store.parts import read_columns, read_parts, write_table
+from gare.data.store.verify import verify
 from gare.errors import CheckpointError, ConfigError, DataError
-from gare.model.clip import ClipTowers, towers_sha256
-from gare.model.compiled import CompiledBlocks
+from gare.extract.feature_update import FeatureStoreUpdate
+from gare.extract.feature_writer import FeatureMaker
+from gare.model.encoders.clip import ClipTowers, towers_sha256
+from gare.model.encoders.compiled import CompiledBlocks
 from gare.model.gare import GARE
-from gare.retrieval.encode import Encoder, encode_stored
-from gare.retrieval.feature_maker import FeatureMaker
-from gare.train.data import read_splits
+from gare.retrieval.ranking.encode import Encoder, encode_stored
+from gare.train.checkpoint.files import check_checkpoint, copy_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.input.feed import Feed
 from gare.train.input.inputs import FeatureInput, FrameInput, TrainInput
 from gare.train.input.loader import Listed
 from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
-from gare.train.state import check_checkpoint, copy_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.step import Learner, build_learner
 from gare.train.validation import Validation
 from tests.helpers.manifests import rows_of_splits
-from tests.stores import describe_store, random_frames, stored_row, write_store
-from tests.tiny import tiny_config
+from tests.helpers.stores import describe_store, random_frames, stored_row, write_store
+from tests.helpers.tiny import tiny_config
 
 
 @dataclass
@@ -65,17 +65,17 @@ class Places:
         torch.manual_seed(self.seed)
         return GARE((config or self.config).model)
 
-    def feature_pass(self, model: GARE) -> FeaturePass:
+    def feature_pass(self, model: GARE) -> FeatureStoreUpdate:
         manifest, towers = read_manifest(self.manifest), towers_sha256(model.towers)
-        return FeaturePass(self.config, manifest, self.frames, self.features, towers, "0")
+        return FeatureStoreUpdate(self.config, manifest, self.frames, self.features, towers, "0")
 
-    def encode(self, model: GARE) -> FeaturePass:
+    def encode(self, model: GARE) -> FeatureStoreUpdate:
         job = self.feature_pass(model)
         maker = FeatureMaker(self.frames, self.features, self.config.features, model, uuid.uuid4().hex)
-        job.begin(job.look())
+        job.mark_incomplete(job.compare_with_collection())
         for part in job.parts(1):
             maker.write(part)
-        job.finish(job.look(), job.settle(), {})
+        job.finish(job.compare_with_collection(), job.retire_and_count(), {})
         return job
 
 
@@ -304,8 +304,8 @@ def stored_again(places: Places, model: GARE, rows: Sequence[ManifestRow]) -> di
     """Brings the store up to these rows; what there was to do, by reason."""
     write_manifest(Manifest(tuple(rows), benchmark="folder", protocol="own"), places.manifest)
     job = places.encode(model)
-    counts = job.look().counts
-    assert places.feature_pass(model).inventory_if_done(places.feature_pass(model).look())
+    counts = job.compare_with_collection().counts
+    assert places.feature_pass(model).inventory_if_done(places.feature_pass(model).compare_with_collection())
     assert places.feature_pass(model).parts(1) == []
     return counts
 

@@ -12,24 +12,24 @@ import torch
 
 from gare.config import Config
 from gare.data.manifest import Manifest, read_manifest, write_manifest
-from gare.data.store import FAILURE_SCHEMA, write_part
+from gare.data.splits import StoredSplits, read_splits
+from gare.data.store.contents import FAILURE_SCHEMA, write_part
 from gare.errors import DataError, GareError
 from gare.model.gare import GARE
 from gare.storage.files import read_json, write_json
-from gare.train import history as history_module
-from gare.train.data import StoredSplits, read_splits
-from gare.train.history import MAX_PARTS, History
+from gare.train.checkpoint import history as history_module
+from gare.train.checkpoint.files import restore_learner, save_checkpoint
+from gare.train.checkpoint.history import MAX_PARTS, History
 from gare.train.input.feed import Feed
 from gare.train.input.inputs import FrameInput
 from gare.train.input.loader import Listed
 from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
-from gare.train.state import restore_learner, save_checkpoint
 from gare.train.step import build_learner
 from gare.train.validation import Validation
 from tests.helpers.manifests import rows_of_splits
-from tests.stores import describe_store, failure_row, write_store
-from tests.tiny import tiny_config
+from tests.helpers.stores import describe_store, failure_row, write_store
+from tests.helpers.tiny import tiny_config
 
 
 @dataclass

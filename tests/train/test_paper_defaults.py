@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gare.config import LossConfig, ModelConfig
-from gare.train.start import initial_model
+from gare.train.checkpoint.initial_model import initial_model
 from gare.train.step import build_learner, train_step
-from tests.tiny import tiny_batch, tiny_config
+from tests.helpers.tiny import tiny_batch, tiny_config
 
 
 def test_defaults_are_the_variants_tables() -> None:

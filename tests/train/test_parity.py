@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gare.train.gather import gather
-from tests.train import parity
+from gare.train.loss.gather import gather
+from tests.helpers import parity
 
 #: The promise, in float32, for each part of the model, wherever float32 itself keeps to it.
 TOLERANCE = 1e-5
@@ -28,7 +28,7 @@ def found(repository: Path, tmp_path_factory: pytest.TempPathFactory, session_se
     """What real processes found that talk over gloo, by number of workers and rank."""
     folder = tmp_path_factory.mktemp("parity")
     commands = [
-        [sys.executable, "-m", "tests.train.parity", str(rank), str(session_seed), str(folder)]
+        [sys.executable, "-m", "tests.helpers.parity", str(rank), str(session_seed), str(folder)]
         for rank in range(max(parity.WORLDS))
     ]
     parity.run_together(commands, folder, 300, cwd=repository)

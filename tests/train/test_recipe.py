@@ -11,13 +11,13 @@ import torch
 
 from gare.errors import ConfigError, GareError
 from gare.model.gare import GARE
-from gare.train.bert_adam import BertAdam
-from gare.train.objective import Objective
-from gare.train.optim import rate_factor_released, set_learning_rate
-from gare.train.start import initial_model
+from gare.train.checkpoint.initial_model import initial_model
+from gare.train.loss.objective import Objective
+from gare.train.optim.bert_adam import BertAdam
+from gare.train.optim.optimizer import rate_factor_released, set_learning_rate
 from gare.train.step import Learner, build_learner, train_step
-from tests.model.test_weights import SMALL, OpenAIClip, published
-from tests.tiny import tiny_batch, tiny_config
+from tests.helpers.tiny import tiny_batch, tiny_config
+from tests.model.importing.test_weights import SMALL, OpenAIClip, published
 
 
 def learner_of(*overrides: str) -> Learner:

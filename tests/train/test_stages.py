@@ -20,8 +20,8 @@ from gare.train.profile import picture, table
 from gare.train.stages import STAGES, stage, start_recording, stop_recording
 from tests.benchmarks.cost import NETWORKS, Parts, Shape, loss_traffic, step_of
 from tests.benchmarks.cost import table as cost_table
-from tests.tiny import tiny_config
-from tests.train.staged import FORMS, STEPS, train
+from tests.helpers.staged import FORMS, STEPS, train
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> list[d
     folder = tmp_path_factory.mktemp("staged")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.train.staged", str(rank), str(folder)],
+            [sys.executable, "-m", "tests.helpers.staged", str(rank), str(folder)],
             cwd=repository,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )

@@ -15,10 +15,10 @@ from gare.data.batch import Batch
 from gare.data.images import normalise
 from gare.errors import GareError
 from gare.model.gare import GARE
-from gare.train.optim import build_optimizer, clip_gradients, rate_factor, set_learning_rate
-from gare.train.state import restore_learner, save_checkpoint
+from gare.train.checkpoint.files import restore_learner, save_checkpoint
+from gare.train.optim.optimizer import build_optimizer, clip_gradients, rate_factor, set_learning_rate
 from gare.train.step import Learner, build_learner, step_seed, train_step
-from tests.tiny import tiny_batch, tiny_config
+from tests.helpers.tiny import tiny_batch, tiny_config
 
 STEPS = 6
 

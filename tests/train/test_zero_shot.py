@@ -14,21 +14,21 @@ import torch
 from torch.nn import functional
 
 from gare.config import parse_config
-from gare.data.features import FeatureReader
-from gare.data.frames import FrameReader
 from gare.data.images import normalise
+from gare.data.store.feature_reader import FeatureReader
+from gare.data.store.frame_reader import FrameReader
 from gare.errors import ConfigError
+from gare.model.encoders.tokenizer import tokenize
 from gare.model.gare import GARE
-from gare.model.tokenizer import tokenize
-from gare.retrieval.encode import Encoder, encode_stored, text_of, video_of
-from gare.retrieval.evaluated import model_label
-from gare.retrieval.scoring import score_split
-from gare.train.start import fault_of_zero_shot, zero_shot_model
-from gare.train.state import save_checkpoint
+from gare.retrieval.ranking.encode import Encoder, encode_stored, text_of, video_of
+from gare.retrieval.ranking.scoring import score_split
+from gare.retrieval.results.evaluation import model_label
+from gare.train.checkpoint.files import save_checkpoint
+from gare.train.checkpoint.initial_model import fault_of_zero_shot, zero_shot_model
 from gare.train.step import build_learner
-from tests.features import write_feature_store
-from tests.stores import write_store
-from tests.tiny import TREE, tiny_config
+from tests.helpers.features import write_feature_store
+from tests.helpers.stores import write_store
+from tests.helpers.tiny import TREE, tiny_config
 
 IDS = [f"v{number}" for number in range(6)]
 WHOLE = ("model.clip.vocab_size=49408", "model.max_words=16")

@@ -5,7 +5,7 @@ The invariants are those of docs/design/store-writers.md.
 
 from __future__ import annotations
 
-from gare.data.store import read_failures, read_meta, rows_in_parts
+from gare.data.store.contents import read_failures, read_meta, rows_in_parts
 from gare.errors import DataError, LockLostError
 from gare.storage.generations import newest_number
 from tests.writers.jobs import IDS, Job, Reading, Runner

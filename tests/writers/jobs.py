@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from gare.config import Config, ExtractConfig
-from gare.data.collection import Comparison
-from gare.data.compact import compact
-from gare.data.frame_pass import FramePass
 from gare.data.manifest import Manifest, ManifestRow
-from gare.data.parts import encode_part, name_of, put_part, table_of
-from gare.data.sources import FileVersion
-from gare.data.store import FAILURE_SCHEMA, frame_schema, read_meta, rows_in_parts
+from gare.data.store.compact import compact
+from gare.data.store.contents import FAILURE_SCHEMA, frame_schema, read_meta, rows_in_parts
+from gare.data.store.parts import encode_part, name_of, put_part, table_of
+from gare.data.videos import FileVersion
 from gare.errors import DataError, GoneError
+from gare.extract.comparison import Comparison
+from gare.extract.update import FrameStoreUpdate
 from gare.storage.lock import StoreLock
-from tests.stores import failure_row, stored_row
+from tests.helpers.stores import failure_row, stored_row
 from tests.writers.scheduling import Actor, Machine, Process, Scheduler
 
 RAW = ExtractConfig(num_frames=1, image_size=8, encoding="raw", max_failed_fraction=1.0)
@@ -157,20 +157,20 @@ class Runner:
 
     def _extract(self, job: Job) -> None:
         # As pipelines.extract._write.
-        work = FramePass(CONFIG, MANIFEST, self.uri, self._stat(job), job.name)
-        if work.inventory_if_done(work.look()):
+        work = FrameStoreUpdate(CONFIG, MANIFEST, self.uri, self._stat(job), job.name)
+        if work.inventory_if_done(work.compare_with_collection()):
             return
         with StoreLock(self.uri, stale_s=STALE_S) as lock:
             self._enter(job, lock)
             work.hold(lock.held)
-            comparison = work.look()
+            comparison = work.compare_with_collection()
             work.refuse_lost(comparison)
-            if work.is_settled(comparison):
+            if work.has_nothing_left(comparison):
                 inventory = work.count()
             else:
-                work.begin(comparison)
+                work.mark_incomplete(comparison)
                 self._decode(job, comparison, lock)
-                inventory = work.settle()
+                inventory = work.retire_and_count()
             if inventory.is_complete:
                 self.completed[job.name] = job.view
             work.finish(comparison, inventory, {})
@@ -202,7 +202,7 @@ class Runner:
         return self.scheduler.start(process, "worker", lambda: self._write(job, group))
 
     def _write(self, job: Job, group: list[dict[str, Any]]) -> None:
-        # As gare.data.extraction.PartWriter.
+        # As gare.extract.frame_writer.PartWriter.
         good, bad = [], []
         for asked in group:
             identity = {key: asked[key] for key in ("start_s", "end_s", "source_bytes", "source_version")}

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.stores import describe_store
+from tests.helpers.stores import describe_store
 from tests.writers.history import CHANGES, History
 from tests.writers.jobs import IDS, RAW
 from tests.writers.scheduling import Actor, Machine, Process

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
 
-from gare.data import parts
+from gare.data.store import parts
 from gare.storage import claims, conditional, exclusive, files, lock, object_store
-from tests.servers import CREDENTIALS, s3_server
+from tests.helpers.servers import CREDENTIALS, s3_server
 from tests.writers.scheduling import Process, Scheduler
 
 EPOCH_S = 1.7e9

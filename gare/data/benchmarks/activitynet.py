@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 
 from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.paragraphs import gathered, odd_times, paragraph_clips
+from gare.data.benchmarks.formats.paragraphs import gathered, odd_times, paragraph_clips
 from gare.data.benchmarks.reading import (
     BenchmarkClip,
     Deviation,

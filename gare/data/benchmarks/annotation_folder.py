@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pyarrow import fs as pafs
 
-from gare.data.benchmarks.annotations import Annotation, read_annotations
+from gare.data.benchmarks.formats.annotations import Annotation, read_annotations
 from gare.errors import DataError, shown
 from gare.storage.files import list_files, open_fs, read_bytes
 from gare.storage.uris import is_uri
@@ -115,7 +115,7 @@ class AnnotationFolder:
     def part(
         self, split: str, patterns: Sequence[str], role: str, accepted: str, *, besides: str = ""
     ) -> list[Annotation]:
-        """As ``need``, for a split that may also be in one file with the others, which names its splits.
+        """Finds a split's file as ``need`` does, or one that holds all splits and names them.
 
         Val may be missing, since neither training nor test depends on it: then it is empty.
 

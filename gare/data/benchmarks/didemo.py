@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.paragraphs import gathered, paragraph_clips
+from gare.data.benchmarks.formats.paragraphs import gathered, paragraph_clips
 from gare.data.benchmarks.reading import (
     BenchmarkClip,
     Deviation,
@@ -22,7 +22,7 @@ from gare.data.benchmarks.reading import (
     gather,
     stem_of,
 )
-from gare.data.faults import Faults
+from gare.data.collected_errors import Faults
 
 CLIP_END_S = 31.0
 PUBLISHED = {

@@ -1,4 +1,4 @@
-"""What a reader of a published benchmark finds: its clips, and where they are not as published."""
+"""The result of reading a published benchmark: its clips, and where they are not as published."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gare.data.benchmarks.annotations import Annotation
+from gare.data.benchmarks.formats.annotations import Annotation
 from gare.data.benchmarks.video_folder import without_ending
-from gare.data.faults import Faults, first_of
+from gare.data.collected_errors import Faults, first_of
 from gare.data.manifest import SPLITS
 from gare.errors import DataError
 
@@ -101,7 +101,7 @@ class Reading:
         return counts
 
     def differences(self) -> list[str]:
-        """Where counts or ids differ from the published ones, a line a split; empty if nowhere."""
+        """Lists where counts or ids differ from the published ones, a line a split."""
         lines = []
         for split, count in self.counts().items():
             published = self.published.get(split, Published(0, 0))

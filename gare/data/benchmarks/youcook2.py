@@ -11,7 +11,7 @@ from collections import Counter
 
 from gare.data.benchmarks.activitynet import youtube_name
 from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.paragraphs import odd_times
+from gare.data.benchmarks.formats.paragraphs import odd_times
 from gare.data.benchmarks.reading import (
     BenchmarkClip,
     Deviation,

@@ -11,9 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from gare.data.synthetic.claims import Claims
+from gare.data.synthetic.benchmark_plan import PlannedClip, ambiguous_fraction, plan_benchmark
+from gare.data.synthetic.caption_truth import Claims
 from gare.data.synthetic.encode import encode_video
-from gare.data.synthetic.plan import PlannedClip, ambiguous_fraction, plan_benchmark
 from gare.data.synthetic.scene import Scene
 from gare.errors import DataError
 

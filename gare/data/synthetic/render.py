@@ -79,7 +79,7 @@ def _draw(canvas: Frame, thing: SceneObject, x: float, y: float, radius: float, 
 def _cover(
     shape: str, tilt: float, radius: float, columns: tuple[float, int], rows: tuple[float, int]
 ) -> Floats:
-    """How much of each pixel of a box a shape covers, in [0, 1].
+    """Share of each pixel of a box that a shape covers, in [0, 1].
 
     Args:
         shape: one of SHAPES.

@@ -1,4 +1,4 @@
-"""What happens in a generated video: the objects, their looks and their motion, as numbers.
+"""Scenes of generated videos: the objects, their looks and their motion, as numbers.
 
 Positions and radii are fractions of the side of the centre square of the frame (side: the short side of
 the frame), x to the right and y downwards, so that everything named in a caption survives a centre crop.
@@ -280,7 +280,7 @@ def _draw_path(rng: np.random.Generator, look: SceneObject) -> SceneObject:
 
 
 def _overlap(objects: tuple[SceneObject, ...], times_s: np.ndarray) -> float:
-    """How deep the objects, taken as discs, reach into each other, summed over times."""
+    """Depth by which the objects, taken as discs, reach into each other, summed over times."""
     depth = 0.0
     for time_s in times_s:
         states = [o.state(float(time_s)) for o in objects]

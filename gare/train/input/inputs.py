@@ -17,21 +17,21 @@ from torch import Tensor
 
 from gare.config import Config
 from gare.data.batch import Batch, FeatureBatch
-from gare.data.feature_store import feature_settings
-from gare.data.features import FeatureReader
 from gare.data.images import crop_centre
-from gare.data.store import read_meta
+from gare.data.splits import StoredSplits
+from gare.data.store.contents import read_meta
+from gare.data.store.feature_reader import FeatureReader
+from gare.data.store.feature_schema import feature_settings
 from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.storage.files import join
-from gare.train.data import StoredSplits
+from gare.train.checkpoint.files import copy_checkpoint, write_model
+from gare.train.checkpoint.initial_model import initial_model, read_start
 from gare.train.input.augment_batch import augment_batch
 from gare.train.input.feed import Tensors
 from gare.train.input.loader import FeatureLoader, FrameLoader, Listed, Load, clip_seeds
 from gare.train.input.plan import PlannedBatch
 from gare.train.input.tokens import CaptionTokens
-from gare.train.start import initial_model, read_start
-from gare.train.state import copy_checkpoint, write_model
 from gare.train.validation import Validation
 
 #: Folder of a run with the initial model that its driver leaves to the workers.
@@ -273,7 +273,7 @@ class FeatureInput(TrainInput):
     def store_settings(self) -> dict[str, Any]:
         """Settings of the store, the hash of the towers among them."""
         if self._settings is None:
-            from gare.model.clip import towers_sha256
+            from gare.model.encoders.clip import towers_sha256
 
             self._settings = feature_settings(self.config, towers_sha256(self.initial_model.towers))
         return self._settings

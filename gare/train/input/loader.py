@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gare.config import AugmentConfig
-from gare.data.features import FeatureReader
-from gare.data.frames import FrameReader
 from gare.data.images import crop_centre
+from gare.data.store.feature_reader import FeatureReader
+from gare.data.store.frame_reader import FrameReader
 from gare.train.input.augment_cpu import augment_clip
 from gare.train.input.plan import Plan, PlannedBatch
 from gare.train.input.sampler import step_seed

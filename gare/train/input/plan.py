@@ -1,4 +1,4 @@
-"""What one worker consumes from first step to last: a pure function of configuration and data."""
+"""The batches of one worker from first step to last: a pure function of configuration and data."""
 
 from __future__ import annotations
 

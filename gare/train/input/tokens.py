@@ -40,7 +40,7 @@ class CaptionTokens:
         Raises:
             DataError: for a caption that is not a text.
         """
-        from gare.model.tokenizer import tokenize  # here: loaders need no torch, which takes memory
+        from gare.model.encoders.tokenizer import tokenize  # here: loaders need no torch, which takes memory
 
         texts = [text for group in captions for text in group]
         ids = np.zeros((len(texts), max_words), np.uint16)

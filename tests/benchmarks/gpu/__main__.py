@@ -172,7 +172,7 @@ def _run(options: argparse.Namespace, parts: Sequence[Part], configuration: Any)
 def _configuration(options: argparse.Namespace) -> Any:
     if options.tiny:
         from gare.config import parse_config
-        from tests.tiny import TREE
+        from tests.helpers.tiny import TREE
 
         # What the parts measure beside it: augmented clips, the optimiser of the configuration.
         changes = ["augment.operations=4", "train.optimizer=bert_adam", *options.set]

@@ -12,8 +12,8 @@ from PIL import Image
 
 from gare.config import ExtractConfig
 from gare.data.images import encode_jpeg
-from gare.data.store import frame_schema, write_part
-from tests.stores import describe_store, stored_row
+from gare.data.store.contents import frame_schema, write_part
+from tests.helpers.stores import describe_store, stored_row
 
 #: Pictures that are drawn; clips take theirs from these, since drawing and encoding take longest.
 PICTURES = 48

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from gare.errors import ConfigError
-from gare.model.clip import ClipTowers
-from gare.model.compiled import cast_once, compile_towers
+from gare.model.encoders.clip import ClipTowers
+from gare.model.encoders.compiled import cast_once, compile_towers
 from tests.benchmarks.gpu.bench import Bench, Row, Timing, if_memory_suffices, say, seconds_of
 from tests.benchmarks.gpu.step import build_model
 from tests.benchmarks.size import multiply_adds

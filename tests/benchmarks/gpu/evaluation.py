@@ -9,9 +9,9 @@ import time
 
 import torch
 
-from gare.retrieval.ranks import rank_blocks
-from gare.retrieval.results import intervals_of
-from gare.retrieval.scoring import ModelBlocks
+from gare.retrieval.ranking.ranks import rank_blocks
+from gare.retrieval.ranking.scoring import ModelBlocks
+from gare.retrieval.results.files import intervals_of
 from tests.benchmarks.gpu.bench import Bench, Row, say
 from tests.benchmarks.gpu.head import build_head, features
 

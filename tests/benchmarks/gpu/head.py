@@ -19,7 +19,7 @@ import torch
 from gare.config import ModelConfig
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.train.objective import Draws, loss_terms, sharded_terms
+from gare.train.loss.objective import StepRandomness, loss_terms, sharded_terms
 from tests.benchmarks.gpu.bench import Bench, Row, if_memory_suffices, once, say, seconds_of
 from tests.benchmarks.gpu.launches import graphed_step, operations_of
 
@@ -142,7 +142,7 @@ def _frame_gradients(bench: Bench, size: int, form: Form, dtype: torch.dtype) ->
     frames = video.frames.to(dtype).requires_grad_()
     text = TextFeatures(text.embedding.to(dtype), None, text.mask)
     loss = bench.config.loss
-    draws = Draws.of_step(model.scorer, loss, size, bench.seed)
+    draws = StepRandomness.of_step(model.scorer, loss, size, bench.seed)
     terms = sharded_terms(model, text, VideoFeatures(frames, video.mask), loss, draws)
     return torch.autograd.grad(terms.objective, frames)[0].double()
 
@@ -180,12 +180,12 @@ def make_step(bench: Bench, size: int, form: Form) -> Callable[[], object]:
     text = TextFeatures(text.embedding.requires_grad_(), None, text.mask)
     video = VideoFeatures(video.frames.requires_grad_(), video.mask)
     if form.graph:
-        draws = Draws.of_step(model.scorer, loss, size, bench.seed)
+        draws = StepRandomness.of_step(model.scorer, loss, size, bench.seed)
         return graphed_step(model, text, video, loss, draws)
     compute = loss_terms if form is DIRECT else sharded_terms
 
     def step() -> None:
-        draws = Draws.of_step(model.scorer, loss, size, bench.seed)
+        draws = StepRandomness.of_step(model.scorer, loss, size, bench.seed)
         compute(model, text, video, loss, draws).objective.backward()
 
     return step

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gare.config import LossConfig
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
-from gare.train.objective import Draws, sharded_terms
+from gare.train.loss.objective import StepRandomness, sharded_terms
 
 #: Operations that start nothing on a device.
 FREE = ("empty", "empty_like", "new_empty", "detach", "set_", "alias", "_unsafe_view", "lift_fresh")
@@ -44,7 +44,7 @@ def operations_of(call: Callable[[], object]) -> int:
 class _Head(nn.Module):
     """The factorised head as a module of tensors, which is what CUDA graphs are made of."""
 
-    def __init__(self, model: GARE, loss: LossConfig, draws: Draws) -> None:
+    def __init__(self, model: GARE, loss: LossConfig, draws: StepRandomness) -> None:
         super().__init__()
         self.model, self.loss, self.draws = model, loss, draws
 
@@ -54,7 +54,7 @@ class _Head(nn.Module):
 
 
 def graphed_step(
-    model: GARE, text: TextFeatures, video: VideoFeatures, loss: LossConfig, draws: Draws
+    model: GARE, text: TextFeatures, video: VideoFeatures, loss: LossConfig, draws: StepRandomness
 ) -> Callable[[], object]:
     """A training step of the head as two CUDA graphs, forward and backward.
 

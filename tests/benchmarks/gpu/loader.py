@@ -174,7 +174,7 @@ class Processes:
 def main() -> None:
     """Answers requests ``KIND SECONDS`` with the clips that were loaded and the seconds that it took."""
     store, config = sys.argv[1], load_config(sys.argv[2])
-    from gare.data.store import ids_in_parts
+    from gare.data.store.contents import ids_in_parts
 
     ids = sorted(ids_in_parts(store, "data"))
     np.random.default_rng(os.getpid()).shuffle(ids)  # processes read different clips at a time

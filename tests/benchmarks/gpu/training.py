@@ -21,8 +21,8 @@ import numpy as np
 
 from gare.config import Config, parse_config
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
-from gare.model.compiled import settle_compile
-from gare.train.history import History
+from gare.model.encoders.compiled import settle_compile
+from gare.train.checkpoint.history import History
 from tests.benchmarks.gpu.bench import Bench, OutOfTimeError, Row, say
 from tests.benchmarks.gpu.clip_store import write_clips
 from tests.benchmarks.gpu.variants import NEW

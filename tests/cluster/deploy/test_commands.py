@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.resources import LOADER_CPUS
+from cluster.runtime.resources import LOADER_CPUS
 from gare.config import Config, load_config
-from pipelines.extraction import ACTOR_MEMORY_BYTES
+from pipelines.extracting.stores import ACTOR_MEMORY_BYTES
 from tests.cluster.deploy.support import (
     DEPLOY,
     IN_IMAGE,

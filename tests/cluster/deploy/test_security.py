@@ -197,4 +197,8 @@ def test_upload_of_a_job_is_small_and_holds_what_runs(working_copy: Path, tmp_pa
     for path in [*working_copy.glob("gare/**/*.py"), *working_copy.glob("conf/*.yaml")]:
         name = str(path.relative_to(working_copy))
         assert name in uploaded or "build/" in name
-    assert {"pipelines/train.py", "cluster/session.py", "cluster/deploy/prepare-and-extract.sh"} <= uploaded
+    assert {
+        "pipelines/train.py",
+        "cluster/runtime/session.py",
+        "cluster/deploy/prepare-and-extract.sh",
+    } <= uploaded

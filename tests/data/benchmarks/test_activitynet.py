@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gare.data.benchmarks.activitynet import youtube_name
-from gare.data.benchmarks.published import Benchmark
+from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
-from tests.annotation_copies import (
+from tests.helpers.annotation_copies import (
     as_lines,
     as_table,
     captions_of,
@@ -41,7 +41,7 @@ def content(folder: Path) -> dict[str, Any]:
     return {name: json_of(folder, f"{name}.json") for name in ("train", "val_1")}
 
 
-def fold(text: str) -> str:
+def normalise_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
@@ -60,7 +60,7 @@ def test_counts_and_samples(original: Benchmark, content: dict[str, Any]) -> Non
     assert "a man holds a piñata high above her head" in captions["v_M_LSDRzVN38"][0]
     assert "The monkey driving the speed boat is shown again." in captions["v_mIi5fkvHDAo"][0]
     assert captions == {
-        name: (fold(" ".join(video["sentences"])),)
+        name: (normalise_spaces(" ".join(video["sentences"])),)
         for part in content.values()
         for name, video in part.items()
     }

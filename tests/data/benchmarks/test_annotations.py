@@ -1,4 +1,4 @@
-"""gare/data/benchmarks/annotations.py and annotation_folder.py: forms of files, good and bad."""
+"""gare/data/benchmarks/formats/annotations.py and annotation_folder.py: forms of files, good and bad."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.annotations import read_annotations
+from gare.data.benchmarks.formats.annotations import read_annotations
 from gare.errors import DataError
-from tests.annotation_copies import write
+from tests.helpers.annotation_copies import write
 
 RECORDS = [{"video": "a.mp4", "caption": "a  dog, running"}, {"video": "b", "caption": ["x", "a; cat"]}]
 SAID = [("a.mp4", ("a dog, running",)), ("b", ("x", "a; cat"))]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gare.data.benchmarks.published import Benchmark
+from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
-from tests.annotation_copies import (
+from tests.helpers.annotation_copies import (
     as_lines,
     as_table,
     captions_of,
@@ -69,7 +69,7 @@ def stem(name: str) -> str:
     return name.rsplit(".", 1)[0]
 
 
-def fold(text: str) -> str:
+def normalise_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
@@ -83,7 +83,7 @@ def test_counts_and_samples(original: Benchmark, content: Content) -> None:
         "turn around.",
     )
     assert captions == {
-        stem(name): (fold(" ".join(texts)),)
+        stem(name): (normalise_spaces(" ".join(texts)),)
         for videos in content.paragraphs.values()
         for name, texts in videos.items()
     }
@@ -161,7 +161,7 @@ def _converted(content: Content, rng: np.random.Generator) -> dict[str, Any]:
 
 def _converted_beside_lists(content: Content, rng: np.random.Generator) -> dict[str, Any]:
     rows = {
-        split: [(stem(name), fold(" ".join(texts))) for name, texts in videos.items()]
+        split: [(stem(name), normalise_spaces(" ".join(texts))) for name, texts in videos.items()]
         for split, videos in content.paragraphs.items()
     }
     tables = {f"DiDeMo_{split}.tsv": as_table(["video_id", "caption"], rows[split], "\t") for split in SPLITS}

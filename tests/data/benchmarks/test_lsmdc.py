@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gare.data.benchmarks.published import Benchmark
+from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
-from tests.annotation_copies import (
+from tests.helpers.annotation_copies import (
     as_lines,
     as_table,
     captions_of,

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from gare.config import AugmentConfig
-from gare.data.decode import decode_clip
+from gare.data.decode.clip import decode_clip
 from gare.train.input import augment_batch as batch_place
 from gare.train.input import augment_cpu as cpu_place
 from gare.train.input.augment_batch import augment_batch
 from gare.train.input.augment_cpu import augment_clip
 from gare.train.input.randaugment import OPERATIONS, Operation, draw_operations
-from tests.train.input.pillow_reference import by_pillow
+from tests.helpers.pillow_reference import by_pillow
 
 EVERYTHING = AugmentConfig(operations=8, probability=0.8, crop_scale=0.3, flip=0.5)
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from gare.config import Config
-from gare.data.frames import FrameReader
 from gare.data.images import crop_centre
 from gare.data.manifest import Manifest, write_manifest
+from gare.data.splits import StoredSplits, read_splits
+from gare.data.store.frame_reader import FrameReader
 from gare.errors import ConfigError
+from gare.model.encoders.tokenizer import tokenize
 from gare.model.gare import GARE
-from gare.model.tokenizer import tokenize
-from gare.train.data import StoredSplits, read_splits
 from gare.train.input.inputs import FeatureInput, FrameInput, input_of
 from gare.train.input.loader import Arrays, FrameLoader, Listed, clip_seeds
 from gare.train.input.plan import plan_run
 from gare.train.input.sampler import step_seed
 from tests.helpers.manifests import rows_of_splits
-from tests.stores import write_store
-from tests.tiny import tiny_config
+from tests.helpers.stores import write_store
+from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")
 EVERYTHING = ("augment.operations=4", "augment.probability=1", "augment.flip=0.5", "augment.crop_scale=0.6")

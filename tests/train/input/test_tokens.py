@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gare.errors import DataError
-from gare.model.tokenizer import tokenize
+from gare.model.encoders.tokenizer import tokenize
 from gare.train.input import tokens
 from gare.train.input.tokens import CaptionTokens
 

@@ -22,11 +22,11 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from gare.train.state import CONFIG, write_model
 
 from cluster.tracking.outbox import add
 from gare.config import parse_config
 from gare.model.gare import GARE
-from gare.train.state import CONFIG, write_model
 
 ROOT = Path("/data/gare")
 SETTINGS: dict[str, Any] = {

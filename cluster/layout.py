@@ -1,0 +1,82 @@
+"""Places of each step's outputs: one folder for a data set, below ``storage.root``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gare.config import Config
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Locations of a data set's outputs; all are local paths or URIs.
+
+    Attributes:
+        root: absolute ``storage.root``.
+        data: folder of the data set, root/name.
+    """
+
+    root: str
+    data: str
+
+    @property
+    def is_local(self) -> bool:
+        """True if the root is a folder of this machine or a mounted one."""
+        return not _SCHEME.match(self.root)
+
+    @property
+    def videos(self) -> str:
+        """Folder of generated videos."""
+        return f"{self.data}/videos"
+
+    @property
+    def manifest(self) -> str:
+        """The manifest, which prepare writes."""
+        return f"{self.data}/manifest.parquet"
+
+    @property
+    def frames(self) -> str:
+        """The frame store, which extract writes."""
+        return f"{self.data}/frames"
+
+    @property
+    def features(self) -> str:
+        """The feature store, which extract writes."""
+        return f"{self.data}/features"
+
+    def run(self, name: str) -> str:
+        """Folder of a training run."""
+        return f"{self.data}/runs/{name}"
+
+    def checkpoint(self, run: str) -> str:
+        """The run's checkpoint that is best on val."""
+        return f"{self.run(run)}/best"
+
+    def evaluation(self, run: str, split: str) -> str:
+        """Folder of an evaluation."""
+        return f"{self.run(run)}/evaluation-{split}"
+
+    def test_curve(self, run: str) -> str:
+        """Folder of the scores of a run's checkpoints on test, which nothing chooses by or compares."""
+        return f"{self.run(run)}/evaluation-test-curve"
+
+    def step(self, name: str) -> str:
+        """Folder of a step's result where it has no other."""
+        return f"{self.data}/{name}"
+
+
+def layout(config: Config) -> Layout:
+    """The locations that a configuration means."""
+    root = absolute(config.storage.root.rstrip("/") or "/")
+    return Layout(root, f"{root.rstrip('/')}/{config.name}")
+
+
+def absolute(location: str) -> str:
+    """A path as seen from here, since workers may run elsewhere; URIs and the empty string as they are."""
+    if not location or _SCHEME.match(location):
+        return location
+    return str(Path(location).expanduser().absolute())

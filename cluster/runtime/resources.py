@@ -1,0 +1,349 @@
+"""Resources of the cluster: what there is, what each step takes, and requests that can never be met."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from gare.config import ClusterConfig, Config
+from gare.errors import ConfigError, GareError
+
+logger = logging.getLogger(__name__)
+
+#: CPUs reserved for an actor that loads a training worker's data: it has nothing to do while batches wait.
+LOADER_CPUS = 0.25
+#: Loaders that an automatic number comes to at most, more than any step needs; and bytes of a worker's batch
+#: for each of them at least, since a process takes memory and time to start.
+MAX_LOADERS, LOADER_BYTES = 16, 4 * 10**6
+#: CPUs that an automatic training worker with a GPU takes at most: it starts kernels and copies.
+GPU_WORKER_CPUS = 4
+_MEGABYTE = 10**6
+_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of a node, whoever uses them now."""
+
+    cpus: float
+    gpus: float
+
+
+def nodes() -> list[Node]:
+    """The nodes that are alive."""
+    import ray
+
+    return [
+        Node(float(one["Resources"].get("CPU", 0)), float(one["Resources"].get("GPU", 0)))
+        for one in ray.nodes()
+        if one["Alive"]
+    ]
+
+
+def num_cpus() -> int:
+    """CPUs that the cluster has, whoever uses them now."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def num_gpus() -> int:
+    """GPUs that the cluster has."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def wants_gpus(config: ClusterConfig) -> bool:
+    """Returns True if GPUs are to be used; needs Ray only where that is automatic."""
+    return config.use_gpu is True or (config.use_gpu == "auto" and num_gpus() > 0)
+
+
+def usable_gpus(config: ClusterConfig) -> int:
+    """GPUs for extraction and evaluation: those that are free, one where training holds all; else none."""
+    import ray
+
+    if not wants_gpus(config):
+        return 0
+    return min(num_gpus(), max(1, int(ray.available_resources().get("GPU", 0))))
+
+
+def joins_cluster(config: ClusterConfig) -> str:
+    """The address of the cluster that is joined; empty where a Ray is started for this command."""
+    return config.address or os.environ.get("RAY_ADDRESS", "")
+
+
+def extraction_cpus(config: ClusterConfig) -> int:
+    """CPUs that extraction takes: all but what it leaves for training."""
+    total = num_cpus()
+    leave = config.leave_cpus
+    if leave < 0:
+        leave = 0
+        if joins_cluster(config):
+            settled = resolve(config, 0, nodes())
+            leave = int(min(settled.train_workers * cpus_of_worker(settled), total / 4))
+    return max(1, total - leave)
+
+
+def cpus_of_worker(config: ClusterConfig) -> float:
+    """CPUs that are reserved for a training worker, with those of the actors that load for it on its node.
+
+    Ray counts workers by dividing floats: the share of one has to be exact in binary.
+    """
+    cpus = config.cpus_per_worker + max(config.loaders_per_worker, 1) * LOADER_CPUS
+    return math.ceil((cpus - _SLACK) * 4) / 4
+
+
+def resources_of_worker(config: ClusterConfig) -> dict[str, float]:
+    """Resources that Ray reserves for a training worker."""
+    return {"CPU": cpus_of_worker(config)} | ({"GPU": 1.0} if config.use_gpu else {})
+
+
+def object_store_bytes(config: ClusterConfig) -> int:
+    """Object store of a local Ray; frames are small, and a laptop's memory is not ours alone."""
+    import psutil
+
+    if config.object_store_mb:
+        return config.object_store_mb * _MEGABYTE
+    return int(min(max(0.1 * psutil.virtual_memory().total, 512 * _MEGABYTE), 8192 * _MEGABYTE))
+
+
+def settle_resources(config: Config, batch_bytes: int) -> Config:
+    """Settles what is automatic in ``cluster`` for the cluster that is joined.
+
+    Args:
+        config: what is asked for.
+        batch_bytes: of the global batch as it is loaded, about.
+    """
+    settled = resolve(config.cluster, config.train.batch_size, nodes(), batch_bytes)
+    if settled == config.cluster:
+        return config
+    logger.info(
+        "training workers: %d, each with %g CPU%s and %d loader%s; the cluster's nodes: %d with %d CPU and "
+        "%d GPU",
+        settled.train_workers,
+        settled.cpus_per_worker,
+        " and 1 GPU" if settled.use_gpu else "",
+        settled.loaders_per_worker,
+        "s" * (settled.loaders_per_worker > 1),
+        len(nodes()),
+        num_cpus(),
+        num_gpus(),
+    )
+    return config.model_copy(update={"cluster": settled})
+
+
+def resolve(
+    config: ClusterConfig, batch_size: int, there: Sequence[Node], batch_bytes: float = math.inf
+) -> ClusterConfig:
+    """``config`` without anything automatic that training asks for.
+
+    Args:
+        config: what is asked for.
+        batch_size: pairs that the workers share, each one or more; 0: any number.
+        there: nodes of the cluster.
+        batch_bytes: of the global batch, which a loader must have some of to be worth its process.
+    """
+    on_gpus = config.use_gpu is True or (config.use_gpu == "auto" and any(node.gpus >= 1 for node in there))
+    able = [node for node in there if (node.gpus if on_gpus else node.cpus) >= 1] or [Node(1, 0)]
+    workers = config.train_workers
+    if not workers:
+        workers = int(sum(node.gpus for node in able)) if on_gpus else len(able)
+        workers = max(workers, config.min_workers, 1)
+        workers = min(workers, batch_size or workers)
+    cpus = config.cpus_per_worker
+    if not cpus:
+        if on_gpus:
+            share = min(node.cpus / max(node.gpus, 1) for node in able)
+        else:
+            share = sum(node.cpus for node in able) / workers
+            share = min(share, min(node.cpus for node in able))
+        cpus = share / 2
+        cpus = max(0.5, float(math.floor(cpus)) if cpus >= 1 else 0.5)
+        cpus = min(cpus, float(GPU_WORKER_CPUS)) if on_gpus else cpus
+    settled = config.model_copy(
+        update={"train_workers": workers, "cpus_per_worker": cpus, "use_gpu": on_gpus}
+    )
+    if not config.train_workers and (room := num_that_fit(settled, there)):
+        settled = settled.model_copy(update={"train_workers": max(room, config.min_workers)})
+    loaders = config.loaders_per_worker or min(
+        _loaders_that_fit(settled, able),
+        math.ceil(min(batch_bytes / settled.train_workers / LOADER_BYTES, 99)),
+    )
+    return settled.model_copy(update={"loaders_per_worker": max(loaders, 1)})
+
+
+def _loaders_that_fit(config: ClusterConfig, able: Sequence[Node]) -> int:
+    """Loaders for which a node has CPUs left when it is full of training workers, on the node with least.
+
+    Args:
+        config: settled but for them.
+        able: nodes that can hold a training worker.
+    """
+    spread = config.placement.endswith("spread")
+    even = math.ceil(config.train_workers / len(able))
+    rooms = []
+    for node in able:
+        most = node.gpus if config.use_gpu else node.cpus // max(config.cpus_per_worker, _SLACK)
+        here = max(1, min(even if spread else config.train_workers, int(most)))
+        rooms.append(node.cpus / here - config.cpus_per_worker)
+    return max(1, min(int(min(rooms) + _SLACK), MAX_LOADERS))
+
+
+def require_train_resources(config: ClusterConfig) -> None:
+    """Makes sure that the training workers fit, each with the actors that load its data.
+
+    Args:
+        config: settled.
+
+    Raises:
+        ConfigError: for more than the cluster has at all, or can grow to.
+        GareError: where other jobs still hold it after ``cluster.wait_s``.
+    """
+    workers = config.min_workers or config.train_workers
+    needed = {"CPU": workers * cpus_of_worker(config)}
+    if config.use_gpu:
+        needed["GPU"] = float(workers)
+    grown = _can_grow_to(config)
+    there = nodes()
+    total = {"CPU": sum(node.cpus for node in there), "GPU": sum(node.gpus for node in there)}
+    what = f"{workers} workers of {config.cpus_per_worker:g} CPU{' and 1 GPU' if config.use_gpu else ''}"
+    for kind, amount in needed.items():
+        most = max(total[kind], grown.get(kind, 0))
+        if most < amount - _SLACK:
+            growing = f" and can grow to {most:g}" if most > total[kind] else ""
+            raise ConfigError(
+                f"{what}, each with {cpus_of_worker(config) - config.cpus_per_worker:g} CPU to load its "
+                f"data, need {amount:g} {kind}, the cluster has {total[kind]:g}{growing}",
+                where="cluster.min_workers" if config.min_workers else "cluster.train_workers",
+                accepted="fewer workers, a smaller cluster.cpus_per_worker or a larger cluster",
+            )
+    is_growing = any(grown.get(kind, 0) > total[kind] for kind in needed)
+    if not is_growing and (held := num_that_fit(config, there)) < workers:
+        raise ConfigError(
+            f"{what} are asked for with placement {config.placement}, and the nodes can hold {held}: "
+            f"{', '.join(f'{node.cpus:g} CPU, {node.gpus:g} GPU' for node in there)}",
+            where="cluster.cpus_per_worker",
+            accepted="fewer CPUs a worker, fewer workers, another cluster.placement or larger nodes",
+        )
+    _wait_for(config, needed, is_growing=is_growing)
+
+
+def num_that_fit(config: ClusterConfig, there: Sequence[Node]) -> int:
+    """Training workers that these nodes can hold when nobody else uses them, at most as many as asked for."""
+    each = cpus_of_worker(config)
+    rooms = [
+        int(min((node.cpus + _SLACK) / each, node.gpus if config.use_gpu else math.inf)) for node in there
+    ] or [0]
+    if config.placement == "strict_pack":
+        room = max(rooms)
+    elif config.placement == "strict_spread":
+        room = sum(room > 0 for room in rooms)
+    else:
+        room = sum(rooms)
+    return min(room, config.train_workers)
+
+
+def _can_grow_to(config: ClusterConfig) -> dict[str, float]:
+    """CPUs and GPUs that an autoscaling cluster can have in the end; empty for others."""
+    told = {"CPU": float(config.max_cpus), "GPU": float(config.max_gpus)}
+    try:
+        from ray._private.state import state
+
+        said = state.get_max_resources_from_cluster_config() or {}
+    except Exception:
+        # Not of Ray's promised interface, though its own libraries ask there too.
+        said = {}
+    return {kind: amount or float(said.get(kind, 0)) for kind, amount in told.items()}
+
+
+def _wait_for(config: ClusterConfig, needed: dict[str, float], *, is_growing: bool) -> None:
+    """Waits until nobody else holds what is needed, and asks the autoscaler for it meanwhile.
+
+    Raises:
+        GareError: after ``cluster.wait_s``.
+    """
+    if not _lacking(needed):
+        return
+    if not is_growing:
+        _wait(config, needed, "other jobs hold", "that other jobs hold", "end them")
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    bundle = {"CPU": max(1, math.ceil(cpus_of_worker(config)))} | ({"GPU": 1} if config.use_gpu else {})
+    request_resources(bundles=[bundle] * config.train_workers)
+    try:
+        _wait(config, needed, "the autoscaler has not added", "to be added", "look at its log")
+    finally:
+        # It stands until it is taken back, and would keep the nodes after the training.
+        request_resources(bundles=[])
+
+
+def _wait(config: ClusterConfig, needed: dict[str, float], failed: str, why: str, help_: str) -> None:
+    deadline = time.monotonic() + config.wait_s
+    while lacking := _lacking(needed):
+        if time.monotonic() >= deadline:
+            raise GareError(
+                f"{failed} {lacking}, still after {config.wait_s:g} s",
+                where="cluster",
+                accepted=f"{help_}, wait longer (cluster.wait_s), or ask for less",
+            )
+        logger.warning("waiting for %s %s", lacking, why)
+        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
+
+
+def _lacking(needed: dict[str, float]) -> str:
+    import ray
+
+    free = ray.available_resources()
+    return " and ".join(
+        f"{amount - free.get(kind, 0):g} {kind}"
+        for kind, amount in needed.items()
+        if free.get(kind, 0) < amount - _SLACK
+    )
+
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 30.0
+
+
+@contextmanager
+def warn_while_short_of_nodes(config: ClusterConfig, every_s: float = LOOK_EVERY_S) -> Iterator[None]:
+    """While it lasts, warns where the nodes that are left cannot hold the workers that training needs.
+
+    Args:
+        config: settled.
+        every_s: seconds between looks.
+    """
+    ended = threading.Event()
+    fewest = config.min_workers or config.train_workers
+
+    def look() -> None:
+        while not ended.wait(every_s):
+            try:
+                there = nodes()
+            except Exception:  # of Ray, whose head may be gone, which the training itself says
+                continue
+            held = num_that_fit(config, there)
+            if held < fewest:
+                logger.warning(
+                    "training waits for nodes: the %d that are left hold %d of the %d workers that it needs",
+                    len(there),
+                    held,
+                    fewest,
+                )
+
+    thread = threading.Thread(target=look, name="lost nodes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(5)

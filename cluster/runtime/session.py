@@ -1,0 +1,198 @@
+"""Starting or joining Ray, and what comes out of it as faults of ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from cluster.logs import runtime_env
+from cluster.runtime.resources import joins_cluster, object_store_bytes
+from cluster.runtime.signals import handlers_kept, shielded
+from gare.config import ClusterConfig
+from gare.errors import ConfigError, GareError
+
+#: Ray's own switch for machines that are no cluster; off it takes 127.0.0.1 for this node's address, as it
+#: does by itself on macOS and Windows. Ray reads it when it is imported.
+_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+def listen_here_alone() -> None:
+    """Makes a Ray that this process will start listen on this machine alone; to be called before its import.
+
+    By default all of its processes (GCS, raylet, object manager, workers, driver, agents) listen on all
+    addresses, held by the token alone, which travels unencrypted. A person's own setting wins.
+
+    What this cannot do: the rendezvous of ``torch.distributed`` and gloo's connections between training
+    workers listen on addresses of PyTorch's choice, without a password, for as long as a training runs.
+    """
+    os.environ.setdefault(_SWITCH, "0")
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[None]:
+    """Joins the cluster that the configuration or RAY_ADDRESS names, else starts a local Ray; ends it after.
+
+    A session that is open already is used and left open, so that the demo's steps share one.
+
+    A fault of ours that comes back from Ray inside its own exceptions leaves the session as itself.
+
+    Raises:
+        GareError: where a named cluster cannot be joined.
+    """
+    address = joins_cluster(config)
+    _set_environment(local=not address)
+    import ray
+
+    if ray.is_initialized():
+        quiet_data()
+        with _own_faults():
+            yield
+        return
+    try:
+        # Half of a local Ray could not be ended; a cluster that does not answer is left at once.
+        with nullcontext() if address else shielded(), handlers_kept(below_python=True):
+            _begin(config, address)
+        quiet_data()
+        with _own_faults():
+            yield
+    finally:
+        with shielded(), handlers_kept(below_python=True):
+            ray.shutdown()
+
+
+def _begin(config: ClusterConfig, address: str) -> None:
+    """Joins a cluster, or starts a local Ray."""
+    import ray
+
+    quiet: dict[str, Any] = {
+        "logging_level": logging.WARNING,
+        "log_to_driver": True,
+        "configure_logging": False,
+    }
+    quiet |= runtime_env()
+    try:
+        if address:
+            if config.changed("num_cpus", "object_store_mb", "spill_dir"):
+                logger.warning("cluster.num_cpus, object_store_mb and spill_dir are of a local Ray alone")
+            ray.init(address=address, **quiet)
+        else:
+            # "local" never joins a cluster that happens to run on this machine.
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus or max(2, os.cpu_count() or 2),
+                # Ray Train asks the dashboard's state service whether its controller lives.
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=0,
+                object_store_memory=object_store_bytes(config),
+                **_spilling(config),
+                **quiet,
+            )
+    except GareError:
+        raise
+    except Exception as error:  # Ray raises Exception itself where a process of its own does not start
+        raise GareError(
+            f"Ray cannot be {'reached' if address else 'started'}: {error}",
+            where=address or "cluster.address is empty",
+            accepted="a running cluster (ray start --head) with its token in RAY_AUTH_TOKEN or ~/.ray"
+            if address
+            else "a machine that is less busy, or the address of a running cluster",
+        ) from error
+
+
+def _spilling(config: ClusterConfig) -> dict[str, Any]:
+    """Chooses where a local Ray puts objects for which its store has no room.
+
+    Raises:
+        ConfigError: where nothing can be written there.
+    """
+    if not config.spill_dir:
+        return {}
+    folder = Path(config.spill_dir).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error}", where="cluster.spill_dir", accepted="a folder of this machine"
+        ) from error
+    return {"object_spilling_directory": str(folder)}
+
+
+@contextmanager
+def _own_faults() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None or fault is error:
+            raise
+        # Not chained: Ray's message holds the worker's trace, and the fault says what a person needs.
+        raise fault from None
+
+
+def fault_of(error: BaseException) -> GareError | None:
+    """The fault of ours at the bottom of an exception from Ray, which wraps what its workers raise."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    wrapped: GareError | None = None
+    while pending:
+        inner = pending.pop(0)
+        if inner is None or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        # Ray makes classes that derive from the cause's and whose text is a trace: the cause itself is meant.
+        cause = getattr(inner, "cause", None)
+        if isinstance(inner, GareError) and not isinstance(cause, BaseException):
+            return inner
+        wrapped = wrapped or (inner if isinstance(inner, GareError) else None)
+        pending += [cause] if isinstance(cause, BaseException) else []
+        pending += [inner.__cause__, *getattr(inner, "worker_failures", {}).values()]
+    return wrapped
+
+
+def _set_environment(*, local: bool) -> None:
+    """Sets variables that Ray reads when it is imported; nothing that the person has set is replaced."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    # Ray has read its mode when it was imported; one that its children then read elsewhere locks it out.
+    if not local or "ray" in sys.modules:
+        return
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    listen_here_alone()
+    has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if not has_token and not (Path.home() / ".ray" / "auth_token").exists():
+        # A token of this session alone; Ray would otherwise write one to the home folder, readable by all.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def watches_preemption() -> bool:
+    """Returns True if Ray Train looks for nodes that are about to be taken away; not on a local Ray."""
+    return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") not in ("0", "false", "False")
+
+
+def quiet_data() -> None:
+    """Leaves of Ray Data's reports only its warnings; the pipelines print one line of their own."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Its import set these up anew. The file in Ray's session folder still gets everything.
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
+    # Warns that the bars are off.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -1,0 +1,217 @@
+"""Videos wherever they are: local files in place, those on S3 and web servers as temporary files."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from cluster.sources.attempts import Attempts, TransientError, of_the_disk
+from cluster.sources.contract import Answer, FetchedVideo, LocalSource, RemoteVersion, Server
+from cluster.sources.s3 import S3Server
+from cluster.sources.temporary import temporary_video
+from cluster.sources.web import WebServer
+from gare.config import SourcesConfig
+from gare.errors import DataError, FetchError, shown
+
+logger = logging.getLogger(__name__)
+
+#: Requests at once that ask for size and version alone.
+STAT_THREADS = 16
+#: Room that a fetch leaves on the disk of temporary files, where others write too.
+SPARE_BYTES = 256 * 10**6
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+class RemoteVideos:
+    """A ``gare.data.videos.VideoSource`` for all schemes that the configuration allows.
+
+    A remote video is fetched whole into a temporary file before it is decoded, and removed after that: a
+    worker holds one at a time. What was disturbed goes on from where it was, if the video is still the same.
+
+    Args:
+        sources: schemes, tries, limits.
+        local: reads files of this machine.
+    """
+
+    def __init__(self, sources: SourcesConfig, local: LocalSource) -> None:
+        self._sources = sources
+        self._local = local
+        self._s3 = S3Server(sources, STAT_THREADS)
+        web = WebServer(sources, STAT_THREADS)
+        self._servers: dict[str, Server] = {"s3": self._s3, "http": web, "https": web}
+
+    @contextmanager
+    def open(self, uri: str) -> Iterator[Any]:
+        """The video as a file of this machine, until the context ends.
+
+        Raises:
+            FetchError: where it cannot be had, with the reason in one line that shows no secret of the URI.
+        """
+        scheme = self._scheme(uri)
+        if scheme == "file":
+            with self._local.open(uri) as video:
+                yield video
+            return
+        with ExitStack() as stack:
+            stream = Attempts(self._sources, shown(uri)).call(
+                lambda _: stack.enter_context(temporary_video(uri.partition("?")[0]))
+            )
+            version = self._fetch(self._servers[scheme], uri, stream)
+            yield FetchedVideo(stream.name, version.size_bytes, version.version)
+
+    def stat(self, uris: Sequence[str]) -> dict[str, Any]:
+        """Size and version of each, or its fault, asked for by a few threads."""
+
+        def one(uri: str) -> RemoteVersion | DataError:
+            try:
+                scheme = self._scheme(uri)
+                if scheme == "file":
+                    found: RemoteVersion | DataError = self._local.stat([uri])[uri]
+                    return found
+                server = self._servers[scheme]
+                return Attempts(self._sources, shown(uri)).call(lambda timeout_s: server.stat(uri, timeout_s))
+            except FetchError as error:
+                return error
+
+        distinct = list(dict.fromkeys(uris))
+        with ThreadPoolExecutor(min(STAT_THREADS, max(1, len(distinct)))) as threads:
+            return dict(zip(distinct, threads.map(one, distinct), strict=True))
+
+    def list(self, folder: str) -> list[str]:
+        """The names of all files below an ``s3://`` folder, relative to it, sorted.
+
+        Raises:
+            FetchError: for a scheme that cannot be listed or is not allowed, and where S3 refuses.
+        """
+        if self._scheme(folder) != "s3":
+            raise FetchError(
+                "cannot be listed", where=shown(folder), accepted="a local folder or s3://bucket/folder"
+            )
+        return Attempts(self._sources, shown(folder)).call(lambda _: self._s3.list(folder))
+
+    def _scheme(self, uri: str) -> str:
+        found = _SCHEME.match(uri)
+        scheme = found[1].lower() if found else "file"
+        if scheme not in self._sources.schemes:
+            raise FetchError(
+                f"its scheme {scheme!r} is not allowed",
+                where=shown(uri),
+                accepted=f"one of sources.schemes: {', '.join(self._sources.schemes)}",
+            )
+        return scheme
+
+    def _fetch(self, server: Server, uri: str, stream: IO[bytes]) -> RemoteVersion:
+        where = shown(uri)
+        attempts = Attempts(self._sources, where)
+        partial = _Partial(stream, where, self._sources.max_video_mb)
+        while not partial.is_whole:
+            before = partial.position
+            try:
+                if not partial.has_all:  # all but the end of the answer may have come
+                    with server.get(uri, before, partial.version, attempts.timeout_s()) as answer:
+                        partial.begin(answer)
+                        for chunk in answer.chunks:
+                            partial.add(chunk)
+                            attempts.timeout_s()
+                partial.finish()
+            except TransientError as fault:
+                logger.debug("%s: %s at byte %d", where, fault.reason, partial.position)
+                progressed = partial.position > before
+                if fault.anew:
+                    partial.restart()
+                attempts.wait(fault, progressed=progressed)
+        return RemoteVersion(partial.position, partial.version)
+
+
+class _Partial:
+    """The part of a video that has come so far."""
+
+    def __init__(self, stream: IO[bytes], where: str, max_video_mb: float) -> None:
+        self._stream = stream
+        self._where = where
+        self._max_video_mb = max_video_mb
+        self.restart()
+
+    @property
+    def has_all(self) -> bool:
+        """True if as many bytes have come as there should be."""
+        return self.position == self._size_bytes
+
+    def restart(self) -> None:
+        """Forgets all of it."""
+        self.is_whole = False
+        self.position = 0
+        self.version = ""
+        self._size_bytes: int | None = None  # until an answer says it
+        self._md5 = ""
+        self._digest = hashlib.md5(usedforsecurity=False)
+        self._stream.seek(0)
+        self._stream.truncate()
+
+    def begin(self, answer: Answer) -> None:
+        """Makes ready for a body; one that does not go on from here starts anew."""
+        goes_on = answer.start == self.position and answer.version == self.version
+        if not (self.position and goes_on):
+            try:
+                self.restart()  # also where nothing has come: what a full disk refused may still be there
+            except OSError as error:
+                raise of_the_disk(error) from error
+        if answer.start != self.position:
+            raise TransientError("the server sends another part than was asked for")
+        self.version, self._size_bytes, self._md5 = answer.version, answer.size_bytes, answer.md5
+        self._check_size(answer.size_bytes or 0)
+        try:
+            free_bytes = shutil.disk_usage(Path(self._stream.name).parent).free
+        except OSError as error:
+            raise of_the_disk(error) from error
+        if (answer.size_bytes or 0) - self.position + SPARE_BYTES > free_bytes:
+            raise TransientError("there is no room on the disk for temporary files (TMPDIR)")
+
+    def add(self, chunk: bytes) -> None:
+        """Keeps the next bytes."""
+        self._check_size(self.position + len(chunk))
+        try:
+            self._stream.write(chunk)
+        except OSError as error:
+            with suppress(OSError):  # the next try starts anew all the same
+                self.restart()
+            raise of_the_disk(error) from error
+        self._digest.update(chunk)
+        self.position += len(chunk)
+
+    def finish(self) -> None:
+        """Makes sure that all is there and nothing else.
+
+        Raises:
+            TransientError: where it is not.
+        """
+        if self._size_bytes is not None and self.position != self._size_bytes:
+            if self.position > self._size_bytes:
+                self.restart()
+            raise TransientError("the body ended early")
+        if self._md5 and self._digest.hexdigest() != self._md5:
+            self.restart()
+            raise TransientError("what came has another MD5 than its ETag says")
+        try:
+            self._stream.flush()
+        except OSError as error:
+            with suppress(OSError):  # the next try starts anew all the same
+                self.restart()
+            raise of_the_disk(error) from error
+        self.is_whole = True
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > self._max_video_mb * 10**6:
+            raise FetchError(
+                f"is larger than {self._max_video_mb:g} MB",
+                where=self._where,
+                accepted="a smaller video, or a larger sources.max_video_mb",
+            )

@@ -1,0 +1,1 @@
+"""Status of a job: progress, the state of a training run, memory."""

@@ -1,0 +1,76 @@
+"""The section of the configuration that says which videos and captions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gare.config.section import Count, Fraction, Section, Seed
+
+#: Benchmarks that are read from their published annotation files.
+PUBLISHED = ("msrvtt", "msvd", "didemo", "activitynet", "lsmdc", "youcook2")
+
+
+class DataConfig(Section):
+    """The data set: videos, captions and splits."""
+
+    benchmark: Literal[
+        "synthetic", "folder", "msrvtt", "msvd", "didemo", "activitynet", "lsmdc", "youcook2"
+    ] = Field(
+        "folder",
+        description="synthetic: the generated benchmark; folder: your own videos with captions; the others: "
+        "from their published annotation files",
+    )
+    videos: str = Field("", description="folder of the videos or s3://…; empty: captions hold URIs (folder)")
+    captions: str = Field(
+        "", description="CSV, JSON Lines or JSON file with their captions (benchmark: folder)"
+    )
+    annotations: str = Field(
+        "", description="folder of the benchmark's annotation files, plain or gzip-ed (published benchmarks)"
+    )
+    train_list: Literal["9k", "7k"] = Field("9k", description="videos to train on (benchmark: msrvtt)")
+    val_videos: int = Field(
+        0,
+        ge=0,
+        description="train videos held out for val, drawn with data.seed, where the protocol has no val "
+        "(msrvtt, activitynet, youcook2); 0: none, and training keeps its last checkpoint",
+    )
+    allow_missing: bool = Field(
+        False,
+        description="leave out clips without video, as the protocol then says (published benchmarks)",
+    )
+    verify: bool = Field(
+        False,
+        description="only compare annotations and videos with the published counts and write no manifest "
+        "(published benchmarks)",
+    )
+    seed: Seed = Field(0, description="seed of the generated benchmark and of a split made here")
+    val_fraction: Fraction = Field(0.1, description="share of the videos for val where no split is given")
+    test_fraction: Fraction = Field(0.2, description="share of the videos for test where no split is given")
+    num_train: Count = Field(700, description="videos to generate for train (benchmark: synthetic)")
+    num_val: Count = Field(60, description="videos to generate for val (benchmark: synthetic)")
+    num_test: Count = Field(256, description="videos to generate for test (benchmark: synthetic)")
+
+    @property
+    def is_published(self) -> bool:
+        """True if the benchmark is read from published annotation files."""
+        return self.benchmark in PUBLISHED
+
+    @model_validator(mode="after")
+    def _fractions_leave_train(self) -> DataConfig:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction must stay below 1, so that train gets videos")
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> DataConfig:
+        published = ("annotations", "train_list", "val_videos", "allow_missing", "verify")
+        idle = self.changed(*published) if not self.is_published else self.changed("captions")
+        if self.is_published and self.benchmark != "msrvtt":
+            idle += self.changed("train_list")
+        if idle:
+            raise ValueError(f"{', '.join(idle)} would change nothing: benchmark is {self.benchmark}")
+        if self.verify and self.allow_missing:
+            raise ValueError("allow_missing would change nothing: verify only lists what is missing")
+        return self

@@ -1,0 +1,75 @@
+"""The section of the feature store, and what does not go together with it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gare.config.augment import AugmentConfig
+from gare.config.evaluate import EvaluateConfig
+from gare.config.model import ModelConfig
+from gare.config.section import Count, Section
+from gare.config.train import TrainConfig
+
+
+class FeaturesConfig(Section):
+    """Encoding of frames and captions; all that changes the values is in the store's fingerprint."""
+
+    weights: str = Field(
+        "",
+        description="towers that make features: as train.clip_weights, or a checkpoint folder; empty: "
+        "train.clip_weights",
+    )
+    words: bool = Field(False, description="store word features too, which model.context=words needs")
+    precision: Literal["float32", "bf16", "float16"] = Field(
+        "float32", description="of the towers while they make features, which are stored in float16"
+    )
+    compile: Literal["auto", "off", "towers"] = Field(
+        "auto",
+        description="as train.compile, of the towers in each encoding actor; not in the store's fingerprint",
+    )
+    batch: Count = Field(32, description="clips that go through the image tower at once")
+    videos_per_part: Count = Field(256, description="videos that a Parquet part of the store holds at most")
+    workers: int = Field(
+        0, ge=0, description="encoding actors; 0: one for each GPU with cluster.use_gpu, else for each CPU"
+    )
+    cache_mb: float = Field(
+        4096.0,
+        ge=0,
+        description="MB of features that a reader keeps in memory; a larger store is read as it goes",
+    )
+
+
+def feature_faults(
+    train: TrainConfig,
+    model: ModelConfig,
+    augment: AugmentConfig,
+    features: FeaturesConfig,
+    evaluate: EvaluateConfig,
+) -> list[str]:
+    """Lists what training and evaluation from features cannot do, one line each."""
+    # A zero-shot score pools real frames alone, whatever the padding.
+    scored = "auto" if evaluate.zero_shot else evaluate.input
+    if model.padding == "released" and "features" in (train.input, scored):
+        return [
+            "model.padding released needs train.input frames and evaluate.input auto or frames: the features "
+            "of its grey pictures are not stored"
+        ]
+    if train.input != "features":
+        return []
+    faults = []
+    if augment.is_on:
+        faults.append("augment changes pictures, and train.input features has none: set it off")
+    if train.freeze not in ("auto", "towers"):
+        faults.append(
+            f"train.freeze {train.freeze} would change nothing: with train.input features no tower learns"
+        )
+    if not model.learns_without_towers:
+        faults.append(
+            "train.input features would learn nothing: model.temporal is none, and model.increment and "
+            "model.adapters are off"
+        )
+    if model.increment and model.context == "words" and not features.words:
+        faults.append("model.context words needs features.words=true with train.input features")
+    return faults

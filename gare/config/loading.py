@@ -1,0 +1,371 @@
+"""The configuration: one frozen model per section, YAML first, then command-line overrides.
+
+Every field has a default and a description; ``describe_keys`` turns them into ``--help``. Faults are
+collected and reported together, by dotted key, with the value, what is accepted and the nearest valid name;
+checks across keys follow once every key is right by itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from gare.config.augment import AugmentConfig
+from gare.config.cluster import ClusterConfig
+from gare.config.data import DataConfig
+from gare.config.evaluate import EvaluateConfig
+from gare.config.extract import ExtractConfig
+from gare.config.features import FeaturesConfig, feature_faults
+from gare.config.model import INCREMENT_KEYS, SIZES_READ, SIZES_UNKNOWN, ModelConfig
+from gare.config.section import DemoConfig, Name, Section, StorageConfig, TrackingConfig
+from gare.config.sources import SourcesConfig
+from gare.config.train import LossConfig, TrainConfig
+from gare.config.upkeep import UpkeepConfig
+from gare.config.yaml_files import Settings, read_settings
+from gare.errors import ConfigError, GareError, masked
+
+#: Value of ``model.clip`` that has the sizes read from the weights.
+AUTO = "auto"
+#: The keys that say where weights are: checked by themselves, before the sizes are known.
+_PLACES = {
+    "storage": ("root",),
+    "features": ("weights",),
+    "train": ("run", "clip_weights"),
+    "evaluate": ("checkpoint", "compare", "suite", "sync", "zero_shot"),
+}
+_DSL_KEYS, _QBNORM_KEYS = ("dsl_scale",), ("qbnorm_scale", "qbnorm_bank")
+#: Section, switch, the values that turn a part off, and keys beside it that only shape this part and are
+#: refused without it.
+SHAPING: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
+    ("extract", "sampling", ("uniform", "keyframes"), ("sample_fps",)),
+    ("model", "increment", (False,), INCREMENT_KEYS),
+    ("model", "query", ("text",), ("gap_sign",)),
+    ("model", "temporal", ("none",), ("temporal_layers", "temporal_heads")),
+    ("model", "pooling", ("mean",), ("pool_temperature",)),
+    ("loss", "direction_form", ("orthogonality",), ("direction_alpha",)),
+    ("train", "optimizer", ("adamw",), ("schedule_epochs",)),
+    ("train", "precision", ("auto", "float32", "bf16"), ("encoder_gradient_divisor",)),
+    ("augment", "operations", (0,), ("magnitude", "noise", "probability")),
+    ("evaluate", "test_curve", (True,), ("checkpoint", "dsl", "qbnorm", *_DSL_KEYS, *_QBNORM_KEYS)),
+    ("evaluate", "zero_shot", (True,), ("checkpoint",)),
+    ("evaluate", "dsl", (False,), _DSL_KEYS),
+    ("evaluate", "qbnorm", (False,), _QBNORM_KEYS),
+    ("evaluate", "suite", ("",), ("runs",)),
+)
+
+
+class Config(Section):
+    """Everything a pipeline is told."""
+
+    name: Name = Field("own", description="name of the data set: its outputs are below storage.root/name")
+    storage: StorageConfig = Field(default_factory=StorageConfig, description="where outputs go")
+    data: DataConfig = Field(default_factory=DataConfig, description="videos and captions")
+    sources: SourcesConfig = Field(default_factory=SourcesConfig, description="fetching videos")
+    extract: ExtractConfig = Field(default_factory=ExtractConfig, description="videos to frame store")
+    upkeep: UpkeepConfig = Field(default_factory=UpkeepConfig, description="care of the stores")
+    features: FeaturesConfig = Field(
+        default_factory=FeaturesConfig, description="frames and captions to feature store"
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
+    loss: LossConfig = Field(default_factory=LossConfig, description="the loss")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="training")
+    augment: AugmentConfig = Field(
+        default_factory=AugmentConfig, description="augmentation of training clips"
+    )
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="evaluation")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Ray")
+    demo: DemoConfig = Field(default_factory=DemoConfig, description="the demo")
+
+    @model_validator(mode="after")
+    def _store_fits_model(self, info: ValidationInfo) -> Config:
+        faults = feature_faults(self.train, self.model, self.augment, self.features, self.evaluate)
+        if self.train.freeze == "towers" and not self.model.learns_without_towers:
+            faults.append(
+                "train.freeze towers would leave nothing to learn: model.temporal is none, and "
+                "model.increment and model.adapters are off"
+            )
+        differs = self.extract.image_size != self.model.clip.image_size
+        if differs and info.context != SIZES_UNKNOWN:
+            way_out = ", which model.clip=auto read from the weights: give no extract.image_size"
+            faults.append(
+                f"extract.image_size {self.extract.image_size} differs from "
+                f"model.clip.image_size {self.model.clip.image_size}"
+                + (way_out if info.context == SIZES_READ else "")
+            )
+        if self.extract.num_frames != self.model.max_frames:
+            faults.append(
+                f"extract.num_frames {self.extract.num_frames} differs from "
+                f"model.max_frames {self.model.max_frames}"
+            )
+        if self.train.batch_size < self.cluster.train_workers:
+            faults.append(
+                f"train.batch_size {self.train.batch_size} is less than "
+                f"cluster.train_workers {self.cluster.train_workers}"
+            )
+        if self.cluster.min_workers > (self.cluster.train_workers or self.train.batch_size):
+            faults.append(
+                f"cluster.min_workers {self.cluster.min_workers} is more than "
+                + (
+                    f"cluster.train_workers {self.cluster.train_workers}"
+                    if self.cluster.train_workers
+                    else f"train.batch_size {self.train.batch_size}"
+                )
+            )
+        if self.cluster.min_workers and self.cluster.placement.startswith("strict"):
+            faults.append(
+                f"cluster.placement {self.cluster.placement} with cluster.min_workers: Ray would choose "
+                "numbers of workers that cannot be placed so"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that ``load_config`` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+#: Reads ``model.clip`` from the weights that a configuration names, in which all but the name and ``_PLACES``
+#: is at its default; None where the task looks at no model: nothing has to fit the sizes then.
+SizesOf = Callable[[Config], Mapping[str, int] | None]
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, sizes_of: SizesOf | None = None
+) -> Config:
+    """Reads a YAML file, with the files that it extends, and applies ``section.key=value`` overrides.
+
+    Args:
+        path: a YAML file whose top level is a mapping of sections, or the name of a shipped one; its key
+            ``extends`` names another in the same way, seen from it, over which it is merged.
+        overrides: ``section.key=value`` strings; the value is parsed as YAML.
+        sizes_of: resolves ``model.clip: auto``, such as
+            ``gare.train.checkpoint.initial_model.sizes_of_weights``; auto is refused without it. The picture
+            size of the weights takes the place of a file's ``extract.image_size``, and not of one in the
+            overrides.
+
+    A switch that turns a part off, such as ``model.increment=false``, leaves out keys that only shape this
+    part and come from below it: from a file, where an override turns it off, or from the file that is
+    extended. Both in one place contradict each other.
+
+    Raises:
+        CheckpointError: for weights whose sizes cannot be read.
+        ConfigError: for a file that cannot be read or any fault in it; all faults are in the one message.
+    """
+    return _parse(read_settings(path), overrides, sizes_of)
+
+
+def parse_config(tree: Any, overrides: Sequence[str] = (), *, where: str = "configuration") -> Config:
+    """Builds a Config from a nested mapping, such as a checkpoint's, and overrides.
+
+    No file is read: ``extends`` is an unknown key here.
+
+    Raises:
+        ConfigError: with every fault in one message.
+    """
+    return _parse(Settings(tree, where), overrides)
+
+
+def _parse(settings: Settings, overrides: Sequence[str], sizes_of: SizesOf | None = None) -> Config:
+    tree = {} if settings.tree is None else settings.tree
+    if not isinstance(tree, Mapping):
+        raise ConfigError(
+            f"top level is a {type(tree).__name__}", where=settings.path, accepted="a mapping of sections"
+        )
+    # A section whose keys are all commented out is null in YAML.
+    merged: dict[str, Any] = {key: _copy(value) for key, value in tree.items() if value is not None}
+    faults = [fault for item in overrides if (fault := _apply_override(merged, item))]
+    given = [item.partition("=")[0].strip() for item in overrides]
+    _leave_out_idle_keys(merged, settings, given)
+    context, unread = _settle_clip(merged, sizes_of, given)
+    if context:
+        faults += [
+            f"{key}: model.clip is auto, which has all sizes from the weights (leave this key out; for sizes "
+            "of your own begin with model.clip={})"
+            for key in given
+            if key.startswith("model.clip.")
+        ]
+    # A value of the command line is no longer that of the file.
+    origins = {
+        key: file
+        for key, file in settings.origins.items()
+        if not any(one.startswith(f"{key}.") for one in given) and not _is_given(key, given)
+    }
+    try:
+        config = Config.model_validate(merged, context=context)
+    except ValidationError as error:
+        faults += [_explain(dict(fault), origins) for fault in error.errors(include_url=False)]
+    if unread is not None:
+        if not faults and not isinstance(unread, ConfigError):
+            raise unread
+        faults.append(str(unread))
+    if faults:
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        raise ConfigError(f"{len(faults)} fault{'s' * (len(faults) > 1)}:\n{lines}", where=settings.path)
+    return config
+
+
+def _settle_clip(
+    tree: dict[str, Any], sizes_of: SizesOf | None, given: Sequence[str]
+) -> tuple[str, GareError | None]:
+    """Puts the weights' sizes in place of ``model.clip: auto``, and their picture size into extract.
+
+    Returns:
+        the context that the tree is to be validated in, empty without auto; and why no sizes could be read.
+    """
+    if _mapping_in(tree, "model").get("clip") != AUTO:
+        return "", None
+    del tree["model"]["clip"]
+    try:
+        sizes = _sizes(tree, sizes_of)
+    except GareError as error:
+        return SIZES_UNKNOWN, error
+    if sizes is None:
+        return SIZES_UNKNOWN, None
+    tree["model"]["clip"] = dict(sizes)
+    extract = tree.setdefault("extract", {})
+    if isinstance(extract, dict) and not _is_given("extract.image_size", given):
+        extract["image_size"] = sizes["image_size"]
+    return SIZES_READ, None
+
+
+def _sizes(tree: Mapping[str, Any], sizes_of: SizesOf | None) -> Mapping[str, int] | None:
+    """The sizes of the weights for ``model.clip: auto``; None where they are not needed or not named aright.
+
+    Raises:
+        CheckpointError: for weights whose sizes cannot be read.
+        ConfigError: where no weights are named, or nothing is there to read them with.
+    """
+    if sizes_of is None:
+        raise ConfigError(
+            "auto needs a function that reads the sizes from the weights, and none was given",
+            where="model.clip",
+            accepted="load_config(…, sizes_of=gare.train.checkpoint.initial_model.sizes_of_weights), which "
+            "the commands of pipelines/ do, or the sizes themselves",
+        )
+    known: dict[str, Any] = {"name": tree["name"]} if "name" in tree else {}
+    for section, keys in _PLACES.items():
+        given = _mapping_in(tree, section)
+        known[section] = {key: given[key] for key in keys if key in given}
+    try:
+        places = parse_config(known)
+    except ConfigError:
+        # Found again when everything is checked.
+        return None
+    return sizes_of(places)
+
+
+def _leave_out_idle_keys(tree: dict[str, Any], settings: Settings, given: Sequence[str]) -> None:
+    """Takes out keys that only shape a part, where a switch above them turns it off."""
+
+    def depth(key: str) -> int:
+        """0 for the command line, 1 for the file, and one more for each file down to the key's."""
+        if _is_given(key, given):
+            return 0
+        origin = settings.origins.get(key)
+        return 1 if origin is None else 2 + settings.extended.index(origin)
+
+    for name, switch, off, keys in SHAPING:
+        section = _mapping_in(tree, name)
+        if switch in section and section[switch] in off:
+            for key in keys:
+                if key in section and depth(f"{name}.{key}") > depth(f"{name}.{switch}"):
+                    del tree[name][key]
+
+
+def _mapping_in(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    found = tree.get(section)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _is_given(key: str, given: Sequence[str]) -> bool:
+    """True if a key, or all of the section that it is in, is among those of the command line."""
+    return any(f"{key}.".startswith(f"{one}.") for one in given)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """One line for each dotted key whose value differs between two nested mappings."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = dict.fromkeys([*old, *new])
+        dotted = {key: f"{prefix}.{key}" if prefix else str(key) for key in keys}
+        return [line for key in keys for line in differences(old.get(key), new.get(key), dotted[key])]
+    return [] if old == new else [f"{prefix} was {old!r}, is {new!r}"]
+
+
+def describe_keys() -> Iterator[tuple[str, str, str]]:
+    """Yields (dotted key, default as YAML, description) of every key, in order."""
+    yield from _describe(Config, "")
+
+
+def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for key, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _describe(inner, f"{prefix}{key}.")
+        else:
+            value = field.get_default(call_default_factory=True, validated_data={})
+            default = yaml.safe_dump(value, default_flow_style=True)
+            yield f"{prefix}{key}", default.removesuffix("...\n").strip(), field.description or ""
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _apply_override(tree: dict[str, Any], item: str) -> str:
+    """Sets one ``a.b=value`` in place; returns the fault, or an empty string."""
+    dotted, equals, text = item.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        return f"override {masked(item)!r} is not of the form section.key=value"
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return f"override {masked(item)!r}: the value is not YAML"
+    if keys[:2] == ["model", "clip"] and keys[2:] and _mapping_in(tree, "model").get("clip") == AUTO:
+        return ""  # refused when auto is settled
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    # An empty value clears a text; YAML would read it as null, which no field accepts.
+    tree[keys[-1]] = "" if value is None and not text.strip() else value
+    return ""
+
+
+def _explain(fault: dict[str, Any], origins: Mapping[str, str]) -> str:
+    """A fault in words, with the file where the value comes from one that is extended."""
+    location = [str(part) for part in fault["loc"]]
+    dotted = ".".join(location) or "configuration"
+    origin = f" (in {origins[dotted]})" if dotted in origins else ""
+    if fault["type"] == "extra_forbidden":
+        known = _keys_beside(location)
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"nearest: {'.'.join([*location[:-1], near[0]])}; " if near else ""
+        return f"{dotted}: unknown key ({hint}known here: {', '.join(known)}){origin}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{dotted}: {masked(message)}{origin}"
+    return f"{dotted}: got {masked(repr(fault['input']))}; {message[0].lower()}{message[1:]}{origin}"
+
+
+def _keys_beside(location: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        inner = section.model_fields[part].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        section = inner
+    return list(section.model_fields)

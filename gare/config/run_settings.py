@@ -1,0 +1,79 @@
+"""The settings that make a training run this run, whatever version wrote them down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from pydantic import ValidationError
+
+from gare.config import Config, ModelConfig, parse_config
+from gare.config.loading import SHAPING
+
+#: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
+#: What matters of data and extract is in the fingerprints.
+FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
+FREE_SECTIONS |= {"features", "upkeep"}
+FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
+FREE_TRAIN_KEYS |= {"checkpoint_every_steps", "checkpoint_every_s"}
+FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch", "profile"}
+# They change the order of sums and when an activation is computed, not what: rounding, as another card does.
+FREE_TRAIN_KEYS |= {"compile", "activation_checkpointing"}
+
+
+def settings_of_run(config: Config) -> dict[str, Any]:
+    """The settings of a configuration that make its run this run, by section."""
+    settings = config.model_dump(mode="json", exclude=FREE_SECTIONS)
+    settings["model"] = config.model.identity()
+    settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
+    return settings
+
+
+def completed_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a run saved them, as this version would have.
+
+    Keys that its version did not know get their defaults: the default of a new key is what was done before
+    there was one. What was held to be part of a run and is no more is left out.
+
+    Args:
+        saved: as ``settings_of_run`` of some version had them.
+    """
+    kept = {key: value for key, value in without_idle_keys(saved).items() if key not in FREE_SECTIONS}
+    if isinstance(train := kept.get("train"), Mapping):
+        kept["train"] = {key: value for key, value in train.items() if key not in FREE_TRAIN_KEYS}
+    completed = _filled(kept, settings_of_run(Config()))
+    with suppress(ValidationError):  # of a version with other keys, which a comparison tells of
+        completed["model"] = ModelConfig.model_validate(completed["model"]).identity()
+    return completed
+
+
+def saved_config(tree: Any, *, where: str) -> Config:
+    """The configuration that some version saved, with all its keys, such as a checkpoint's.
+
+    Raises:
+        ConfigError: with every fault in one message.
+    """
+    return parse_config(without_idle_keys(tree) if isinstance(tree, Mapping) else tree, where=where)
+
+
+def without_idle_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings without the keys that only shape a part that they turn off.
+
+    Such a key was saved with the default of its version. Where the default is another one by now, it would
+    be refused as a value that changes nothing, or pass for a difference.
+    """
+    kept = dict(saved)
+    for name, switch, off, keys in SHAPING:
+        section = kept.get(name)
+        if isinstance(section, Mapping) and switch in section and section[switch] in off:
+            kept[name] = {key: value for key, value in section.items() if key not in keys}
+    return kept
+
+
+def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {**defaults, **saved}
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
+            filled[key] = _filled(filled[key], default)
+    return filled

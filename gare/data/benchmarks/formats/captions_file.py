@@ -1,0 +1,191 @@
+"""Records of a captions file to typed rows: the names its columns may have and what their values may be.
+
+One documented name for each role; the others are what people have in their files:
+
+    video    video, video_id, file, filename, file_name, path
+    caption  caption, captions, text, sentence
+    split    split
+    start_s  start_s, start, start_time, start_sec, start_seconds
+    end_s    end_s, end, end_time, end_sec, end_seconds
+
+Upper and lower case do not matter, blanks count as underscores. Other columns are ignored, unless their name
+is close to one of these and its role is otherwise empty: that is a slip of the pen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from gare.data.benchmarks.formats.records import read_records
+from gare.data.collected_errors import Faults
+
+ROLES = {
+    "video": ("video", "video_id", "file", "filename", "file_name", "path"),
+    "caption": ("caption", "captions", "text", "sentence"),
+    "split": ("split",),
+    "start_s": ("start_s", "start", "start_time", "start_sec", "start_seconds"),
+    "end_s": ("end_s", "end", "end_time", "end_sec", "end_seconds"),
+}
+REQUIRED = ("video", "caption")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "validate", "validation", "valid", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+_ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+
+
+@dataclass(frozen=True)
+class CaptionRow:
+    """One row of a captions file.
+
+    Attributes:
+        where: where it stands, such as ``line 12``.
+        video: the video as the file names it.
+        captions: its texts, without blanks around them.
+        split: train, val, test or None.
+        start_s: seconds; None where the clip starts with its file.
+        end_s: seconds; None where it ends with its file.
+    """
+
+    where: str
+    video: str
+    captions: tuple[str, ...]
+    split: str | None
+    start_s: float | None
+    end_s: float | None
+
+
+def parse_captions(name: str, data: bytes, faults: Faults) -> list[CaptionRow]:
+    """Reads the content of a captions file.
+
+    Args:
+        name: its file name; the ending says the format.
+        data: its content.
+        faults: collects what is wrong with single rows, which are then left out.
+
+    Raises:
+        DataError: for a file that cannot be taken apart at all.
+    """
+    columns_of: dict[tuple[str, ...], dict[str, str]] = {}
+    rows = []
+    for where, record in read_records(name, data, faults, is_header=_is_header):
+        keys = tuple(record)
+        if keys not in columns_of:
+            columns_of[keys] = _find_columns(keys, where, faults)
+        row = _to_row(where, record, columns_of[keys], faults)
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def _is_header(columns: list[str]) -> bool:
+    found = {_ROLE_OF.get(_plain(column)) for column in columns}
+    return found.issuperset(REQUIRED)
+
+
+def _plain(column: str) -> str:
+    return column.strip().lower().replace(" ", "_")
+
+
+def _find_columns(columns: Iterable[str], where: str, faults: Faults) -> dict[str, str]:
+    """Finds the column of each role; notes doubled, misspelt and missing ones once, for their first row."""
+    found: dict[str, str] = {}
+    others = []
+    for column in columns:
+        role = _ROLE_OF.get(_plain(column))
+        if role is None:
+            others.append(column)
+        elif role in found:
+            faults.add("two columns for one thing", f"{found[role]!r} and {column!r} ({where})")
+        else:
+            found[role] = column
+    empty = [name for role, names in ROLES.items() if role not in found for name in names]
+    misspelt = set()
+    for column in others:
+        near = difflib.get_close_matches(_plain(column), empty, n=1, cutoff=0.8)
+        if near:
+            faults.add("unknown column", f"{column!r} (nearest: {near[0]!r}; {where})")
+            misspelt.add(_ROLE_OF[near[0]])
+    for role in REQUIRED:
+        if role not in found and role not in misspelt:
+            faults.add(
+                f"no {role} column, one of {', '.join(ROLES[role])} (in CSV, the first line names them)",
+                f"{where} has {', '.join(map(repr, columns)) or 'none'}",
+            )
+    return found
+
+
+def _to_row(where: str, record: dict[str, Any], columns: dict[str, str], faults: Faults) -> CaptionRow | None:
+    if not all(role in columns for role in REQUIRED):
+        return None
+    video = _to_name(record[columns["video"]])
+    if video is None:
+        faults.add("no video named", where)
+    captions = _to_captions(record[columns["caption"]], _plain(columns["caption"]) == "captions")
+    if captions is None:
+        faults.add("caption is neither a text nor a list of texts", where)
+    elif not captions or not all(captions):
+        faults.add("blank caption", where)
+    split, is_bad_split = None, False
+    if "split" in columns and not _is_blank(value := record[columns["split"]]):
+        split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
+        if is_bad_split := split is None:
+            faults.add("split is none of train, val, test", f"{value!r} ({where})")
+    times = [_to_time(record, columns.get(role), where, faults) for role in ("start_s", "end_s")]
+    start_s, end_s = times
+    if end_s is not None and end_s <= (start_s or 0.0):
+        faults.add("start is not before end", f"{start_s} to {end_s} ({where})")
+    if video is None or not captions or is_bad_split:
+        return None
+    # The same clip has one form only: a start of 0 is that of the file.
+    if end_s is None:
+        start_s = start_s or None
+    elif start_s is None:
+        start_s = 0.0
+    return CaptionRow(where, video, captions, split, start_s, end_s)
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _to_name(value: Any) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a file called 17 in JSON
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _to_captions(value: Any, may_be_list: bool) -> tuple[str, ...] | None:
+    """The texts; None for what is no text. A CSV cell of a column `captions` may hold a JSON list."""
+    if isinstance(value, str) and may_be_list and value.strip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except ValueError:  # a caption such as "[music] plays"
+            parsed = None
+        if isinstance(parsed, list):
+            value = parsed
+    texts = value if isinstance(value, list) else ["" if value is None else value]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return tuple(text.strip() for text in texts)
+
+
+def _to_time(record: dict[str, Any], column: str | None, where: str, faults: Faults) -> float | None:
+    if column is None or _is_blank(value := record[column]):
+        return None
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str) or "_" in str(value):
+            raise ValueError
+        seconds = float(value)
+        if not math.isfinite(seconds) or seconds < 0:
+            raise ValueError
+    except (ValueError, OverflowError):
+        faults.add("not a time in seconds, such as 12.5", f"{column} {value!r} ({where})")
+        return None
+    return seconds + 0.0  # -0.0 is 0.0

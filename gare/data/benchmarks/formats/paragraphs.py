@@ -1,0 +1,75 @@
+"""Benchmarks whose text is a paragraph: all sentences of a video, joined in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from gare.data.benchmarks.formats.annotations import Annotation
+from gare.data.benchmarks.reading import BenchmarkClip, Deviation, Gathered, gather, names_of
+
+
+def paragraph_clips(
+    split: str,
+    listed: Mapping[str, Gathered],
+    sources: Sequence[Mapping[str, Gathered]],
+    *,
+    start_s: float | None = None,
+    end_s: float | None = None,
+) -> tuple[list[BenchmarkClip], list[Deviation]]:
+    """The clips of a split, each with its paragraph, and what is odd about them.
+
+    Args:
+        split: its name.
+        listed: the videos it has; empty: those of the sources.
+        sources: sentences of videos, the surest first; a later one serves videos that no earlier one has.
+        start_s: of all clips.
+        end_s: of all clips.
+    """
+    members = listed or {name: video for source in sources for name, video in source.items()}
+    clips = []
+    silent, unlike = [], []
+    for name, video in members.items():
+        found = [source[name] for source in [{name: video}, *sources] if name in source]
+        paragraphs = [" ".join(video.texts) for video in found if video.texts]
+        if not paragraphs:
+            silent.append(name)
+            continue
+        if len(set(paragraphs)) > 1:
+            unlike.append(name)
+        written = [written for video in found for written in video.names]
+        clips.append(BenchmarkClip(name, names_of(name, *written), split, (paragraphs[0],), start_s, end_s))
+    unlisted = {name for source in sources for name in source} - members.keys()
+    found_odd = (
+        (f"{split} videos without sentences, left out", silent),
+        (f"{split} videos with sentences that the list does not name, left out", unlisted),
+        (f"{split} videos whose files give different paragraphs, the first taken", unlike),
+    )
+    return clips, [Deviation(what, tuple(sorted(ids))) for what, ids in found_odd if ids]
+
+
+def odd_times(split: str, videos: Mapping[str, Gathered], remedies: tuple[str, str]) -> list[Deviation]:
+    """Lists videos whose times run backwards or end after the video.
+
+    Args:
+        split: its name.
+        videos: with their times.
+        remedies: what is done about either.
+    """
+    backwards = sorted(name for name, video in videos.items() if any(a > b for a, b in video.times))
+    late = sorted(
+        name
+        for name, video in videos.items()
+        if video.duration_s is not None and any(max(pair) > video.duration_s for pair in video.times)
+    )
+    found = (
+        (f"{split} videos with a time that runs backwards, {remedies[0]}", backwards),
+        (f"{split} videos with a time after the end of the video, {remedies[1]}", late),
+    )
+    return [Deviation(what, tuple(ids)) for what, ids in found if ids]
+
+
+def gathered(
+    entries: Sequence[Annotation], to_id: Callable[[str], str | None], what: str
+) -> dict[str, Gathered]:
+    """``gather``, or nothing where there are no entries."""
+    return gather(entries, to_id, what) if entries else {}

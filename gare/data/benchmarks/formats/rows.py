@@ -1,0 +1,162 @@
+"""Annotation files that are rows of text: tables with or without a header, and plain lists of ids."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gare.data.benchmarks.formats.words import TEXTS, VIDEOS, find_key, normalise_key
+from gare.data.collected_errors import Faults
+from gare.errors import DataError
+
+_DELIMITERS = ("\t", ",", ";", "|")
+_CLOCK = re.compile(r"\d{1,2}[.:]\d\d[.:]\d\d([.,:]\d+)?|\d+(\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class RowRecord:
+    """One row.
+
+    Attributes:
+        where: such as ``line 12``.
+        video: the video as it is named there.
+        fields: its columns by name; ``caption`` is the text of a table without header.
+    """
+
+    where: str
+    video: str
+    fields: Mapping[str, str]
+
+
+def read_rows(name: str, text: str, faults: Faults) -> list[RowRecord]:
+    """Takes rows of text apart; line ends have to be single line feeds.
+
+    A table has a header that names the video, or none: then the first column is the video and the last the
+    text, whether tabs, commas, semicolons or, before the text, a blank divide them. Where the columns between
+    are times, a text keeps the commas in it. ``#`` starts a remark.
+
+    Args:
+        name: of the file, for messages.
+        text: its content.
+        faults: collects rows that do not fit.
+
+    Raises:
+        DataError: for a table whose quotes cannot be understood.
+    """
+    first = next(line for line in text.split("\n") if line.strip())
+    for delimiter in _DELIMITERS:
+        header = next(csv.reader([first], delimiter=delimiter), [])
+        if find_key(header, VIDEOS) and (len(header) == 1 or find_key(header, TEXTS) or _is_list(header)):
+            if len(header) == 1 and any(other in first for other in _DELIMITERS):
+                continue
+            return _with_header(name, text, delimiter, faults)
+    lines = [
+        (number, line.rstrip("\n"))
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    return _without_header(lines, faults)
+
+
+def _is_list(header: list[str]) -> bool:
+    # A list of videos with other columns beside their names.
+    return len(header) > 1 and all(re.fullmatch(r"[\w :.]*", column) for column in header)
+
+
+def _with_header(name: str, text: str, delimiter: str, faults: Faults) -> list[RowRecord]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    records = []
+    line = 1
+    try:
+        for fields in reader:
+            start, line = line, reader.line_num + 1
+            if not any(field.strip() for field in fields):
+                continue
+            if not header:
+                header = [field.strip() for field in fields]
+                video, corpus = str(find_key(header, VIDEOS)), _corpus_keys(header)
+                continue
+            if len(fields) > len(header) and normalise_key(header[-1]) in TEXTS:
+                # A text that was not quoted goes on to the end of its line.
+                fields[len(header) - 1 :] = [delimiter.join(fields[len(header) - 1 :])]
+            if len(fields) < len(header) or any(field.strip() for field in fields[len(header) :]):
+                faults.add(f"other than {len(header)} fields", f"line {start} has {len(fields)}")
+                continue
+            row = dict(zip(header, fields, strict=False))
+            if not row[video].strip():
+                faults.add("no video named", f"line {start}")
+                continue
+            if corpus:
+                clip, caption = _of_corpus(row, corpus)
+                records += [RowRecord(f"line {start}", clip, caption)] if clip else []
+            else:
+                records.append(RowRecord(f"line {start}", row[video].strip(), row))
+    except csv.Error as error:
+        raise DataError(
+            f"is not CSV from line {line} on: {error}",
+            where=name,
+            accepted='texts with quotes in double quotes, quotes in them doubled: "a ""big"" dog"',
+        ) from error
+    return records
+
+
+def _corpus_keys(header: list[str]) -> list[str]:
+    """The columns of MSVD's own table, which names a clip by video, start and end and has many languages."""
+    keys = [find_key(header, (name,)) for name in ("videoid", "start", "end", "language", "description")]
+    return [key for key in keys if key is not None] if None not in keys else []
+
+
+def _of_corpus(row: dict[str, str], keys: list[str]) -> tuple[str, dict[str, str]]:
+    """Name and text of a row of that table; no name where it is of another language."""
+    video, start, end, language, description = (row[key].strip() for key in keys)
+    if language.lower() != "english" or not description:
+        return "", {}
+    return f"{video}_{start}_{end}", {"caption": description}
+
+
+def _without_header(lines: list[tuple[int, str]], faults: Faults) -> list[RowRecord]:
+    # An id has no blanks, so that what stands before a comma of a text is none.
+    delimiter = next(
+        (
+            mark
+            for mark in "\t|;,"
+            if all(mark in line and " " not in line.partition(mark)[0].strip() for _, line in lines)
+        ),
+        None,
+    )
+    if delimiter is None:
+        # A line with a blank is an id and a text, as in MSVD's AvailableCorpus.txt.
+        pairs = [(number, *line.strip().partition(" ")) for number, line in lines]
+        if sum(bool(rest) for *_, rest in pairs) * 2 <= len(pairs):
+            return [
+                RowRecord(f"line {number}", line.strip().strip('"').strip(), {}) for number, line in lines
+            ]
+        return [RowRecord(f"line {number}", video, {"caption": rest}) for number, video, _, rest in pairs]
+    records = []
+    for number, line in lines:
+        video, text = _cells(line, delimiter)
+        if video:
+            records.append(RowRecord(f"line {number}", video, {"caption": text} if text else {}))
+        else:
+            faults.add("no video named", f"line {number}")
+    return records
+
+
+def _cells(line: str, delimiter: str) -> tuple[str, str]:
+    """First cell and text of a line; what stands between are times."""
+    cells = line.split(delimiter)
+    if line.count('"') >= 2:
+        try:
+            quoted = next(csv.reader([line], delimiter=delimiter, strict=True))
+        except csv.Error:
+            quoted = cells  # quotes that belong to a text
+        # A text between quotes may hold the delimiter; one that holds quotes has lost none.
+        cells = quoted if any(cell.strip().startswith('"') for cell in cells) else cells
+    first = 1
+    while first < len(cells) - 1 and _CLOCK.fullmatch(cells[first].strip()):
+        first += 1
+    return cells[0].strip(), delimiter.join(cells[first:])

@@ -1,0 +1,99 @@
+"""The names that keys, columns and splits have in annotation files, and the form that texts get."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from gare.data.benchmarks.formats.captions_file import SPLIT_NAMES as _SPLIT_NAMES
+
+#: Keys by role, the surest first; written as ``normalise_key`` gives them.
+VIDEOS = (
+    *("videoid", "video", "vid", "videoname", "videopath", "videofile", "clipid", "clip", "clipname"),
+    *("filename", "file", "path", "imageid", "image", "vidkey", "id", "name", "key"),
+)
+TEXTS = (
+    *("captions", "caption", "sentences", "sentence", "texts", "text", "descriptions", "description"),
+    *("descs", "desc", "cap", "caps", "encap", "annotations"),
+)
+TIMES = ("timestamps", "timestamp", "segments", "segment")
+#: Start and end of a clip in its video; a bare ``start time`` is, in MSR-VTT, a place in another video.
+BOUNDS = (("start", "starts", "startsec", "startseconds"), ("end", "ends", "endsec", "endseconds"))
+SPLITS = ("split", "subset")
+SPLIT_NAMES = {
+    **_SPLIT_NAMES,
+    "val1": "val",
+    "publictest": "test",
+}
+
+
+@lru_cache(maxsize=4096)
+def normalise_key(key: str) -> str:
+    """A key without case, blanks and underscores: ``Video_ID`` and ``videoID`` are the same."""
+    return "".join(sign for sign in key.strip().lower() if sign not in "_- ")
+
+
+def find_key(keys: Iterable[str], names: Sequence[str]) -> str | None:
+    """The first of some names that is among the keys, as it is written there."""
+    written: dict[str, str] = {}
+    for key in keys:
+        written.setdefault(normalise_key(key), key)
+    return next((written[name] for name in names if name in written), None)
+
+
+class Roles(NamedTuple):
+    """The keys of a record by their role; None for a role that none has.
+
+    Attributes:
+        video: the video.
+        sure_video: the same, if its name can mean nothing else.
+        text: a text or texts.
+        times: pairs of start and end.
+        start: start of a clip.
+        end: end of a clip.
+        split: train, val or test.
+    """
+
+    video: str | None
+    sure_video: str | None
+    text: str | None
+    times: str | None
+    start: str | None
+    end: str | None
+    split: str | None
+
+
+def roles_of(keys: Iterable[str]) -> Roles:
+    """The roles of a record's keys."""
+    return _roles_of(tuple(keys))
+
+
+@lru_cache(maxsize=256)
+def _roles_of(keys: tuple[str, ...]) -> Roles:
+    # All records of a file have the same few keys.
+    return Roles(*(find_key(keys, names) for names in (VIDEOS, VIDEOS[:3], TEXTS, TIMES, *BOUNDS, SPLITS)))
+
+
+def normalise_spaces(text: str) -> str:
+    """A text without blanks around it and with one blank for each run of whitespace, as the tokeniser has it.
+
+    Copies of the same captions differ in just this: double blanks, line ends, a blank before a sentence.
+    """
+    return " ".join(text.split())
+
+
+def texts_of_cell(cell: str) -> tuple[str, ...]:
+    """The texts of a field of text: one, or the list that JSON or pandas writes."""
+    written = cell.strip()
+    if written.startswith("[") and written.endswith("]"):
+        for parse in (json.loads, ast.literal_eval):  # both take literals alone
+            try:
+                parsed = parse(written)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue  # a caption such as "[music] plays"
+            if isinstance(parsed, list) and parsed and all(isinstance(text, str) for text in parsed):
+                return tuple(normalise_spaces(text) for text in parsed)
+    return (normalise_spaces(cell),)

@@ -1,0 +1,224 @@
+"""The published benchmarks by name: from annotation files and a folder of videos to a manifest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gare.config import DataConfig
+from gare.data.benchmarks.activitynet import read_activitynet
+from gare.data.benchmarks.didemo import read_didemo
+from gare.data.benchmarks.lsmdc import read_lsmdc
+from gare.data.benchmarks.msrvtt import read_msrvtt
+from gare.data.benchmarks.msvd import read_msvd
+from gare.data.benchmarks.own_videos import open_folder
+from gare.data.benchmarks.reading import BenchmarkClip, Deviation, Published, Reading
+from gare.data.benchmarks.split import order_by_hash
+from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder
+from gare.data.benchmarks.youcook2 import read_youcook2
+from gare.data.collected_errors import Faults
+from gare.data.manifest import SPLITS, Manifest, ManifestRow
+from gare.errors import ConfigError, DataError, shown
+
+logger = logging.getLogger(__name__)
+
+READERS: dict[str, Callable[[DataConfig], Reading]] = {
+    "msrvtt": lambda data: read_msrvtt(data.annotations, data.train_list),
+    "msvd": lambda data: read_msvd(data.annotations),
+    "didemo": lambda data: read_didemo(data.annotations),
+    "activitynet": lambda data: read_activitynet(data.annotations),
+    "lsmdc": lambda data: read_lsmdc(data.annotations),
+    "youcook2": lambda data: read_youcook2(data.annotations),
+}
+#: What stands for the place of a video that was not looked for.
+NOT_LOOKED_FOR = "not looked for"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published benchmark as it lies on disk.
+
+    Attributes:
+        manifest: of the clips whose videos are there; of all clips where they were not looked for.
+        reading: what the annotation files say.
+        missing: ids of clips without a video; None where they were not looked for.
+        differences: where the manifest differs from the published counts, a line a split.
+    """
+
+    manifest: Manifest
+    reading: Reading
+    missing: tuple[str, ...] | None
+    differences: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Sums up deviations that matter before numbers are compared, for a result in JSON."""
+        split_of = {clip.clip_id: clip.split for clip in self.reading.clips}
+        missing = None
+        if self.missing is not None:
+            by_split = {split: [name for name in self.missing if split_of[name] == split] for split in SPLITS}
+            missing = {split: {"count": len(ids), "ids": ids} for split, ids in by_split.items()}
+        return {
+            "annotated": self.reading.counts(),
+            "published": {
+                split: {"videos": published.videos, "captions": published.captions}
+                for split, published in self.reading.published.items()
+            },
+            "as_published": not self.differences,
+            "differences": list(self.differences),
+            "deviations": [deviation.to_json() for deviation in self.reading.deviations],
+            "missing": missing,
+            "annotation_sha256": dict(self.reading.annotation_sha256),
+        }
+
+
+def read_benchmark(data: DataConfig, list_remote: Callable[[str], list[str]] | None = None) -> Benchmark:
+    """Reads the annotations of ``data.benchmark`` and looks for its videos.
+
+    The protocol in the manifest says where counts are not the published ones, so that a number made with it
+    is not taken for one that can be compared.
+
+    Args:
+        data: names the annotations and, if they are to be looked for, the videos.
+        list_remote: lists the files below the URI of a folder of videos; without it, only local folders are
+            accepted.
+
+    Raises:
+        ConfigError: for a benchmark without annotations, and more videos held out for val than there are.
+        DataError: for annotations that are not the benchmark's, a folder of videos that is none, and videos
+            that are missing unless ``data.allow_missing`` or ``data.verify`` is set.
+    """
+    if not data.annotations:
+        raise ConfigError(
+            "is empty",
+            where="data.annotations",
+            accepted=f"the folder of {data.benchmark}'s annotation files",
+        )
+    reading = READERS[data.benchmark](data)
+    rows, missing = _rows_without_places(reading), None
+    if data.videos:
+        rows, missing = _find_videos(reading, data, list_remote)
+    kept = {row.video_id for row in rows}
+    present = replace(reading, clips=tuple(clip for clip in reading.clips if clip.clip_id in kept))
+    differences = present.differences()
+    protocol = reading.protocol + (f"; not as published: {'; '.join(differences)}" if differences else "")
+    if data.val_videos:
+        rows = _hold_out(rows, data)
+        protocol += f"; {data.val_videos} train videos held out for val (seed {data.seed})"
+    deviations = [*reading.deviations]
+    if missing:
+        deviations.append(Deviation("videos missing on disk, left out", missing))
+    manifest = Manifest(
+        rows=tuple(rows),
+        benchmark=reading.benchmark,
+        protocol=protocol,
+        annotation_sha256=dict(reading.annotation_sha256),
+        deviations=tuple(map(str, deviations)),
+    )
+    return Benchmark(manifest, reading, missing, tuple(differences))
+
+
+def _rows_without_places(reading: Reading) -> list[ManifestRow]:
+    return [_row(clip, NOT_LOOKED_FOR) for clip in reading.clips]
+
+
+def _row(clip: BenchmarkClip, uri: str) -> ManifestRow:
+    return ManifestRow(clip.clip_id, uri, clip.start_s, clip.end_s, clip.split, clip.captions)
+
+
+def _find_videos(
+    reading: Reading, data: DataConfig, list_remote: Callable[[str], list[str]] | None
+) -> tuple[list[ManifestRow], tuple[str, ...]]:
+    faults = Faults()
+    folder = open_folder(data.videos, faults, list_remote)
+    faults.raise_if_any("data.videos")
+    assert folder is not None  # otherwise a fault was raised
+    rows = []
+    missing: list[BenchmarkClip] = []
+    file_of: dict[tuple[str, ...], str | None] = {}
+    for clip in reading.clips:
+        if clip.names not in file_of:
+            file_of[clip.names] = _find(folder, clip.names, faults)
+        file = file_of[clip.names]
+        if file is None:
+            missing.append(clip)
+        else:
+            rows.append(_row(clip, folder.path(file)))
+    faults.raise_if_any(shown(data.videos), accepted="one file for each video")
+    if missing and not (data.allow_missing or data.verify):
+        for split in SPLITS:
+            for clip in missing:
+                if clip.split == split:
+                    faults.add(f"{split} clips without video file", clip.clip_id)
+        faults.raise_if_any(
+            shown(data.videos),
+            accepted="all videos; data.allow_missing=true leaves these out, and the protocol then says so; "
+            "--verify lists all of them",
+        )
+    if not rows and not data.verify:
+        raise DataError(
+            f"holds no video of {reading.benchmark}",
+            where=shown(data.videos),
+            accepted=f"files such as {reading.clips[0].names[0]}.mp4",
+        )
+    return rows or _rows_without_places(reading), tuple(clip.clip_id for clip in missing)
+
+
+def _find(folder: VideoFolder, names: Sequence[str], faults: Faults) -> str | None:
+    """The file of a video under any of its names; several under one name are a fault."""
+    for name in names:
+        try:
+            return folder.find(name)
+        except NoSuchVideoError as error:
+            if error.hint and error.kind.startswith("several"):
+                faults.add(error.kind, f"{name!r}: {error.hint}")
+                return None
+    return None
+
+
+def _hold_out(rows: Sequence[ManifestRow], data: DataConfig) -> list[ManifestRow]:
+    """Train rows moved to val; all clips of a file together."""
+    if any(row.split == "val" for row in rows):
+        raise ConfigError(
+            f"is {data.val_videos}, but {data.benchmark} has a val split of its own",
+            where="data.val_videos",
+            accepted="0",
+        )
+    files = order_by_hash(
+        {row.video_id.partition("#")[0] for row in rows if row.split == "train"}, seed=data.seed
+    )
+    if data.val_videos >= len(files):
+        raise ConfigError(
+            f"is {data.val_videos}, but train has {len(files)} videos",
+            where="data.val_videos",
+            accepted=f"at most {max(len(files) - 1, 0)}",
+        )
+    held_out = set(files[: data.val_videos])
+    return [
+        replace(row, split="val")
+        if row.split == "train" and row.video_id.partition("#")[0] in held_out
+        else row
+        for row in rows
+    ]
+
+
+def table(benchmark: Benchmark) -> str:
+    """Counts against the published ones, deviations and missing videos, as text for a person."""
+    reading = benchmark.reading
+    lines = [f"{reading.benchmark}, {benchmark.manifest.protocol}"]
+    annotated, used = reading.counts(), benchmark.manifest.counts
+    lines.append(f"{'split':8}{'':10}{'published':>10}{'annotated':>10}{'used':>10}")
+    for split in SPLITS:
+        published = reading.published.get(split, Published(0, 0))
+        for what, number in (("videos", published.videos), ("captions", published.captions)):
+            lines.append(f"{split:8}{what:10}{number:10,}{annotated[split][what]:10,}{used[split][what]:10,}")
+    for deviation in reading.deviations:
+        lines.append(f"{deviation.what}: {len(deviation.ids)}: {'; '.join(deviation.ids[:10])}")
+    if benchmark.missing is None:
+        lines.append("videos: not looked for (data.videos is empty)")
+    else:
+        shown = "; ".join(benchmark.missing[:10])
+        lines.append(f"videos missing on disk: {len(benchmark.missing)}" + (f": {shown}" if shown else ""))
+    lines += [f"sha256 {digest}  {name}" for name, digest in reading.annotation_sha256.items()]
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""The killable half of ``gare.data.decode.process``: decodes what it is asked for until the parent goes.
+
+Started as ``python -m gare.data.decode.child``. It imports numpy, Pillow and the decoders, nothing heavier.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+from gare.data.decode.clip import DecodedClip, decode_clip
+from gare.data.decode.mended import mended_trait
+from gare.data.decode.pipe import LENGTH_BYTES
+from gare.data.images import encode_jpeg, fit_frame, prepare_frame
+from gare.errors import GareError
+from gare.storage.patience import is_of_the_machine
+from gare.storage.uris import local_path
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """The child's life: one answer a request, until the parent closes its end."""
+    _answer(answers, {"ready": True})
+    while len(prefix := requests.read(LENGTH_BYTES)) == LENGTH_BYTES:
+        request = json.loads(requests.read(int.from_bytes(prefix, "big")))
+        _limit_memory(request["memory_mb"])
+        try:
+            header, frames = _do(request)
+        except GareError as error:
+            kind = type(error).__name__
+            fault = {"error": error.what, "kind": kind, "where": error.where, "accepted": error.accepted}
+            _answer(answers, {**fault, "may_pass": error.may_pass or is_of_the_machine(error)})
+        except (MemoryError, BlockingIOError):  # the latter: no room for a thread's stack
+            _answer(answers, {"error": "", "kind": "MemoryError"})
+        except Exception as error:  # whatever one video brings about, the next one gets its turn
+            text = f"{type(error).__name__}: {error}"[:500]
+            fault = {"error": text, "kind": "", "where": request["path"], "accepted": ""}
+            _answer(answers, {**fault, "may_pass": is_of_the_machine(error)})
+        else:
+            _answer(answers, header, frames)
+
+
+def _limit_memory(memory_mb: float) -> None:
+    """From here on allocations beyond the limit fail, as Linux counts memory that a process may write to.
+
+    Pages are counted when they are mapped, so that a picture of absurd size fails before it fills the
+    machine; libraries, reserved addresses and what is shared do not count.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(memory_mb * 10**6)
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most)
+    )
+
+
+def _do(request: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+    """The answer to a request: of its kind ``look`` a trait, else a clip."""
+    if "look" in request:
+        return {"trait": mended_trait(local_path(request["path"]), **request["look"])}, []
+    clip, frames = _extract(request)
+    header = {name: value for name, value in vars(clip).items() if name != "frames"}
+    return {**header, "frame_idx": clip.frame_idx.tolist(), "time_s": clip.time_s.tolist()}, frames
+
+
+def _extract(request: dict[str, Any]) -> tuple[DecodedClip, list[bytes]]:
+    size, crop, quality = request["image_size"], request["crop"], request["jpeg_quality"]
+    path = local_path(request["path"])
+    clip = decode_clip(path, prepare=lambda rgb: prepare_frame(rgb, size, crop), **request["clip"])
+    if request["encoding"] == "raw":
+        return clip, [rgb.tobytes() for rgb in clip.frames]
+    first = clip.frames[0]
+    return clip, [encode_jpeg(fit_frame(rgb, first, size), quality) for rgb in clip.frames]
+
+
+def _answer(answers: BinaryIO, header: dict[str, Any], payload: Sequence[bytes] = ()) -> None:
+    data = json.dumps({**header, "sizes": [len(part) for part in payload]}).encode()
+    answers.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
+    for part in payload:
+        answers.write(part)
+    answers.flush()
+
+
+def _die_with_parent(parent: int) -> None:
+    """A parent that is killed closes the pipe, which a child that hangs does not see; Linux can signal it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+def main() -> None:
+    """Entry of the child: file descriptors of requests and answers, process id of the parent."""
+    requests, answers, parent = map(int, sys.argv[1:4])
+    _die_with_parent(parent)
+    # Ctrl-C reaches the whole terminal group; the parent decides. A crash leaves no core file behind.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with os.fdopen(requests, "rb") as reader, os.fdopen(answers, "wb") as writer:
+        _serve(reader, writer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""One pass over the packets of a file: times, keyframes, and signs of damage, without decoding.
+
+Only the first picture is decoded, for its orientation.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from gare.data.decode.avi_chunks import avi_chunks
+from gare.data.decode.clock import WRAPS, Clock
+from gare.data.decode.mkv_blocks import times_below_zero
+from gare.data.decode.orientation import Orientation, orientation_of
+
+#: Trait of streams whose times rise in decoding order, though pictures are shown in another.
+DECODING_ORDER = "times in decoding order"
+#: Trait of streams whose pictures are shown when they are decoded, whatever their packets' times.
+DECODING_TIMES = "shown when decoded"
+#: Seconds of a gap between pictures of an MP4, which states how long each lasts, or in all of a Matroska.
+LOST_S = 0.3
+#: Held while the level of FFmpeg's log, which is the process's, is another.
+_LOG = threading.Lock()
+
+
+@dataclass
+class Packets:
+    """Times, keyframes and signs of damage of a video stream, from one pass over its packets.
+
+    Attributes:
+        pts: ticks of pictures to be shown, in the order of the file.
+        key_places: which of ``pts`` are keyframes'.
+        end_pts: tick at which the last picture ends.
+        end_s: seconds at which the last packet of any stream ends.
+        num_packets: of the stream.
+        orientation: what turns a stored picture upright.
+        traits: what makes seeking decoders go wrong, see ``scan_packets``.
+        stopped_early: why reading stopped early, empty if it did not.
+        remark: what a person should know, empty if there is nothing.
+        errors: what the demuxer called an error.
+        num_corrupt: packets that the demuxer marks as damaged.
+        num_joins: times that the clock started anew.
+        dts: decoding times of the pictures in ``pts``, as far as packets state them.
+        last_duration: ticks of the last packet.
+        lost_s: seconds through which no picture of a fragmented MP4 lasts, or all of a Matroska stands still.
+        key_dts: decoding times of the keyframes, as the file states them.
+        jump_s: seconds of the longest jump ahead of an MPEG clock, beside which no other stream goes on.
+        num_held: chunks of an AVI without data, through which the picture before is shown on.
+        block_times: position in the file of packets of a Matroska that lie below zero → their true times.
+    """
+
+    pts: list[int] = field(default_factory=list)
+    key_places: list[int] = field(default_factory=list)
+    end_pts: int = 0
+    end_s: float = 0.0
+    num_packets: int = 0
+    orientation: Orientation = field(default_factory=Orientation)
+    traits: set[str] = field(default_factory=set)
+    stopped_early: str = ""
+    remark: str = ""
+    errors: list[str] = field(default_factory=list)
+    num_corrupt: int = 0
+    num_joins: int = 0
+    dts: list[int] = field(default_factory=list)
+    last_duration: int = 0
+    lost_s: float = 0.0
+    jump_s: float = 0.0
+    key_dts: set[int | None] = field(default_factory=set)
+    num_held: int = 0
+    block_times: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def key_pts(self) -> list[int]:
+        """Those of ``pts`` that are keyframes'."""
+        return [self.pts[place] for place in self.key_places]
+
+    @property
+    def damage(self) -> str:
+        """The first sign of damage within what was read, empty if there is none."""
+        if self.errors:
+            return f"its container is damaged: {self.errors[0]}"
+        if self.jump_s:
+            return f"its clock jumps {self.jump_s:.1f} s ahead, or a picture is held; nothing tells which"
+        if self.lost_s:
+            return f"{self.lost_s:.2f} s are missing between its pictures"
+        if self.num_corrupt > self.num_joins:  # a joint itself looks like a lost packet
+            return f"{self.num_corrupt} of its packets are damaged"
+        return ""
+
+
+def time_base_of(stream: av.VideoStream) -> float:
+    """Seconds of a tick of a stream."""
+    return float(stream.time_base or 0) or 1 / av.time_base
+
+
+class ErrorLog:
+    """Collects what FFmpeg says at level error, which is the only sign of some damage.
+
+    To be entered before a file is opened: FFmpeg then reads its first packets, too, for their codecs.
+    """
+
+    def __enter__(self) -> Self:
+        """Holds the level of FFmpeg's log until the exit."""
+        with ExitStack() as stack:
+            stack.enter_context(_LOG)
+            stack.callback(av.logging.set_skip_repeated, av.logging.get_skip_repeated())
+            stack.callback(av.logging.set_level, av.logging.get_level())
+            av.logging.set_level(av.logging.ERROR)
+            # Else what the last file's demuxer said is not said again of this one, but counted with it.
+            av.logging.set_skip_repeated(False)
+            capture = av.logging.Capture()
+            self._said: list[tuple[int, str, str]] = capture.__enter__()
+            stack.callback(capture.__exit__, None, None, None)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Sets the log back as it was."""
+        self._stack.close()
+
+    @property
+    def num_said(self) -> int:
+        """Number of messages up to now, of any part of FFmpeg."""
+        return len(self._said)
+
+    def errors(self, container: av.container.InputContainer, first: int = 0) -> list[str]:
+        """Lists the messages of a file's demuxer, from message ``first`` on."""
+        # Of raw streams demuxer and codec have one name.
+        names = set(container.format.name.split(",")) - {
+            stream.codec_context.name for stream in container.streams.video if stream.codec_context
+        }
+        return [
+            " ".join(message.split())[:200]
+            for _, name, message in self._said[first:]
+            if names & set(name.split(","))
+        ]
+
+
+def scan_packets(container: av.container.InputContainer, stream: av.VideoStream, log: ErrorLog) -> Packets:
+    """Demuxes the whole file.
+
+    Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
+    (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
+    them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``wrapped
+    clock`` (whose bits were used up), ``times in decoding order`` (of pictures that are shown in another),
+    ``shown when decoded``, ``negative times``, ``other keyframes`` (than an MP4's table lists: a damaged
+    picture that looks like one).
+    """
+    # MP4 and MOV have an index: what is odd in it when they are opened is no damage of the pictures.
+    first = log.num_said if container.format.name.startswith("mov") else 0
+    scan = _read_packets(container, stream)
+    scan.errors = log.errors(container, first)
+    if container.format.name.startswith("mov"):
+        listed = {entry.timestamp for entry in stream.index_entries if entry.is_keyframe}
+        if listed != scan.key_dts:
+            scan.traits.add("other keyframes")
+    return scan
+
+
+def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
+    scan = Packets()
+    key_pts: int | None = None
+    looking = True
+    ends: dict[int, int] = {}
+    is_fragmented = container.format.name.startswith("mov") and not stream.frames
+    heard_s: set[int] = set()
+    is_matroska = container.format.name.startswith("matroska")
+    sounds = container.streams.audio if is_matroska else ()
+    sound_bases_s = {sound.index: float(sound.time_base or 0) for sound in sounds}
+    silences: dict[int, list[tuple[float, float]]] = {index: [] for index in sound_bases_s}
+    due: int | None = None
+    last_pts = -(2**63)
+    time_base_s = time_base_of(stream)
+    clock = Clock(time_base_s, WRAPS.get(container.format.name.split(",")[0], 0))
+    try:
+        for packet in container.demux():
+            if packet.size == 0:
+                continue
+            pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
+            duration = packet.duration or 0
+            if index != stream.index:
+                if pts is not None:
+                    if clock.is_mpeg:
+                        heard_s.add(int(pts * float(packet.time_base or 0)))
+                    elif index in silences:
+                        end, base_s = ends.get(index, pts), sound_bases_s[index]
+                        if (pts - end) * base_s > LOST_S:
+                            silences[index].append((end * base_s, pts * base_s))
+                    ends[index] = max(ends.get(index, 0), pts + duration)
+                continue
+            if is_matroska and scan.num_packets == 0 and (pts is None or pts < 0):
+                scan.block_times = times_below_zero(container.name)
+            if scan.block_times:
+                pts = scan.block_times.get(packet.pos or 0, pts)
+            dts = packet.dts
+            offset = clock.offset(dts, duration)
+            pts = None if pts is None else pts + offset
+            end_pts = 0 if pts is None else pts + duration
+            ends[index] = max(ends.get(index, 0), end_pts)
+            looking = looking and not _read_orientation(packet, scan)
+            scan.num_packets += 1
+            scan.num_corrupt += packet.is_corrupt
+            if scan.num_packets == 1 and not packet.is_keyframe:
+                scan.traits.add("no keyframe first")
+            if pts is None:
+                scan.traits.add("no timestamps")
+                continue
+            is_key = packet.is_keyframe
+            if is_key:
+                key_pts = pts
+                scan.key_dts.add(packet.dts)
+            elif key_pts is not None and pts < key_pts:
+                scan.traits.add("open GOP")
+            if packet.is_discard:
+                scan.traits.add("edit list")
+                continue
+            scan.pts.append(pts)
+            if is_fragmented and dts is not None:
+                # Its tables tell how long each picture lasts: what nothing lasts through was lost.
+                lost_s = 0.0 if due is None else (dts - due) * time_base_s
+                scan.lost_s += lost_s if lost_s > LOST_S else 0.0
+                due = dts + duration
+            if dts is not None:
+                scan.dts.append(dts + offset)
+            if is_key:
+                scan.key_places.append(len(scan.pts) - 1)
+            scan.last_duration = duration
+            if pts >= last_pts:
+                last_pts, scan.end_pts = pts, end_pts
+    except MemoryError:
+        raise
+    except (av.error.FFmpegError, OSError) as error:
+        scan.stopped_early = f"reading stops early: {explain(error)}"
+    for index, end in ends.items():
+        scan.end_s = max(scan.end_s, end * float(container.streams[index].time_base or 0))
+    for first_s, last_s in clock.jumps:
+        # Sound goes on beside a picture that is held.
+        if not any(first_s + 1 < one < last_s - 1 for one in heard_s):
+            scan.jump_s = max(scan.jump_s, last_s - first_s)
+    if is_matroska:
+        beside = [spans for index, spans in silences.items() if index in ends]
+        scan.lost_s = _stands_still_s(np.unique(scan.pts) * time_base_s, beside)
+    scan.num_joins = clock.num_joins
+    if clock.num_joins:
+        scan.traits.add("joined clocks")
+        scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
+    if clock.num_wraps:
+        scan.traits.add("wrapped clock")
+    if len(set(scan.pts)) < len(scan.pts):
+        scan.traits.add("shared timestamps")
+    elif scan.pts and scan.pts[-1] != last_pts:
+        # Durations of such packets are of the order of decoding; the last one's is that of a picture.
+        scan.end_pts = last_pts + scan.last_duration
+    elif stream.codec_context.has_b_frames and len(scan.pts) > 1 and scan.pts == sorted(scan.pts):
+        scan.traits.add(DECODING_ORDER)
+    elif container.format.name == "avi" and len(scan.dts) == len(scan.pts) and scan.pts == sorted(scan.pts):
+        _take_decoding_times(scan)
+    if scan.pts and min(scan.pts) < 0:
+        scan.traits.add("negative times")
+    return scan
+
+
+def _stands_still_s(times_s: NDArray[np.float64], silences: list[list[tuple[float, float]]]) -> float:
+    """Seconds through which neither pictures nor sound go on, where both do everywhere else.
+
+    A picture may be held, and sound may pause; where they only do so together a part of the file is lost.
+
+    Args:
+        times_s: times of the pictures, increasing.
+        silences: of each stream of sound the seconds from and to which it pauses.
+    """
+    steps_s = np.diff(times_s)
+    usual_s = float(np.median(steps_s)) if len(steps_s) else 0.0
+    (places,) = np.nonzero(steps_s > max(LOST_S, 10 * usual_s))
+    still_s = 0.0
+    for nth, place in enumerate(places.tolist()):
+        first_s, last_s = float(times_s[place]) + usual_s, float(times_s[place + 1])
+        for pauses in silences:
+            if len(pauses) != len(places):
+                return 0.0
+            first_s, last_s = max(first_s, pauses[nth][0]), min(last_s, pauses[nth][1])
+        if not silences or last_s - first_s <= LOST_S:
+            return 0.0
+        still_s += last_s - first_s
+    return still_s
+
+
+def _take_decoding_times(scan: Packets) -> None:
+    """Takes decoding times for the pictures of an AVI of which some are held.
+
+    AVI states when each chunk is decoded. FFmpeg guesses when it is shown: where nothing is reordered it is a
+    chunk too late, so that beside chunks without data another picture would be held.
+    """
+    if scan.pts == scan.dts or scan.dts[-1] - scan.dts[0] < len(scan.dts):
+        return
+    scan.traits.add(DECODING_TIMES)
+    scan.end_pts += scan.dts[-1] - scan.pts[-1]
+    scan.pts = scan.dts
+
+
+def _read_orientation(packet: av.Packet[Any], scan: Packets) -> bool:
+    """Decodes until there is a picture, which carries the display matrix; True when there was one."""
+    try:
+        frames = packet.decode()
+    except MemoryError:
+        raise
+    except av.error.FFmpegError:
+        return False
+    for frame in frames:
+        scan.orientation = orientation_of(frame) or scan.orientation
+    return bool(frames)
+
+
+def missing_end(
+    scan: Packets, container: str, frames: int | None, duration_s: float | None, start_s: float
+) -> str:
+    """Says how much less there is than the container's header promises; empty if nothing is missing."""
+    held = scan.num_held
+    if container == "avi" and len(scan.pts) == scan.num_packets > 0:
+        # Chunks without data, which this demuxer leaves out: the picture before is shown on.
+        held = max(held, max(scan.pts) - min(scan.pts) + 1 - scan.num_packets)
+    # Durations count from 0 where the first picture comes later.
+    ends_s = scan.end_s - min(start_s, 0.0)
+    is_short = bool(duration_s and duration_s - ends_s > max(0.5, 0.02 * duration_s))
+    if frames and scan.num_packets + held < frames:
+        # An edit list of MP4 cuts pictures off that its table counts.
+        if container != "mov" or is_short:
+            return f"cut off: {scan.num_packets} of the {frames} frames that its header promises"
+    elif is_short and not (frames and container == "mov"):  # all that its table lists is there
+        return f"cut off: its header promises {duration_s:.2f} s, its data end at {ends_s:.2f} s"
+    return ""
+
+
+def hold_last(scan: Packets, path: str, stream: av.VideoStream) -> None:
+    """Lets the last picture of an AVI last through the chunks without data behind it.
+
+    The demuxer gives no packet for them, so that they look like an end that is cut off. The file tells:
+    there they are, as many as its header promises.
+    """
+    if scan.num_packets >= stream.frames:
+        return
+    chunks = avi_chunks(path, stream.index)
+    if chunks.num_full != scan.num_packets or chunks.num_full + chunks.num_empty < stream.frames:
+        return
+    scan.num_held = chunks.num_empty
+    scan.end_pts += chunks.num_held
+    scan.end_s = max(scan.end_s, scan.end_pts * time_base_of(stream))
+
+
+def explain(error: BaseException) -> str:
+    """A decoder's error in one short line, without the path that the caller adds."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    log = getattr(error, "log", None)
+    if log and log[2].strip():
+        text = f"{text} ({log[2].strip()})"
+    return " ".join(text.split())[:300]

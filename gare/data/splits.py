@@ -1,0 +1,121 @@
+"""The training and validation clips of a manifest that a store holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gare.config import ExtractConfig
+from gare.data.manifest import ManifestRow, read_manifest
+from gare.data.store.contents import check_settings, frame_settings, ids_in_parts, read_failures, read_meta
+from gare.data.store.feature_schema import with_other_captions
+from gare.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredSplits:
+    """Rows of the manifest that can be used, by split, and what identifies the data.
+
+    Attributes:
+        train: rows of the train split that the store holds.
+        val: rows of val.
+        test: rows of test.
+        missing: ids of the manifest that failed to be extracted.
+        manifest_fingerprint: of the manifest.
+        store_fingerprint: of the store.
+        benchmark: the manifest's benchmark.
+        protocol: the manifest's protocol.
+    """
+
+    train: tuple[ManifestRow, ...]
+    val: tuple[ManifestRow, ...]
+    test: tuple[ManifestRow, ...]
+    missing: tuple[str, ...]
+    manifest_fingerprint: str
+    store_fingerprint: str
+    benchmark: str
+    protocol: str
+
+    def ids(self) -> dict[str, list[str]]:
+        """Ids of the clips that a run learns from and validates with."""
+        return {split: [row.video_id for row in self.of_split(split)] for split in ("train", "val")}
+
+    def restricted_to(self, ids: Mapping[str, Sequence[str]]) -> StoredSplits:
+        """Without the clips of train and val that a run did not begin with: a store may grow meanwhile."""
+        train, val = (
+            tuple(row for row in self.of_split(split) if row.video_id in chosen)
+            for split, chosen in (("train", set(ids["train"])), ("val", set(ids["val"])))
+        )
+        return replace(self, train=train, val=val)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the clips of train and val with their captions."""
+        return {split: split_hash_of(self.of_split(split)) for split in ("train", "val")}
+
+    def of_split(self, split: str) -> tuple[ManifestRow, ...]:
+        """Rows of train, val or test."""
+        rows: tuple[ManifestRow, ...] = getattr(self, split)
+        return rows
+
+
+def read_splits(
+    manifest_uri: str, store_uri: str, extract: ExtractConfig, settings: Mapping[str, Any] | None = None
+) -> StoredSplits:
+    """Reads the manifest and finds its clips in the store.
+
+    Args:
+        manifest_uri: the manifest.
+        store_uri: a frame store, or a feature store.
+        extract: settings of a frame store.
+        settings: of a feature store, from ``feature_settings``; None: it is a frame store.
+
+    Raises:
+        DataError: for a store that was made with other settings or that is not complete, or a missing file.
+    """
+    manifest = read_manifest(manifest_uri)
+    meta = read_meta(store_uri)
+    check_settings(store_uri, meta, frame_settings(extract) if settings is None else settings)
+    held = set(ids_in_parts(store_uri, "data"))
+    if settings is not None:
+        held -= with_other_captions(store_uri, manifest.rows)
+    missing = tuple(row.video_id for row in manifest.rows if row.video_id not in held)
+    failed = read_failures(store_uri, held).keys() & set(missing)
+    # A manifest that has grown since: those videos were never tried.
+    if not meta.complete or len(failed) < len(missing):
+        raise DataError(
+            f"the store is not complete: of {len(manifest.rows)} videos it holds "
+            f"{len(manifest.rows) - len(missing)}, {len(failed)} failed",
+            where=store_uri,
+            accepted="run pipelines/extract.py again, it continues where it stopped",
+        )
+    if missing:
+        logger.warning("%d videos could not be extracted and are left out", len(missing))
+    splits = {
+        split: tuple(row for row in manifest.of_split(split) if row.video_id in held)
+        for split in ("train", "val", "test")
+    }
+    return StoredSplits(
+        **splits,
+        missing=missing,
+        manifest_fingerprint=manifest.fingerprint,
+        store_fingerprint=meta.fingerprint,
+        benchmark=manifest.benchmark,
+        protocol=manifest.protocol,
+    )
+
+
+def split_hash(captions: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 of a split: of its (video id, caption) pairs, whatever their order and the videos' places."""
+    lines = sorted(json.dumps(pair, ensure_ascii=False) for pair in captions)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def split_hash_of(rows: Sequence[ManifestRow]) -> str:
+    """``split_hash`` of rows of a manifest."""
+    return split_hash((row.video_id, caption) for row in rows for caption in row.captions)

@@ -1,0 +1,1 @@
+"""Frame and feature stores: Parquet parts, what counts of them, and reading them back."""

@@ -1,0 +1,172 @@
+"""Merging small parts of a store, and leaving out rows that no longer count, for a store of any kind.
+
+The merged part names, in its own footer, the parts that it replaces: with its appearance they stop counting,
+in one step, and only then are they deleted. A crash at any moment leaves each row once. Where no row is left
+the merged part is empty; the next compaction deletes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gare.data.store.contents import (
+    FAILURE_SCHEMA,
+    IDENTITY,
+    NOBODY,
+    all_failures,
+    ids_in_parts,
+    read_meta,
+    read_retired,
+    with_added_columns,
+    write_meta,
+    write_retired,
+)
+from gare.data.store.parts import (
+    Part,
+    checksum_fault,
+    encode_part,
+    name_of,
+    put_part,
+    read_parts,
+    write_table,
+)
+from gare.errors import DataError
+from gare.storage.files import delete_file, read_bytes, stat_file
+from gare.storage.generations import Held
+
+logger = logging.getLogger(__name__)
+
+
+def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
+    """Merges parts until each is of about ``part_bytes``.
+
+    Args:
+        uri: the store.
+        part_bytes: size of a merged part; parts of at least half of it stay as they are.
+        held: the lock of the store; its check is called before each step that changes something, and raises
+            to end the work.
+
+    Returns:
+        ``parts_before``, ``parts_after`` and ``rows_left_out``.
+
+    Raises:
+        DataError: for a damaged part, an id in two parts of one generation, or if the store cannot be
+            written. What was merged until then stays.
+    """
+    meta = read_meta(uri)
+    # From here on nobody who was taken over replaces it, where the storage has conditional writes.
+    write_retired(uri, read_retired(uri), held)
+    stored = ids_in_parts(uri, "data")
+    retired = read_retired(uri)
+    parts, replaced = read_parts(uri, "data", ["video_id"])
+    _delete(replaced, held.check)
+    left_out, gone = 0, set[str]()
+    for group in _groups(parts, retired, part_bytes):
+        table = _joined([_live_rows(part, retired, stored) for part in group])
+        ids = [str(video_id) for video_id in table["video_id"].to_pylist()]
+        # Even without rows: who is taken over before it deletes must not delete what its successor counts.
+        if any(part.rows for part in group):
+            checksums = [part.checksum for part in group]
+            name = name_of([*ids, *checksums], held.generation)
+            data = encode_part("data", name, table, checksums)
+            held.check()
+            merged = put_part(uri, "data", name, data)
+            logger.info("%d parts are %s now, with %d clips", len(group), merged, len(ids))
+        left_out += sum(len(part.rows) for part in group) - len(ids)
+        _delete(group, held.check)
+        gone.update(part.checksum for part in group)
+    write_retired(uri, {key: rows for key, rows in retired.items() if key not in gone}, held)
+    _compact_failures(uri, stored, held)
+    after = len({part for part, _ in ids_in_parts(uri, "data").values()})
+    if "parts" in meta.counts:
+        write_meta(uri, dataclasses.replace(meta, counts=meta.counts | {"parts": after}), held)
+    return {"parts_before": len(parts) + len(replaced), "parts_after": after, "rows_left_out": left_out}
+
+
+def _groups(
+    parts: Sequence[Part], retired: Mapping[str, Mapping[str, str]], part_bytes: int
+) -> Iterator[list[Part]]:
+    """Groups parts that become one part each, in order of name."""
+    group: list[Part] = []
+    total = 0.0
+    for part in parts:
+        dead = len(retired.get(part.checksum, {}))
+        size = float((stat_file(part.location) or (0, 0))[0])
+        if not dead and size >= part_bytes / 2:
+            continue
+        size *= (len(part.rows) - dead) / max(1, len(part.rows))
+        if group and total + size > part_bytes:
+            yield from _worth_it(group, retired)
+            group, total = [], 0.0
+        group.append(part)
+        total += size
+    yield from _worth_it(group, retired)
+
+
+def _worth_it(group: list[Part], retired: Mapping[str, Mapping[str, str]]) -> Iterator[list[Part]]:
+    if len(group) > 1 or any(part.checksum in retired or not part.rows for part in group):
+        yield group
+
+
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table of the rows of parts; those of earlier versions have nulls in the columns that they lack."""
+    # Columns are only ever added, so that the longest schema has all of them.
+    schema = max((table.schema for table in tables), key=len)
+    return pa.concat_tables([with_added_columns(table, schema) for table in tables])
+
+
+def _live_rows(
+    part: Part, retired: Mapping[str, Mapping[str, str]], stored: Mapping[str, tuple[str, int]]
+) -> pa.Table:
+    data = read_bytes(part.location)
+    # A damaged part must not get a new checksum that calls it sound.
+    if fault := checksum_fault(data):
+        raise DataError(
+            fault,
+            where=part.location,
+            accepted="delete it and run pipelines/extract.py, which makes it again",
+        )
+    table = pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
+    dead = retired.get(part.checksum, {})
+    # A row that an older generation wrote beside a newer one would come to count by the merged part's number.
+    live = [
+        index
+        for index, row in enumerate(part.rows)
+        if row["video_id"] not in dead and stored.get(row["video_id"]) == (part.location, index)
+    ]
+    return pa.concat_tables([table.slice(index, 1) for index in live] or [table.slice(0, 0)])
+
+
+def _delete(parts: Sequence[Part], check: Callable[[], None]) -> None:
+    for part in parts:
+        check()
+        delete_file(part.location)
+
+
+def _compact_failures(uri: str, stored: Mapping[str, object], held: Held) -> None:
+    """The last failure of each video that is still failed, in one part.
+
+    Those of its earlier versions and of other stages stay: they tell how often this one was tried.
+    """
+    parts, replaced = read_parts(uri, "failures", ["video_id"])
+    _delete(replaced, held.check)
+    last = {
+        tuple(row[key] for key in ("video_id", "stage", *IDENTITY)): row
+        for row in all_failures(uri)
+        if row["video_id"] not in stored
+    }
+    rows = list(last.values())
+    if sum(len(part.rows) for part in parts) == len(rows) and len(parts) < 2:
+        return
+    if any(part.rows for part in parts):
+        checksums = [part.checksum for part in parts]
+        table = pa.Table.from_pylist(rows, FAILURE_SCHEMA)
+        group = [*(row["video_id"] for row in rows), *checksums]
+        held.check()
+        write_table(uri, "failures", table, group, checksums, held.generation)
+    _delete(parts, held.check)

@@ -1,0 +1,400 @@
+"""The frame store: its columns, its description, and which of its rows count.
+
+A store is a folder at any URI: ``data/part-*.parquet``, ``failures/part-*.parquet`` and ``_META.json``, and
+where rows no longer count ``_RETIRED.json``.
+F frames a clip, H×W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from gare.config import ExtractConfig
+from gare.data.store.parts import Part, part_files, read_columns, read_parts, write_part
+from gare.errors import DataError
+from gare.storage.exclusive import replace_file
+from gare.storage.files import exists, join, json_bytes, read_json
+from gare.storage.generations import Held, generation_of
+
+__all__ = [
+    "ADDED_COLUMNS",
+    "EARLIER_FAILURE_SCHEMA",
+    "FAILURE_SCHEMA",
+    "IDENTITY",
+    "META",
+    "NOBODY",
+    "RETIRED",
+    "RULES",
+    "StoreMeta",
+    "all_failures",
+    "check_settings",
+    "failures_by_clip",
+    "fingerprint",
+    "frame_schema",
+    "frame_settings",
+    "ids_in_parts",
+    "part_files",
+    "read_columns",
+    "read_failures",
+    "read_meta",
+    "read_retired",
+    "rows_in_parts",
+    "rules_of",
+    "with_added_columns",
+    "without_added_columns",
+    "write_meta",
+    "write_part",
+    "write_retired",
+]
+
+SCHEMA_VERSION = 2
+META = "_META.json"
+NOBODY = Held()
+#: Version of the rules by which video files are read, in the column ``rules`` of all rows. It rises where
+#: frames of some file become others; ``gare.data.decode.mended`` says of which. Rows without it are of
+#: version 1.
+RULES = 2
+
+#: What a row was made of: the same clip of the same file has the same four, wherever the file lies. The last
+#: two are its size, and its modification time or ETag as ``gare.data.videos`` gives it.
+_IDENTITY_COLUMNS: dict[str, pa.DataType] = {
+    "start_s": pa.float64(),
+    "end_s": pa.float64(),
+    "source_bytes": pa.int64(),
+    "source_version": pa.string(),
+}
+IDENTITY = tuple(_IDENTITY_COLUMNS)
+_FAILURE_COLUMNS: dict[str, pa.DataType] = {
+    "video_id": pa.string(),
+    "uri": pa.string(),
+    "stage": pa.string(),
+    "error_type": pa.string(),
+    "message": pa.string(),
+    "attempts": pa.int32(),
+    **_IDENTITY_COLUMNS,
+}
+#: Columns that parts of earlier versions lack; null where an earlier version has not said it. ``transient``:
+#: whether a failed clip may succeed as it is, since a server, disk or node was at fault.
+ADDED_COLUMNS: dict[str, pa.DataType] = {"transient": pa.bool_(), "rules": pa.int32()}
+FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS | ADDED_COLUMNS)
+#: As the first versions have written it.
+EARLIER_FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS)
+
+
+def rules_of(row: Mapping[str, Any]) -> int:
+    """The version of the rules by which a row was made, or a failure came about."""
+    return row.get("rules") or 1
+
+
+def without_added_columns(schema: pa.Schema) -> Iterator[pa.Schema]:
+    """Schemas of the same kind of part as it and earlier versions have written it."""
+    added = [name for name in schema.names if name in ADDED_COLUMNS]
+    for count in range(len(added) + 1):
+        left_out = added[len(added) - count :]
+        yield pa.schema([field for field in schema if field.name not in left_out])
+
+
+def with_added_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A part of an earlier version with nulls in the columns that it lacks, in the order of ``schema``."""
+    for name in schema.names:
+        if name not in table.column_names and name in ADDED_COLUMNS:
+            nulls: Any = pa.array([None] * len(table), ADDED_COLUMNS[name])
+            table = table.append_column(schema.field(name), nulls)
+    return table.select(schema.names)
+
+
+_SAMPLING = {
+    "released": "presentation times at sample_fps, then num_frames of them at equal steps",
+    "uniform": "presentation times at the centres of num_frames equal segments",
+    "keyframes": "keyframes, num_frames of them at equal steps (approximate)",
+}
+_DECODER_POLICY = {
+    "auto": "decord where it is right, else PyAV",
+    "pyav": "PyAV",
+    "torchcodec": "torchcodec where it is right, else PyAV",
+}
+
+
+def frame_schema(extract: ExtractConfig) -> pa.Schema:
+    """Columns of a frame store's data parts.
+
+    ``frames`` is a list of JPEG files, or for raw frames one fixed-shape tensor (F, H, W, 3) uint8 whose
+    padded frames are zero; ``num_frames`` of them are real. JPEG files have H = W = image_size; uncropped
+    ones (``extract.crop`` none) have one size a clip, whose short side is image_size.
+    """
+    size, num_frames = extract.image_size, extract.num_frames
+    frames = (
+        pa.list_(pa.binary())
+        if extract.encoding == "jpeg"
+        else pa.fixed_shape_tensor(pa.uint8(), [num_frames, size, size, 3])
+    )
+    columns: dict[str, pa.DataType] = {
+        "video_id": pa.string(),
+        "uri": pa.string(),
+        **_IDENTITY_COLUMNS,
+        "num_frames": pa.int32(),
+        "frames": frames,
+        "frame_idx": pa.list_(pa.int32()),
+        "frame_time_s": pa.list_(pa.float64()),
+        "width_px": pa.int32(),
+        "height_px": pa.int32(),
+        "fps": pa.float64(),
+        "duration_s": pa.float64(),
+        "sampling": pa.string(),
+        "container": pa.string(),
+        "codec": pa.string(),
+        "decoder": pa.string(),
+        "decoder_version": pa.string(),
+        "complete": pa.bool_(),
+        "note": pa.string(),
+        "rules": ADDED_COLUMNS["rules"],
+    }
+    return pa.schema(columns)
+
+
+#: Settings that are not among a store's where they have this value: stores from before they existed are as
+#: they were.
+_UNSAID = {"crop": "center"}
+
+
+def frame_settings(extract: ExtractConfig) -> dict[str, Any]:
+    """All that changes the values of a frame store; its hash is the fingerprint."""
+    settings: dict[str, Any] = {
+        "kind": "frames",
+        "schema_version": SCHEMA_VERSION,
+        "sampling": _SAMPLING[extract.sampling],
+        "decoder_policy": _DECODER_POLICY[extract.decoder],
+        "picture": "short side to image_size, bicubic"
+        + (", centre crop" if extract.crop == "center" else ", uncropped"),
+        "num_frames": extract.num_frames,
+        "image_size": extract.image_size,
+        "encoding": extract.encoding,
+    }
+    if extract.sampling == "released":
+        settings["sample_fps"] = extract.sample_fps
+    if extract.crop != _UNSAID["crop"]:
+        settings["crop"] = extract.crop
+    return settings | ({"jpeg_quality": extract.jpeg_quality} if extract.encoding == "jpeg" else {})
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings in a canonical form."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """The content of ``_META.json``.
+
+    Attributes:
+        kind: frames or features.
+        fingerprint: of ``settings``.
+        settings: what changes the values.
+        counts: videos, failures and parts; empty until a run has gone through.
+        complete: whether the last run went through.
+        config: resolved configuration of the run that wrote last, as YAML.
+        code_version: version of this package that wrote last.
+        schema_version: of the store's layout.
+        generation: of the job that wrote this, see ``gare.storage.generations``.
+    """
+
+    kind: str
+    fingerprint: str
+    settings: dict[str, Any]
+    counts: dict[str, int]
+    complete: bool
+    config: str
+    code_version: str
+    schema_version: int = SCHEMA_VERSION
+    generation: int = 0
+
+
+def write_meta(uri: str, meta: StoreMeta, held: Held = NOBODY) -> None:
+    """Replaces the description of the store.
+
+    Raises:
+        GareError: where the store is not held any more; nothing is then written.
+    """
+    meta = dataclasses.replace(meta, generation=held.generation)
+    text = json.dumps(dataclasses.asdict(meta), indent=2, ensure_ascii=False)
+    replace_file(join(uri, META), text.encode(), held.check)
+
+
+def read_meta(uri: str) -> StoreMeta:
+    """Reads the description of a store.
+
+    Raises:
+        DataError: where there is no store or its description is not ours.
+    """
+    location = join(uri, META)
+    if not exists(location):
+        raise DataError(
+            "there is no store here", where=uri, accepted="run pipelines/extract.py with this configuration"
+        )
+    try:
+        meta = StoreMeta(**read_json(location))
+        if meta.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"its schema is {meta.schema_version}")
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"is not the description of a store of schema {SCHEMA_VERSION}: {error}", where=location
+        ) from error
+    return meta
+
+
+def check_settings(uri: str, meta: StoreMeta, settings: Mapping[str, Any]) -> None:
+    """Refuses a store that was made with other settings, naming each that differs.
+
+    Raises:
+        DataError: with the stored and the asked value of every field that differs.
+    """
+    if meta.fingerprint == fingerprint(settings):
+        return
+    stored, asked = _UNSAID | meta.settings, _UNSAID | dict(settings)
+    differing = [
+        f"{key} is {stored.get(key)!r} in the store and {asked.get(key)!r} in the configuration"
+        for key in sorted({*stored, *asked})
+        if asked.get(key) != stored.get(key)
+    ]
+    raise DataError(
+        "the store was made with other settings: " + "; ".join(differing or ["its fingerprint is damaged"]),
+        where=uri,
+        accepted="the same extract settings, or another name for a second store",
+    )
+
+
+RETIRED = "_RETIRED.json"
+#: Compactions that may end while a store is read.
+_LOOKS = 3
+
+
+def read_retired(uri: str) -> dict[str, dict[str, str]]:
+    """Rows that no longer count: checksum of the part → video id → why (changed, gone or doubled).
+
+    Raises:
+        DataError: if the record cannot be read.
+    """
+    location = join(uri, RETIRED)
+    if not exists(location):
+        return {}
+    rows: dict[str, dict[str, str]] = read_json(location)["rows"]
+    return rows
+
+
+def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: Held = NOBODY) -> None:
+    """Replaces the record of ``read_retired`` at once.
+
+    Nothing happens where it says the same and this generation has written it. The first write of a generation
+    changes the file in any case: on S3 a job that was taken over between its look at the lock and its request
+    may still replace the file that it found, and no other.
+
+    Raises:
+        GareError: where the store is not held any more; nothing is then written.
+    """
+    location = join(uri, RETIRED)
+    found: dict[str, Any] = read_json(location) if exists(location) else {}
+    if found.get("rows", {}) != rows or found.get("generation", 0) != held.generation:
+        content = json_bytes({"rows": rows, "generation": held.generation})
+        replace_file(location, content, held.check)
+
+
+def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
+    """Finds each video that counts: id → (part, row). Rows that are retired or replaced are left out.
+
+    Of rows of the same video that were written by jobs of which one took the other's place, the newer counts.
+
+    Raises:
+        DataError: for a part that cannot be read, or an id that two parts of one generation hold.
+    """
+    return {key: place[:2] for key, place in rows_in_parts(uri, folder, ()).items()}
+
+
+def rows_in_parts(
+    uri: str, folder: str, columns: Sequence[str], added: Sequence[str] = ()
+) -> dict[str, tuple[str, int, dict[str, Any]]]:
+    """Finds videos as ``ids_in_parts`` does, with some columns of each row beside its place.
+
+    Args:
+        uri: the store.
+        folder: ``data`` or ``failures``.
+        columns: which.
+        added: more of them, which parts of earlier versions lack; their rows have None there.
+
+    Raises:
+        DataError: for a part that cannot be read or lacks a column, or an id that two parts of one
+            generation hold.
+    """
+    parts, retired = _parts_and_retired(uri, folder, ["video_id", *columns], added)
+    found: dict[str, tuple[str, int, dict[str, Any]]] = {}
+    for part in parts:
+        left_out = retired.get(part.checksum, {})
+        for row, entry in enumerate(part.rows):
+            video_id: str = entry["video_id"]
+            if video_id in left_out:
+                continue
+            if video_id in found and generation_of(found[video_id][0]) > part.generation:
+                continue
+            if video_id in found and generation_of(found[video_id][0]) == part.generation:
+                raise DataError(
+                    f"{video_id!r} is in two parts, {found[video_id][0]} and {part.location}",
+                    where=uri,
+                    accepted="run pipelines/extract.py again, which keeps one of them",
+                )
+            found[video_id] = (part.location, row, entry)
+    return found
+
+
+def _parts_and_retired(
+    uri: str, folder: str, columns: Sequence[str], added: Sequence[str]
+) -> tuple[list[Part], dict[str, dict[str, str]]]:
+    """Parts that count and the rows of them that do not, as of one moment."""
+    for _ in range(_LOOKS):
+        parts, _ = read_parts(uri, folder, columns, added)
+        if folder != "data" or not parts:
+            return parts, {}
+        # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
+        retired = read_retired(uri)
+        # A compaction that ends meanwhile deletes a part before it forgets which of its rows were retired.
+        if {part.location for part in parts} <= set(part_files(uri, folder)):
+            return parts, retired
+    raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
+
+
+def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]:
+    """The videos that are still failed, by id, each with its last attempt.
+
+    Args:
+        uri: the store.
+        stored: ids that the data parts hold; a later attempt brought them in after all.
+    """
+    rows = [row for row in all_failures(uri) if row["video_id"] not in stored]
+    return {row["video_id"]: row for row in rows}
+
+
+def failures_by_clip(uri: str) -> dict[str, list[dict[str, Any]]]:
+    """``all_failures`` by the id of the clip, the last one of each last.
+
+    Raises:
+        DataError: for a part that cannot be read.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in all_failures(uri):
+        found.setdefault(row["video_id"], []).append(row)
+    return found
+
+
+def all_failures(uri: str) -> list[dict[str, Any]]:
+    """Every failed attempt that is recorded, also of videos that are stored by now, the last ones last.
+
+    Raises:
+        DataError: for a part that cannot be read.
+    """
+    parts, _ = read_parts(uri, "failures", list(_FAILURE_COLUMNS), list(ADDED_COLUMNS))
+    return sorted((row for part in parts for row in part.rows), key=lambda row: int(row["attempts"]))

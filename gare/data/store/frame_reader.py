@@ -1,0 +1,205 @@
+"""Reading clips back from a frame store.
+
+M clips, F frames, H×W pixels, S pixels of the short side.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gare.data.images import crop_centre, decode_jpeg, size_fault
+from gare.data.store.contents import META, ids_in_parts, read_meta
+from gare.data.store.parts import is_gone
+from gare.data.store.tensor_pages import UnknownPageError, low_bytes
+from gare.errors import DataError
+from gare.storage.files import exists, join, open_fs
+
+#: Open Parquet files kept by a process: their footers cost more to read than one clip.
+OPEN_PARTS = 256
+
+
+class FrameReader:
+    """Random access to the clips of a frame store.
+
+    Args:
+        uri: the store.
+
+    Attributes:
+        num_frames: F.
+        size: S, pixels of a stored picture's short side.
+        crop: center where the pictures are squares; none where they are whole.
+        fetch_s: seconds that this reader has spent on getting clips from the store, raw frames unpacked.
+        jpeg_s: seconds that it has spent on decoding JPEG.
+
+    Raises:
+        DataError: where there is no frame store.
+    """
+
+    def __init__(self, uri: str) -> None:
+        meta = read_meta(uri)
+        if meta.kind != "frames":
+            raise DataError(f"is a store of {meta.kind}", where=uri, accepted="a store of frames")
+        self.uri = uri
+        self.num_frames = int(meta.settings["num_frames"])
+        self.size = int(meta.settings["image_size"])
+        self.crop = str(meta.settings.get("crop", "center"))
+        self.encoding = str(meta.settings["encoding"])
+        self.fetch_s = self.jpeg_s = 0.0
+        self.places = ids_in_parts(uri, "data")
+        self._open = lru_cache(maxsize=OPEN_PARTS)(_OpenPart)
+
+    def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """Frames (M, F, S, S, 3) uint8, zero where padded, and their mask (M, F); of whole ones the centre.
+
+        Raises:
+            DataError: for an id that the store does not hold, or a clip that cannot be read.
+        """
+        frames = np.empty((len(video_ids), self.num_frames, self.size, self.size, 3), dtype=np.uint8)
+        mask = np.zeros((len(video_ids), self.num_frames), dtype=np.bool_)
+        for row, video_id in enumerate(video_ids):
+            _, count = self._clip(video_id, frames[row])
+            mask[row, :count] = True
+        return frames, mask
+
+    def read_whole(self, video_id: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """One clip as it is stored: frames (F, H, W, 3) uint8, zero where padded, and their mask (F,).
+
+        The shorter of H and W is S. In a store of whole pictures they are those of the clip, and differ from
+        clip to clip; in one of cropped pictures both are S.
+
+        Raises:
+            DataError: as ``read``.
+        """
+        frames, count = self._clip(video_id, None)
+        return frames, np.arange(self.num_frames) < count
+
+    def _clip(self, video_id: str, out: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.uint8], int]:
+        """Frames of a clip, of which so many are real: centre squares in ``out``, or as they are stored."""
+        if video_id not in self.places:
+            raise DataError(f"does not hold {video_id!r}", where=self.uri, accepted="one of its videos")
+        place = self.places[video_id]
+        try:
+            return self._read(video_id, *place, out)
+        except DataError as error:
+            # Parts are merged while they are read.
+            self.places = ids_in_parts(self.uri, "data") if is_gone(error) else self.places
+            if self.places.get(video_id) in (None, place):
+                raise
+            return self._read(video_id, *self.places[video_id], out)
+
+    def _read(
+        self, video_id: str, part: str, position: int, out: npt.NDArray[np.uint8] | None
+    ) -> tuple[npt.NDArray[np.uint8], int]:
+        try:
+            started = time.perf_counter()
+            opened = self._open(part)
+            count = opened.num_frames[position]
+            if not 0 < count <= self.num_frames:
+                raise ValueError(f"{count} frames; accepted: 1 to {self.num_frames}")
+            if self.encoding == "raw":
+                if out is None:
+                    out = np.empty((self.num_frames, self.size, self.size, 3), dtype=np.uint8)
+                opened.fill(out, position)
+                self.fetch_s += time.perf_counter() - started
+                return out, count
+            jpegs = opened.read(position, ["frames"])["frames"][0].as_py() or []
+            fetched = time.perf_counter()
+            self.fetch_s += fetched - started
+            # A frame that the row lacks would be read as a black one.
+            if len(jpegs) != count:
+                raise ValueError(f"{len(jpegs)} pictures of {count} frames")
+            out = self._decode(jpegs, out)
+            self.jpeg_s += time.perf_counter() - fetched
+        except (OSError, ValueError, pa.ArrowException, DataError) as error:
+            what = f"{video_id!r} in row {position} cannot be read: {error}"
+            raise DataError(what, where=part) from error
+        return out, count
+
+    def _decode(
+        self, jpegs: Sequence[bytes | None], out: npt.NDArray[np.uint8] | None
+    ) -> npt.NDArray[np.uint8]:
+        shape = None if self.crop == "none" else (self.size, self.size, 3)
+        for index, jpeg in enumerate(jpegs):
+            picture = decode_jpeg(jpeg or b"")
+            if fault := size_fault(picture, self.size, shape):
+                raise ValueError(f"frame {index} is {fault}")
+            shape = picture.shape
+            if out is None:
+                out = np.empty((self.num_frames, *shape), dtype=np.uint8)
+            out[index] = picture if out.shape[1:] == shape else crop_centre(picture, self.size)
+        assert out is not None
+        out[len(jpegs) :] = 0
+        return out
+
+
+class _OpenPart:
+    """A part, of which a row group is a clip."""
+
+    def __init__(self, part: str) -> None:
+        filesystem, path = open_fs(part)
+        self.file: Any = filesystem.open_input_file(path)
+        self.parquet: Any = pq.ParquetFile(self.file, page_checksum_verification=True)
+        names = self.parquet.schema_arrow.names
+        leaves = [self.parquet.schema.column(place).path for place in range(len(self.parquet.schema))]
+        self.leaf = leaves.index("frames.list.element") if "frames" in names else -1
+        kind = self.parquet.schema_arrow.field("frames").type if "frames" in names else None
+        self.shape = tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) else None
+
+    @cached_property
+    def num_frames(self) -> list[int]:
+        """Real frames of each clip."""
+        return [int(count) for count in self.parquet.read(columns=["num_frames"])["num_frames"].to_pylist()]
+
+    def read(self, position: int, columns: list[str]) -> pa.Table:
+        table: pa.Table = self.parquet.read_row_group(position, columns=columns)
+        return table
+
+    def fill(self, frames: npt.NDArray[np.uint8], position: int) -> None:
+        """Raw frames of a clip (F, H, W, 3), zero where padded.
+
+        Raises:
+            ValueError: where those of this part have another shape.
+        """
+        # Assigned, an array of one pixel would fill all of them.
+        if self.shape != frames.shape:
+            raise ValueError(f"its frames have the shape {self.shape}, not {frames.shape}")
+        chunk = self.parquet.metadata.row_group(position).column(self.leaf)
+        try:
+            data = self.file.read_at(chunk.total_compressed_size, chunk.data_page_offset)
+            pages = low_bytes(data, chunk.compression)
+            if sum(map(len, pages)) != frames.size:
+                raise UnknownPageError("another number of values")
+        except UnknownPageError:
+            column: Any = self.read(position, ["frames"])["frames"].combine_chunks()
+            frames[:] = column.to_numpy_ndarray()[0]
+            return
+        flat, place = frames.reshape(-1), 0
+        for page in pages:
+            flat[place : place + len(page)] = page
+            place += len(page)
+
+
+class NoPictures:
+    """Grey pictures in place of a frame store that was not kept, where pictures are for people alone."""
+
+    def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """Reads as ``FrameReader.read`` does, one small grey frame a clip."""
+        frames = np.full((len(video_ids), 1, 32, 32, 3), 128, dtype=np.uint8)
+        return frames, np.ones((len(video_ids), 1), dtype=np.bool_)
+
+
+def open_pictures(uri: str) -> FrameReader | NoPictures:
+    """The frame store, or grey pictures where there is none.
+
+    Raises:
+        DataError: for a store that cannot be read.
+    """
+    return FrameReader(uri) if exists(join(uri, META)) else NoPictures()

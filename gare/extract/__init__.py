@@ -1,0 +1,1 @@
+"""Bringing stores up to their collection: what is left to do, and who writes it."""

@@ -1,0 +1,269 @@
+"""Comparison of a store with its collection: new, changed, unchanged and gone clips.
+
+The answer is computed from the rows that are there and the collection alone, so that it is the same after
+any crash: a file that comes back as it was makes its old row count again, and of a clip that two jobs have
+written one row counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gare.data.manifest import ManifestRow
+from gare.data.store.contents import IDENTITY, RULES, failures_by_clip, read_retired, rules_of
+from gare.data.store.parts import Part, read_parts
+from gare.data.videos import FileVersion
+from gare.errors import DataError, GoneError
+
+#: start_s, end_s, source_bytes, source_version: see ``gare.data.store.contents.IDENTITY``.
+Identity = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A store beside its collection.
+
+    Attributes:
+        pending: rows to extract, each with its identity as far as it is known and the attempts so far.
+        retired: rows that no longer count, as ``gare.data.store.contents.write_retired`` takes them.
+        counts: ``new``, ``changed``, ``unchanged``, ``gone`` and ``retried`` clips. New, changed and retried
+            ones are what there is to do; the last have failed before as they are now. Unchanged are those
+            that are stored, and those whose failure is final.
+        lost: ids of the collection whose file was there once and is not any more.
+    """
+
+    pending: tuple[dict[str, Any], ...]
+    retired: dict[str, dict[str, str]]
+    counts: dict[str, int]
+    lost: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WantedClip:
+    """A clip as a store should hold it.
+
+    Attributes:
+        row: of the manifest.
+        identity: of what it is made of, see ``gare.data.store.contents.IDENTITY``; without size and version
+            where they are not known.
+        is_gone: whether what it is made of is there no more.
+        is_decoded: whether its frames are there, so that a failure to decode it is past.
+        rules: by which these were decoded; what was made of frames by earlier ones does not count.
+    """
+
+    row: ManifestRow
+    identity: Identity
+    is_gone: bool = False
+    is_decoded: bool = False
+    rules: int = 1
+
+    @classmethod
+    def of(cls, row: ManifestRow, version: FileVersion | DataError | None = None) -> WantedClip:
+        """A clip whose file ``stat`` of its source says this of; None: nobody has looked."""
+        if isinstance(version, FileVersion):
+            identity = (row.start_s, row.end_s, version.size_bytes, version.version)
+            return cls(row, identity)
+        return cls(row, (row.start_s, row.end_s, None, None), is_gone=isinstance(version, GoneError))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A row that is in a part, whether it counts or not."""
+
+    part: Part
+    identity: Identity
+    captions: tuple[str, ...]
+    is_retired: bool
+    rules: int
+
+
+def compare(
+    uri: str,
+    rows: Sequence[ManifestRow],
+    versions: Mapping[str, FileVersion | DataError],
+    *,
+    retry_failed: bool,
+    max_attempts: int = 1,
+    again: Container[str] = (),
+) -> Comparison:
+    """Compares the rows of a frame store with the clips that it should hold.
+
+    Args:
+        uri: the store.
+        rows: of the manifest.
+        versions: what ``stat`` of the source says of each uri of the rows. A file that cannot be looked at
+            for another reason than that it is gone counts as unchanged.
+        retry_failed: whether clips are tried again that failed on this very file, whatever the reason.
+        max_attempts: attempts at a clip as it is now whose failures may pass; see ``may_pass``.
+        again: ids of clips that are to be made again though their file has not changed, where they were made
+            by rules before ``gare.data.store.contents.RULES``. Their rows count until others take their
+            place.
+    """
+    wanted = [WantedClip.of(row, versions[row.uri]) for row in rows]
+    return compare_clips(uri, wanted, retry_failed=retry_failed, max_attempts=max_attempts, again=again)
+
+
+def compare_clips(
+    uri: str,
+    clips: Sequence[WantedClip],
+    *,
+    retry_failed: bool,
+    max_attempts: int = 1,
+    captions: bool = False,
+    again: Container[str] = (),
+) -> Comparison:
+    """Compares as ``compare`` does, for a store of any kind.
+
+    Args:
+        uri: the store.
+        clips: that it should hold.
+        retry_failed: as in ``compare``.
+        max_attempts: as in ``compare``.
+        captions: whether a row counts only with the captions of the manifest. Pending rows then have
+            ``captions``, ``made``: the part that has the clip with others, None where none has, ``rules``
+            by which its frames were decoded, and ``counted``: which of the counts it is in.
+        again: as in ``compare``.
+    """
+    wanted = {clip.row.video_id: clip for clip in clips}
+    held, failures = _held(uri, captions=captions), failures_by_clip(uri)
+    counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "retried"), 0)
+    retired: dict[str, dict[str, str]] = {}
+    pending: list[dict[str, Any]] = []
+    lost: list[str] = []
+    for video_id in held.keys() - wanted.keys():
+        counts["gone"] += _retire(retired, video_id, held[video_id], None, "gone")
+    for video_id, clip in wanted.items():
+        stored, failed = held.get(video_id, []), failures.get(video_id, [])
+        same = [] if clip.is_gone else _of_the_clip(stored, failed, clip)
+        matches = [one for one in same if not captions or one.captions == clip.row.captions]
+        match = matches[0] if matches else None
+        if clip.is_gone and stored:
+            lost.append(video_id)
+            counts["gone"] += 1
+        _retire(retired, video_id, stored, match, "gone" if clip.is_gone else "changed")
+        is_again = video_id in again and all(one.rules < RULES for one in same)
+        if match and not is_again:
+            counts["unchanged"] += 1
+            continue
+        known = [one for one in failed if _has_failed(one, clip)]
+        is_pending = not known or retry_failed or _is_tried_again(known, failed, clip, max_attempts)
+        counted = "changed" if stored or failed else "new"
+        if known:
+            counted = "retried" if is_pending else "unchanged"
+        if not clip.is_gone or not stored:
+            counts[counted] += 1
+        if is_pending:
+            request = _request(clip, max((one["attempts"] for one in failed), default=0))
+            if captions:
+                request["captions"] = list(clip.row.captions)
+                request["made"] = same[0].part.location if same and not is_again else None
+                request["rules"] = same[0].rules if request["made"] else clip.rules
+                request["counted"] = counted
+            pending.append(request)
+    return Comparison(tuple(pending), retired, counts, tuple(sorted(lost)))
+
+
+def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
+    """Rows of each clip, those first that count until now, of these those of newer rules, then generation."""
+    columns = ["video_id", *IDENTITY, *(["captions"] if captions else [])]
+    parts, _ = read_parts(uri, "data", columns, ["rules"])
+    retired = read_retired(uri)
+    held: dict[str, list[_Held]] = {}
+    for part in parts:
+        for row in part.rows:
+            video_id, captions_of_row = row["video_id"], tuple(row.get("captions") or ())
+            is_retired = video_id in retired.get(part.checksum, {})
+            identity = tuple(row[key] for key in IDENTITY)
+            one = _Held(part, identity, captions_of_row, is_retired, rules_of(row))
+            held.setdefault(video_id, []).append(one)
+    return {
+        video_id: sorted(rows, key=lambda one: (one.is_retired, -one.rules, -one.part.generation))
+        for video_id, rows in held.items()
+    }
+
+
+def _of_the_clip(
+    stored: Sequence[_Held], failed: Sequence[Mapping[str, Any]], clip: WantedClip
+) -> list[_Held]:
+    """Rows of a clip as it is now, by rules that still hold; later ones may have refused its file."""
+    refused = [
+        rules_of(one)
+        for one in failed
+        if one["stage"] == "decode" and not may_pass(one) and _has_failed(one, clip)
+    ]
+    least = max([clip.rules, *refused])
+    return [one for one in stored if one.rules >= least and _same(one.identity, clip.identity)]
+
+
+def may_pass(failure: Mapping[str, Any]) -> bool:
+    """Returns True if another attempt at a clip may succeed; a guess for a row of an earlier version.
+
+    Earlier versions did not say it. Of theirs, what could not be fetched is tried again, what did not decode
+    is not. They also recorded as failed to encode what the frame store's disk or server was to blame for:
+    all but features that are not finite (ValueError) is tried again.
+    """
+    if failure["transient"] is not None:
+        return bool(failure["transient"])
+    if failure["stage"] == "encode":
+        return bool(failure["error_type"] != "ValueError")
+    return bool(failure["stage"] == "fetch")
+
+
+def _is_tried_again(
+    known: Sequence[Mapping[str, Any]],
+    failed: Sequence[Mapping[str, Any]],
+    clip: WantedClip,
+    max_attempts: int,
+) -> bool:
+    """Returns True if a clip that has failed as it is now is tried again without being asked for.
+
+    One that is gone just now waits for its file, and uses up no attempt.
+
+    Args:
+        known: its failures as it is now, the last one last.
+        failed: all its failures.
+        clip: as it is now.
+        max_attempts: attempts at it as it is now.
+    """
+    last = known[-1]
+    if clip.is_gone or not may_pass(last):
+        return False
+    # Attempts are counted on over the versions of a file; those at this one came after the last at another.
+    before = [one["attempts"] for one in failed if one not in known and one["attempts"] < last["attempts"]]
+    return bool(last["attempts"] - max(before, default=0) < max_attempts)
+
+
+def _has_failed(failure: Mapping[str, Any], clip: WantedClip) -> bool:
+    """Returns True if an attempt failed at a clip as it is now, and none has succeeded since."""
+    past = clip.is_decoded and failure["stage"] != "encode"
+    return not past and _same(tuple(failure[key] for key in IDENTITY), clip.identity)
+
+
+def _same(stored: Identity, now: Identity) -> bool:
+    """Returns True if a row is of the clip as it is now; a file of unknown version is taken for the same."""
+    return stored == now or (stored[:2] == now[:2] and now[2:] == (None, None))
+
+
+def _retire(
+    retired: dict[str, dict[str, str]],
+    video_id: str,
+    stored: Sequence[_Held],
+    match: _Held | None,
+    reason: str,
+) -> int:
+    for one in stored:
+        if one is not match:
+            doubled = match is not None and one.identity == match.identity and one.captions == match.captions
+            retired.setdefault(one.part.checksum, {})[video_id] = "doubled" if doubled else reason
+    return 1 if stored else 0
+
+
+def _request(clip: WantedClip, attempts: int) -> dict[str, Any]:
+    return {
+        "video_id": clip.row.video_id,
+        "uri": clip.row.uri,
+        **dict(zip(IDENTITY, clip.identity, strict=True)),
+        "attempts": attempts,
+    }

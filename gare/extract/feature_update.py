@@ -1,0 +1,214 @@
+"""The pass that brings a feature store up to a frame store, or to the files where frames are not kept.
+
+Parts are made by ``gare.extract.feature_writer``, of frames that have all been there before or that appear
+meanwhile. A clip whose captions alone have changed keeps the features of its frames, which need not be in the
+frame store any more; one whose frames were made again, of another file, is encoded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import pyarrow as pa
+
+from gare.config import Config
+from gare.data.manifest import Manifest
+from gare.data.store.contents import (
+    FAILURE_SCHEMA,
+    IDENTITY,
+    META,
+    failures_by_clip,
+    ids_in_parts,
+    read_failures,
+    rows_in_parts,
+    rules_of,
+    write_part,
+    write_retired,
+)
+from gare.data.store.feature_schema import feature_schema, feature_settings
+from gare.extract.comparison import Comparison, WantedClip, compare_clips
+from gare.extract.inventory import Inventory
+from gare.extract.update import Stat, StoreUpdate
+from gare.storage.files import exists, join
+
+logger = logging.getLogger(__name__)
+
+#: A part to be made: rows of ``Comparison.pending`` with ``place``, the part that has their frames, and
+#: ``made``, the part that has features of them already; one of both is None.
+Part = list[dict[str, Any]]
+
+
+class FeatureStoreUpdate(StoreUpdate):
+    """A feature store that is to hold a manifest's clips.
+
+    Args:
+        config: of the run.
+        manifest: what the store should hold.
+        frames_uri: frame store that features are made of.
+        uri: the feature store.
+        towers_sha256: of the towers that make them.
+        code_version: of this package.
+        stat: says of uris which files there are now; None: the frame store is kept, and it alone counts.
+
+    Raises:
+        DataError: for a store that was made with other settings, naming each that differs.
+    """
+
+    kind = "features"
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        frames_uri: str,
+        uri: str,
+        towers_sha256: str,
+        code_version: str,
+        stat: Stat | None = None,
+    ) -> None:
+        super().__init__(config, manifest, uri, feature_settings(config, towers_sha256), code_version)
+        self.frames_uri = frames_uri
+        self._stat = stat
+        #: Clips that are being made, and those of this pass by id: which of the counts they are in.
+        self._in_work: set[str] = set()
+        self._handed_out: dict[str, str] = {}
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the store's data parts."""
+        model = self.config.model
+        words = model.max_words if self.config.features.words else 0
+        return feature_schema(model.max_frames, model.clip.embed_dim, words)
+
+    @property
+    def decodes(self) -> bool:
+        """True if frames are not kept."""
+        return self._stat is not None
+
+    def compare_with_collection(self) -> Comparison:
+        """The store beside what it is made of, as both are now.
+
+        Where the frame store is kept, what it lacks is not pending here.
+        """
+        frames = rows_in_parts(self.frames_uri, "data", IDENTITY, ["rules"])
+        versions = self._stat([row.uri for row in self.manifest.rows]) if self._stat else None
+        failed = {} if versions is not None else read_failures(self.frames_uri, frames)
+        wanted, places = [], {}
+        for row in self.manifest.rows:
+            place, _, stored = frames.get(row.video_id, (None, 0, {}))
+            if place and (stored["start_s"], stored["end_s"]) == (row.start_s, row.end_s):
+                places[row.video_id] = place
+                identity = tuple(stored[key] for key in IDENTITY)
+                wanted.append(WantedClip(row, identity, is_decoded=True, rules=rules_of(stored)))
+            elif versions is not None:
+                wanted.append(WantedClip.of(row, versions[row.uri]))
+            else:
+                is_gone = row.video_id in failed
+                wanted.append(dataclasses.replace(WantedClip.of(row), is_gone=is_gone))
+        extract = self.config.extract
+        found = compare_clips(
+            self.uri,
+            wanted,
+            retry_failed=extract.retry_failed,
+            max_attempts=extract.max_attempts,
+            captions=True,
+            again=self.again,
+        )
+        pending = tuple(row | {"place": places.get(row["video_id"])} for row in found.pending)
+        counts = self._with_handed_out(found.counts, {row["video_id"] for row in pending})
+        if versions is not None:
+            return dataclasses.replace(found, pending=pending, counts=counts)
+        # Videos that are gone are the frame store's to refuse.
+        pending = tuple(filter(has_frames_or_features, pending))
+        return dataclasses.replace(found, pending=pending, counts=counts, lost=())
+
+    def _with_handed_out(self, counts: dict[str, int], pending: set[str]) -> dict[str, int]:
+        """Counts clips as they were before this pass began, which may have made some since."""
+        counts = dict(counts)
+        for video_id, counted in self._handed_out.items():
+            if video_id not in pending:
+                counts["unchanged"] -= 1
+                counts[counted] += 1
+        return counts
+
+    def has_nothing_left(self, comparison: Comparison) -> bool:
+        """Returns True if nothing is left to do, the recording of failures included."""
+        return super().has_nothing_left(comparison) and not self._new_failures()
+
+    def retire_and_count(self) -> Inventory:
+        """Retires rows that were replaced, takes over the frame store's failures, and counts."""
+        write_retired(self.uri, self.compare_with_collection().retired, self.held)
+        self.take_failures()
+        return self.count()
+
+    def parts(self, workers: int, *, whole: bool = False) -> list[Part]:
+        """Hands out clips that can be made now, once each; rows that they take the place of count no more.
+
+        Args:
+            workers: that will share the parts.
+            whole: only parts of the full size, since more clips will come.
+        """
+        comparison = self.compare_with_collection()
+        rows = [
+            row
+            for row in comparison.pending
+            if has_frames_or_features(row) and row["video_id"] not in self._in_work
+        ]
+        rows.sort(key=lambda row: row["made"] or row["place"])  # so that a part is read from few others
+        limit = self.config.features.videos_per_part
+        size = limit if whole else max(1, min(limit, math.ceil(len(rows) / (2 * workers))))
+        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+        if whole:
+            parts = [part for part in parts if len(part) == size]
+        if parts:
+            self.mark_incomplete(comparison)
+        handed_out = {row["video_id"]: row["counted"] for part in parts for row in part}
+        self._in_work |= handed_out.keys()
+        self._handed_out = handed_out | self._handed_out
+        return parts
+
+    def mark_handed_out_done(self) -> None:
+        """All that was handed out is made or failed."""
+        self._in_work.clear()
+
+    def take_failures(self) -> None:
+        """Records which clips the frame store could not get, as it says it.
+
+        Raises:
+            DataError: if they cannot be read or written.
+        """
+        if rows := self._new_failures():
+            self.held.check()
+            write_part(self.uri, "failures", rows, FAILURE_SCHEMA, generation=self.held.generation)
+
+    def _new_failures(self) -> list[dict[str, Any]]:
+        if not exists(join(self.frames_uri, META)):
+            return []
+        stored = rows_in_parts(self.uri, "data", (), ["rules"])
+        wanted = {row.video_id for row in self.manifest.rows}
+        theirs = read_failures(self.frames_uri, ids_in_parts(self.frames_uri, "data"))
+        # Not the last one of each clip: that may be a failure to encode, which is ours alone.
+        ours = failures_by_clip(self.uri)
+        return [
+            row
+            for key, row in sorted(theirs.items())
+            if key in wanted
+            and row not in ours.get(key, ())
+            # What is stored counts, unless later rules have refused its file.
+            and (key not in stored or rules_of(stored[key][2]) < rules_of(row))
+        ]
+
+
+def without_frames(frames_uri: str, manifest: Manifest) -> list[str]:
+    """Ids of the manifest that a frame store neither has nor has failed at."""
+    stored = ids_in_parts(frames_uri, "data")
+    known = stored.keys() | read_failures(frames_uri, stored).keys()
+    return [row.video_id for row in manifest.rows if row.video_id not in known]
+
+
+def has_frames_or_features(row: dict[str, Any]) -> bool:
+    """Returns True if the frames of a pending row, or features of them, are there."""
+    return row["place"] is not None or row["made"] is not None

@@ -1,0 +1,85 @@
+"""Counts of a store against its collection at the end of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gare.data.manifest import ManifestRow
+from gare.data.store.contents import ids_in_parts, read_failures
+from gare.errors import DataError
+from gare.storage.files import join
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Videos stored, failed and missing.
+
+    Attributes:
+        uri: the store.
+        num_wanted: videos of the manifest.
+        num_wanted_stored: those of them that the store holds.
+        counts: as ``_META.json`` has them: videos, failures and parts of the store.
+        failures: the last failure of each video of the manifest that is failed.
+        max_failed_fraction: share of them that may be.
+    """
+
+    uri: str
+    num_wanted: int
+    num_wanted_stored: int
+    counts: dict[str, int]
+    failures: dict[str, dict[str, Any]]
+    max_failed_fraction: float
+
+    @property
+    def has_too_many(self) -> bool:
+        """True if more failed than may."""
+        return len(self.failures) > self.max_failed_fraction * self.num_wanted
+
+    @property
+    def is_complete(self) -> bool:
+        """True if every video is stored or one of the few that failed."""
+        return self.num_wanted_stored + len(self.failures) == self.num_wanted and not self.has_too_many
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Number of failures by reason."""
+        return Counter(row["message"].split(":")[0] for row in self.failures.values())
+
+    def raise_if_too_many(self) -> None:
+        """Ends a run whose collection is worse than it may be.
+
+        Raises:
+            DataError: with the table of reasons.
+        """
+        if not self.has_too_many:
+            return
+        table = "".join(f"\n  {count:6d} × {reason}" for reason, count in self.reasons.most_common(20))
+        raise DataError(
+            f"{len(self.failures)} of {self.num_wanted} videos failed:{table}\n",
+            where=join(self.uri, "failures"),
+            accepted=f"at most extract.max_failed_fraction={self.max_failed_fraction:g} of them; "
+            "the next run tries again what may pass, --retry-failed (extract.retry_failed=true) all of them",
+        )
+
+
+def take_inventory(uri: str, rows: Sequence[ManifestRow], max_failed_fraction: float) -> Inventory:
+    """Counts what a store holds of the rows of a manifest.
+
+    Raises:
+        DataError: for a part that cannot be read or an id in two parts.
+    """
+    wanted = {row.video_id for row in rows}
+    stored = ids_in_parts(uri, "data")
+    failures = {key: row for key, row in read_failures(uri, stored).items() if key in wanted}
+    parts = {part for part, _ in stored.values()}
+    return Inventory(
+        uri=uri,
+        num_wanted=len(wanted),
+        num_wanted_stored=len(wanted & stored.keys()),
+        counts={"videos": len(stored), "failures": len(failures), "parts": len(parts)},
+        failures=failures,
+        max_failed_fraction=max_failed_fraction,
+    )

@@ -1,0 +1,232 @@
+"""One pass that brings a store of any kind up to its collection: what is left to do, and what came of it.
+
+Whoever runs it holds the store's lock and decides where the work is done.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from gare.config import Config
+from gare.data.manifest import Manifest
+from gare.data.store.contents import (
+    META,
+    NOBODY,
+    RULES,
+    StoreMeta,
+    check_settings,
+    fingerprint,
+    frame_schema,
+    frame_settings,
+    read_meta,
+    read_retired,
+    rows_in_parts,
+    rules_of,
+    write_meta,
+    write_retired,
+)
+from gare.data.videos import FileVersion
+from gare.errors import DataError
+from gare.extract.comparison import Comparison, compare
+from gare.extract.inventory import Inventory, take_inventory
+from gare.storage.files import exists, join
+from gare.storage.generations import Held
+
+logger = logging.getLogger(__name__)
+
+#: What ``stat`` of a source says of uris.
+Stat = Callable[[Sequence[str]], Mapping[str, FileVersion | DataError]]
+
+
+class StoreUpdate(ABC):
+    """A store that is to hold a manifest's clips.
+
+    Args:
+        config: of the run.
+        manifest: what the store should hold.
+        uri: the store.
+        settings: all that changes its values.
+        code_version: of this package.
+
+    Attributes:
+        kind: frames or features.
+        held: the store's lock, from ``hold`` on; every write makes sure of it.
+        again: ids of clips to be made again that earlier rules have decoded, see ``decoded_before``.
+
+    Raises:
+        DataError: for a store that was made with other settings, naming each that differs.
+    """
+
+    kind: str
+
+    def __init__(
+        self, config: Config, manifest: Manifest, uri: str, settings: dict[str, Any], code_version: str
+    ) -> None:
+        self.config, self.manifest, self.uri, self.settings = config, manifest, uri, settings
+        self.code_version = code_version
+        self.held = NOBODY
+        self.again: Container[str] = ()
+        if exists(join(uri, META)):
+            check_settings(uri, read_meta(uri), settings)
+
+    def hold(self, held: Held) -> None:
+        """Takes over the lock of the store, by which all is written from here on."""
+        self.held = held
+        # No job before this one replaces the record from here on, where the storage has conditional writes.
+        write_retired(self.uri, read_retired(self.uri), held)
+
+    @property
+    @abstractmethod
+    def schema(self) -> pa.Schema:
+        """Columns of the store's data parts."""
+
+    @abstractmethod
+    def compare_with_collection(self) -> Comparison:
+        """The store beside its collection as both are now."""
+
+    @property
+    @abstractmethod
+    def decodes(self) -> bool:
+        """True if the store is made of the files themselves, False if of another store."""
+
+    def decoded_before(self) -> list[dict[str, Any]]:
+        """Clips of the manifest that count as they were decoded by earlier rules; their files may show more.
+
+        Returns:
+            ``video_id``, ``uri`` and ``complete`` of each, the last None where it is not known.
+        """
+        if not self.decodes:
+            return []
+        known = ["rules", *({"complete"} & set(self.schema.names))]
+        stored = rows_in_parts(self.uri, "data", (), known)
+        return [
+            {"video_id": row.video_id, "uri": row.uri, "complete": found.get("complete")}
+            for row in self.manifest.rows
+            if (found := stored.get(row.video_id, (None, None, {"rules": RULES}))[2])
+            and rules_of(found) < RULES
+        ]
+
+    def count(self) -> Inventory:
+        """Counts the store's clips as they are now."""
+        return take_inventory(self.uri, self.manifest.rows, self.config.extract.max_failed_fraction)
+
+    def has_nothing_left(self, comparison: Comparison) -> bool:
+        """Returns True if nothing is left to do, though the description may have to be brought up to date."""
+        return not comparison.pending and comparison.retired == read_retired(self.uri)
+
+    def inventory_if_done(self, comparison: Comparison) -> Inventory | None:
+        """Counts the store where it is as this pass would leave it; else None."""
+        if not self.has_nothing_left(comparison) or not exists(join(self.uri, META)):
+            return None
+        meta, inventory = read_meta(self.uri), self.count()
+        is_done = (meta.counts, meta.complete) == (inventory.counts, inventory.is_complete)
+        return inventory if is_done else None
+
+    def refuse_lost(self, comparison: Comparison) -> None:
+        """Refuses a collection most of which has vanished, before anything is changed.
+
+        Raises:
+            DataError: where more of it is gone than ``extract.max_failed_fraction``.
+        """
+        most, lost = self.config.extract.max_failed_fraction, comparison.lost
+        if len(lost) > most * len(self.manifest.rows):
+            raise DataError(
+                f"{len(lost)} videos of the manifest that were there are gone, {lost[0]!r} the first of "
+                "them; nothing was changed",
+                where=self.uri,
+                accepted=f"is their folder mounted? extract.max_failed_fraction={most:g} of them may be gone",
+            )
+
+    def mark_incomplete(self, comparison: Comparison) -> None:
+        """Marks the store as incomplete, and what no longer counts."""
+        self._describe({}, complete=False)
+        write_retired(self.uri, comparison.retired, self.held)
+
+    def retire_and_count(self) -> Inventory:
+        """Retires rows that were replaced, so that each clip counts once, whoever wrote it, and counts."""
+        write_retired(self.uri, self.compare_with_collection().retired, self.held)
+        return self.count()
+
+    def finish(self, comparison: Comparison, inventory: Inventory, done: Mapping[str, Any]) -> dict[str, Any]:
+        """Records what the store holds; ``result`` with ``done`` of the work.
+
+        Raises:
+            DataError: for more failures than ``extract.max_failed_fraction``; what was made stays.
+        """
+        self._describe(inventory.counts, complete=inventory.is_complete)
+        for reason, count in inventory.reasons.most_common():
+            logger.warning("failed: %d × %s", count, reason)
+        inventory.raise_if_too_many()
+        return self.result(comparison, inventory) | dict(done)
+
+    def result(self, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
+        """Builds a run's result of the store."""
+        return {
+            "store": self.uri,
+            "fingerprint": fingerprint(self.settings),
+            "videos": inventory.num_wanted_stored,
+            "attempted": len(comparison.pending),
+            **comparison.counts,
+            "failed": {key: row["message"] for key, row in sorted(inventory.failures.items())},
+        }
+
+    def _describe(self, counts: dict[str, int], *, complete: bool) -> None:
+        meta = StoreMeta(
+            kind=self.kind,
+            fingerprint=fingerprint(self.settings),
+            settings=self.settings,
+            counts=counts,
+            complete=complete,
+            config=self.config.to_yaml(),
+            code_version=self.code_version,
+        )
+        write_meta(self.uri, meta, self.held)
+
+
+class FrameStoreUpdate(StoreUpdate):
+    """A frame store that is to hold a manifest's clips.
+
+    Args:
+        config: of the run.
+        manifest: what the store should hold.
+        uri: the store.
+        stat: says of uris which files there are now.
+        code_version: of this package.
+
+    Raises:
+        DataError: for a store that was made with other settings, naming each that differs.
+    """
+
+    kind = "frames"
+
+    def __init__(self, config: Config, manifest: Manifest, uri: str, stat: Stat, code_version: str) -> None:
+        super().__init__(config, manifest, uri, frame_settings(config.extract), code_version)
+        self._stat = stat
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the store's data parts."""
+        return frame_schema(self.config.extract)
+
+    @property
+    def decodes(self) -> bool:
+        """True: it is made of video files."""
+        return True
+
+    def compare_with_collection(self) -> Comparison:
+        """The store beside the files as both are now."""
+        versions = self._stat([row.uri for row in self.manifest.rows])
+        extract = self.config.extract
+        return compare(
+            self.uri,
+            self.manifest.rows,
+            versions,
+            retry_failed=extract.retry_failed,
+            max_attempts=extract.max_attempts,
+            again=self.again,
+        )

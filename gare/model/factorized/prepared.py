@@ -1,0 +1,211 @@
+"""The share of either side of the pairs in the factorised form, computed once and kept.
+
+N texts, M videos, F frames, X embeddings, H heads, L basis vectors, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from gare.model.factorized.basis import Basis, centred
+from gare.model.factorized.lean_video import FrameScales, MappedText, lean_rows
+from gare.model.features import VideoFeatures
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of the side that owns no basis, with what its queries need of them.
+
+    Attributes:
+        vectors: (X, D).
+        mean: (X,) over D.
+        centred_square: (X,) squared length without the mean.
+        square: (X,) squared length.
+        turned: (H, X, D) ``queries_in_key_space`` of them, with the sign that they have in the query; None
+            where no one asks.
+        mapped: how texts ask lean videos, in place of ``turned``, or None.
+    """
+
+    vectors: Tensor
+    mean: Tensor
+    centred_square: Tensor
+    square: Tensor
+    turned: Tensor | None
+    mapped: MappedText | None = None
+
+    @classmethod
+    def of(
+        cls, vectors_XD: Tensor, turned_HXD: Tensor | None = None, mapped: MappedText | None = None
+    ) -> Embeddings:
+        """With their statistics."""
+        return cls(
+            vectors_XD,
+            vectors_XD.mean(dim=1),
+            centred(vectors_XD).square().sum(dim=1),
+            vectors_XD.square().sum(dim=1),
+            turned_HXD,
+            mapped,
+        )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, rows: slice | Tensor) -> Embeddings:
+        turned = None if self.turned is None else self.turned[:, rows]
+        mapped = None if self.mapped is None else self.mapped[rows]
+        own = (self.vectors[rows], self.mean[rows], self.centred_square[rows], self.square[rows])
+        return Embeddings(*own, turned, mapped)
+
+    def split(self, size: int) -> Iterator[Embeddings]:
+        """Consecutive parts of ``size`` vectors, whose gradients are joined once and not added up."""
+        count = -(-len(self) // size)
+        turned: Iterable[Tensor | None] = repeat(None, count)
+        mapped = repeat(None, count) if self.mapped is None else self.mapped.split(size)
+        if self.turned is not None:
+            turned = torch.split(self.turned, size, dim=1)
+        tensors = (self.vectors, self.mean, self.centred_square, self.square)
+        parts = zip(*(torch.split(tensor, size) for tensor in tensors), turned, mapped, strict=True)
+        return (Embeddings(*part) for part in parts)
+
+
+@dataclass(frozen=True)
+class PreparedVideo:
+    """The part of the score that belongs to videos alone.
+
+    Lean videos keep no basis but a third of the numbers, from which the same products follow (see
+    ``pair_products``); they are without dropout.
+
+    Attributes:
+        mask: (M, F) bool, true for real frames.
+        average: (M, D) v̄; None for lean videos, which make it when it is asked for.
+        share: (M, F), 1 over the number of real frames, 0 for padding.
+        bias: (M, F), 0 for real frames and −inf for padding.
+        rows: (M, F + L, D), what texts are multiplied with: frame features, zero at padding, and basis
+            vectors; the frame features alone where videos own no basis; of lean videos those of
+            ``lean_rows``, (M, F + 1, D).
+        scales: by which frame features follow from the rows of lean videos; None for others.
+        by_frames: (M, F + L, F), products of frame features and basis vectors with the frame features; None
+            where words are the context.
+        basis: of the increments, or None for the baseline and where words are the context.
+        asking: v̄ as the side that asks, where words are the context, or None.
+    """
+
+    mask: Tensor
+    average: Tensor | None
+    share: Tensor
+    bias: Tensor
+    rows: Tensor
+    scales: FrameScales | None
+    by_frames: Tensor | None
+    basis: Basis | None
+    asking: Embeddings | None
+
+    @classmethod
+    def of(cls, video: VideoFeatures, basis: Basis | None, asking: Embeddings | None = None) -> PreparedVideo:
+        """Videos and, where they own it, their basis, laid out for products with texts."""
+        frames_MFD, mask_MF = video.frames, video.mask
+        share_MF, bias_MF = _share(video), _bias(video)
+        rows = frames_MFD
+        if basis is not None:
+            rows = torch.cat([frames_MFD, basis.vectors], dim=1)
+            # Views, so that nothing is held twice.
+            frames_MFD, vectors_MLD = torch.split(rows, [frames_MFD.shape[1], basis.vectors.shape[1]], dim=1)
+            basis = replace(basis, spanning=vectors_MLD)
+        by_frames = None if asking is not None else rows @ frames_MFD.transpose(1, 2)
+        return cls(mask_MF, video.mean, share_MF, bias_MF, rows, None, by_frames, basis, asking)
+
+    @classmethod
+    def lean(cls, video: VideoFeatures, basis: Basis) -> PreparedVideo:
+        """Videos without the basis vectors, of which the small matrices are kept; there may be no dropout."""
+        share_MF, by_frames = _share(video), video.frames.transpose(1, 2)
+        rows, scales = lean_rows(video, share_MF)
+        by_frames = torch.cat([video.frames @ by_frames, basis.vectors @ by_frames], dim=1)
+        basis = replace(basis, context=None, spanning=None)
+        return cls(video.mask, None, share_MF, _bias(video), rows, scales, by_frames, basis, None)
+
+    @property
+    def features(self) -> VideoFeatures:
+        """Frame features, zero at padding; those of lean videos are made when they are asked for."""
+        if self.scales is not None:
+            return VideoFeatures(self.scales.frames(self.rows), self.mask)
+        num_frames = self.mask.shape[1]
+        frames_MFD = self.rows if self.rows.shape[1] == num_frames else self.rows[:, :num_frames]
+        return VideoFeatures(frames_MFD, self.mask)
+
+    @property
+    def mean(self) -> Tensor:
+        """(M, D) v̄."""
+        return self.features.mean if self.average is None else self.average
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The kind of all numbers."""
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that they are on."""
+        return self.rows.device
+
+    def __getitem__(self, videos: slice | Tensor) -> PreparedVideo:
+        return PreparedVideo(
+            *(None if value is None else value[videos] for value in vars(self).values())  # type: ignore[arg-type]
+        )
+
+    def split(self, size: int) -> Iterator[PreparedVideo]:
+        """Consecutive parts of ``size`` videos, whose gradients are joined once and not added up."""
+        count = -(-len(self) // size)
+        parts = (repeat(None, count) if value is None else value.split(size) for value in vars(self).values())
+        return (PreparedVideo(*part) for part in zip(*parts, strict=True))
+
+
+def _share(video: VideoFeatures) -> Tensor:
+    return video.mask / video.mask.sum(dim=1, keepdim=True).to(video.frames.dtype)
+
+
+def _bias(video: VideoFeatures) -> Tensor:
+    return torch.zeros_like(video.frames[..., 0]).masked_fill(~video.mask, -torch.inf)
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """Texts whose words are the context of ψ.
+
+    Attributes:
+        embeddings: of the texts.
+        basis: that their words make.
+        products: (N, L), products of the texts with their basis vectors.
+    """
+
+    embeddings: Embeddings
+    basis: Basis
+    products: Tensor
+
+    def __len__(self) -> int:
+        return len(self.products)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The kind of all numbers."""
+        return self.products.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that they are on."""
+        return self.products.device
+
+    def __getitem__(self, texts: slice | Tensor) -> PreparedText:
+        return PreparedText(self.embeddings[texts], self.basis[texts], self.products[texts])
+
+    def split(self, size: int) -> Iterator[PreparedText]:
+        """Consecutive parts of ``size`` texts, whose gradients are joined once and not added up."""
+        parts = zip(*(value.split(size) for value in vars(self).values()), strict=True)
+        return (PreparedText(*part) for part in parts)

@@ -1,0 +1,1 @@
+"""The factorised form as GPU kernels of Triton."""

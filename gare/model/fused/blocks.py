@@ -1,0 +1,333 @@
+"""The pair score by fused kernels: exact as the plain form, with no more of a pair in memory than products.
+
+M videos, N texts, S sampled texts, F frames, H heads, K = H·F attention weights, L basis vectors, R = F + L
+rows of products, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gare.model.factorized.basis import Basis
+from gare.model.factorized.pair_products import video_products
+from gare.model.factorized.pairs import COSINE_EPS, ScoringRule
+from gare.model.factorized.prepared import Embeddings, PreparedVideo
+from gare.model.factorized.quadratic_forms import NORM_EPS, SHORTEST
+from gare.model.fused.tile_sizes import block_of, on_device_of, tile_rows
+from gare.model.products import product
+
+
+class Fused(NamedTuple):
+    """Numbers of M videos with N texts from the kernel; None where they were not asked for.
+
+    Attributes:
+        scores: (M, N).
+        norms: (M, N) lengths of the increments.
+        plain: (M, N) scores without increments, without gradient.
+        sampled: (M, L, S) coefficients of the sampled texts.
+        mean: (M, L) of the coefficients over the texts.
+        scatter: (M, L, L) about their mean.
+    """
+
+    scores: Tensor
+    norms: Tensor | None
+    plain: Tensor | None
+    sampled: Tensor | None
+    mean: Tensor | None
+    scatter: Tensor | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Choose what the kernel gives of each pair beside its score.
+
+    Attributes:
+        norms: whether lengths are.
+        plain: whether scores without increments are.
+        sample: texts whose coefficients are wanted; ``all`` of them, or none.
+        moments: whether the moments of the coefficients over the texts are.
+        normalised: whether those are of increments of length 1.
+    """
+
+    norms: bool = False
+    plain: bool = False
+    sample: Tensor | str | None = None
+    moments: bool = False
+    normalised: bool = False
+
+
+def fused_pairs(
+    rule: ScoringRule, texts: Embeddings, video: PreparedVideo, asked: Asked, *, precision: str = "exact"
+) -> Fused:
+    """Pairs of M videos, which own the basis, with N texts.
+
+    Args:
+        rule: of the model, which asks with the gap.
+        texts: N of them, one or more, turned; mapped if the videos are lean.
+        video: M of them, one or more.
+        asked: what is wanted.
+        precision: of the products: exact, tf32 or bf16.
+
+    Source: factorised derivation, points 1 to 7; the kernels recompute in the backward what they need.
+    """
+    basis = video.basis
+    assert basis is not None
+    num_videos, num_frames, num_texts = len(video), video.mask.shape[1], len(texts)
+    found_products = video_products(texts, video, partial(product, precision=precision))
+    products, logits = found_products.whole, found_products.logits
+    assert logits is not None
+    slots, num_sampled = None, 0
+    if isinstance(asked.sample, Tensor):
+        num_sampled = len(asked.sample)
+        slots = torch.full((num_texts,), -1, dtype=torch.int32, device=products.device)
+        slots[asked.sample] = torch.arange(num_sampled, dtype=torch.int32, device=products.device)
+    elif asked.sample:
+        num_sampled = num_texts
+        slots = torch.arange(num_texts, dtype=torch.int32, device=products.device)
+    shape = _Shape(
+        num_videos, num_texts, num_sampled, texts.vectors.shape[1], num_frames, basis.heads, rule, asked
+    )
+    found = _Pairs.apply(  # type: ignore[no-untyped-call]
+        products,
+        logits.contiguous(),
+        small_numbers(video, basis),
+        texts.mean,
+        texts.centred_square,
+        texts.square,
+        slots,
+        shape,
+    )
+    return Fused(*found)
+
+
+def small_numbers(video: PreparedVideo, basis: Basis) -> Tensor:
+    """(M, …) all numbers of a video that its pairs share, in the order in which the kernels find them."""
+    parts = [basis.own_logits, basis.offset, basis.even, video.share, basis.own_mean, basis.own_square]
+    parts += [basis.attended.at_base, basis.hidden.at_base]
+    for length in (basis.attended, basis.hidden):
+        parts += [length.gram, length.slope]
+    assert video.by_frames is not None
+    parts += [basis.gram, video.by_frames]
+    num_videos = len(video)
+    return torch.cat([part.reshape(num_videos, -1) for part in parts], dim=1)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes and switches of one call, by which kernels are compiled and started."""
+
+    num_videos: int
+    num_texts: int
+    num_sampled: int
+    width: int
+    num_frames: int
+    heads: int
+    rule: ScoringRule
+    asked: Asked
+
+    @property
+    def num_vectors(self) -> int:
+        """L."""
+        return self.heads * self.num_frames + 3
+
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of both kernels that they are compiled for."""
+        return constants_of(
+            self.rule, self.asked, self.width, self.num_frames, self.heads, dtype, self.num_sampled > 0
+        )
+
+    def texts_per_program(self, device: torch.device) -> int:
+        """So many that all processors of the device have work, in whole blocks."""
+        block = block_of(self.heads * self.num_frames)
+        blocks = -(-self.num_texts // block)
+        programs = 1
+        if device.type == "cuda":
+            wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
+            programs = min(blocks, max(1, wanted // self.num_videos))
+        return -(-blocks // programs) * block
+
+
+def constants_of(
+    rule: ScoringRule,
+    asked: Asked,
+    width: int,
+    num_frames: int,
+    heads: int,
+    dtype: torch.dtype,
+    has_sample: bool,
+) -> dict[str, Any]:
+    """Arguments that both kernels are compiled for."""
+    weights = heads * num_frames
+    double = dtype == torch.float64
+    return {
+        "WIDTH": width,
+        "TEMPERATURE": rule.pool_temperature,
+        "SIDE": rule.corrected_side,
+        "F": num_frames,
+        "H": heads,
+        "LP": tile_rows(weights),
+        "FP": tile_rows(num_frames),
+        "BN": block_of(weights),
+        "HAS_NORMS": asked.norms,
+        "HAS_SAMPLE": has_sample,
+        "HAS_MOMENTS": asked.moments,
+        "NORMALISED": asked.normalised,
+        "PRECISION": "float64" if double else "ieee",
+        "TERMS": 16 if double else 9,
+        "NORM_EPS": NORM_EPS,
+        "COSINE_EPS_SQUARE": COSINE_EPS**2,
+        "TINY": torch.finfo(dtype).tiny,
+        "SHORTEST": SHORTEST,
+        "num_warps": 8,
+    }
+
+
+class _Pairs(torch.autograd.Function):
+    """Both kernels as one operation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        products: Tensor,
+        logits: Tensor,
+        small: Tensor,
+        text_mean: Tensor,
+        text_centred: Tensor,
+        text_square: Tensor,
+        slots: Tensor | None,
+        shape: _Shape,
+    ) -> tuple[Tensor | None, ...]:
+        from gare.model.fused import kernels
+
+        read = (products, logits, small, text_mean, text_centred, text_square, slots)
+        asked, videos, texts = shape.asked, shape.num_videos, shape.num_texts
+        scores = products.new_empty(videos, texts)
+        norms = torch.empty_like(scores) if asked.norms else None
+        plain = torch.empty_like(scores) if asked.plain else None
+        vectors = shape.num_vectors
+        sampled = products.new_empty(videos, vectors, shape.num_sampled) if slots is not None else None
+        per_program = shape.texts_per_program(products.device)
+        parts = -(-texts // per_program)
+        part_mean = part_scatter = part_count = None
+        if asked.moments:
+            part_mean = products.new_empty(parts, videos, vectors)
+            part_scatter = products.new_empty(parts, videos, vectors, vectors)
+            part_count = products.new_empty(parts, videos)
+        with on_device_of(products):
+            kernels.forward[(videos, parts)](
+                *read,
+                scores,
+                norms,
+                plain,
+                sampled,
+                part_mean,
+                part_scatter,
+                part_count,
+                texts,
+                shape.num_sampled,
+                videos,
+                per_program,
+                HAS_PLAIN=asked.plain,
+                **shape.constants(products.dtype),
+            )
+        mean = scatter = None
+        if part_mean is not None and part_scatter is not None and part_count is not None:
+            mean, scatter = merge_moments(part_mean, part_scatter, part_count[:, 0])
+        ctx.shape, ctx.per_program, ctx.parts = shape, per_program, parts
+        ctx.save_for_backward(*read, mean)
+        ctx.set_materialize_grads(False)
+        if plain is not None:
+            ctx.mark_non_differentiable(plain)
+        return scores, norms, plain, sampled, mean, scatter
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_scores: Tensor | None,
+        grad_norms: Tensor | None,
+        grad_plain: Tensor | None,
+        grad_sampled: Tensor | None,
+        grad_mean: Tensor | None,
+        grad_scatter: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        from gare.model.fused import kernels
+
+        del grad_plain
+        *read, mean = ctx.saved_tensors
+        products, logits, small, text_mean, *_ = read
+        shape: _Shape = ctx.shape
+        videos, texts, vectors = shape.num_videos, shape.num_texts, shape.num_vectors
+        if grad_scores is None:
+            grad_scores = products.new_zeros(videos, texts)
+        has_moments = grad_mean is not None or grad_scatter is not None
+        if has_moments:
+            grad_mean = products.new_zeros(videos, vectors) if grad_mean is None else grad_mean
+            if grad_scatter is None:
+                grad_scatter = products.new_zeros(videos, vectors, vectors)
+        grads = (grad_scores, grad_norms, grad_sampled, grad_mean, grad_scatter)
+        given = [None if grad is None else grad.contiguous() for grad in grads]
+        constants = shape.constants(products.dtype)
+        constants |= {
+            "HAS_NORMS": grad_norms is not None,
+            "HAS_SAMPLE": grad_sampled is not None,
+            "HAS_MOMENTS": has_moments,
+        }
+        grad_products, grad_logits = torch.empty_like(products), torch.empty_like(logits)
+        part_small = small.new_zeros(ctx.parts, *small.shape)
+        grad_gap, grad_text = products.new_empty(videos, texts), products.new_empty(videos, texts)
+        with on_device_of(products):
+            kernels.backward[(videos, ctx.parts)](
+                *read,
+                mean,
+                *given,
+                grad_products,
+                grad_logits,
+                part_small,
+                grad_gap,
+                grad_text,
+                texts,
+                shape.num_sampled,
+                videos,
+                ctx.per_program,
+                **constants,
+            )
+        grad_small = part_small.sum(dim=0)
+        # ‖P gap‖² = own² + centred² − 2(⟨t, v̄⟩ − D·own mean·mean).
+        scalars = 3 * shape.heads * shape.num_frames + shape.num_frames
+        grad_small[:, scalars] = 2 * shape.width * (grad_gap @ text_mean)
+        grad_small[:, scalars + 1] = grad_gap.sum(dim=1)
+        grad_text_mean = 2 * shape.width * (small[:, scalars] @ grad_gap)
+        return (
+            grad_products,
+            grad_logits,
+            grad_small,
+            grad_text_mean,
+            grad_gap.sum(dim=0),
+            grad_text.sum(dim=0),
+            None,
+            None,
+        )
+
+
+def merge_moments(mean: Tensor, scatter: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of whole sets from those of their parts, by Chan's formula.
+
+    Args:
+        mean: (P, M, L) of each part.
+        scatter: (P, M, L, L) about it.
+        count: (P,) members of each part.
+    """
+    if len(mean) == 1:
+        return mean[0], scatter[0]
+    share = (count / count.sum()).view(-1, 1, 1)
+    # About the first: the mean of equal numbers may round to another one.
+    whole = mean[0] + ((mean - mean[0]) * share).sum(dim=0)
+    apart = ((mean - whole) * count.sqrt().view(-1, 1, 1)).transpose(0, 1)
+    return whole, scatter.sum(dim=0) + apart.transpose(1, 2) @ apart

@@ -1,0 +1,1 @@
+"""Weights of others: OpenAI's CLIP, Hugging Face folders, the released code."""

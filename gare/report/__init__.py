@@ -1,0 +1,1 @@
+"""Everything that is drawn: curves, retrievals, contact sheets, tables."""

@@ -1,0 +1,1 @@
+"""Results of an evaluation: metrics, tables of queries, comparisons."""

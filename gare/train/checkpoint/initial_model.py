@@ -1,0 +1,152 @@
+"""The model that a run starts from, and the towers that make features."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from gare.config import Config, ModelConfig
+from gare.errors import ConfigError
+from gare.model.gare import GARE
+from gare.model.importing.weights import import_clip, published_sizes
+from gare.storage.files import exists, join
+from gare.train.checkpoint.files import CONFIG, load_checkpoint, load_model, read_config
+
+logger = logging.getLogger(__name__)
+
+
+def initial_model(config: Config) -> GARE:
+    """A new model with the run's seed, its towers from ``train.clip_weights`` where that is set.
+
+    A run that learns from features starts with the towers that made them.
+
+    Raises:
+        CheckpointError: for weights that cannot be used.
+        ConfigError: where ``model.clip`` has other sizes than they.
+    """
+    if config.train.input == "features":
+        return feature_model(config)
+    return _start(config, config.train.clip_weights)
+
+
+def feature_model(config: Config) -> GARE:
+    """A new model with the towers of ``features.weights``, by default those of ``train.clip_weights``.
+
+    Raises:
+        CheckpointError: for weights that cannot be used.
+        ConfigError: where ``model.clip`` has other sizes than they.
+    """
+    weights = config.features.weights or config.train.clip_weights
+    if not weights:
+        logger.warning(
+            "features of random towers, of train.seed %d: set features.weights or train.clip_weights",
+            config.train.seed,
+        )
+    return _start(config, weights)
+
+
+def sizes_of_weights(config: Config) -> dict[str, int]:
+    """``model.clip`` as ``features.weights``, or else ``train.clip_weights``, have it.
+
+    Raises:
+        CheckpointError: for weights that cannot be read.
+        ConfigError: where neither is set.
+    """
+    weights = config.features.weights or config.train.clip_weights
+    if not weights:
+        raise ConfigError(
+            "auto takes the sizes of the weights, and none are named",
+            where="model.clip",
+            accepted="train.clip_weights=FILE, or features.weights=FILE",
+        )
+    if _is_checkpoint(weights):
+        return read_config(weights).model.clip.model_dump()
+    return published_sizes(weights)
+
+
+def _is_checkpoint(weights: str) -> bool:
+    return exists(weights) and exists(join(weights, CONFIG))
+
+
+def zero_shot_model(config: Config) -> GARE:
+    """The towers of ``features.weights``, by default of ``train.clip_weights``, to be scored as they are.
+
+    Raises:
+        CheckpointError: for weights that cannot be used.
+        ConfigError: where no weights are named, or ``model.clip`` has other sizes than they.
+    """
+    if not (config.features.weights or config.train.clip_weights):
+        raise ConfigError(
+            "no weights are named, and random towers have no zero-shot score",
+            where="evaluate.zero_shot",
+            accepted="features.weights or train.clip_weights",
+        )
+    return feature_model(config.model_copy(update={"model": config.model.zero_shot()})).eval()
+
+
+def fault_of_zero_shot(weights: str) -> str:
+    """The reason why the score of towers as they are is not that of published weights; empty where it is.
+
+    Args:
+        weights: a file or folder of CLIP, or a checkpoint folder, whose training may have changed its towers
+            or have started from another checkpoint.
+
+    Raises:
+        CheckpointError: for a checkpoint that cannot be read.
+    """
+    seen = set()
+    while weights not in seen and _is_checkpoint(weights):
+        seen.add(weights)
+        trained = read_config(weights)
+        train, name = trained.train, f"the training {trained.name}/{trained.train.run}"
+        if train.towers_learn:
+            return f"{name} changed them"
+        weights = train.clip_weights
+        if train.input == "features":
+            weights = trained.features.weights or weights
+        if not weights:
+            return f"{name} left them random"
+    return ""
+
+
+def read_start(uri: str, config: ModelConfig, *, sums: Mapping[str, str] | None = None) -> GARE:
+    """The initial model of a run that learns from features, without towers, as its driver left it.
+
+    Raises:
+        CheckpointError: where it is missing or of another model.
+        DamagedError: where a file is not as it was written; in a checkpoint of such a run, by ``sums`` too.
+    """
+    model = GARE(config, towers=False)
+    load_model(uri, model, sums=sums)
+    return model.train()
+
+
+def _start(config: Config, weights: str) -> GARE:
+    torch.manual_seed(config.train.seed)
+    if not weights:
+        return GARE(config.model)
+    if _is_checkpoint(weights):
+        source = load_checkpoint(weights)
+        _require_sizes(config, source, weights)
+        model = GARE(config.model)
+        model.towers.load_state_dict(source.towers.state_dict())
+        model.start_temporal()
+        return model
+    settings = config.model.model_dump(exclude={"clip"})
+    model = import_clip(weights, **settings)
+    _require_sizes(config, model, weights)
+    return model.train()
+
+
+def _require_sizes(config: Config, model: GARE, weights: str) -> None:
+    wanted, found = (one.clip.model_dump() for one in (config.model, model.config))
+    if wanted != found:
+        raise ConfigError(
+            "model.clip has other sizes than the weights",
+            where=weights,
+            accepted=", ".join(
+                f"model.clip.{name}={size}" for name, size in found.items() if size != wanted[name]
+            ),
+        )

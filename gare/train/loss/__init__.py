@@ -1,0 +1,1 @@
+"""The loss: what the workers share of it, block by block, and its gradient."""

@@ -1,0 +1,290 @@
+"""The pairs of a worker's texts with all videos, block by block, and what the loss keeps of each block.
+
+O owners of a basis, X others, S sampled texts, L basis vectors, D embedding width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gare.config import LossConfig
+from gare.model.budget import MEGABYTE, Budget
+from gare.model.factorized.pairs import PairNumbers
+from gare.model.factorized.prepared import Embeddings, PreparedText, PreparedVideo
+from gare.model.factorized.quadratic_forms import gram
+from gare.model.features import TextFeatures, VideoFeatures
+from gare.model.fused.blocks import Asked
+from gare.model.scorer import PairScorer
+from gare.model.streaming import numbers_of_a_pair
+from gare.train.loss.gather import sum_over_workers, world_size
+
+#: Blocks that are computed, or computed again, between two times that their holes in the heap are given back.
+TRIM_EVERY = 16
+#: On a CPU a block has so many pairs that its numbers stay in the cache.
+BLOCK_BYTES = 8 * MEGABYTE
+SUMS_INCREMENTS = "the bottleneck of texts sums increments themselves"
+
+
+@dataclass(frozen=True)
+class PairSides:
+    """The two sides of the pairs of this worker.
+
+    Attributes:
+        owner: video or text, whichever owns the basis; none for the baseline, which is computed as video.
+        owners: of the basis.
+        others: of the other side.
+        own: which rows of the global batch are this worker's.
+        positions: frames of a video and words of a text.
+    """
+
+    owner: str
+    owners: PreparedVideo | PreparedText
+    others: Embeddings | PreparedVideo
+    own: slice
+    positions: tuple[int, int]
+
+    @property
+    def num_others(self) -> int:
+        """X, texts or videos."""
+        return len(self.others)
+
+
+@dataclass(frozen=True)
+class BlockRequest:
+    """Values that the regularisers need of a block beside scores and lengths.
+
+    Attributes:
+        moments: whether the bottleneck's anchors own the basis, so that coefficients tell their moments.
+        sums: whether the anchors are the others, so that increments themselves have to be summed.
+        normalised: whether the bottleneck looks at increments of length 1.
+        sample: whether the diversity needs coefficients, and of which of this worker's texts, indices on the
+            CPU; None: of all.
+        plain: whether diagnostics need the scores without increments.
+    """
+
+    moments: bool
+    sums: bool
+    normalised: bool
+    sample: tuple[bool, Tensor | None]
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """Values that the loss keeps of a block of owners with all others.
+
+    Attributes:
+        scores: (O, X).
+        norms: (O, X) of the increments; None for the baseline.
+        moments: of the owners' coefficients over the others: mean (O, L) and scatter (O, L, L) about it.
+        sums: (2, X, D) over the owners, of Δ minus the reference and of its square.
+        sampled: coefficients of the texts of the diversity, (O, L, S) or (S, L, X).
+        plain: (O, X) scores without increments, without gradient.
+    """
+
+    scores: Tensor
+    norms: Tensor | None = None
+    moments: tuple[Tensor, Tensor] | None = None
+    sums: Tensor | None = None
+    sampled: Tensor | None = None
+    plain: Tensor | None = None
+
+
+def sides_of(
+    scorer: PairScorer, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice
+) -> PairSides:
+    """This worker's texts and the videos of all, prepared for the model's variant, with dropout ``keep``."""
+    maps = scorer.basis_maps()
+    positions = (video.mask.shape[1], text.mask.shape[1])
+    if scorer.context_of == "text" and maps is not None:
+        texts = scorer.prepare_text(text, maps, None if keep is None else keep[own])
+        return PairSides("text", texts, scorer.with_basis(video, maps, None), own, positions)
+    owners = scorer.with_basis(video, maps, keep)
+    return PairSides(scorer.context_of, owners, scorer.query_embeddings(text.embedding), own, positions)
+
+
+def blocks_of(
+    scorer: PairScorer, sides: PairSides, wanted: BlockRequest, reference: Tensor | None
+) -> Iterator[Block]:
+    """Blocks of owners with all others; recomputed in the backward where all together exceed the budget."""
+    num_owners = len(sides.owners)
+    fused = takes_kernel(scorer, sides, wanted)
+    numbers = numbers_of_a_pair(scorer, *sides.positions, fused=fused)
+    held = sides.owners.dtype.itemsize * sides.num_others * numbers
+    budget = Budget.of(scorer.config.memory_mb, sides.owners.device)
+    size = max(budget.block(BLOCK_BYTES) // held, 1)
+    recompute = torch.is_grad_enabled() and held * num_owners > budget.total
+    parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(size)
+    for number, owners in enumerate(parts):
+        first = number * size
+        texts = wanted.sample[1]
+        if texts is not None and sides.owner == "text":
+            texts = texts[(texts >= first) & (texts < first + size)] - first
+        texts = None if texts is None else texts.to(sides.owners.device)
+        arguments = (scorer, sides.owner, owners, sides.others, wanted, texts, reference)
+        run: Callable[..., Block] = _fused if fused else _block
+        if not recompute:
+            yield run(*arguments)
+            continue
+        if not fused and number % TRIM_EVERY == 0:
+            run = _block_on_trimmed_heap
+        block: Block = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+        yield block
+
+
+def sums_increments(owner: str, config: LossConfig) -> bool:
+    """True if the bottleneck's anchors do not own the basis: increments themselves have to be summed."""
+    return owner != "none" and bool(config.bottleneck_weight) and config.bottleneck_anchor != owner
+
+
+def why_not_fused(scorer: PairScorer, config: LossConfig) -> str:
+    """The reason that a loss cannot have the fused kernels; empty where it can."""
+    return SUMS_INCREMENTS if sums_increments(scorer.context_of, config) else ""
+
+
+def takes_kernel(scorer: PairScorer, sides: PairSides, wanted: BlockRequest) -> bool:
+    """True if blocks of these sides are computed by the fused kernels; a reason against it is said once.
+
+    Raises:
+        ConfigError: where they are asked for and cannot be had.
+    """
+    reason = SUMS_INCREMENTS if wanted.sums else ""
+    return scorer.takes_kernel(sides.positions[0], sides.owners.dtype, sides.owners.device, reason)
+
+
+def _fused(
+    scorer: PairScorer,
+    owner: str,
+    owners: PreparedVideo,
+    others: Embeddings,
+    wanted: BlockRequest,
+    texts: Tensor | None,
+    reference: Tensor | None,
+) -> Block:
+    """``_block`` by the fused kernels, for videos that own the basis."""
+    del owner, reference
+    sample = "all" if texts is None else texts
+    asked = Asked(
+        norms=True,
+        plain=wanted.plain,
+        sample=sample if wanted.sample[0] else None,
+        moments=wanted.moments,
+        normalised=wanted.normalised,
+    )
+    found = scorer.fused_pairs(owners, others, asked)
+    moments = None if found.mean is None or found.scatter is None else (found.mean, found.scatter)
+    return Block(found.scores, found.norms, moments, None, found.sampled, found.plain)
+
+
+def _block_on_trimmed_heap(*arguments: Any) -> Block:
+    """``_block`` after the holes that earlier blocks have left are given back; in the backward again."""
+    give_back_free_memory()
+    return _block(*arguments)
+
+
+def _block(
+    scorer: PairScorer,
+    owner: str,
+    owners: PreparedVideo | PreparedText,
+    others: Embeddings | PreparedVideo,
+    wanted: BlockRequest,
+    texts: Tensor | None,
+    reference: Tensor | None,
+) -> Block:
+    pairs = scorer.pair_numbers(owners, others)
+    plain = _plain(pairs, owners, others) if wanted.plain else None
+    if pairs.weights is None:
+        return Block(pairs.scores, plain=plain)
+    moments = sums = sampled = None
+    if wanted.moments:
+        weights = _looked_at(scorer, pairs, owners, others, wanted)
+        mean = weights.mean(dim=2, keepdim=True)
+        apart = weights - mean
+        moments = (mean.squeeze(2), gram(apart))
+    if wanted.sums and reference is not None:
+        assert owners.basis is not None
+        weights = _looked_at(scorer, pairs, owners, others, wanted)
+        apart = weights.transpose(1, 2) @ owners.basis.vectors - reference
+        sums = torch.stack([apart.sum(dim=0), apart.square().sum(dim=0)])
+    if wanted.sample[0]:
+        sampled = pairs.weights
+        if texts is not None:
+            sampled = sampled[texts] if owner == "text" else sampled[:, :, texts]
+    return Block(pairs.scores, pairs.norms, moments, sums, sampled, plain)
+
+
+@torch.no_grad()
+def _plain(
+    pairs: PairNumbers, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo
+) -> Tensor:
+    """cos(t_i, p_ij) of a block."""
+    if isinstance(owners, PreparedText):
+        square = owners.embeddings.square.unsqueeze(1)
+    else:
+        assert isinstance(others, Embeddings)
+        square = others.square
+    return pairs.text_pooled / (square * pairs.pooled_square).sqrt().clamp(min=1e-12)
+
+
+def _looked_at(
+    scorer: PairScorer,
+    pairs: PairNumbers,
+    owners: PreparedVideo | PreparedText,
+    others: Embeddings | PreparedVideo,
+    wanted: BlockRequest,
+) -> Tensor:
+    """Coefficients of the increments that the bottleneck looks at."""
+    assert pairs.weights is not None
+    assert pairs.norms is not None
+    if not wanted.normalised:
+        return pairs.weights
+    if scorer.radius is None:
+        return pairs.weights / pairs.norms.clamp(min=1e-12).unsqueeze(1)
+    # Dividing a radius out again would leave its rounding.
+    unit = scorer.pair_numbers(owners, others, unit_radius=True).weights
+    assert unit is not None
+    return unit
+
+
+@torch.no_grad()
+def reference_of(scorer: PairScorer, sides: PairSides, wanted: BlockRequest) -> Tensor:
+    """(X, D), near the mean increment of each other, so that squares about it do not cancel.
+
+    The mean over a few owners is as far from the mean over all as increments are spread. Workers that add up
+    their sums agree on it.
+    """
+    parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(4)
+    some = next(parts)
+    assert some.basis is not None
+    weights = _looked_at(scorer, scorer.pair_numbers(some, sides.others), some, sides.others, wanted)
+    local = (weights.transpose(1, 2) @ some.basis.vectors).mean(dim=0)
+    return sum_over_workers(local) / world_size() if sides.owner == "text" else local
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return None
+    return found
+
+
+def give_back_free_memory() -> None:
+    """Returns the free parts of the C library's heap to the system, those between used ones too.
+
+    Many large temporary tensors between small ones that stay leave holes that the next ones do not fit into:
+    a step of 4,096 pairs, which needs some 2 GB, held 6 GB, and now and then more than 24 GB. Costs less than
+    a millisecond for each hundred megabytes that are returned.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,132 @@
+"""Optimiser, parameter groups and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from gare.config import TrainConfig
+from gare.model.gare import GARE
+from gare.train.optim.bert_adam import BertAdam
+
+#: ε of both optimisers.
+EPS = 1e-6
+
+
+def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
+    """AdamW or BertAdam, groups by tower: one rate for CLIP, one for everything else, no decay on biases.
+
+    β₁ 0.9, β₂ 0.98, ε 1e-6 as in the released training; the groups carry their peak rate as ``peak_lr``.
+    """
+    groups: list[dict[str, object]] = []
+    for name, parameters in _parameter_groups(model):
+        peak = config.lr if name.startswith("head/") else config.clip_lr
+        decay = 0.0 if name.endswith("bias") else config.weight_decay
+        groups.append(
+            {"name": name, "params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        )
+    if config.optimizer == "bert_adam":
+        # The released precision is what the released code computes, operation by operation.
+        fused = config.precision != "fp16_released"
+        return BertAdam(groups, betas=(0.9, 0.98), eps=EPS, fused=fused)
+    return AdamW(groups, betas=(0.9, 0.98), eps=EPS, fused=True)
+
+
+def freeze(model: GARE, config: TrainConfig) -> None:
+    """Takes gradients from the parts of CLIP that ``train.freeze`` names; the logit scale always learns."""
+    what = config.freeze
+    if what == "auto":
+        what = "patch_conv" if config.clip_weights else "none"
+    for name, parameter in model.named_parameters():
+        tower = _tower(name)
+        frozen = {
+            "none": False,
+            "patch_conv": name.endswith("patch_embedding.weight"),
+            "image": tower == "image",
+            "text": tower == "text",
+            "towers": tower in ("image", "text"),
+        }
+        if frozen[what]:
+            parameter.requires_grad_(False)
+
+
+def _tower(name: str) -> str:
+    """image, text, scale or head, of a parameter of ``GARE`` by its name."""
+    if not name.startswith("towers.clip."):
+        return "head"
+    part = name.removeprefix("towers.clip.").split(".")[0]
+    return "scale" if part == "logit_scale" else "text" if part.startswith("text") else "image"
+
+
+def _parameter_groups(model: GARE) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = "bias" if name.endswith("bias") else "weight"
+        groups.setdefault(f"{_tower(name)}/{kind}", []).append(parameter)
+    yield from groups.items()
+
+
+def set_learning_rate(optimizer: Optimizer, step: int, num_steps: int, config: TrainConfig) -> float:
+    """Sets every group's rate for this step and returns the factor on the peak.
+
+    Args:
+        optimizer: from ``build_optimizer``.
+        step: 0 for the first step.
+        num_steps: steps of the whole run.
+        config: its optimiser decides between ``rate_factor`` and ``rate_factor_released``; of the latter,
+            ``schedule_epochs`` are that share of the run's steps that they are of its epochs.
+    """
+    factor = _rate_factor_of_run(step, num_steps, config)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return factor
+
+
+def _rate_factor_of_run(step: int, num_steps: int, config: TrainConfig) -> float:
+    if config.optimizer != "bert_adam":
+        return rate_factor(step, num_steps, config.warmup_fraction)
+    period = num_steps * (config.schedule_epochs or config.epochs) / config.epochs
+    return rate_factor_released(step, period, config.warmup_fraction)
+
+
+def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Linear warm-up, then 0.5(1 + cos πx), where x is the share of the whole run that is done.
+
+    The cosine is not restarted after the warm-up. Source: released training, whose first step has rate 0;
+    ours starts at the end of the first step's share, so that no step is lost.
+    """
+    done = (step + 1) / (num_steps + 1)
+    if done < warmup_fraction:
+        return done / warmup_fraction
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def rate_factor_released(step: int, num_steps: float, warmup_fraction: float) -> float:
+    """The released schedule: as ``rate_factor`` with x = step / num_steps, so that the first rate is 0.
+
+    Beyond ``num_steps`` it rises again, to 1 at twice as many. Source: released training, whose ``num_steps``
+    are those of 5 epochs.
+    """
+    done = step / num_steps
+    if done < warmup_fraction:
+        return done / warmup_fraction
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def reach_of_towers(config: TrainConfig, num_steps: int) -> float:
+    """The farthest that a weight of the towers can move in a run, about.
+
+    It is clip_lr times the sum of the schedule's factors: an update of Adam is hardly longer than 1.
+    """
+    return config.clip_lr * sum(_rate_factor_of_run(step, num_steps, config) for step in range(num_steps))
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Clips the global gradient norm in place and returns the norm before clipping."""
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))

@@ -1,0 +1,86 @@
+"""Part of evaluate: the model with the clips it was scored on, searchable, in MLflow's registry."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.layout import Layout
+from cluster.tracking import RunHandle
+from gare.config import Config
+from gare.data.manifest import ManifestRow
+from gare.data.splits import split_hash_of
+from gare.retrieval.gallery import FILE, write_gallery
+from gare.storage.files import exists, join, read_bytes, read_json
+
+logger = logging.getLogger(__name__)
+
+#: What a champion is best at; of the training's result, and so never of test.
+SELECTION = "val/t2v/R1"
+REQUIREMENTS = ("torch", "transformers", "safetensors", "instant-clip-tokenizer", "ftfy", "pyarrow")
+
+
+def write_and_register(
+    config: Config,
+    places: Layout,
+    handle: RunHandle,
+    rows: Sequence[ManifestRow],
+    val: Sequence[ManifestRow],
+    features: Mapping[str, np.ndarray],
+) -> str:
+    """Writes the gallery and registers the trained model with it, once a run, as ``gare-NAME``.
+
+    Args:
+        config: of the evaluation.
+        places: of the data set.
+        handle: the training's MLflow run.
+        rows: the gallery.
+        val: the split that chose the checkpoint.
+        features: ``video/frames`` and ``video/mask`` of the gallery.
+
+    Returns:
+        NAME/VERSION; empty where the training has no result or MLflow was lost.
+    """
+    from gare.train.checkpoint.files import TRAINER, copy_checkpoint
+    from gare.train.checkpoint.sums import add_file
+
+    gallery = join(places.evaluation(config.train.run, config.evaluate.split), FILE)
+    ids = [row.video_id for row in rows]
+    write_gallery(gallery, ids, features["video/frames"], features["video/mask"])
+    record = join(places.run(config.train.run), "result.json")
+    name = f"gare-{config.name}"
+    if earlier := handle.versions(name):
+        return f"{name}/{earlier[0]}"
+    if not exists(record):
+        return ""
+    trained: dict[str, Any] = read_json(record)
+    with tempfile.TemporaryDirectory() as folder:
+        copy_checkpoint(places.checkpoint(config.train.run), folder, leave_out=(TRAINER,))
+        add_file(folder, FILE, read_bytes(gallery))
+        model = handle.log_model(
+            folder,
+            Path(__file__).parent / "served_model.py",
+            embed_dim=config.model.clip.embed_dim,
+            ranked=True,
+            requirements=REQUIREMENTS,
+        )
+    if not model:
+        return ""
+    score = trained.get(SELECTION) if val else None
+    version = handle.register(name, model, val_score=score, val_hash=split_hash_of(val))
+    if version and score is None:
+        logger.warning(
+            "%s/%s is registered and cannot be its champion: %s has no val split, and test never chooses%s",
+            name,
+            version,
+            config.name,
+            "; data.val_videos=N in prepare holds train videos out for val"
+            if config.data.is_published
+            else "",
+        )
+    return f"{name}/{version}" if version else ""

@@ -1,0 +1,222 @@
+"""Part of evaluate: the model that is scored, and the MLflow run that gets its scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cluster.layout import Layout, absolute
+from cluster.tracking import RunHandle, connect
+from gare.config import Config, differences
+from gare.data.manifest import SPLITS
+from gare.errors import CheckpointError, ConfigError
+from gare.retrieval.results.evaluation import ZERO_SHOT
+from gare.retrieval.results.files import forget_results
+from gare.storage.files import delete_file, exists, join, read_json, write_json
+from pipelines.stored_outbox import pending_of
+from pipelines.training.best import tells_how_to_mend
+
+if TYPE_CHECKING:
+    from gare.model.gare import GARE
+
+
+logger = logging.getLogger(__name__)
+
+#: The picture of an evaluation, in its folder.
+PICTURE = "retrieval.png"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that an evaluation scores.
+
+    Attributes:
+        run: name of the folder of its results, below the data set's runs.
+        checkpoint: location of its weights.
+        model: the model, on the CPU.
+        load: makes the same model in another process.
+        store: the store that it is scored from.
+        settings: what a feature store must have been made with; None: the store is one of frames.
+        record: JSON file that names its MLflow run; empty for a checkpoint from elsewhere.
+        trained: the configuration that the checkpoint was trained with; None for towers as they are.
+        is_zero_shot: True if it is towers as they are, without a run.
+        towers_sha256: of a zero-shot evaluation, for its record; else empty.
+        note: what a reader of a zero-shot score must know of the weights; else empty.
+    """
+
+    run: str
+    checkpoint: str
+    model: GARE
+    load: Callable[[], GARE]
+    store: str
+    settings: dict[str, Any] | None
+    record: str = ""
+    trained: Config | None = None
+    is_zero_shot: bool = False
+    towers_sha256: str = ""
+    note: str = ""
+
+    @property
+    def is_trained_run(self) -> bool:
+        """True if it is the best checkpoint of ``run`` itself."""
+        return bool(self.record) and not self.is_zero_shot
+
+
+def require_name_of_a_run(config: Config) -> None:
+    """Refuses the name under which evaluations without a run are found.
+
+    Raises:
+        ConfigError: for ``train.run`` of that name.
+    """
+    if config.train.run == ZERO_SHOT:
+        raise ConfigError(
+            "is the name of evaluations without a run", where="train.run", accepted="another name"
+        )
+
+
+def checkpoint_subject(config: Config, places: Layout) -> Subject:
+    """The checkpoint of ``evaluate.checkpoint``, or the best of ``train.run``.
+
+    Raises:
+        CheckpointError: for a checkpoint that is missing or of another model.
+        DamagedError: for one with a file that is not as it was written.
+        ConfigError: for a run of a name that none can have.
+    """
+    from gare.train.checkpoint.files import load_checkpoint, read_config
+
+    require_name_of_a_run(config)
+    best = places.checkpoint(config.train.run)
+    checkpoint = absolute(config.evaluate.checkpoint) or best
+    if not exists(checkpoint):
+        raise CheckpointError(
+            "there is no checkpoint",
+            where=checkpoint,
+            accepted="run pipelines/train.py first, or evaluate.checkpoint",
+        )
+    with tells_how_to_mend(checkpoint == best):
+        trained = read_config(checkpoint)
+    asked = config.model.computed_as(trained.model)
+    differing = differences(trained.model.identity(), asked.identity(), "model")
+    if differing:
+        raise CheckpointError(
+            f"is of another model: {'; '.join(differing[:8])}",
+            where=checkpoint,
+            accepted="the model settings that it was trained with",
+        )
+
+    def load(*, quiet: bool = True) -> GARE:
+        loaded = load_checkpoint(checkpoint, quiet=quiet)
+        loaded.compute_as(config.model)
+        return loaded
+
+    with tells_how_to_mend(checkpoint == best):
+        model = load(quiet=False)
+    kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
+    settings = settings_of(config, model) if kind == "features" else None
+    record = join(places.run(config.train.run), "run.json")
+    return Subject(
+        config.train.run,
+        checkpoint,
+        model,
+        load,
+        places.frames if settings is None else places.features,
+        settings,
+        record if checkpoint == best and exists(record) else "",
+        trained,
+    )
+
+
+def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
+    """The towers of ``features.weights``, by default of ``train.clip_weights``, as they are.
+
+    Returns:
+        The configuration with the model that is scored, and the subject.
+
+    Raises:
+        CheckpointError: for weights that cannot be used.
+        ConfigError: where no weights are named, or ``model.clip`` has other sizes than they.
+    """
+    from gare.model.encoders.clip import towers_sha256
+    from gare.train.checkpoint.initial_model import fault_of_zero_shot, zero_shot_model
+
+    weights = absolute(config.features.weights or config.train.clip_weights)
+    features = config.features.model_copy(update={"weights": weights})
+    config = config.model_copy(update={"model": config.model.zero_shot(), "features": features})
+    model = zero_shot_model(config)
+    settings = settings_of(config, model) if config.evaluate.input == "features" else None
+    note = f"the towers of {weights} as they are"
+    if fault := fault_of_zero_shot(weights):
+        note += f", NOT the zero-shot score of published weights: {fault}"
+        logger.warning("zero-shot: %s", note)
+    return config, Subject(
+        ZERO_SHOT,
+        weights,
+        model,
+        lambda: zero_shot_model(config),
+        places.frames if settings is None else places.features,
+        settings,
+        join(places.run(ZERO_SHOT), "zero-shot.json"),
+        is_zero_shot=True,
+        towers_sha256=towers_sha256(model.towers),
+        note=note,
+    )
+
+
+def settings_of(config: Config, model: GARE) -> dict[str, Any]:
+    """Settings that a feature store must have been made with to hold features of the model's towers."""
+    from gare.data.store.feature_schema import feature_settings
+    from gare.model.encoders.clip import towers_sha256
+
+    return feature_settings(config, towers_sha256(model.towers))
+
+
+def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle:
+    """The MLflow run of the training or of these towers, or a new one for a checkpoint from elsewhere."""
+    tracker, pending = connect(config.tracking, places.root), pending_of(places)
+    if subject.is_trained_run:
+        run_id = read_json(subject.record)["mlflow_run_id"]
+        return tracker.start_run(
+            f"{config.name}/{subject.run}", run_id=run_id, pending=pending, when_interrupted="FINISHED"
+        )
+    if not subject.is_zero_shot:
+        tags = {"checkpoint": subject.checkpoint}
+        return tracker.start_run(f"{config.name}/evaluate", tags=tags, pending=pending)
+    # One run for all splits of the same towers.
+    known = _known(subject)
+    same = known.get("towers_sha256") == subject.towers_sha256
+    return tracker.start_run(
+        f"{config.name}/{ZERO_SHOT}",
+        run_id=known["mlflow_run_id"] if same else None,
+        tags={"model": ZERO_SHOT, "weights": subject.checkpoint, "towers.sha256": subject.towers_sha256},
+        pending=pending,
+    )
+
+
+def take_folder(places: Layout, subject: Subject, run_id: str) -> None:
+    """Makes the folder of zero-shot results that of these towers; results of others go, those of all splits.
+
+    Args:
+        places: of the data set.
+        subject: whose results come next.
+        run_id: its MLflow run.
+    """
+    if not subject.is_zero_shot:
+        return
+    known = _known(subject)
+    if known and known["towers_sha256"] != subject.towers_sha256:
+        logger.warning(
+            "the zero-shot results of other towers, of MLflow run %s, are replaced", known["mlflow_run_id"]
+        )
+        for split in SPLITS:
+            folder = places.evaluation(subject.run, split)
+            forget_results(folder)
+            delete_file(join(folder, PICTURE))
+    write_json(subject.record, {"towers_sha256": subject.towers_sha256, "mlflow_run_id": run_id})
+
+
+def _known(subject: Subject) -> dict[str, str]:
+    """The record of the towers whose results the folder holds; empty where there is none."""
+    known: dict[str, str] = read_json(subject.record) if exists(subject.record) else {}
+    return known

@@ -1,0 +1,43 @@
+"""Part of evaluate: what MLflow missed while it was lost is delivered; not a step of its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from cluster.layout import layout
+from cluster.tracking import RunHandle, connect
+from gare.config import Config
+from gare.storage.files import exists, join, read_json, write_json
+from pipelines.stored_outbox import pending_of
+from pipelines.training.outputs import log_outputs
+
+logger = logging.getLogger(__name__)
+
+
+def sync(config: Config) -> dict[str, Any]:
+    """Delivers what waits for MLflow of all runs of the data set, and pictures and model of ``train.run``.
+
+    Raises:
+        GareError: where MLflow cannot be reached; what waits stays.
+    """
+    places = layout(config)
+    tracker = connect(config.tracking, places.root)
+    pending = pending_of(places)
+    delivered = tracker.deliver(pending)
+    result = {"pending": str(pending), **delivered, "mlflow_model": ""}
+    trained = join(places.run(config.train.run), "result.json")
+    if exists(trained):
+        record = read_json(trained)
+        if not record["mlflow_model"]:
+            handle = RunHandle(tracker.tracking_uri, tracker.experiment_id, record["mlflow_run_id"], pending)
+            record["mlflow_model"] = log_outputs(config, places, handle)
+            write_json(trained, record)
+            result["mlflow_model"] = record["mlflow_model"]
+    logger.info(
+        "%d metrics and %d tags delivered, of %d runs",
+        result["metrics"],
+        result["tags"],
+        len(result["runs"]),
+    )
+    return result

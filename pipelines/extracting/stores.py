@@ -1,0 +1,247 @@
+"""Extraction on Ray: clips are decoded into a frame store, and encoded into a feature store."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cluster.layout import Layout, absolute
+from cluster.runtime.actors import ActorPool
+from cluster.runtime.parts import run_parts
+from cluster.runtime.resources import extraction_cpus, usable_gpus, wants_gpus
+from cluster.runtime.session import ray_session
+from cluster.sources.fetch import RemoteVideos
+from cluster.status.progress import Progress
+from cluster.tracking.extraction import ExtractionRun
+from gare import __version__
+from gare.config import Config
+from gare.data.manifest import Manifest
+from gare.data.store.contents import META, fingerprint, frame_settings, read_meta
+from gare.data.videos import LocalVideos
+from gare.extract.comparison import Comparison
+from gare.extract.feature_update import FeatureStoreUpdate, has_frames_or_features
+from gare.extract.frame_writer import Extractor, MendedFinder, cut_into_parts
+from gare.extract.update import FrameStoreUpdate, StoreUpdate
+from gare.storage.files import delete_tree, exists, join
+from gare.storage.generations import Held
+from gare.storage.lock import StoreLock
+
+logger = logging.getLogger(__name__)
+
+#: Heap of a decoding actor and its child process; Ray does not see it otherwise.
+ACTOR_MEMORY_BYTES = 600 * 1024**2
+#: Seconds after which clips that were decoded meanwhile are handed to the encoders.
+TAKE_EVERY_S = 5.0
+
+
+def videos_of(config: Config) -> RemoteVideos:
+    """The videos, wherever they are."""
+    return RemoteVideos(config.sources, LocalVideos())
+
+
+def frame_update(config: Config, manifest: Manifest, store: str) -> FrameStoreUpdate:
+    """The pass that brings a frame store up to the videos."""
+    return FrameStoreUpdate(config, manifest, store, videos_of(config).stat, __version__)
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Counts as a person reads them; what was tried again only where there is some."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count or name != "retried")
+
+
+def decode_rows(
+    config: Config,
+    store: str,
+    rows: Sequence[Mapping[str, Any]],
+    progress: Progress,
+    held: Held,
+) -> None:
+    """Decodes pending rows of a comparison into a frame store.
+
+    Args:
+        config: of the run.
+        store: the frame store.
+        rows: what to decode.
+        progress: is shown what each part came to.
+        held: the lock by which it is written; its check is called after each part, and raises to end the
+            work.
+    """
+    extract, sources, name = config.extract, config.sources, uuid.uuid4().hex
+    generation = held.generation
+    workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
+    parts = cut_into_parts(rows, workers, extract.videos_per_part)
+    results = run_parts(
+        lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name, generation).write,
+        parts,
+        workers=workers,
+        memory_bytes=ACTOR_MEMORY_BYTES,
+    )
+    with contextlib.closing(results):
+        for done in results:
+            progress.add(done)
+            held.check()
+
+
+def find_mended(config: Config, job: StoreUpdate) -> dict[str, str]:
+    """Names clips of a store that an earlier version may have read wrongly, and that are as they were then.
+
+    Returns:
+        The trait of each file that tells it, by the id of the clip.
+    """
+    rows = job.decoded_before()
+    if not rows:
+        return {}
+    extract, sources = config.extract, config.sources
+    workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
+    size = min(extract.videos_per_part, math.ceil(len(rows) / (3 * workers)))
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    logger.info("%s: %d of its clips were decoded by an earlier version", job.uri, len(rows))
+    progress, traits = Progress(len(rows), "looked at"), dict[str, str]()
+    with ray_session(config.cluster):
+        results = run_parts(
+            lambda: MendedFinder(extract, RemoteVideos(sources, LocalVideos())).find,
+            parts,
+            workers=workers,
+            memory_bytes=ACTOR_MEMORY_BYTES,
+        )
+        with contextlib.closing(results):
+            for found in results:
+                progress.add(found)
+                traits |= found["traits"]
+                for video_id, reason in found["unknown"].items():
+                    logger.warning("%s: its file cannot be looked at: %s", video_id, reason)
+    progress.show()
+    return traits
+
+
+def log_and_report(progress: Progress) -> dict[str, Any]:
+    """Counts, rates, seconds by stage and the slowest videos."""
+    progress.show()
+    for video_id, seconds in progress.slowest:
+        logger.info("slowest: %6.2f s %s", seconds, video_id)
+    return progress.report()
+
+
+class Encoding:
+    """Brings the feature store up to a frame store, also while that grows, or to frames that are not kept.
+
+    Args:
+        config: of the run.
+        manifest: what the store should hold.
+        places: where the stores are.
+        is_kept: whether there is a frame store; else the frames pass through one that is emptied as it goes.
+        is_beside: whether other frames are decoded at the same time.
+    """
+
+    def __init__(
+        self, config: Config, manifest: Manifest, places: Layout, *, is_kept: bool, is_beside: bool
+    ) -> None:
+        from gare.model.encoders.clip import towers_sha256
+        from gare.train.checkpoint.initial_model import feature_model
+
+        weights = absolute(config.features.weights or config.train.clip_weights)
+        section = config.features.model_copy(update={"weights": weights})
+        self.config = config.model_copy(update={"features": section})
+        self.manifest, self.is_kept, self.shares_cpus = manifest, is_kept, is_beside or not is_kept
+        self.frames_uri = places.frames if is_kept else join(places.features, "passing")
+        stat = None if is_kept else videos_of(config).stat
+        towers = towers_sha256(feature_model(self.config).towers)
+        self.job = FeatureStoreUpdate(
+            self.config, manifest, self.frames_uri, places.features, towers, __version__, stat
+        )
+        self.progress: Progress | None = None
+        self.taken = time.monotonic()
+
+    def _start(self) -> Progress:
+        """The pool, with the first clips."""
+        if self.progress:
+            return self.progress
+        from gare.extract.feature_writer import FeatureMaker
+        from gare.train.checkpoint.initial_model import feature_model
+
+        config, frames, features = self.config, self.frames_uri, self.job.uri
+        device, name = "cuda" if wants_gpus(config.cluster) else "cpu", uuid.uuid4().hex
+        generation = self.job.held.generation
+        gpus = usable_gpus(config.cluster)
+        alone = 1 if self.shares_cpus else extraction_cpus(config.cluster)
+        self.workers = config.features.workers or gpus or alone
+        self.pool = ActorPool(
+            lambda: (
+                FeatureMaker(
+                    frames, features, config.features, feature_model(config).to(device), name, generation
+                ).write
+            ),
+            count=self.workers,
+            # Beside decoding, which has all CPUs, an encoder without GPU takes what is over.
+            num_cpus=0 if self.shares_cpus or gpus else 1,
+            num_gpus=min(1.0, gpus / self.workers),
+        )
+        self.progress = Progress(0, "encoded")
+        return self.progress
+
+    def submit_ready(self) -> None:
+        """Hands whole parts of what the frame store holds by now to the encoders, every now and then."""
+        if time.monotonic() - self.taken > TAKE_EVERY_S:
+            self._submit(whole=True)
+            self.taken = time.monotonic()
+
+    def _submit(self, *, whole: bool = False) -> Progress:
+        progress = self._start()
+        parts = self.job.parts(self.workers, whole=whole)
+        progress.total += sum(map(len, parts))
+        self.pool.submit((part,) for part in parts)
+        return progress
+
+    def take(self, check: Callable[[], None]) -> Progress:
+        """Encodes all that the frame store holds, and waits for it."""
+        progress = self._submit()
+        for done in self.pool.finish():
+            progress.add(done)
+            check()
+        self.job.mark_handed_out_done()
+        return progress
+
+    def work(self, comparison: Comparison, lock: StoreLock, tracked: ExtractionRun) -> dict[str, Any]:
+        """Encodes what is left."""
+        logger.info(
+            "%s: %s, %d to do", self.job.uri, format_counts(comparison.counts), len(comparison.pending)
+        )
+        with ray_session(self.config.cluster), tracked.system_metrics(), contextlib.closing(self):
+            if not self.is_kept:
+                return self._work_alone(lock)
+            progress = self.take(lock.check)
+            return log_and_report(progress) | {"attempted": progress.total}
+
+    def _work_alone(self, lock: StoreLock) -> dict[str, Any]:
+        passing = self.frames_uri
+
+        def encode() -> None:
+            self.take(lock.check)
+            self.job.take_failures()
+            lock.check()
+            delete_tree(passing)
+
+        frames = frame_settings(self.config.extract)
+        if exists(join(passing, META)) and read_meta(passing).fingerprint != fingerprint(frames):
+            delete_tree(passing)
+        encode()  # captions that have changed, and what an interrupted run has left there
+        pending = [
+            row for row in self.job.compare_with_collection().pending if not has_frames_or_features(row)
+        ]
+        progress = Progress(len(pending), "extracted")
+        size = self.config.features.videos_per_part * self.workers
+        for first in range(0, len(pending), size):
+            frame_update(self.config, self.manifest, passing).mark_incomplete(Comparison((), {}, {}, ()))
+            decode_rows(self.config, passing, pending[first : first + size], progress, lock.held)
+            encode()
+        return log_and_report(progress)
+
+    def close(self) -> None:
+        """Ends the encoders."""
+        if self.progress:
+            self.pool.close()

@@ -1,0 +1,40 @@
+"""Outputs of a finished training in MLflow beside its metrics: pictures, configuration, model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from cluster.layout import Layout
+from cluster.tracking import RunHandle
+from gare.config import Config
+from gare.storage.files import join
+from gare.train.checkpoint.history import History
+
+
+def log_outputs(config: Config, places: Layout, handle: RunHandle) -> str:
+    """Uploads curves, configuration and the best checkpoint as a model.
+
+    Returns:
+        The model's URI, ``models:/…``; empty where MLflow was lost.
+    """
+    from gare.report.figures import increments_picture
+    from gare.report.pictures import curves_picture
+    from gare.train.checkpoint.files import TRAINER, copy_checkpoint
+
+    history = History.read(join(places.run(config.train.run), "history.json"))
+    losses = {name: points for name, points in history.steps.items() if name.startswith("loss/")}
+    recalls = {name: points for name, points in history.epochs.items() if name.endswith("R1")}
+    png = curves_picture(losses | recalls, title=f"{config.name}/{config.train.run}", accuracy_axis="epoch")
+    handle.log_figure_bytes("curves.png", png)
+    if geometry := increments_picture(history.steps, f"{config.name}/{config.train.run}: geometry of Δ"):
+        handle.log_figure_bytes("increments.png", geometry)
+    with tempfile.TemporaryDirectory() as local:
+        copy_checkpoint(places.checkpoint(config.train.run), local, leave_out=(TRAINER,))
+        handle.log_artifact_file(Path(local) / "config.yaml")
+        return handle.log_model(
+            local,
+            Path(__file__).parents[1] / "evaluating" / "served_model.py",
+            embed_dim=config.model.clip.embed_dim,
+            requirements=["torch", "transformers", "safetensors", "instant-clip-tokenizer", "ftfy"],
+        )

@@ -1,0 +1,88 @@
+"""The precision of a training run, settled by its driver before the run begins."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from gare.config import Config
+from gare.errors import ConfigError
+from gare.storage.files import join, read_json
+
+logger = logging.getLogger(__name__)
+
+#: The released rate of the towers, meant for weights and moments in fp16.
+RELEASED_CLIP_LR = 1e-7
+
+
+def with_saved_precision(config: Config, folder: str) -> Config:
+    """Takes the precision that the run in a folder began with, in place of auto."""
+    saved = read_json(join(folder, "run.json")).get("settings", {}).get("train", {}).get("precision")
+    return _changed(config, precision=saved) if saved and config.train.precision == "auto" else config
+
+
+def with_precision(config: Config, *, have_bf16: bool | None) -> Config:
+    """Takes the precision that the devices of a new run compute in, in place of auto.
+
+    Args:
+        config: of the run, its cluster settled.
+        have_bf16: whether all its GPUs compute bf16 in hardware; None where that is not known.
+
+    Raises:
+        ConfigError: for one that they do not have, or auto where it is not known what they have.
+    """
+    from gare.train.optim.precision import resolve_precision
+
+    asked, on_gpus = config.train.precision, bool(config.cluster.use_gpu)
+    if on_gpus and have_bf16 is None:
+        if asked == "auto":
+            # It would be settled for the whole run by chance.
+            raise ConfigError(
+                "is auto, and the GPUs could not be looked at",
+                where="train.precision",
+                accepted="bf16 for GPUs that have it in hardware, float32 for others",
+            )
+        return config  # each worker looks at its own
+    precision = resolve_precision(asked, on_gpus=on_gpus, have_bf16=bool(have_bf16))
+    if asked == "auto":
+        logger.info("train.precision auto: %s", precision)
+    elif asked != "float32" and not on_gpus:
+        logger.warning("train.precision %s on CPUs is slow: they compute it by way of float32", asked)
+    return _changed(config, precision=precision)
+
+
+def warn_of_towers_that_stay(config: Config, num_steps: int) -> None:
+    """Warns of a rate of the towers that fits fp16_released alone, and there of one that does not.
+
+    Args:
+        config: of the run, its precision settled.
+        num_steps: of the run.
+    """
+    from gare.train.optim.optimizer import EPS, reach_of_towers
+
+    train = config.train
+    if not train.towers_learn:
+        return
+    if train.precision == "fp16_released":
+        if train.clip_lr > 5 * RELEASED_CLIP_LR:
+            logger.warning(
+                "train.clip_lr %g with train.precision fp16_released: a step there is about %g times the "
+                "gradient, not one of Adam; the released rate is 1e-7, and rates from 1e-6 on are meant for "
+                "float32 and bf16",
+                train.clip_lr,
+                train.clip_lr / EPS,
+            )
+    elif 0 < train.clip_lr <= RELEASED_CLIP_LR:
+        logger.warning(
+            "train.clip_lr %g with train.precision %s: in the %d steps of this run a weight of the towers, "
+            "about 0.02 large, can move by about %.1e, so that they stay almost as they are; take 1e-6 to "
+            "1e-5, or train.precision=fp16_released, for which that rate is meant",
+            train.clip_lr,
+            train.precision,
+            num_steps,
+            reach_of_towers(train, num_steps),
+        )
+
+
+def _changed(config: Config, **train: Any) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})

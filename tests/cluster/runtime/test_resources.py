@@ -1,0 +1,192 @@
+"""What of the cluster is taken, and what is refused: without Ray, over nodes made up."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cluster.runtime.resources import (
+    LOADER_CPUS,
+    Node,
+    cpus_of_worker,
+    num_that_fit,
+    object_store_bytes,
+    resolve,
+    resources_of_worker,
+    warn_while_short_of_nodes,
+)
+from gare.config import ClusterConfig, parse_config
+from gare.errors import ConfigError
+
+LAPTOP = [Node(8, 0)]
+WORKSTATION = [Node(32, 4)]
+CLUSTER = [Node(4, 0), *[Node(96, 8)] * 4, *[Node(16, 0)] * 6]
+CPU_NODES = [Node(0, 0), Node(16, 0), Node(8, 0), Node(16, 0)]
+
+
+def automatic(**settings: object) -> ClusterConfig:
+    asked = {"train_workers": "auto", "cpus_per_worker": "auto", "use_gpu": "auto"}
+    return ClusterConfig.model_validate(asked | settings)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "batch", "expected"),
+    [
+        (LAPTOP, 128, (1, 4.0, False)),
+        ([Node(2, 0)], 128, (1, 1.0, False)),
+        ([Node(1, 0)], 128, (1, 0.5, False)),
+        (WORKSTATION, 128, (4, 4.0, True)),
+        ([Node(8, 4)], 128, (4, 1.0, True)),
+        ([Node(4, 4)], 128, (4, 0.5, True)),
+        # More GPUs than CPUs can feed: as many as fit, each with half a CPU and what loads for it.
+        ([Node(4, 8)], 128, (5, 0.5, True)),
+        (CLUSTER, 128, (32, 4.0, True)),
+        # 6 GPUs share 128 pairs as well as they can; of 4 pairs two of them get none.
+        ([Node(24, 6)], 128, (6, 2.0, True)),
+        ([Node(24, 6)], 4, (4, 2.0, True)),
+        # One for each node that has CPUs to give; the smallest says how many.
+        (CPU_NODES, 128, (3, 4.0, False)),
+    ],
+)
+def test_automatic_values(nodes: list[Node], batch: int, expected: tuple[int, float, bool]) -> None:
+    """One configuration for a laptop and a cluster: what it comes to must use both well, and fit."""
+    settled = resolve(automatic(), batch, nodes)
+    assert (settled.train_workers, settled.cpus_per_worker, settled.use_gpu) == expected
+    assert num_that_fit(settled, nodes) == settled.train_workers
+    needed = settled.train_workers * cpus_of_worker(settled)
+    assert needed <= sum(node.cpus for node in nodes)
+    assert resolve(settled, batch, nodes) == settled
+
+
+def test_what_is_given_stays() -> None:
+    """An automatic value that overrules a person's is a fault that nobody finds."""
+    asked = ClusterConfig(train_workers=3, cpus_per_worker=2.5, loaders_per_worker=3, use_gpu=False)
+    assert resolve(asked, 128, CLUSTER) == asked
+    settled = resolve(automatic(train_workers=3), 120, CLUSTER)
+    assert (settled.train_workers, settled.use_gpu) == (3, True)
+    assert resolve(automatic(use_gpu=False), 110, CLUSTER).train_workers == len(CLUSTER)
+    assert resolve(automatic(use_gpu=True), 128, LAPTOP).use_gpu is True
+
+
+def test_fewest_workers() -> None:
+    """An elastic training may have to begin before the nodes that it is to grow to are there."""
+    assert resolve(automatic(min_workers=3), 128, LAPTOP).train_workers == 3
+    assert resolve(automatic(min_workers=3, use_gpu=True), 0, []).train_workers == 3
+    assert resolve(automatic(use_gpu=True), 0, []).train_workers == 1
+
+
+@pytest.mark.parametrize("loaders", [1, 3, 12])
+@pytest.mark.parametrize("cpus", [0.1, 0.5, 0.7, 1.4, 2.0])
+def test_workers_reserve_what_loads_for_them(cpus: float, loaders: int) -> None:
+    """Ray divides what a node has by what a worker takes: it must come out whole, and leave nothing out."""
+    config = ClusterConfig(train_workers=3, cpus_per_worker=cpus, loaders_per_worker=loaders)
+    each = resources_of_worker(config)["CPU"]
+    assert each == cpus_of_worker(config)
+    wanted = cpus + loaders * LOADER_CPUS
+    assert wanted <= each + 1e-9 < wanted + 0.25
+    assert sum([each] * 3) // each == 3
+    assert num_that_fit(config, [Node(3 * each, 0)]) == 3
+    on_gpus = config.model_copy(update={"use_gpu": True})
+    assert resources_of_worker(on_gpus) == {"CPU": each, "GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "expected"),
+    [
+        # All but the worker's own CPUs, up to what any step needs.
+        ({"train_workers": 1, "cpus_per_worker": 1, "use_gpu": True}, [Node(16, 1)], 15),
+        ({"train_workers": 1, "cpus_per_worker": 4, "use_gpu": True}, [Node(64, 1)], 16),
+        ({"train_workers": 4, "cpus_per_worker": 4, "use_gpu": True}, WORKSTATION, 4),
+        # One is needed in any case.
+        ({"train_workers": 2, "cpus_per_worker": 0.5}, [Node(2, 0)], 1),
+        ({"train_workers": 4, "cpus_per_worker": 0.5, "use_gpu": True}, [Node(4, 4)], 1),
+        # Packed onto one node, or spread over both; the smallest node decides.
+        ({"train_workers": 2, "cpus_per_worker": 2}, [Node(16, 0)] * 2, 6),
+        ({"train_workers": 2, "cpus_per_worker": 2, "placement": "spread"}, [Node(16, 0)] * 2, 14),
+        ({"train_workers": 2, "cpus_per_worker": 2, "placement": "spread"}, [Node(16, 0), Node(6, 0)], 4),
+        ({"train_workers": 1, "loaders_per_worker": 7}, [Node(2, 0)], 7),
+    ],
+)
+def test_loaders_take_the_cpus_that_are_left(
+    settings: dict[str, object], nodes: list[Node], expected: int
+) -> None:
+    """One loader starves a GPU beside fifteen idle CPUs; more than there are CPUs slow each other down."""
+    assert resolve(ClusterConfig.model_validate(settings), 128, nodes).loaders_per_worker == expected
+
+
+def test_small_batches_need_few_loaders() -> None:
+    """Fifteen processes that share a batch of a megabyte take longer to start than the demo does."""
+    config, node = ClusterConfig(train_workers=2, cpus_per_worker=1), [Node(32, 0)]
+    assert resolve(config, 64, node, 2e6).loaders_per_worker == 1
+    assert resolve(config, 64, node, 24e6).loaders_per_worker == 3
+    assert resolve(config, 64, node, 1e12).loaders_per_worker == 15
+
+
+def test_nodes_that_are_too_few_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray waits for them without a word, and a person believes that the training goes on."""
+    config = ClusterConfig(train_workers=2, cpus_per_worker=0.5)
+    assert num_that_fit(config, [Node(2, 0)]) == 2
+    assert num_that_fit(config, [Node(1, 0)]) == 1  # the workers would fit, and what loads for them would not
+    there = [Node(1, 0)]
+    monkeypatch.setattr("cluster.runtime.resources.nodes", lambda: there)
+    with warn_while_short_of_nodes(config, every_s=0.01):
+        deadline = time.monotonic() + 30
+        while "training waits" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "the 1 that are left hold 1 of the 2 workers" in caplog.text
+    caplog.clear()
+    with warn_while_short_of_nodes(config.model_copy(update={"min_workers": 1}), every_s=0.01):
+        time.sleep(0.2)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "expected"),
+    [
+        ({"train_workers": 4, "cpus_per_worker": 4}, [Node(2, 0)] * 8, 0),
+        ({"train_workers": 4, "cpus_per_worker": 2}, [Node(3, 0)] * 3, 3),
+        ({"train_workers": 4, "cpus_per_worker": 0.5}, [Node(2, 0)], 2),
+        ({"train_workers": 4, "cpus_per_worker": 0.5}, [Node(3, 0)], 4),
+        ({"train_workers": 4, "cpus_per_worker": 1, "use_gpu": True}, [Node(16, 2), Node(16, 0)], 2),
+        ({"train_workers": 4, "cpus_per_worker": 2, "placement": "strict_pack"}, [Node(5, 0)] * 4, 2),
+        ({"train_workers": 4, "cpus_per_worker": 2, "placement": "strict_spread"}, [Node(16, 0)] * 3, 3),
+        ({"train_workers": 4, "cpus_per_worker": 2, "placement": "spread"}, [Node(16, 0)] * 3, 4),
+        ({"train_workers": 4}, [], 0),
+    ],
+)
+def test_workers_that_nodes_can_hold(settings: dict[str, object], nodes: list[Node], expected: int) -> None:
+    """Sixteen CPUs on eight nodes are no room for a worker of four: Ray would wait for ever."""
+    assert num_that_fit(ClusterConfig.model_validate(settings), nodes) == expected
+
+
+def test_the_object_store_is_a_part_of_the_memory() -> None:
+    """A store as large as the memory leaves none for the work."""
+    assert object_store_bytes(ClusterConfig(object_store_mb=700)) == 700 * 10**6
+    assert 512 * 10**6 <= object_store_bytes(ClusterConfig()) <= 8192 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("cluster.train_workers=-1", "cluster.train_workers: got -1"),
+        ("cluster.use_gpu=some", "input should be True, False or 'auto'"),
+        ("cluster.placement=everywhere", "'pack', 'spread', 'strict_pack' or 'strict_spread'"),
+        ("cluster.leave_cpus=-2", "greater than or equal to -1"),
+        ("cluster.leave_cpus=true", "true and false are no value"),
+    ],
+)
+def test_what_is_no_value_is_refused(override: str, part: str) -> None:
+    """Also where a key takes a word beside its numbers."""
+    with pytest.raises(ConfigError, match=part):
+        parse_config({}, [override])
+
+
+def test_words_and_numbers_mean_the_same() -> None:
+    """Both are in use: the other keys of the file have 0 for what is automatic."""
+    words = parse_config({}, ["cluster.train_workers=auto", "cluster.leave_cpus=auto", "cluster.use_gpu=1"])
+    numbers = parse_config({}, ["cluster.train_workers=0", "cluster.leave_cpus=-1", "cluster.use_gpu=true"])
+    assert words == numbers
+    assert parse_config(words.model_dump(mode="json")) == words

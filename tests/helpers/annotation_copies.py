@@ -1,0 +1,78 @@
+"""Real annotation files, read the plain way, and copies of them in other forms that say the same."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gare.config.data import DataConfig
+from gare.data.benchmarks.registry import Benchmark, read_benchmark
+
+
+def text_of(folder: Path, name: str) -> str:
+    """The content of an annotation file, unpacked."""
+    path = folder / name
+    data = path.read_bytes() if path.exists() else gzip.decompress((folder / f"{name}.gz").read_bytes())
+    return data.decode("utf-8-sig")
+
+
+def json_of(folder: Path, name: str) -> Any:
+    return json.loads(text_of(folder, name))
+
+
+def lines_of(folder: Path, name: str) -> list[str]:
+    return text_of(folder, name).split()
+
+
+def table_of(folder: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text_of(folder, name), newline="")))
+
+
+def as_table(
+    header: Sequence[str] | None, rows: Iterable[Sequence[str]], delimiter: str = ",", end: str = "\n"
+) -> str:
+    """Rows as CSV with a delimiter and line ends of choice, quoted where needed."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter, lineterminator=end)
+    writer.writerows([header] if header else [])
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def as_lines(entries: Iterable[Any]) -> str:
+    """JSON Lines."""
+    return "\n".join(json.dumps(entry) for entry in entries) + "\n"
+
+
+def write(folder: Path, files: dict[str, Any]) -> Path:
+    """Writes files: texts and bytes as they are, all else as JSON; names in .gz are compressed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        data = content if isinstance(content, (bytes, str)) else json.dumps(content)
+        data = data.encode() if isinstance(data, str) else data
+        (folder / name).write_bytes(gzip.compress(data, 1) if name.endswith(".gz") else data)
+    return folder
+
+
+def read(benchmark: str, annotations: Path, **keys: Any) -> Benchmark:
+    """The benchmark as ``prepare`` reads it; without videos unless they are given."""
+    return read_benchmark(DataConfig(benchmark=benchmark, annotations=str(annotations), **keys))
+
+
+def captions_of(benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
+    return {row.video_id: row.captions for row in benchmark.manifest.rows}
+
+
+def deviations_of(benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
+    return {item.what: item.ids for item in benchmark.reading.deviations}
+
+
+def counts_of(benchmark: Benchmark) -> dict[str, tuple[int, int]]:
+    """Videos and captions by split."""
+    counts = benchmark.manifest.counts
+    return {split: (count["videos"], count["captions"]) for split, count in counts.items()}

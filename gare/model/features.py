@@ -29,7 +29,7 @@ class TextFeatures:
     mask: Tensor
 
     def float(self) -> TextFeatures:
-        """The same in float32."""
+        """Casts to float32."""
         words = None if self.words is None else self.words.float()
         return TextFeatures(self.embedding.float(), words, self.mask)
 
@@ -65,7 +65,7 @@ class VideoFeatures:
     mask: Tensor
 
     def float(self) -> VideoFeatures:
-        """The same in float32."""
+        """Casts to float32."""
         return VideoFeatures(self.frames.float(), self.mask)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class VideoFeatures:
         return (VideoFeatures(*part) for part in parts)
 
     def unmasked(self) -> VideoFeatures:
-        """The same with every frame taken for real."""
+        """Takes every frame for real."""
         return VideoFeatures(self.frames, torch.ones_like(self.mask))
 
     @property

@@ -158,7 +158,7 @@ class StoreLock:
 
     @property
     def owned(self) -> Owned:
-        """The same proof of ownership for workers on other machines."""
+        """Proof of ownership for workers on other machines."""
         return Owned(self.uri, self._generation.number)
 
     def check(self) -> None:

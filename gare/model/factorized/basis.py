@@ -134,7 +134,7 @@ class BasisMaps:
     def of(cls, increment: Increment, *, drops: bool) -> BasisMaps:
         """The maps of a ψ with one layer, in its parameters' precision, with or without dropout.
 
-        Source: factorised derivation, points 1 to 4. P is the centring over D; it commutes into the maps.
+        Source: docs/design/factorized.md, points 1 to 4. P is the centring over D; it commutes into the maps.
         """
         layer, heads = increment.first, increment.heads
         width = layer.out.weight.shape[0]
@@ -208,7 +208,7 @@ def build_basis(
         goal_OD: v̄ where Δ points from ψ's output towards it.
         keep_OD: dropout of each owner as factors, 0 or 1/(1 − p); None: no dropout.
 
-    Source: factorised derivation, points 1 to 4.
+    Source: docs/design/factorized.md, points 1 to 4.
     """
     layer, heads = increment.first, increment.heads
     real_OC1 = mask_OC.unsqueeze(-1)

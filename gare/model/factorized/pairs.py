@@ -70,7 +70,7 @@ def combine(
         others: the others' embeddings.
         log_radius_OX: log R_ij where ψ is asked with the text itself.
 
-    Source: factorised derivation, points 1 to 4.
+    Source: docs/design/factorized.md, points 1 to 4.
     """
     width = others.vectors.shape[1]
     products_OKX = logits_OCHX.transpose(1, 2).flatten(1, 2)
@@ -167,7 +167,7 @@ def corrected_square(
 def video_pairs(rule: ScoringRule, texts: Embeddings, video: PreparedVideo) -> PairNumbers:
     """Pairs of M videos that own the basis, or of the baseline, with N texts: numbers (M, N).
 
-    Source: factorised derivation, points 1 to 5 and 7.
+    Source: docs/design/factorized.md, points 1 to 5 and 7.
     """
     assert video.by_frames is not None
     if rule.pooling == "mean":
@@ -221,7 +221,7 @@ def mean_pairs(texts: Embeddings, video: PreparedVideo) -> PairNumbers:
 def text_pairs(rule: ScoringRule, text: PreparedText, video: PreparedVideo) -> PairNumbers:
     """Pairs of N texts that own the basis with M videos: numbers (N, M), memory N·M·D.
 
-    Source: factorised derivation, point 7.
+    Source: docs/design/factorized.md, point 7.
     """
     basis, texts = text.basis, text.embeddings
     num_videos, num_frames, _ = video.rows.shape

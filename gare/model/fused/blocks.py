@@ -74,7 +74,7 @@ def fused_pairs(
         asked: what is wanted.
         precision: of the products: exact, tf32 or bf16.
 
-    Source: factorised derivation, points 1 to 7; the kernels recompute in the backward what they need.
+    Source: docs/design/factorized.md, points 1 to 7; the kernels recompute in the backward what they need.
     """
     basis = video.basis
     assert basis is not None

@@ -47,11 +47,11 @@ class Plain:
     name: str = ""
 
     def by_text(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor:
-        """As they are."""
+        """Returns them unchanged."""
         return scores
 
     def by_video(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor | None:
-        """As they are."""
+        """Returns them unchanged."""
         return scores
 
 

@@ -114,7 +114,7 @@ def shares(
         rows: of each worker; None: this one is the only one.
         watched: whether the result is to hold what diagnostics need; all workers must agree.
 
-    Source: factorised derivation, points 6 and 7, and its row-sharded training.
+    Source: docs/design/factorized.md, points 6 and 7, and its row-sharded training.
     """
     num_pairs = len(video)
     own = (rows or Rows((num_pairs,))).own

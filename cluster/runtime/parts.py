@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+from cluster.runtime._compat import table_of_object
 from cluster.runtime.actors import RETRIES, Failure, Work, Worker, killing
 
 
@@ -47,7 +48,7 @@ def run_parts(
     options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
     attempts: Any = ray.remote(**options)(_Attempts).remote()
     most = min(workers, len(parts))
-    dataset = ray.data.from_arrow([_block(part) for part in enumerate(parts)]).map_batches(
+    dataset = ray.data.from_arrow([table_of_object(part) for part in enumerate(parts)]).map_batches(
         _PartWorker,
         fn_constructor_args=(load, attempts),
         batch_size=1,
@@ -99,13 +100,5 @@ class _PartWorker:
 
         ((number, part),) = batch["content"].to_pylist()
         if ray.get(self._attempts.begin.remote(number)) > RETRIES + 1:
-            return _block((Failure(killing(f"part {number} (the first is 0)")), None))
-        return _block(self._worker.do(part))
-
-
-def _block(content: Any) -> Any:
-    """A table of one cell, which holds any object; Ray pickles it, as it does all that it sends."""
-    import pyarrow as pa
-    from ray.data.extensions import ArrowPythonObjectArray
-
-    return pa.table({"content": ArrowPythonObjectArray.from_objects([content])})
+            return table_of_object((Failure(killing(f"part {number} (the first is 0)")), None))
+        return table_of_object(self._worker.do(part))

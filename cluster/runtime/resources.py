@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from cluster.runtime._compat import resources_after_growth
 from gare.config import ClusterConfig, Config
 from gare.errors import ConfigError, GareError
 
@@ -253,13 +254,7 @@ def num_that_fit(config: ClusterConfig, there: Sequence[Node]) -> int:
 def _can_grow_to(config: ClusterConfig) -> dict[str, float]:
     """CPUs and GPUs that an autoscaling cluster can have in the end; empty for others."""
     told = {"CPU": float(config.max_cpus), "GPU": float(config.max_gpus)}
-    try:
-        from ray._private.state import state
-
-        said = state.get_max_resources_from_cluster_config() or {}
-    except Exception:
-        # Not of Ray's promised interface, though its own libraries ask there too.
-        said = {}
+    said = resources_after_growth()
     return {kind: amount or float(said.get(kind, 0)) for kind, amount in told.items()}
 
 

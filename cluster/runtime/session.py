@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.logs import runtime_env
+from cluster.runtime._compat import PROGRESS_LOGGER
 from cluster.runtime.resources import joins_cluster, object_store_bytes
 from cluster.runtime.signals import handlers_kept, shielded
 from gare.config import ClusterConfig
@@ -194,5 +195,4 @@ def quiet_data() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.WARNING)
-    # Warns that the bars are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    logging.getLogger(PROGRESS_LOGGER).setLevel(logging.ERROR)

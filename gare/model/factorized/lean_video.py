@@ -101,7 +101,8 @@ def map_text(increment: Increment, text_ND: Tensor, turned_HND: Tensor) -> Mappe
         text_ND: embeddings.
         turned_HND: from ``queries_in_key_space``, with their sign.
 
-    Source: M_h = W_μ diag(γ3) P (I + W_1) diag(γ2) P W_o[:, h] W_v[h], docs/design/factorized.md, points 2 to 4.
+    Source: M_h = W_μ diag(γ3) P (I + W_1) diag(γ2) P W_o[:, h] W_v[h]; docs/design/factorized.md, points 2 to
+        4.
     """
     layer, heads = increment.first, increment.heads
     back_ND = text_ND @ increment.mean.weight

@@ -154,7 +154,7 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream,
     """
     # MP4 and MOV have an index: what is odd in it when they are opened is no damage of the pictures.
     first = log.num_said if container.format.name.startswith("mov") else 0
-    scan = _read_packets(container, stream)
+    scan = _PacketReader(container, stream).read()
     scan.errors = log.errors(container, first)
     if container.format.name.startswith("mov"):
         listed = {entry.timestamp for entry in stream.index_entries if entry.is_keyframe}
@@ -163,107 +163,144 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream,
     return scan
 
 
-def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
-    scan = Packets()
-    key_pts: int | None = None
-    looking = True
-    ends: dict[int, int] = {}
-    is_fragmented = container.format.name.startswith("mov") and not stream.frames
-    heard_s: set[int] = set()
-    is_matroska = container.format.name.startswith("matroska")
-    sounds = container.streams.audio if is_matroska else ()
-    sound_bases_s = {sound.index: float(sound.time_base or 0) for sound in sounds}
-    silences: dict[int, list[tuple[float, float]]] = {index: [] for index in sound_bases_s}
-    due: int | None = None
-    last_pts = -(2**63)
-    time_base_s = time_base_of(stream)
-    clock = Clock(time_base_s, WRAPS.get(container.format.name.split(",")[0], 0))
-    try:
-        for packet in container.demux():
-            if packet.size == 0:
-                continue
-            pts, index = packet.pts, packet.stream_index  # each look at a packet's attribute takes its time
-            duration = packet.duration or 0
-            if index != stream.index:
-                if pts is not None:
-                    if clock.is_mpeg:
-                        heard_s.add(int(pts * float(packet.time_base or 0)))
-                    elif index in silences:
-                        end, base_s = ends.get(index, pts), sound_bases_s[index]
-                        if (pts - end) * base_s > LOST_S:
-                            silences[index].append((end * base_s, pts * base_s))
-                    ends[index] = max(ends.get(index, 0), pts + duration)
-                continue
-            if is_matroska and scan.num_packets == 0 and (pts is None or pts < 0):
-                scan.block_times = times_below_zero(container.name)
-            if scan.block_times:
-                pts = scan.block_times.get(packet.pos or 0, pts)
-            dts = packet.dts
-            offset = clock.offset(dts, duration)
-            pts = None if pts is None else pts + offset
-            end_pts = 0 if pts is None else pts + duration
-            ends[index] = max(ends.get(index, 0), end_pts)
-            looking = looking and not _read_orientation(packet, scan)
-            scan.num_packets += 1
-            scan.num_corrupt += packet.is_corrupt
-            if scan.num_packets == 1 and not packet.is_keyframe:
-                scan.traits.add("no keyframe first")
-            if pts is None:
-                scan.traits.add("no timestamps")
-                continue
-            is_key = packet.is_keyframe
-            if is_key:
-                key_pts = pts
-                scan.key_dts.add(packet.dts)
-            elif key_pts is not None and pts < key_pts:
-                scan.traits.add("open GOP")
-            if packet.is_discard:
-                scan.traits.add("edit list")
-                continue
-            scan.pts.append(pts)
-            if is_fragmented and dts is not None:
+class _PacketReader:
+    """Reads the packets of all streams in the order of the file, and notes what they tell of one of them.
+
+    Each look at a packet's attribute takes its time, so that each is looked at once.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        self.container, self.stream, self.scan = container, stream, Packets()
+        name = container.format.name
+        self.is_fragmented = name.startswith("mov") and not stream.frames
+        self.is_matroska = name.startswith("matroska")
+        self.time_base_s = time_base_of(stream)
+        self.clock = Clock(self.time_base_s, WRAPS.get(name.split(",")[0], 0))
+        sounds = container.streams.audio if self.is_matroska else ()
+        self.sound_bases_s = {sound.index: float(sound.time_base or 0) for sound in sounds}
+        self.silences: dict[int, list[tuple[float, float]]] = {index: [] for index in self.sound_bases_s}
+        #: Seconds at which other streams of an MPEG file have packets.
+        self.heard_s: set[int] = set()
+        #: Stream → tick at which it ends, as far as it was read.
+        self.ends: dict[int, int] = {}
+        self.key_pts: int | None = None
+        self.due: int | None = None
+        self.last_pts = -(2**63)
+        self.has_orientation = False
+
+    def read(self) -> Packets:
+        """Reads the file to its end, or to where reading stops."""
+        own = self.stream.index
+        try:
+            for packet in self.container.demux():
+                if packet.size == 0:
+                    continue
+                if (index := packet.stream_index) == own:
+                    self._read_own(packet)
+                else:
+                    self._read_other(packet, index)
+        except MemoryError:
+            raise
+        except (av.error.FFmpegError, OSError) as error:
+            self.scan.stopped_early = f"reading stops early: {explain(error)}"
+        self._note_ends_and_gaps()
+        self._note_clock()
+        self._note_order()
+        return self.scan
+
+    def _read_other(self, packet: av.Packet[Any], index: int) -> None:
+        pts = packet.pts
+        if pts is None:
+            return
+        if self.clock.is_mpeg:
+            self.heard_s.add(int(pts * float(packet.time_base or 0)))
+        elif index in self.silences:
+            end, base_s = self.ends.get(index, pts), self.sound_bases_s[index]
+            if (pts - end) * base_s > LOST_S:
+                self.silences[index].append((end * base_s, pts * base_s))
+        self.ends[index] = max(self.ends.get(index, 0), pts + (packet.duration or 0))
+
+    def _read_own(self, packet: av.Packet[Any]) -> None:
+        scan, pts, dts, duration = self.scan, packet.pts, packet.dts, packet.duration or 0
+        if self.is_matroska and scan.num_packets == 0 and (pts is None or pts < 0):
+            scan.block_times = times_below_zero(self.container.name)
+        if scan.block_times:
+            pts = scan.block_times.get(packet.pos or 0, pts)
+        offset = self.clock.offset(dts, duration)
+        end_pts = 0 if pts is None else pts + offset + duration
+        self.ends[self.stream.index] = max(self.ends.get(self.stream.index, 0), end_pts)
+        if not self.has_orientation:
+            self.has_orientation = _read_orientation(packet, scan)
+        is_key = packet.is_keyframe
+        scan.num_packets += 1
+        scan.num_corrupt += packet.is_corrupt
+        if scan.num_packets == 1 and not is_key:
+            scan.traits.add("no keyframe first")
+        if pts is None:
+            scan.traits.add("no timestamps")
+            return
+        pts += offset
+        if is_key:
+            self.key_pts = pts
+            scan.key_dts.add(dts)
+        elif self.key_pts is not None and pts < self.key_pts:
+            scan.traits.add("open GOP")
+        if packet.is_discard:
+            scan.traits.add("edit list")
+            return
+        self._add_picture(pts, dts, offset, duration, is_key=is_key)
+
+    def _add_picture(self, pts: int, dts: int | None, offset: int, duration: int, *, is_key: bool) -> None:
+        scan = self.scan
+        scan.pts.append(pts)
+        if dts is not None:
+            scan.dts.append(dts + offset)
+            if self.is_fragmented:
                 # Its tables tell how long each picture lasts: what nothing lasts through was lost.
-                lost_s = 0.0 if due is None else (dts - due) * time_base_s
+                lost_s = 0.0 if self.due is None else (dts - self.due) * self.time_base_s
                 scan.lost_s += lost_s if lost_s > LOST_S else 0.0
-                due = dts + duration
-            if dts is not None:
-                scan.dts.append(dts + offset)
-            if is_key:
-                scan.key_places.append(len(scan.pts) - 1)
-            scan.last_duration = duration
-            if pts >= last_pts:
-                last_pts, scan.end_pts = pts, end_pts
-    except MemoryError:
-        raise
-    except (av.error.FFmpegError, OSError) as error:
-        scan.stopped_early = f"reading stops early: {explain(error)}"
-    for index, end in ends.items():
-        scan.end_s = max(scan.end_s, end * float(container.streams[index].time_base or 0))
-    for first_s, last_s in clock.jumps:
-        # Sound goes on beside a picture that is held.
-        if not any(first_s + 1 < one < last_s - 1 for one in heard_s):
-            scan.jump_s = max(scan.jump_s, last_s - first_s)
-    if is_matroska:
-        beside = [spans for index, spans in silences.items() if index in ends]
-        scan.lost_s = _stands_still_s(np.unique(scan.pts) * time_base_s, beside)
-    scan.num_joins = clock.num_joins
-    if clock.num_joins:
-        scan.traits.add("joined clocks")
-        scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
-    if clock.num_wraps:
-        scan.traits.add("wrapped clock")
-    if len(set(scan.pts)) < len(scan.pts):
-        scan.traits.add("shared timestamps")
-    elif scan.pts and scan.pts[-1] != last_pts:
-        # Durations of such packets are of the order of decoding; the last one's is that of a picture.
-        scan.end_pts = last_pts + scan.last_duration
-    elif stream.codec_context.has_b_frames and len(scan.pts) > 1 and scan.pts == sorted(scan.pts):
-        scan.traits.add(DECODING_ORDER)
-    elif container.format.name == "avi" and len(scan.dts) == len(scan.pts) and scan.pts == sorted(scan.pts):
-        _take_decoding_times(scan)
-    if scan.pts and min(scan.pts) < 0:
-        scan.traits.add("negative times")
-    return scan
+                self.due = dts + duration
+        if is_key:
+            scan.key_places.append(len(scan.pts) - 1)
+        scan.last_duration = duration
+        if pts >= self.last_pts:
+            self.last_pts, scan.end_pts = pts, pts + duration
+
+    def _note_ends_and_gaps(self) -> None:
+        scan, streams = self.scan, self.container.streams
+        for index, end in self.ends.items():
+            scan.end_s = max(scan.end_s, end * float(streams[index].time_base or 0))
+        if self.is_matroska:
+            beside = [spans for index, spans in self.silences.items() if index in self.ends]
+            scan.lost_s = _stands_still_s(np.unique(scan.pts) * self.time_base_s, beside)
+
+    def _note_clock(self) -> None:
+        scan, clock = self.scan, self.clock
+        for first_s, last_s in clock.jumps:
+            # Sound goes on beside a picture that is held.
+            if not any(first_s + 1 < one < last_s - 1 for one in self.heard_s):
+                scan.jump_s = max(scan.jump_s, last_s - first_s)
+        scan.num_joins = clock.num_joins
+        if clock.num_joins:
+            scan.traits.add("joined clocks")
+            scan.remark = f"its clock starts anew {clock.num_joins} times; the parts follow each other"
+        if clock.num_wraps:
+            scan.traits.add("wrapped clock")
+
+    def _note_order(self) -> None:
+        scan = self.scan
+        is_avi, is_sorted = self.container.format.name == "avi", scan.pts == sorted(scan.pts)
+        if len(set(scan.pts)) < len(scan.pts):
+            scan.traits.add("shared timestamps")
+        elif scan.pts and scan.pts[-1] != self.last_pts:
+            # Durations of such packets are of the order of decoding; the last one's is that of a picture.
+            scan.end_pts = self.last_pts + scan.last_duration
+        elif self.stream.codec_context.has_b_frames and len(scan.pts) > 1 and is_sorted:
+            scan.traits.add(DECODING_ORDER)
+        elif is_avi and len(scan.dts) == len(scan.pts) and is_sorted:
+            _take_decoding_times(scan)
+        if scan.pts and min(scan.pts) < 0:
+            scan.traits.add("negative times")
 
 
 def _stands_still_s(times_s: NDArray[np.float64], silences: list[list[tuple[float, float]]]) -> float:

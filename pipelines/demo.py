@@ -24,6 +24,7 @@ from cluster.status.peak_memory import PeakMemory
 from cluster.tracking import resolve_tracking_uri
 from gare.config import Config
 from gare.storage.files import join, write_json
+from gare.storage.run_folder import RESULT
 from pipelines import evaluate, extract, prepare, train
 from pipelines.sizes import sizes_of_weights
 
@@ -52,7 +53,7 @@ def run(config: Config) -> dict[str, Any]:
         "deviation": {model: _over_seeds(scored[model], _deviation) for model in MODELS},
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
-    write_json(join(layout(config).step("demo"), "result.json"), result)
+    write_json(join(layout(config).step("demo"), RESULT), result)
     sys.stderr.write(_table(config, result, trained, prepared, memory.peak_bytes))
     return result
 

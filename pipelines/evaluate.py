@@ -34,6 +34,7 @@ from gare.retrieval.results.evaluation import ZERO_SHOT
 from gare.retrieval.results.notes import evaluation_note
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
 from gare.storage.lock import StoreLock
+from gare.storage.run_folder import RESULT, RunFolder
 from pipelines.evaluating.comparison import FOLDER_TAG, collect, compare
 from pipelines.evaluating.registration import write_and_register
 from pipelines.evaluating.scoring import encode, rank
@@ -171,8 +172,8 @@ def _score_and_write(
     dataset = f"{splits.benchmark}-{split}", split_hash_of(rows)
     handle.log_dataset(*dataset, places.manifest, split, counts)
     # MLflow keeps a metric's data set only where it is a model's metric too.
-    trained = join(places.run(subject.run), "result.json")
-    logged = read_json(trained)["mlflow_model"] if own and exists(trained) else ""
+    trained = RunFolder(places.run(subject.run)).read_result() if own else {}
+    logged = trained.get("mlflow_model", "")
     named = {f"{split}/{name}": value for name, value in metrics.items()}
     handle.log_metrics(named, 0, dataset=dataset, model=logged)
     registered = write_and_register(config, places, handle, rows, splits.val, features) if own else ""
@@ -194,7 +195,7 @@ def _score_and_write(
         "seconds": round(time.monotonic() - started, 2),
     }
     lock.check()
-    write_json(join(places.evaluation(subject.run, split), "result.json"), result)
+    write_json(join(places.evaluation(subject.run, split), RESULT), result)
     handle.describe(_note(places, subject.run, result))
     return result
 
@@ -203,7 +204,7 @@ def _note(places: Layout, run: str, result: dict[str, Any]) -> str:
     """The scores of this evaluation, and of those of the checkpoint's other splits."""
     found = {result["split"]: result}
     for split in SPLITS:
-        location = join(places.evaluation(run, split), "result.json")
+        location = join(places.evaluation(run, split), RESULT)
         if split not in found and exists(location):
             other = read_json(location)
             if other.get("mlflow_run_id") == result["mlflow_run_id"] and "split_hash" in other:

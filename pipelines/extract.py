@@ -35,6 +35,7 @@ from gare.extract.inventory import Inventory
 from gare.extract.update import StoreUpdate
 from gare.storage.files import exists, join, write_atomically, write_json
 from gare.storage.lock import StoreLock
+from gare.storage.run_folder import RESULT
 from pipelines.extracting.stores import (
     Encoding,
     decode_rows,
@@ -196,7 +197,7 @@ def _write(
                 result = job.finish(comparison, inventory, done)
                 result |= tracked.log_result(result)
         result["seconds"] = round(time.monotonic() - started, 2)
-        write_json(join(job.uri, "result.json"), result)
+        write_json(join(job.uri, RESULT), result)
     return result
 
 

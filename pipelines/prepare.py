@@ -23,6 +23,7 @@ from gare.data.synthetic import generate_benchmark
 from gare.data.videos import LocalVideos
 from gare.errors import ConfigError
 from gare.storage.files import join, write_json
+from gare.storage.run_folder import RESULT
 from pipelines.sizes import sizes_of_weights
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def run(config: Config) -> dict[str, Any]:
         **extra,
         "seconds": round(time.monotonic() - started, 2),
     }
-    write_json(join(places.step("prepare"), "result.json"), result)
+    write_json(join(places.step("prepare"), RESULT), result)
     counts = ", ".join(f"{split} {count['videos']}" for split, count in manifest.counts.items())
     logger.info("prepared %s: %s videos in %s", places.manifest, counts, f"{result['seconds']:.1f} s")
     return result
@@ -145,7 +146,7 @@ def _verify(config: Config, places: Layout) -> dict[str, Any]:
         "counts": manifest.counts,
         **benchmark.summary(),
     }
-    write_json(join(places.step("verify"), "result.json"), result)
+    write_json(join(places.step("verify"), RESULT), result)
     return result
 
 

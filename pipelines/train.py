@@ -40,8 +40,9 @@ from gare.config.run_settings import completed_settings, settings_of_run
 from gare.data.splits import StoredSplits, split_hash_of
 from gare.errors import ConfigError, DivergedError, GareError
 from gare.retrieval.results.evaluation import model_label
-from gare.storage.files import delete_tree, exists, join, list_files, open_fs, read_json, write_json
+from gare.storage.files import delete_tree, exists, list_files, open_fs, write_json
 from gare.storage.lock import StoreLock
+from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import Checkpoints, Entry
 from gare.train.input.randaugment import POLICY
@@ -53,7 +54,7 @@ from pipelines.training.best import copy_best, mend_best
 from pipelines.training.checkpointing import SELECTION, StopRequest, checkpoints_of
 from pipelines.training.outputs import log_outputs
 from pipelines.training.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
-from pipelines.training.worker import clips_file, input_of_run, plan_of, splits_of, train_worker
+from pipelines.training.worker import input_of_run, plan_of, splits_of, train_worker
 
 if TYPE_CHECKING:
     from gare.train.input.inputs import TrainInput
@@ -84,9 +85,9 @@ def _lock(config: Config, places: Layout) -> AbstractContextManager[StoreLock | 
 
 def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, Any]:
     started = time.monotonic()
-    folder = places.run(config.train.run)
+    folder = RunFolder(places.run(config.train.run))
     source = input_of_run(config, places)
-    begun = exists(join(folder, "run.json")) and not config.train.overwrite
+    begun = folder.has_begun and not config.train.overwrite
     if exists(places.manifest):  # else its absence is what to say
         source.check_store()
     splits = splits_of(config, places, source, begun=begun)
@@ -100,9 +101,9 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     plan = plan_of(config, splits, rank=0)
     config = with_saved_precision(config, folder) if begun else config
     earlier = _earlier_run(config, folder, splits) if begun else {}
-    if earlier and exists(join(folder, "result.json")):
-        logger.info("%s is done; train.overwrite=true trains it again", folder)
-        finished: dict[str, Any] = read_json(join(folder, "result.json"))
+    if earlier and folder.is_finished:
+        logger.info("%s is done; train.overwrite=true trains it again", folder.uri)
+        finished = folder.read_result()
         checkpoints = checkpoints_of(config, places, validated=bool(splits.val))
         mend_best(checkpoints, places.checkpoint(config.train.run), source, finished)
         return finished
@@ -118,19 +119,19 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         if lock:
             lock.check()
         if config.train.overwrite:
-            delete_tree(folder)
-        source.begin(folder)
+            delete_tree(folder.uri)
+        source.begin(folder.uri)
         handle = _start_run(tracker, config, places, splits, earlier.get("mlflow_run_id"))
         try:
-            write_json(clips_file(config, places), splits.ids())
-            write_json(join(folder, "run.json"), _identity(config, splits) | {"mlflow_run_id": handle.run_id})
+            write_json(folder.clips, splits.ids())
+            folder.write_record(_identity(config, splits) | {"mlflow_run_id": handle.run_id})
             with system_metrics(handle, config.tracking):
                 checkpoints = _fit(config, places, handle, source, splits, lock)
             if lock:
                 lock.check()
             best = copy_best(checkpoints, places.checkpoint(config.train.run), source)
             result = _finish(config, places, handle, best, started)
-            write_json(join(folder, "result.json"), result)
+            folder.write_result(result)
         except BaseException as error:
             handle.finish(status_after(error))
             raise
@@ -163,8 +164,8 @@ def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     }
 
 
-def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str, Any]:
-    earlier: dict[str, Any] = read_json(join(folder, "run.json"))
+def _earlier_run(config: Config, folder: RunFolder, splits: StoredSplits) -> dict[str, Any]:
+    earlier = folder.read_record()
     now = _identity(config, splits)
     earlier["settings"] = completed_settings(earlier.get("settings", {}))
     if isinstance(loss := earlier["settings"].get("loss"), dict):
@@ -178,7 +179,7 @@ def _earlier_run(config: Config, folder: str, splits: StoredSplits) -> dict[str,
             if differing
             else "a run of this name exists and train.resume is false"
         )
-        raise ConfigError(reason, where=folder, accepted="another train.run, or train.overwrite=true")
+        raise ConfigError(reason, where=folder.uri, accepted="another train.run, or train.overwrite=true")
     return earlier
 
 
@@ -287,7 +288,7 @@ def _cause(error: Exception) -> GareError:
 def _finish(config: Config, places: Layout, handle: RunHandle, best: Entry, started: float) -> dict[str, Any]:
     """Pictures and model to MLflow; the result."""
     checkpoint = places.checkpoint(config.train.run)
-    history = History.read(join(places.run(config.train.run), "history.json"))
+    history = History.read(RunFolder(places.run(config.train.run)).history)
     history.save()  # all of it into one file, for people and other programs
     model = log_outputs(config, places, handle)
     step_seconds = [value for _, value in history.steps["time/step_s"]]

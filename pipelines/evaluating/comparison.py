@@ -22,6 +22,7 @@ from gare.retrieval.results.evaluation import (
 )
 from gare.retrieval.results.table import ScoreTable, compared_table, suite_table
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
+from gare.storage.run_folder import RESULT, RunFolder
 from gare.train.checkpoint.files import read_config
 
 #: Tag of an MLflow run that says where the evaluation of a split is.
@@ -61,7 +62,7 @@ def _folder_of(config: Config, tracker: Tracker, run: str) -> str:
     folder = tracker.tags_of(run).get(FOLDER_TAG + split)
     if not folder:
         raise DataError(f"the run has no evaluation of {split}", where=f"MLflow run {run}")
-    location = join(folder, "result.json")
+    location = join(folder, RESULT)
     now = read_json(location).get("mlflow_run_id", run) if exists(location) else ""
     # The folder of a training is evaluated again; of zero-shot results one has the towers that came last.
     if now == run or not (now or folder.rsplit("/", 2)[1] == ZERO_SHOT):
@@ -97,7 +98,7 @@ def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]
     if not folders:
         raise DataError("there is no run", where="evaluate.runs", accepted="runs that were trained")
     for folder in list(folders):
-        if exists(join(folder, "result.json")):
+        if exists(join(folder, RESULT)):
             continue
         if folder.rsplit("/", 2)[1] == ZERO_SHOT:
             if chosen.runs:
@@ -106,7 +107,7 @@ def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]
                 )
             folders.remove(folder)
         else:
-            trained = read_config(join(folder.rsplit("/", 1)[0], "best"))
+            trained = read_config(RunFolder.of_evaluation(folder).best)
             plain = chosen.model_copy(update={"suite": "", "runs": (), "checkpoint": ""})
             kept = {"storage": config.storage, "tracking": config.tracking, "cluster": config.cluster}
             evaluate(trained.model_copy(update={"evaluate": plain, **kept}))
@@ -122,7 +123,7 @@ def _log_table(
     markdown, picture = table.markdown(), table_picture(table)
     write_atomically(join(folder, "table.md"), markdown.encode())
     write_atomically(join(folder, "table.png"), picture)
-    record = join(folder, "result.json")
+    record = join(folder, RESULT)
     run_id = read_json(record)["mlflow_run_id"] if exists(record) else None
     tags = {"kind": "suite" if children else "comparison", "split": config.evaluate.split}
     handle = tracker.start_run(name, run_id=run_id, tags=tags)

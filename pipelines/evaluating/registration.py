@@ -6,7 +6,6 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,8 @@ from gare.config import Config
 from gare.data.manifest import ManifestRow
 from gare.data.splits import split_hash_of
 from gare.retrieval.gallery import FILE, write_gallery
-from gare.storage.files import exists, join, read_bytes, read_json
+from gare.storage.files import join, read_bytes
+from gare.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,13 @@ def write_and_register(
     gallery = join(places.evaluation(config.train.run, config.evaluate.split), FILE)
     ids = [row.video_id for row in rows]
     write_gallery(gallery, ids, features["video/frames"], features["video/mask"])
-    record = join(places.run(config.train.run), "result.json")
+    run = RunFolder(places.run(config.train.run))
     name = f"gare-{config.name}"
     if earlier := handle.versions(name):
         return f"{name}/{earlier[0]}"
-    if not exists(record):
+    if not run.is_finished:
         return ""
-    trained: dict[str, Any] = read_json(record)
+    trained = run.read_result()
     with tempfile.TemporaryDirectory() as folder:
         copy_checkpoint(places.checkpoint(config.train.run), folder, leave_out=(TRAINER,))
         add_file(folder, FILE, read_bytes(gallery))

@@ -15,6 +15,7 @@ from gare.errors import CheckpointError, ConfigError
 from gare.retrieval.results.evaluation import ZERO_SHOT
 from gare.retrieval.results.files import forget_results
 from gare.storage.files import delete_file, exists, join, read_json, write_json
+from gare.storage.run_folder import RunFolder
 from pipelines.stored_outbox import pending_of
 from pipelines.training.best import tells_how_to_mend
 
@@ -115,7 +116,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         model = load(quiet=False)
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
     settings = settings_of(config, model) if kind == "features" else None
-    record = join(places.run(config.train.run), "run.json")
+    folder = RunFolder(places.run(config.train.run))
     return Subject(
         config.train.run,
         checkpoint,
@@ -123,7 +124,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         load,
         places.frames if settings is None else places.features,
         settings,
-        record if checkpoint == best and exists(record) else "",
+        folder.record if checkpoint == best and folder.has_begun else "",
         trained,
     )
 

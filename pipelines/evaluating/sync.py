@@ -8,7 +8,7 @@ from typing import Any
 from cluster.layout import layout
 from cluster.tracking import RunHandle, connect
 from gare.config import Config
-from gare.storage.files import exists, join, read_json, write_json
+from gare.storage.run_folder import RunFolder
 from pipelines.stored_outbox import pending_of
 from pipelines.training.outputs import log_outputs
 
@@ -26,14 +26,13 @@ def sync(config: Config) -> dict[str, Any]:
     pending = pending_of(places)
     delivered = tracker.deliver(pending)
     result = {"pending": str(pending), **delivered, "mlflow_model": ""}
-    trained = join(places.run(config.train.run), "result.json")
-    if exists(trained):
-        record = read_json(trained)
-        if not record["mlflow_model"]:
-            handle = RunHandle(tracker.tracking_uri, tracker.experiment_id, record["mlflow_run_id"], pending)
-            record["mlflow_model"] = log_outputs(config, places, handle)
-            write_json(trained, record)
-            result["mlflow_model"] = record["mlflow_model"]
+    folder = RunFolder(places.run(config.train.run))
+    trained = folder.read_result()
+    if trained and not trained["mlflow_model"]:
+        handle = RunHandle(tracker.tracking_uri, tracker.experiment_id, trained["mlflow_run_id"], pending)
+        trained["mlflow_model"] = log_outputs(config, places, handle)
+        folder.write_result(trained)
+        result["mlflow_model"] = trained["mlflow_model"]
     logger.info(
         "%d metrics and %d tags delivered, of %d runs",
         result["metrics"],

@@ -14,7 +14,8 @@ from gare.config import Config
 from gare.data.manifest import ManifestRow
 from gare.data.splits import StoredSplits, read_splits, split_hash_of
 from gare.errors import CheckpointError, ConfigError, DataError
-from gare.storage.files import delete_file, exists, join, write_atomically, write_json
+from gare.storage.files import delete_file, join, write_atomically, write_json
+from gare.storage.run_folder import RESULT, RunFolder
 from gare.train.checkpoint.index import Checkpoints, Entry
 from pipelines.evaluating.scoring import device_of, pool_of
 from pipelines.evaluating.subject import Subject, checkpoint_subject, open_tracking, require_name_of_a_run
@@ -84,7 +85,7 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
     from gare.train.curve import one_of_each_step
 
     run, folder = config.train.run, places.run(config.train.run)
-    if not exists(join(folder, "run.json")):
+    if not RunFolder(folder).has_begun:
         raise DataError(
             f"there is no run {run!r} whose checkpoints could be scored",
             where=folder,
@@ -206,12 +207,12 @@ def _write(
         "mlflow_run_id": handle.run_id,
     }
     # Without a result there is no curve: an end in between leaves none of two runs' parts.
-    delete_file(join(folder, "result.json"))
+    delete_file(join(folder, RESULT))
     about = {key: result[key] for key in ("run", "note", "split_hash", "left_out")}
     write_json(files["json"], about | {"checkpoints": list(curve.rows)})
     write_atomically(files["png"], picture)
     result["seconds"] = round(time.monotonic() - started, 2)
-    write_json(join(folder, "result.json"), result)
+    write_json(join(folder, RESULT), result)
     return result
 
 

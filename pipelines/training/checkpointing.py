@@ -19,6 +19,7 @@ from gare.errors import CheckpointError, GareError, StoppedError
 from gare.storage.files import delete_file, exists, join, read_json, write_json
 from gare.storage.generations import Owned
 from gare.storage.patience import patiently
+from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import Checkpoints, CheckpointWriter, Entry
 
@@ -58,7 +59,7 @@ class StopRequest:
     """A file of the run by which the driver asks its workers, on whatever machine, to stop."""
 
     def __init__(self, folder: str) -> None:
-        self.uri = join(folder, "stop.json")
+        self.uri = RunFolder(folder).stop
 
     def make(self, reason: str) -> None:
         """Asks; the first reason stays."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.layout import Layout
 from cluster.tracking import RunHandle
 from gare.config import Config
-from gare.storage.files import join
+from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.history import History
 
 
@@ -22,7 +22,7 @@ def log_outputs(config: Config, places: Layout, handle: RunHandle) -> str:
     from gare.report.pictures import curves_picture
     from gare.train.checkpoint.files import TRAINER, copy_checkpoint
 
-    history = History.read(join(places.run(config.train.run), "history.json"))
+    history = History.read(RunFolder(places.run(config.train.run)).history)
     losses = {name: points for name, points in history.steps.items() if name.startswith("loss/")}
     recalls = {name: points for name, points in history.epochs.items() if name.endswith("R1")}
     png = curves_picture(losses | recalls, title=f"{config.name}/{config.train.run}", accuracy_axis="epoch")

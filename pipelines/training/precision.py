@@ -7,7 +7,7 @@ from typing import Any
 
 from gare.config import Config
 from gare.errors import ConfigError
-from gare.storage.files import join, read_json
+from gare.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 RELEASED_CLIP_LR = 1e-7
 
 
-def with_saved_precision(config: Config, folder: str) -> Config:
+def with_saved_precision(config: Config, folder: RunFolder) -> Config:
     """Takes the precision that the run in a folder began with, in place of auto."""
-    saved = read_json(join(folder, "run.json")).get("settings", {}).get("train", {}).get("precision")
+    saved = folder.read_record().get("settings", {}).get("train", {}).get("precision")
     return _changed(config, precision=saved) if saved and config.train.precision == "auto" else config
 
 

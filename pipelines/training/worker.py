@@ -16,7 +16,8 @@ from cluster.tracking import RunHandle
 from gare.config import Config
 from gare.data.splits import StoredSplits, read_splits
 from gare.errors import DataError, DivergedError, GareError, LockLostError, StoppedError
-from gare.storage.files import exists, join, read_json
+from gare.storage.files import exists, read_json
+from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.history import History
 from gare.train.input.loader import Listed
 from gare.train.input.plan import Plan, plan_run
@@ -46,13 +47,8 @@ def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None
 def splits_of(config: Config, places: Layout, source: TrainInput, *, begun: bool) -> StoredSplits:
     """Reads the clips that the store holds; where the run has begun, those of them that it began with."""
     splits = read_splits(places.manifest, source.store, config.extract, source.store_settings)
-    clips = clips_file(config, places)
+    clips = RunFolder(places.run(config.train.run)).clips
     return splits.restricted_to(read_json(clips)) if begun and exists(clips) else splits
-
-
-def clips_file(config: Config, places: Layout) -> str:
-    """Location of the ids of the clips that a run began with."""
-    return join(places.run(config.train.run), "clips.json")
 
 
 def plan_of(config: Config, splits: StoredSplits, *, rank: int = 0, world_size: int = 1) -> Plan:
@@ -214,7 +210,7 @@ class Reporter:
     ) -> None:
         self.config, self.handle, self.saver = config, handle, saver
         self.learner, self.rank, self.epochs = saver.learner, saver.rank, start_epoch
-        record = join(places.run(config.train.run), "history.json")
+        record = RunFolder(places.run(config.train.run)).history
         self.history = History.read(record, step=self.learner.step, epoch=start_epoch)
         self.watch, self.world_size = watch, world_size
         watch.validated_before(self.history.epochs)

@@ -9,6 +9,7 @@ import pytest
 from gare.config import Config
 from gare.errors import ConfigError
 from gare.storage.files import write_json
+from gare.storage.run_folder import RunFolder
 from gare.train.optim.optimizer import reach_of_towers
 from gare.train.optim.precision import resolve_precision
 from pipelines.training.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
@@ -46,9 +47,9 @@ def test_a_gpu_without_bf16_is_refused() -> None:
 def test_a_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
     """On another machine auto would mean something else, and half the run would be another recipe."""
     write_json(str(tmp_path / "run.json"), {"settings": {"train": {"precision": "bf16"}}})
-    assert with_saved_precision(tiny_config(), str(tmp_path)).train.precision == "bf16"
+    assert with_saved_precision(tiny_config(), RunFolder(str(tmp_path))).train.precision == "bf16"
     asked = tiny_config("train.precision=float32")  # which the run is then compared with
-    assert with_saved_precision(asked, str(tmp_path)).train.precision == "float32"
+    assert with_saved_precision(asked, RunFolder(str(tmp_path))).train.precision == "float32"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from gare.data.splits import split_hash
 from gare.errors import DataError
 from gare.retrieval.results.queries import QueryTable, read_queries
 from gare.storage.files import exists, join, open_fs, read_json
+from gare.storage.run_folder import RESULT, RunFolder
 
 #: Run under whose name an evaluation without training is found, and its model's name.
 ZERO_SHOT = "zero-shot"
@@ -75,7 +76,7 @@ def read_evaluated(folder: str) -> Evaluated:
     Raises:
         DataError: where it is missing or incomplete.
     """
-    location = join(folder, "result.json")
+    location = join(folder, RESULT)
     accepted = "run pipelines/evaluate.py for this run"
     if not exists(location):
         raise DataError("there is no evaluation", where=folder, accepted=accepted)
@@ -90,14 +91,12 @@ def read_evaluated(folder: str) -> Evaluated:
             f"does not say its {', '.join(missing or ['metrics'])}", where=folder, accepted=accepted
         )
     measured_on = {key: about.get(key) for key in MEASURED_ON} | {"split_sha256": split_hash(pairs)}
-    run_folder = folder.rsplit("/", 1)[0]
-    data_set, _, run = run_folder.rsplit("/", 3)[1:]
-    record = join(run_folder, "run.json")
+    run = RunFolder.of_evaluation(folder)
     # Another checkpoint may have been scored under the run's name; it has not the run's settings.
-    own = str(result.get("checkpoint", "")).endswith(f"/{data_set}/runs/{run}/best")
-    settings = read_json(record)["settings"] if own and exists(record) else {}
+    own = run.is_its_best(str(result.get("checkpoint", "")))
+    settings = run.read_record()["settings"] if own and run.has_begun else {}
     return Evaluated(
-        f"{data_set}/{run}",
+        run.name,
         folder,
         measured_on,
         str(result.get("model") or (model_label(settings["model"]) if "model" in settings else "unknown")),
@@ -158,7 +157,7 @@ def evaluations_named(root: str, run: str, split: str) -> dict[str, str]:
     found = {
         data_set: join(root, data_set, "runs", run, f"evaluation-{split}") for data_set in _folders(root)
     }
-    return {data_set: folder for data_set, folder in found.items() if exists(join(folder, "result.json"))}
+    return {data_set: folder for data_set, folder in found.items() if exists(join(folder, RESULT))}
 
 
 def evaluation_pairs(root: str, first: str, second: str, split: str) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from gare.retrieval.ranking.postprocess import Processing
 from gare.retrieval.ranking.ranks import Ranks
 from gare.retrieval.results.queries import owners_of, query_table, write_queries
 from gare.storage.files import delete_file, join, list_files
+from gare.storage.run_folder import RESULT
 
 
 def processing_of(config: EvaluateConfig) -> Processing:
@@ -55,7 +56,7 @@ def forget_results(folder: str) -> None:
         DataError: where they cannot be deleted.
     """
     # Without a result there is no evaluation: an end in between leaves nothing to be taken for one.
-    delete_file(join(folder, "result.json"))
+    delete_file(join(folder, RESULT))
     for location in list_files(folder):
         name = location.rsplit("/", 1)[-1]
         if name == GALLERY or (name.startswith("ranks") and name.endswith(".parquet")):

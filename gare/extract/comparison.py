@@ -17,6 +17,10 @@ from gare.data.store.parts import Part, read_parts
 from gare.data.videos import FileVersion
 from gare.errors import DataError, GoneError
 
+#: Types of errors that the decoder or its limits are to blame for, beside the file.
+_OF_THE_DECODER = frozenset(
+    ("DecodeMemoryError", "DecoderCrashError", "DecoderFaultError", "EOFError", "BrokenPipeError")
+)
 #: start_s, end_s, source_bytes, source_version: see ``gare.data.store.contents.IDENTITY``.
 Identity = tuple[Any, ...]
 
@@ -147,7 +151,8 @@ def compare_clips(
         if match and not is_again:
             counts["unchanged"] += 1
             continue
-        known = [one for one in failed if _has_failed(one, clip)]
+        # What failed by earlier rules was made since, and is to be made again.
+        known = [one for one in failed if _has_failed(one, clip) and not (match and rules_of(one) < RULES)]
         is_pending = not known or retry_failed or _is_tried_again(known, failed, clip, max_attempts)
         counted = "changed" if stored or failed else "new"
         if known:
@@ -188,13 +193,23 @@ def _of_the_clip(
     stored: Sequence[_Held], failed: Sequence[Mapping[str, Any]], clip: WantedClip
 ) -> list[_Held]:
     """Rows of a clip as it is now, by rules that still hold; later ones may have refused its file."""
-    refused = [
-        rules_of(one)
-        for one in failed
-        if one["stage"] == "decode" and not may_pass(one) and _has_failed(one, clip)
-    ]
-    least = max([clip.rules, *refused])
-    return [one for one in stored if one.rules >= least and _same(one.identity, clip.identity)]
+    refused = [one for one in failed if _is_refusal(one) and _has_failed(one, clip)]
+
+    def least(held: _Held) -> int:
+        of_this_file = (rules_of(one) for one in refused if _identity_of(one) == held.identity)
+        return max([clip.rules, *of_this_file])
+
+    return [one for one in stored if _same(one.identity, clip.identity) and one.rules >= least(one)]
+
+
+def _is_refusal(failure: Mapping[str, Any]) -> bool:
+    """Returns True if a file failed for what it is, not for the decoder, its limits or what may pass."""
+    of_the_file = failure["stage"] == "decode" and failure["error_type"] not in _OF_THE_DECODER
+    return of_the_file and not may_pass(failure)
+
+
+def _identity_of(row: Mapping[str, Any]) -> Identity:
+    return tuple(row[key] for key in IDENTITY)
 
 
 def may_pass(failure: Mapping[str, Any]) -> bool:
@@ -237,8 +252,9 @@ def _is_tried_again(
 
 def _has_failed(failure: Mapping[str, Any], clip: WantedClip) -> bool:
     """Returns True if an attempt failed at a clip as it is now, and none has succeeded since."""
-    past = clip.is_decoded and failure["stage"] != "encode"
-    return not past and _same(tuple(failure[key] for key in IDENTITY), clip.identity)
+    is_of_frames = failure["stage"] == "encode" and rules_of(failure) >= clip.rules
+    past = clip.is_decoded and not is_of_frames
+    return not past and _same(_identity_of(failure), clip.identity)
 
 
 def _same(stored: Identity, now: Identity) -> bool:

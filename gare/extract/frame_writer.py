@@ -65,6 +65,8 @@ class MendedFinder:
         for row in rows:
             try:
                 with self.source.open(row["uri"]) as video:
+                    if (video.size_bytes, video.version) != (row["source_bytes"], row["source_version"]):
+                        continue  # a changed file is made again in any case
                     trait = self.process.look(
                         video.path,
                         sampling=self.extract.sampling,

@@ -15,6 +15,7 @@ import pyarrow as pa
 from gare.config import Config
 from gare.data.manifest import Manifest
 from gare.data.store.contents import (
+    IDENTITY,
     META,
     NOBODY,
     RULES,
@@ -98,14 +99,14 @@ class StoreUpdate(ABC):
         """Clips of the manifest that count as they were decoded by earlier rules; their files may show more.
 
         Returns:
-            ``video_id``, ``uri`` and ``complete`` of each, the last None where it is not known.
+            ``video_id``, ``uri``, identity and ``complete`` of each, the last None where it is not known.
         """
         if not self.decodes:
             return []
         known = ["rules", *({"complete"} & set(self.schema.names))]
-        stored = rows_in_parts(self.uri, "data", (), known)
+        stored = rows_in_parts(self.uri, "data", IDENTITY, known)
         return [
-            {"video_id": row.video_id, "uri": row.uri, "complete": found.get("complete")}
+            {**found, "video_id": row.video_id, "uri": row.uri, "complete": found.get("complete")}
             for row in self.manifest.rows
             if (found := stored.get(row.video_id, (None, None, {"rules": RULES}))[2])
             and rules_of(found) < RULES

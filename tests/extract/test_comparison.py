@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from gare.data.store.contents import (
 )
 from gare.data.videos import FileVersion, LocalVideos
 from gare.errors import DataError, FetchError, GoneError
-from gare.extract.comparison import Comparison, compare
+from gare.extract.comparison import Comparison, WantedClip, compare, compare_clips
 from tests.helpers.stores import describe_store, failure_row, random_frames, stored_row
 
 RAW = ExtractConfig(num_frames=2, image_size=8, encoding="raw")
@@ -294,6 +295,61 @@ def test_a_file_that_is_refused_now_counts_no_more(store: Store) -> None:
     # Mended, it is back.
     assert pending(store.run(ROWS, {**FIRST, "/videos/b.mp4": version(2)})) == ["b"]
     assert store.ids == {"a", "b", "c"}
+
+
+def test_an_earlier_failure_does_not_keep_a_clip_from_being_made_again(store: Store) -> None:
+    """A clip that --retry-failed brought in after all is as wrong as any other of its kind."""
+    store.run(ROWS, FIRST, rules=1, fails="a", transient=None)
+    store.run(ROWS, FIRST, rules=1, retry_failed=True)
+    assert rules(store) == {"a": None, "b": None, "c": None}
+    assert pending(store.run(ROWS, FIRST, again="a")) == ["a"]
+    assert rules(store) == {"a": 2, "b": None, "c": None}
+
+
+@pytest.mark.parametrize("error_type", ["DecodeMemoryError", "DecoderFaultError", "EOFError"])
+def test_a_decoder_that_fails_takes_no_row_away(store: Store, error_type: str) -> None:
+    """Frames that count must not go since less memory was allowed, or a library is missing."""
+    store.run(ROWS, FIRST, rules=1)
+    store.run(ROWS, FIRST, again="a", fails="a", error_type=error_type)
+    assert store.ids == {"a", "b", "c"}
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+
+
+def test_another_file_that_was_refused_takes_no_row_away(store: Store) -> None:
+    """A server that does not answer for a night must not cost a clip of the file that came back."""
+    store.run(ROWS, FIRST, rules=1)
+    other: Versions = {**FIRST, "/videos/a.mp4": version(2)}
+    store.run(ROWS, other, fails="a")
+    assert store.ids == {"b", "c"}
+    store.run(ROWS, FIRST)
+    assert store.ids == {"a", "b", "c"}
+    found = store.run(ROWS, {**FIRST, "/videos/a.mp4": missing(FetchError)})
+    assert (counts(found), store.ids) == ((0, 0, 3, 0), {"a", "b", "c"})
+
+
+def test_a_refusal_outlives_a_compaction(store: Store) -> None:
+    """A run that was killed before it retired the row would else leave it for good."""
+    describe_store(store.uri, RAW)
+    store.run(ROWS, FIRST, rules=1)
+    asked = compare(store.uri, ROWS, FIRST, retry_failed=False, again="a").pending[0]
+    identity = {key: asked[key] for key in ("start_s", "end_s", "source_bytes", "source_version")}
+    write_part(store.uri, "failures", [failure_row("a") | identity], FAILURE_SCHEMA, ["killed"], 9)
+    compact(store.uri, 10**6)
+    assert store.ids == {"a", "b", "c"}
+    assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
+    assert store.ids == {"b", "c"}
+
+
+def test_features_of_new_frames_are_made_whatever_failed_on_the_old(store: Store) -> None:
+    """Features that were not finite were of other frames."""
+    store.run(ROWS, FIRST, rules=1, fails="b", stage="encode", error_type="ValueError")
+    made = [
+        WantedClip(row, WantedClip.of(row, FIRST[row.uri]).identity, is_decoded=True, rules=2) for row in ROWS
+    ]
+    found = compare_clips(store.uri, made, retry_failed=False)
+    assert pending(found) == ["a", "b", "c"]
+    as_before = [dataclasses.replace(one, rules=1) for one in made]
+    assert pending(compare_clips(store.uri, as_before, retry_failed=False)) == []
 
 
 def test_versions_of_real_files(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from gare.config import Config
 from gare.data.manifest import Manifest
 from gare.data.store.compact import compact
 from gare.data.store.contents import (
-    EARLIER_FAILURE_SCHEMA,
+    FAILURE_SCHEMA,
     ids_in_parts,
     part_files,
     read_columns,
@@ -200,9 +200,9 @@ def places_of_leaves(part: str) -> list[str]:
 
 def test_clips_that_an_earlier_version_gave_up_are_made(places: Places) -> None:
     """Earlier versions recorded outages as failures of the clips; nobody has a list of what was lost."""
-    lost = failure_row(IDS[0]) | {"stage": "encode", "error_type": "OSError"}
-    endless = failure_row(IDS[1]) | {"stage": "encode", "error_type": "ValueError"}
-    write_part(places.features, "failures", [lost, endless], EARLIER_FAILURE_SCHEMA)
+    lost = failure_row(IDS[0]) | {"stage": "encode", "error_type": "OSError", "transient": None}
+    endless = failure_row(IDS[1]) | {"stage": "encode", "error_type": "ValueError", "transient": None}
+    write_part(places.features, "failures", [lost, endless], FAILURE_SCHEMA)
     counts = places.feature_pass().compare_with_collection().counts
     assert counts == {"new": 4, "changed": 0, "unchanged": 1, "gone": 0, "retried": 1}
     job = places.feature_pass()

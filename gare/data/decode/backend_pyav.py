@@ -92,6 +92,7 @@ def decode_from_start(
     times: Mapping[int, int] | None = None,
     by_packets: bool = False,
     choose_again: Callable[[int, Set[int]], Set[int] | None] | None = None,
+    heeds_log: bool = True,
 ) -> Found:
     """Decodes until all wanted pictures are there; with none wanted, the whole video, keeping no picture.
 
@@ -105,6 +106,8 @@ def decode_from_start(
             packets, of which the first may give no picture, and it stops where times run backwards.
         choose_again: gets the tick of the first picture that decodes, and what is wanted; gives what is to be
             kept instead, or None.
+        heeds_log: whether pictures are left out of which the decoder of a codec of single pictures says that
+            something is wrong.
 
     Pictures come in the order in which they are shown. Where their own times run backwards, which is told by
     ``Found.runs_backwards``, the times are of another order: the n-th picture is shown at the n-th of them.
@@ -117,7 +120,7 @@ def decode_from_start(
     ticks_per_frame = 1 / ((source.fps or 25.0) * source.time_base_s)
     with ExitStack() as stack:
         # Of pictures that no other one refers to, an error is damage of its own.
-        log = stack.enter_context(ErrorLog()) if source.is_intra_only else None
+        log = stack.enter_context(ErrorLog()) if source.is_intra_only and heeds_log else None
         container = stack.enter_context(open_container(source.path))
         stream = cast(av.VideoStream, container.streams[source.stream_index])
         stream.codec_context.thread_count = 1
@@ -233,7 +236,7 @@ def _frames(packets: Iterator[av.Packet[Any]], found: Found, log: ErrorLog | Non
         except av.error.FFmpegError as error:
             found.error, found.num_bad = explain(error), found.num_bad + 1
             continue
-        if log and log.num_said > before:
-            found.num_bad += len(frames)
+        if log and log.speaks_of_damage(before):
+            found.num_bad += max(1, len(frames))
             continue
         yield from frames

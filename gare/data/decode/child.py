@@ -39,7 +39,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             _answer(answers, {"error": "", "kind": "MemoryError"})
         except Exception as error:  # whatever one video brings about, the next one gets its turn
             text = f"{type(error).__name__}: {error}"[:500]
-            fault = {"error": text, "kind": "", "where": request["path"], "accepted": ""}
+            fault = {"error": text, "kind": "Unforeseen", "where": request["path"], "accepted": ""}
             _answer(answers, {**fault, "may_pass": is_of_the_machine(error)})
         else:
             _answer(answers, header, frames)

@@ -225,6 +225,9 @@ def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
     source = request.source
     seen = seen or decode_from_start(source, set(), request.prepare)
     damage = source.fault or seen.damage
+    heeds_log = bool(seen.order) or not source.is_intra_only
+    if not heeds_log:  # rather all pictures, as damaged, than none
+        seen = decode_from_start(source, set(), request.prepare, heeds_log=False)
     if not seen.order:
         kind = file_kind(read_head(source.path) or b" ")
         reason = damage or "its video stream is empty"
@@ -238,7 +241,7 @@ def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
     times = None
     if seen.runs_backwards and not _has_hole(pts):
         times = dict(zip(sorted(seen.order.values()), pts.tolist(), strict=True))
-    found = decode_from_start(source, selection.ticks, request.prepare, times=times)
+    found = decode_from_start(source, selection.ticks, request.prepare, times=times, heeds_log=heeds_log)
     if not found.has_all(selection.ticks):
         raise DataError("decodes differently each time", where=source.path)
     idx = _places(source, found, selection)

@@ -1,9 +1,10 @@
 """Signs in a video file that an earlier version of this package has taken other frames of it.
 
 Such versions are told by the column ``rules`` of a store, see ``gare.data.store.contents.RULES``. A file is
-only probed here, not decoded: some that are named would give the same frames again, and none that would give
-others should be missing. Those of version 1 took the first video track, trusted each time that a packet
-states, did not look at the demuxer's log, and read playlists.
+only probed here, not decoded: some that are named would give the same frames again. Damage that decoding
+alone shows is not found, since finding it would cost as much as making all clips again. Rules of version 1
+took the first video track, trusted each time that a packet states, did not look at the demuxer's log, and
+read playlists.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def _traits(source: Probe, sampling: Sampling, *, complete: bool | None) -> list
         found.append(f"it is damaged: {source.fault}")
     elif complete is False:
         found.append("it was taken for damaged, and may not be")
+    if source.has_moved_end:
+        found.append("it ended elsewhere")
     if source.codec == "mpeg4":  # only decoding tells whether they are
         found.append("its pictures may be stored in another order than they are shown in (MPEG-4)")
     return found

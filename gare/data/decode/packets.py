@@ -5,6 +5,7 @@ Only the first picture is decoded, for its orientation.
 
 from __future__ import annotations
 
+import re
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ DECODING_ORDER = "times in decoding order"
 DECODING_TIMES = "shown when decoded"
 #: Seconds of a gap between pictures of an MP4, which states how long each lasts, or in all of a Matroska.
 LOST_S = 0.3
+#: Errors in what cameras and programs write beside a JPEG's pixels, which are right all the same.
+_ABOUT_METADATA = re.compile(r"exif|tiff|app\b|app:|app fields|colorspace|icc|comment", re.IGNORECASE)
 #: Held while the level of FFmpeg's log, which is the process's, is another.
 _LOG = threading.Lock()
 
@@ -50,6 +53,7 @@ class Packets:
         last_duration: ticks of the last packet.
         lost_s: seconds through which no picture of a fragmented MP4 lasts, or all of a Matroska stands still.
         key_dts: decoding times of the keyframes, as the file states them.
+        has_moved_end: whether the film ends elsewhere than the longest-lasting packet says.
         jump_s: seconds of the longest jump ahead of an MPEG clock, beside which no other stream goes on.
         num_held: chunks of an AVI without data, through which the picture before is shown on.
         block_times: position in the file of packets of a Matroska that lie below zero → their true times.
@@ -72,6 +76,7 @@ class Packets:
     lost_s: float = 0.0
     jump_s: float = 0.0
     key_dts: set[int | None] = field(default_factory=set)
+    has_moved_end: bool = False
     num_held: int = 0
     block_times: dict[int, int] = field(default_factory=dict)
 
@@ -128,6 +133,10 @@ class ErrorLog:
     def num_said(self) -> int:
         """Number of messages up to now, of any part of FFmpeg."""
         return len(self._said)
+
+    def speaks_of_damage(self, first: int) -> bool:
+        """Returns True if a message from ``first`` on is about pictures, not about metadata."""
+        return any(not _ABOUT_METADATA.search(message) for _, _, message in self._said[first:])
 
     def errors(self, container: av.container.InputContainer, first: int = 0) -> list[str]:
         """Lists the messages of a file's demuxer, from message ``first`` on."""
@@ -294,7 +303,8 @@ class _PacketReader:
             scan.traits.add("shared timestamps")
         elif scan.pts and scan.pts[-1] != self.last_pts:
             # Durations of such packets are of the order of decoding; the last one's is that of a picture.
-            scan.end_pts = self.last_pts + scan.last_duration
+            end_pts = self.last_pts + scan.last_duration
+            scan.has_moved_end, scan.end_pts = end_pts != scan.end_pts, end_pts
         elif self.stream.codec_context.has_b_frames and len(scan.pts) > 1 and is_sorted:
             scan.traits.add(DECODING_ORDER)
         elif is_avi and len(scan.dts) == len(scan.pts) and is_sorted:

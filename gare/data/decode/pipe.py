@@ -23,7 +23,7 @@ import gare
 
 #: Bytes of a message that hold the length of its header.
 LENGTH_BYTES = 4
-_STDERR_BYTES = 4000
+_STDERR_BYTES = 1 << 16
 _OF_OTHERS = frozenset(
     (*(signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT), signal.SIGBUS)
 )
@@ -99,7 +99,7 @@ class Child:
             return header, [take(size) for size in header["sizes"]]
 
     def has_said(self, pattern: re.Pattern[bytes]) -> bool:
-        """True if a line that decoders have written since the last request matches, of the last 4 kB."""
+        """True if a line that decoders have written since the last request matches, of the last 64 kB."""
         self._read_stderr()
         return bool(pattern.search(self._tail))
 

@@ -71,6 +71,7 @@ class Probe:
         traits: what makes seeking decoders go wrong, by name; see ``packets.scan_packets``. ``path like a
             pattern``: one that they would take for that of many pictures.
         fault: why the file seems damaged, empty if it does not.
+        has_moved_end: whether rules of version 1 took another time for the end of the film.
         remark: what a person should know about a file that is whole, empty if there is nothing.
         block_times: position in the file of packets whose times PyAV does not give → their ticks.
     """
@@ -97,6 +98,7 @@ class Probe:
     traits: frozenset[str]
     fault: str
     remark: str = ""
+    has_moved_end: bool = False
     block_times: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -157,6 +159,7 @@ def probe(path: str | Path) -> Probe:
             traits=frozenset(scan.traits),
             fault=fault,
             remark=scan.remark,
+            has_moved_end=scan.has_moved_end,
             block_times=scan.block_times,
         )
 

@@ -21,7 +21,7 @@ from gare.errors import ConfigError, DataError, shown
 from gare.storage.uris import scheme_of
 
 #: FFmpeg's messages of damage within decord, which conceals it and goes on. swscale speaks of formats alone.
-_DAMAGE = re.compile(rb"^\[(?!swscaler)\w+ @ 0x", re.MULTILINE)
+_DAMAGE = re.compile(rb"^\[(?!swscaler)\w+ @ 0x\w+\] (?!Failed to parse extradata)", re.MULTILINE)
 #: Importing the decoders on a busy machine; not part of a video's deadline.
 _START_DEADLINE_S = 120.0
 
@@ -43,6 +43,14 @@ class DecodeMemoryError(DataError):
 
     # Final: the limit is the process's own and the same every time. Where the machine is short of memory,
     # the process is killed instead.
+
+
+class DecoderFaultError(DataError):
+    """A video that met an exception which nobody foresaw."""
+
+
+#: Kinds of errors as the child names them, but for those that are of the file.
+_KINDS = {"ConfigError": ConfigError, "Unforeseen": DecoderFaultError}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +174,12 @@ class DecodeProcess:
             "encoding": encoding,
             "jpeg_quality": jpeg_quality,
         }
+        until = time.monotonic() + deadline_s
         header, frames = self._ask(request, path, deadline_s, memory_mb)
         if header["decoder"] == "decord" and self._child and self._child.has_said(_DAMAGE):
             request["clip"] |= {"decoder": "pyav"}
-            header, frames = self._ask(request, path, deadline_s, memory_mb)
+            left_s = max(until - time.monotonic(), 0.1)
+            header, frames = self._ask(request, path, left_s, memory_mb)
         header["frame_idx"] = np.array(header["frame_idx"], dtype=np.int64)
         header["time_s"] = np.array(header["time_s"], dtype=np.float64)
         return ExtractedClip(frames=frames, **header)
@@ -228,7 +238,7 @@ class DecodeProcess:
             self.close()  # libraries that ran out of memory may have lost what they held
             raise _beyond(memory_mb, path)
         if "error" in header:
-            kind = ConfigError if header["kind"] == "ConfigError" else DataError
+            kind = _KINDS.get(header["kind"], DataError)
             fault = kind(header["error"], where=header["where"], accepted=header["accepted"])
             raise fault.passing() if header["may_pass"] else fault
         header.pop("sizes")

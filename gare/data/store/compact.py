@@ -22,6 +22,8 @@ from gare.data.store.contents import (
     ids_in_parts,
     read_meta,
     read_retired,
+    rows_in_parts,
+    rules_of,
     with_added_columns,
     write_meta,
     write_retired,
@@ -155,10 +157,12 @@ def _compact_failures(uri: str, stored: Mapping[str, object], held: Held) -> Non
     """
     parts, replaced = read_parts(uri, "failures", ["video_id"])
     _delete(replaced, held.check)
+    rules = {key: rules_of(row) for key, (_, _, row) in rows_in_parts(uri, "data", (), ["rules"]).items()}
     last = {
         tuple(row[key] for key in ("video_id", "stage", *IDENTITY)): row
         for row in all_failures(uri)
-        if row["video_id"] not in stored
+        # A stored row may have been refused since by later rules, and not be retired yet.
+        if row["video_id"] not in stored or rules_of(row) > rules.get(row["video_id"], 0)
     }
     rows = list(last.values())
     if sum(len(part.rows) for part in parts) == len(rows) and len(parts) < 2:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gare.data.decode.clip import decode_clip
 from gare.data.decode.probe import probe
 from gare.data.decode.process import DecodeProcess
-from tests.films.film import Film
+from tests.films.clocks import made
+from tests.films.film import Film, draw_track
 from tests.films.kinds import generator, make_film
 from tests.films.numbers import read
 
@@ -53,3 +56,33 @@ def test_errors_of_single_pictures_are_damage(tmp_path: Path) -> None:
     clip = decode_clip(film.path, num_frames=200, sample_fps=100)
     assert not clip.complete
     assert None not in [read(rgb) for rgb in clip.frames]
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        b"\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff\xff\x7f",
+        b"\xff\xe1\x00\x10Exif\0\0XXXXXXXX",
+        b"\xff\xe0\x00\x10LJIF" + bytes(10),
+        b"\xff\xe0\x00\x01AVI1\0",
+    ],
+    ids=["EXIF far", "EXIF of no kind", "LJIF", "short APP"],
+)
+def test_what_is_written_beside_the_pixels_is_no_damage(
+    segment: bytes, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Cameras write odd metadata into each picture; the decoder logs an error, and the picture is right."""
+    film = made(tmp_path / "film", "avi", [draw_track(rng, "avi", codecs=("mjpeg",))])
+    before = decode_clip(film.path)
+    written = film.path.read_bytes()
+    odd, count = re.subn(
+        rb"\xff\xfe\x00\x10Lavc.{10}",
+        lambda found: segment + found[0][len(segment) :],
+        written,
+        flags=re.DOTALL,
+    )
+    assert count > 5
+    film.path.write_bytes(odd)
+    clip = decode_clip(film.path)
+    assert (clip.complete, clip.note) == (True, "")
+    assert all(map(np.array_equal, clip.frames, before.frames))

@@ -100,7 +100,7 @@ def names_other_files(head: bytes, path: str) -> str:
         path: its name, which FFmpeg may take for a pattern.
 
     Returns:
-        Empty for any other file.
+        the description; empty for any other file.
     """
     if is_pattern(path) and (_PATTERN.search(PurePath(path).name) or not still_demuxer(head, path)):
         return "named like a sequence of pictures in other files (image2)"
@@ -112,7 +112,7 @@ def names_other_files(head: bytes, path: str) -> str:
 
 
 def head_of(path: str) -> bytes | None:
-    """The first bytes of a file, as ``names_other_files`` wants them; None as ``read_head`` gives it."""
+    """Reads as many bytes of a file as ``names_other_files`` needs; None if ``read_head`` returns None."""
     head = read_head(path)
     # Text counts up to the first zero byte, however far; so does text after an ID3 tag with a cover.
     if head and (0 not in head or head.startswith(b"ID3")):

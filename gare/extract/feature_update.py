@@ -37,7 +37,7 @@ from gare.storage.files import exists, join
 logger = logging.getLogger(__name__)
 
 #: A part to be made: rows of ``Comparison.pending`` with ``place``, the part that has their frames, and
-#: ``made``, the part that has features of them already; either may be None, and ``made`` is used first.
+#: ``made``, the part that has features of them already; one may be None, and ``made`` takes precedence.
 Part = list[dict[str, Any]]
 
 

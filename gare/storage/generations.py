@@ -2,8 +2,7 @@
 
 Each job that gets the lock of a store begins a generation: a file ``generations/00000007.json`` that nobody
 else has, with a number above all before it. The job with the highest number is the owner, whatever claims
-say.
-Parts carry the number of their generation in their name.
+say. Parts carry the number of their generation in their name.
 
 A job that has lost the store may still be writing: it was suspended, or workers of a dead driver live on. Its
 successor's file lists the parts that were there when the successor began, the *fence*; parts that come later

@@ -32,7 +32,7 @@ def s3_client(
     config = Config(
         connect_timeout=timeout_s,
         read_timeout=timeout_s,
-        # Not "standard", whose budget of tries is shared by all requests: an outage uses it up, and the first
+        # Not "standard": all requests share its budget of tries. An outage uses it up, and the first
         # connection that is lost after it is then an error.
         retries={"total_max_attempts": attempts, "mode": "legacy"},
         max_pool_connections=connections,

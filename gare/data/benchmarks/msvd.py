@@ -1,7 +1,7 @@
 """MSVD: 1,200, 100 and 670 videos with all their captions, about 41 each; in test every caption is a query.
 
 Source: Chen and Dolan, ACL 2011; the split is that of Venugopalan et al., ICCV 2015, with the captions of its
-lists as Collaborative Experts and CLIP4Clip use them. Repeated captions of a video are kept, as they do.
+lists as Collaborative Experts and CLIP4Clip use them. Repeated captions of a video are kept, as in those two.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class BenchmarkClip:
-    """One clip of a benchmark, before its file is looked for.
+    """One clip of a benchmark, before its file is found.
 
     Attributes:
         clip_id: its id, the same in every copy of the annotations.

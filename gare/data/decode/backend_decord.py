@@ -83,7 +83,7 @@ def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]
 
 
 def _is_flat(rgb: Picture) -> bool:
-    """Returns True if all pixels are the same: zeros, or the grey of a picture whose reference is lost."""
+    """Returns True if all pixels are the same: zeros, or the grey of a picture with a lost reference."""
     return bool((rgb[0] == rgb[0, 0]).all() and (rgb == rgb[0, 0]).all())
 
 

@@ -25,7 +25,7 @@ Effort = Literal["all", "needed", "alone"]
 
 #: Pictures after the last wanted one that are checked for times that run backwards.
 LOOK_AHEAD = 4
-#: Codecs whose pictures say whether others refer to them, and containers that give each picture a packet.
+#: Codecs with pictures that state if others refer to them, and containers with a packet for each picture.
 _SPARING_CODECS = frozenset({"h264", "hevc"})
 _SPARING_CONTAINERS = frozenset({"mov", "matroska"})
 #: Codecs with keyframes that decode by themselves (a GIF's depend on the pictures before).

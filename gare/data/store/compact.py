@@ -1,6 +1,6 @@
 """Compaction of a store of any kind: merges small parts and leaves out rows that no longer count.
 
-The merged part names the parts that it replaces in its footer. They stop counting in one step, when it
+In its footer, the merged part names the parts that it replaces. They stop counting in one step, when it
 appears, and are deleted only then. A crash at any moment leaves each row once. If no row is left, the merged
 part is empty; the next compaction deletes it.
 """

@@ -3,11 +3,12 @@
 A part's footer holds, as key-value metadata:
 
 ``gare.sha256``: SHA-256 of the whole file, in hexadecimal, computed with its own 64 digits as zeros. It is
-written in the file itself, so that no crash separates the two. Pages have CRC-32 checksums as well, which
-readers verify. ``gare.part``: the name of the file. It makes the checksum of each part unique: if a clip
-comes back and a later run writes the same rows again, they must not be taken for those that were replaced.
+    written in the file itself, so that no crash separates the two. Pages have CRC-32 checksums as well, which
+    readers verify.
+``gare.part``: the name of the file. It makes the checksum of each part unique: if a clip comes back and a
+    later run writes the same rows again, they must not be taken for those that were replaced.
 ``gare.replaces``: JSON list of the checksums of the parts that this one replaces. They no longer count once
-this part is there, deleted or not.
+    this part is there, deleted or not.
 """
 
 from __future__ import annotations

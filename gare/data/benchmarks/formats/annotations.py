@@ -1,7 +1,6 @@
 """Reads annotation files of published benchmarks, in any layout that is in circulation, into plain records.
 
-A file may be JSON, JSON Lines or rows of text (``annotation_rows``), gzip-ed or not, with any line end. JSON
-may be
+A file may be JSON, JSON Lines or rows of text (``rows``), gzip-ed or not, with any line end. JSON may be
 
     [id, …]                                                        a list of videos
     [{"video": id, "caption": text or texts}, …]                   also description, desc, sentence, …
@@ -43,7 +42,7 @@ class Annotation:
     Attributes:
         where: the place, such as ``line 12``.
         video: the video as the file names it.
-        texts: whitespace folded, which may leave a blank one; empty in a list of videos.
+        texts: texts with normalised whitespace, perhaps blank; empty in a list of videos.
         times: start and end in seconds of each text, if the file has them.
         duration_s: of the whole video, if the file has it.
         split: train, val, test or None.

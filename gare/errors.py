@@ -14,14 +14,14 @@ class GareError(Exception):
         what: what is wrong, with the offending value.
         where: the file, key or row id that holds it; empty where there is none.
         accepted: what would be accepted instead, or the next step to take.
-        result: what a command prints on stdout all the same, such as the list of faults that it was asked
-            for; None for nothing. It does not travel between processes.
+        result: what a command prints on stdout despite the error, such as a requested list of faults; None
+            for nothing. It is not pickled with the error.
     """
 
     result: Mapping[str, Any] | None = None
     #: Process exit status of a pipeline that ends with this error.
     exit_code = 4
-    #: True if the same may go well at another time: a server, disk or node was at fault, not the data.
+    #: True if a retry may succeed: a server, disk or node was at fault, not the data.
     may_pass = False
 
     def __init__(self, what: str, *, where: str = "", accepted: str = "") -> None:
@@ -52,16 +52,16 @@ def _rebuild(kind: type[GareError], what: str, where: str, accepted: str, may_pa
 class DivergedError(GareError):
     """A training step without a finite loss or gradient.
 
-    All workers meet it together, and again if the step is repeated.
+    All workers raise it together, and again if the step is repeated.
     """
 
 
 class StoppedError(GareError):
-    """A run that was asked to stop, and did so where it can be continued."""
+    """A run that stopped on request, at a point where it can be continued."""
 
 
 class LockLostError(GareError):
-    """Work in a store or run that another job has taken over meanwhile."""
+    """A store or run that another job took over during the work."""
 
 
 class ConfigError(GareError):
@@ -77,17 +77,17 @@ class DataError(GareError):
 
 
 class FullDiskError(DataError):
-    """Something that could not be written for lack of room; nothing is wrong with the data."""
+    """A write that failed for lack of space; nothing is wrong with the data."""
 
     exit_code = 4
 
 
 class FetchError(DataError):
-    """A video that could not be brought to where it is decoded, whole and unchanged."""
+    """A video that could not be fetched, whole and unchanged, to where it is decoded."""
 
 
 class GoneError(FetchError):
-    """A video that does not exist where it should, as opposed to one that cannot be had just now."""
+    """A video that does not exist at its location, as opposed to one that is unavailable for the moment."""
 
 
 class CheckpointError(GareError):
@@ -97,11 +97,11 @@ class CheckpointError(GareError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint with a file that is not as it was written, is missing, or is not one of its own."""
+    """A checkpoint with a file that was changed, is missing, or does not belong to it."""
 
 
 def shown(uri: str) -> str:
-    """A location as it may be shown in messages, logs and stores.
+    """Returns a location without secrets, fit for messages, logs and stores.
 
     A URI loses what may be a secret: the name and password before its host, its query (the signature of a
     presigned URL) and its fragment. Local paths, where '?' and '#' are ordinary, stay as they are.
@@ -125,15 +125,15 @@ _SECRET_QUERY = rf"(?i)([?&;](?:{_SECRET_KEYS})=)[^&\s'\"]+"
 
 
 def masked(text: str) -> str:
-    """A text in which every URI has ``***`` for its name and password and for secrets in its query."""
+    """Replaces the name, password and query secrets of every URI in a text by ``***``."""
     text = re.sub(_DATABASE_USER, r"\1://***@", text)
     return re.sub(_SECRET_QUERY, r"\1***", re.sub(_USER, "://***@", text))
 
 
 def secret_in(uri: str) -> str:
-    """Names the secret that a URI holds and that belongs into the environment; empty if it holds none.
+    """Names the secret in a URI, which belongs into the environment; empty if there is no secret.
 
-    A database's user alone, ``postgresql://USER@HOST/DB``, is no secret; a web server's may be a token.
+    A database's user alone, ``postgresql://USER@HOST/DB``, is not a secret; a web server's may be a token.
     """
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if not found:

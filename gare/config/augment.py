@@ -1,4 +1,4 @@
-"""The section of training's random changes of clips."""
+"""The configuration section for the augmentation of training clips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section of the configuration that says what the program asks of Ray."""
+"""The configuration section for Ray: workers, CPUs, GPUs and memory."""
 
 from __future__ import annotations
 

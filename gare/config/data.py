@@ -1,4 +1,4 @@
-"""The section of the configuration that says which videos and captions."""
+"""The configuration section for the data set: videos, captions and splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section of the configuration that evaluation reads."""
+"""The configuration section for evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section of the configuration that says how videos become the frame store."""
+"""The configuration section for extracting frames from videos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gare.config.section import Count, Fraction, Positive, Section
 
 
 class ExtractConfig(Section):
-    """Extraction of frames from videos. All that changes the values is part of the store's fingerprint."""
+    """Extraction of frames from videos. Keys that change the values are in the store's fingerprint."""
 
     store: Literal["frames", "features", "both"] = Field(
         "frames",

@@ -1,4 +1,4 @@
-"""The section of the feature store, and what does not go together with it."""
+"""The configuration section for the feature store, and its checks against other sections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gare.config.train import TrainConfig
 
 
 class FeaturesConfig(Section):
-    """Encoding of frames and captions; all that changes the values is in the store's fingerprint."""
+    """Encoding of frames and captions; settings that change the values are in the store's fingerprint."""
 
     weights: str = Field(
         "",
@@ -48,7 +48,7 @@ def feature_faults(
     features: FeaturesConfig,
     evaluate: EvaluateConfig,
 ) -> list[str]:
-    """Lists what training and evaluation from features cannot do, one line each."""
+    """Lists settings that training or evaluation from features cannot work with, one line each."""
     # A zero-shot score pools real frames alone, whatever the padding.
     scored = "auto" if evaluate.zero_shot else evaluate.input
     if model.padding == "released" and "features" in (train.input, scored):

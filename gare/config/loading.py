@@ -35,7 +35,7 @@ from gare.config.upkeep import UpkeepConfig
 from gare.config.yaml_files import Settings, read_settings
 from gare.errors import ConfigError, GareError, masked
 
-#: Value of ``model.clip`` that has the sizes read from the weights.
+#: Value of ``model.clip`` for which the sizes are read from the weights.
 AUTO = "auto"
 #: The keys that say where weights are: checked by themselves, before the sizes are known.
 _PLACES = {
@@ -45,8 +45,8 @@ _PLACES = {
     "evaluate": ("checkpoint", "compare", "suite", "sync", "zero_shot"),
 }
 _DSL_KEYS, _QBNORM_KEYS = ("dsl_scale",), ("qbnorm_scale", "qbnorm_bank")
-#: Section, switch, the values that turn a part off, and keys beside it that only shape this part and are
-#: refused without it.
+#: Section, switch, the values that turn a part off, and keys beside it that only affect this part and are
+#: refused while it is off.
 SHAPING: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
     ("extract", "sampling", ("uniform", "keyframes"), ("sample_fps",)),
     ("model", "increment", (False,), INCREMENT_KEYS),
@@ -66,7 +66,7 @@ SHAPING: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
 
 
 class Config(Section):
-    """Everything a pipeline is told."""
+    """The complete configuration of a pipeline, one field per section."""
 
     name: Name = Field("own", description="name of the data set: its outputs are below storage.root/name")
     storage: StorageConfig = Field(default_factory=StorageConfig, description="where outputs go")
@@ -133,12 +133,12 @@ class Config(Section):
         return self
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML that ``load_config`` reads back to an equal object."""
+        """Returns the resolved configuration as YAML that ``load_config`` reads back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-#: Reads ``model.clip`` from the weights that a configuration names, in which all but the name and ``_PLACES``
-#: is at its default; None where the task looks at no model: nothing has to fit the sizes then.
+#: Function that reads ``model.clip`` from the weights named in a configuration that has only the name and
+#: ``_PLACES`` set. It returns None if the task uses no model: no key has to fit the sizes then.
 SizesOf = Callable[[Config], Mapping[str, int] | None]
 
 
@@ -149,16 +149,16 @@ def load_config(
 
     Args:
         path: a YAML file whose top level is a mapping of sections, or the name of a shipped one; its key
-            ``extends`` names another in the same way, seen from it, over which it is merged.
+            ``extends`` names another file in the same way, relative to it, over which it is merged.
         overrides: ``section.key=value`` strings; the value is parsed as YAML.
         sizes_of: resolves ``model.clip: auto``, such as
             ``gare.train.checkpoint.initial_model.sizes_of_weights``; auto is refused without it. The picture
             size of the weights takes the place of a file's ``extract.image_size``, and not of one in the
             overrides.
 
-    A switch that turns a part off, such as ``model.increment=false``, leaves out keys that only shape this
-    part and come from below it: from a file, where an override turns it off, or from the file that is
-    extended. Both in one place contradict each other.
+    A switch that turns a part off, such as ``model.increment=false``, drops keys that only affect this part
+    and come from a lower layer: from a file if an override turns it off, or from an extended file. Switch and
+    key in the same layer are refused.
 
     Raises:
         CheckpointError: for weights whose sizes cannot be read.
@@ -197,7 +197,7 @@ def _parse(settings: Settings, overrides: Sequence[str], sizes_of: SizesOf | Non
             for key in given
             if key.startswith("model.clip.")
         ]
-    # A value of the command line is no longer that of the file.
+    # A value overridden on the command line no longer comes from the file.
     origins = {
         key: file
         for key, file in settings.origins.items()
@@ -220,10 +220,10 @@ def _parse(settings: Settings, overrides: Sequence[str], sizes_of: SizesOf | Non
 def _settle_clip(
     tree: dict[str, Any], sizes_of: SizesOf | None, given: Sequence[str]
 ) -> tuple[str, GareError | None]:
-    """Puts the weights' sizes in place of ``model.clip: auto``, and their picture size into extract.
+    """Replaces ``model.clip: auto`` by the sizes of the weights, and sets their picture size in extract.
 
     Returns:
-        the context that the tree is to be validated in, empty without auto; and why no sizes could be read.
+        the validation context, empty without auto; and the error if the sizes could not be read.
     """
     if _mapping_in(tree, "model").get("clip") != AUTO:
         return "", None
@@ -242,11 +242,11 @@ def _settle_clip(
 
 
 def _sizes(tree: Mapping[str, Any], sizes_of: SizesOf | None) -> Mapping[str, int] | None:
-    """The sizes of the weights for ``model.clip: auto``; None where they are not needed or not named aright.
+    """Reads the weights' sizes for ``model.clip: auto``; None if not needed or if the keys have faults.
 
     Raises:
         CheckpointError: for weights whose sizes cannot be read.
-        ConfigError: where no weights are named, or nothing is there to read them with.
+        ConfigError: if no weights are named, or ``sizes_of`` is not given.
     """
     if sizes_of is None:
         raise ConfigError(
@@ -262,16 +262,16 @@ def _sizes(tree: Mapping[str, Any], sizes_of: SizesOf | None) -> Mapping[str, in
     try:
         places = parse_config(known)
     except ConfigError:
-        # Found again when everything is checked.
+        # Reported when the whole configuration is checked.
         return None
     return sizes_of(places)
 
 
 def _leave_out_idle_keys(tree: dict[str, Any], settings: Settings, given: Sequence[str]) -> None:
-    """Takes out keys that only shape a part, where a switch above them turns it off."""
+    """Removes keys that only affect a part which a switch in a higher layer turns off."""
 
     def depth(key: str) -> int:
-        """0 for the command line, 1 for the file, and one more for each file down to the key's."""
+        """Returns 0 for the command line, 1 for the file, 1 more for each extended file down to the key's."""
         if _is_given(key, given):
             return 0
         origin = settings.origins.get(key)
@@ -291,12 +291,12 @@ def _mapping_in(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:
 
 
 def _is_given(key: str, given: Sequence[str]) -> bool:
-    """True if a key, or all of the section that it is in, is among those of the command line."""
+    """True if a key, or the whole section that contains it, was set on the command line."""
     return any(f"{key}.".startswith(f"{one}.") for one in given)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """One line for each dotted key whose value differs between two nested mappings."""
+    """Lists the differences between two nested mappings, one line for each dotted key."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = dict.fromkeys([*old, *new])
         dotted = {key: f"{prefix}.{key}" if prefix else str(key) for key in keys}
@@ -335,7 +335,7 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
     except (yaml.YAMLError, ValueError):
         return f"override {masked(item)!r}: the value is not YAML"
     if keys[:2] == ["model", "clip"] and keys[2:] and _mapping_in(tree, "model").get("clip") == AUTO:
-        return ""  # refused when auto is settled
+        return ""  # refused in _settle_clip
     for key in keys[:-1]:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
@@ -346,7 +346,7 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
 
 
 def _explain(fault: dict[str, Any], origins: Mapping[str, str]) -> str:
-    """A fault in words, with the file where the value comes from one that is extended."""
+    """Describes a fault, and names the file if the value comes from an extended one."""
     location = [str(part) for part in fault["loc"]]
     dotted = ".".join(location) or "configuration"
     origin = f" (in {origins[dotted]})" if dotted in origins else ""

@@ -1,4 +1,4 @@
-"""The section of the configuration that describes the model."""
+"""The configuration section for the model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import Field, PlainValidator, ValidationInfo, model_validator
 
 from gare.config.section import Count, Positive, Section
 
-#: Keys that change nothing without increment. Padding then takes length from the pooled video, and cosines
-#: do not see it.
+#: Keys that change nothing without increment. Padding then only shortens the pooled video, which cosines
+#: ignore.
 INCREMENT_KEYS = ("corrected_side", "context", "gap_sign", "query", "increment_layers", "padding")
-#: Contexts of the validation of ``model.clip: auto``. Where no weights were read, the sizes are defaults
-#: that stand for nothing, and no other key has to fit them.
+#: Validation contexts for ``model.clip: auto``. If no weights were read, the sizes are meaningless defaults,
+#: and no other key has to fit them.
 SIZES_READ, SIZES_UNKNOWN = "sizes read from weights", "sizes unknown"
 
 
@@ -54,7 +54,7 @@ def _megabytes_or_auto(value: Any) -> Any:
 
 
 MegabytesOrAuto = Annotated[float | Literal["auto"], PlainValidator(_megabytes_or_auto)]
-#: Keys that decide how a model is computed and not which one it is.
+#: Keys that decide how a model is computed, not which model it is.
 _HOW_COMPUTED = {"method", "kernel", "products", "memory_mb"}
 
 
@@ -169,11 +169,11 @@ class ModelConfig(Section):
         return self.temporal == "transformer" or self.increment or self.adapters
 
     def identity(self) -> dict[str, Any]:
-        """Settings that make a model this model; how it is computed is not among them."""
+        """Returns the settings that define the model, without those of how it is computed."""
         settings = self.model_dump(mode="json", exclude=_HOW_COMPUTED)
-        if self.products != "exact":  # what is learned, too, has their errors
+        if self.products != "exact":  # their rounding errors enter what is learned
             settings["products"] = self.products
-        # 0 and the number that it stands for are one model.
+        # 0 and the number that it stands for are the same model.
         return settings | {"temporal_heads": self.num_temporal_heads}
 
     def baseline(self) -> ModelConfig:
@@ -182,7 +182,7 @@ class ModelConfig(Section):
         return type(self).model_validate({**shared, "increment": False})
 
     def computed_as(self, other: ModelConfig) -> ModelConfig:
-        """Returns the model, computed as another one is."""
+        """Returns this model with the computation settings of another one."""
         return self.model_copy(update={key: getattr(other, key) for key in _HOW_COMPUTED})
 
     def zero_shot(self) -> ModelConfig:

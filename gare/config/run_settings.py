@@ -1,4 +1,4 @@
-"""The settings that make a training run this run, whatever version wrote them down."""
+"""Settings that identify a training run, read from what any version saved."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from gare.config import Config, ModelConfig, parse_config
 from gare.config.loading import SHAPING
 
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
-#: What matters of data and extract is in the fingerprints.
+#: The settings of data and extract that matter are in the fingerprints.
 FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
 FREE_SECTIONS |= {"features", "upkeep"}
 FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
 FREE_TRAIN_KEYS |= {"checkpoint_every_steps", "checkpoint_every_s"}
 FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch", "profile"}
-# They change the order of sums and when an activation is computed, not what: rounding, as another card does.
+# They change the order of sums and when an activation is computed: only rounding, as another GPU does.
 FREE_TRAIN_KEYS |= {"compile", "activation_checkpointing"}
 
 
 def settings_of_run(config: Config) -> dict[str, Any]:
-    """The settings of a configuration that make its run this run, by section."""
+    """Returns the settings that identify a configuration's run, by section."""
     settings = config.model_dump(mode="json", exclude=FREE_SECTIONS)
     settings["model"] = config.model.identity()
     settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
@@ -31,25 +31,25 @@ def settings_of_run(config: Config) -> dict[str, Any]:
 
 
 def completed_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a run saved them, as this version would have.
+    """Completes a run's saved settings to what this version would have saved.
 
-    Keys that its version did not know get their defaults: the default of a new key is what was done before
-    there was one. What was held to be part of a run and is no more is left out.
+    Keys that its version did not know get their defaults: the default of a new key is the earlier behaviour.
+    Keys that no longer identify a run are left out.
 
     Args:
-        saved: as ``settings_of_run`` of some version had them.
+        saved: the result of ``settings_of_run`` in some version.
     """
     kept = {key: value for key, value in without_idle_keys(saved).items() if key not in FREE_SECTIONS}
     if isinstance(train := kept.get("train"), Mapping):
         kept["train"] = {key: value for key, value in train.items() if key not in FREE_TRAIN_KEYS}
     completed = _filled(kept, settings_of_run(Config()))
-    with suppress(ValidationError):  # of a version with other keys, which a comparison tells of
+    with suppress(ValidationError):  # from a version with other keys; a comparison reports it
         completed["model"] = ModelConfig.model_validate(completed["model"]).identity()
     return completed
 
 
 def saved_config(tree: Any, *, where: str) -> Config:
-    """The configuration that some version saved, with all its keys, such as a checkpoint's.
+    """Parses a configuration that some version saved with all its keys, such as a checkpoint's.
 
     Raises:
         ConfigError: with every fault in one message.
@@ -58,10 +58,10 @@ def saved_config(tree: Any, *, where: str) -> Config:
 
 
 def without_idle_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved settings without the keys that only shape a part that they turn off.
+    """Returns saved settings without keys that only affect a part which is turned off.
 
-    Such a key was saved with the default of its version. Where the default is another one by now, it would
-    be refused as a value that changes nothing, or pass for a difference.
+    Such a key was saved with its version's default. If the default has changed since, the key would be
+    refused as one that changes nothing, or be taken for a difference.
     """
     kept = dict(saved)
     for name, switch, off, keys in SHAPING:

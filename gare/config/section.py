@@ -1,4 +1,4 @@
-"""The base of all sections of the configuration, and its small sections."""
+"""Base class of all configuration sections, and the small sections."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Section(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _no_secret_in_a_uri(cls, value: Any) -> Any:
-        # The configuration is saved with every output and logged: what is secret in it is so no longer.
+        # The configuration is saved with every output and logged: a secret in it would be exposed.
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and (secret := secret_in(text)):
                 raise ValueError(
@@ -49,12 +49,12 @@ class Section(BaseModel):
         return value
 
     def changed(self, *keys: str) -> list[str]:
-        """Those of the keys that are not at their default."""
+        """Returns the given keys that are not at their default."""
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
 
 
 class StorageConfig(Section):
-    """Places of outputs."""
+    """Location of outputs."""
 
     root: str = Field(
         default_factory=lambda: os.environ.get("GARE_ROOT") or "~/.gare",
@@ -64,7 +64,7 @@ class StorageConfig(Section):
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """MLflow tracking and the format of logs."""
 
     uri: str = Field(
         "sqlite:///mlflow.db", description="MLflow tracking URI; a relative SQLite path is below storage.root"

@@ -1,4 +1,4 @@
-"""The section of the configuration about where videos may be and how patiently they are fetched."""
+"""The configuration section for fetching videos: allowed schemes, retries, timeouts and limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Scheme = Literal["file", "s3", "https", "http"]
 
 
 class SourcesConfig(Section):
-    """Schemes and limits by which videos are fetched."""
+    """Allowed schemes and limits for fetching videos."""
 
     schemes: tuple[Scheme, ...] = Field(
         ("file", "s3", "https", "http"),

@@ -1,4 +1,4 @@
-"""YAML without repeated keys, of which the last would win in silence."""
+"""A YAML loader that refuses repeated keys, since PyYAML silently keeps the last one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, and each key of a mapping once."""
+    """A safe YAML loader that refuses repeated keys."""
 
 
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -26,10 +26,10 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def load_yaml(text: str) -> Any:
-    """The content of a YAML document.
+    """Parses a YAML document.
 
     Raises:
-        yaml.YAMLError: for what is not YAML, and a key that is given twice.
+        yaml.YAMLError: for text that is not YAML, or a key that is given twice.
         ValueError: for a date that does not exist.
     """
     return yaml.load(text, _Loader)

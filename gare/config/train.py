@@ -1,4 +1,4 @@
-"""The sections of the configuration that describe the loss and a training run."""
+"""The configuration sections for the loss and a training run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _count_or_all(value: Any) -> int | str:
 CountOrAll = Annotated[int | Literal["all"], PlainValidator(_count_or_all)]
 
 
-#: Increments of all pairs may take so much before the directional diversity is that of a sample.
+#: Bytes of the increments of all pairs above which the directional diversity uses a sample of texts.
 ALL_TEXTS_BYTES = 256 * 10**6
 
 
@@ -66,7 +66,7 @@ class LossConfig(Section):
     )
 
     def samples_texts(self, num_pairs: int, width: int) -> bool:
-        """True if the directional diversity of a batch is that of a sample of its texts.
+        """True if the directional diversity of a batch is computed on a sample of its texts.
 
         It does not depend on the memory of the machine: a run must mean the same wherever it continues.
         """
@@ -78,7 +78,7 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> LossConfig:
-        # A weight of 0 beside a term's own keys is no fault: so is one term of a configuration ablated.
+        # A weight of 0 beside a term's own keys is allowed: this is how one term is ablated.
         if self.radii_weight and self.radii_bound_form == "hard" and not self.radii_bound:
             raise ValueError(
                 "radii_bound 0 holds the radii term at 0, where it does nothing: set radii_weight=0"
@@ -197,7 +197,7 @@ class TrainConfig(Section):
 
     @property
     def towers_learn(self) -> bool:
-        """True if training changes the towers, beside their logit scale, which no ranking depends on."""
+        """True if training changes the towers, apart from their logit scale, which no ranking depends on."""
         return self.input == "frames" and self.freeze != "towers" and self.clip_lr > 0
 
     @model_validator(mode="after")

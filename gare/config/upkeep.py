@@ -1,4 +1,4 @@
-"""The section of the configuration that says what a command does with a store and who may write it."""
+"""The configuration section for the upkeep of stores: task, locking, part size and preview."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gare.config.section import Count, Positive, Section
 
 
 class UpkeepConfig(Section):
-    """Care of a store of frames or features; none of it changes the values."""
+    """Upkeep of a frame or feature store; no setting here changes the stored values."""
 
     task: Literal["write", "verify", "compact"] = Field(
         "write",

@@ -1,4 +1,4 @@
-"""Files of settings: found by path or by the name of a shipped one, and merged over those they extend."""
+"""Settings files, found by path or by the name of a shipped file, and merged over those they extend."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a file and of all that it extends, not checked yet.
+    """Unchecked settings of a file, merged over all that it extends.
 
     Attributes:
         tree: sections by name; not always a mapping, since a file may hold anything.
         path: the file that was asked for.
-        origins: dotted key → file, of sections and values that an extended file alone gave.
-        extended: the files below it, the one that it extends first.
+        origins: dotted key → file, for sections and values that only an extended file sets.
+        extended: the files that it extends, nearest first.
     """
 
     tree: Any
@@ -40,13 +40,14 @@ class Settings:
 
 
 def read_settings(name: str | Path) -> Settings:
-    """Reads a file of settings, merged key by key over the file that its ``extends`` names, and so on.
+    """Reads a settings file, merged key by key over the file that its ``extends`` names, recursively.
 
     Args:
-        name: a path, or the name of a shipped file with or without ``.yaml``; a file that is there wins.
+        name: a path, or the name of a shipped file with or without ``.yaml``; an existing file takes
+            precedence.
 
     Raises:
-        ConfigError: for a file that is missing, no YAML, or extends itself or what is no file.
+        ConfigError: for a file that is missing, is not YAML, or extends itself or a missing file.
     """
     if not str(name):
         raise ConfigError(
@@ -59,18 +60,18 @@ def read_settings(name: str | Path) -> Settings:
 
 
 def shipped_files() -> dict[str, Path]:
-    """Lists the shipped files by name, without ``.yaml``; none where they were not installed."""
+    """Returns the shipped files by name, without ``.yaml``; empty if they are not installed."""
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def _found(name: str | Path, folder: Path, where: str) -> Path:
-    """Finds the file that a path below the folder, or the name of a shipped one, means."""
+    """Resolves a path relative to the folder, or the name of a shipped file."""
     path, given = folder / name, str(name)
-    # A folder of data that is called like a benchmark is not what is meant.
+    # Only files count: a data folder may have the name of a shipped file.
     if path.is_file() or not _NAME.fullmatch(given):
         return path
     shipped = shipped_files()
-    # Looked up, never joined: a name leads to no other folder.
+    # Looked up, never joined to a path: a name cannot lead to another folder.
     if known := shipped.get(given.removesuffix(".yaml")):
         return known
     near = difflib.get_close_matches(given.removesuffix(".yaml"), shipped, n=1)
@@ -86,7 +87,7 @@ def _found(name: str | Path, folder: Path, where: str) -> Path:
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> Settings:
-    """Reads a file, merged over what it extends; the chain are the files that led here, this one last."""
+    """Reads a file, merged over what it extends; ``chain`` holds the files that led here, this one last."""
     where = str(path)
     tree = _yaml_of(path)
     if not isinstance(tree, Mapping) or EXTENDS not in tree:
@@ -116,7 +117,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Settings:
         raise ConfigError(
             f"top level is a {type(below.tree).__name__}", where=below.path, accepted="a mapping of sections"
         )
-    # An empty section, all of whose keys are commented out, takes nothing away.
+    # An empty section (all keys commented out) overrides nothing.
     tree = {key: value for key, value in tree.items() if value is not None}
     merged = _merged(tree, below.tree or {})
     given = set(_keys(tree))
@@ -154,7 +155,7 @@ def _merged(over: Mapping[Any, Any], base: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _keys(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of sections and values."""
+    """Yields the dotted keys of sections and values."""
     for key, value in tree.items():
         yield f"{prefix}{key}"
         if isinstance(value, Mapping):

@@ -14,15 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Captions beside their clips.
+    """Captions with their clips.
 
     Attributes:
         token_ids: (B, W) int32 or int64.
         token_mask: (B, W) bool.
-        frames: (B, F, H, W, 3) uint8, which are normalised where they are encoded, or (B, F, 3, H, W)
-            floating, CLIP-normalised.
+        frames: (B, F, H, W, 3) uint8, normalised when they are encoded, or (B, F, 3, H, W) floating,
+            CLIP-normalised.
         frame_mask: (B, F) bool.
-        video_ids: (B,) int64, the same number for captions of the same video; None where no one asks.
+        video_ids: (B,) int64, the same number for captions of the same video; None if not needed.
     """
 
     token_ids: Tensor
@@ -50,11 +50,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Captions beside their clips, as the towers' stored output.
+    """Captions with their clips, as stored features of the towers.
 
     Attributes:
         text: (B, D) floating.
-        words: (B, W, D) floating, or None where no one attends to words.
+        words: (B, W, D) floating, or None if the model does not use words.
         token_mask: (B, W) bool.
         frames: (B, F, D) floating, zero at padded frames.
         frame_mask: (B, F) bool.

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from gare.errors import DataError
 
-#: So many faults of a kind are written out; the rest is a count.
+#: Number of faults of a kind that are written out; the rest are counted.
 SHOWN = 10
 
 
 def first_of(items: Iterable[str]) -> str:
-    """The first ten items and how many more there are, as one line."""
+    """Joins the first ten items, and the number of further ones, into one line."""
     items = list(items)
     more = f" … and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return "; ".join(items[:SHOWN]) + more
@@ -24,7 +24,7 @@ class Faults:
         self._by_kind: dict[str, list[str]] = {}
 
     def add(self, kind: str, item: str) -> None:
-        """Notes one fault: what kind, and which row, id or file it is, as a person would look it up."""
+        """Adds one fault: its kind, and the row, id or file, as a person would look it up."""
         self._by_kind.setdefault(kind, []).append(item)
 
     def update(self, other: Faults) -> None:

@@ -1,4 +1,4 @@
-"""One frame from picture to model input: resize, crop, JPEG, normalise.
+"""Steps of a frame from picture to model input: resize, crop, JPEG, normalise.
 
 H×W pixels, S pixels of the short side.
 """
@@ -18,7 +18,7 @@ from gare.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-#: What is kept of a resized frame: its centre square, or all of it.
+#: The part of a resized frame that is kept: its centre square, or all of it.
 Crop: TypeAlias = Literal["center", "none"]
 
 #: Arrays or tensors of pictures.
@@ -46,7 +46,7 @@ def prepare_frame(rgb: NDArray[np.uint8], size_px: int, crop: Crop = "center") -
         crop: none leaves out the crop.
 
     Returns:
-        (S, S, 3), or without the crop (H, W, 3) whose short side is S; uint8, contiguous.
+        (S, S, 3), or without the crop (H, W, 3) with short side S; uint8, contiguous.
     """
     height, width = rgb.shape[:2]
     short = min(height, width)
@@ -61,10 +61,10 @@ def prepare_frame(rgb: NDArray[np.uint8], size_px: int, crop: Crop = "center") -
 
 
 def crop_centre(pictures: _Pictures, size_px: int) -> _Pictures:
-    """Cuts the squares out of whole pictures that ``prepare_frame`` would have cropped to.
+    """Cuts the centre squares, as cropped by ``prepare_frame``, out of whole pictures.
 
     Args:
-        pictures: array or tensor (..., H, W, 3), whose short side is at least ``size_px``.
+        pictures: array or tensor (..., H, W, 3), short side at least ``size_px``.
         size_px: S, side of the square.
 
     Returns:
@@ -76,18 +76,18 @@ def crop_centre(pictures: _Pictures, size_px: int) -> _Pictures:
 
 
 def _centre(shape: tuple[int, ...], size_px: int) -> tuple[int, int]:
-    """Top and left of the centre square of a picture (H, W, …)."""
+    """Returns top and left of the centre square of a picture (H, W, …)."""
     return round((shape[0] - size_px) / 2), round((shape[1] - size_px) / 2)
 
 
 def fit_frame(picture: NDArray[np.uint8], like: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
-    """Gives a whole picture the size of another of the same video, whose size changes midway.
+    """Fits a whole picture to the size of another one, for a video that changes its size midway.
 
-    The centre square stays where it is, pixel by pixel; what does not fit around it is cut, what is missing
-    is black.
+    The centre square is kept pixel by pixel; parts that do not fit around it are cut, missing parts are
+    black.
 
     Args:
-        picture: (H, W, 3), whose short side is ``size_px``.
+        picture: (H, W, 3), short side ``size_px``.
         like: a picture (H', W', 3) of the same short side.
         size_px: S, the short side.
 
@@ -108,12 +108,12 @@ def fit_frame(picture: NDArray[np.uint8], like: NDArray[np.uint8], size_px: int)
 
 
 def size_fault(picture: NDArray[np.uint8], size_px: int, shape: tuple[int, ...] | None) -> str:
-    """Says what is wrong with the size of a stored picture; empty if nothing is.
+    """Describes a wrong size of a stored picture; empty if the size is right.
 
     Args:
         picture: (H, W, 3).
         size_px: S, the short side that it should have.
-        shape: the shape that it should have; None: any with that short side.
+        shape: the shape that it should have; None for any shape with that short side.
     """
     height, width = picture.shape[:2]
     if shape is None:
@@ -122,7 +122,7 @@ def size_fault(picture: NDArray[np.uint8], size_px: int, shape: tuple[int, ...] 
 
 
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
-    """A picture (H, W, 3), uint8, as JPEG of the given quality (1 to 100).
+    """Encodes a picture (H, W, 3), uint8, as JPEG of the given quality (1 to 100).
 
     Raises:
         DataError: for a picture that is larger than a JPEG can be.
@@ -139,7 +139,7 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
 
 
 def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
-    """A JPEG as (H, W, 3), uint8 RGB: the same numbers as Pillow's, in two thirds of its time.
+    """Decodes a JPEG to (H, W, 3), uint8 RGB: the same numbers as Pillow's, in two thirds of its time.
 
     Raises:
         DataError: if the bytes are not a whole JPEG.
@@ -159,16 +159,16 @@ def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
 
 @cache
 def _standard(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (3, 1, 1) of pixels in 0…255, kept on the device."""
+    """Returns mean and standard deviation (3, 1, 1) of pixels in 0…255, cached on the device."""
     import torch
 
-    with torch.inference_mode(mode=False):  # to be of use in training, too
+    with torch.inference_mode(mode=False):  # to be usable in training, too
         mean, std = ((torch.tensor(one) * 255)[:, None, None].to(device) for one in (CLIP_MEAN, CLIP_STD))
     return mean, std
 
 
 def normalise(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 frames (…, H, W, 3) to what CLIP takes: float32 (…, 3, H, W), scaled to 0…1, then standardised.
+    """Converts uint8 frames (…, H, W, 3) to CLIP's float32 (…, 3, H, W): scaled to 0…1, standardised.
 
     Raises:
         ValueError: for another dtype or last dimension.

@@ -1,4 +1,4 @@
-"""The manifest: which clips, in which split, with which captions. A Parquet file that prepare writes."""
+"""The manifest: all clips with their splits and captions, as a Parquet file that prepare writes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class ManifestRow:
     """One clip.
 
     Attributes:
-        video_id: its name, unique in the manifest.
-        uri: where the video file is: a local path or a URI.
-        start_s: seconds into the file at which the clip starts; None: at the beginning.
-        end_s: seconds into the file at which it ends; None: at the end.
+        video_id: name of the clip, unique in the manifest.
+        uri: location of the video file: a local path or a URI.
+        start_s: seconds into the file at which the clip starts; None for the beginning.
+        end_s: seconds into the file at which it ends; None for the end.
         split: train, val or test.
         captions: at least one text.
     """
@@ -69,10 +69,10 @@ class Manifest:
     Attributes:
         rows: the clips, in the order in which they are read.
         benchmark: name of the data set.
-        protocol: how it was split, as a person would cite it.
+        protocol: name of the split, as a person would cite it.
         annotation_sha256: SHA-256 of every annotation file, by its name.
         left_out: names of videos that were found but not used, such as those without a caption.
-        deviations: where the annotations or videos of a published benchmark are not as published, with ids.
+        deviations: differences of annotations or videos from the published benchmark, with ids.
 
     Raises:
         DataError: for rows that break the contract, with the ids of all of them.
@@ -90,9 +90,9 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what a result depends on: ids, start, end, split and captions of every clip.
+        """SHA-256 of all that a result depends on: ids, start, end, split and captions of every clip.
 
-        Neither the uris count, so that moving the folder changes nothing, nor the order of the rows.
+        URIs and the order of the rows do not count, so that moving the folder changes nothing.
         """
         digest = hashlib.sha256()
         for row in sorted(self.rows, key=lambda row: row.video_id):
@@ -110,10 +110,10 @@ class Manifest:
         return counts
 
     def of_split(self, split: str) -> tuple[ManifestRow, ...]:
-        """The rows of one split, in order.
+        """Returns the rows of one split, in order.
 
         Raises:
-            DataError: for a split that is none.
+            DataError: for an unknown split.
         """
         if split not in SPLITS:
             raise DataError(f"there is no split {split!r}", accepted=", ".join(SPLITS))
@@ -147,8 +147,8 @@ def read_manifest(uri: str) -> Manifest:
     """Reads a manifest back.
 
     Raises:
-        DataError: if it is missing, not Parquet, has other columns, breaks the contract or no longer has
-            the content that its fingerprint was made of.
+        DataError: if it is missing, not Parquet, has other columns, breaks the contract or does not match its
+            fingerprint.
     """
     if not exists(uri):
         raise DataError("there is no manifest", where=uri, accepted="run pipelines/prepare.py first")
@@ -258,7 +258,7 @@ def _check_row(row: ManifestRow, name: str, faults: Faults) -> None:
         faults.add("empty video_id", name)
     if not row.uri:
         faults.add("no uri", name)
-    # The signature of a presigned URL is the link itself, and ends by itself; a password is more than that.
+    # The signature of a presigned URL opens only this link and expires; a password gives more access.
     if is_uri(row.uri or "") and "@" in re.split(r"[/?#]", row.uri.partition("://")[2])[0]:
         faults.add("name or password in the uri; credentials belong into the environment", name)
     if row.split not in SPLITS:

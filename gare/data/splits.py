@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredSplits:
-    """Rows of the manifest that can be used, by split, and what identifies the data.
+    """Usable rows of the manifest by split, and fingerprints of the data.
 
     Attributes:
         train: rows of the train split that the store holds.
         val: rows of val.
         test: rows of test.
         missing: ids of the manifest that failed to be extracted.
-        manifest_fingerprint: of the manifest.
-        store_fingerprint: of the store.
+        manifest_fingerprint: fingerprint of the manifest.
+        store_fingerprint: fingerprint of the store.
         benchmark: the manifest's benchmark.
         protocol: the manifest's protocol.
     """
@@ -43,11 +43,11 @@ class StoredSplits:
     protocol: str
 
     def ids(self) -> dict[str, list[str]]:
-        """Ids of the clips that a run learns from and validates with."""
+        """Returns the ids of the clips of train and val."""
         return {split: [row.video_id for row in self.of_split(split)] for split in ("train", "val")}
 
     def restricted_to(self, ids: Mapping[str, Sequence[str]]) -> StoredSplits:
-        """Without the clips of train and val that a run did not begin with: a store may grow meanwhile."""
+        """Returns only the train and val clips that a run began with, since a store may grow meanwhile."""
         train, val = (
             tuple(row for row in self.of_split(split) if row.video_id in chosen)
             for split, chosen in (("train", set(ids["train"])), ("val", set(ids["val"])))
@@ -55,11 +55,11 @@ class StoredSplits:
         return replace(self, train=train, val=val)
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the clips of train and val with their captions."""
+        """Returns SHA-256 of the clips of train and val with their captions."""
         return {split: split_hash_of(self.of_split(split)) for split in ("train", "val")}
 
     def of_split(self, split: str) -> tuple[ManifestRow, ...]:
-        """Rows of train, val or test."""
+        """Returns the rows of train, val or test."""
         rows: tuple[ManifestRow, ...] = getattr(self, split)
         return rows
 
@@ -73,7 +73,7 @@ def read_splits(
         manifest_uri: the manifest.
         store_uri: a frame store, or a feature store.
         extract: settings of a frame store.
-        settings: of a feature store, from ``feature_settings``; None: it is a frame store.
+        settings: of a feature store, from ``feature_settings``; None for a frame store.
 
     Raises:
         DataError: for a store that was made with other settings or that is not complete, or a missing file.
@@ -86,7 +86,7 @@ def read_splits(
         held -= with_other_captions(store_uri, manifest.rows)
     missing = tuple(row.video_id for row in manifest.rows if row.video_id not in held)
     failed = read_failures(store_uri, held).keys() & set(missing)
-    # A manifest that has grown since: those videos were never tried.
+    # If the manifest has grown since, the new videos were never tried.
     if not meta.complete or len(failed) < len(missing):
         raise DataError(
             f"the store is not complete: of {len(manifest.rows)} videos it holds "
@@ -111,11 +111,11 @@ def read_splits(
 
 
 def split_hash(captions: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 of a split: of its (video id, caption) pairs, whatever their order and the videos' places."""
+    """Returns SHA-256 of a split's (video id, caption) pairs, whatever their order and the videos' URIs."""
     lines = sorted(json.dumps(pair, ensure_ascii=False) for pair in captions)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def split_hash_of(rows: Sequence[ManifestRow]) -> str:
-    """``split_hash`` of rows of a manifest."""
+    """Returns the ``split_hash`` of rows of a manifest."""
     return split_hash((row.video_id, caption) for row in rows for caption in row.captions)

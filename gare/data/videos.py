@@ -1,6 +1,6 @@
-"""Sources of videos' bytes: the contract, and the source of files of this machine.
+"""Sources of video files: the interface, and the source for files of this machine.
 
-Sources of other machines are the business of ``cluster``; extraction knows this contract alone.
+``cluster`` implements sources of other machines; extraction knows only this interface.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gare.errors import DataError, FetchError, GoneError, shown
 from gare.storage.uris import local_path, scheme_of
 
 _CHUNK_BYTES = 1 << 20
-#: Faults of a path that names nothing, now and later; all others are of the disk, the mount or the rights.
+#: Errors of a path that names no file, now or later; all others come from disk, mount or permissions.
 _OF_THE_NAME = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL))
 
 
 @dataclass(frozen=True)
 class FileVersion:
-    """Size and version of a file, which tell one state of it from another without reading it.
+    """Size and version of a file, which tell its states apart without reading it.
 
     Attributes:
         size_bytes: length of its content.
-        version: nanoseconds of its last change (local), its ETag (S3, HTTP) or its Last-Modified; empty where
-            a server says neither, and then the length alone can tell.
+        version: nanoseconds of its last change (local), its ETag (S3, HTTP) or its Last-Modified; empty if a
+            server states neither: only the length tells them apart then.
     """
 
     size_bytes: int
@@ -38,12 +38,12 @@ class FileVersion:
 
 @dataclass(frozen=True)
 class LocalVideo:
-    """A video as a file of this machine, for as long as its context lasts.
+    """A video as a file of this machine, valid as long as its context lasts.
 
     Attributes:
         path: of the file.
         size_bytes: length of its content.
-        version: as in ``FileVersion``, of where it came from.
+        version: version of its source, as in ``FileVersion``.
     """
 
     path: str
@@ -52,31 +52,31 @@ class LocalVideo:
 
 
 class VideoSource(Protocol):
-    """Brings videos to where they are decoded. What it gives has the attributes of the classes above."""
+    """Interface of a source that fetches videos for decoding; results have the attributes of the above."""
 
     def open(self, uri: str) -> AbstractContextManager[LocalVideo]:
-        """The video as a local file, whole; what was fetched is removed when the context ends.
+        """Opens the video as a whole local file; a fetched copy is removed when the context ends.
 
         Raises:
-            FetchError: where it cannot be had, or is another file at the end of the context.
+            FetchError: if it cannot be fetched, or is another file at the end of the context.
         """
         ...
 
     def stat(self, uris: Sequence[str]) -> dict[str, FileVersion | DataError]:
-        """Size and version of each, without its content; a fault is that of one URI and returned for it."""
+        """Reads size and version of each URI without its content; returns a fault in place of a version."""
         ...
 
 
 class LocalVideos:
-    """Local paths and ``file://`` URIs; files are read where they are."""
+    """Source for local paths and ``file://`` URIs; files are read in place."""
 
     @contextmanager
     def open(self, uri: str) -> Iterator[LocalVideo]:
-        """The file itself.
+        """Opens the file itself.
 
         Raises:
-            FetchError: where there is none, or where it has changed when the context ends: what was decoded
-                would be neither the old nor the new video.
+            FetchError: if it does not exist, or has changed when the context ends: what was decoded would be
+                neither the old nor the new video.
         """
         before = _version(uri)
         try:
@@ -87,7 +87,7 @@ class LocalVideos:
         _check_unchanged(uri, before, None)
 
     def stat(self, uris: Sequence[str]) -> dict[str, FileVersion | DataError]:
-        """Size and time of the last change in nanoseconds."""
+        """Reads size and time of the last change in nanoseconds."""
         found: dict[str, FileVersion | DataError] = {}
         for uri in uris:
             try:
@@ -126,12 +126,12 @@ def _check_unchanged(uri: str, before: FileVersion, cause: DataError | None) -> 
 
 
 def check_readable(path: str) -> None:
-    """Reads a file to its end, to tell a storage that does not give it from a file that is bad.
+    """Reads a file to its end, to tell a storage that fails from a file that is bad.
 
-    Decoders take a fault of reading for the end of the file, or for damage.
+    Decoders take a read error for the end of the file, or for damage.
 
     Raises:
-        FetchError: where it cannot be read; it may pass.
+        FetchError: if it cannot be read; the error may pass.
     """
     try:
         if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - as above

@@ -1,1 +1,1 @@
-"""Bringing stores up to their collection: what is left to do, and who writes it."""
+"""Extraction: compares stores with their collection and writes what is missing."""

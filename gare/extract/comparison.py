@@ -1,8 +1,7 @@
 """Comparison of a store with its collection: new, changed, unchanged and gone clips.
 
-The answer is computed from the rows that are there and the collection alone, so that it is the same after
-any crash: a file that comes back as it was makes its old row count again, and of a clip that two jobs have
-written one row counts.
+The result is computed only from the existing rows and the collection, so that it is the same after any crash.
+If a file comes back unchanged, its old row counts again; if two jobs have written a clip, one row counts.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ Identity = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A store beside its collection.
+    """The result of comparing a store with its collection.
 
     Attributes:
-        pending: rows to extract, each with its identity as far as it is known and the attempts so far.
-        retired: rows that no longer count, as ``gare.data.store.contents.write_retired`` takes them.
+        pending: rows to extract, each with its identity, as far as known, and the attempts so far.
+        retired: rows that no longer count, in the form of ``gare.data.store.contents.write_retired``.
         counts: ``new``, ``changed``, ``unchanged``, ``gone`` and ``retried`` clips. New, changed and retried
-            ones are what there is to do; the last have failed before as they are now. Unchanged are those
-            that are stored, and those whose failure is final.
-        lost: ids of the collection whose file was there once and is not any more.
+            clips are to be made; retried ones have failed before in their present state. Unchanged clips are
+            stored, or their failure is final.
+        lost: ids of the collection with a file that has vanished.
     """
 
     pending: tuple[dict[str, Any], ...]
@@ -50,11 +49,11 @@ class WantedClip:
 
     Attributes:
         row: of the manifest.
-        identity: of what it is made of, see ``gare.data.store.contents.IDENTITY``; without size and version
-            where they are not known.
-        is_gone: whether what it is made of is there no more.
-        is_decoded: whether its frames are there, so that a failure to decode it is past.
-        rules: by which these were decoded; what was made of frames by earlier ones does not count.
+        identity: identity of its source, see ``gare.data.store.contents.IDENTITY``; without size and version
+            if they are unknown.
+        is_gone: True if its source does not exist any more.
+        is_decoded: True if its frames are stored, so that an earlier failure to decode it does not count.
+        rules: rules by which the frames were decoded; features of frames by earlier rules do not count.
     """
 
     row: ManifestRow
@@ -65,7 +64,7 @@ class WantedClip:
 
     @classmethod
     def of(cls, row: ManifestRow, version: FileVersion | DataError | None = None) -> WantedClip:
-        """A clip whose file ``stat`` of its source says this of; None: nobody has looked."""
+        """Builds the wanted clip from its file's version or fault; None if the file was not checked."""
         if isinstance(version, FileVersion):
             identity = (row.start_s, row.end_s, version.size_bytes, version.version)
             return cls(row, identity)
@@ -74,7 +73,7 @@ class WantedClip:
 
 @dataclass(frozen=True)
 class _Held:
-    """A row that is in a part, whether it counts or not."""
+    """A row in a part, whether it counts or not."""
 
     part: Part
     identity: Identity
@@ -97,13 +96,12 @@ def compare(
     Args:
         uri: the store.
         rows: of the manifest.
-        versions: what ``stat`` of the source says of each uri of the rows. A file that cannot be looked at
-            for another reason than that it is gone counts as unchanged.
-        retry_failed: whether clips are tried again that failed on this very file, whatever the reason.
-        max_attempts: attempts at a clip as it is now whose failures may pass; see ``may_pass``.
-        again: ids of clips that are to be made again though their file has not changed, where they were made
-            by rules before ``gare.data.store.contents.RULES``. Their rows count until others take their
-            place.
+        versions: result of the source's ``stat`` for each uri of the rows. A file that cannot be checked, but
+            is not gone, counts as unchanged.
+        retry_failed: True to retry clips that failed on the same file, whatever the reason.
+        max_attempts: attempts at a clip in its present state if its failures may pass; see ``may_pass``.
+        again: ids of clips to be made again although their file has not changed, if they were made by rules
+            before ``gare.data.store.contents.RULES``. Their rows count until others replace them.
     """
     wanted = [WantedClip.of(row, versions[row.uri]) for row in rows]
     return compare_clips(uri, wanted, retry_failed=retry_failed, max_attempts=max_attempts, again=again)
@@ -122,12 +120,12 @@ def compare_clips(
 
     Args:
         uri: the store.
-        clips: that it should hold.
+        clips: the clips that it should hold.
         retry_failed: as in ``compare``.
         max_attempts: as in ``compare``.
-        captions: whether a row counts only with the captions of the manifest. Pending rows then have
-            ``captions``, ``made``: the part that has the clip with others, None where none has, ``rules``
-            by which its frames were decoded, and ``counted``: which of the counts it is in.
+        captions: True if a row counts only with the captions of the manifest. Pending rows then have
+            ``captions``, ``made`` (the part that has the clip with other captions, or None), ``rules`` by
+            which its frames were decoded, and ``counted`` (the count that it is in).
         again: as in ``compare``.
     """
     wanted = {clip.row.video_id: clip for clip in clips}
@@ -171,7 +169,7 @@ def compare_clips(
 
 
 def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
-    """Rows of each clip, those first that count until now, of these those of newer rules, then generation."""
+    """Reads the rows of each clip, sorted: counting ones first, then newer rules, then newer generation."""
     columns = ["video_id", *IDENTITY, *(["captions"] if captions else [])]
     parts, _ = read_parts(uri, "data", columns, ["rules"])
     retired = read_retired(uri)
@@ -192,7 +190,7 @@ def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
 def _of_the_clip(
     stored: Sequence[_Held], failed: Sequence[Mapping[str, Any]], clip: WantedClip
 ) -> list[_Held]:
-    """Rows of a clip as it is now, by rules that still hold; later ones may have refused its file."""
+    """Returns rows of a clip's present state by rules that still hold; later ones may have refused it."""
     refused = [one for one in failed if _is_refusal(one) and _has_failed(one, clip)]
 
     def least(held: _Held) -> int:
@@ -215,9 +213,9 @@ def _identity_of(row: Mapping[str, Any]) -> Identity:
 def may_pass(failure: Mapping[str, Any]) -> bool:
     """Returns True if another attempt at a clip may succeed; a guess for a row of an earlier version.
 
-    Earlier versions did not say it. Of theirs, what could not be fetched is tried again, what did not decode
-    is not. They also recorded as failed to encode what the frame store's disk or server was to blame for:
-    all but features that are not finite (ValueError) is tried again.
+    Earlier versions did not record it. Of their failures, those to fetch are tried again, those to decode are
+    not. They also recorded faults of the frame store's disk or server as failures to encode: all of these are
+    tried again, except features that are not finite (ValueError).
     """
     if failure["transient"] is not None:
         return bool(failure["transient"])
@@ -232,20 +230,20 @@ def _is_tried_again(
     clip: WantedClip,
     max_attempts: int,
 ) -> bool:
-    """Returns True if a clip that has failed as it is now is tried again without being asked for.
+    """Returns True if a clip that failed in its present state is tried again without a request.
 
-    One that is gone just now waits for its file, and uses up no attempt.
+    A clip without its file waits for it, and uses up no attempt.
 
     Args:
-        known: its failures as it is now, the last one last.
+        known: its failures in its present state, the last one last.
         failed: all its failures.
-        clip: as it is now.
-        max_attempts: attempts at it as it is now.
+        clip: the clip.
+        max_attempts: attempts at its present state.
     """
     last = known[-1]
     if clip.is_gone or not may_pass(last):
         return False
-    # Attempts are counted on over the versions of a file; those at this one came after the last at another.
+    # Attempts are counted across the versions of a file; those at this one came after the last at another.
     before = [one["attempts"] for one in failed if one not in known and one["attempts"] < last["attempts"]]
     return bool(last["attempts"] - max(before, default=0) < max_attempts)
 
@@ -258,7 +256,7 @@ def _has_failed(failure: Mapping[str, Any], clip: WantedClip) -> bool:
 
 
 def _same(stored: Identity, now: Identity) -> bool:
-    """Returns True if a row is of the clip as it is now; a file of unknown version is taken for the same."""
+    """Returns True if a row is of the clip's present state; an unknown version counts as the same."""
     return stored == now or (stored[:2] == now[:2] and now[2:] == (None, None))
 
 

@@ -1,8 +1,8 @@
-"""The pass that brings a feature store up to a frame store, or to the files where frames are not kept.
+"""The update of a feature store from a frame store, or from the files if frames are not kept.
 
-Parts are made by ``gare.extract.feature_writer``, of frames that have all been there before or that appear
-meanwhile. A clip whose captions alone have changed keeps the features of its frames, which need not be in the
-frame store any more; one whose frames were made again, of another file, is encoded again.
+``gare.extract.feature_writer`` makes the parts, from frames that exist already or appear meanwhile. If only
+the captions of a clip have changed, the features of its frames are kept, and the frames need not be in the
+frame store any more. If its frames were made again from another file, it is encoded again.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from gare.storage.files import exists, join
 logger = logging.getLogger(__name__)
 
 #: A part to be made: rows of ``Comparison.pending`` with ``place``, the part that has their frames, and
-#: ``made``, the part that has features of them already; one of both is None.
+#: ``made``, the part that has features of them already; one may be None, and ``made`` takes precedence.
 Part = list[dict[str, Any]]
 
 
 class FeatureStoreUpdate(StoreUpdate):
-    """A feature store that is to hold a manifest's clips.
+    """The update of a feature store to a manifest's clips.
 
     Args:
         config: of the run.
-        manifest: what the store should hold.
-        frames_uri: frame store that features are made of.
+        manifest: the clips that the store should hold.
+        frames_uri: the frame store that features are made from.
         uri: the feature store.
-        towers_sha256: of the towers that make them.
+        towers_sha256: SHA-256 of the towers' weights.
         code_version: of this package.
-        stat: says of uris which files there are now; None: the frame store is kept, and it alone counts.
+        stat: reads the present versions of files; None if the frame store is kept, which alone counts then.
 
     Raises:
-        DataError: for a store that was made with other settings, naming each that differs.
+        DataError: for a store that was made with other settings, with each that differs.
     """
 
     kind = "features"
@@ -72,7 +72,8 @@ class FeatureStoreUpdate(StoreUpdate):
         super().__init__(config, manifest, uri, feature_settings(config, towers_sha256), code_version)
         self.frames_uri = frames_uri
         self._stat = stat
-        #: Clips that are being made, and those of this pass by id: which of the counts they are in.
+        #: Ids of clips that are being made; and id → count that it is in, for all clips handed out in this
+        #: pass.
         self._in_work: set[str] = set()
         self._handed_out: dict[str, str] = {}
 
@@ -89,9 +90,9 @@ class FeatureStoreUpdate(StoreUpdate):
         return self._stat is not None
 
     def compare_with_collection(self) -> Comparison:
-        """The store beside what it is made of, as both are now.
+        """Compares the store with its sources in their present state.
 
-        Where the frame store is kept, what it lacks is not pending here.
+        If the frame store is kept, clips that it lacks are not pending here.
         """
         frames = rows_in_parts(self.frames_uri, "data", IDENTITY, ["rules"])
         versions = self._stat([row.uri for row in self.manifest.rows]) if self._stat else None
@@ -121,12 +122,12 @@ class FeatureStoreUpdate(StoreUpdate):
         counts = self._with_handed_out(found.counts, {row["video_id"] for row in pending})
         if versions is not None:
             return dataclasses.replace(found, pending=pending, counts=counts)
-        # Videos that are gone are the frame store's to refuse.
+        # The frame store's update refuses videos that are gone.
         pending = tuple(filter(has_frames_or_features, pending))
         return dataclasses.replace(found, pending=pending, counts=counts, lost=())
 
     def _with_handed_out(self, counts: dict[str, int], pending: set[str]) -> dict[str, int]:
-        """Counts clips as they were before this pass began, which may have made some since."""
+        """Counts clips by their state before this pass began, though it may have made some since."""
         counts = dict(counts)
         for video_id, counted in self._handed_out.items():
             if video_id not in pending:
@@ -135,7 +136,7 @@ class FeatureStoreUpdate(StoreUpdate):
         return counts
 
     def has_nothing_left(self, comparison: Comparison) -> bool:
-        """Returns True if nothing is left to do, the recording of failures included."""
+        """Returns True if nothing is left to do, including failures to record."""
         return super().has_nothing_left(comparison) and not self._new_failures()
 
     def retire_and_count(self) -> Inventory:
@@ -145,11 +146,11 @@ class FeatureStoreUpdate(StoreUpdate):
         return self.count()
 
     def parts(self, workers: int, *, whole: bool = False) -> list[Part]:
-        """Hands out clips that can be made now, once each; rows that they take the place of count no more.
+        """Hands out clips that can be made now, once each; retires the rows that they replace.
 
         Args:
-            workers: that will share the parts.
-            whole: only parts of the full size, since more clips will come.
+            workers: number of workers that will share the parts.
+            whole: True for parts of the full size only, since more clips will come.
         """
         comparison = self.compare_with_collection()
         rows = [
@@ -157,7 +158,7 @@ class FeatureStoreUpdate(StoreUpdate):
             for row in comparison.pending
             if has_frames_or_features(row) and row["video_id"] not in self._in_work
         ]
-        rows.sort(key=lambda row: row["made"] or row["place"])  # so that a part is read from few others
+        rows.sort(key=lambda row: row["made"] or row["place"])  # so that a new part is made from few others
         limit = self.config.features.videos_per_part
         size = limit if whole else max(1, min(limit, math.ceil(len(rows) / (2 * workers))))
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
@@ -171,11 +172,11 @@ class FeatureStoreUpdate(StoreUpdate):
         return parts
 
     def mark_handed_out_done(self) -> None:
-        """All that was handed out is made or failed."""
+        """Records that all clips handed out are made or have failed."""
         self._in_work.clear()
 
     def take_failures(self) -> None:
-        """Records which clips the frame store could not get, as it says it.
+        """Copies the failures that the frame store has recorded.
 
         Raises:
             DataError: if they cannot be read or written.
@@ -190,25 +191,26 @@ class FeatureStoreUpdate(StoreUpdate):
         stored = rows_in_parts(self.uri, "data", (), ["rules"])
         wanted = {row.video_id for row in self.manifest.rows}
         theirs = read_failures(self.frames_uri, ids_in_parts(self.frames_uri, "data"))
-        # Not the last one of each clip: that may be a failure to encode, which is ours alone.
+        # All failures, not only the last of each clip: that may be a failure to encode, which only this store
+        # has.
         ours = failures_by_clip(self.uri)
         return [
             row
             for key, row in sorted(theirs.items())
             if key in wanted
             and row not in ours.get(key, ())
-            # What is stored counts, unless later rules have refused its file.
+            # A stored clip counts, unless later rules have refused its file.
             and (key not in stored or rules_of(stored[key][2]) < rules_of(row))
         ]
 
 
 def without_frames(frames_uri: str, manifest: Manifest) -> list[str]:
-    """Ids of the manifest that a frame store neither has nor has failed at."""
+    """Returns ids of the manifest that a frame store neither holds nor has recorded as failed."""
     stored = ids_in_parts(frames_uri, "data")
     known = stored.keys() | read_failures(frames_uri, stored).keys()
     return [row.video_id for row in manifest.rows if row.video_id not in known]
 
 
 def has_frames_or_features(row: dict[str, Any]) -> bool:
-    """Returns True if the frames of a pending row, or features of them, are there."""
+    """Returns True if the frames of a pending row, or features of them, are stored."""
     return row["place"] is not None or row["made"] is not None

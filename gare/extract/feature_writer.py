@@ -1,7 +1,7 @@
-"""Making parts of a feature store from a frame store.
+"""The writer of a feature store's parts from a frame store.
 
-A storage that does not answer is waited for, and then ends the run. No clip is recorded as failed for it: a
-clip fails for damaged pictures in the frame store, and for features that are not finite.
+If a storage does not answer, the writer waits, and then ends the run, without recording clips as failed. A
+clip fails if its pictures in the frame store are damaged, or its features are not finite.
 
 M clips, F frames, C captions, W words, D embedding width.
 """
@@ -33,7 +33,7 @@ from gare.storage.patience import PATIENCE_S, patiently
 
 logger = logging.getLogger(__name__)
 
-#: Captions that go through the text tower at once, for each clip that does through the image tower.
+#: Captions that go through the text tower at once, for each clip that goes through the image tower.
 CAPTIONS_PER_CLIP = 8
 #: Largest finite float16, beyond which a feature cannot be stored.
 LARGEST = float(np.finfo(np.float16).max)
@@ -46,19 +46,20 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.fl
 
 
 class FeatureMaker:
-    """Encodes clips and their captions with a model's towers and writes each group of them as one part.
+    """Encoder of clips and captions with a model's towers, which writes each group as one part.
 
     Args:
         frames_uri: the frame store.
         uri: the feature store.
         features: its settings.
-        model: whose towers encode, or rather a copy of them; its device is where.
-        run: what tells this run's parts from those of others, such as an earlier one over the same clips.
+        model: model whose towers, as a copy, encode on the model's device.
+        run: mark that makes the names of this run's parts differ from those of other runs over the same
+            clips.
         generation: of the lock that the run holds, see ``gare.storage.generations``.
         patience_s: seconds for which a storage that fails is tried again.
 
     Raises:
-        ConfigError: for a model without towers, or a failing compiler where ``features.compile`` is towers.
+        ConfigError: for a model without towers, or if the compiler fails and ``features.compile`` is towers.
     """
 
     def __init__(
@@ -85,15 +86,15 @@ class FeatureMaker:
         compile_towers(self.towers, features.compile, self.device, self._rehearse, key="features.compile")
 
     def write(self, part: Part) -> dict[str, int]:
-        """Makes a part of ``FeatureStoreUpdate.parts``; it appears after the last of its clips.
+        """Writes a part of ``FeatureStoreUpdate.parts``, after the last of its clips is encoded.
 
-        Clips that the frame store has no more are left out.
+        Clips that the frame store no longer has are left out.
 
         Returns:
             Numbers of clips written, clips failed and frames encoded.
 
         Raises:
-            DataError: if a store cannot be read or written, once patience has ended.
+            DataError: if a store cannot be read or written for ``patience_s``.
         """
         good: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
@@ -107,7 +108,7 @@ class FeatureMaker:
             )
             for row in made:
                 if reason := _unfit(row):
-                    # Of what the clip shows and of the weights: the next attempt gives the same.
+                    # Caused by the clip and the weights: the next attempt gives the same.
                     bad.append(_failure(row, "ValueError", reason, transient=False))
                 else:
                     good.append(row)
@@ -132,7 +133,7 @@ class FeatureMaker:
     def _frames(
         self, rows: Sequence[Mapping[str, Any]], bad: list[dict[str, Any]]
     ) -> dict[str, dict[str, Any]]:
-        """``frames`` and ``num_frames`` by id; a clip that is damaged is added to ``bad``."""
+        """Encodes clips to ``frames`` and ``num_frames`` by id; adds damaged clips to ``bad``."""
         clips: dict[str, Clip] = {}
         for row in rows:
             video_id = row["video_id"]
@@ -140,7 +141,7 @@ class FeatureMaker:
                 partial(self._clip, video_id), f"{self.frames_uri}: {video_id!r} cannot be read"
             )
             if isinstance(found, DataError):
-                # The part may be made again, of the same video: another attempt may find it sound.
+                # The part may be made again from the same video: another attempt may find it sound.
                 kind = type(found.__cause__ or found).__name__
                 bad.append(_failure(row, kind, found.what, transient=True))
             elif found is None:
@@ -150,7 +151,8 @@ class FeatureMaker:
         if not clips:
             return {}
         pictures, masks = (np.concatenate(arrays) for arrays in zip(*clips.values(), strict=True))
-        # Real frames are picked here: a GPU would be waited for, and be sent the padded ones as well.
+        # Real frames are selected on the CPU: on a GPU it would mean waiting, and sending padded frames as
+        # well.
         encoded = np.zeros((*masks.shape, self.config.clip.embed_dim), np.float16)
         encoded[masks] = self._encode(torch.from_numpy(pictures[masks]))
         counts = masks.sum(axis=1).tolist()
@@ -158,7 +160,7 @@ class FeatureMaker:
         return {one: {"frames": frames, "num_frames": count} for one, frames, count in rows_made}
 
     def _encode(self, pictures: torch.Tensor) -> npt.NDArray[np.float16]:
-        """Pictures (K, H, W, 3) uint8 to features (K, D)."""
+        """Encodes pictures (K, H, W, 3) uint8 to features (K, D)."""
         with self._autocast():
             return _half(self.towers.encode_images(normalise(pictures.to(self.device))))
 
@@ -170,16 +172,16 @@ class FeatureMaker:
         self._texts([""] * (CAPTIONS_PER_CLIP * clips))
 
     def _follow_the_store(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Has the clips looked up again where they are not where they were; the store changes meanwhile."""
+        """Has clips looked up again if they have moved, since the store changes meanwhile."""
         places = self.reader.places if self.reader else {}
         if any(places.get(row["video_id"], ("", 0))[0] != row["place"] for row in rows):
             self.reader = None
 
     def _clip(self, video_id: str) -> Clip | DataError | None:
-        """A clip as the frame store holds it now, the damage of it, or None where it is there no more.
+        """Reads a clip from the frame store; returns its damage if damaged, None if it is gone.
 
         Raises:
-            DataError: of the storage, or of a part that was merged into another meanwhile; the next call
+            DataError: if the storage fails, or the part was merged into another meanwhile; the next call
                 looks the clip up anew.
         """
         if self.reader is None:
@@ -197,7 +199,7 @@ class FeatureMaker:
         return found
 
     def _made_before(self, part: Part) -> dict[str, dict[str, Any]]:
-        """Features of frames that the store has already, of the part's clips by id."""
+        """Reads features of frames that the store has already, for the part's clips by id."""
         known: dict[str, dict[str, Any]] = {}
         for location in sorted({row["made"] for row in part if row["made"]}):
             ids = {row["video_id"] for row in part if row["made"] == location}
@@ -239,10 +241,10 @@ class FeatureMaker:
 
 
 def _sound_frames(location: str) -> dict[str, dict[str, Any]]:
-    """``stored_frames`` of a part; of a damaged one nothing, so that its clips are encoded again.
+    """Returns ``stored_frames`` of a part; empty if it is damaged, so that its clips are encoded again.
 
     Raises:
-        DataError: where the storage does not give the part.
+        DataError: if the storage does not answer.
     """
     try:
         return stored_frames(location)

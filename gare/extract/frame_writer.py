@@ -1,4 +1,4 @@
-"""Turning rows of the manifest into parts of a frame store, failures included."""
+"""The writer of a frame store's parts from rows of the manifest, including failures."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from gare.errors import DataError, FetchError, GoneError, shown
 
 logger = logging.getLogger(__name__)
 
-#: So many videos of a part, and of a run, are named with their seconds.
+#: Number of slowest videos of a part, and of a run, that are reported with their seconds.
 SLOWEST = 10
 
 
 def cut_into_parts(
     rows: Sequence[Mapping[str, Any]], workers: int, limit: int
 ) -> list[list[Mapping[str, Any]]]:
-    """Rows as parts in the order in which they are best begun: large files first, small parts last.
+    """Divides rows into parts in the best order to begin them: large files first, small parts last.
 
     Args:
-        rows: with ``source_bytes``, None where that is not known.
-        workers: that take parts as they get free; at the end all should have work for about as long.
-        limit: rows of a part at most.
+        rows: with ``source_bytes``, None if unknown.
+        workers: number of workers, which take parts as they become free and should end at about the same
+            time.
+        limit: most rows of a part.
     """
     left = sorted(rows, key=lambda row: -(row["source_bytes"] or 0))
     parts = []
@@ -42,11 +43,11 @@ def cut_into_parts(
 
 
 class MendedFinder:
-    """Looks in a child process for files of which an earlier version may have taken other frames.
+    """Finder of files from which an earlier version may have taken wrong frames, in a child process.
 
     Args:
         extract: settings of the store.
-        source: brings the videos here.
+        source: fetches the videos.
     """
 
     def __init__(self, extract: ExtractConfig, source: VideoSource) -> None:
@@ -54,11 +55,11 @@ class MendedFinder:
         self.process = DecodeProcess()
 
     def find(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Looks at the files of rows of ``StoreUpdate.decoded_before``.
+        """Checks the files of rows of ``StoreUpdate.decoded_before``.
 
         Returns:
-            ``traits``: those of files that show one, by id; ``unknown``: why others could not be looked at;
-            ``written``: how many were.
+            ``traits``: of files that have one, by id; ``unknown``: why others could not be checked, by id;
+            ``written``: number of rows.
         """
         traits: dict[str, str] = {}
         unknown: dict[str, str] = {}
@@ -86,13 +87,14 @@ class MendedFinder:
 
 
 class Extractor:
-    """Decodes clips in a child process and writes each group of them as one part.
+    """Extractor of clips: decodes them in a child process and writes each group as one part.
 
     Args:
         uri: the store.
         extract: its settings.
-        source: brings the videos here.
-        run: what tells this run's parts from those of others, such as an earlier one over the same clips.
+        source: fetches the videos.
+        run: mark that makes the names of this run's parts differ from those of other runs over the same
+            clips.
         generation: of the lock that the run holds, see ``gare.storage.generations``.
     """
 
@@ -110,12 +112,12 @@ class Extractor:
         self.schema = frame_schema(extract)
         self.process = DecodeProcess()
         self.source = source or LocalVideos()
-        # Both take seconds at first, which the first video need not wait for.
+        # Both take seconds the first time; the first video should not wait for them.
         self.process.start()
         table_of([], self.schema)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Extracts rows of ``gare.extract.comparison.compare``; the part appears after the last of them.
+        """Extracts rows of ``gare.extract.comparison.compare``, and writes the part after the last of them.
 
         Returns:
             ``written``, ``failed``, ``frames``, ``bytes`` (of the videos read), ``seconds`` by stage, the
@@ -137,8 +139,7 @@ class Extractor:
                 bad.append(_failure(row, error))
                 logger.warning("%s: %s", row["video_id"], bad[-1]["message"])
             took.append((row["video_id"], time.perf_counter() - started))
-        # Failures first: a kill between the two writes leaves the good ones pending, never a video that is
-        # neither here nor there.
+        # Failures first: a kill between the two writes leaves the good videos pending, and loses none.
         name = name_of([self.run, *(row["video_id"] for row in rows)], self.generation)
         for folder, ended, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, self.schema)):
             if ended:
@@ -175,7 +176,7 @@ class Extractor:
             "uri": shown(row["uri"]),
             "start_s": row["start_s"],
             "end_s": row["end_s"],
-            # Of the file as it was opened: one that changes meanwhile is another version to the next run.
+            # Of the file as it was opened: if it changes meanwhile, the next run sees another version.
             "source_bytes": video.size_bytes,
             "source_version": video.version,
             "num_frames": len(clip.frames),
@@ -197,7 +198,7 @@ class Extractor:
         }
 
     def _checked(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
-        """The clip; what a disk did not give is never taken for a fault or the end of the file."""
+        """Decodes a clip, and makes sure that a disk failure is not taken for a fault or end of the file."""
         try:
             clip = self._decode(row, video)
         except DataError as error:
@@ -231,13 +232,13 @@ class Extractor:
         try:
             return once()
         except DecoderCrashError as error:
-            # Somebody may have killed it, as the system does when memory is short: no fault of the file
-            # until it happens to it again.
+            # It may have been killed from outside, as when memory is short: not a fault of the file unless it
+            # happens again.
             logger.warning("%s: %s; trying once more", row["video_id"], error.what)
             try:
                 return once()
             except DecoderCrashError as second:
-                # The content alone is to blame where it has brought down the decoder both times.
+                # The content is at fault only if the decoder crashed by itself both times.
                 raise second.passing() if error.may_pass else second from second.__cause__
 
     def close(self) -> None:
@@ -255,7 +256,7 @@ def _failure(row: Mapping[str, Any], error: DataError) -> dict[str, Any]:
         "message": error.what,
         "attempts": row["attempts"] + 1,
         "rules": RULES,
-        # What was there when the run began and then was not may be back as it was, of a disk that was
-        # unmounted for an hour.
+        # A file that vanished during the run may come back, such as one on a disk that was unmounted for an
+        # hour.
         "transient": error.may_pass or (isinstance(error, GoneError) and row["source_version"] is not None),
     }

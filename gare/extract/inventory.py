@@ -1,4 +1,4 @@
-"""Counts of a store against its collection at the end of a run."""
+"""Counts of a store compared with its collection at the end of a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gare.storage.files import join
 
 @dataclass(frozen=True)
 class Inventory:
-    """Videos stored, failed and missing.
+    """Counts of stored and failed videos.
 
     Attributes:
         uri: the store.
-        num_wanted: videos of the manifest.
-        num_wanted_stored: those of them that the store holds.
+        num_wanted: number of videos of the manifest.
+        num_wanted_stored: number of these that the store holds.
         counts: as ``_META.json`` has them: videos, failures and parts of the store.
-        failures: the last failure of each video of the manifest that is failed.
-        max_failed_fraction: share of them that may be.
+        failures: the last failure of each failed video of the manifest, by id.
+        max_failed_fraction: share of the manifest's videos that may fail.
     """
 
     uri: str
@@ -35,12 +35,12 @@ class Inventory:
 
     @property
     def has_too_many(self) -> bool:
-        """True if more failed than may."""
+        """True if more videos failed than allowed."""
         return len(self.failures) > self.max_failed_fraction * self.num_wanted
 
     @property
     def is_complete(self) -> bool:
-        """True if every video is stored or one of the few that failed."""
+        """True if every video is stored or failed, and not too many failed."""
         return self.num_wanted_stored + len(self.failures) == self.num_wanted and not self.has_too_many
 
     @property
@@ -49,7 +49,7 @@ class Inventory:
         return Counter(row["message"].split(":")[0] for row in self.failures.values())
 
     def raise_if_too_many(self) -> None:
-        """Ends a run whose collection is worse than it may be.
+        """Raises an error if more videos failed than allowed.
 
         Raises:
             DataError: with the table of reasons.

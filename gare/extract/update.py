@@ -1,6 +1,6 @@
-"""One pass that brings a store of any kind up to its collection: what is left to do, and what came of it.
+"""The update of a store of any kind to its collection: what is left to do, and the result.
 
-Whoever runs it holds the store's lock and decides where the work is done.
+The caller holds the store's lock and decides where the work is done.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from gare.storage.generations import Held
 
 logger = logging.getLogger(__name__)
 
-#: What ``stat`` of a source says of uris.
+#: Type of a source's ``stat``: reads the version of each uri.
 Stat = Callable[[Sequence[str]], Mapping[str, FileVersion | DataError]]
 
 
 class StoreUpdate(ABC):
-    """A store that is to hold a manifest's clips.
+    """Base class of the update of a store to a manifest's clips.
 
     Args:
         config: of the run.
-        manifest: what the store should hold.
+        manifest: the clips that the store should hold.
         uri: the store.
-        settings: all that changes its values.
+        settings: settings that change its values.
         code_version: of this package.
 
     Attributes:
         kind: frames or features.
-        held: the store's lock, from ``hold`` on; every write makes sure of it.
-        again: ids of clips to be made again that earlier rules have decoded, see ``decoded_before``.
+        held: the store's lock, from ``hold`` on; every write checks it.
+        again: ids of clips to be made again that were decoded by earlier rules, see ``decoded_before``.
 
     Raises:
-        DataError: for a store that was made with other settings, naming each that differs.
+        DataError: for a store that was made with other settings, with each that differs.
     """
 
     kind: str
@@ -76,9 +76,9 @@ class StoreUpdate(ABC):
             check_settings(uri, read_meta(uri), settings)
 
     def hold(self, held: Held) -> None:
-        """Takes over the lock of the store, by which all is written from here on."""
+        """Takes over the lock of the store, which all writes check from here on."""
         self.held = held
-        # No job before this one replaces the record from here on, where the storage has conditional writes.
+        # From here on, no earlier job can replace the record, if the storage has conditional writes.
         write_retired(self.uri, read_retired(self.uri), held)
 
     @property
@@ -88,18 +88,18 @@ class StoreUpdate(ABC):
 
     @abstractmethod
     def compare_with_collection(self) -> Comparison:
-        """The store beside its collection as both are now."""
+        """Compares the store with its collection in their present state."""
 
     @property
     @abstractmethod
     def decodes(self) -> bool:
-        """True if the store is made of the files themselves, False if of another store."""
+        """True if the store is made from the files themselves, False if from another store."""
 
     def decoded_before(self) -> list[dict[str, Any]]:
-        """Clips of the manifest that count as they were decoded by earlier rules; their files may show more.
+        """Lists stored clips of the manifest that were decoded by earlier rules, perhaps wrongly.
 
         Returns:
-            ``video_id``, ``uri``, identity and ``complete`` of each, the last None where it is not known.
+            ``video_id``, ``uri``, identity and ``complete`` of each, the last None if unknown.
         """
         if not self.decodes:
             return []
@@ -117,11 +117,11 @@ class StoreUpdate(ABC):
         return take_inventory(self.uri, self.manifest.rows, self.config.extract.max_failed_fraction)
 
     def has_nothing_left(self, comparison: Comparison) -> bool:
-        """Returns True if nothing is left to do, though the description may have to be brought up to date."""
+        """Returns True if no clip is left to make or retire; the description may still be out of date."""
         return not comparison.pending and comparison.retired == read_retired(self.uri)
 
     def inventory_if_done(self, comparison: Comparison) -> Inventory | None:
-        """Counts the store where it is as this pass would leave it; else None."""
+        """Counts the store if it is as this pass would leave it; returns None otherwise."""
         if not self.has_nothing_left(comparison) or not exists(join(self.uri, META)):
             return None
         meta, inventory = read_meta(self.uri), self.count()
@@ -129,10 +129,10 @@ class StoreUpdate(ABC):
         return inventory if is_done else None
 
     def refuse_lost(self, comparison: Comparison) -> None:
-        """Refuses a collection most of which has vanished, before anything is changed.
+        """Raises an error if too much of the collection has vanished, before anything is changed.
 
         Raises:
-            DataError: where more of it is gone than ``extract.max_failed_fraction``.
+            DataError: if more of it is gone than ``extract.max_failed_fraction``.
         """
         most, lost = self.config.extract.max_failed_fraction, comparison.lost
         if len(lost) > most * len(self.manifest.rows):
@@ -144,20 +144,20 @@ class StoreUpdate(ABC):
             )
 
     def mark_incomplete(self, comparison: Comparison) -> None:
-        """Marks the store as incomplete, and what no longer counts."""
+        """Marks the store as incomplete, and retires rows that no longer count."""
         self._describe({}, complete=False)
         write_retired(self.uri, comparison.retired, self.held)
 
     def retire_and_count(self) -> Inventory:
-        """Retires rows that were replaced, so that each clip counts once, whoever wrote it, and counts."""
+        """Retires rows that were replaced, so that each clip counts once, and counts the clips."""
         write_retired(self.uri, self.compare_with_collection().retired, self.held)
         return self.count()
 
     def finish(self, comparison: Comparison, inventory: Inventory, done: Mapping[str, Any]) -> dict[str, Any]:
-        """Records what the store holds; ``result`` with ``done`` of the work.
+        """Records what the store holds; returns ``result`` with ``done``, the numbers of the work.
 
         Raises:
-            DataError: for more failures than ``extract.max_failed_fraction``; what was made stays.
+            DataError: for more failures than ``extract.max_failed_fraction``; the parts written stay.
         """
         self._describe(inventory.counts, complete=inventory.is_complete)
         for reason, count in inventory.reasons.most_common():
@@ -166,7 +166,7 @@ class StoreUpdate(ABC):
         return self.result(comparison, inventory) | dict(done)
 
     def result(self, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
-        """Builds a run's result of the store."""
+        """Builds the result of the run for this store."""
         return {
             "store": self.uri,
             "fingerprint": fingerprint(self.settings),
@@ -190,17 +190,17 @@ class StoreUpdate(ABC):
 
 
 class FrameStoreUpdate(StoreUpdate):
-    """A frame store that is to hold a manifest's clips.
+    """The update of a frame store to a manifest's clips.
 
     Args:
         config: of the run.
-        manifest: what the store should hold.
+        manifest: the clips that the store should hold.
         uri: the store.
-        stat: says of uris which files there are now.
+        stat: reads the present versions of files.
         code_version: of this package.
 
     Raises:
-        DataError: for a store that was made with other settings, naming each that differs.
+        DataError: for a store that was made with other settings, with each that differs.
     """
 
     kind = "frames"
@@ -216,11 +216,11 @@ class FrameStoreUpdate(StoreUpdate):
 
     @property
     def decodes(self) -> bool:
-        """True: it is made of video files."""
+        """Always True: it is made from video files."""
         return True
 
     def compare_with_collection(self) -> Comparison:
-        """The store beside the files as both are now."""
+        """Compares the store with the files in their present state."""
         versions = self._stat([row.uri for row in self.manifest.rows])
         extract = self.config.extract
         return compare(

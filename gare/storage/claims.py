@@ -1,8 +1,7 @@
-"""Claims: files by which jobs ask for a store, and the process that stands behind each.
+"""Claims: files with which jobs ask for a store, each naming its process.
 
-A process is known by its id and by its start in ticks of the kernel since the machine was started, with the
-machine's boot id: none of them moves when the clock is set. Times of day, such as psutil's ``create_time``,
-do.
+A process is identified by its id, its start in kernel ticks since boot, and the machine's boot id. Setting
+the clock changes none of them, unlike times of day such as psutil's ``create_time``.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ import psutil
 from gare.errors import DataError
 from gare.storage.files import read_json_and_bytes
 
-#: Stands between machine and start of the process in ``Claim.machine``. Both are in one field, so that
-#: earlier versions, which refuse unknown fields, understand a claim: to them its machine is another one.
+#: Separator between machine and process start in ``Claim.machine``. Both are in one field, so that earlier
+#: versions, which refuse unknown fields, can read a claim; they take its machine for another one.
 _START = " start "
 
 
@@ -31,15 +30,15 @@ class Claim:
     """A job's file in the lock folder; the smaller one goes first.
 
     Attributes:
-        since_ns: when it asked for the store, by its own clock.
-        job: a name of its own.
+        since_ns: when the job asked for the store, by its own clock.
+        job: unique name of the claim.
         owner: user.
         host: name of its machine.
-        machine: tells one set of process ids from another (two containers may share a host's name), and
-            since claims have it, says in which tick the process started.
+        machine: identifies a set of process ids (two containers may share a host name); newer claims append
+            the kernel tick at which the process started.
         pid: process id.
-        started_s: when the process started, by a clock that may be set; all that earlier versions have.
-        claimed: whether it has the store or is about to, as opposed to waiting.
+        started_s: process start by a clock that may be set; earlier versions have only this.
+        claimed: True if the job has the store or is about to take it, False while it waits.
     """
 
     since_ns: int
@@ -56,20 +55,19 @@ class Claim:
         return f"{self.owner}@{self.host}, process {self.pid}, since {since}"
 
     def is_dead(self) -> bool:
-        """Returns True if its process ran on this machine and is gone; False where that cannot be known."""
+        """Returns True if its process ran on this machine and is gone; False if that cannot be known."""
         machine, _, start = self.machine.partition(_START)
         if machine != _machine():
             return False
         if not psutil.pid_exists(self.pid):
             return True
-        # A claim of an earlier version has no start in ticks. That its process seems to have started at
-        # another time says nothing, since the clock may have been set; of a process id that is used again
-        # its silence tells.
+        # A claim of an earlier version has no start in ticks. A different start time proves nothing, since
+        # the clock may have been set; if the process id was reused, the claim's silence will show it.
         return bool(start) and _start_ticks(self.pid) not in ("", start)
 
 
 def own_claim() -> Claim:
-    """A claim of this process, under a new name."""
+    """Returns a claim of this process under a new name."""
     process = psutil.Process()
     start = _start_ticks(process.pid)
     return Claim(
@@ -84,7 +82,7 @@ def own_claim() -> Claim:
 
 
 def read_claim(location: str) -> tuple[Claim, bytes] | None:
-    """A claim and the bytes that it is written in; None: it has been taken away meanwhile, or is no claim."""
+    """Reads a claim and its bytes; None if it has been deleted meanwhile or is not a claim."""
     try:
         described, content = read_json_and_bytes(location)
         return Claim(**described), content
@@ -93,7 +91,7 @@ def read_claim(location: str) -> tuple[Claim, bytes] | None:
 
 
 def _start_ticks(pid: int) -> str:
-    """Ticks from the start of the machine to that of a process; empty where the system does not say."""
+    """Returns the ticks from boot to the start of a process; empty if the system does not tell."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""Conditional writes on S3: an object that nobody has made yet, or that is still as it was.
+"""Conditional writes on S3: creating an object that does not exist, replacing an unchanged one.
 
-Arrow's file system has no such requests, so they go by boto3. A server that refuses them, or takes them and
-does as if they were not there, is told by the first one, and said once in the log.
+Arrow's file system has no such requests, so they go through boto3. A server that refuses or ignores the
+conditions is recognised at the first request, and named once in the log.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 #: Tries of a request, with random pauses of half a minute in all.
 TRIES = 7
-#: Answers by which a server says that it knows no conditional writes.
+#: Error codes of a server that does not support conditional writes.
 _REFUSALS = {"NotImplemented", "InvalidArgument", "InvalidRequest"}
-#: Another write of the same object at the same moment; the request is to be made again.
+#: Error code for a simultaneous write of the same object; the request has to be repeated.
 _CONFLICT = "ConditionalRequestConflict"
 _CONFLICTS = 5
 
@@ -34,7 +34,7 @@ _lock = threading.Lock()
 
 
 def create_object(uri: str, data: bytes) -> bool | None:
-    """Writes an object unless there is one; False: there is. None: that cannot be asked of this storage.
+    """Writes an object unless it exists; returns False if it does, None if the storage has no such writes.
 
     Raises:
         DataError: if it cannot be written.
@@ -45,14 +45,14 @@ def create_object(uri: str, data: bytes) -> bool | None:
     if done and server not in _tried:
         with _lock:
             _tried.add(server)
-        # The same once more: a server that lets it through does not look at conditions.
+        # Repeated once: a server that accepts it again ignores conditions.
         if _put(uri, data, IfNoneMatch="*"):
             _refuse(server, "takes no notice of conditions")
     return done
 
 
 def replace_object(uri: str, data: bytes, etag: str) -> bool | None:
-    """Writes an object that is as ``etag_of`` found it; False: it is not. None: as in ``create_object``.
+    """Replaces an object that is as ``etag_of`` found it; False if it is not, None as in ``create_object``.
 
     Raises:
         DataError: if it cannot be written.
@@ -61,7 +61,7 @@ def replace_object(uri: str, data: bytes, etag: str) -> bool | None:
 
 
 def etag_of(uri: str) -> str:
-    """The version of an object; empty: there is none, or this storage does not take conditions.
+    """Returns the ETag of an object; empty if it does not exist or the storage has no conditional writes.
 
     Raises:
         DataError: if that cannot be found out.
@@ -100,7 +100,7 @@ def _put(uri: str, data: bytes, **condition: str) -> bool | None:
 
 
 def _server_of(uri: str) -> tuple[str, str] | None:
-    """Endpoint and bucket; None where there are no conditional writes."""
+    """Returns endpoint and bucket; None if conditional writes are not supported."""
     if scheme_of(uri) != "s3":
         return None
     address = address_of(uri)
@@ -122,7 +122,7 @@ def _refuse(server: tuple[str, str], why: str) -> None:
 
 
 def _answer(error: Exception) -> tuple[int, str]:
-    """HTTP status and S3's code of a refusal; 0 and empty for anything else."""
+    """Returns the HTTP status and S3's error code; 0 and empty for other errors."""
     response: dict[str, Any] = getattr(error, "response", None) or {}
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return int(status), str(response.get("Error", {}).get("Code", ""))
@@ -144,5 +144,5 @@ def _client(address: S3Address) -> Any:
 
 @lru_cache(maxsize=16)
 def _client_of(endpoint: str, region: str, credentials: tuple[str, ...]) -> Any:
-    del credentials  # a key of the cache alone
+    del credentials  # only part of the cache key
     return s3_client(timeout_s=CONNECT_TIMEOUT_S, attempts=TRIES, endpoint=endpoint, region=region)

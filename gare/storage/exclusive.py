@@ -1,6 +1,6 @@
-"""Files that come into being once, and files that only the holder of a lock replaces.
+"""Files that are created once, and files that only the holder of a lock replaces.
 
-Locally the former is a hard link, which is never put over another file; on S3 both are conditional writes.
+Locally, creation is a hard link, which never replaces a file; on S3 both are conditional writes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from gare.errors import DataError, shown
 from gare.storage.conditional import create_object, etag_of, replace_object
 from gare.storage.files import delete_file, exists, join, open_fs, write_atomically
 
-#: Answers of a file system without hard links.
+#: Error numbers of a file system without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-#: A write whose answer was lost looks like another job's, once.
+#: Tries of a write: if its answer was lost, it looks once like another job's.
 _TRIES = 3
 
 
 def create_file(folder: str, name: str, data: bytes) -> bool:
-    """Writes a file that appears whole, unless there is one of this name.
+    """Creates a file that appears whole, unless one of this name exists.
 
-    Where neither hard links nor conditional requests are to be had, two jobs that create it at the same
-    moment may both succeed, and the later one's content stays.
+    Without hard links and conditional requests, two jobs that create it at the same moment may both succeed,
+    and the later one's content stays.
 
     Args:
         folder: local path or URI.
@@ -35,7 +35,7 @@ def create_file(folder: str, name: str, data: bytes) -> bool:
         data: its content.
 
     Returns:
-        False where the file was there already; it is then as it was.
+        False if the file existed already; it is then unchanged.
 
     Raises:
         DataError: if it cannot be written.
@@ -49,7 +49,7 @@ def create_file(folder: str, name: str, data: bytes) -> bool:
         if created is None:
             write_atomically(location, data)
         return created is not False
-    # A name that nobody lists; what a kill leaves is removed with other temporary files.
+    # A name that no listing shows; if the job is killed, it is removed with other temporary files.
     whole = join(folder, f".gare-{uuid.uuid4().hex}.tmp")
     try:
         write_atomically(whole, data)
@@ -68,17 +68,17 @@ def create_file(folder: str, name: str, data: bytes) -> bool:
 
 
 def replace_file(uri: str, data: bytes, check: Callable[[], None]) -> None:
-    """Replaces a file by whom ``check`` lets through, even where it sleeps between its check and the write.
+    """Replaces a file if ``check`` passes, safely even if the job is suspended between check and write.
 
-    Without conditional requests one that sleeps just there still writes.
+    Without conditional requests, a job that is suspended just there still writes.
 
     Args:
         uri: the file.
         data: its new content.
-        check: makes sure that the caller may write; raises otherwise.
+        check: raises if the caller may not write.
 
     Raises:
-        DataError: if it cannot be written, or others write it all the time.
+        DataError: if it cannot be written, or others keep writing it.
     """
     for _ in range(_TRIES):
         etag = etag_of(uri)
@@ -92,9 +92,9 @@ def replace_file(uri: str, data: bytes, check: Callable[[], None]) -> None:
 
 
 def renew_object(uri: str, data: bytes) -> bool:
-    """Writes an object anew that nobody else writes; False where it was deleted, which stays so.
+    """Rewrites an object that only the caller writes; returns False, and leaves it so, if it was deleted.
 
-    Where conditional requests are not to be had, one that is deleted at the same moment may come back.
+    Without conditional requests, an object that is deleted at the same moment may come back.
 
     Raises:
         DataError: if it cannot be written.

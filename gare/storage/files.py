@@ -1,7 +1,7 @@
 """Locations: local paths and URIs such as s3://bucket/key, opened with pyarrow.fs alone.
 
 A location without ``scheme://`` is a local path and is taken literally: spaces, '#', '%' and '@' are
-ordinary characters there. In a URI they are percent-encoded, which ``join`` and ``list_files`` see to.
+ordinary characters there. In a URI they are percent-encoded, which ``join`` and ``list_files`` take care of.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gare.storage.uris import is_uri, scheme_of
 ACCEPTED = "a local path, file:///… or an object store's URI such as s3://bucket/key"
 
 _TEMPORARY = ".gare-"
-#: Times that an object is read which is no JSON, since it may have been replaced meanwhile.
+#: Times that an object is read if it is not JSON, since it may have been replaced meanwhile.
 _JSON_READS = 3
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -42,7 +42,7 @@ def open_fs(uri: str) -> tuple[pafs.FileSystem, str]:
     Returns:
         The file system and the path inside it; local paths come back absolute.
 
-    S3 is reached as ``gare.storage.object_store`` says.
+    S3 is reached as described in ``gare.storage.object_store``.
 
     Raises:
         DataError: for an empty location or a URI that pyarrow cannot open.
@@ -85,7 +85,7 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The content of a file, as it is stored: a .gz file stays compressed.
+    """Returns the content of a file as it is stored: a .gz file stays compressed.
 
     Raises:
         DataError: if the file is missing or cannot be read.
@@ -98,12 +98,12 @@ def read_bytes(uri: str) -> bytes:
 def write_atomically(uri: str, data: bytes | memoryview) -> None:
     """Writes a file that appears whole or not at all; creates its folder, replaces an older file.
 
-    Locally a temporary file beside it is synced to disk and renamed; an object store shows an object when
-    all of it is uploaded. An interrupt at any moment leaves the older file or the whole new one; it is raised
-    once the writing has ended.
+    Locally a temporary file beside it is synced to disk and renamed; an object store shows an object once it
+    is uploaded completely. An interrupt at any moment leaves the older file or the whole new one; it is
+    raised once the writing has ended.
 
     Raises:
-        DataError: if it cannot be written (FullDiskError for lack of room); an older file is then as it was.
+        DataError: if it cannot be written (FullDiskError for lack of space); an older file is then unchanged.
     """
     filesystem, path = open_fs(uri)
     with _faults_of(uri, "cannot be written"):
@@ -114,12 +114,12 @@ def write_atomically(uri: str, data: bytes | memoryview) -> None:
 
 
 def list_files(uri: str, suffix: str = "", *, recursive: bool = False) -> list[str]:
-    """The locations of the files in a folder, sorted.
+    """Returns the locations of the files in a folder, sorted.
 
     Args:
         uri: the folder; one that is missing has no files.
-        suffix: only names that end so.
-        recursive: also those of its subfolders.
+        suffix: only names with this ending.
+        recursive: also the files of its subfolders.
 
     Raises:
         DataError: if the folder cannot be listed.
@@ -150,14 +150,14 @@ def delete_file(uri: str) -> None:
 
 
 def delete_leftovers(uri: str, before_ns: int) -> int:
-    """Deletes what killed writers have left below a local folder: temporary files that never got their name.
+    """Deletes temporary files that killed writers have left below a local folder.
 
-    An object store keeps none that could be listed: what is uploaded in part is not there.
+    An object store has none to list: partial uploads are not visible.
 
     Args:
         uri: the folder; one that is missing holds nothing.
-        before_ns: time of the last change, nanoseconds, from which on they are left alone: somebody may be
-            writing them.
+        before_ns: nanoseconds; files last changed at this time or later are kept, since a job may be writing
+            them.
 
     Returns:
         The number of files that were deleted.
@@ -179,7 +179,7 @@ def delete_leftovers(uri: str, before_ns: int) -> int:
 
 
 def stat_file(uri: str) -> tuple[int, int] | None:
-    """Size in bytes and time of the last change (nanoseconds, of the storage's clock); None: no such file.
+    """Returns size in bytes and time of the last change (ns, the storage's clock); None if there is no file.
 
     Raises:
         DataError: if that cannot be found out.
@@ -212,7 +212,7 @@ def delete_tree(uri: str) -> None:
 def _absolute(path: str) -> str:
     try:
         return str(Path(path).expanduser().absolute())
-    except RuntimeError as error:  # ~name of nobody on this machine
+    except RuntimeError as error:  # ~name of an unknown user
         raise DataError(f"has no home folder: {error}", where=path, accepted=ACCEPTED) from error
 
 
@@ -294,12 +294,12 @@ def write_json(uri: str, content: object) -> None:
 
 
 def json_bytes(content: object) -> bytes:
-    """JSON as ``write_json`` writes it."""
+    """Returns JSON as ``write_json`` writes it."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode()
 
 
 def read_json(uri: str) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Raises:
         DataError: if it cannot be read or is not JSON.
@@ -308,10 +308,10 @@ def read_json(uri: str) -> Any:
 
 
 def read_json_and_bytes(uri: str) -> tuple[Any, bytes]:
-    """The content of a JSON file, and the bytes that it was read from.
+    """Reads a JSON file; returns its content and the bytes that it was read from.
 
-    An object is asked for its size before it is read. One that is replaced by a longer one in between comes
-    cut off, which is no JSON, and is read again.
+    The size of an object is asked before it is read. If a longer object replaces it in between, the text is
+    cut off, is not JSON, and is read again.
 
     Raises:
         DataError: if it cannot be read or is not JSON.

@@ -1,13 +1,12 @@
-"""Generations of a store's writers: the highest number owns the store, what others write late is void.
+"""Generations of a store's writers: the highest number owns the store, late writes of others are void.
 
 Each job that gets the lock of a store begins a generation: a file ``generations/00000007.json`` that nobody
 else has, with a number above all before it. The job with the highest number is the owner, whatever claims
-say.
-Parts carry the number of their generation in their name.
+say. Parts carry the number of their generation in their name.
 
-A job that was taken over may still be writing: it was suspended, or workers of a dead driver live on. Which
-of its parts were there when its successor began is in the successor's file, its *fence*; others, which came
-later, never count. See docs/design/store-writers.md.
+A job that has lost the store may still be writing: it was suspended, or workers of a dead driver live on. Its
+successor's file lists the parts that were there when the successor began, the *fence*; parts that come later
+never count. See docs/design/store-writers.md.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Generation:
     """The content of a generation's file.
 
     Attributes:
-        number: from 1; 0: no job that knows of generations has written here.
+        number: from 1; 0 if no job that uses generations has written here.
         job: name of the claim of the job that began it.
-        released: whether its job went through, and so has nothing left that could write.
+        released: True if its job completed, so that no worker of it can still write.
         fences: number of an earlier generation that was not released → its parts that count, as
             ``data/part-….parquet``.
     """
@@ -46,7 +45,7 @@ class Generation:
     fences: Mapping[str, Iterable[str]] = field(default_factory=dict)
 
     def counting(self, folder: str, locations: Iterable[str]) -> list[str]:
-        """Parts without those that a job wrote after another one had taken its place."""
+        """Returns the parts that count: not those that a job wrote after another took its place."""
         fences = {int(number): set(names) for number, names in self.fences.items()}
         return [one for one in locations if not fences or _counts(folder, one, fences)]
 
@@ -57,11 +56,11 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """A store that is held by the lock, or by a caller who sees to it himself.
+    """A store that is held by the lock, or by a caller that guarantees this itself.
 
     Attributes:
         generation: number of the holder.
-        check: makes sure that it still is the holder; raises a GareError otherwise.
+        check: raises a GareError if the holder has lost the store.
     """
 
     generation: int = 0
@@ -70,7 +69,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Owned:
-    """A folder that a job has the lock of, as its workers on other machines see it.
+    """A folder that a job has locked, as the job's workers on other machines see it.
 
     Attributes:
         uri: the folder.
@@ -89,7 +88,7 @@ class Owned:
         return newest_number(self.uri) > self.generation
 
     def fault(self) -> LockLostError:
-        """The error that ends the work of a job that has lost the lock."""
+        """Returns the error that ends the work of a job that has lost the lock."""
         return LockLostError(
             "the lock was lost: another job has taken it over",
             where=self.uri,
@@ -98,18 +97,18 @@ class Owned:
 
 
 def part_name(generation: int, digest: str) -> str:
-    """Name of a part's file; that of parts outside any generation is as earlier versions wrote it."""
+    """Returns the name of a part's file; without a generation, as earlier versions wrote it."""
     return f"part-{generation:08d}-{digest}.parquet" if generation else f"part-{digest}.parquet"
 
 
 def generation_of(location: str) -> int:
-    """The generation that wrote a part; 0 for a part of an earlier version."""
+    """Returns the generation that wrote a part; 0 for a part of an earlier version."""
     found = _PART.search(location)
     return int(found[2]) if found else 0
 
 
 def newest_number(uri: str) -> int:
-    """Number of the newest generation, by one listing; 0: there is none.
+    """Returns the number of the newest generation, by one listing; 0 if the store has none.
 
     Raises:
         DataError: if the folder cannot be listed.
@@ -118,7 +117,7 @@ def newest_number(uri: str) -> int:
 
 
 def newest(uri: str) -> Generation:
-    """The newest generation of a store.
+    """Reads the newest generation of a store.
 
     Raises:
         DataError: if it cannot be read.
@@ -137,24 +136,25 @@ def newest(uri: str) -> Generation:
 
 
 def begin(uri: str, job: str, may: Callable[[], bool] = lambda: True) -> Generation | None:
-    """Begins a generation of a store, whose lock is the job's, and fences what a predecessor may still write.
+    """Begins a generation for the job that has the lock, and fences late writes of predecessors.
 
     Args:
         uri: the store.
         job: name of its claim.
-        may: True as long as the claim is there; asked between the look at the newest generation and the
-            creation of the next. Who takes the claim away does so before it begins its own, so that nobody
-            begins one above that of his successor.
+        may: returns True while the job's claim is there; called between reading the newest generation and
+            creating the next. A successor deletes the claim before it begins its own generation, so that no
+            job begins one above its successor's.
 
     Returns:
-        None where the claim is gone.
+        the generation, or None if the claim is gone.
 
     Raises:
         DataError: if the store cannot be listed or written.
     """
     while True:
         before, parts = newest(uri), _parts(uri)
-        # Above the parts, too: without conditional writes a generation's file may be lost, see the page.
+        # Above the parts, too: without conditional writes a generation's file may be lost, see
+        # docs/design/store-writers.md.
         number = max(before.number, *parts, 0) + 1
         ours = Generation(number, job, fences=_fences(before, parts))
         content = json.dumps(asdict(ours), indent=1).encode()
@@ -165,7 +165,7 @@ def begin(uri: str, job: str, may: Callable[[], bool] = lambda: True) -> Generat
 
 
 def release(uri: str, ours: Generation) -> None:
-    """Says that a generation's job went through, so that its successor need not fence it.
+    """Records that a generation's job completed, so that its successor need not fence it.
 
     Raises:
         DataError: if that cannot be written.
@@ -183,7 +183,7 @@ def withdraw(uri: str, ours: Generation) -> None:
 
 
 def forget_before(uri: str, ours: Generation) -> None:
-    """Deletes the files of earlier generations, of which the newest one says all that matters.
+    """Deletes the files of earlier generations; the newest one holds all that matters of them.
 
     Raises:
         DataError: if one cannot be deleted.
@@ -200,7 +200,7 @@ def _counts(folder: str, location: str, fences: Mapping[int, set[str]]) -> bool:
 
 
 def _parts(uri: str) -> dict[int, set[str]]:
-    """Parts that are there, as ``data/part-….parquet``, by the number of their generation."""
+    """Returns the existing parts, as ``data/part-….parquet``, by the number of their generation."""
     found: dict[int, set[str]] = {}
     for folder in PART_FOLDERS:
         for location in list_files(join(uri, folder), ".parquet"):
@@ -212,7 +212,7 @@ def _parts(uri: str) -> dict[int, set[str]]:
 def _fences(before: Generation, parts: Mapping[int, set[str]]) -> dict[str, list[str]]:
     earlier = {int(number): set(names) for number, names in before.fences.items()}
     fences = {number: parts.get(number, set()) & names for number, names in earlier.items()}
-    # Those of which no file says that they went through.
+    # Generations without a file that records their completion.
     fences |= {number: names for number, names in parts.items() if number > before.number}
     if before.number and not before.released:
         fences[before.number] = parts.get(before.number, set())

@@ -1,13 +1,14 @@
-"""One writer at a time in a store, with nothing but files: a mounted disk or an object store will do.
+"""A lock for one writer at a time in a store, made of plain files on a disk or in an object store.
 
-A training run has one driver at a time by the same means. Every job that wants to write keeps a file of its
-own in the store's folder ``lock``: ``waiting``, or ``claimed``. It holds the store once it has claimed it and
-*then* sees no other claim of a living job: of two that claim at once at least the one that looks later sees
-both, and the elder goes first. A claim is renewed while its job lives; one that does not change for a while,
-by the steady clock of the job that looks, is void. No two clocks are compared, and none that can be set.
+The same lock gives a training run one driver at a time. Every job that wants to write keeps its own file in
+the store's folder ``lock``: ``waiting`` or ``claimed``. It holds the store once it has claimed it and *then*
+sees no other claim of a living job. If two jobs claim at once, at least the one that looks later sees both
+claims, and the older one goes first. A claim is renewed while its job lives; one that does not change for a
+while, by the steady clock of the job that looks, is void. No two clocks are compared, and no clock that can
+be set.
 
-Who has claimed the store begins a generation, see ``gare.storage.generations``, and holds the store for as
-long as its claim is there and nobody has begun a newer one.
+The job that has claimed the store begins a generation, see ``gare.storage.generations``. It holds the store
+as long as its claim is there and no job has begun a newer generation.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ logger = logging.getLogger(__name__)
 FOLDER = "lock"
 _POLL_S = 0.5
 _TELL_EVERY_S = 60.0
-#: Jobs that claim at the same moment settle who goes first within this.
+#: Seconds within which jobs that claim at the same moment settle which one goes first.
 _SETTLE_S = 5.0
 
 
 class _Silence:
     """Measures for how long claims have not changed.
 
-    Only time during which this job looks again and again counts: one that was itself suspended, perhaps with
-    the owner of the claim, has learnt nothing meanwhile.
+    Only time during which this job keeps looking counts: a job that was suspended itself, perhaps with the
+    owner of the claim, has learnt nothing meanwhile.
 
     Args:
         stale_s: seconds after which a claim is void.
@@ -79,7 +80,7 @@ class _Silence:
         self._looked = now
 
     def of(self, location: str, sign: object) -> tuple[float, bool]:
-        """Seconds for which a claim has been like this, and whether it has ever changed while we looked."""
+        """Returns the seconds a claim has not changed for, and True if it ever changed while we looked."""
         before, silent_s, has_changed = self._seen.get(location, (None, 0.0, False))
         if before == sign:
             silent_s += self._step_s
@@ -90,7 +91,7 @@ class _Silence:
 
 
 class StoreLock:
-    """Holds a store while the context lasts.
+    """Context manager that holds the lock of a store.
 
     Args:
         uri: the store, or another folder that one job at a time is to work in.
@@ -98,11 +99,11 @@ class StoreLock:
         stale_s: seconds without a sign of life, while this job looks, after which the claim of a job
             elsewhere is void.
 
-    Who enters removes temporary files that killed jobs have left in the store, once they are older than
+    Entering removes temporary files that killed jobs have left in the store, once they are older than
     ``stale_s``.
 
     Raises:
-        DataError: on entering, where another job has the store and ``when_locked`` is ``refuse``, or if the
+        DataError: on entering, if another job has the store and ``when_locked`` is ``refuse``, or if the
             folder cannot be written.
     """
 
@@ -119,7 +120,7 @@ class StoreLock:
         self._confirmed_s = _steady_s()
         self._generation = Generation()
         self._silence = _Silence(stale_s)
-        #: Claims that were silent for long when they were first seen, until it is clear whether they live.
+        #: Jobs with a claim that was already old when first seen, until it is clear whether they live.
         self._doubtful: set[str] = set()
         self._thread = threading.Thread(target=self._renew_until_ended, daemon=True, name="store lock")
 
@@ -146,14 +147,14 @@ class StoreLock:
             # After a fault, workers may still be about to write.
             if went_through and not self._lost and self._is_ours():
                 release(self.uri, self._generation)
-        except DataError as error:  # the next job fences what is not there to come
+        except DataError as error:  # harmless: the next job then fences a job that writes no more
             logger.warning("%s", error)
         finally:
             delete_file(self._location)
 
     @property
     def held(self) -> Held:
-        """By which what is written says whose it is, and makes sure that it may."""
+        """Generation number and check of the lock, for what the holder writes."""
         return Held(self._generation.number, self.check)
 
     @property
@@ -162,25 +163,25 @@ class StoreLock:
         return Owned(self.uri, self._generation.number)
 
     def check(self) -> None:
-        """Makes sure that the store is still ours, by looking.
+        """Checks in the storage that this job still holds the store.
 
         Raises:
-            LockLostError: where another job has taken it over, since this one showed no sign of life too
+            LockLostError: if another job has taken it over, since this one showed no sign of life for too
                 long.
-            DataError: where nothing could be found out for so long that it may have been taken over.
+            DataError: if the storage did not answer for so long that the store may have been taken over.
         """
         if not self._lost:
             try:
                 self._lost = not self._is_ours()
             except DataError:
-                # A storage that does not answer for a moment; others need longer to take anything over.
+                # The storage does not answer for a moment; other jobs wait longer before they take over.
                 if _steady_s() - self._confirmed_s > self._stale_s / 2:
                     raise
         if self._lost:
             raise self.owned.fault()
 
     def _begin(self) -> None:
-        """Gets the store and begins a generation, which nobody can have done meanwhile."""
+        """Acquires the store and begins a generation; starts again if another job got the store meanwhile."""
         while True:
             self._acquire()
             begun = begin(self.uri, self._claim.job, lambda: exists(self._location))
@@ -232,7 +233,7 @@ class StoreLock:
         try:
             if deleted := delete_leftovers(self.uri, before_ns):
                 logger.info("%s: removed %d temporary files of killed jobs", self.uri, deleted)
-        except DataError as error:  # another user's, for one: nothing that the work needs
+        except DataError as error:  # such as another user's files; the work does not need this
             logger.warning("%s", error)
 
     def _refuse(self, others: list[Claim]) -> None:
@@ -243,7 +244,7 @@ class StoreLock:
         )
 
     def _living_claims(self) -> list[Claim]:
-        """Claims of others; those of dead jobs are taken away."""
+        """Returns other living jobs that have claimed the store; deletes the claims of dead jobs."""
         mine = stat_file(self._location)
         self._silence.look()
         living = []
@@ -260,7 +261,7 @@ class StoreLock:
                 delete_file(location)
             elif claim.claimed:
                 living.append(claim)
-                # The storage's clock may have been set since, so that its word alone is not enough.
+                # The storage's clock may have been set since, so that age alone is not enough.
                 is_old = mine is not None and (mine[1] - info[1]) / 1e9 > self._stale_s
                 (self._doubtful.add if is_old and not has_changed else self._doubtful.discard)(claim.job)
         return living
@@ -270,7 +271,7 @@ class StoreLock:
         write_json(self._location, dataclasses.asdict(self._claim))
 
     def _renew(self) -> bool:
-        """Shows a sign of life; False where another job has taken the file away."""
+        """Renews the claim; returns False if another job has deleted its file."""
         filesystem, path = open_fs(self._location)
         if filesystem.type_name == "local":
             try:
@@ -288,7 +289,7 @@ class StoreLock:
                 if not self._renew() or not self._is_ours():
                     self._lost = True
                     logger.error("%s: the lock was lost: another job has taken it over", self.uri)
-                    # Renewing may have brought back what the other job had taken away.
+                    # Renewing may have recreated the file that the other job had deleted.
                     delete_file(self._location)
                     return
             except DataError as error:
@@ -296,5 +297,5 @@ class StoreLock:
 
 
 def _steady_s() -> float:
-    """Seconds of a clock that nobody sets, and that goes on while the machine is suspended."""
+    """Returns seconds of a clock that cannot be set and goes on while the machine is suspended."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,8 +1,8 @@
-"""S3 and what speaks its protocol, as pyarrow opens it: endpoint and region from where boto3 has them too.
+"""S3-compatible storage opened by pyarrow, with endpoint and region from where boto3 takes them.
 
-pyarrow reads credentials from the standard places (environment, profile, instance role), but leaves
-AWS_ENDPOINT_URL unread where a file system is made by its constructor, and gives no control over new tries
-where one is made from a URI.
+pyarrow reads credentials from the standard places (environment, profile, instance role), but ignores
+AWS_ENDPOINT_URL if a file system is made by its constructor, and gives no control over retries if it is made
+from a URI.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gare.errors import DataError, shown
 #: an error.
 MAX_RETRIES = 11
 CONNECT_TIMEOUT_S = 10.0
-#: Without an endpoint of their own, buckets say themselves where they are.
+#: Region for a custom endpoint; without one, AWS tells the region of a bucket.
 _DEFAULT_REGION = "us-east-1"
 _QUERY_KEYS = ("region", "scheme", "endpoint_override")
 
@@ -34,8 +34,9 @@ class S3Address:
         key: of the object or folder, without a slash at its end.
         region: of the bucket.
         scheme: https or http.
-        host: of the server, with its port; empty: AWS.
-        credentials: what tells one environment from another; the SDKs themselves read the credentials.
+        host: of the server, with its port; empty for AWS.
+        credentials: environment variables that tell credentials apart, as a cache key; the SDKs read the
+            credentials themselves.
     """
 
     bucket: str
@@ -47,12 +48,12 @@ class S3Address:
 
     @property
     def endpoint(self) -> str:
-        """URL of the server; empty: AWS."""
+        """URL of the server; empty for AWS."""
         return f"{self.scheme}://{self.host}" if self.host else ""
 
 
 def open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system and the path inside it, bucket first, of ``s3://bucket/key``.
+    """Returns the file system of ``s3://bucket/key`` and the path inside it, bucket first.
 
     Raises:
         DataError: as ``address_of``.
@@ -64,14 +65,14 @@ def open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def address_of(uri: str) -> S3Address:
-    """The parts of ``s3://bucket/key``, completed from the environment.
+    """Parses ``s3://bucket/key`` and completes it from the environment.
 
     The query may have region, scheme and endpoint_override, as pyarrow's own URIs. Else the endpoint is
     AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, and the region AWS_REGION or AWS_DEFAULT_REGION, or the bucket's.
 
     Raises:
         DataError: for a URI that names no bucket, holds credentials or has another query.
-        OSError: where the region of a bucket cannot be found out.
+        OSError: if the region of a bucket cannot be found out.
     """
     rest, _, query_text = uri.partition("://")[2].partition("?")
     bucket, _, key = rest.partition("/")
@@ -107,7 +108,7 @@ def _environment(*names: str) -> str:
 
 
 def _credentials() -> tuple[str, ...]:
-    """Builds a key that tells one environment from another; the SDK itself reads the credentials."""
+    """Builds a cache key that tells credentials apart; the SDK itself reads the credentials."""
     names = ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "AWS_PROFILE")
     return tuple(os.environ.get(name, "") for name in names)
 
@@ -119,7 +120,7 @@ def _region_of(bucket: str) -> str:
 
 @lru_cache(maxsize=16)
 def _file_system(region: str, scheme: str, endpoint: str, credentials: tuple[str, ...]) -> pafs.S3FileSystem:
-    del credentials  # a key of the cache alone
+    del credentials  # only part of the cache key
     return pafs.S3FileSystem(
         region=region,
         scheme="http" if scheme == "http" else "https",

@@ -1,4 +1,4 @@
-"""Waiting for a storage that does not answer, and telling its faults from those that stay."""
+"""Retries for a storage that does not answer, and tests for faults that waiting cannot cure."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ PATIENCE_S = 600.0
 FIRST_PAUSE_S = 1.0
 #: The longest pause between two tries.
 MAX_PAUSE_S = 20.0
-#: What does not pass by itself: a full disk, a quota, a folder that may not be written.
+#: Errors that do not pass by themselves: a full disk, a quota, a folder that may not be written.
 LASTING = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 )
-#: What a file's content cannot bring about: a machine without room or handles, a lost mount. EIO and ENOMEM
-#: are not among them: FFmpeg answers so to damaged files, too.
+#: Errors that a file's content cannot cause: a machine without space or handles, a lost mount. EIO and ENOMEM
+#: are not among them: FFmpeg reports them for damaged files, too.
 _OF_THE_MACHINE = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
 )
 
 
 def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_S) -> T:
-    """Tries until a storage that does not answer answers, the fault is one that lasts, or patience ends.
+    """Repeats an action until the storage answers, a fault is lasting, or ``patience_s`` is over.
 
     Args:
         action: what to do.
@@ -61,7 +61,7 @@ def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Returns True if a person has to mend a fault: one of the content, or a lasting one of its place."""
+    """Returns True if waiting cannot cure a fault: it is in the content, or lasting such as a full disk."""
     return not is_of_a_file(error) or _has_errno(error, LASTING)
 
 
@@ -71,7 +71,7 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 def is_of_a_file(error: BaseException) -> bool:
-    """True if an error of the system stands behind this one, as it does where a storage does not answer."""
+    """True if an OSError is among the causes of an error, as when a storage does not answer."""
     return any(isinstance(one, OSError) for one in _causes(error))
 
 

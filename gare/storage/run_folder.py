@@ -7,7 +7,7 @@ from typing import Any
 
 from gare.storage.files import exists, join, read_json, write_json
 
-#: What every step leaves in its folder: what it prints on stdout.
+#: File that every step leaves in its folder: what it prints on stdout.
 RESULT = "result.json"
 
 
@@ -23,23 +23,23 @@ class RunFolder:
 
     @classmethod
     def of_evaluation(cls, folder: str) -> RunFolder:
-        """The run whose evaluation is in this folder."""
+        """Returns the run that an evaluation's folder belongs to."""
         return cls(folder.rstrip("/").rsplit("/", 1)[0])
 
     @property
     def name(self) -> str:
-        """DATA SET/RUN."""
+        """Name of the run as ``DATA SET/RUN``."""
         data_set, _, run = self.uri.rsplit("/", 3)[1:]
         return f"{data_set}/{run}"
 
     @property
     def record(self) -> str:
-        """File of the settings and data that make the run this run, written as it begins."""
+        """File of the settings and data that identify the run, written when it begins."""
         return join(self.uri, "run.json")
 
     @property
     def result(self) -> str:
-        """File of the training's result, written as it ends."""
+        """File of the training's result, written when it ends."""
         return join(self.uri, RESULT)
 
     @property
@@ -69,20 +69,20 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """True if the training has gone through."""
+        """True if the training has completed."""
         return exists(self.result)
 
     def is_its_best(self, checkpoint: str) -> bool:
-        """Returns True if a checkpoint is the run's best one, wherever the storage root is seen from."""
+        """Returns True if a checkpoint is the run's best one, whatever path leads to the storage root."""
         data_set, _, run = self.name.partition("/")
         return checkpoint.endswith(f"/{data_set}/runs/{run}/best")
 
     def read_record(self) -> dict[str, Any]:
-        """Reads the record; empty where there is none."""
+        """Reads the record; empty if it is missing."""
         return dict(read_json(self.record)) if self.has_begun else {}
 
     def read_result(self) -> dict[str, Any]:
-        """Reads the result; empty where there is none."""
+        """Reads the result; empty if it is missing."""
         return dict(read_json(self.result)) if self.is_finished else {}
 
     def write_record(self, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Clients of S3 and what speaks its protocol, by boto3: imported here alone, and when it is needed."""
+"""Clients of S3-compatible storage by boto3, which is imported only here, and when it is needed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def s3_client(
     endpoint: str = "",
     region: str = "",
 ) -> Any:
-    """A client, with credentials from the environment, a profile, or an instance's or pod's role.
+    """Returns a client with credentials from the environment, a profile, or an instance's or pod's role.
 
     Args:
         timeout_s: seconds to connect, and for each answer.
         attempts: tries of a request.
         connections: requests at once.
         anonymous: whether to go without credentials.
-        endpoint: URL of the server; empty: where the environment or profile says, else AWS.
-        region: of the bucket; empty: as the environment or profile says.
+        endpoint: URL of the server; empty: from the environment or profile, else AWS.
+        region: of the bucket; empty: from the environment or profile.
     """
     import boto3
     from botocore import UNSIGNED
@@ -32,7 +32,7 @@ def s3_client(
     config = Config(
         connect_timeout=timeout_s,
         read_timeout=timeout_s,
-        # Not "standard", whose budget of tries is shared by all requests: an outage uses it up, and the first
+        # Not "standard": all requests share its budget of tries. An outage uses it up, and the first
         # connection that is lost after it is then an error.
         retries={"total_max_attempts": attempts, "mode": "legacy"},
         max_pool_connections=connections,

@@ -2,7 +2,7 @@
 
 Python raises an interrupt in the main thread between any two of its instructions. Arrow's streams complete an
 upload when they are destroyed, so one that an interrupt drops between its opening and its end would put an
-empty or a partial object in the place of a whole one. Another thread is never interrupted.
+empty or a partial object in the place of a whole one. Threads other than the main one are never interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def run_whole(action: Callable[[], T], what: str) -> T:
 
     Args:
         action: what is to be done whole or not at all.
-        what: its name, to be said where an interrupt has to wait.
+        what: its name, for the log if an interrupt has to wait.
 
     Raises:
         BaseException: what the action raises, or the interrupt: the action has then ended, or never begins.
@@ -45,7 +45,7 @@ def run_whole(action: Callable[[], T], what: str) -> T:
 class _Task(Generic[T]):
     """An action that begins once or never.
 
-    Its locks are bare ones: an interrupt cannot leave them half held, as those of ``threading.Event``.
+    It uses bare locks: an interrupt cannot leave them half held, as it can those of ``threading.Event``.
     """
 
     def __init__(self, action: Callable[[], T]) -> None:
@@ -79,7 +79,7 @@ class _Task(Generic[T]):
                     told = True
                     logger.warning("interrupted: %s is ended first", what)
                 self.ended.acquire()
-            except BaseException:  # asked again
+            except BaseException:  # waits again
                 continue
 
     def result(self) -> T:
@@ -87,5 +87,5 @@ class _Task(Generic[T]):
             try:
                 raise self._error
             finally:
-                self._error = None  # a traceback that holds itself
+                self._error = None  # else error and traceback hold each other
         return self._value[0]

@@ -10,7 +10,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def scheme_of(location: str) -> str:
-    """The scheme in lower case; ``file`` for a local path, which has none."""
+    """Returns the scheme in lower case; ``file`` for a local path, which has none."""
     found = _SCHEME.match(location)
     return found[1].lower() if found else "file"
 
@@ -21,9 +21,9 @@ def is_uri(location: str) -> bool:
 
 
 def local_path(location: str) -> str:
-    """The path that a local path or a ``file://`` URI means, absolute.
+    """Returns the absolute path that a local path or a ``file://`` URI means.
 
-    In a URI names are percent-encoded; one that was written down without that is found too.
+    Names in a URI are percent-encoded; a URI that was written without encoding is found too.
     """
     if not is_uri(location):
         return str(Path(location).expanduser().absolute())

@@ -1,8 +1,8 @@
 """ActivityNet Captions as paragraph retrieval: 10,009 videos to train on, the 4,917 of val_1 to test on.
 
 Source: Krishna et al., ICCV 2017; paragraphs and val_1 as in Zhang et al., ECCV 2018, and Collaborative
-Experts. val_2 has other sentences for the same videos: it is no val split, and there is none. The clip is the
-whole video.
+Experts. val_2 has other sentences for the same videos, so it is not used as val: the benchmark has no val
+split. The clip is the whole video.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def read_activitynet(location: str) -> Reading:
         listed: dict[str, Gathered] = {}
         for pattern in _LIST_FILES[split]:
             files = folder.find((pattern,))
-            # The union: a video that one list alone names has no sentences, and that is said below.
+            # The union of the lists: a video that only one list names has no sentences, which is reported
+            # below.
             listed |= gathered(
                 folder.read(files, f"list of {name}") if files else [], _to_id, f"list of {name}"
             )
@@ -95,7 +96,7 @@ def read_activitynet(location: str) -> Reading:
 
 
 def youtube_name(name: str) -> str | None:
-    """The id of a video as both ActivityNet and YouCook2 have it here: YouTube's 11 signs after ``v_``."""
+    """Returns a video's id as used for ActivityNet and YouCook2: YouTube's 11 characters after ``v_``."""
     stem = stem_of(name)
     if re.fullmatch(r"[\w-]{11}", stem, re.ASCII):
         return f"v_{stem}"

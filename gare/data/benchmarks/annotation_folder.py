@@ -1,4 +1,4 @@
-"""The folder of a benchmark's annotation files: which file plays which part, and what was read."""
+"""The folder of a benchmark's annotation files: finds the files by role, and reads them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _PICKLE_ENDINGS = (".pkl", ".pickle", ".p")
 
 
 class AnnotationFolder:
-    """Annotation files by the names that they have in the repositories that hand them out.
+    """Folder of annotation files, found by the names that they have in the repositories that publish them.
 
-    Upper and lower case do not matter, ``.gz`` may follow, files may lie in folders below.
+    Upper and lower case do not matter, ``.gz`` may follow, files may lie in subfolders.
 
     Attributes:
         location: the folder, or one file that holds everything.
@@ -62,11 +62,11 @@ class AnnotationFolder:
             )
 
     def find(self, patterns: Sequence[str], *, besides: str = "") -> list[str]:
-        """The files that fit the first of some patterns that any file fits.
+        """Returns the files that match the first pattern that has any match.
 
         Args:
             patterns: regular expressions, searched for in the lower-case file name without ``.gz``.
-            besides: one that rules a file out.
+            besides: a regular expression that excludes files.
         """
         for pattern in patterns:
             found = [
@@ -97,7 +97,8 @@ class AnnotationFolder:
             may_be_many: as for ``read``.
 
         Raises:
-            DataError: also where there is no such file; a pickle is named and not opened.
+            DataError: as ``read``, or if there is no such file; a pickle is named in the message, but not
+                opened.
         """
         names = self.find(patterns, besides=besides)
         if names:
@@ -132,12 +133,12 @@ class AnnotationFolder:
         return self.need(patterns, role, accepted, besides=besides)
 
     def read(self, names: Sequence[str], role: str, *, may_be_many: bool = False) -> list[Annotation]:
-        """The annotations of a file; of all of them together where a benchmark has several for a part.
+        """Reads the annotations of a file, or of several files together.
 
         Args:
-            names: as ``find`` gives them; several have to say the same unless ``may_be_many``.
+            names: as ``find`` returns them; several have to agree unless ``may_be_many``.
             role: what the file is for, in messages.
-            may_be_many: the files complete each other.
+            may_be_many: True if the files complete each other.
 
         Raises:
             DataError: for a file that cannot be read and for files that contradict each other.

@@ -93,15 +93,15 @@ def read_didemo(location: str) -> Reading:
 def _by_id(
     split: str, listed: Mapping[str, Gathered], sources: Sequence[Mapping[str, Gathered]]
 ) -> tuple[list[dict[str, Gathered]], tuple[str, ...]]:
-    """Sentences by id instead of file name, and the names that were not listed.
+    """Returns sentences by id instead of file name, and the names that are not listed.
 
-    The annotations have some videos twice, under names that differ in their ending alone and with other
-    sentences. The lists have one of the two, and its paragraph is made of the sentences under just this name.
-    Where all endings are others than in the list, as in copies whose videos were converted, the name without
-    it has to do.
+    The annotations have some videos twice, under names that differ only in their ending, with different
+    sentences. The lists name one of the two, and its paragraph is made of the sentences under this name only.
+    If all endings differ from the list's, as in copies with converted videos, names are compared without the
+    ending.
 
     Raises:
-        DataError: for videos that have two names of which neither is listed.
+        DataError: if neither of a video's two names is listed.
     """
     strangers: set[str] = set()
     found = []

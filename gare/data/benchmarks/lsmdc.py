@@ -1,8 +1,8 @@
 """LSMDC: 1,000 clips of the 2016 challenge to test on, 101,079 to train on, 7,408 for val.
 
 Source: Rohrbach et al., IJCV 2017; the retrieval protocol is that of Torabi et al., 2016. Every clip is a
-file of its own. The annotations of train and val need a permission, so that people have test alone: then
-there is no train split.
+file of its own. The annotations of train and val need a permission. For people who have only test, the train
+split is empty.
 """
 
 from __future__ import annotations

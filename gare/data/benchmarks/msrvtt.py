@@ -1,8 +1,8 @@
 """MSR-VTT, protocol 1k-A: 9,000 or 7,010 videos to train on, with all captions; 1,000 pairs to test on.
 
 Source: the split of Yu et al., ECCV 2018 (JSFusion); the 9k list is that of Gabeur et al., ECCV 2020. Every
-video has 20 captions. Test has one sentence for each video, which the test file itself gives: some of them
-are not literally among the 20. There is no val split.
+video has 20 captions. Test has one sentence for each video, taken from the test file: some of them are not
+literally among the 20. There is no val split.
 """
 
 from __future__ import annotations

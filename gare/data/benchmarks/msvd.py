@@ -1,7 +1,7 @@
 """MSVD: 1,200, 100 and 670 videos with all their captions, about 41 each; in test every caption is a query.
 
 Source: Chen and Dolan, ACL 2011; the split is that of Venugopalan et al., ICCV 2015, with the captions of its
-lists as Collaborative Experts and CLIP4Clip use them. Captions that a video repeats are kept, as there.
+lists as Collaborative Experts and CLIP4Clip use them. Repeated captions of a video are kept, as in those two.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def read_msvd(location: str) -> Reading:
             if not texts:
                 silent.append(name)
                 continue
-            # Copies number and order the captions differently; sorted, all of them train alike.
+            # Copies number and order the captions differently; sorted, all copies train alike.
             names = names_of(name, *video.names, *filter(None, [number_of.get(name)]))
             clips.append(BenchmarkClip(name, names, split, tuple(sorted(texts))))
     used = {clip.clip_id for clip in clips} | set(silent)
@@ -110,7 +110,7 @@ def read_msvd(location: str) -> Reading:
 
 
 def _youtube_ids(folder: AnnotationFolder, files: list[str]) -> dict[str, str]:
-    """YouTube's id of each ``vid<number>``."""
+    """Returns YouTube's id of each ``vid<number>``."""
     found = {}
     for entry in folder.read(files, "mapping of ids"):
         pair = [entry.video, *entry.texts]

@@ -37,19 +37,19 @@ def read_folder(
 ) -> Manifest:
     """Reads a folder of videos and the file with their captions.
 
-    Which columns and layouts the captions may have is said in ``captions_file`` and ``caption_records``, how
-    they may name the videos in ``VideoFolder`` and, for URIs, in ``video_locations``. Rows of the same clip
-    are merged in order. A row with a start or an end is a clip of its own, with the id ``name#12.5-20``; a
-    time that is not given is that of the file's start or end.
+    ``captions_file`` and ``records`` describe the columns and layouts of captions, ``VideoFolder`` and (for
+    URIs) ``video_locations`` how captions may name the videos. Rows of the same clip are merged in order. A
+    row with a start or an end is a clip of its own, with the id ``name#12.5-20``; a missing time means the
+    file's start or end.
 
-    A caption without its video is an error, because what was asked for cannot be done. A video without a
-    caption is only reported, as a warning and in ``Manifest.left_out``: people caption a part of a folder.
+    A caption without its video is an error. A video without a caption is only reported, as a warning and in
+    ``Manifest.left_out``, since people may caption only a part of a folder.
 
     Args:
-        videos: a local folder or one of an object store; its subfolders belong to it. Empty where captions
-            name videos by URIs or absolute paths alone.
-        captions: where the captions file is.
-        seed: of the split that is made where the captions name none.
+        videos: a local folder or one of an object store, with its subfolders. Empty if captions name videos
+            only by URIs or absolute paths.
+        captions: location of the captions file.
+        seed: of the split that is made if the captions name none.
         val_fraction: share of the video files that such a split gives to val.
         test_fraction: the same for test. All clips of a file go to the same split.
         schemes: where videos may be, as in ``sources.schemes``.
@@ -61,7 +61,7 @@ def read_folder(
 
     Raises:
         DataError: with all faults of folder and captions, each kind with its first ten and their count.
-        ConfigError: for shares that leave nothing to train.
+        ConfigError: for fractions that leave no videos to train.
     """
     faults = Faults()
     folder = open_folder(str(videos), faults, list_remote) if str(videos) else None
@@ -109,7 +109,7 @@ def read_folder(
 def open_folder(
     videos: str, faults: Faults, list_remote: Callable[[str], list[str]] | None = None
 ) -> VideoFolder | None:
-    """The folder of videos; None, with the reason among the faults, for what is none."""
+    """Opens the folder of videos; returns None, and adds the reason to the faults, if it is unusable."""
     kind = "folder of videos"
     try:
         if scheme_of(videos) != "file" and list_remote:
@@ -148,7 +148,7 @@ def _open_captions(captions: str, faults: Faults) -> tuple[list[CaptionRow], dic
 
 
 def _find_files(rows: list[CaptionRow], places: VideoLocations, faults: Faults) -> dict[str, str]:
-    """The key of the file of each name that the rows use; a name that has none is a fault, once."""
+    """Maps each video name in the rows to its file's key; a name without a file is one fault."""
     files: dict[str, str] = {}
     lost: dict[str, tuple[NoSuchVideoError, list[str]]] = {}
     for row in rows:
@@ -174,7 +174,7 @@ def _find_files(rows: list[CaptionRow], places: VideoLocations, faults: Faults) 
 
 
 def _own_split(rows: list[CaptionRow], files: dict[str, str], faults: Faults) -> dict[str, str]:
-    """The split of each file as the rows give it; empty if none does."""
+    """Returns the split of each file as given in the rows; empty if no row gives one."""
     if all(row.split is None for row in rows):
         return {}
     first: dict[str, CaptionRow] = {}

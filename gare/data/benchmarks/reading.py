@@ -1,4 +1,4 @@
-"""The result of reading a published benchmark: its clips, and where they are not as published."""
+"""The result of reading a published benchmark: its clips, and their deviations from the published ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gare.errors import DataError
 
 @dataclass(frozen=True)
 class Published:
-    """A split as it was published.
+    """Published counts and checksums of a split.
 
     Attributes:
-        videos: how many clips.
-        captions: how many texts they have together.
-        ids_sha256: SHA-256 of the sorted ids, one a line; empty where the ids could not be had.
-        texts_sha256: SHA-256 of the texts; empty where they are not compared.
+        videos: number of clips.
+        captions: number of texts of all clips.
+        ids_sha256: SHA-256 of the sorted ids, one a line; empty if the ids were not available.
+        texts_sha256: SHA-256 of the texts; empty if they are not compared.
     """
 
     videos: int
@@ -33,11 +33,11 @@ class Published:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Something in the annotations that is not as published, or odd and worth knowing.
+    """A difference of the annotations from the published ones, or an oddity worth knowing.
 
     Attributes:
         what: in words.
-        ids: of all clips concerned.
+        ids: ids of all clips concerned.
     """
 
     what: str
@@ -47,21 +47,21 @@ class Deviation:
         return f"{self.what} ({len(self.ids)}): {'; '.join(self.ids)}"
 
     def to_json(self) -> dict[str, Any]:
-        """``{"what", "count", "ids"}``."""
+        """Returns ``{"what", "count", "ids"}``."""
         return {"what": self.what, "count": len(self.ids), "ids": list(self.ids)}
 
 
 @dataclass(frozen=True)
 class BenchmarkClip:
-    """One clip of a benchmark, before its file is looked for.
+    """One clip of a benchmark, before its file is found.
 
     Attributes:
         clip_id: its id, the same in every copy of the annotations.
-        names: under which its video may be kept, the surest first.
+        names: names that its video file may have, the most reliable first.
         split: train, val or test.
-        captions: texts with whitespace folded.
-        start_s: seconds; None where the clip starts with its file.
-        end_s: seconds; None where it ends with its file.
+        captions: texts with normalised whitespace.
+        start_s: seconds; None if the clip starts with its file.
+        end_s: seconds; None if it ends with its file.
     """
 
     clip_id: str
@@ -74,14 +74,14 @@ class BenchmarkClip:
 
 @dataclass(frozen=True)
 class Reading:
-    """A benchmark as its annotation files give it.
+    """A benchmark as read from its annotation files.
 
     Attributes:
         benchmark: its name.
-        protocol: what is compared under that name, as a person would cite it.
+        protocol: the evaluation protocol, as a person would cite it.
         clips: sorted by id.
-        published: the counts of each split; a split that is not there has no clips.
-        deviations: what was left out, repaired or is not as published, by id.
+        published: the published counts of each split; a missing split has no clips.
+        deviations: clips that were left out, repaired or differ from the published ones, by id.
         annotation_sha256: SHA-256 of every file that was read, by its name.
     """
 
@@ -93,7 +93,7 @@ class Reading:
     annotation_sha256: Mapping[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Clips and texts of each split: ``{split: {"videos": …, "captions": …}}``."""
+        """Counts clips and texts of each split: ``{split: {"videos": …, "captions": …}}``."""
         counts = {split: {"videos": 0, "captions": 0} for split in SPLITS}
         for clip in self.clips:
             counts[clip.split]["videos"] += 1
@@ -101,7 +101,7 @@ class Reading:
         return counts
 
     def differences(self) -> list[str]:
-        """Lists where counts or ids differ from the published ones, a line a split."""
+        """Lists differences from the published counts, ids and texts, one line for each split."""
         lines = []
         for split, count in self.counts().items():
             published = self.published.get(split, Published(0, 0))
@@ -122,10 +122,10 @@ class Reading:
         return lines
 
     def require(self, split: str, accepted: str) -> Reading:
-        """Itself, if a split has the published videos.
+        """Returns itself if a split has the published videos.
 
         Raises:
-            DataError: if not, so that nothing is compared under this protocol's name that is not.
+            DataError: if not, so that no number of another split gets this protocol's name.
         """
         count = self.counts()[split]["videos"]
         published = self.published[split]
@@ -156,13 +156,13 @@ def sha256_of_texts(clips: Iterable[BenchmarkClip]) -> str:
 
 @dataclass
 class Gathered:
-    """All that files say of one video, in their order.
+    """All annotations of one video, in the order of the files.
 
     Attributes:
-        names: as they name it.
+        names: names of the video in the files.
         texts: its texts, none blank.
         times: start and end of each, or empty.
-        duration_s: of the video, where one says so.
+        duration_s: of the video, if a file has it.
     """
 
     names: list[str] = field(default_factory=list)
@@ -174,15 +174,15 @@ class Gathered:
 def gather(
     annotations: Iterable[Annotation], to_id: Callable[[str], str | None], what: str
 ) -> dict[str, Gathered]:
-    """Annotations by id, in the order of the files.
+    """Groups annotations by id, in the order of the files.
 
     Args:
         annotations: of one file or several.
-        to_id: the benchmark's id of a name; None for a name that is none of it.
-        what: the file's part, for messages.
+        to_id: returns the benchmark's id of a name; None for a name that does not belong to the benchmark.
+        what: role of the file, for messages.
 
     Raises:
-        DataError: naming all that are no names of the benchmark.
+        DataError: with all names that do not belong to the benchmark.
     """
     faults = Faults()
     videos: dict[str, Gathered] = {}
@@ -205,7 +205,7 @@ def gather(
 
 
 def stem_of(name: str) -> str:
-    """A name without folders and without the ending of a video, or the bare dot that some have for one.
+    """Returns a name without folders and without a video's ending (or the bare dot that some have).
 
     Only the known endings are cut: what follows the last dot of an id may be a part of it.
     """
@@ -215,13 +215,13 @@ def stem_of(name: str) -> str:
 
 
 def names_of(video_id: str, *written: str) -> tuple[str, ...]:
-    """Names under which a video may be kept: as files name it, then its id."""
+    """Returns names that a video file may have: as annotations name it, then its id."""
     bases = [name.strip().replace("\\", "/").rsplit("/", 1)[-1] for name in written]
     return tuple(dict.fromkeys([*bases, video_id]))
 
 
 def check_disjoint(clips: Sequence[BenchmarkClip], benchmark: str) -> None:
-    """Refuses a video that is in two splits, or twice in one.
+    """Raises an error if a video is in two splits.
 
     Raises:
         DataError: with the ids.
@@ -236,16 +236,16 @@ def check_disjoint(clips: Sequence[BenchmarkClip], benchmark: str) -> None:
 
 
 def finish(reading: Reading, *, test_files: str, needs_train: bool = True) -> Reading:
-    """A reading in its final order, with the differences from the published counts noted and test required.
+    """Sorts the clips of a reading, checks its splits, and requires the published test split.
 
     Args:
         reading: clips in any order.
-        test_files: the files that say which videos test has, for the message.
-        needs_train: whether a train split without one text is a fault.
+        test_files: the files that list the test videos, for the message.
+        needs_train: True if a train split without any text is a fault.
 
     Raises:
-        DataError: for a video in two splits, for another test split than the protocol's, and for no train
-            split where there has to be one.
+        DataError: for a video in two splits, for another test split than the protocol's, and for a missing
+            train split if it is needed.
     """
     if needs_train and not reading.counts()["train"]["captions"]:
         known = "; ".join(f"{item.what} ({len(item.ids)})" for item in reading.deviations)

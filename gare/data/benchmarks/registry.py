@@ -1,4 +1,4 @@
-"""The published benchmarks by name: from annotation files and a folder of videos to a manifest."""
+"""The published benchmarks by name: builds a manifest from annotation files and a folder of videos."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ READERS: dict[str, Callable[[DataConfig], Reading]] = {
     "lsmdc": lambda data: read_lsmdc(data.annotations),
     "youcook2": lambda data: read_youcook2(data.annotations),
 }
-#: What stands for the place of a video that was not looked for.
+#: Placeholder for the location of a video that was not looked for.
 NOT_LOOKED_FOR = "not looked for"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A published benchmark as it lies on disk.
+    """A published benchmark as found on disk.
 
     Attributes:
-        manifest: of the clips whose videos are there; of all clips where they were not looked for.
-        reading: what the annotation files say.
-        missing: ids of clips without a video; None where they were not looked for.
-        differences: where the manifest differs from the published counts, a line a split.
+        manifest: the clips with an existing video; all clips if videos were not looked for.
+        reading: the content of the annotation files.
+        missing: ids of clips without a video; None if videos were not looked for.
+        differences: differences of the manifest from the published counts, a line for each split.
     """
 
     manifest: Manifest
@@ -53,7 +53,7 @@ class Benchmark:
     differences: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
-        """Sums up deviations that matter before numbers are compared, for a result in JSON."""
+        """Summarises the deviations to know before numbers are compared, for a result in JSON."""
         split_of = {clip.clip_id: clip.split for clip in self.reading.clips}
         missing = None
         if self.missing is not None:
@@ -76,18 +76,18 @@ class Benchmark:
 def read_benchmark(data: DataConfig, list_remote: Callable[[str], list[str]] | None = None) -> Benchmark:
     """Reads the annotations of ``data.benchmark`` and looks for its videos.
 
-    The protocol in the manifest says where counts are not the published ones, so that a number made with it
-    is not taken for one that can be compared.
+    The protocol in the manifest names counts that differ from the published ones, so that its numbers are not
+    taken for comparable ones.
 
     Args:
-        data: names the annotations and, if they are to be looked for, the videos.
+        data: locations of the annotations and, if they are to be looked for, of the videos.
         list_remote: lists the files below the URI of a folder of videos; without it, only local folders are
             accepted.
 
     Raises:
-        ConfigError: for a benchmark without annotations, and more videos held out for val than there are.
-        DataError: for annotations that are not the benchmark's, a folder of videos that is none, and videos
-            that are missing unless ``data.allow_missing`` or ``data.verify`` is set.
+        ConfigError: for a benchmark without annotations, and for more val videos than there are to hold out.
+        DataError: for annotations that are not the benchmark's, an unusable folder of videos, and videos that
+            are missing unless ``data.allow_missing`` or ``data.verify`` is set.
     """
     if not data.annotations:
         raise ConfigError(
@@ -166,7 +166,7 @@ def _find_videos(
 
 
 def _find(folder: VideoFolder, names: Sequence[str], faults: Faults) -> str | None:
-    """The file of a video under any of its names; several under one name are a fault."""
+    """Finds the file of a video by any of its names; several files of one name are a fault."""
     for name in names:
         try:
             return folder.find(name)
@@ -178,7 +178,7 @@ def _find(folder: VideoFolder, names: Sequence[str], faults: Faults) -> str | No
 
 
 def _hold_out(rows: Sequence[ManifestRow], data: DataConfig) -> list[ManifestRow]:
-    """Train rows moved to val; all clips of a file together."""
+    """Moves train rows to val, all clips of a file together."""
     if any(row.split == "val" for row in rows):
         raise ConfigError(
             f"is {data.val_videos}, but {data.benchmark} has a val split of its own",
@@ -204,7 +204,7 @@ def _hold_out(rows: Sequence[ManifestRow], data: DataConfig) -> list[ManifestRow
 
 
 def table(benchmark: Benchmark) -> str:
-    """Counts against the published ones, deviations and missing videos, as text for a person."""
+    """Formats counts beside the published ones, deviations and missing videos as readable text."""
     reading = benchmark.reading
     lines = [f"{reading.benchmark}, {benchmark.manifest.protocol}"]
     annotated, used = reading.counts(), benchmark.manifest.counts

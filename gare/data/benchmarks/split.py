@@ -1,4 +1,4 @@
-"""A seeded split for data that come without one."""
+"""A seeded split for data without a split."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def split_by_video(
     machine or library version, and a few more videos move only a few others to another split.
 
     Args:
-        ids: one for each video file; clips of a file share it, so that none leaks into another split.
+        ids: one for each video file; clips of a file share it, so that no clip leaks into another split.
         seed: another one gives another split.
-        val_fraction: share of val, rounded; at least one video where it is above 0 and there are three.
+        val_fraction: share of val, rounded; at least one video if it is above 0 and there are three videos.
         test_fraction: the same for test.
 
     Raises:
-        ConfigError: for shares that leave nothing to train.
+        ConfigError: for fractions that leave no videos to train.
     """
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise ConfigError(
@@ -44,7 +44,7 @@ def split_by_video(
 
 
 def order_by_hash(ids: Iterable[str], *, seed: int) -> list[str]:
-    """The different ids in an order that depends on the seed and on them alone."""
+    """Returns the distinct ids in an order that depends only on the seed and the ids."""
     return sorted(set(ids), key=lambda name: (_hash(seed, name), name))
 
 

@@ -1,4 +1,4 @@
-"""The videos in a folder: which files they are, how captions may name them, and the ids they get."""
+"""The videos in a folder: its video files, the names by which captions find them, and their ids."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ VIDEO_ENDINGS = frozenset(
     for ending in (
         *("mp4", "m4v", "mov", "mkv", "webm", "avi", "gif", "mpg", "mpeg"),
         *("3gp", "3g2", "wmv", "flv", "ts", "mts", "m2ts", "ogv"),
-        *("3gpp", "asf", "divx", "qt", "null"),  # so in DiDeMo, whose files have the names they came with
+        *("3gpp", "asf", "divx", "qt", "null"),  # occur in DiDeMo, with original file names
     )
 )
 
 
 class NoSuchVideoError(Exception):
-    """A name that stands for no file of the folder, for several, or for one outside.
+    """A name that matches no file of the folder, several files, or a file outside.
 
     Attributes:
-        kind: which of these, in words.
-        hint: files that come near.
+        kind: which of these cases, in words.
+        hint: files with a similar name.
     """
 
     def __init__(self, kind: str, hint: str = "") -> None:
@@ -40,15 +40,15 @@ class NoSuchVideoError(Exception):
 class VideoFolder:
     """The files below a folder, by the names that captions may use for them.
 
-    A file is named by its path relative to the folder or by its file name alone where no other file has it,
-    each with or without the ending; an absolute path has to be inside the folder. Links that lie in the
-    folder are followed (download caches are made of them); a name never leads out of it. A folder of an
-    object store is given by its URI and the list of its files; a URI below it names a file, too.
+    A file is named by its path relative to the folder or by its file name alone if no other file has it, each
+    with or without the ending; an absolute path has to be inside the folder. Links that lie in the folder are
+    followed (download caches are made of them); a name never leads out of it. A folder of an object store is
+    given by its URI and the list of its files; a URI below it names a file, too.
 
     Attributes:
         root: the folder, absolute and with links resolved, or its URI.
         files: all files, relative to it with '/' between the parts, sorted.
-        videos: those of them with the ending of a video.
+        videos: the files with the ending of a video.
     """
 
     def __init__(self, root: str, files: Sequence[str] | None = None) -> None:
@@ -69,10 +69,10 @@ class VideoFolder:
                 table.setdefault(_composed(name), []).append(file)
 
     def find(self, name: str) -> str:
-        """The file that a captions file means by a name.
+        """Finds the file that a captions file means by a name.
 
         Raises:
-            NoSuchVideoError: if it means none, several or one outside the folder.
+            NoSuchVideoError: if it matches no file, several files or a file outside the folder.
         """
         written = dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/")))
         relatives = [self._relative(form) for form in written]
@@ -90,7 +90,7 @@ class VideoFolder:
         raise NoSuchVideoError("caption without video file")
 
     def find_uri(self, uri: str) -> str | None:
-        """The file that a URI below the folder's own means; None for every other location.
+        """Finds the file of a URI below the folder's own URI; None for any other location.
 
         Raises:
             NoSuchVideoError: if the folder has no such file.
@@ -105,27 +105,27 @@ class VideoFolder:
         return file
 
     def nearest(self, name: str) -> str:
-        """The name among the files that is most like this one; empty if none is."""
+        """Returns the most similar file name; empty if none is similar."""
         near = difflib.get_close_matches(posixpath.basename(name), self._tables[2], n=1)
         return self._tables[2][near[0]][0] if near else ""
 
     def path(self, file: str) -> str:
-        """The absolute path or URI of one of the files."""
+        """Returns the absolute path or URI of one of the files."""
         if self.is_remote:
             return f"{self.root}/{urllib.parse.quote(file, safe='/')}"
         return f"{self.root.rstrip('/')}/{file}"
 
     def ids(self, named: Iterable[str]) -> dict[str, str]:
-        """The id of each video and of each other file that captions name.
+        """Returns the id of each video and of each other file that captions name.
 
-        It is the relative path without the ending, or with it where several files would share the id. Only
-        the endings of videos are cut: what follows the last dot of an id may be a part of it.
+        An id is the relative path without the ending, or with it if several files would share the id. Only
+        the endings of videos are cut: other text after the last dot may be a part of the id.
         """
         ids = {file: without_ending(_composed(file)) for file in {*self.videos, *named}}
         while repeated := {name for name, times in Counter(ids.values()).items() if times > 1}:
             whole = {file: _composed(file) for file, name in ids.items() if name in repeated}
             if all(ids[file] == name for file, name in whole.items()):
-                break  # names that differ in their Unicode form alone; the manifest refuses them
+                break  # names that differ only in Unicode form; the manifest refuses them
             ids.update(whole)
         return ids
 
@@ -173,5 +173,5 @@ def _is_video(file: str) -> bool:
 
 
 def without_ending(file: str) -> str:
-    """The name without the ending of a video; what follows the last dot of another name is a part of it."""
+    """Returns the name without the ending of a video; other text after the last dot is kept."""
     return posixpath.splitext(file)[0] if _is_video(file) else file

@@ -1,8 +1,8 @@
-"""The videos that captions may name: files of a folder, if there is one, and URIs; and the ids they get.
+"""Locations of videos that captions may name: files of a folder, if there is one, and URIs; and their ids.
 
 The id of a URI is its host or bucket and its path, without the ending of a video: ``bucket/folder/clip``. So
-it stays what it is while a collection grows. Where two URIs would share an id they keep the ending, then the
-scheme, then get a hash of all of it; a query itself may be a signature and is shown nowhere.
+ids do not change while a collection grows. If two URIs would share an id, the ending is kept, then the
+scheme, then a hash of the whole URI is added; the query itself may be a signature and is never shown.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from gare.storage.uris import is_uri, local_path, scheme_of
 
 
 class VideoLocations:
-    """Finds what captions name.
+    """Lookup of the videos that captions name.
 
     Args:
-        folder: whose files are named by path or file name; None where captions name whole locations alone.
-        schemes: those that URIs may have; ``file`` is also that of absolute local paths without a folder.
+        folder: its files are named by path or file name; None if captions name only whole locations.
+        schemes: schemes that URIs may have; ``file`` also covers absolute local paths without a folder.
     """
 
     def __init__(self, folder: VideoFolder | None, schemes: Sequence[str]) -> None:
@@ -32,12 +32,13 @@ class VideoLocations:
         self._schemes = schemes
 
     def find(self, name: str) -> str:
-        """The key of the video that captions mean by a name: a file of the folder, a URI or an absolute path.
+        """Finds the key of the video of a name: a file of the folder, a URI or an absolute path.
 
-        Whether there is something behind a URI is left to extraction.
+        Extraction finds out whether a URI exists.
 
         Raises:
-            NoSuchVideoError: if it means none, several, one outside the folder or a scheme not allowed.
+            NoSuchVideoError: if it matches no file, several files or a file outside the folder, or its scheme
+                is not allowed.
         """
         location = name.strip()
         if self.folder and (found := self.folder.find_uri(location)) is not None:
@@ -62,15 +63,15 @@ class VideoLocations:
         return os.path.normpath(path)
 
     def nearest(self, name: str) -> str:
-        """The name in the folder that is most like this one; empty if none is."""
+        """Returns the most similar name in the folder; empty if none is similar."""
         return self.folder.nearest(name) if self.folder else ""
 
     def path(self, key: str) -> str:
-        """The location of a video."""
+        """Returns the location of a video."""
         return self.folder.path(key) if self.folder and not _is_whole(key) else key
 
     def ids(self, keys: Iterable[str]) -> dict[str, str]:
-        """The id of each key, and of the folder's other videos; see ``VideoFolder.ids`` and this module."""
+        """Returns the id of each key and of the folder's other videos; see ``VideoFolder.ids``."""
         keys = list(keys)
         whole = {key for key in keys if _is_whole(key)}
         ids = self.folder.ids(key for key in keys if key not in whole) if self.folder else {}
@@ -94,7 +95,7 @@ def _ids_of_uris(uris: Iterable[str]) -> dict[str, str]:
 
 
 def _names(uri: str) -> list[str]:
-    """Ids that a URI may get, the shortest first; with the last, different URIs have different ones."""
+    """Lists ids that a URI may get, the shortest first; the last is unique to the URI."""
     if not is_uri(uri):
         return [without_ending(uri.lstrip("/")), uri.lstrip("/"), uri]
     scheme, _, rest = shown(uri).partition("://")

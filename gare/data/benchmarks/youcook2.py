@@ -1,8 +1,8 @@
 """YouCook2: each annotated segment is a clip with one sentence; 10,337 for train, the 3,492 of val for test.
 
 Source: Zhou et al., AAAI 2018, with its own train and val videos; retrieval of segments as in Miech et al.,
-ICCV 2019, who had 3,350 of the val clips: a gallery of another size is another number. There is no val split
-beside test.
+ICCV 2019, who had 3,350 of the val clips: numbers of galleries of different size cannot be compared. There is
+no val split beside test.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_youcook2(location: str) -> Reading:
 
 
 def _clips(name: str, video: Gathered, split: str) -> list[BenchmarkClip]:
-    """A clip for each segment; the id holds start and end, and a count where two have both in common."""
+    """Builds a clip for each segment; the id holds start and end, and a count if two segments share both."""
     clips = []
     seen: Counter[tuple[float, float]] = Counter()
     for text, times in zip(video.texts, video.times, strict=True):

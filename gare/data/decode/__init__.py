@@ -1,1 +1,1 @@
-"""Videos to frames: what a file holds, which of its pictures a clip takes, and who decodes them."""
+"""Decoding of videos to frames: probing a file, choosing a clip's pictures, and decoding them."""

@@ -1,7 +1,7 @@
-"""Chunks of a video stream in an AVI file, among them those without data, of which FFmpeg says nothing.
+"""Chunks of a video stream in an AVI file, including those without data, which FFmpeg does not report.
 
 Source: Microsoft, "AVI RIFF File Reference"; "OpenDML AVI File Format Extensions" 1.02, section 3 (several
-RIFF chunks). A chunk without data shows the picture before it on.
+RIFF chunks). A chunk without data means that the picture before it is still shown.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-#: A day of pictures and sound is fewer.
+#: Most chunks that are read; a day of pictures and sound has fewer.
 _MAX_CHUNKS = 1 << 23
-#: Lists that are looked into; what else there is is passed over.
+#: Lists that are entered; others are skipped.
 _LISTS = frozenset((b"movi", b"rec "))
 #: Names of chunks: of a stream (number and kind), of an index, and of headers.
 _NAME = re.compile(rb"[0-9A-Za-z]{3}[0-9A-Za-z ]")
-#: Kinds of a stream's chunks that are no pictures: changes of palette.
+#: Kinds of a stream's chunks that are not pictures: changes of palette.
 _ASIDE = frozenset((b"pc", b"wc"))
 
 
@@ -25,9 +25,9 @@ class AviChunks:
     """Chunks of one stream, in the order of the file.
 
     Attributes:
-        num_full: those with data.
-        num_empty: those without.
-        num_held: those without data behind the last one with data.
+        num_full: number of chunks with data.
+        num_empty: number of chunks without data.
+        num_held: number of chunks without data after the last one with data.
     """
 
     num_full: int
@@ -36,7 +36,7 @@ class AviChunks:
 
 
 def avi_chunks(path: str, stream_index: int) -> AviChunks:
-    """Counts a stream's chunks from the start of a file to its end, or to where it is cut off or damaged."""
+    """Counts a stream's chunks up to the end of a file, or to where it is cut off or damaged."""
     mine = b"%02d" % stream_index
     num_full = num_empty = num_held = at = 0
     try:

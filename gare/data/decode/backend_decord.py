@@ -1,8 +1,8 @@
-"""Pictures by decord, which is fast because it seeks. This is the only module that imports decord.
+"""Decoding with decord, which is fast because it seeks. This is the only module that imports decord.
 
-On edit lists, open GOPs, AVI and packets without a picture of their own it silently returns other pictures
-than the wanted ones: ``unfit_for_decord`` knows those, and decord's own list of frames must agree with the
-packets, too.
+For edit lists, open GOPs, AVI and packets without a picture of their own, decord silently returns wrong
+pictures. ``unfit_for_decord`` recognises such files, and decord's list of frames must agree with the packets,
+too.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gare.errors import DataError
 _DECORD_CONTAINERS = frozenset({"mov", "matroska"})
 _DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"})
 _DECORD_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-#: decord hands out whole batches; this bounds what one holds beside the wanted frames.
+#: Bytes of a batch of decord's, which are held beside the wanted frames.
 _BATCH_BYTES = 64 * 2**20
 
 
 def unfit_for_decord(source: Probe) -> str:
-    """Says why decord cannot be trusted with this file; empty if it can."""
+    """Returns why decord cannot be trusted with this file; empty if it can."""
     if source.container not in _DECORD_CONTAINERS:
         return f"container {source.container}"
     if source.codec not in _DECORD_CODECS:
@@ -45,7 +45,7 @@ def unfit_for_decord(source: Probe) -> str:
 
 
 def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]:
-    """The sampled frames, the prepared pictures in their order, and decord's version.
+    """Returns the sampled frames, the prepared pictures in the same order, and decord's version.
 
     Raises:
         UnfitError: if decord cannot be trusted with this file after all.
@@ -58,7 +58,7 @@ def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]
         import decord
     except (ImportError, OSError) as error:
         raise UnfitError(f"decord cannot be loaded: {error}") from error
-    # What it conceals is told on stderr alone, where ``DecodeProcess`` looks for it.
+    # decord reports concealed damage only on stderr, where ``DecodeProcess`` looks for it.
     decord.logging.set_level(decord.logging.INFO)
     kept: list[Picture] = []
     flat: list[int] = []
@@ -73,7 +73,7 @@ def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]
             flat += [int(source.pts[unique[first + k]]) for k, rgb in enumerate(batch) if _is_flat(rgb)]
     except (UnfitError, DataError, MemoryError, BlockingIOError):
         raise
-    except Exception as error:  # decord's errors have no base of their own
+    except Exception as error:  # decord's errors have no common base class
         raise UnfitError(f"decord: {explain(error)}") from error
     finally:
         del reader  # an idle reader keeps decoding and holds memory
@@ -83,19 +83,19 @@ def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]
 
 
 def _is_flat(rgb: Picture) -> bool:
-    """Returns True if all pixels are the same: zeros, or the grey of a picture whose reference is lost."""
+    """Returns True if all pixels are the same: zeros, or the grey of a picture with a lost reference."""
     return bool((rgb[0] == rgb[0, 0]).all() and (rgb == rgb[0, 0]).all())
 
 
 def _check_flat(source: Probe, flat: frozenset[int]) -> None:
-    """Flat pictures: a fade from black, or what decord makes of damage without a word. PyAV tells which."""
+    """Checks with PyAV if flat pictures are in the file or silently made by decord from damage."""
     found = decode_from_start(source, flat, lambda rgb: np.array([not _is_flat(rgb)], dtype=np.uint8))
     if found.damage or not found.has_all(flat) or any(seen.any() for seen in found.kept.values()):
         raise UnfitError("decord gives flat pictures that are not in the file")
 
 
 def _check_agreement(reader: Any, source: Probe) -> None:
-    """The reader must see the frames that the packets announce, at their times (its clock starts at 0)."""
+    """Checks that the reader sees the frames of the packets, at their times (its clock starts at 0)."""
     if len(reader) != len(source.pts):
         raise UnfitError(f"decord counts {len(reader)} frames, the packets are {len(source.pts)}")
     times_s = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)

@@ -1,6 +1,6 @@
-"""Reading a video from its start with PyAV: no seeking, and right on whatever FFmpeg decodes.
+"""Decoding with PyAV from the start of the file: no seeking, and right for all that FFmpeg decodes.
 
-What no wanted picture needs may be left undecoded, which changes no pixel of the wanted ones.
+Packets that no wanted picture needs may be left undecoded, which changes no pixel of the wanted ones.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from gare.data.decode.packets import DECODING_ORDER, DECODING_TIMES, ErrorLog, e
 from gare.data.decode.probe import Probe, open_container
 
 Picture = NDArray[np.uint8]
-#: Which packets are decoded: all; all but unwanted pictures that no other refers to; or the wanted ones
-#: alone, for keyframes.
+#: Packets that are decoded: all; all but unwanted pictures that no other refers to; or only the wanted ones,
+#: for keyframes.
 Effort = Literal["all", "needed", "alone"]
 
-#: Pictures beyond the last wanted one that are looked at for times that run backwards.
+#: Pictures after the last wanted one that are checked for times that run backwards.
 LOOK_AHEAD = 4
-#: Codecs whose pictures say whether others refer to them, and containers that give each picture a packet.
+#: Codecs with pictures that state if others refer to them, and containers with a packet for each picture.
 _SPARING_CODECS = frozenset({"h264", "hevc"})
 _SPARING_CONTAINERS = frozenset({"mov", "matroska"})
-#: Codecs of which a keyframe decodes by itself (a GIF's draws upon the pictures before).
+#: Codecs with keyframes that decode by themselves (a GIF's depend on the pictures before).
 _ALONE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"})
 
 
 def least_effort(source: Probe, *, keyframes: bool) -> Effort:
-    """The least that gives the right pictures of this file, if it is whole."""
+    """Returns the least effort that gives the right pictures of this file, if it is undamaged."""
     if source.fault or source.interlaced or "no timestamps" in source.traits:
         return "all"
     if keyframes:
         return "alone" if source.codec in _ALONE_CODECS else "all"
-    if DECODING_ORDER in source.traits:  # pictures get their times by their places
+    if DECODING_ORDER in source.traits:  # pictures get their times by position
         return "all"
     one_packet_each = source.container in _SPARING_CONTAINERS and "shared timestamps" not in source.traits
     return "needed" if one_packet_each and source.codec in _SPARING_CODECS else "all"
@@ -51,13 +51,13 @@ class Found:
     Attributes:
         order: tick of each whole picture → its position among the decoded ones, from 0.
         keys: ticks of the keyframes among them.
-        kept: tick → picture, of the wanted ones.
+        kept: tick → picture, for the wanted ones.
         end_pts: tick at which the last picture ends.
-        num_bad: packets that do not decode and pictures that the decoder marks as corrupt, all left out.
+        num_bad: number of packets that do not decode and of pictures marked as corrupt, all left out.
         error: the last error, short; empty if there was none.
-        at_end: False if it stopped early because all wanted pictures were there.
-        first: tick of the first picture; None: there was none.
-        runs_backwards: whether a picture had an earlier time than the one before it, damage aside.
+        at_end: False if decoding stopped early because all wanted pictures were found.
+        first: tick of the first picture; None without pictures.
+        runs_backwards: True if a picture had an earlier time than the one before it, unless after damage.
     """
 
     order: dict[int, int] = field(default_factory=dict)
@@ -71,12 +71,12 @@ class Found:
     runs_backwards: bool = False
 
     def has_all(self, wanted: Set[int]) -> bool:
-        """Returns True if every wanted picture is there."""
+        """Returns True if every wanted picture was found."""
         return wanted <= self.kept.keys()
 
     @property
     def damage(self) -> str:
-        """The damage that was met; empty if there was none."""
+        """Description of the damage; empty if there was none."""
         if not self.num_bad:
             return self.error
         detail = f" ({self.error})" if self.error else ""
@@ -100,17 +100,17 @@ def decode_from_start(
         source: facts about the file.
         wanted: presentation times in ticks of the pictures to keep.
         prepare: applied to each kept picture, upright RGB (H, W, 3), at once.
-        effort: which packets are decoded.
-        times: tick of each picture by its position among those that are decoded; None: their own.
-        by_packets: whether pictures were chosen by the packets' times: ``times`` are then those of all
-            packets, of which the first may give no picture, and it stops where times run backwards.
-        choose_again: gets the tick of the first picture that decodes, and what is wanted; gives what is to be
-            kept instead, or None.
-        heeds_log: whether pictures are left out of which the decoder of a codec of single pictures says that
-            something is wrong.
+        effort: the packets that are decoded.
+        times: tick of each picture by its position among the decoded ones; None: the pictures' own.
+        by_packets: True if pictures were chosen by the packets' times. ``times`` are then those of all
+            packets, the first of which may give no picture, and decoding stops if times run backwards.
+        choose_again: called with the tick of the first picture that decodes and the wanted ticks; returns the
+            ticks to keep instead, or None.
+        heeds_log: True to leave out pictures for which the decoder of an intra-only codec logs an error.
 
-    Pictures come in the order in which they are shown. Where their own times run backwards, which is told by
-    ``Found.runs_backwards``, the times are of another order: the n-th picture is shown at the n-th of them.
+    Pictures come in the order in which they are shown. If their own times run backwards (see
+    ``Found.runs_backwards``), the times are in another order: the n-th picture is shown at the n-th smallest
+    time.
 
     Raises:
         DataError: if the file cannot be opened.
@@ -119,7 +119,7 @@ def decode_from_start(
     found, wanted = Found(), set(wanted)
     ticks_per_frame = 1 / ((source.fps or 25.0) * source.time_base_s)
     with ExitStack() as stack:
-        # Of pictures that no other one refers to, an error is damage of its own.
+        # If no picture refers to another one, an error damages only its own picture.
         log = stack.enter_context(ErrorLog()) if source.is_intra_only and heeds_log else None
         container = stack.enter_context(open_container(source.path))
         stream = cast(av.VideoStream, container.streams[source.stream_index])
@@ -130,13 +130,13 @@ def decode_from_start(
             tick = round(position * ticks_per_frame) if frame.pts is None else int(frame.pts)
             if times is not None:
                 if position == 0 and by_packets and frame.key_frame:
-                    # Packets before it gave no picture: its own time tells which one it is.
+                    # Packets before it gave no picture: its own time identifies its packet.
                     skipped = next((place for place, one in times.items() if one == tick), 0)
                 tick = times.get(skipped + position, tick)
             found.runs_backwards = found.runs_backwards or (tick < last and not found.num_bad)
             if found.runs_backwards and by_packets:
                 return found
-            # Past a few pictures more, of which one might have had an earlier time.
+            # Stop after a few more pictures: one of them might have had an earlier time.
             ahead -= ahead > 0
             if ahead == 0:
                 return found
@@ -166,7 +166,7 @@ def decode_from_start(
 
 
 def _is_empty(frame: av.VideoFrame, *, damaged: bool) -> bool:
-    """Returns True for memory that was never filled: zeros of luma and chroma, a green no camera sees.
+    """Returns True for a picture that was never filled: all zeros of luma and chroma, a green frame.
 
     After damage any flat picture is taken for one whose reference is lost.
     """
@@ -188,9 +188,9 @@ def _packets(
     effort: Effort,
     found: Found,
 ) -> Iterator[av.Packet[Any]]:
-    """The packets to decode, on one clock; the decoder is told before each what it may leave out.
+    """Yields the packets to decode, on one clock; tells the decoder before each if it may skip it.
 
-    Until there is a picture nothing is left out but for keyframes alone: others may then be wanted.
+    Until the first picture, nothing is skipped (except for keyframes): other pictures may then be wanted.
     """
     context, skipping = stream.codec_context, False
     takes_dts = DECODING_TIMES in source.traits
@@ -204,7 +204,7 @@ def _packets(
             packet.dts = None if packet.dts is None else packet.dts + offset
             packet.pts = None if packet.pts is None else packet.pts + offset
         skippable = packet.size > 0 and packet.pts not in wanted
-        # Another picture may share a keyframe's time, which alone is no picture.
+        # Another packet may share a keyframe's time, and does not decode by itself.
         if effort == "alone" and (skippable or (packet.size > 0 and not packet.is_keyframe)):
             continue
         if effort == "needed" and found.first is not None and skippable != skipping:
@@ -214,9 +214,9 @@ def _packets(
 
 
 def _frames(packets: Iterator[av.Packet[Any]], found: Found, log: ErrorLog | None) -> Iterator[av.VideoFrame]:
-    """Yields all frames that come, past packets that do not decode; notes the errors.
+    """Yields all frames, skips packets that do not decode, and records the errors.
 
-    With a log, frames are left out as well whose decoder says that something is wrong with them.
+    With a log, frames for which the decoder reports an error are left out, too.
     """
     while True:
         try:

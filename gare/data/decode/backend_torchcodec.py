@@ -1,4 +1,4 @@
-"""Pictures by torchcodec, an optional extra. This is the only module that imports it."""
+"""Decoding with torchcodec, an optional extra. This is the only module that imports it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gare.data.decode.packets import explain
 from gare.data.decode.probe import Probe
 from gare.errors import ConfigError
 
-#: Frames decoded at once; they are held whole until they are prepared.
+#: Bytes of frames decoded at once; they are held in full size until they are prepared.
 _BATCH_BYTES = 64 * 2**20
 
 
 def unfit_for_torchcodec(source: Probe) -> str:
-    """Says why the packets leave open which frames there are or how they stand; empty if they do not."""
+    """Returns why the packets do not determine the frames or their orientation; empty if they do."""
     if any(source.orientation):
         return "rotated or mirrored"
     if source.traits or source.fault:
@@ -26,11 +26,11 @@ def unfit_for_torchcodec(source: Probe) -> str:
 
 
 def decode_with_torchcodec(request: Request) -> tuple[Selection, list[Picture], str]:
-    """The sampled frames, the prepared pictures in their order, and torchcodec's version.
+    """Returns the sampled frames, the prepared pictures in the same order, and torchcodec's version.
 
     Raises:
         ConfigError: if torchcodec or FFmpeg's libraries are not installed.
-        UnfitError: if it fails on this file or sees other frames than the packets announce.
+        UnfitError: if it fails on this file or sees other frames than the packets state.
     """
     try:
         import torchcodec

@@ -1,4 +1,4 @@
-"""The killable half of ``gare.data.decode.process``: decodes what it is asked for until the parent goes.
+"""The child process of ``gare.data.decode.process``: decodes on request until its parent ends.
 
 Started as ``python -m gare.data.decode.child``. It imports numpy, Pillow and the decoders, nothing heavier.
 """
@@ -24,7 +24,7 @@ from gare.storage.uris import local_path
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """The child's life: one answer a request, until the parent closes its end."""
+    """Answers each request, until the parent closes its end of the pipe."""
     _answer(answers, {"ready": True})
     while len(prefix := requests.read(LENGTH_BYTES)) == LENGTH_BYTES:
         request = json.loads(requests.read(int.from_bytes(prefix, "big")))
@@ -35,9 +35,9 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             kind = type(error).__name__
             fault = {"error": error.what, "kind": kind, "where": error.where, "accepted": error.accepted}
             _answer(answers, {**fault, "may_pass": error.may_pass or is_of_the_machine(error)})
-        except (MemoryError, BlockingIOError):  # the latter: no room for a thread's stack
+        except (MemoryError, BlockingIOError):  # the latter: no memory for a thread's stack
             _answer(answers, {"error": "", "kind": "MemoryError"})
-        except Exception as error:  # whatever one video brings about, the next one gets its turn
+        except Exception as error:  # no fault of one video may end the process
             text = f"{type(error).__name__}: {error}"[:500]
             fault = {"error": text, "kind": "Unforeseen", "where": request["path"], "accepted": ""}
             _answer(answers, {**fault, "may_pass": is_of_the_machine(error)})
@@ -46,10 +46,10 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _limit_memory(memory_mb: float) -> None:
-    """From here on allocations beyond the limit fail, as Linux counts memory that a process may write to.
+    """Makes allocations beyond a limit fail; Linux counts memory that the process may write to.
 
     Pages are counted when they are mapped, so that a picture of absurd size fails before it fills the
-    machine; libraries, reserved addresses and what is shared do not count.
+    machine; libraries, reserved addresses and shared memory do not count.
     """
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = int(memory_mb * 10**6)
@@ -59,7 +59,7 @@ def _limit_memory(memory_mb: float) -> None:
 
 
 def _do(request: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
-    """The answer to a request: of its kind ``look`` a trait, else a clip."""
+    """Carries out a request: a trait for a request with ``look``, else a clip."""
     if "look" in request:
         return {"trait": mended_trait(local_path(request["path"]), **request["look"])}, []
     clip, frames = _extract(request)
@@ -86,7 +86,7 @@ def _answer(answers: BinaryIO, header: dict[str, Any], payload: Sequence[bytes] 
 
 
 def _die_with_parent(parent: int) -> None:
-    """A parent that is killed closes the pipe, which a child that hangs does not see; Linux can signal it."""
+    """Has Linux kill this process when its parent dies: a child that hangs does not see the closed pipe."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
@@ -94,7 +94,7 @@ def _die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Entry of the child: file descriptors of requests and answers, process id of the parent."""
+    """Runs the child; arguments: file descriptors of requests and answers, process id of the parent."""
     requests, answers, parent = map(int, sys.argv[1:4])
     _die_with_parent(parent)
     # Ctrl-C reaches the whole terminal group; the parent decides. A crash leaves no core file behind.

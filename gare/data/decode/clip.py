@@ -1,7 +1,6 @@
-"""The sampled frames of a clip: decord where it is right, PyAV from the start of the file where it is not.
+"""Decoding of a clip's sampled frames: with decord if it is right for the file, else with PyAV.
 
-The probe's packets say which frames exist and when they are shown; a decoder that sees others is not
-believed.
+The probe's packets determine the frames and their times; a decoder that sees other frames is not trusted.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from gare.errors import DataError
 
 log = logging.getLogger(__name__)
 
-#: Who decodes; auto: decord where it is right, else PyAV. Keyframes alone are always PyAV's.
+#: Names of decoders; auto: decord if it is right for the file, else PyAV. Keyframes are always decoded by
+#: PyAV.
 Decoder = Literal["auto", "pyav", "torchcodec"]
-#: A start that does not decode is no fault up to so many seconds: many cameras' first group is open.
+#: Seconds at the start that may fail to decode without a fault: many cameras begin with an open GOP.
 LATE_START_S = 0.5
 
 
@@ -40,9 +40,9 @@ class DecodedClip:
 
     Attributes:
         frames: upright RGB pictures (H, W, 3), uint8, or what ``prepare`` made of them.
-        frame_idx: position of each among the video's pictures, from 0.
-        time_s: presentation time of each: pts × time base, as the file states it.
-        sampling: policy by which they were chosen.
+        frame_idx: position of each frame among the video's pictures, from 0.
+        time_s: presentation time of each frame: pts × time base, as the file states it.
+        sampling: policy by which the frames were chosen.
         container: short name of the file's container: mov, matroska, avi, …
         codec: FFmpeg's name of the codec.
         decoder: ``decord``, ``pyav`` or ``torchcodec``.
@@ -52,7 +52,7 @@ class DecodedClip:
         fps: average frames per second by the header, 0 if unknown.
         duration_s: seconds from the file's zero to the end of the last picture (not of the clip).
         complete: False if the file is damaged, so that some sampled frames may be missing.
-        note: what a person should know about the clip; empty if there is nothing.
+        note: remark about the clip for a person; empty if there is none.
     """
 
     frames: list[Picture]
@@ -85,9 +85,9 @@ def decode_clip(
     """Samples a clip and keeps at most ``num_frames`` frames, see ``gare.data.decode.sampling``.
 
     Frames are taken by presentation time. Seconds count from the file's zero, as in a player; the clip ends
-    with the video where ``end_s`` lies beyond it. Of a damaged file the frames that really decode count: the
-    clip is sampled over those, no frame twice, and marked as not ``complete``. A file that changes while it
-    is read is refused: its pictures may be of two files.
+    with the video if ``end_s`` lies beyond it. A clip of a damaged file is sampled over the frames that
+    really decode, no frame twice, and marked as not ``complete``. A file that changes while it is read is
+    refused: its pictures may belong to two files.
 
     Args:
         path: a local video file.
@@ -96,13 +96,13 @@ def decode_clip(
         sampling: policy, see ``gare.data.decode.sampling``.
         sample_fps: samples per second of the policy ``released``.
         num_frames: F, most frames to keep.
-        decoder: who decodes; where another than PyAV is not right, PyAV does.
-        prepare: applied to each frame as soon as it is decoded, so that no more than the small results are
-            held; None keeps the frames as they are.
+        decoder: decoder to use; PyAV replaces another one that is not right for the file.
+        prepare: applied to each frame as soon as it is decoded, so that only the small results are held; None
+            keeps the frames as they are.
 
     Raises:
-        DataError: if the file is no video, no frame of the clip decodes, the clip starts beyond its end, or
-            the file changed meanwhile.
+        DataError: if the file is not a video, no frame of the clip decodes, the clip starts beyond its end,
+            or the file changed meanwhile.
         ConfigError: if the decoder is not installed.
         MemoryError: if a picture does not fit into this process's memory.
     """
@@ -120,7 +120,7 @@ def decode_clip(
 
 
 def _state(path: str | Path) -> tuple[int, ...] | None:
-    """Reads a file's inode, size and time of change; None where there is no file (``probe`` says why)."""
+    """Reads a file's inode, size and time of change; None if there is no file (``probe`` reports why)."""
     try:
         stat = Path(path).stat()
     except (OSError, ValueError):
@@ -189,7 +189,7 @@ def _clip(
 
 
 def _decode_with_pyav(request: Request) -> DecodedClip:
-    """The packets name the frames; where they do not, or not truly, a first pass finds what decodes."""
+    """Decodes the frames named by the packets; if these are wrong, a first pass finds what decodes."""
     source = request.source
     seen: Found | None = None
     if len(source.pts) and not source.fault and "no timestamps" not in source.traits:
@@ -216,11 +216,11 @@ def _decode_with_pyav(request: Request) -> DecodedClip:
 
 
 def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
-    """Samples what really decodes.
+    """Samples a clip over the frames that really decode.
 
     Args:
         request: the clip.
-        seen: what a decode of the whole file gave; None: it is still to be done.
+        seen: result of decoding the whole file; None if that is still to be done.
     """
     source = request.source
     seen = seen or decode_from_start(source, set(), request.prepare)
@@ -249,26 +249,26 @@ def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
 
 
 def _has_hole(pts: NDArray[np.int64]) -> bool:
-    """True if pictures seem to be lost, after which decoders give some out of the order of showing."""
+    """True if pictures seem to be lost, after which decoders return some out of presentation order."""
     steps = np.diff(pts)
     return bool(len(steps) and steps.max() > 10 * np.median(steps))
 
 
 def _late_by(source: Probe, first: int) -> str:
-    """Says how much is missing before the first picture that decodes; empty if it is too little to say."""
+    """Describes how much is missing before the first picture that decodes; empty if it is negligible."""
     missing_s = (first - int(source.pts[0])) * source.time_base_s
     return f"its first {missing_s:.2f} s do not decode" if missing_s > LATE_START_S else ""
 
 
 class _LateStart:
-    """Chooses the frames again where the first pictures of a file do not decode.
+    """A new choice of frames for files with first pictures that do not decode.
 
     Args:
         request: the clip.
 
     Attributes:
-        selection: of the pictures that decode; None where the first one does.
-        is_long: whether so much is missing that a person should know.
+        selection: the new choice among pictures that decode; None if the first picture decodes.
+        is_long: True if so much is missing that a person should know.
     """
 
     def __init__(self, request: Request) -> None:
@@ -277,14 +277,14 @@ class _LateStart:
         self.is_long = False
 
     def select(self, first: int, wanted: Set[int]) -> set[int] | None:
-        """Samples the video from its first picture that decodes, where the clip begins before that.
+        """Samples the video from its first picture that decodes, if the clip begins before it.
 
         Args:
             first: its tick.
             wanted: the frames that were chosen.
 
         Returns:
-            Ticks of the frames to keep instead; None where it does not matter.
+            Ticks of the frames to keep instead; None if nothing changes.
         """
         source = self.request.source
         note = _late_by(source, first)
@@ -296,16 +296,16 @@ class _LateStart:
         return self.selection.ticks
 
     def _begins_before(self, first: int) -> bool:
-        # Keyframes are decoded alone, so that the first one tells of no other picture.
+        # Keyframes are decoded alone, so the first one says nothing about other pictures.
         request, source = self.request, self.request.source
         starts_s = -np.inf if request.start_s is None else source.origin_s + request.start_s
         return request.sampling != "keyframes" and starts_s < first * source.time_base_s
 
 
 def _places(source: Probe, found: Found, selection: Selection, *, alone: bool = False) -> NDArray[np.int64]:
-    """Positions among the video's pictures: by its packets where each is a picture, else as they decode.
+    """Returns positions among the video's pictures: by its packets if each is a picture, else as decoded.
 
-    Pictures that were decoded alone have no position among others that were.
+    Pictures that were decoded alone have no position in decoding order.
     """
     unclear = source.interlaced or {"no timestamps", "shared timestamps"} & source.traits
     if len(source.pts) and (alone or not unclear):

@@ -1,14 +1,14 @@
-"""The clock of a video stream, as its packets tell it in the order of the file."""
+"""The clock of a video stream, followed through its packets in the order of the file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-#: Seconds by which decoding times fall where a clock starts anew; none falls by so much within one clock.
+#: Seconds by which decoding times fall if a clock starts anew; within one clock no time falls as much.
 FALL_S = 0.5
-#: The same in MPEG streams, whose times are exact.
+#: The same in MPEG streams, which have exact times.
 FALL_OF_MPEG_S = 0.1
-#: Seconds by which times of an MPEG stream rise that are worth a word, if they rose otherwise before.
+#: Seconds of a rise in an MPEG stream's times that is reported, if it is unlike earlier rises.
 JUMP_S = 10.0
 #: Ticks after which clocks start at 0 again, by container: 26 hours of MPEG streams, 49 days of FLV.
 WRAP_TICKS, FLV_WRAP_TICKS = 2**33, 2**32
@@ -19,28 +19,29 @@ WRAPS = {
     "live_flv": FLV_WRAP_TICKS,
     "kux": FLV_WRAP_TICKS,
 }
-#: Seconds by which a fall may be off from that and is a wrap still.
+#: Seconds by which a fall may differ from that and still be a wrap.
 NEAR_WRAP_S = 60.0
 
 
 @dataclass
 class Clock:
-    """Keeps times running on where those of a file start anew, as they do where streams were joined.
+    """A clock that runs on where the times of a file start anew, as in joined streams.
 
-    Decoding times never fall within a stream. Where they do, what follows is taken to follow at once: it was
-    joined by ``cat``, or the clock's bits were used up. FFmpeg takes a time far below the first for the
-    latter and adds those bits to it: where times then jump ahead, they fell, too. Where those of MPEG streams
-    jump otherwise nobody can tell a picture that is held from a clock that was set anew: they stay, and it is
-    said. Packets must come in the order of the file, from its start: each pass over it then finds the same.
+    Decoding times never fall within a stream. If they do, the next packet is taken to follow at once: streams
+    were joined by ``cat``, or the clock's bits wrapped around. FFmpeg takes a time far below the first for a
+    wrap and adds those bits to it: if times then jump ahead, they fell, too. If the times of an MPEG stream
+    jump otherwise, a picture that is held cannot be told from a clock that was set anew: the times are kept,
+    and the jump is reported. Packets must come in the order of the file, from its start: each pass over it
+    then finds the same.
 
     Args:
         time_base_s: seconds of a tick.
-        wraps: ticks after which the clock starts at 0 again, see ``WRAPS``; 0: never.
+        wraps: ticks after which the clock starts at 0 again, see ``WRAPS``; 0 for never.
 
     Attributes:
-        num_joins: times that the clock started anew.
-        num_wraps: times that its bits were used up, whether FFmpeg ran on from there or not.
-        jumps: seconds at which it jumped ahead, and to which.
+        num_joins: number of times that the clock started anew.
+        num_wraps: number of wraps, whether FFmpeg continued the times or not.
+        jumps: (from, to) in seconds of each jump ahead.
     """
 
     time_base_s: float
@@ -54,15 +55,15 @@ class Clock:
 
     @property
     def is_mpeg(self) -> bool:
-        """True if it is that of an MPEG stream."""
+        """True if it is the clock of an MPEG stream."""
         return self.wraps == WRAP_TICKS
 
     def offset(self, dts: int | None, duration: int) -> int:
-        """Ticks to add to the times of the next packet.
+        """Returns the ticks to add to the times of the next packet.
 
         Args:
-            dts: its decoding time; None: it states none.
-            duration: of it, 0 if unknown.
+            dts: decoding time of the packet; None if it has none.
+            duration: duration of the packet; 0 if unknown.
         """
         if dts is None:
             return self._offset

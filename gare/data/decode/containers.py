@@ -1,12 +1,12 @@
-"""Containers that are read: those that hold the pictures themselves, and none that names other files.
+"""Accepted containers: those that hold the pictures themselves, not those that name other files.
 
-A playlist of 90 bytes from a stranger would otherwise put private videos of this machine, or what the
-network gives, into the store. PyAV is given the list of demuxers; what it refuses reaches no other decoder.
-decord and torchcodec have FFmpegs of their own and no option for a list, and could take the same bytes for
-something else: FFmpeg's demuxers that open further files recognise theirs by text at the start, by text
-anywhere before the first zero byte, or by a name of pictures (``frame%03d.jpg``). ``names_other_files`` looks
-for all three, before anything is opened. A folder's name counts there, too: what lies in ``50%done`` is read
-by the demuxer of its first bytes, and by PyAV alone.
+Otherwise a playlist of 90 bytes from a stranger could put private videos of this machine, or content of the
+network, into the store. PyAV gets the list of allowed demuxers; files that it refuses reach no other decoder.
+decord and torchcodec have their own FFmpeg without such a list, and could take the same bytes for another
+format. FFmpeg's demuxers that open further files recognise theirs by text at the start, by text anywhere
+before the first zero byte, or by a name pattern of pictures (``frame%03d.jpg``). ``names_other_files`` looks
+for all three before anything is opened. Folder names count as patterns, too: a file in ``50%done`` is read by
+the demuxer that its first bytes determine, and only by PyAV.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PICTURE_FILES = (
     "gif apng jpegxl_anim gif_pipe jpeg_pipe png_pipe webp_pipe bmp_pipe tiff_pipe ppm_pipe pgm_pipe "
     "pbm_pipe pam_pipe j2k_pipe jpegls_pipe jpegxl_pipe exr_pipe dpx_pipe psd_pipe qoi_pipe sgi_pipe"
 )
-#: Opened to say that they hold no pictures.
+#: Sound formats, opened only to report that they hold no pictures.
 _SOUNDS = "mp3 wav w64 flac aac ac3 eac3 dts amr aiff caf ape au wv tta"
 #: FFmpeg's names of the demuxers that may read a file. None of them opens another file; MOV would with
 #: ``enable_drefs``, which is off by default.
@@ -39,11 +39,11 @@ ACCEPTED = (
     "one whole file with its pictures in it: MP4, MOV, Matroska, WebM, AVI, MPEG-TS, MPEG-PS, FLV, WMV, Ogg, "
     "MXF, GIF, …"
 )
-#: Most bytes by which FFmpeg tells the kind of a file.
+#: Most bytes that FFmpeg reads to recognise a format.
 _PROBE_BYTES = 1 << 20
 
-#: How text begins that names other files, in lower case; the first three are demuxers of FFmpeg, the others
-#: are what people save in place of a video.
+#: First bytes, in lower case, of text that names other files; the first three are demuxers of FFmpeg, people
+#: save the others in place of a video.
 _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"#extm3u", "an HLS or M3U playlist"),
     (b"ffconcat", "a script for joining files (concat)"),
@@ -55,7 +55,7 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"<smil", "a playlist (SMIL)"),
     (b"rtsptext", "a link to a network stream (QuickTime)"),
 )
-#: The same, anywhere in the text.
+#: Marks of such files anywhere in the text.
 _MARKS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb"<mpd", re.IGNORECASE), "a DASH manifest"),
     (re.compile(rb"<compositionplaylist", re.IGNORECASE), "a playlist (IMF)"),
@@ -63,7 +63,7 @@ _MARKS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb"\A\s*(?:#[^\n]*\n\s*)*file\s+'", re.IGNORECASE), "a script for joining files (concat)"),
     (re.compile(rb"\A<\?xml[^>]*>\s*<(?:playlist|smil|asx)\b", re.IGNORECASE), "a playlist (XML)"),
 )
-#: Names that mean many files to FFmpeg's image2 demuxer, where they end like those of pictures.
+#: Names that FFmpeg's image2 demuxer takes for many files, if they have the ending of a picture.
 _PATTERN = re.compile(r"%(?:\d*d|[*?\[{])")
 _PICTURE_ENDINGS = (
     "jpeg jpg jps mpo ljpg jls jxl jxs j2c j2k jp2 jpc png pns mng ppm pnm pgm pgmyuv pbm pam pfm phm pgx "
@@ -72,7 +72,7 @@ _PICTURE_ENDINGS = (
     "mpg1-img mpg2-img mpg4-img"
 )
 _PICTURES = frozenset(_PICTURE_ENDINGS.split())
-#: Endings for which FFmpeg would take image2 whatever the path is.
+#: Endings for which FFmpeg would take image2 for any path.
 _STILLS = {
     "jpg": "jpeg_pipe",
     "jpeg": "jpeg_pipe",
@@ -80,7 +80,7 @@ _STILLS = {
     "tif": "tiff_pipe",
     "tiff": "tiff_pipe",
 }
-#: Demuxers of pictures in one file, by how it begins.
+#: Demuxers of pictures in one file, by its first bytes.
 _STILL_STARTS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb"GIF8"), "gif"),
     (re.compile(rb"\xff\xd8\xff"), "jpeg_pipe"),
@@ -93,14 +93,14 @@ _STILL_STARTS: tuple[tuple[re.Pattern[bytes], str], ...] = (
 
 
 def names_other_files(head: bytes, path: str) -> str:
-    """The kind of a file that is read by opening other files or the network, as words that follow "it is".
+    """Describes a file that makes FFmpeg open other files or the network, in words that follow "it is".
 
     Args:
-        head: its first bytes: all of them to the first zero byte, or as many as FFmpeg looks at.
+        head: its first bytes: all up to the first zero byte, or as many as FFmpeg looks at.
         path: its name, which FFmpeg may take for a pattern.
 
     Returns:
-        Empty for any other file.
+        the description; empty for any other file.
     """
     if is_pattern(path) and (_PATTERN.search(PurePath(path).name) or not still_demuxer(head, path)):
         return "named like a sequence of pictures in other files (image2)"
@@ -112,25 +112,25 @@ def names_other_files(head: bytes, path: str) -> str:
 
 
 def head_of(path: str) -> bytes | None:
-    """The first bytes of a file, as ``names_other_files`` wants them; None as ``read_head`` gives it."""
+    """Reads as many bytes of a file as ``names_other_files`` needs; None if ``read_head`` returns None."""
     head = read_head(path)
-    # Text counts to the first zero byte, however far; so does what follows a tag with a cover.
+    # Text counts up to the first zero byte, however far; so does text after an ID3 tag with a cover.
     if head and (0 not in head or head.startswith(b"ID3")):
         return read_head(path, _PROBE_BYTES)
     return head
 
 
 def ending_of(path: str) -> str:
-    """Returns the ending of a file's name, behind its last dot, in lower case."""
+    """Returns the ending of a file's name, after its last dot, in lower case."""
     return PurePath(path).name.rpartition(".")[2].lower()
 
 
 def is_pattern(path: str) -> bool:
-    """True if FFmpeg may take a path for that of many pictures, be it for the name of a folder in it."""
+    """True if FFmpeg may take a path for a pattern of many pictures, perhaps because of a folder's name."""
     return ending_of(path) in _PICTURES and bool(_PATTERN.search(path))
 
 
 def still_demuxer(head: bytes, path: str) -> str | None:
-    """The demuxer for a picture whose path makes FFmpeg take image2, which reads by names; None else."""
+    """Returns the demuxer for a picture with a path for which FFmpeg takes image2; None for others."""
     demuxer = next((name for start, name in _STILL_STARTS if start.match(head)), None)
     return demuxer if is_pattern(path) or demuxer == _STILLS.get(ending_of(path)) else None

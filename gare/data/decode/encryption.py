@@ -1,4 +1,4 @@
-"""Encrypted videos, which decoders take for damaged ones and turn into garbage.
+"""Detection of encrypted videos, which decoders take for damaged ones and turn into garbage.
 
 Source: ISO/IEC 14496-12 section 8.12 (sample entry ``encv``; ``drmi`` is Apple's), the ASF specification's
 section 3.14 (Content Encryption Object).
@@ -11,7 +11,7 @@ import av
 from gare.data.decode.file_kind import read_head
 from gare.data.decode.mov_tracks import mov_tracks
 
-#: Sample entries of MP4 and MOV whose pictures are encrypted.
+#: Sample entries of MP4 and MOV with encrypted pictures.
 _ENTRIES = frozenset((b"encv", b"drmi"))
 #: Ids of the Content Encryption Object of ASF and of its extended form.
 _ASF_OBJECTS = (
@@ -26,7 +26,7 @@ def is_encrypted(path: str, container: str, stream: av.VideoStream) -> bool:
     Args:
         path: the file.
         container: short name of its container: mov, matroska, asf, …
-        stream: of that file.
+        stream: a video stream of the file.
     """
     if container == "mov":
         return any(track.track_id == stream.id and track.entries & _ENTRIES for track in mov_tracks(path))

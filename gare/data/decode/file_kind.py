@@ -1,4 +1,4 @@
-"""The kind of a file by its first bytes, to say why it is no video where decoding cannot tell."""
+"""The kind of a file by its first bytes, to explain why it is not a video if decoding cannot tell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 #: Enough for all signatures here and for the header of an ASF file.
 HEAD_BYTES = 1 << 16
 
-#: Position, bytes, kind. The order counts where one signature holds another.
+#: Position, bytes, kind. The order matters if one signature begins another.
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (
         0,
@@ -60,7 +60,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"#!AMR", "sound (AMR)"),
     (0, b"MThd", "music as notes (MIDI)"),
 )
-#: The same of text, after spaces and a byte order mark, in lower case.
+#: Beginnings of text, after spaces and a byte order mark, in lower case.
 _TEXT_SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype html", "an HTML page, such as a login or error page that was saved in the video's place"),
     (b"<html", "an HTML page, such as a login or error page that was saved in the video's place"),
@@ -70,7 +70,7 @@ _TEXT_SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"{", "text (JSON)"),
     (b"[{", "text (JSON)"),
 )
-#: How containers of videos begin, to tell a damaged or unfinished one from something else.
+#: First bytes of video containers, to tell a damaged or unfinished one from other files.
 _CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
     *(
         (4, name, "MP4/MOV")
@@ -89,10 +89,10 @@ _TS_PACKET = 188
 
 
 def read_head(path: str, size: int = HEAD_BYTES) -> bytes | None:
-    """The first bytes of a file, fewer if it is shorter.
+    """Reads the first bytes of a file, fewer if it is shorter.
 
     Returns:
-        None where it cannot be read or is no ordinary file: a pipe's bytes are there once.
+        the bytes; None if the file cannot be read or is not a regular file: a pipe can be read only once.
     """
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
@@ -104,7 +104,7 @@ def read_head(path: str, size: int = HEAD_BYTES) -> bytes | None:
 
 
 def broken_link(path: str) -> str:
-    """Names a link that leads to nothing, as git-annex leaves them; empty for any other path."""
+    """Describes a broken link, such as git-annex leaves; empty for any other path."""
     try:
         if not os.path.islink(path):  # noqa: PTH114 - also of what is no ordinary path
             return ""
@@ -122,13 +122,13 @@ def broken_link(path: str) -> str:
 
 
 def file_kind(head: bytes) -> str:
-    """The kind of a file that is no video, or no playable one, as words that follow "it is".
+    """Describes a file that is not a playable video, in words that follow "it is".
 
     Args:
-        head: its first bytes; all of it, where it is shorter than ``HEAD_BYTES``.
+        head: its first bytes; all of them if it is shorter than ``HEAD_BYTES``.
 
     Returns:
-        Empty for videos and what is not known.
+        empty for videos and unknown kinds.
     """
     if not head:
         return "empty (0 bytes)"
@@ -143,7 +143,7 @@ def file_kind(head: bytes) -> str:
 
 
 def begins_as(head: bytes) -> str:
-    """The container of a video that a file begins as: MP4/MOV, AVI, …; empty if it is not known."""
+    """Returns the container that a file's first bytes belong to: MP4/MOV, AVI, …; empty if unknown."""
     for place, magic, name in _CONTAINERS:
         if head.startswith(magic, place):
             return name
@@ -151,7 +151,7 @@ def begins_as(head: bytes) -> str:
 
 
 def text_of(head: bytes) -> bytes:
-    """Cuts out the text that a file begins with: from its first letter to the first zero byte.
+    """Returns the text that a file begins with: from its first letter to the first zero byte.
 
     An ID3 tag in front of it is left out, as FFmpeg does before it looks.
     """
@@ -186,7 +186,7 @@ def _text_kind(head: bytes) -> str:
 
 
 def _ts_packets(head: bytes) -> list[bytes]:
-    """The whole packets at the start of an MPEG transport stream; empty if it is none."""
+    """Returns the whole packets at the start of an MPEG transport stream; empty for other files."""
     packets = [head[at : at + _TS_PACKET] for at in range(0, len(head) - _TS_PACKET + 1, _TS_PACKET)]
     is_stream = len(packets) > 4 and all(packet[0] == 0x47 for packet in packets)
     return packets if is_stream else []

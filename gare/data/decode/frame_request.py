@@ -22,7 +22,7 @@ from gare.errors import DataError
 
 
 class UnfitError(Exception):
-    """A decoder disagrees with the packets or fails: no fault of the input until another one fails, too."""
+    """A decoder that disagrees with the packets or fails; another decoder may still read the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +30,10 @@ class Selection:
     """The frames to keep, as positions in a list of frames and as ticks, each possibly more than once.
 
     Attributes:
-        idx: positions in the list that was given.
+        idx: positions in the given list of frames.
         pts: their presentation times in ticks.
         duration_s: seconds from the file's zero to the end of the last picture.
-        note: what a person should know about the clip; empty if there is nothing.
+        note: remark about the clip for a person; empty if there is none.
     """
 
     idx: NDArray[np.int64]
@@ -43,7 +43,7 @@ class Selection:
 
     @property
     def ticks(self) -> set[int]:
-        """The ticks, each once."""
+        """Set of the ticks."""
         return set(self.pts.tolist())
 
 
@@ -54,7 +54,7 @@ class Request:
     Attributes:
         source: facts about the file.
         start_s: start of the clip, seconds from the file's zero.
-        end_s: end of it.
+        end_s: end of the clip, likewise.
         sampling: policy.
         sample_fps: samples per second of the policy ``released``.
         num_frames: F.
@@ -77,17 +77,17 @@ class Request:
         damage: str = "",
         remark: str = "",
     ) -> Selection:
-        """Samples a video.
+        """Chooses the clip's frames among a video's pictures.
 
         Args:
-            pts: ticks from which on its pictures are shown, increasing.
-            key_pts: those of keyframes.
-            end_pts: tick at which the last one ends.
+            pts: ticks at which its pictures are first shown, increasing.
+            key_pts: ticks of the keyframes.
+            end_pts: tick at which the last picture ends.
             damage: why pictures may be missing; empty if none are.
-            remark: what else a person should know, empty if there is nothing.
+            remark: further remark for a person; empty if there is none.
 
         Raises:
-            DataError: if the clip lies outside the video, or there is no keyframe where one is asked for.
+            DataError: if the clip lies outside the video, or keyframes are wanted and there are none.
         """
         times_s = (pts * self.source.time_base_s).astype(np.float64)
         video_end_s = max(end_pts * self.source.time_base_s, float(times_s[-1]))
@@ -99,7 +99,7 @@ class Request:
                 notes.append("no keyframe inside the clip, the nearest is taken")
         else:
             idx = shown_at(times_s, self._moments(start_s, end_s))
-            if damage:  # one frame would otherwise stand in for the lost ones that follow it
+            if damage:  # otherwise one frame would replace the lost ones after it
                 idx = np.unique(idx)
             idx = idx[choose(len(idx), self.num_frames)]
         duration_s = video_end_s - self.source.origin_s
@@ -121,7 +121,7 @@ class Request:
         return key_pts[keyframes_within(times_s, start_s, end_s, self.num_frames)]
 
     def _bounds(self, first_s: float, last_s: float, damage: str) -> tuple[float, float]:
-        """Start and end of the clip on the file's clock."""
+        """Returns start and end of the clip in seconds on the file's clock."""
         origin_s, path = self.source.origin_s, self.source.path
         lasts = f"the video lasts {last_s - origin_s:.2f} s" + (f" ({damage})" if damage else "")
         start_s, end_s = first_s, last_s

@@ -1,9 +1,9 @@
-"""Signs in a video file that an earlier version of this package has taken other frames of it.
+"""Traits of a video file for which an earlier version of this package may have taken wrong frames.
 
-Such versions are told by the column ``rules`` of a store, see ``gare.data.store.contents.RULES``. A file is
-only probed here, not decoded: some that are named would give the same frames again. Damage that decoding
-alone shows is not found, since finding it would cost as much as making all clips again. Rules of version 1
-took the first video track, trusted each time that a packet states, did not look at the demuxer's log, and
+The column ``rules`` of a store tells the version, see ``gare.data.store.contents.RULES``. A file is only
+probed here, not decoded: some of the reported files would give the same frames again. Damage that only
+decoding shows is not found, since finding it would cost as much as making all clips again. Rules of version 1
+took the first video track, trusted every time that a packet states, did not look at the demuxer's log, and
 read playlists.
 """
 
@@ -28,15 +28,15 @@ _TRAITS = {
 
 
 def mended_trait(path: str | Path, sampling: Sampling, *, complete: bool | None = None) -> str:
-    """Says for what trait of a file its frames by rules of version 1 may be wrong; empty if for none.
+    """Returns the traits of a file for which frames by version 1's rules may be wrong; empty without any.
 
     Args:
         path: the file.
-        sampling: by which its frames were chosen.
-        complete: whether it was then taken to be whole; None: not known.
+        sampling: policy by which its frames were chosen.
+        complete: True if the file was then taken to be whole; None if unknown.
 
     Raises:
-        DataError: of the disk; what is wrong with the file itself is a trait.
+        DataError: if the disk fails; a fault of the file itself is a trait.
     """
     try:
         source = probe(path)

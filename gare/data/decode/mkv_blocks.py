@@ -1,4 +1,4 @@
-"""Times of blocks of a Matroska file that lie below zero, which FFmpeg does not give.
+"""Times below zero of blocks in a Matroska file, which FFmpeg does not report.
 
 Source: RFC 9559, sections 5.1.3 (Cluster) and 10 (Block); RFC 8794, section 4 (numbers of variable size).
 """
@@ -9,11 +9,12 @@ from pathlib import Path
 
 _SEGMENT, _CLUSTER, _TIME, _GROUP = (bytes.fromhex(name) for name in ("18538067", "1F43B675", "E7", "A0"))
 _BLOCKS = frozenset((b"\xa3", b"\xa1"))
-#: Elements that are looked into; others are passed over.
+#: Elements that are entered; others are skipped.
 _OPENED = frozenset((_SEGMENT, _CLUSTER, _GROUP))
-#: A block's time is a number of 16 bits, with a sign, from that of its cluster: later clusters reach no zero.
+#: A block's time is a signed 16-bit offset from its cluster's time: no block of a later cluster is below
+#: zero.
 _REACH = 1 << 15
-#: More than the elements of so much time.
+#: Most elements that are read; more than there are in that time.
 _MAX_ELEMENTS = 1 << 17
 
 
@@ -21,8 +22,8 @@ def times_below_zero(path: str) -> dict[int, int]:
     """Reads the times of blocks that lie before the zero of a file's clock.
 
     Returns:
-        Position of each block in the file, which FFmpeg gives as that of its packet → ticks, negative. Empty
-        where there are none or the file cannot be read; up to where it is damaged otherwise.
+        Position of each block in the file (FFmpeg's position of its packet) → ticks, negative. Empty if there
+        are no such blocks or the file cannot be read; of a damaged file, the blocks before the damage.
     """
     found: dict[int, int] = {}
     try:
@@ -51,9 +52,9 @@ def times_below_zero(path: str) -> dict[int, int]:
 
 
 def _element(head: bytes) -> tuple[bytes, int | None, int]:
-    """Name of an element by its first bytes, the size of its content, and where that starts.
+    """Parses the first bytes of an element: its name, the size of its content, and where that starts.
 
-    Its size is None where it is not stated, its name empty where there is no element.
+    The size is None if it is not stated, the name is empty if there is no element.
     """
     length = 9 - head[0].bit_length() if head else 0
     if not 1 <= length <= 4 or len(head) <= length or not head[length]:
@@ -65,6 +66,6 @@ def _element(head: bytes) -> tuple[bytes, int | None, int]:
 
 
 def _time(block: bytes, cluster: int) -> int:
-    """Ticks of a block by its first bytes: the track's number, the time from that of the cluster, flags."""
+    """Returns the ticks of a block from its first bytes: track number, time from its cluster's, flags."""
     width = 9 - block[0].bit_length() if block else 9
     return cluster + int.from_bytes(block[width : width + 2], "big", signed=True)

@@ -1,4 +1,4 @@
-"""Tracks of an MP4 or MOV file as its boxes describe them, for what FFmpeg does not tell.
+"""Tracks of an MP4 or MOV file as described by its boxes, for facts that FFmpeg does not report.
 
 Source: ISO/IEC 14496-12, sections 8.3 to 8.7 (trak, tkhd, stsd, dref).
 """
@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 from gare.errors import DataError
 
-#: Boxes in one place that are passed on the way. A recording of a day in fragments has a quarter as many, and
-#: its index may lie behind them.
+#: Most boxes of one level that are read. A fragmented recording of a day has a quarter as many, and its index
+#: may come after them.
 MAX_BOXES = 1 << 20
-#: The index of a day of video is smaller.
+#: Most bytes of an index that are read; that of a day of video is smaller.
 _MAX_MOOV_BYTES = 1 << 28
 
 
@@ -24,7 +24,7 @@ class MovTrack:
     """A track of the file.
 
     Attributes:
-        track_id: its number in the file, which FFmpeg gives as the id of the stream.
+        track_id: its number in the file, FFmpeg's id of the stream.
         entries: four-letter names of its sample entries: avc1, hvc1, mp4a, encv, …
         is_external: True if all of its pictures or sounds lie in other files.
     """
@@ -35,13 +35,13 @@ class MovTrack:
 
 
 def mov_tracks(path: str) -> list[MovTrack]:
-    """Reads the tracks, in their order; none where the file cannot be read or has no index.
+    """Reads the tracks, in their order; empty if the file cannot be read or has no index.
 
     Raises:
-        DataError: if it has so many boxes that its index is not looked for to the end.
+        DataError: if it has too many boxes before its index.
     """
     try:
-        if not Path(path).is_file():  # a pipe's bytes are there once
+        if not Path(path).is_file():  # a pipe can be read only once
             return []
         with Path(path).open("rb") as file:
             moov = _moov(file, path)
@@ -52,7 +52,7 @@ def mov_tracks(path: str) -> list[MovTrack]:
 
 def _track(trak: memoryview) -> MovTrack:
     header, media = _inside(trak, b"tkhd"), _inside(trak, b"mdia", b"minf")
-    at = 20 if bytes(header[:1]) == b"\1" else 12  # behind version, flags and two times of 8 or 4 bytes
+    at = 20 if bytes(header[:1]) == b"\1" else 12  # after version, flags and two times of 8 or 4 bytes
     entries = _boxes(_inside(media, b"stbl", b"stsd")[8:])
     # Bit 0 of an entry's flags: the data lie in this file.
     is_inside = [
@@ -68,7 +68,7 @@ def _track(trak: memoryview) -> MovTrack:
 
 
 def _moov(file: BinaryIO, path: str) -> memoryview:
-    """The content of the box that holds the tracks; empty if there is none. Of others 16 bytes are read."""
+    """Returns the content of the box with the tracks, or empty; reads only 16 bytes of other boxes."""
     at = 0
     for _ in range(MAX_BOXES):
         file.seek(at)
@@ -90,7 +90,7 @@ def _moov(file: BinaryIO, path: str) -> memoryview:
 
 
 def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Name and content of each box."""
+    """Yields name and content of each box."""
     at = 0
     for _ in range(MAX_BOXES):
         size = int.from_bytes(data[at : at + 4], "big") or len(data) - at
@@ -101,7 +101,7 @@ def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _inside(data: memoryview, *names: bytes) -> memoryview:
-    """The content of the first box of each name, one in the other; empty if there is none."""
+    """Returns the content of the box at a path of nested names; empty if it does not exist."""
     for name in names:
         data = next((content for kind, content in _boxes(data) if kind == name), memoryview(b""))
     return data

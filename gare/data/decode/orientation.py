@@ -1,4 +1,4 @@
-"""Turning stored pictures upright, as their display matrices tell."""
+"""Turning stored pictures upright, according to their display matrices."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 
 
 class Orientation(NamedTuple):
-    """A turn of stored pictures that makes them upright: transpose first, then the flips."""
+    """A rotation or mirroring that makes stored pictures upright: transpose first, then the flips."""
 
     transpose: bool = False
     flip_x: bool = False
     flip_y: bool = False
 
     def apply(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The upright picture, (H, W, 3), contiguous."""
+        """Returns the upright picture, (H, W, 3), contiguous."""
         if self.transpose:
             rgb = rgb.transpose(1, 0, 2)
         return np.ascontiguousarray(rgb[:: -1 if self.flip_y else 1, :: -1 if self.flip_x else 1])
 
 
-#: What turns a picture upright by its rotation alone, in quarters counterclockwise.
+#: Orientations by rotation, in quarter turns counterclockwise.
 _QUARTER_TURNS = (
     Orientation(),
     Orientation(transpose=True, flip_y=True),
@@ -33,10 +33,10 @@ _QUARTER_TURNS = (
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation | None:
-    """Reads the turn that makes a picture upright; None where it states none."""
+    """Reads the orientation that makes a picture upright; None if it states none."""
     try:
         side_data = list(getattr(frame, "side_data", ()))
-    except ValueError:  # PyAV does not know all kinds of it: EXIF of photos, views of spatial videos
+    except ValueError:  # PyAV does not know all kinds of side data: EXIF of photos, views of spatial videos
         return _QUARTER_TURNS[round(frame.rotation / 90) % 4]
     for item in side_data:
         if item.type.name == "DISPLAYMATRIX":
@@ -45,7 +45,7 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
 
 
 def _orientation(matrix: NDArray[np.int32]) -> Orientation:
-    """The nearest right angle, mirrored or not: x' = a·x + c·y, y' = b·x + d·y."""
+    """Rounds a matrix to the nearest right angle, mirrored or not: x' = a·x + c·y, y' = b·x + d·y."""
     a, b, c, d = (int(matrix[place]) for place in (0, 1, 3, 4))
     if abs(a) >= abs(b):
         return Orientation(False, a < 0, d < 0)

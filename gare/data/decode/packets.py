@@ -20,15 +20,15 @@ from gare.data.decode.clock import WRAPS, Clock
 from gare.data.decode.mkv_blocks import times_below_zero
 from gare.data.decode.orientation import Orientation, orientation_of
 
-#: Trait of streams whose times rise in decoding order, though pictures are shown in another.
+#: Trait of streams with times that rise in decoding order, though pictures are shown in another order.
 DECODING_ORDER = "times in decoding order"
-#: Trait of streams whose pictures are shown when they are decoded, whatever their packets' times.
+#: Trait of streams with pictures that are shown when decoded, whatever their packets' times.
 DECODING_TIMES = "shown when decoded"
-#: Seconds of a gap between pictures of an MP4, which states how long each lasts, or in all of a Matroska.
+#: Seconds of a gap that counts as lost: between pictures of an MP4, or in all streams of a Matroska.
 LOST_S = 0.3
-#: Errors in what cameras and programs write beside a JPEG's pixels, which are right all the same.
+#: Errors in the metadata of a JPEG; its pixels are right all the same.
 _ABOUT_METADATA = re.compile(r"exif|tiff|app\b|app:|app fields|colorspace|icc|comment", re.IGNORECASE)
-#: Held while the level of FFmpeg's log, which is the process's, is another.
+#: Held while the level of FFmpeg's log, which the whole process shares, is changed.
 _LOG = threading.Lock()
 
 
@@ -38,25 +38,26 @@ class Packets:
 
     Attributes:
         pts: ticks of pictures to be shown, in the order of the file.
-        key_places: which of ``pts`` are keyframes'.
+        key_places: positions of keyframes in ``pts``.
         end_pts: tick at which the last picture ends.
         end_s: seconds at which the last packet of any stream ends.
-        num_packets: of the stream.
-        orientation: what turns a stored picture upright.
-        traits: what makes seeking decoders go wrong, see ``scan_packets``.
-        stopped_early: why reading stopped early, empty if it did not.
-        remark: what a person should know, empty if there is nothing.
-        errors: what the demuxer called an error.
-        num_corrupt: packets that the demuxer marks as damaged.
-        num_joins: times that the clock started anew.
+        num_packets: number of packets of the stream.
+        orientation: rotation or mirroring that makes a stored picture upright.
+        traits: properties for which seeking decoders go wrong, see ``scan_packets``.
+        stopped_early: reason why reading stopped early; empty if it did not.
+        remark: remark for a person; empty if there is none.
+        errors: error messages of the demuxer.
+        num_corrupt: number of packets that the demuxer marks as damaged.
+        num_joins: number of times that the clock started anew.
         dts: decoding times of the pictures in ``pts``, as far as packets state them.
-        last_duration: ticks of the last packet.
-        lost_s: seconds through which no picture of a fragmented MP4 lasts, or all of a Matroska stands still.
+        last_duration: duration of the last packet in ticks.
+        lost_s: seconds not covered by a picture of a fragmented MP4, or in which all streams of a Matroska
+            pause.
         key_dts: decoding times of the keyframes, as the file states them.
-        has_moved_end: whether the film ends elsewhere than the longest-lasting packet says.
-        jump_s: seconds of the longest jump ahead of an MPEG clock, beside which no other stream goes on.
-        num_held: chunks of an AVI without data, through which the picture before is shown on.
-        block_times: position in the file of packets of a Matroska that lie below zero → their true times.
+        has_moved_end: True if the film ends elsewhere than the longest-lasting packet says.
+        jump_s: seconds of the longest jump ahead of an MPEG clock during which no other stream goes on.
+        num_held: number of an AVI's chunks without data, during which the picture before is still shown.
+        block_times: position in the file → true time, for packets of a Matroska with times below zero.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -82,42 +83,42 @@ class Packets:
 
     @property
     def key_pts(self) -> list[int]:
-        """Those of ``pts`` that are keyframes'."""
+        """Times of the keyframes."""
         return [self.pts[place] for place in self.key_places]
 
     @property
     def damage(self) -> str:
-        """The first sign of damage within what was read, empty if there is none."""
+        """Description of the first sign of damage in what was read; empty if there is none."""
         if self.errors:
             return f"its container is damaged: {self.errors[0]}"
         if self.jump_s:
             return f"its clock jumps {self.jump_s:.1f} s ahead, or a picture is held; nothing tells which"
         if self.lost_s:
             return f"{self.lost_s:.2f} s are missing between its pictures"
-        if self.num_corrupt > self.num_joins:  # a joint itself looks like a lost packet
+        if self.num_corrupt > self.num_joins:  # a joint of streams looks like a lost packet
             return f"{self.num_corrupt} of its packets are damaged"
         return ""
 
 
 def time_base_of(stream: av.VideoStream) -> float:
-    """Seconds of a tick of a stream."""
+    """Returns the seconds of a tick of a stream."""
     return float(stream.time_base or 0) or 1 / av.time_base
 
 
 class ErrorLog:
-    """Collects what FFmpeg says at level error, which is the only sign of some damage.
+    """A collection of FFmpeg's messages at level error, which are the only sign of some damage.
 
-    To be entered before a file is opened: FFmpeg then reads its first packets, too, for their codecs.
+    Enter it before a file is opened: FFmpeg reads the first packets then, to find the codecs.
     """
 
     def __enter__(self) -> Self:
-        """Holds the level of FFmpeg's log until the exit."""
+        """Sets the level of FFmpeg's log until the exit."""
         with ExitStack() as stack:
             stack.enter_context(_LOG)
             stack.callback(av.logging.set_skip_repeated, av.logging.get_skip_repeated())
             stack.callback(av.logging.set_level, av.logging.get_level())
             av.logging.set_level(av.logging.ERROR)
-            # Else what the last file's demuxer said is not said again of this one, but counted with it.
+            # Otherwise a message that repeats the last file's is only counted and not logged for this file.
             av.logging.set_skip_repeated(False)
             capture = av.logging.Capture()
             self._said: list[tuple[int, str, str]] = capture.__enter__()
@@ -126,7 +127,7 @@ class ErrorLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Sets the log back as it was."""
+        """Restores the log's settings."""
         self._stack.close()
 
     @property
@@ -140,7 +141,7 @@ class ErrorLog:
 
     def errors(self, container: av.container.InputContainer, first: int = 0) -> list[str]:
         """Lists the messages of a file's demuxer, from message ``first`` on."""
-        # Of raw streams demuxer and codec have one name.
+        # For raw streams, demuxer and codec have the same name.
         names = set(container.format.name.split(",")) - {
             stream.codec_context.name for stream in container.streams.video if stream.codec_context
         }
@@ -157,11 +158,11 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream,
     Traits: ``edit list`` (packets that are decoded but not shown), ``no timestamps``, ``shared timestamps``
     (packets without a picture of their own), ``open GOP`` (pictures shown before the keyframe that precedes
     them, lost after a seek), ``no keyframe first``, ``joined clocks`` (times that start anew), ``wrapped
-    clock`` (whose bits were used up), ``times in decoding order`` (of pictures that are shown in another),
+    clock`` (its bits wrapped around), ``times in decoding order`` (though pictures are shown in another),
     ``shown when decoded``, ``negative times``, ``other keyframes`` (than an MP4's table lists: a damaged
-    picture that looks like one).
+    picture that looks like a keyframe).
     """
-    # MP4 and MOV have an index: what is odd in it when they are opened is no damage of the pictures.
+    # MP4 and MOV have an index: errors in it when they are opened are not damage of the pictures.
     first = log.num_said if container.format.name.startswith("mov") else 0
     scan = _PacketReader(container, stream).read()
     scan.errors = log.errors(container, first)
@@ -173,9 +174,9 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream,
 
 
 class _PacketReader:
-    """Reads the packets of all streams in the order of the file, and notes what they tell of one of them.
+    """Reader of all streams' packets, in the order of the file, that records facts about one stream.
 
-    Each look at a packet's attribute takes its time, so that each is looked at once.
+    Reading an attribute of a packet is slow, so each is read once.
     """
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
@@ -190,7 +191,7 @@ class _PacketReader:
         self.silences: dict[int, list[tuple[float, float]]] = {index: [] for index in self.sound_bases_s}
         #: Seconds at which other streams of an MPEG file have packets.
         self.heard_s: set[int] = set()
-        #: Stream → tick at which it ends, as far as it was read.
+        #: Stream → tick at which its packets read so far end.
         self.ends: dict[int, int] = {}
         self.key_pts: int | None = None
         self.due: int | None = None
@@ -265,7 +266,7 @@ class _PacketReader:
         if dts is not None:
             scan.dts.append(dts + offset)
             if self.is_fragmented:
-                # Its tables tell how long each picture lasts: what nothing lasts through was lost.
+                # Its tables state how long each picture lasts: time that no picture covers was lost.
                 lost_s = 0.0 if self.due is None else (dts - self.due) * self.time_base_s
                 scan.lost_s += lost_s if lost_s > LOST_S else 0.0
                 self.due = dts + duration
@@ -302,7 +303,7 @@ class _PacketReader:
         if len(set(scan.pts)) < len(scan.pts):
             scan.traits.add("shared timestamps")
         elif scan.pts and scan.pts[-1] != self.last_pts:
-            # Durations of such packets are of the order of decoding; the last one's is that of a picture.
+            # Durations of such packets are in decoding order; the last one's is that of a picture.
             end_pts = self.last_pts + scan.last_duration
             scan.has_moved_end, scan.end_pts = end_pts != scan.end_pts, end_pts
         elif self.stream.codec_context.has_b_frames and len(scan.pts) > 1 and is_sorted:
@@ -314,13 +315,13 @@ class _PacketReader:
 
 
 def _stands_still_s(times_s: NDArray[np.float64], silences: list[list[tuple[float, float]]]) -> float:
-    """Seconds through which neither pictures nor sound go on, where both do everywhere else.
+    """Returns the seconds in which neither pictures nor sound go on, though both do elsewhere.
 
-    A picture may be held, and sound may pause; where they only do so together a part of the file is lost.
+    A picture may be held, and sound may pause; if they only do so together, a part of the file is lost.
 
     Args:
         times_s: times of the pictures, increasing.
-        silences: of each stream of sound the seconds from and to which it pauses.
+        silences: for each sound stream, (from, to) in seconds of its pauses.
     """
     steps_s = np.diff(times_s)
     usual_s = float(np.median(steps_s)) if len(steps_s) else 0.0
@@ -339,10 +340,10 @@ def _stands_still_s(times_s: NDArray[np.float64], silences: list[list[tuple[floa
 
 
 def _take_decoding_times(scan: Packets) -> None:
-    """Takes decoding times for the pictures of an AVI of which some are held.
+    """Uses decoding times as presentation times for an AVI in which some pictures are held.
 
-    AVI states when each chunk is decoded. FFmpeg guesses when it is shown: where nothing is reordered it is a
-    chunk too late, so that beside chunks without data another picture would be held.
+    AVI states when each chunk is decoded. FFmpeg guesses when it is shown: without reordering, the guess is
+    one chunk too late, so that another picture would be held beside chunks without data.
     """
     if scan.pts == scan.dts or scan.dts[-1] - scan.dts[0] < len(scan.dts):
         return
@@ -352,7 +353,7 @@ def _take_decoding_times(scan: Packets) -> None:
 
 
 def _read_orientation(packet: av.Packet[Any], scan: Packets) -> bool:
-    """Decodes until there is a picture, which carries the display matrix; True when there was one."""
+    """Decodes a packet to read the display matrix of its picture; returns True if there was a picture."""
     try:
         frames = packet.decode()
     except MemoryError:
@@ -367,28 +368,28 @@ def _read_orientation(packet: av.Packet[Any], scan: Packets) -> bool:
 def missing_end(
     scan: Packets, container: str, frames: int | None, duration_s: float | None, start_s: float
 ) -> str:
-    """Says how much less there is than the container's header promises; empty if nothing is missing."""
+    """Describes how much is missing from what the header promises; empty if nothing is missing."""
     held = scan.num_held
     if container == "avi" and len(scan.pts) == scan.num_packets > 0:
-        # Chunks without data, which this demuxer leaves out: the picture before is shown on.
+        # Chunks without data, which this demuxer leaves out: the picture before is still shown.
         held = max(held, max(scan.pts) - min(scan.pts) + 1 - scan.num_packets)
-    # Durations count from 0 where the first picture comes later.
+    # Durations count from 0 if the first picture comes later.
     ends_s = scan.end_s - min(start_s, 0.0)
     is_short = bool(duration_s and duration_s - ends_s > max(0.5, 0.02 * duration_s))
     if frames and scan.num_packets + held < frames:
-        # An edit list of MP4 cuts pictures off that its table counts.
+        # An edit list of MP4 cuts off pictures that its table counts.
         if container != "mov" or is_short:
             return f"cut off: {scan.num_packets} of the {frames} frames that its header promises"
-    elif is_short and not (frames and container == "mov"):  # all that its table lists is there
+    elif is_short and not (frames and container == "mov"):  # all pictures of its table are there
         return f"cut off: its header promises {duration_s:.2f} s, its data end at {ends_s:.2f} s"
     return ""
 
 
 def hold_last(scan: Packets, path: str, stream: av.VideoStream) -> None:
-    """Lets the last picture of an AVI last through the chunks without data behind it.
+    """Extends the last picture of an AVI over the chunks without data after it.
 
-    The demuxer gives no packet for them, so that they look like an end that is cut off. The file tells:
-    there they are, as many as its header promises.
+    The demuxer returns no packets for them, so that the file looks cut off. Its chunks are counted instead:
+    they must be as many as its header promises.
     """
     if scan.num_packets >= stream.frames:
         return
@@ -401,7 +402,7 @@ def hold_last(scan: Packets, path: str, stream: av.VideoStream) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """A decoder's error in one short line, without the path that the caller adds."""
+    """Formats a decoder's error as one short line, without the path that the caller adds."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     log = getattr(error, "log", None)
     if log and log[2].strip():

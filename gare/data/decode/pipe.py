@@ -1,8 +1,8 @@
-"""The decoding child as a process, and the pipes to it.
+"""The process of the decoding child, and the pipes to it.
 
-Parent and child speak over two pipes of their own, because decoders write to stdout as they like. A message
-is the length of its header (4 bytes, big endian), the header (JSON), and bytes whose sizes the header lists
-under ``sizes``.
+Parent and child use two pipes of their own, because decoders write to stdout. A message is the length of its
+header (4 bytes, big endian), the header (JSON), and blocks of bytes with their sizes in the header under
+``sizes``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Child:
         os.write(self._requests, len(data).to_bytes(LENGTH_BYTES, "big") + data)
 
     def receive(self, until: float) -> tuple[dict[str, Any], list[bytes]]:
-        """One answer.
+        """Reads one answer.
 
         Raises:
             TimeoutError: when ``time.monotonic()`` passes ``until``.
@@ -99,12 +99,12 @@ class Child:
             return header, [take(size) for size in header["sizes"]]
 
     def has_said(self, pattern: re.Pattern[bytes]) -> bool:
-        """True if a line that decoders have written since the last request matches, of the last 64 kB."""
+        """True if a line that decoders wrote since the last request matches (within the last 64 kB)."""
         self._read_stderr()
         return bool(pattern.search(self._tail))
 
     def _read_stderr(self) -> bool:
-        """Takes what there is; False at its end."""
+        """Reads available output; returns False at its end."""
         try:
             data = os.read(self._stderr, 1 << 16)
         except BlockingIOError:
@@ -113,17 +113,17 @@ class Child:
         return bool(data)
 
     def was_ended_by_others(self) -> bool:
-        """True if the process that has ended did not end itself: a signal that no decoder brings about.
+        """True if the process was ended from outside: by a signal that no decoder causes.
 
-        Such are SIGKILL, as the system kills what takes the memory of others, SIGTERM or SIGHUP of a node
-        that goes down, and SIGBUS, a mapped file that its disk does not give. SIGSEGV, SIGABRT, SIGFPE and
-        SIGILL, and an exit, come from what the decoder did with the file.
+        Such signals are SIGKILL (the system kills processes when memory is short), SIGTERM or SIGHUP (a node
+        goes down), and SIGBUS (the disk fails to deliver a mapped file). SIGSEGV, SIGABRT, SIGFPE, SIGILL and
+        an exit come from what the decoder did with the file.
         """
         status = self.process.poll()
         return status is not None and -status in _OF_OTHERS
 
     def how_it_ended(self) -> str:
-        """For a message: the signal or status, and the last line of stderr."""
+        """Describes the end for a message: the signal or status, and the last line of stderr."""
         try:
             status = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -143,7 +143,7 @@ class Child:
         self.process.kill()
         os.close(self._requests)
         os.close(self._answers)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one stuck in the kernel ends when it can
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the kernel ends when it can
             self.process.wait(timeout=5)
         if self.process.stderr:
             self.process.stderr.close()

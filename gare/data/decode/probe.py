@@ -1,4 +1,4 @@
-"""Facts about a video file, from its header and packets, before anything of it is trusted to a decoder.
+"""Facts about a video file, read from its header and packets before it is given to a decoder.
 
 One pass over the packets, without decoding more than the first picture. Times are presentation times:
 pts × time base, in seconds, as the file states them (its clock may not start at 0).
@@ -40,7 +40,7 @@ from gare.errors import DataError
 
 #: Containers whose headers state a duration that was measured when the file was written.
 _EXACT_HEADERS = frozenset({"mov", "matroska", "avi"})
-#: Pictures a second of a track of thumbnails, at most.
+#: Most pictures per second of a track of thumbnails.
 TIMELINE_FPS = 2.0
 
 
@@ -52,28 +52,28 @@ class Probe:
         path: the file.
         container: short name of the container: mov, matroska, avi, gif, …
         codec: FFmpeg's name of the codec: h264, hevc, av1, …
-        pixel_format: FFmpeg's name of it, empty if unknown.
+        pixel_format: FFmpeg's name of the pixel format, empty if unknown.
         width: pixels of the upright picture.
         height: pixels of the upright picture.
-        orientation: what turns a stored picture upright.
+        orientation: rotation or mirroring that makes a stored picture upright.
         fps: average frames per second by the header, None if unknown.
-        duration_s: of the file by its header, None if unknown.
-        num_frames: of the stream by its header, None if unknown.
-        stream_index: of the stream in the file.
-        num_video_streams: cover pictures left out.
+        duration_s: seconds of the file by its header, None if unknown.
+        num_frames: frames of the stream by its header, None if unknown.
+        stream_index: index of the stream in the file.
+        num_video_streams: number of video streams without cover pictures.
         time_base_s: seconds of one pts tick.
         origin_s: presentation time that a player shows as 0.
         pts: ticks of the pictures to be shown by the packets, sorted, each once.
-        key_pts: those of them that start anew, without the pictures before.
-        end_pts: tick at which the last of them ends.
-        interlaced: whether a picture may come as two fields.
-        is_intra_only: whether each picture decodes by itself, by its codec.
-        traits: what makes seeking decoders go wrong, by name; see ``packets.scan_packets``. ``path like a
-            pattern``: one that they would take for that of many pictures.
-        fault: why the file seems damaged, empty if it does not.
-        has_moved_end: whether rules of version 1 took another time for the end of the film.
-        remark: what a person should know about a file that is whole, empty if there is nothing.
-        block_times: position in the file of packets whose times PyAV does not give → their ticks.
+        key_pts: ticks of the keyframes, which need no pictures before them.
+        end_pts: tick at which the last picture ends.
+        interlaced: True if a picture may come as two fields.
+        is_intra_only: True if each picture of the codec decodes by itself.
+        traits: names of properties for which seeking decoders go wrong, see ``packets.scan_packets``; also
+            ``path like a pattern``: they would take the path for many pictures.
+        fault: reason why the file seems damaged; empty if it does not.
+        has_moved_end: True if rules of version 1 took another time for the end of the film.
+        remark: remark for a person about an undamaged file; empty if there is none.
+        block_times: position in the file → ticks, for packets with times that PyAV does not report.
     """
 
     path: str
@@ -103,7 +103,7 @@ class Probe:
 
     @property
     def wraps(self) -> int:
-        """Ticks after which the container's clock starts at 0 again; 0: never."""
+        """Ticks after which the container's clock starts at 0 again; 0 for never."""
         return WRAPS.get(self.container, 0)
 
 
@@ -165,10 +165,10 @@ def probe(path: str | Path) -> Probe:
 
 
 def _origin(container: str, start_s: float, pts: Sequence[int], time_base_s: float) -> float:
-    """The time that a player shows as 0.
+    """Returns the time that a player shows as 0.
 
-    Encoder delay can put the first sound below 0, which players do not count. Where clocks wrap, below 0 is
-    before the wrap, and counts; so do pictures below 0.
+    Encoder delay can put the first sound below 0, which players ignore. If clocks wrap, times below 0 are
+    before the wrap, and count; so do pictures below 0.
     """
     first_s = min(pts) * time_base_s if pts else 0.0
     if container in WRAPS:
@@ -177,7 +177,7 @@ def _origin(container: str, start_s: float, pts: Sequence[int], time_base_s: flo
 
 
 def _check_kind(path: str) -> None:
-    """Refuses what is no file. A named pipe may pass: whoever reads one has a deadline."""
+    """Raises an error for a path that is not a file; allows a named pipe, since its reader has a deadline."""
     try:
         mode = Path(path).stat().st_mode
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or socket"
@@ -190,10 +190,10 @@ def _check_kind(path: str) -> None:
 
 
 def open_container(path: str) -> av.container.InputContainer:
-    """Opens a local file for reading, and no other file that it may name.
+    """Opens a local file for reading, but no other file that it may name.
 
     Raises:
-        DataError: if it cannot be opened, or is read by opening others.
+        DataError: if it cannot be opened, or reading it would open other files.
     """
     head = head_of(path)
     fault = names_other_files(head or b"", path)
@@ -214,7 +214,7 @@ def open_container(path: str) -> av.container.InputContainer:
 
 
 def _reason(error: Exception, head: bytes | None) -> str:
-    """Says why a file cannot be opened, by its first bytes where they tell more than FFmpeg's error."""
+    """Explains why a file cannot be opened, by its first bytes if they tell more than FFmpeg's error."""
     if head is None:
         return explain(error)
     kind, container = file_kind(head), begins_as(head)
@@ -222,7 +222,7 @@ def _reason(error: Exception, head: bytes | None) -> str:
         return f"it is {kind}"
     if container:
         return f"it begins as {container}, but is cut off, not finished or damaged ({explain(error)})"
-    if isinstance(error, av.error.ArgumentError):  # FFmpeg's answer to what is not in its list
+    if isinstance(error, av.error.ArgumentError):  # FFmpeg's error for formats that are not in its list
         return "it is of a kind that is not read"
     return explain(error)
 
@@ -236,7 +236,7 @@ def _main_stream(container: av.container.InputContainer, path: str) -> tuple[av.
     stream = _shown(streams)
     if is_encrypted(path, container.format.name.split(",")[0], stream):
         raise DataError("is encrypted (DRM)", where=path, accepted="a video that plays without a key")
-    # A stream whose codec this FFmpeg does not know has no context, whatever the type says.
+    # If this FFmpeg does not know the codec, the stream has no context, whatever the type says.
     if getattr(stream, "codec_context", None) is None:
         raise DataError("has a video stream whose codec is unknown", where=path)
     stream.codec_context.thread_count = 1
@@ -244,11 +244,11 @@ def _main_stream(container: av.container.InputContainer, path: str) -> tuple[av.
 
 
 def _shown(streams: Sequence[av.VideoStream]) -> av.VideoStream:
-    """The track that players show: the first default one, or the first, past tracks of thumbnails."""
+    """Returns the track that players show: the first default one, else the first, without thumbnails."""
     flags = av.stream.Disposition
     aside = flags.timed_thumbnails | flags.still_image | flags.dependent
     areas, rates = ([size(stream) for stream in streams] for size in (_area, _rate))
-    # Small and slow beside another: pictures for a timeline, which some writers mark as default too.
+    # A small and slow track beside another holds timeline pictures; some writers mark it as default, too.
     sizes = zip(areas, rates, strict=True)
     small = [
         4 * area <= max(areas) and 0 < rate <= TIMELINE_FPS and 4 * rate <= max(rates) for area, rate in sizes
@@ -271,7 +271,7 @@ def _rate(stream: av.VideoStream) -> float:
 
 
 def _content(container: av.container.InputContainer) -> str:
-    """Says what a file without moving pictures holds."""
+    """Describes the content of a file without moving pictures."""
     names = {"audio": "sound", "video": "a cover picture", "subtitle": "subtitles"}
     kinds = {stream.type for stream in container.streams}
     held = [name for kind, name in names.items() if kind in kinds]

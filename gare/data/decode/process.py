@@ -1,6 +1,6 @@
-"""Decoding in a child process that can be killed: a file that hangs or crashes its decoder costs one clip.
+"""Decoding in a child process that can be killed: a file that hangs or crashes the decoder costs one clip.
 
-The parent's half; ``gare.data.decode.child`` is the child's, ``gare.data.decode.pipe`` what lies between.
+This is the parent's side; ``gare.data.decode.child`` is the child's, ``gare.data.decode.pipe`` connects them.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from gare.data.images import Crop
 from gare.errors import ConfigError, DataError, shown
 from gare.storage.uris import scheme_of
 
-#: FFmpeg's messages of damage within decord, which conceals it and goes on. swscale speaks of formats alone.
+#: FFmpeg's messages of damage within decord, which conceals it and goes on. swscale only reports formats.
 _DAMAGE = re.compile(rb"^\[(?!swscaler)\w+ @ 0x\w+\] (?!Failed to parse extradata)", re.MULTILINE)
-#: Importing the decoders on a busy machine; not part of a video's deadline.
+#: Seconds to import the decoders on a busy machine; not part of a video's deadline.
 _START_DEADLINE_S = 120.0
 
 
 class DecodeTimeoutError(DataError):
     """A video that did not decode within its deadline."""
 
-    # Of a node that is overloaded or a mount that hangs, for all that can be told here; a file that never
-    # ends costs its deadline once a run, up to extract.max_attempts.
+    # The cause may be an overloaded node or a hanging mount. A file that never ends costs its deadline once a
+    # run, up to extract.max_attempts.
     may_pass = True
 
 
 class DecoderCrashError(DataError):
-    """A video that took the decoding process down."""
+    """A video that crashed the decoding process."""
 
 
 class DecodeMemoryError(DataError):
-    """A video that needs more memory than it may."""
+    """A video that needs more memory to decode than allowed."""
 
-    # Final: the limit is the process's own and the same every time. Where the machine is short of memory,
-    # the process is killed instead.
+    # Final: the limit is the process's own and the same every time. If the machine is short of memory, the
+    # process is killed instead.
 
 
 class DecoderFaultError(DataError):
@@ -55,11 +55,11 @@ _KINDS = {"ConfigError": ConfigError, "Unforeseen": DecoderFaultError}
 
 @dataclass(frozen=True, eq=False)
 class ExtractedClip:
-    """A clip as the frame store keeps it.
+    """A decoded clip in the form of the frame store.
 
     Attributes:
-        frames: each a JPEG, all of one size, or size × size × 3 raw RGB bytes.
-        frame_idx: as in ``DecodedClip``, and so are the rest.
+        frames: JPEGs of one size, or size × size × 3 raw RGB bytes each.
+        frame_idx: as in ``DecodedClip``, like all further attributes.
     """
 
     frames: list[bytes]
@@ -82,8 +82,8 @@ class DecodeProcess:
     """A reusable decoding child. Not for use by several threads at once.
 
     The child starts with the first video and again after a crash, a deadline or ``max_videos`` videos, which
-    bounds what decoders leak. It ends with its parent; on Linux already with the thread that started it, and
-    then another one starts.
+    bounds what decoders leak. It ends with its parent; on Linux, already with the thread that started it, and
+    the next video starts another child.
 
     Args:
         max_videos: videos that one child decodes.
@@ -104,7 +104,7 @@ class DecodeProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child, None while there is none."""
+        """Process id of the child; None if no child runs."""
         return self._child.process.pid if self._child else None
 
     def start(self) -> None:
@@ -138,24 +138,24 @@ class DecodeProcess:
 
         Args:
             path: local path or ``file://`` URI.
-            start_s: see ``decode_clip``, as for those up to ``decoder``.
+            start_s: see ``decode_clip`` for this and all up to ``decoder``.
             end_s: end of the clip, seconds.
             sampling: policy.
             sample_fps: samples per second.
             num_frames: F.
-            decoder: who decodes.
+            decoder: decoder to use.
             image_size: pixels of the short side.
-            crop: center, or none for whole pictures, which are JPEGs.
+            crop: center, or none for whole pictures (JPEG only).
             encoding: of the frames.
             jpeg_quality: 1 to 100.
             deadline_s: seconds after which the child is killed.
-            memory_mb: MB of memory of its own that the child may have, on Linux.
+            memory_mb: MB of private memory that the child may use, on Linux.
 
         Raises:
             DecodeTimeoutError: at the deadline.
             DecodeMemoryError: beyond ``memory_mb``.
             DecoderCrashError: if the child dies.
-            DataError: if the video is bad; the text is the child's.
+            DataError: if the video is bad, with the child's message.
             ConfigError: if the decoder is not installed.
         """
         request: dict[str, Any] = {
@@ -197,13 +197,13 @@ class DecodeProcess:
 
         Args:
             path: local path or ``file://`` URI.
-            sampling: as of ``mended_trait``, and so is the next.
-            complete: whether the file was taken to be whole.
-            deadline_s: as of ``extract``, and so is the next.
-            memory_mb: MB of memory of its own that the child may have.
+            sampling: see ``mended_trait``, also for ``complete``.
+            complete: True if the file was taken to be whole.
+            deadline_s: see ``extract``, also for ``memory_mb``.
+            memory_mb: MB of private memory that the child may use.
 
         Raises:
-            DataError: as ``extract``, but for a bad video.
+            DataError: as ``extract``, except for a bad video.
         """
         look = {"sampling": sampling, "complete": complete}
         request = {"path": _checked(path), "look": look, "memory_mb": memory_mb}
@@ -212,7 +212,7 @@ class DecodeProcess:
     def _ask(
         self, request: dict[str, Any], path: str, deadline_s: float, memory_mb: float
     ) -> tuple[dict[str, Any], list[bytes]]:
-        """The child's answer to a request about a file."""
+        """Sends a request about a file to the child and returns its answer."""
         child = self._ready_child()
         try:
             child.send(request)
@@ -227,15 +227,15 @@ class DecodeProcess:
         except (EOFError, BrokenPipeError) as error:
             how, by_others = child.how_it_ended(), child.was_ended_by_others()
             self.close()
-            if re.search("bad_alloc|cannot allocate memory", how, re.IGNORECASE):  # as C++ libraries end
+            if re.search("bad_alloc|cannot allocate memory", how, re.IGNORECASE):  # as C++ reports it
                 raise _beyond(memory_mb, path) from error
             crash = DecoderCrashError(f"the decoder crashed: {how}", where=path)
             raise crash.passing() if by_others else crash from error
         except BaseException:
-            self.close()  # the answer to come must not be taken for the next video's
+            self.close()  # a late answer must not be taken for the next video's
             raise
         if header.get("kind") == "MemoryError":
-            self.close()  # libraries that ran out of memory may have lost what they held
+            self.close()  # libraries that ran out of memory may be in an undefined state
             raise _beyond(memory_mb, path)
         if "error" in header:
             kind = _KINDS.get(header["kind"], DataError)
@@ -254,7 +254,7 @@ class DecodeProcess:
             except (TimeoutError, EOFError) as error:
                 how = self._child.how_it_ended()
                 self.close()
-                # No fault of the video: without a decoder every video would fail.
+                # Not a fault of the video: without a decoder every video would fail.
                 raise RuntimeError(f"the decoding process does not start: {how}") from error
             except BaseException:
                 self.close()

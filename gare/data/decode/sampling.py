@@ -1,4 +1,4 @@
-"""Sampling of a clip: moments that are looked at, and frames that show them. Pure functions of seconds.
+"""Sampling of a clip: moments in seconds, and the frames on screen then. Pure functions.
 
 Three policies, by name:
 
@@ -24,7 +24,7 @@ TOLERANCE_S = 1e-6
 
 
 def sample_times(start_s: float, end_s: float, fps: float) -> NDArray[np.float64]:
-    """Times ``start_s + k / fps`` for k = 0, 1, … while they lie before ``end_s``; at least ``start_s``.
+    """Returns times ``start_s + k / fps`` for k = 0, 1, … before ``end_s``; at least ``start_s``.
 
     Args:
         start_s: start of the clip, seconds, included.
@@ -46,7 +46,7 @@ def sample_times(start_s: float, end_s: float, fps: float) -> NDArray[np.float64
 
 
 def uniform_times(start_s: float, end_s: float, num_frames: int) -> NDArray[np.float64]:
-    """Centres of F equal segments: ``start_s + (k + ½) · (end_s - start_s) / F`` for k = 0 … F - 1.
+    """Returns centres of F equal segments: ``start_s + (k + ½) · (end_s - start_s) / F``, k = 0 … F - 1.
 
     Args:
         start_s: start of the clip, seconds.
@@ -54,7 +54,7 @@ def uniform_times(start_s: float, end_s: float, num_frames: int) -> NDArray[np.f
         num_frames: F.
 
     Returns:
-        F times in seconds; where the clip has fewer pictures, several show the same one.
+        F times in seconds; if the clip has fewer pictures, several times show the same one.
 
     Raises:
         ValueError: if F is below 1 or the clip ends before it starts.
@@ -68,7 +68,7 @@ def uniform_times(start_s: float, end_s: float, num_frames: int) -> NDArray[np.f
 def keyframes_within(
     key_times_s: NDArray[np.float64], start_s: float, end_s: float, num_frames: int
 ) -> NDArray[np.int64]:
-    """Positions of F of the keyframes from ``start_s`` until before ``end_s``, at ``choose``'s steps.
+    """Returns positions of F of the keyframes in [``start_s``, ``end_s``), at the steps of ``choose``.
 
     Args:
         key_times_s: presentation times of the keyframes, increasing, at least one.
@@ -77,7 +77,7 @@ def keyframes_within(
         num_frames: F.
 
     Returns:
-        At most F positions in ``key_times_s``; where no keyframe lies inside, the one nearest to the middle.
+        At most F positions in ``key_times_s``; if no keyframe lies inside, the one nearest to the middle.
     """
     inside = np.flatnonzero((key_times_s >= start_s - TOLERANCE_S) & (key_times_s < end_s - TOLERANCE_S))
     if not len(inside):
@@ -86,7 +86,7 @@ def keyframes_within(
 
 
 def choose(num_candidates: int, num_frames: int) -> NDArray[np.int64]:
-    """Positions of the candidates to keep: all, or ``num_frames`` of them at equal steps.
+    """Returns positions of the candidates to keep: all, or ``num_frames`` of them at equal steps.
 
     With more than ``num_frames`` candidates: ``linspace(0, num_candidates - 1, num_frames)`` truncated to
     integers, so the first and the last are included (``num_frames`` = 1 keeps the first).
@@ -104,10 +104,10 @@ def choose(num_candidates: int, num_frames: int) -> NDArray[np.int64]:
 
 
 def shown_at(frame_times_s: NDArray[np.float64], times_s: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The frame on screen at each time: the last whose presentation time is not after it.
+    """Returns the frame on screen at each time: the last frame with a presentation time not after it.
 
-    A frame is on screen from its presentation time until the next one's. Before the first frame that is the
-    first, after the last one the last.
+    A frame is on screen from its presentation time until the next one's. Times before the first frame give
+    the first, times after the last frame the last.
 
     Args:
         frame_times_s: presentation times, increasing, at least one.

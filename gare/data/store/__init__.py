@@ -1,1 +1,1 @@
-"""Frame and feature stores: Parquet parts, what counts of them, and reading them back."""
+"""Frame and feature stores: Parquet parts, the rows of them that count, and readers."""

@@ -1,8 +1,8 @@
-"""Merging small parts of a store, and leaving out rows that no longer count, for a store of any kind.
+"""Compaction of a store of any kind: merges small parts and leaves out rows that no longer count.
 
-The merged part names, in its own footer, the parts that it replaces: with its appearance they stop counting,
-in one step, and only then are they deleted. A crash at any moment leaves each row once. Where no row is left
-the merged part is empty; the next compaction deletes it.
+In its footer, the merged part names the parts that it replaces. They stop counting in one step, when it
+appears, and are deleted only then. A crash at any moment leaves each row once. If no row is left, the merged
+part is empty; the next compaction deletes it.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
     Args:
         uri: the store.
         part_bytes: size of a merged part; parts of at least half of it stay as they are.
-        held: the lock of the store; its check is called before each step that changes something, and raises
-            to end the work.
+        held: the lock of the store; its check is called before each change, and raises an error to end the
+            work.
 
     Returns:
         ``parts_before``, ``parts_after`` and ``rows_left_out``.
 
     Raises:
         DataError: for a damaged part, an id in two parts of one generation, or if the store cannot be
-            written. What was merged until then stays.
+            written. Parts merged until then stay.
     """
     meta = read_meta(uri)
-    # From here on nobody who was taken over replaces it, where the storage has conditional writes.
+    # From here on, a job that lost the lock cannot replace it, if the storage has conditional writes.
     write_retired(uri, read_retired(uri), held)
     stored = ids_in_parts(uri, "data")
     retired = read_retired(uri)
@@ -71,7 +71,8 @@ def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
     for group in _groups(parts, retired, part_bytes):
         table = _joined([_live_rows(part, retired, stored) for part in group])
         ids = [str(video_id) for video_id in table["video_id"].to_pylist()]
-        # Even without rows: who is taken over before it deletes must not delete what its successor counts.
+        # Even without rows: a job that loses the lock before it deletes must not delete parts that its
+        # successor counts.
         if any(part.rows for part in group):
             checksums = [part.checksum for part in group]
             name = name_of([*ids, *checksums], held.generation)
@@ -116,7 +117,7 @@ def _worth_it(group: list[Part], retired: Mapping[str, Mapping[str, str]]) -> It
 
 
 def _joined(tables: Sequence[pa.Table]) -> pa.Table:
-    """One table of the rows of parts; those of earlier versions have nulls in the columns that they lack."""
+    """Joins the rows of parts; rows of earlier versions get nulls in columns that they lack."""
     # Columns are only ever added, so that the longest schema has all of them.
     schema = max((table.schema for table in tables), key=len)
     return pa.concat_tables([with_added_columns(table, schema) for table in tables])
@@ -126,7 +127,7 @@ def _live_rows(
     part: Part, retired: Mapping[str, Mapping[str, str]], stored: Mapping[str, tuple[str, int]]
 ) -> pa.Table:
     data = read_bytes(part.location)
-    # A damaged part must not get a new checksum that calls it sound.
+    # A damaged part must not get a new checksum that hides the damage.
     if fault := checksum_fault(data):
         raise DataError(
             fault,
@@ -135,7 +136,7 @@ def _live_rows(
         )
     table = pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
     dead = retired.get(part.checksum, {})
-    # A row that an older generation wrote beside a newer one would come to count by the merged part's number.
+    # Otherwise an older generation's row beside a newer one would count by the merged part's number.
     live = [
         index
         for index, row in enumerate(part.rows)
@@ -151,9 +152,9 @@ def _delete(parts: Sequence[Part], check: Callable[[], None]) -> None:
 
 
 def _compact_failures(uri: str, stored: Mapping[str, object], held: Held) -> None:
-    """The last failure of each video that is still failed, in one part.
+    """Merges failures: keeps the last one of each video that is still failed, in one part.
 
-    Those of its earlier versions and of other stages stay: they tell how often this one was tried.
+    Failures of earlier versions of its file and of other stages stay: the attempts are counted by them.
     """
     parts, replaced = read_parts(uri, "failures", ["video_id"])
     _delete(replaced, held.check)

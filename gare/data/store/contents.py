@@ -1,7 +1,7 @@
-"""The frame store: its columns, its description, and which of its rows count.
+"""The frame store: its columns, its description, and the rows of it that count.
 
-A store is a folder at any URI: ``data/part-*.parquet``, ``failures/part-*.parquet`` and ``_META.json``, and
-where rows no longer count ``_RETIRED.json``.
+A store is a folder at any URI: ``data/part-*.parquet``, ``failures/part-*.parquet`` and ``_META.json``, and,
+if rows no longer count, ``_RETIRED.json``.
 F frames a clip, H×W pixels.
 """
 
@@ -57,13 +57,12 @@ __all__ = [
 SCHEMA_VERSION = 2
 META = "_META.json"
 NOBODY = Held()
-#: Version of the rules by which video files are read, in the column ``rules`` of all rows. It rises where
-#: frames of some file become others; ``gare.data.decode.mended`` says of which. Rows without it are of
-#: version 1.
+#: Version of the rules by which video files are read, in the column ``rules`` of all rows. It rises when some
+#: files give other frames; ``gare.data.decode.mended`` recognises them. Rows without it are of version 1.
 RULES = 2
 
-#: What a row was made of: the same clip of the same file has the same four, wherever the file lies. The last
-#: two are its size, and its modification time or ETag as ``gare.data.videos`` gives it.
+#: Identity of a row's source: the same clip of the same file has the same four, wherever the file lies. The
+#: last two are its size, and its modification time or ETag from ``gare.data.videos``.
 _IDENTITY_COLUMNS: dict[str, pa.DataType] = {
     "start_s": pa.float64(),
     "end_s": pa.float64(),
@@ -80,21 +79,21 @@ _FAILURE_COLUMNS: dict[str, pa.DataType] = {
     "attempts": pa.int32(),
     **_IDENTITY_COLUMNS,
 }
-#: Columns that parts of earlier versions lack; null where an earlier version has not said it. ``transient``:
-#: whether a failed clip may succeed as it is, since a server, disk or node was at fault.
+#: Columns that parts of earlier versions lack; null if an earlier version did not record it. ``transient``:
+#: True if a retry may succeed, since a server, disk or node was at fault.
 ADDED_COLUMNS: dict[str, pa.DataType] = {"transient": pa.bool_(), "rules": pa.int32()}
 FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS | ADDED_COLUMNS)
-#: As the first versions have written it.
+#: Schema of failures in the first versions.
 EARLIER_FAILURE_SCHEMA = pa.schema(_FAILURE_COLUMNS)
 
 
 def rules_of(row: Mapping[str, Any]) -> int:
-    """The version of the rules by which a row was made, or a failure came about."""
+    """Returns the version of the rules by which a row or failure was made."""
     return row.get("rules") or 1
 
 
 def without_added_columns(schema: pa.Schema) -> Iterator[pa.Schema]:
-    """Schemas of the same kind of part as it and earlier versions have written it."""
+    """Yields the schema and those of earlier versions for the same kind of part."""
     added = [name for name in schema.names if name in ADDED_COLUMNS]
     for count in range(len(added) + 1):
         left_out = added[len(added) - count :]
@@ -102,7 +101,7 @@ def without_added_columns(schema: pa.Schema) -> Iterator[pa.Schema]:
 
 
 def with_added_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A part of an earlier version with nulls in the columns that it lacks, in the order of ``schema``."""
+    """Adds nulls for the columns that an earlier version's part lacks, in the order of ``schema``."""
     for name in schema.names:
         if name not in table.column_names and name in ADDED_COLUMNS:
             nulls: Any = pa.array([None] * len(table), ADDED_COLUMNS[name])
@@ -123,11 +122,11 @@ _DECODER_POLICY = {
 
 
 def frame_schema(extract: ExtractConfig) -> pa.Schema:
-    """Columns of a frame store's data parts.
+    """Returns the columns of a frame store's data parts.
 
-    ``frames`` is a list of JPEG files, or for raw frames one fixed-shape tensor (F, H, W, 3) uint8 whose
-    padded frames are zero; ``num_frames`` of them are real. JPEG files have H = W = image_size; uncropped
-    ones (``extract.crop`` none) have one size a clip, whose short side is image_size.
+    ``frames`` is a list of JPEG files, or for raw frames one fixed-shape tensor (F, H, W, 3) uint8 with zeros
+    for padded frames; ``num_frames`` of them are real. JPEG files have H = W = image_size; uncropped ones
+    (``extract.crop`` none) have one size a clip, with short side image_size.
     """
     size, num_frames = extract.image_size, extract.num_frames
     frames = (
@@ -159,13 +158,12 @@ def frame_schema(extract: ExtractConfig) -> pa.Schema:
     return pa.schema(columns)
 
 
-#: Settings that are not among a store's where they have this value: stores from before they existed are as
-#: they were.
+#: Settings that a store does not record at this value, so that older stores keep their fingerprint.
 _UNSAID = {"crop": "center"}
 
 
 def frame_settings(extract: ExtractConfig) -> dict[str, Any]:
-    """All that changes the values of a frame store; its hash is the fingerprint."""
+    """Returns all settings that change the values of a frame store; their hash is the fingerprint."""
     settings: dict[str, Any] = {
         "kind": "frames",
         "schema_version": SCHEMA_VERSION,
@@ -185,7 +183,7 @@ def frame_settings(extract: ExtractConfig) -> dict[str, Any]:
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings in a canonical form."""
+    """Returns SHA-256 of the settings in a canonical form."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -196,9 +194,9 @@ class StoreMeta:
     Attributes:
         kind: frames or features.
         fingerprint: of ``settings``.
-        settings: what changes the values.
-        counts: videos, failures and parts; empty until a run has gone through.
-        complete: whether the last run went through.
+        settings: those that change the values.
+        counts: videos, failures and parts; empty until a run has completed.
+        complete: True if the last run completed.
         config: resolved configuration of the run that wrote last, as YAML.
         code_version: version of this package that wrote last.
         schema_version: of the store's layout.
@@ -217,10 +215,10 @@ class StoreMeta:
 
 
 def write_meta(uri: str, meta: StoreMeta, held: Held = NOBODY) -> None:
-    """Replaces the description of the store.
+    """Replaces the description of a store.
 
     Raises:
-        GareError: where the store is not held any more; nothing is then written.
+        GareError: if the store is no longer held; then nothing is written.
     """
     meta = dataclasses.replace(meta, generation=held.generation)
     text = json.dumps(dataclasses.asdict(meta), indent=2, ensure_ascii=False)
@@ -231,7 +229,7 @@ def read_meta(uri: str) -> StoreMeta:
     """Reads the description of a store.
 
     Raises:
-        DataError: where there is no store or its description is not ours.
+        DataError: if there is no store, or its description is of another format.
     """
     location = join(uri, META)
     if not exists(location):
@@ -250,10 +248,10 @@ def read_meta(uri: str) -> StoreMeta:
 
 
 def check_settings(uri: str, meta: StoreMeta, settings: Mapping[str, Any]) -> None:
-    """Refuses a store that was made with other settings, naming each that differs.
+    """Raises an error for a store made with other settings, and names each that differs.
 
     Raises:
-        DataError: with the stored and the asked value of every field that differs.
+        DataError: with the stored and the requested value of every field that differs.
     """
     if meta.fingerprint == fingerprint(settings):
         return
@@ -271,12 +269,12 @@ def check_settings(uri: str, meta: StoreMeta, settings: Mapping[str, Any]) -> No
 
 
 RETIRED = "_RETIRED.json"
-#: Compactions that may end while a store is read.
+#: Tries to read a store while compactions end.
 _LOOKS = 3
 
 
 def read_retired(uri: str) -> dict[str, dict[str, str]]:
-    """Rows that no longer count: checksum of the part → video id → why (changed, gone or doubled).
+    """Reads the rows that no longer count: part's checksum → video id → why (changed, gone or doubled).
 
     Raises:
         DataError: if the record cannot be read.
@@ -289,14 +287,14 @@ def read_retired(uri: str) -> dict[str, dict[str, str]]:
 
 
 def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: Held = NOBODY) -> None:
-    """Replaces the record of ``read_retired`` at once.
+    """Replaces the record of ``read_retired`` in one step.
 
-    Nothing happens where it says the same and this generation has written it. The first write of a generation
-    changes the file in any case: on S3 a job that was taken over between its look at the lock and its request
-    may still replace the file that it found, and no other.
+    Nothing is written if it is the same and of this generation. The first write of a generation always
+    changes the file: on S3, a job that lost the lock between its check and its request could still replace
+    the file that it found, but no other.
 
     Raises:
-        GareError: where the store is not held any more; nothing is then written.
+        GareError: if the store is no longer held; then nothing is written.
     """
     location = join(uri, RETIRED)
     found: dict[str, Any] = read_json(location) if exists(location) else {}
@@ -308,7 +306,7 @@ def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: Held = 
 def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
     """Finds each video that counts: id → (part, row). Rows that are retired or replaced are left out.
 
-    Of rows of the same video that were written by jobs of which one took the other's place, the newer counts.
+    If a job and its successor have both written rows of a video, the newer row counts.
 
     Raises:
         DataError: for a part that cannot be read, or an id that two parts of one generation hold.
@@ -324,8 +322,8 @@ def rows_in_parts(
     Args:
         uri: the store.
         folder: ``data`` or ``failures``.
-        columns: which.
-        added: more of them, which parts of earlier versions lack; their rows have None there.
+        columns: those to read.
+        added: further columns, which parts of earlier versions lack; their rows have None there.
 
     Raises:
         DataError: for a part that cannot be read or lacks a column, or an id that two parts of one
@@ -354,32 +352,32 @@ def rows_in_parts(
 def _parts_and_retired(
     uri: str, folder: str, columns: Sequence[str], added: Sequence[str]
 ) -> tuple[list[Part], dict[str, dict[str, str]]]:
-    """Parts that count and the rows of them that do not, as of one moment."""
+    """Reads the parts that count and their retired rows, as of one moment."""
     for _ in range(_LOOKS):
         parts, _ = read_parts(uri, folder, columns, added)
         if folder != "data" or not parts:
             return parts, {}
-        # After the parts: a job that starts meanwhile retires rows before it writes others in their place.
+        # Read after the parts: a job that starts meanwhile retires rows before it writes their successors.
         retired = read_retired(uri)
-        # A compaction that ends meanwhile deletes a part before it forgets which of its rows were retired.
+        # A compaction that ends meanwhile deletes a part before its retired rows.
         if {part.location for part in parts} <= set(part_files(uri, folder)):
             return parts, retired
     raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
 
 
 def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]:
-    """The videos that are still failed, by id, each with its last attempt.
+    """Returns the videos that are still failed, by id, each with its last attempt.
 
     Args:
         uri: the store.
-        stored: ids that the data parts hold; a later attempt brought them in after all.
+        stored: ids in the data parts: a later attempt at them succeeded.
     """
     rows = [row for row in all_failures(uri) if row["video_id"] not in stored]
     return {row["video_id"]: row for row in rows}
 
 
 def failures_by_clip(uri: str) -> dict[str, list[dict[str, Any]]]:
-    """``all_failures`` by the id of the clip, the last one of each last.
+    """Groups ``all_failures`` by clip id, each group ordered by attempt.
 
     Raises:
         DataError: for a part that cannot be read.
@@ -391,7 +389,7 @@ def failures_by_clip(uri: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def all_failures(uri: str) -> list[dict[str, Any]]:
-    """Every failed attempt that is recorded, also of videos that are stored by now, the last ones last.
+    """Reads all recorded failed attempts, also of videos stored by now, ordered by attempt.
 
     Raises:
         DataError: for a part that cannot be read.

@@ -20,7 +20,7 @@ from gare.data.store.parts import FEATURES_PER_GROUP, is_gone
 from gare.errors import DataError
 from gare.storage.files import open_fs
 
-#: Row groups kept by a process where the store is larger than its memory for it.
+#: Row groups that a process caches of a store larger than ``cache_mb``.
 OPEN_GROUPS = 256
 
 _Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _Block:
-    """Clips as arrays; ``first_caption`` (M + 1,) says where each clip's captions begin."""
+    """Clips as arrays; ``first_caption`` (M + 1,) holds the position of each clip's first caption."""
 
     frames: npt.NDArray[np.float16]
     num_frames: npt.NDArray[np.int32]
@@ -56,16 +56,15 @@ class _Block:
 class FeatureReader:
     """Random access to the clips of a feature store.
 
-    A store that fits is read once and kept in memory; of a larger one, row groups are read as they are asked
-    for.
+    A store that fits is read once and kept in memory; from a larger one, row groups are read on demand.
 
     Args:
         uri: the store.
-        words: whether word features are wanted.
+        words: True to read word features, too.
         cache_mb: MB of features that may be kept in memory.
 
     Raises:
-        DataError: where there is no feature store, or it lacks the words.
+        DataError: if there is no feature store, or it lacks word features.
     """
 
     def __init__(self, uri: str, *, words: bool = False, cache_mb: float = 4096.0) -> None:
@@ -87,16 +86,17 @@ class FeatureReader:
         self._open = lru_cache(maxsize=OPEN_GROUPS)(_open_part)
 
     def read(self, video_ids: Sequence[str], captions: Sequence[int] | None = None) -> _Arrays:
-        """Features of clips and of their captions.
+        """Reads the features of clips and of their captions.
 
         Args:
             video_ids: M clips.
-            captions: one caption of each; None: all, padded to the largest number C.
+            captions: position of one caption for each clip; None for all captions, padded to the largest
+                number C.
 
         Returns:
             ``frames`` (M, F, D) float16, ``frame_mask`` (M, F) bool, ``text`` (M, C, D) float16,
-            ``token_mask`` (M, C, W) bool, ``caption_mask`` (M, C) bool and, where wanted, ``words``
-            (M, C, W, D) float16.
+            ``token_mask`` (M, C, W) bool, ``caption_mask`` (M, C) bool and, if wanted, ``words`` (M, C, W, D)
+            float16.
 
         Raises:
             DataError: for an id or a caption that the store does not hold, or a part that cannot be read.
@@ -137,7 +137,7 @@ class FeatureReader:
         return found if block.words is None else found | {"words": block.words[places]}
 
     def _again_where_moved(self, read: Callable[[], _T]) -> _T:
-        """Reads, once more where parts have been merged since their places were looked up."""
+        """Reads, and repeats it if parts have been merged since their places were looked up."""
         try:
             return read()
         except DataError as error:
@@ -191,7 +191,7 @@ class FeatureReader:
 
 
 def _stack(pieces: list[_Arrays]) -> _Arrays:
-    """Pieces of one clip each as one, captions padded to the largest number."""
+    """Joins pieces of one clip each, with captions padded to the largest number."""
     most = max(piece["caption_mask"].shape[1] for piece in pieces)
     found: _Arrays = {}
     for name in pieces[0]:

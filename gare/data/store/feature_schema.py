@@ -1,8 +1,8 @@
-"""The feature store: what CLIP's towers make of a clip's frames and captions, in Parquet parts.
+"""The feature store: outputs of CLIP's towers for clips' frames and captions, in Parquet parts.
 
 A store as ``gare.data.store.contents`` describes it, of kind ``features``. One row a clip: the image tower's
 output for each frame and the text tower's for each caption, both after CLIP's projection and not normalised,
-as the model takes them; what follows the towers is not in it and can learn.
+as the model takes them. Parts of the model after the towers are not in it and can learn.
 
 M clips, F frames, C captions, W words, D embedding width.
 """
@@ -30,16 +30,16 @@ from gare.data.store.contents import (
 
 
 def feature_schema(num_frames: int, width: int, num_words: int = 0) -> pa.Schema:
-    """Columns of a feature store's data parts.
+    """Returns the columns of a feature store's data parts.
 
-    ``frames`` is one fixed-shape tensor (F, D) float16, zero where padded, of which ``num_frames`` rows are
-    real; ``text`` a list of tensors (D,), one a caption; ``num_tokens`` how many tokens each caption has,
-    both markers included; ``words`` a list of tensors (W, D), zero where padded.
+    ``frames`` is one fixed-shape tensor (F, D) float16, zero where padded, with ``num_frames`` real rows;
+    ``text`` a list of tensors (D,), one a caption; ``num_tokens`` the number of tokens of each caption, both
+    markers included; ``words`` a list of tensors (W, D), zero where padded.
 
     Args:
         num_frames: F.
         width: D.
-        num_words: W where word features are stored; 0: they are not.
+        num_words: W if word features are stored, else 0.
     """
     half = pa.float16()
     columns: dict[str, pa.DataType] = {
@@ -54,16 +54,16 @@ def feature_schema(num_frames: int, width: int, num_words: int = 0) -> pa.Schema
     }
     if num_words:
         columns["words"] = pa.list_(pa.fixed_shape_tensor(half, [num_words, width]))
-    # Of the frames that the features were made of.
+    # Rules of the frames that the features were made of.
     columns["rules"] = ADDED_COLUMNS["rules"]
     return pa.schema(columns)
 
 
 def feature_settings(config: Config, towers_sha256: str) -> dict[str, Any]:
-    """All that changes the values of a feature store; its hash is the fingerprint.
+    """Returns all settings that change the values of a feature store; their hash is the fingerprint.
 
     Args:
-        config: the frames' settings, and how features are made of them.
+        config: settings of the frames and of the features made of them.
         towers_sha256: of the towers' weights.
     """
     return frame_settings(config.extract) | {
@@ -78,7 +78,7 @@ def feature_settings(config: Config, towers_sha256: str) -> dict[str, Any]:
 
 
 def feature_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table, for ``gare.data.store.parts.write_table``.
+    """Builds a table of rows, for ``gare.data.store.parts.write_table``.
 
     Args:
         rows: one mapping a clip with the columns of the schema, tensors as float16 arrays.
@@ -107,7 +107,7 @@ def _tensors(values: npt.NDArray[np.float16], kind: Any) -> pa.Array[Any]:
 
 
 def stored_frames(part: str) -> dict[str, dict[str, Any]]:
-    """``frames`` (F, D) float16 and ``num_frames`` of each clip of a part.
+    """Reads ``frames`` (F, D) float16 and ``num_frames`` of each clip of a part.
 
     Raises:
         DataError: if it cannot be read.
@@ -122,7 +122,7 @@ def stored_frames(part: str) -> dict[str, dict[str, Any]]:
 
 
 def with_other_captions(uri: str, rows: Sequence[ManifestRow]) -> set[str]:
-    """Ids of the manifest that are stored with other captions than it has now.
+    """Returns ids of the manifest that are stored with other captions than it has now.
 
     Raises:
         DataError: for a part that cannot be read.

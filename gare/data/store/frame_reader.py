@@ -22,7 +22,7 @@ from gare.data.store.tensor_pages import UnknownPageError, low_bytes
 from gare.errors import DataError
 from gare.storage.files import exists, join, open_fs
 
-#: Open Parquet files kept by a process: their footers cost more to read than one clip.
+#: Open Parquet files that a process keeps: reading a footer costs more than reading a clip.
 OPEN_PARTS = 256
 
 
@@ -35,12 +35,13 @@ class FrameReader:
     Attributes:
         num_frames: F.
         size: S, pixels of a stored picture's short side.
-        crop: center where the pictures are squares; none where they are whole.
-        fetch_s: seconds that this reader has spent on getting clips from the store, raw frames unpacked.
+        crop: center if the pictures are squares, none if they are whole.
+        fetch_s: seconds that this reader has spent on reading clips from the store, and on unpacking raw
+            frames.
         jpeg_s: seconds that it has spent on decoding JPEG.
 
     Raises:
-        DataError: where there is no frame store.
+        DataError: if there is no frame store.
     """
 
     def __init__(self, uri: str) -> None:
@@ -57,7 +58,7 @@ class FrameReader:
         self._open = lru_cache(maxsize=OPEN_PARTS)(_OpenPart)
 
     def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """Frames (M, F, S, S, 3) uint8, zero where padded, and their mask (M, F); of whole ones the centre.
+        """Reads frames (M, F, S, S, 3) uint8, zero where padded, cropped if whole, and their mask (M, F).
 
         Raises:
             DataError: for an id that the store does not hold, or a clip that cannot be read.
@@ -70,10 +71,10 @@ class FrameReader:
         return frames, mask
 
     def read_whole(self, video_id: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """One clip as it is stored: frames (F, H, W, 3) uint8, zero where padded, and their mask (F,).
+        """Reads one clip as stored: frames (F, H, W, 3) uint8, zero where padded, and their mask (F,).
 
-        The shorter of H and W is S. In a store of whole pictures they are those of the clip, and differ from
-        clip to clip; in one of cropped pictures both are S.
+        The shorter of H and W is S. In a store of whole pictures, H and W differ from clip to clip; in one of
+        cropped pictures both are S.
 
         Raises:
             DataError: as ``read``.
@@ -82,7 +83,7 @@ class FrameReader:
         return frames, np.arange(self.num_frames) < count
 
     def _clip(self, video_id: str, out: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.uint8], int]:
-        """Frames of a clip, of which so many are real: centre squares in ``out``, or as they are stored."""
+        """Returns a clip's frames and how many are real: centre squares in ``out``, or as they are stored."""
         if video_id not in self.places:
             raise DataError(f"does not hold {video_id!r}", where=self.uri, accepted="one of its videos")
         place = self.places[video_id]
@@ -113,7 +114,7 @@ class FrameReader:
             jpegs = opened.read(position, ["frames"])["frames"][0].as_py() or []
             fetched = time.perf_counter()
             self.fetch_s += fetched - started
-            # A frame that the row lacks would be read as a black one.
+            # Otherwise a missing frame would be read as a black one.
             if len(jpegs) != count:
                 raise ValueError(f"{len(jpegs)} pictures of {count} frames")
             out = self._decode(jpegs, out)
@@ -141,7 +142,7 @@ class FrameReader:
 
 
 class _OpenPart:
-    """A part, of which a row group is a clip."""
+    """An open part, with one clip in each row group."""
 
     def __init__(self, part: str) -> None:
         filesystem, path = open_fs(part)
@@ -155,7 +156,7 @@ class _OpenPart:
 
     @cached_property
     def num_frames(self) -> list[int]:
-        """Real frames of each clip."""
+        """Number of real frames of each clip."""
         return [int(count) for count in self.parquet.read(columns=["num_frames"])["num_frames"].to_pylist()]
 
     def read(self, position: int, columns: list[str]) -> pa.Table:
@@ -163,12 +164,12 @@ class _OpenPart:
         return table
 
     def fill(self, frames: npt.NDArray[np.uint8], position: int) -> None:
-        """Raw frames of a clip (F, H, W, 3), zero where padded.
+        """Fills an array with a clip's raw frames (F, H, W, 3), zero where padded.
 
         Raises:
-            ValueError: where those of this part have another shape.
+            ValueError: if the frames of this part have another shape.
         """
-        # Assigned, an array of one pixel would fill all of them.
+        # Otherwise NumPy would broadcast an array of one pixel to all of them.
         if self.shape != frames.shape:
             raise ValueError(f"its frames have the shape {self.shape}, not {frames.shape}")
         chunk = self.parquet.metadata.row_group(position).column(self.leaf)
@@ -188,7 +189,7 @@ class _OpenPart:
 
 
 class NoPictures:
-    """Grey pictures in place of a frame store that was not kept, where pictures are for people alone."""
+    """Grey pictures in place of a frame store that was not kept, for pictures shown only to people."""
 
     def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         """Reads as ``FrameReader.read`` does, one small grey frame a clip."""
@@ -197,7 +198,7 @@ class NoPictures:
 
 
 def open_pictures(uri: str) -> FrameReader | NoPictures:
-    """The frame store, or grey pictures where there is none.
+    """Opens the frame store, or returns grey pictures if there is no store.
 
     Raises:
         DataError: for a store that cannot be read.

@@ -2,13 +2,13 @@
 
 A part's footer holds, as key-value metadata:
 
-``gare.sha256``: SHA-256 of the whole file, in hexadecimal, where its own 64 digits count as zeros; it travels
-    with the file and is written with it, so that no crash parts the two. Pages have CRC-32 checksums as well,
-    which readers verify.
-``gare.part``: the name of the file. It makes the checksum of a part its own: the same rows that are written
-    again by a later run, since a clip has come back, must not be taken for those that were replaced.
-``gare.replaces``: JSON list of the checksums of those parts whose rows this one took over. They no longer
-    count from the moment that this part is there, whether they have been deleted yet or not.
+``gare.sha256``: SHA-256 of the whole file, in hexadecimal, computed with its own 64 digits as zeros. It is
+    written in the file itself, so that no crash separates the two. Pages have CRC-32 checksums as well, which
+    readers verify.
+``gare.part``: the name of the file. It makes the checksum of each part unique: if a clip comes back and a
+    later run writes the same rows again, they must not be taken for those that were replaced.
+``gare.replaces``: JSON list of the checksums of the parts that this one replaces. They no longer count once
+    this part is there, deleted or not.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from gare.storage.generations import generation_of, newest, part_name
 from gare.storage.patience import is_of_a_file
 
 CHECKSUM, NAME, REPLACES = "gare.sha256", "gare.part", "gare.replaces"
-#: Files that are opened at once: most of the time is waiting, for an object store above all.
+#: Files that are opened at once: most of the time is spent waiting, above all for an object store.
 THREADS = 16
-#: Clips of a row group of features, which are small: one that is read by itself costs the reading of so many.
+#: Clips of a row group of features, which are small: reading one clip reads the whole group.
 FEATURES_PER_GROUP = 16
 _BLANK = b"0" * 64
 
@@ -43,10 +43,10 @@ class Part:
     """A part as its footer describes it.
 
     Attributes:
-        location: where it is.
-        checksum: what it says its SHA-256 is, which is also its name to other parts.
+        location: location of the file.
+        checksum: SHA-256 stated in the footer, by which other parts refer to it.
         replaces: checksums of the parts that it replaces.
-        rows: the asked columns, one mapping a row.
+        rows: the requested columns, one mapping a row.
     """
 
     location: str
@@ -56,7 +56,7 @@ class Part:
 
     @property
     def generation(self) -> int:
-        """The generation of writers that wrote it, see ``gare.storage.generations``."""
+        """Generation that wrote the part, see ``gare.storage.generations``."""
         return generation_of(self.location)
 
 
@@ -75,10 +75,10 @@ def write_part(
         folder: ``data`` or ``failures``.
         rows: one mapping a clip, with a ``video_id``.
         schema: of the part.
-        group: what names the part: the ids of the videos that were tried together, of which ``rows`` are
-            those that ended here, and what tells one run from another; by default the ids of the rows. A
-            group that is tried again after a crash may end otherwise (a deadline is a matter of luck) and
-            must replace its part, not leave a second one beside it.
+        group: strings that name the part: a mark of the run and the ids of all videos tried together, of
+            which ``rows`` ended in this folder; by default the ids of the rows. A group that is tried again
+            after a crash may have other results (deadlines vary) and must replace its part, not add a second
+            one.
         generation: of the writer, see ``gare.storage.generations``.
 
     Returns:
@@ -89,7 +89,7 @@ def write_part(
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table; tensors come as bytes of the exact size."""
+    """Builds a table of rows; tensors are given as bytes of the exact size."""
     columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
 
@@ -102,14 +102,14 @@ def write_table(
     replaces: Iterable[str] = (),
     generation: int = 0,
 ) -> str:
-    """Writes a table as one part; a row group of frames is one clip, so that any is read by itself.
+    """Writes a table as one part; each clip of frames is a row group, to be read by itself.
 
     Args:
         uri: the store.
         folder: ``data`` or ``failures``.
         table: with the columns of the part.
         group: see ``write_part``.
-        replaces: checksums of the parts whose rows are in this one now.
+        replaces: checksums of the parts that this one replaces.
         generation: of the writer.
 
     Returns:
@@ -120,19 +120,19 @@ def write_table(
 
 
 def name_of(group: Sequence[str], generation: int = 0) -> str:
-    """The name of the file of a part; see ``write_part`` for the arguments."""
+    """Returns the file name of a part; see ``write_part`` for the arguments."""
     return part_name(generation, hashlib.sha256("\n".join(sorted(group)).encode()).hexdigest()[:20])
 
 
 def put_part(uri: str, folder: str, name: str, data: memoryview) -> str:
-    """Writes what ``encode_part`` made under this name; its location."""
+    """Writes the bytes that ``encode_part`` made under this name; returns the location."""
     location = join(uri, folder, name)
     write_atomically(location, data)
     return location
 
 
 def encode_part(folder: str, name: str, table: pa.Table, replaces: Iterable[str] = ()) -> memoryview:
-    """The bytes of a part of this name, with its checksum; see ``write_table`` for the other arguments."""
+    """Encodes a part of this name, with its checksum; see ``write_table`` for the other arguments."""
     # Training reads such tensors by their low bytes, see gare.data.store.tensor_pages.
     raw = [f"{field.name}.list.element" for field in table.schema if _is_tensor(field.type, pa.uint8())]
     sink = pa.BufferOutputStream()
@@ -166,7 +166,7 @@ def _is_tensor(kind: pa.DataType, of: pa.DataType) -> bool:
 
 
 def checksum_fault(data: bytes) -> str:
-    """Checks the bytes of a part against their checksum; the fault in words, empty if there is none."""
+    """Checks the bytes of a part against their checksum; returns the fault in words, or empty."""
     try:
         metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -182,10 +182,10 @@ def checksum_fault(data: bytes) -> str:
 
 
 def is_gone(error: DataError) -> bool:
-    """True if a part cannot be read because it is not there: it has been merged into another meanwhile.
+    """True if a part cannot be read because it is gone: it has been merged into another meanwhile.
 
-    An object store says nothing of that kind to who has the part open, so the part is looked for after any
-    fault of reading; a storage that does not answer does not say that it is gone.
+    An object store does not report this for an open part, so the part is looked up after any read error; a
+    storage that does not answer does not count as gone.
     """
     if not isinstance(error.__cause__, OSError):
         return False
@@ -198,38 +198,38 @@ def is_gone(error: DataError) -> bool:
 
 
 def is_of_content(error: DataError) -> bool:
-    """True if a part cannot be read for what it holds, not for where it lies.
+    """True if a part cannot be read because of its content, not because of the storage.
 
-    pyarrow raises OSError for a page whose bytes have changed as for a storage that does not answer, so the
-    whole part is read and held against its checksum.
+    pyarrow raises OSError both for changed bytes of a page and for a storage that does not answer, so the
+    whole part is read and compared with its checksum.
 
     Args:
-        error: of reading the part, which is its ``where``.
+        error: error of reading the part at its ``where``.
 
     Raises:
-        DataError: where the storage does not give the part, or it is gone.
+        DataError: if the storage does not answer, or the part is gone.
     """
     return not is_of_a_file(error) or bool(checksum_fault(read_bytes(error.where)))
 
 
 def part_files(uri: str, folder: str) -> list[str]:
-    """Locations of all of a store's parts, sorted, those that do not count included."""
+    """Lists the locations of all parts of a store, sorted, including those that do not count."""
     return list_files(join(uri, folder), ".parquet")
 
 
 def read_parts(
     uri: str, folder: str, columns: Sequence[str], added: Sequence[str] = ()
 ) -> tuple[list[Part], list[Part]]:
-    """The parts that count, and those that may be deleted, each sorted.
+    """Reads the parts that count, and lists those that may be deleted, each sorted.
 
-    The latter are replaced by others, or were written by a job after another one had taken its place; these
-    come without rows.
+    The latter are replaced by others, or void: written by a job after another took its place. Void parts come
+    without rows.
 
     Args:
         uri: the store.
         folder: ``data`` or ``failures``.
-        columns: what to read of their rows.
-        added: more of it, which parts of earlier versions lack; their rows have None there.
+        columns: columns to read.
+        added: further columns, which parts of earlier versions lack; their rows have None there.
 
     Raises:
         DataError: for a part that cannot be read.
@@ -253,18 +253,18 @@ def read_parts(
 
 
 def _listed(uri: str, folder: str) -> tuple[list[str], list[str]]:
-    """Locations of all parts, and of those that are not void.
+    """Lists the locations of all parts, and of those that are not void.
 
     Raises:
         DataError: if they cannot be listed, or are merged again and again meanwhile.
     """
     for _ in range(3):
         there = part_files(uri, folder)
-        # After the listing: what appeared before a fence was written may have counted, and what is in the
-        # listing after that is seen to be void.
+        # Read after the listing: a part that appeared before a fence was written may count, and one that was
+        # listed after that is recognised as void.
         locations = newest(uri).counting(folder, there) if there else []
-        # A fence names no parts that are gone. So a part that was merged into another one after the listing
-        # looks void, but what is still there was so when the fence was made.
+        # A fence does not name parts that are gone. So a part that was merged into another after the listing
+        # looks void; a part that is still there was void when the fence was made.
         if len(locations) == len(there) or not set(there).difference(locations, part_files(uri, folder)):
             return there, locations
     raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
@@ -273,7 +273,7 @@ def _listed(uri: str, folder: str) -> tuple[list[str], list[str]]:
 def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> Part:
     table = read_columns(location, columns, added)
     metadata = table.schema.metadata or {}
-    # A part that something else wrote goes by its name.
+    # A part that another program wrote is identified by its name.
     checksum = metadata.get(CHECKSUM.encode(), location.rsplit("/", 1)[-1].encode()).decode()
     replaces = frozenset(json.loads(metadata.get(REPLACES.encode(), b"[]")))
     lacking = dict.fromkeys(name for name in added if name not in table.column_names)
@@ -282,12 +282,12 @@ def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> P
 
 
 def read_columns(part: str, columns: Sequence[str] | None, added: Sequence[str] = ()) -> pa.Table:
-    """Some columns of a part, or all; its footer's metadata are those of the schema.
+    """Reads some columns of a part, or all, with its footer's metadata in the schema.
 
     Args:
         part: its location.
-        columns: which; None: all.
-        added: more of them, if the part has them.
+        columns: columns to read; None for all.
+        added: further columns, read if the part has them.
 
     Raises:
         DataError: if the part is not whole Parquet or lacks a column.

@@ -1,8 +1,8 @@
-"""A tensor of bytes out of Parquet, without the way over 32-bit integers that makes its reading slow.
+"""Fast reading of uint8 tensors from Parquet: takes the low bytes of BYTE_STREAM_SPLIT pages directly.
 
 Parquet has no 8-bit numbers: a uint8 tensor is written as INT32. With BYTE_STREAM_SPLIT the low bytes of a
-page lie together, and they are the tensor; the others are zeros, which zstd makes nothing of. Any reader of
-Parquet understands that, but takes its time: of 12 frames of 224 × 224, pyarrow 15 ms, plain INT32 40 ms, the
+page lie together, and they are the tensor; the others are zeros, which zstd compresses to almost nothing. Any
+Parquet reader understands that, but slowly: 12 frames of 224 × 224 take pyarrow 15 ms, plain INT32 40 ms, the
 low bytes alone 2 ms.
 """
 
@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-#: zstd's level for such tensors: pictures shrink as much as at 1, and are back in two thirds of the time.
+#: zstd's level for such tensors: compresses as much as level 1, and decompresses in two thirds of the time.
 LEVEL = -5
 ENCODING = "BYTE_STREAM_SPLIT"
-#: Largest page that is believed.
+#: Largest page size that is accepted.
 MAX_PAGE_BYTES = 2**30
 
 _DATA_PAGE, _BYTE_STREAM_SPLIT = 0, 9
@@ -29,11 +29,11 @@ _NUM_VALUES, _ENCODING = 1, 2
 
 
 class UnknownPageError(Exception):
-    """A page of another kind, which pyarrow has to read."""
+    """A page of another kind, which pyarrow has to read instead."""
 
 
 def low_bytes(chunk: bytes, codec: str) -> list[npt.NDArray[np.uint8]]:
-    """The low bytes of the INT32 values of a column chunk, page by page.
+    """Reads the low bytes of the INT32 values of a column chunk, page by page.
 
     Args:
         chunk: the chunk's bytes, from its first data page on.
@@ -41,13 +41,13 @@ def low_bytes(chunk: bytes, codec: str) -> list[npt.NDArray[np.uint8]]:
 
     Raises:
         UnknownPageError: for pages that are not BYTE_STREAM_SPLIT data pages of version 1.
-        OSError: for a page whose bytes are not those of its checksum, where it has one.
+        OSError: for a page that does not match its checksum, if it has one.
     """
     if codec != "ZSTD":
         raise UnknownPageError(codec)
     found = []
     place = 0
-    view = memoryview(chunk)  # parts of which are no copies
+    view = memoryview(chunk)  # slices of it are not copies
     try:
         while place < len(chunk):
             header, place = _read_struct(chunk, place)
@@ -66,9 +66,9 @@ def low_bytes(chunk: bytes, codec: str) -> list[npt.NDArray[np.uint8]]:
 
 
 def _low_bytes_of_page(page: Any, size: int, count: int) -> npt.NDArray[np.uint8]:
-    """The low bytes come first; what follows them is not even decompressed."""
+    """Reads the low bytes, which come first; the rest is not even decompressed."""
     levels = 0
-    for _ in range(2):  # repetition and definition levels, each behind its length
+    for _ in range(2):  # repetition and definition levels, each after its length
         (length,) = struct.unpack("<I", page.read(4))
         if levels + length > size:
             raise UnknownPageError(f"levels of {length} bytes in a page of {size}")
@@ -82,7 +82,7 @@ def _low_bytes_of_page(page: Any, size: int, count: int) -> npt.NDArray[np.uint8
     return np.frombuffer(low, np.uint8)
 
 
-# Thrift's compact protocol, as much of it as page headers use.
+# The part of Thrift's compact protocol that page headers use.
 _TRUE, _FALSE, _BYTE, _INTEGERS, _BINARY, _STRUCT = 1, 2, 3, (4, 5, 6), 8, 12
 
 

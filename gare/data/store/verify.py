@@ -1,6 +1,6 @@
-"""Reading all of a store and naming whatever is wrong with it.
+"""Verification of a store: reads all of it and lists its faults.
 
-What can be told from the columns' types is checked for a store of any kind; frames are looked at besides.
+Checks that follow from the columns' types are made for a store of any kind; frames are checked in addition.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gare.storage.generations import generation_of
 
 logger = logging.getLogger(__name__)
 
-#: A fault: the part or file, the video (empty if it is none's) and what is wrong.
+#: A fault: the part or file, the video (empty if no single one) and a description.
 Fault = dict[str, str]
 
 
@@ -43,15 +43,15 @@ def verify(
 
     Args:
         uri: the store.
-        schema: what its data parts should have.
+        schema: schema that its data parts should have.
         wanted: ids of the videos that it should hold.
         threads: parts that are read at once.
 
     Returns:
-        The faults, and how many parts, videos, failures and bytes were read.
+        The faults, and the numbers of parts, videos, failures and bytes read.
 
     Raises:
-        DataError: where there is no store.
+        DataError: if there is no store.
     """
     meta = read_meta(uri)
     faults: list[Fault] = []
@@ -70,16 +70,16 @@ def verify(
                 read["bytes"] += size
     try:
         faults += _check_ids(uri, meta, wanted, read)
-    except DataError as error:  # a part without ids is named already
+    except DataError as error:  # a part without ids is listed already
         faults += [] if any(fault["part"] == error.where for fault in faults) else [_of(error)]
     return faults, read
 
 
 def verify_or_raise(uri: str, schema: pa.Schema, wanted: Collection[str]) -> dict[str, Any]:
-    """``verify``, with every fault logged.
+    """Runs ``verify``, logs every fault, and raises an error if there are any.
 
     Returns:
-        What was read, and no faults.
+        The numbers of ``verify``, with an empty list of faults.
 
     Raises:
         DataError: for a store with faults; its ``result`` lists them all.
@@ -110,7 +110,7 @@ def _of(error: DataError) -> Fault:
 
 
 def _check_ids(uri: str, meta: StoreMeta, wanted: Collection[str], read: dict[str, int]) -> Iterator[Fault]:
-    """The rows that count against the manifest and against the counts of the last run."""
+    """Compares the rows that count with the manifest and with the counts of the last run."""
     retired = read_retired(uri)
     places: dict[str, str] = {}
     parts, _ = read_parts(uri, "data", ["video_id"])
@@ -138,7 +138,7 @@ def _check_ids(uri: str, meta: StoreMeta, wanted: Collection[str], read: dict[st
 
 
 def _check_part(location: str, schemas: Sequence[pa.Schema], meta: StoreMeta) -> tuple[list[Fault], int]:
-    """The faults of a part, which has one of these schemas, and its bytes."""
+    """Returns the faults of a part, which must have one of the schemas, and its size in bytes."""
     try:
         data = read_bytes(location)
     except DataError as error:
@@ -171,7 +171,7 @@ def _difference(found: pa.Schema, expected: pa.Schema) -> str:
 
 
 def _check_group(location: str, file: pq.ParquetFile, group: int, meta: StoreMeta) -> Iterator[Fault]:
-    """A row group: one clip of a data part, all rows of a failures part."""
+    """Checks a row group: one clip of a data part, or all rows of a failures part."""
     try:
         table = file.read_row_group(group)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -191,7 +191,7 @@ def _check_group(location: str, file: pq.ParquetFile, group: int, meta: StoreMet
 
 
 def _is_finite(column: pa.ChunkedArray[Any]) -> bool:
-    """Returns True if all floating numbers of a column are finite, however nested; nulls are no numbers."""
+    """Returns True if all floats of a column are finite, however nested; nulls are ignored."""
     array: Any = column.combine_chunks()
     while isinstance(array, pa.ExtensionArray | pa.ListArray | pa.FixedSizeListArray):
         array = array.storage if isinstance(array, pa.ExtensionArray) else array.flatten()

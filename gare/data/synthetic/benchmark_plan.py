@@ -1,4 +1,4 @@
-"""Scenes and captions of a whole benchmark, without drawing anything."""
+"""The plan of a benchmark: scenes and captions of all its videos, without rendering them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from gare.data.synthetic.captions import Caption, write_captions
 from gare.data.synthetic.scene import Scene, draw_scene
 from gare.errors import ConfigError
 
-#: Part of every file name: raise it whenever the same seed gives other videos or captions than before.
+#: Part of every file name; raise it whenever the same seed gives other videos or captions than before.
 GENERATOR_VERSION = 2
 _MAX_REDRAWS = 50
 
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """A video that is yet to be drawn.
+    """A video that is not rendered yet.
 
     Attributes:
         video_id: unique in the benchmark; also the stem of the file name.
         split: "train", "val" or "test".
-        scene: what it shows.
+        scene: the scene that the video shows.
         captions: several, all true of the scene.
     """
 
@@ -36,7 +36,7 @@ class PlannedClip:
 
 
 def plan_benchmark(*, num_train: int, num_val: int, num_test: int, seed: int) -> tuple[PlannedClip, ...]:
-    """Draws all scenes and captions; the first k of a split do not depend on how many follow.
+    """Draws all scenes and captions; the first k of a split do not depend on the split's size.
 
     Scenes of val and test are redrawn until no caption of the split is true of another of its videos.
 
@@ -55,7 +55,7 @@ def plan_benchmark(*, num_train: int, num_val: int, num_test: int, seed: int) ->
 
 
 def ambiguous_fraction(clips: Sequence[PlannedClip]) -> float:
-    """Share of the captions that are also true of another of these clips; 0 where there are none."""
+    """Returns the share of captions that are also true of another clip; 0 without captions."""
     captions = [(clip, caption) for clip in clips for caption in clip.captions]
     ambiguous = sum(
         any(caption_is_true(caption.claims, other.scene) for other in clips if other is not clip)
@@ -71,7 +71,7 @@ def _plan_apart(split: str, count: int, seed: int) -> list[PlannedClip]:
             clip = _draw_clip(split, index, attempt, seed)
             if not _confused(clip, kept):
                 break
-        # In a split so large that no free scene is found, the last draw stays; ambiguous_fraction counts it.
+        # If a large split leaves no unambiguous scene, the last draw is kept; ambiguous_fraction counts it.
         kept.append(clip)
     return kept
 

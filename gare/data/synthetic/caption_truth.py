@@ -1,4 +1,4 @@
-"""Captions as predicates over a scene, so that their truth of any video can be computed."""
+"""Captions as predicates over scenes, to compute if a caption is true of a video."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Relation = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class ObjectClaim:
-    """A caption's claims about one object; None where it makes none.
+    """A caption's claims about one object; None for a property that it does not mention.
 
     Attributes:
         color: key of OBJECT_COLORS.
@@ -37,20 +37,20 @@ class ObjectClaim:
             (self.color is None or self.color == thing.color)
             and (self.shape is None or self.shape == thing.shape)
             and (self.motion is None or self.motion == thing.motion)
-            # What grows or shrinks is small at one time and large at another, so either word fits.
+            # An object that grows or shrinks is small at one time and large at another, so either word fits.
             and (self.size is None or self.size == thing.size or thing.size == "changing")
         )
 
 
 @dataclass(frozen=True)
 class Claims:
-    """All that a caption says.
+    """All claims of a caption.
 
     Attributes:
-        objects: one entry for each object that is mentioned; each is another object of the scene.
+        objects: one entry for each mentioned object; each stands for a different object of the scene.
         background: key of BACKGROUND_COLORS, or None.
-        num_objects: how many objects there are in all, or None where the caption leaves it open.
-        relations: what is said of the order of events; indices into ``objects``.
+        num_objects: number of objects in the scene, or None if the caption does not say.
+        relations: claims about the order of events; indices into ``objects``.
     """
 
     objects: tuple[ObjectClaim, ...]
@@ -62,14 +62,14 @@ class Claims:
 def caption_is_true(claims: Claims, scene: Scene) -> bool:
     """Returns True if a caption with these claims is true of a scene.
 
-    It is true where each mentioned object can be given a different object of the scene such that
-    everything that is said holds.
+    It is true if each mentioned object can be matched with a different object of the scene so that all claims
+    hold.
     """
     if claims.background is not None and claims.background != scene.background:
         return False
     if claims.num_objects is not None and claims.num_objects != len(scene.objects):
         return False
-    # Most pairs of a benchmark end here, which spares them the permutations.
+    # Most pairs of a benchmark are rejected here, without the permutations.
     for claim in claims.objects:
         if not any(claim.matches(thing) for thing in scene.objects):
             return False

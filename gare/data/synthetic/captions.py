@@ -31,7 +31,7 @@ BACKDROPS: dict[str, tuple[str, ...]] = {
     "lavender": ("lavender", "light purple"),
 }
 
-#: A caption says where: filled with a backdrop.
+#: Phrases for the background, filled with a backdrop's name.
 PLACES = (
     "on a {} background",
     "against a {} backdrop",
@@ -90,11 +90,11 @@ _MAX_DRAWS = 200
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence and all that it claims.
+    """A sentence and its claims.
 
     Attributes:
         text: lower-case English, 8 to 24 words.
-        claims: what it says, as predicates over a scene.
+        claims: its claims, as predicates over a scene.
     """
 
     text: str
@@ -119,7 +119,7 @@ def write_captions(scene: Scene, rng: np.random.Generator) -> tuple[Caption, ...
 
 
 class _Writer:
-    """Phrases about one scene; what they say is gathered as they are written."""
+    """Writer of phrases about one scene, which collects their claims."""
 
     def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
         self.scene = scene
@@ -134,7 +134,7 @@ class _Writer:
         return [self.scene.objects[i] for i in self.rng.permutation(len(self.scene.objects))]
 
     def noun(self, thing: SceneObject, article: str = "a", size_chance: float = 0.6) -> str:
-        """Names an object by colour and shape, often by size, and claims it."""
+        """Names an object by colour and shape, often by size, and adds these claims."""
         words = [self.one_of(COLORS[thing.color]), self.one_of(SHAPE_NAMES[thing.shape])]
         size = None
         if thing.size in SIZES and self.rng.random() < size_chance:
@@ -148,7 +148,7 @@ class _Writer:
         return " ".join([article, *words])
 
     def verb(self, thing: SceneObject, form: int = 0) -> str:
-        """Says what an object that was named does: form 0 "moves", form 1 "moving"."""
+        """Writes the motion of an object that was named: form 0 "moves", form 1 "moving"."""
         phrases = MOTION_PHRASES[thing.motion]
         index = self._claimed.index(thing)
         objects = list(self.claims.objects)

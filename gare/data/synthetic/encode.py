@@ -1,4 +1,4 @@
-"""Encodes a scene as an H.264 mp4 file that is either complete or not there."""
+"""Encoding of a scene as an H.264 mp4 file that is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def encode_video(scene: Scene, path: Path) -> None:
     Raises:
         DataError: if the file cannot be written or encoded.
     """
-    # Not *.mp4, so that nothing takes what an interrupted run leaves behind for a video.
+    # Not *.mp4, so that a file left by an interrupted run is not taken for a video.
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
     try:
         _encode(scene, partial)

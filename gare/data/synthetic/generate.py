@@ -1,4 +1,4 @@
-"""Draws and encodes the planned videos in parallel; what is already there is kept."""
+"""Generation of the benchmark: renders and encodes planned videos in parallel, and keeps existing ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gare.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-# Enough work in a task to outweigh its way to another process.
+# Enough work in a task to outweigh sending it to another process.
 _CLIPS_PER_TASK = 8
 
 
@@ -32,8 +32,8 @@ class SyntheticClip:
         path: the mp4 file.
         split: "train", "val" or "test".
         captions: several wordings.
-        claims: what each caption says, in the same order.
-        scene: what the video shows.
+        claims: claims of each caption, in the same order.
+        scene: the scene that the video shows.
     """
 
     video_id: str
@@ -67,13 +67,13 @@ def generate_benchmark(
     processes: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SyntheticBenchmark:
-    """Writes the videos that are not there yet and returns the whole benchmark.
+    """Writes the videos that do not exist yet and returns the whole benchmark.
 
     The same arguments give the same files, byte for byte on one machine. An interrupted call can be
     repeated: a video appears under its name only when it is complete.
 
     Args:
-        folder: where the mp4 files go; created if missing.
+        folder: folder of the mp4 files; created if missing.
         num_train: videos of the train split.
         num_val: videos of the val split.
         num_test: videos of the test split.

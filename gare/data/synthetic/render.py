@@ -1,4 +1,4 @@
-"""Draws scenes: anti-aliased shapes from signed distances, each only inside its own bounding box."""
+"""Rendering of scenes: anti-aliased shapes from signed distances, each drawn only inside its bounding box."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def render_frame(scene: Scene, time_s: float) -> Frame:
     side = min(scene.width, scene.height)
     left, top = (scene.width - side) / 2, (scene.height - side) / 2
     states = [(thing, *thing.state(time_s)) for thing in scene.objects]
-    # Small ones last: a large shape that passes must not hide them.
+    # Small objects last: a large shape that passes must not hide them.
     for thing, x, y, radius, opacity in sorted(states, key=lambda state: -state[3]):
         if opacity > 0:
             _draw(canvas, thing, left + x * side, top + y * side, radius * side, opacity)
@@ -33,7 +33,7 @@ def render_frame(scene: Scene, time_s: float) -> Frame:
 
 @lru_cache(maxsize=2)
 def _background(scene: Scene) -> Frame:
-    """(height, width, 3): the named colour with a texture that leaves it recognisable."""
+    """Returns (height, width, 3): the named colour with a texture that leaves it recognisable."""
     rng = np.random.default_rng(scene.texture_seed)
     height, width = scene.height, scene.width
     shade: Floats = np.zeros((height, width), np.float32)
@@ -51,7 +51,7 @@ def _background(scene: Scene) -> Frame:
 
 
 def _stretch(coarse: npt.NDArray[np.float64], height: int, width: int) -> Floats:
-    """Bilinear enlargement of a small square grid to (height, width)."""
+    """Enlarges a small square grid to (height, width), bilinearly."""
     last = coarse.shape[0] - 1
     rows, columns = np.linspace(0, last, height), np.linspace(0, last, width)
     grid = np.arange(last + 1)
@@ -74,12 +74,12 @@ def _draw(canvas: Frame, thing: SceneObject, x: float, y: float, radius: float, 
         box[...] = box + cover * (np.float32(value * thing.tint) - box) + np.float32(0.5)
 
 
-# Many objects rest for a part of the video; theirs is drawn once.
+# Many objects rest for a part of the video; their shape is then computed once.
 @lru_cache(maxsize=8)
 def _cover(
     shape: str, tilt: float, radius: float, columns: tuple[float, int], rows: tuple[float, int]
 ) -> Floats:
-    """Share of each pixel of a box that a shape covers, in [0, 1].
+    """Returns the share of each pixel of a box that a shape covers, in [0, 1].
 
     Args:
         shape: one of SHAPES.

@@ -1,4 +1,4 @@
-"""Scenes of generated videos: the objects, their looks and their motion, as numbers.
+"""Scenes of generated videos: objects with their appearance and motion, as numbers.
 
 Positions and radii are fractions of the side of the centre square of the frame (side: the short side of
 the frame), x to the right and y downwards, so that everything named in a caption survives a centre crop.
@@ -71,19 +71,19 @@ _PLACEMENT_TRIES = 24
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One coloured shape and what it does.
+    """One coloured shape and its motion.
 
     Attributes:
         color: key of OBJECT_COLORS.
         shape: one of SHAPES.
-        size: "small", "large", or "changing" where the motion is "grow" or "shrink".
+        size: "small", "large", or "changing" if the motion is "grow" or "shrink".
         motion: one of MOTIONS.
-        start_xy: centre before the motion; of the loop where the motion is "orbit".
+        start_xy: centre before the motion, or of the loop if the motion is "orbit".
         end_xy: centre after the motion.
         start_radius: half the extent before the motion.
         end_radius: half the extent after the motion.
-        visible_s: from when to when the object is seen, seconds.
-        active_s: from when to when its motion lasts, seconds.
+        visible_s: (from, to) in seconds in which the object is visible.
+        active_s: (from, to) in seconds of its motion.
         orbit: (radius, phase in radians, signed turns) of the loop; unused by other motions.
         tilt: rotation of the shape, radians.
         tint: brightness factor on the named colour, near 1.
@@ -104,7 +104,7 @@ class SceneObject:
     tint: float = 1.0
 
     def state(self, time_s: float) -> tuple[float, float, float, float]:
-        """The object at a time: (x, y, radius, opacity), opacity in [0, 1]."""
+        """Returns the object at a time: (x, y, radius, opacity), opacity in [0, 1]."""
         begin, end = self.active_s
         done = min(max((time_s - begin) / (end - begin), 0.0), 1.0)
         x = self.start_xy[0] + done * (self.end_xy[0] - self.start_xy[0])
@@ -126,7 +126,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole video before it is drawn.
+    """The description of a whole video before it is rendered.
 
     Attributes:
         width: pixels, even.
@@ -193,7 +193,7 @@ _Span = tuple[float, float]
 def _draw_timing(
     rng: np.random.Generator, staging: str, duration_s: float, num_objects: int
 ) -> list[tuple[_Span, _Span]]:
-    """When each object is (visible, active), seconds. The first object is the one whose event comes first."""
+    """Draws (visible, active) spans in seconds of each object; the first object's event comes first."""
     always = (0.0, math.inf)
     whole = (0.0, duration_s)
     cut_s = float(rng.uniform(0.4, 0.55)) * duration_s
@@ -208,12 +208,12 @@ def _draw_timing(
 
 
 def _draw_look(rng: np.random.Generator, color: str, num_objects: int, staging: str) -> SceneObject:
-    """An object without its place and time."""
+    """Draws an object without its place and time."""
     motions: tuple[str, ...] = MOTIONS
     if num_objects == 2 and staging == "turns":
         motions = MOVES
     elif num_objects == 3:
-        # Three objects share the square only where all of them stay small.
+        # Three objects fit into the square only if all of them stay small.
         motions = tuple(m for m in MOTIONS if m not in ("grow", "shrink"))
     motion = _pick(rng, motions)
     size = "small" if num_objects == 3 else _pick(rng, ("small", "large"))
@@ -239,7 +239,7 @@ def _draw_look(rng: np.random.Generator, color: str, num_objects: int, staging: 
 
 
 def _place(rng: np.random.Generator, looks: list[SceneObject], duration_s: float) -> tuple[SceneObject, ...]:
-    """Gives the objects paths inside the centre square that cover each other as little as possible."""
+    """Places the objects on paths inside the centre square that overlap as little as possible."""
     times_s = np.linspace(0, duration_s, 9)
     best: tuple[float, tuple[SceneObject, ...]] | None = None
     for _ in range(_PLACEMENT_TRIES):
@@ -280,7 +280,7 @@ def _draw_path(rng: np.random.Generator, look: SceneObject) -> SceneObject:
 
 
 def _overlap(objects: tuple[SceneObject, ...], times_s: np.ndarray) -> float:
-    """Depth by which the objects, taken as discs, reach into each other, summed over times."""
+    """Returns the depth by which the objects, taken as discs, overlap, summed over times."""
     depth = 0.0
     for time_s in times_s:
         states = [o.state(float(time_s)) for o in objects]

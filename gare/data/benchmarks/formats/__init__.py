@@ -1,1 +1,1 @@
-"""Forms of annotation files: JSON, CSV, text and archives, to rows of captions."""
+"""Readers of annotation files: from JSON, CSV, text and archives to rows of captions."""

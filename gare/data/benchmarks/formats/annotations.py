@@ -1,7 +1,6 @@
-"""Annotation files of published benchmarks, in any layout in which they circulate, to plain records.
+"""Reads annotation files of published benchmarks, in any layout that is in circulation, into plain records.
 
-A file may be JSON, JSON Lines or rows of text (``annotation_rows``), gzip-ed or not, with any line end. JSON
-may be
+A file may be JSON, JSON Lines or rows of text (``rows``), gzip-ed or not, with any line end. JSON may be
 
     [id, …]                                                        a list of videos
     [{"video": id, "caption": text or texts}, …]                   also description, desc, sentence, …
@@ -10,7 +9,7 @@ may be
     {"database": {id: {"subset", "annotations": [{"segment", "sentence"}, …]}}}    YouCook2
     {"train": any of these, "val": …, "test": …}
 
-What a reader asks of it, which ids and how many, is its own affair: here nothing is known of benchmarks.
+This module knows no benchmark: each benchmark's reader checks the ids and their number.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ _BODIES = ("database", "annotations", "data", "videos", "metadata", "captions", 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """A video's captions in one place of a file.
+    """The captions of a video in one place of a file.
 
     Attributes:
         where: the place, such as ``line 12``.
         video: the video as the file names it.
-        texts: whitespace folded, which may leave a blank one; empty in a list of videos.
-        times: start and end in seconds of each text, where the file has them.
-        duration_s: of the whole video, where the file has it.
+        texts: texts with normalised whitespace, perhaps blank; empty in a list of videos.
+        times: start and end in seconds of each text, if the file has them.
+        duration_s: of the whole video, if the file has it.
         split: train, val, test or None.
     """
 
@@ -58,14 +57,14 @@ class Annotation:
 
 
 def read_annotations(name: str, data: bytes) -> list[Annotation]:
-    """Takes an annotation file apart.
+    """Parses an annotation file.
 
     Args:
-        name: its name, for messages; the layout is seen from the content.
+        name: its name, for messages; the layout is recognised by the content.
         data: its content, as stored.
 
     Raises:
-        DataError: for a file that cannot be taken apart, with all faults in it.
+        DataError: for a file that cannot be parsed, with all faults in it.
     """
     text = decode_text(name, data, may_be_utf16=True).replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
@@ -109,7 +108,7 @@ def _of_row(row: RowRecord) -> Annotation:
     times: tuple[tuple[float, float], ...] = ()
     if roles.start and roles.end and len(texts) == 1:
         pair = _pair([fields[roles.start], fields[roles.end]])
-        times = (pair,) if pair else ()  # other columns of that name, such as 00.23.23.000, say nothing here
+        times = (pair,) if pair else ()  # values such as 00.23.23.000 are not seconds, and ignored
     return Annotation(row.where, row.video, texts, times, None, _split(fields, roles))
 
 
@@ -202,7 +201,7 @@ class _Tree:
         yield Annotation(where, video.strip(), texts, times, duration_s, _split(entry, roles) or split)
 
     def _texts(self, value: Any, where: str) -> tuple[tuple[str, ...], tuple[tuple[float, float], ...]]:
-        """Texts and, where each has a segment of its own, their times."""
+        """Returns texts and, if each has its own segment, their times."""
         texts: list[str] = []
         times = []
         for item in value if isinstance(value, list) else [value]:
@@ -211,7 +210,7 @@ class _Tree:
                 times += [pair] if roles.times and (pair := _pair(item[roles.times])) else []
                 item = item[roles.text] if roles.text is not None else None
             if isinstance(item, list) and item and all(isinstance(token, str) for token in item):
-                item = " ".join(item)  # cut into words
+                item = " ".join(item)  # split into words
             if item is None:
                 continue
             if not isinstance(item, str):
@@ -222,7 +221,7 @@ class _Tree:
 
     @staticmethod
     def _bounds(entry: Mapping[str, Any], roles: Roles) -> Any:
-        """Start and end where they have keys of their own, of one text or of each."""
+        """Returns start and end, of one text or of each, if they have their own keys."""
         if roles.start is None or roles.end is None:
             return None
         starts, ends = entry[roles.start], entry[roles.end]
@@ -238,7 +237,7 @@ class _Tree:
             return ()
         pairs = [_pair(raw)] if _pair(raw) else [_pair(item) for item in raw]
         if roles.times is None and (None in pairs or len(pairs) != count):
-            return ()  # other things of that name
+            return ()  # another meaning of these keys
         if None in pairs:
             self.faults.add("not a start and an end in seconds", f"{where}: {str(raw)[:60]}")
         elif len(pairs) != count:
@@ -249,7 +248,7 @@ class _Tree:
 
 
 def _rows_of_columns(tree: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The rows of a table that was written by columns, as pandas does; None for what is none."""
+    """Returns the rows of a table written by columns, as pandas writes it; None for any other tree."""
     roles = roles_of(tree)
     if roles.video is None or roles.text is None:
         return None
@@ -264,7 +263,7 @@ def _rows_of_columns(tree: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _split(entry: Mapping[str, Any], roles: Roles) -> str | None:
-    # A split of another name is none of ours: its videos are then missed where they are counted.
+    # A split of another name is ignored: the counts then show that its videos are missing.
     return SPLIT_NAMES.get(normalise_key(str(entry[roles.split]))) if roles.split is not None else None
 
 

@@ -1,6 +1,6 @@
-"""Records of a captions file to typed rows: the names its columns may have and what their values may be.
+"""Rows of a captions file: the names that its columns may have, and checks of their values.
 
-One documented name for each role; the others are what people have in their files:
+The first name of each role is the documented one, the others occur in people's files:
 
     video    video, video_id, file, filename, file_name, path
     caption  caption, captions, text, sentence
@@ -9,7 +9,7 @@ One documented name for each role; the others are what people have in their file
     end_s    end_s, end, end_time, end_sec, end_seconds
 
 Upper and lower case do not matter, blanks count as underscores. Other columns are ignored, unless their name
-is close to one of these and its role is otherwise empty: that is a slip of the pen.
+is close to one of these and its role is otherwise empty: that is taken for a misspelling.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class CaptionRow:
     """One row of a captions file.
 
     Attributes:
-        where: where it stands, such as ``line 12``.
+        where: its place, such as ``line 12``.
         video: the video as the file names it.
         captions: its texts, without blanks around them.
         split: train, val, test or None.
-        start_s: seconds; None where the clip starts with its file.
-        end_s: seconds; None where it ends with its file.
+        start_s: seconds; None if the clip starts with its file.
+        end_s: seconds; None if it ends with its file.
     """
 
     where: str
@@ -65,12 +65,12 @@ def parse_captions(name: str, data: bytes, faults: Faults) -> list[CaptionRow]:
     """Reads the content of a captions file.
 
     Args:
-        name: its file name; the ending says the format.
+        name: its file name; the ending determines the format.
         data: its content.
-        faults: collects what is wrong with single rows, which are then left out.
+        faults: collects the faults of single rows, which are then left out.
 
     Raises:
-        DataError: for a file that cannot be taken apart at all.
+        DataError: for a file that cannot be parsed at all.
     """
     columns_of: dict[tuple[str, ...], dict[str, str]] = {}
     rows = []
@@ -94,7 +94,7 @@ def _plain(column: str) -> str:
 
 
 def _find_columns(columns: Iterable[str], where: str, faults: Faults) -> dict[str, str]:
-    """Finds the column of each role; notes doubled, misspelt and missing ones once, for their first row."""
+    """Finds the column of each role; records repeated, misspelt and missing columns at their first row."""
     found: dict[str, str] = {}
     others = []
     for column in columns:
@@ -143,7 +143,7 @@ def _to_row(where: str, record: dict[str, Any], columns: dict[str, str], faults:
         faults.add("start is not before end", f"{start_s} to {end_s} ({where})")
     if video is None or not captions or is_bad_split:
         return None
-    # The same clip has one form only: a start of 0 is that of the file.
+    # A clip has one form only: a start of 0 is the start of the file.
     if end_s is None:
         start_s = start_s or None
     elif start_s is None:
@@ -162,7 +162,7 @@ def _to_name(value: Any) -> str | None:
 
 
 def _to_captions(value: Any, may_be_list: bool) -> tuple[str, ...] | None:
-    """The texts; None for what is no text. A CSV cell of a column `captions` may hold a JSON list."""
+    """Returns the texts; None if it is no text. A CSV cell of a column `captions` may hold a JSON list."""
     if isinstance(value, str) and may_be_list and value.strip().startswith("["):
         try:
             parsed = json.loads(value)

@@ -1,4 +1,4 @@
-"""Benchmarks whose text is a paragraph: all sentences of a video, joined in order."""
+"""Paragraph retrieval: all sentences of a video joined in order to one text."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def paragraph_clips(
     start_s: float | None = None,
     end_s: float | None = None,
 ) -> tuple[list[BenchmarkClip], list[Deviation]]:
-    """The clips of a split, each with its paragraph, and what is odd about them.
+    """Builds the clips of a split, each with its paragraph, and lists their deviations.
 
     Args:
         split: its name.
-        listed: the videos it has; empty: those of the sources.
-        sources: sentences of videos, the surest first; a later one serves videos that no earlier one has.
+        listed: the videos of the split; empty: those of the sources.
+        sources: sentences of videos, the most reliable first; a later source is used for videos missing in
+            earlier ones.
         start_s: of all clips.
         end_s: of all clips.
     """
@@ -53,7 +54,7 @@ def odd_times(split: str, videos: Mapping[str, Gathered], remedies: tuple[str, s
     Args:
         split: its name.
         videos: with their times.
-        remedies: what is done about either.
+        remedies: what is done about either case, in words.
     """
     backwards = sorted(name for name, video in videos.items() if any(a > b for a, b in video.times))
     late = sorted(
@@ -71,5 +72,5 @@ def odd_times(split: str, videos: Mapping[str, Gathered], remedies: tuple[str, s
 def gathered(
     entries: Sequence[Annotation], to_id: Callable[[str], str | None], what: str
 ) -> dict[str, Gathered]:
-    """``gather``, or nothing where there are no entries."""
+    """Returns the result of ``gather``, or an empty mapping without entries."""
     return gather(entries, to_id, what) if entries else {}

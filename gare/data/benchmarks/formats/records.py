@@ -1,4 +1,4 @@
-"""The forms in which people keep captions: CSV, JSON Lines and JSON, plain or gzip-ed, to plain records."""
+"""Reads captions files in CSV, JSON Lines and JSON, plain or gzip-ed, into plain records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from gare.data.collected_errors import Faults
 from gare.errors import DataError, shown
 
-#: Where a record stands in its file, as a person looks it up, and its keys and values.
+#: Place of a record in its file, as a person looks it up, and its keys and values.
 Record = tuple[str, dict[str, Any]]
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
@@ -30,16 +30,16 @@ FORMATS = {
 def read_records(
     name: str, data: bytes, faults: Faults, *, is_header: Callable[[list[str]], bool]
 ) -> list[Record]:
-    """Takes a captions file apart.
+    """Parses a captions file.
 
     Args:
-        name: its file name, whose ending says what it is; ``.gz`` may follow.
+        name: its file name; the ending determines the format, ``.gz`` may follow.
         data: its content, as stored.
         faults: collects the faults of single records.
-        is_header: whether a CSV header with these columns is one that can be used; decides the delimiter.
+        is_header: returns True if a CSV header with these columns can be used; decides the delimiter.
 
     Raises:
-        DataError: for a file that cannot be taken apart at all.
+        DataError: for a file that cannot be parsed at all.
     """
     base = name.lower().removesuffix(".gz")
     kind = next((kind for ending, kind in FORMATS.items() if base.endswith(ending)), None)
@@ -56,15 +56,15 @@ def read_records(
 
 
 def decode_text(name: str, data: bytes, *, may_be_utf16: bool = False) -> str:
-    """The text of a file, unpacked if it is gzip-ed, without a byte order mark.
+    """Returns the text of a file, unpacked if it is gzip-ed, without a byte order mark.
 
     Args:
         name: its name, for messages.
         data: its content, as stored.
-        may_be_utf16: also UTF-16 with a byte order mark, as spreadsheets save "Unicode text".
+        may_be_utf16: also accept UTF-16 with a byte order mark, as spreadsheets save "Unicode text".
 
     Raises:
-        DataError: for a damaged gzip file and what is no text in UTF-8.
+        DataError: for a damaged gzip file, and for content that is not UTF-8 text.
     """
     # By content, not by name: browsers and download tools unpack .gz files and keep the name.
     if data.startswith(b"\x1f\x8b"):
@@ -113,7 +113,7 @@ def _csv_records(
                     f"line {start} has {len(fields)}",
                 )
                 continue
-            # Columns without a name, such as the index that pandas writes, say nothing.
+            # Columns without a name, such as the index that pandas writes, are ignored.
             pairs = zip(header, fields, strict=False)
             records.append((f"line {start}", {key: value for key, value in pairs if key}))
     except csv.Error as error:
@@ -126,7 +126,7 @@ def _csv_records(
 
 
 def _sniff(name: str, text: str, is_header: Callable[[list[str]], bool]) -> str:
-    """The one delimiter with which the first line is a header that can be used."""
+    """Finds the one delimiter with which the first line is a usable header."""
     first = text.lstrip("\r\n\t ")
     headers = {}
     for delimiter in DELIMITERS:
@@ -138,7 +138,7 @@ def _sniff(name: str, text: str, is_header: Callable[[list[str]], bool]) -> str:
     fitting = [delimiter for delimiter, header in headers.items() if is_header(header)]
     if len(fitting) == 1:
         return fitting[0]
-    # None fits: the delimiter that cuts most is meant, and what its header lacks is said elsewhere.
+    # None fits: take the delimiter with most columns; what its header lacks is reported elsewhere.
     most = max(headers, key=lambda delimiter: len(headers[delimiter]), default=None)
     if fitting or most is None:
         raise DataError("its delimiter is unclear", where=name, accepted=", ".join(DELIMITERS.values()))
@@ -201,16 +201,16 @@ def _record_of_pair(video: str, value: Any) -> Record:
 
 
 def parse_json(text: str, where: str, faults: Faults) -> Any:
-    """The value of a JSON text; a key used twice in one object is a fault.
+    """Parses a JSON text; records a key that is used twice in one object as a fault.
 
     Raises:
-        ValueError: for what is not JSON.
-        RecursionError: for what is nested too deeply.
+        ValueError: for text that is not JSON.
+        RecursionError: for JSON that is nested too deeply.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entry = dict(pairs)
-        if len(entry) < len(pairs):  # json would keep the last one and say nothing
+        if len(entry) < len(pairs):  # json would silently keep the last one
             keys = [key for key, _ in pairs]
             for key in entry:
                 if keys.count(key) > 1:

@@ -1,4 +1,4 @@
-"""Annotation files that are rows of text: tables with or without a header, and plain lists of ids."""
+"""Reads annotation files made of text rows: tables with or without a header, and plain lists of ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RowRecord:
 
     Attributes:
         where: such as ``line 12``.
-        video: the video as it is named there.
+        video: the video as the file names it.
         fields: its columns by name; ``caption`` is the text of a table without header.
     """
 
@@ -32,11 +32,11 @@ class RowRecord:
 
 
 def read_rows(name: str, text: str, faults: Faults) -> list[RowRecord]:
-    """Takes rows of text apart; line ends have to be single line feeds.
+    """Parses rows of text; line ends have to be single line feeds.
 
-    A table has a header that names the video, or none: then the first column is the video and the last the
-    text, whether tabs, commas, semicolons or, before the text, a blank divide them. Where the columns between
-    are times, a text keeps the commas in it. ``#`` starts a remark.
+    A table has a header that names the video column, or no header. Without one, the first column is the video
+    and the last the text, separated by tabs, commas, semicolons or, before the text, a blank. If the columns
+    between are times, commas in the text are kept. ``#`` starts a comment line.
 
     Args:
         name: of the file, for messages.
@@ -44,7 +44,7 @@ def read_rows(name: str, text: str, faults: Faults) -> list[RowRecord]:
         faults: collects rows that do not fit.
 
     Raises:
-        DataError: for a table whose quotes cannot be understood.
+        DataError: for a table with quotes that cannot be parsed.
     """
     first = next(line for line in text.split("\n") if line.strip())
     for delimiter in _DELIMITERS:
@@ -62,7 +62,7 @@ def read_rows(name: str, text: str, faults: Faults) -> list[RowRecord]:
 
 
 def _is_list(header: list[str]) -> bool:
-    # A list of videos with other columns beside their names.
+    # A list of videos with further columns.
     return len(header) > 1 and all(re.fullmatch(r"[\w :.]*", column) for column in header)
 
 
@@ -105,13 +105,13 @@ def _with_header(name: str, text: str, delimiter: str, faults: Faults) -> list[R
 
 
 def _corpus_keys(header: list[str]) -> list[str]:
-    """The columns of MSVD's own table, which names a clip by video, start and end and has many languages."""
+    """Returns the columns of MSVD's own table, which names clips by video, start and end; else empty."""
     keys = [find_key(header, (name,)) for name in ("videoid", "start", "end", "language", "description")]
     return [key for key in keys if key is not None] if None not in keys else []
 
 
 def _of_corpus(row: dict[str, str], keys: list[str]) -> tuple[str, dict[str, str]]:
-    """Name and text of a row of that table; no name where it is of another language."""
+    """Returns clip name and text of a row of MSVD's own table; empty if the row is not English."""
     video, start, end, language, description = (row[key].strip() for key in keys)
     if language.lower() != "english" or not description:
         return "", {}
@@ -119,7 +119,7 @@ def _of_corpus(row: dict[str, str], keys: list[str]) -> tuple[str, dict[str, str
 
 
 def _without_header(lines: list[tuple[int, str]], faults: Faults) -> list[RowRecord]:
-    # An id has no blanks, so that what stands before a comma of a text is none.
+    # An id has no blanks, so text before a comma is not taken for an id.
     delimiter = next(
         (
             mark
@@ -147,14 +147,14 @@ def _without_header(lines: list[tuple[int, str]], faults: Faults) -> list[RowRec
 
 
 def _cells(line: str, delimiter: str) -> tuple[str, str]:
-    """First cell and text of a line; what stands between are times."""
+    """Returns first cell and text of a line; the cells between are times."""
     cells = line.split(delimiter)
     if line.count('"') >= 2:
         try:
             quoted = next(csv.reader([line], delimiter=delimiter, strict=True))
         except csv.Error:
             quoted = cells  # quotes that belong to a text
-        # A text between quotes may hold the delimiter; one that holds quotes has lost none.
+        # A quoted text may hold the delimiter; a text with quotes inside keeps them.
         cells = quoted if any(cell.strip().startswith('"') for cell in cells) else cells
     first = 1
     while first < len(cells) - 1 and _CLOCK.fullmatch(cells[first].strip()):

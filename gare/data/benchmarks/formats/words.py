@@ -1,4 +1,4 @@
-"""The names that keys, columns and splits have in annotation files, and the form that texts get."""
+"""Names of keys, columns and splits in annotation files, and the normal form of texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from gare.data.benchmarks.formats.captions_file import SPLIT_NAMES as _SPLIT_NAMES
 
-#: Keys by role, the surest first; written as ``normalise_key`` gives them.
+#: Keys by role, the least ambiguous first; written as ``normalise_key`` returns them.
 VIDEOS = (
     *("videoid", "video", "vid", "videoname", "videopath", "videofile", "clipid", "clip", "clipname"),
     *("filename", "file", "path", "imageid", "image", "vidkey", "id", "name", "key"),
@@ -20,7 +20,7 @@ TEXTS = (
     *("descs", "desc", "cap", "caps", "encap", "annotations"),
 )
 TIMES = ("timestamps", "timestamp", "segments", "segment")
-#: Start and end of a clip in its video; a bare ``start time`` is, in MSR-VTT, a place in another video.
+#: Start and end of a clip in its video; in MSR-VTT, ``start time`` is a position in another video.
 BOUNDS = (("start", "starts", "startsec", "startseconds"), ("end", "ends", "endsec", "endseconds"))
 SPLITS = ("split", "subset")
 SPLIT_NAMES = {
@@ -32,12 +32,12 @@ SPLIT_NAMES = {
 
 @lru_cache(maxsize=4096)
 def normalise_key(key: str) -> str:
-    """A key without case, blanks and underscores: ``Video_ID`` and ``videoID`` are the same."""
+    """Returns a key in lower case without blanks, hyphens and underscores: ``Video_ID`` is ``videoid``."""
     return "".join(sign for sign in key.strip().lower() if sign not in "_- ")
 
 
 def find_key(keys: Iterable[str], names: Sequence[str]) -> str | None:
-    """The first of some names that is among the keys, as it is written there."""
+    """Finds the first of the names that is among the keys, and returns it as written there."""
     written: dict[str, str] = {}
     for key in keys:
         written.setdefault(normalise_key(key), key)
@@ -45,11 +45,11 @@ def find_key(keys: Iterable[str], names: Sequence[str]) -> str | None:
 
 
 class Roles(NamedTuple):
-    """The keys of a record by their role; None for a role that none has.
+    """The keys of a record by role; None for a role without a key.
 
     Attributes:
         video: the video.
-        sure_video: the same, if its name can mean nothing else.
+        sure_video: the same, if its name is unambiguous.
         text: a text or texts.
         times: pairs of start and end.
         start: start of a clip.
@@ -67,7 +67,7 @@ class Roles(NamedTuple):
 
 
 def roles_of(keys: Iterable[str]) -> Roles:
-    """The roles of a record's keys."""
+    """Finds the roles of a record's keys."""
     return _roles_of(tuple(keys))
 
 
@@ -78,18 +78,18 @@ def _roles_of(keys: tuple[str, ...]) -> Roles:
 
 
 def normalise_spaces(text: str) -> str:
-    """A text without blanks around it and with one blank for each run of whitespace, as the tokeniser has it.
+    """Strips a text and reduces each run of whitespace to one blank, as the tokeniser does.
 
-    Copies of the same captions differ in just this: double blanks, line ends, a blank before a sentence.
+    Copies of the same captions differ in whitespace: double blanks, line ends, leading blanks.
     """
     return " ".join(text.split())
 
 
 def texts_of_cell(cell: str) -> tuple[str, ...]:
-    """The texts of a field of text: one, or the list that JSON or pandas writes."""
+    """Returns the texts in a text field: one, or the items of a list written by JSON or pandas."""
     written = cell.strip()
     if written.startswith("[") and written.endswith("]"):
-        for parse in (json.loads, ast.literal_eval):  # both take literals alone
+        for parse in (json.loads, ast.literal_eval):  # both accept only literals
             try:
                 parsed = parse(written)
             except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -259,7 +259,7 @@ def _length(square: Tensor) -> Tensor:
 def pair_numbers(
     rule: ScoringRule, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo
 ) -> PairNumbers:
-    """Computes pairs of owners with others, (O, X): videos with texts, or texts with videos (texts own the basis)."""
+    """Computes pairs of owners with others, (O, X): videos with texts, or basis-owning texts with videos."""
     if isinstance(owners, PreparedText):
         assert isinstance(others, PreparedVideo)
         return text_pairs(rule, owners, others)

@@ -53,7 +53,7 @@ class Encoder:
 
     @torch.inference_mode()
     def captions(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """``embedding`` (N, D) float32, ``mask`` (N, W) bool, ``words`` (N, W, D) where scores need them."""
+        """Encodes: ``embedding`` (N, D) float32, ``mask`` (N, W) bool, ``words`` (N, W, D) if needed."""
         token_ids, token_mask = tokenize(captions, self.model.config.max_words)
         encoded = self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device))
         features = {"embedding": encoded.embedding.cpu().numpy(), "mask": encoded.mask.cpu().numpy()}

@@ -224,7 +224,7 @@ class PairScorer:
         )
 
     def draw_dropout(self, owners: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """Draws ψ's dropout for each owner of a context: (owners, D) factors 0 or 1/(1 − p), or None.
+        """Draws ψ's dropout for owners of a context: (owners, D) factors 0 or 1/(1 − p); None without it.
 
         Args:
             owners: number of videos if frames are the context, of texts if words are.

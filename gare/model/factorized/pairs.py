@@ -121,7 +121,7 @@ def corrected_cosine(
     delta_pooled: Tensor | None,
     delta_square: Tensor | None,
 ) -> Tensor:
-    """Computes cos(t + Δ, p), or cos(t, p + Δ) if the side is video, from lengths and products."""
+    """Computes cos(t + Δ, p), or cos(t, p + Δ) if the side is video, from products; within [−1, 1]."""
     if text_delta is not None and delta_pooled is not None and delta_square is not None:
         text_square, pooled_square = corrected_square(
             side, text_square, pooled_square, text_delta, delta_pooled, delta_square

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SOURCE = "arXiv 2505.12499, CLIP ViT-B/32"
-#: Note beside the paper's scores, wherever they are shown. Source: the released training uses its test file
-#: as val, scores it every 150 steps and after each epoch, and reports the best: about 52 looks in the 7,030
-#: steps of MSR-VTT.
+#: Note beside the paper's scores, wherever they are shown.
+#: Source: the released training uses its test file as val, scores it every 150 steps and after each epoch,
+#: and reports the best: about 52 looks in the 7,030 steps of MSR-VTT.
 LOOKS = (
     "each of the paper's numbers is the best of all looks at test during its training, about 52 on MSR-VTT "
     "(every 150 steps and each epoch; R@1 of neighbouring checkpoints scatters by about 0.4); ours are one "

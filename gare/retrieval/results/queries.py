@@ -1,6 +1,6 @@
 """The table of an evaluation's queries: rank, scores and best candidates of each, as one Parquet file.
 
-Two runs are compared with it, query by query.
+Two runs are compared with it, query by query. Any Parquet reader can read it.
 """
 
 from __future__ import annotations

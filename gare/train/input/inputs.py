@@ -188,7 +188,7 @@ class FrameInput(TrainInput):
         return self.augmented(planned, tensors)
 
     def _augments_on(self, device: torch.device) -> bool:
-        """Returns True if clips are augmented on the device, neither by the loaders nor not at all."""
+        """Returns True if clips are augmented, and on the device rather than by the loaders."""
         return self.config.augment.is_on and device.type == "cuda"
 
     def augmented(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
@@ -310,7 +310,7 @@ class FeatureInput(TrainInput):
         return lambda: FeatureLoader(FeatureReader(store, words=words, cache_mb=cache_mb), listed)
 
     def local_loader(self, make: Callable[[], Load]) -> Load | None:
-        """Returns the loader if the store fits into ``features.cache_mb``, so that it is read only once."""
+        """Returns the loader if the store fits into ``features.cache_mb``, as it is then read only once."""
         loader = make()
         return loader if isinstance(loader, FeatureLoader) and loader.reader.whole else None
 

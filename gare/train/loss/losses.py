@@ -59,8 +59,8 @@ def bottleneck(
     """Computes the relaxed information bottleneck L_IB = mean_j KL( N(μ_j, diag σ_j²) ‖ N(0, σ_prior² I) ).
 
     μ_j = mean_i Δ_ij and σ_j = std_i Δ_ij (unbiased) + 1e-6, over the texts of the batch. If all Δ_ij of a
-    video are equal, σ_j is 1e-6 and has no gradient. The KL of one video, before its reduction over d: ½(σ² +
-    μ²)/σ_prior² − ½ − log(σ/σ_prior).
+    video are equal, σ_j is 1e-6 and has no gradient. The KL of one video, before its reduction over d:
+    ½(σ² + μ²)/σ_prior² − ½ − log(σ/σ_prior).
 
     Args:
         delta_NMD: increments, at least two for each anchor.
@@ -139,9 +139,9 @@ def bounded(spread: Tensor, bound: float, form: Literal["hard", "smooth"]) -> Te
 
 
 def direction(delta_NMD: Tensor, alpha: float = 2.0) -> Tensor:
-    """Computes L_dir = mean_i log( mean_{j,k} exp(−α(1 − cos(Δ_ij, Δ_ik))) + 1e-8 ).
+    """Computes the diversity L_dir = mean_i log( mean_{j,k} exp(−α(1 − cos(Δ_ij, Δ_ik))) + 1e-8 ).
 
-    L_dir is the directional diversity. The mean over pairs of videos includes j = k.
+    It is the directional diversity of increments; the mean over pairs of videos includes j = k.
 
     Args:
         delta_NMD: increments.

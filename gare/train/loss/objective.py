@@ -319,8 +319,7 @@ class Objective(nn.Module):
     def _divided(self, features: Tensor) -> Tensor:
         """Returns the features; the encoders get divided gradients if the released recipe does so.
 
-        Source: released code, whose gather keeps only the worker's own gradient of R, while DDP averages over
-        R.
+        Source: released code, whose gather keeps only a worker's own gradient while DDP averages over R.
         """
         train = self.train_config
         has_towers = isinstance(self.model.towers, ClipTowers)

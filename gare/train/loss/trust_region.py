@@ -1,8 +1,8 @@
 """The analytic trust-region step on the increments, from the paper's derivation.
 
-From a state Δ of the pairs, InfoNCE falls along −g_ij = −∂L/∂Δ_ij; the largest step that keeps ‖Δ_ij −
-α·g_ij‖ ≤ ε is compared with the increments that ψ has learned. It uses the direct form, so it is for small
-batches.
+From a state Δ of the pairs, InfoNCE falls along −g_ij = −∂L/∂Δ_ij; the largest step that keeps
+‖Δ_ij − α·g_ij‖ ≤ ε is compared with the increments that ψ has learned. It uses the direct form, so it is for
+small batches.
 
 N texts and videos of a batch, D embedding width.
 """

@@ -30,7 +30,7 @@ class _Saved:
     """Parts that have been saved, shared by a record and its copies.
 
     Attributes:
-        lengths: number of saved points of each metric, of steps and of epochs; None if the next save must write all.
+        lengths: number of saved points of each metric, of steps and of epochs; None if all must be written.
         first: number of the first valid part.
         next: number of the next part.
     """

@@ -37,7 +37,7 @@ def direct_pairs(
     video: VideoFeatures,
     keep_OD: Tensor | None,
 ) -> Pairs:
-    """Scores and increments; see ``PairScorer.pairs``."""
+    """Computes scores and increments; see ``PairScorer.pairs``."""
     if config.pooling == "mean":
         unit_ND, unit_MD = functional.normalize(text.embedding), functional.normalize(unit_mean(video))
         return Pairs((unit_ND @ unit_MD.T).clamp(-1, 1), None)
@@ -50,13 +50,13 @@ def direct_pairs(
         text_NMD = text_NMD + delta_NMD
     else:
         pooled_NMD = pooled_NMD + delta_NMD
-    # Rounding alone leaves [−1, 1].
+    # Only rounding can take scores outside [−1, 1].
     scores_NM = functional.cosine_similarity(text_NMD, pooled_NMD, dim=-1).clamp(-1, 1)
     return Pairs(scores_NM, delta_NMD)
 
 
 def direct_pooled(config: ModelConfig, text: TextFeatures, video: VideoFeatures) -> Tensor:
-    """Pooling of the frames; see ``PairScorer.pooled``."""
+    """Pools the frames; see ``PairScorer.pooled``."""
     return pool(text.embedding, video, config.pool_temperature, released_padding=config.padding == "released")
 
 
@@ -68,10 +68,10 @@ def direct_deltas(
     video: VideoFeatures,
     keep_OD: Tensor | None,
 ) -> Tensor | None:
-    """Increments; see ``PairScorer.deltas``."""
+    """Computes increments; see ``PairScorer.deltas``."""
     if increment is None:
         return None
-    # The released code masks padded frames in the pooling alone.
+    # The released code masks padded frames only in the pooling.
     seen = video.unmasked() if config.padding == "released" else video
     text_NMD = text.embedding.unsqueeze(1)
     if radius is not None:

@@ -20,7 +20,7 @@ class TextFeatures:
 
     Attributes:
         embedding: (N, D), the end-of-text token after the text projection.
-        words: (N, W, D), every token after the projection, or None where no one attends to words.
+        words: (N, W, D), every token after the projection, or None if ψ does not attend to words.
         mask: (N, W) bool, true for real tokens.
     """
 
@@ -38,7 +38,7 @@ class TextFeatures:
         """The words, which ψ attends to.
 
         Raises:
-            ConfigError: where there are none.
+            ConfigError: if there are none.
         """
         if self.words is None:
             raise ConfigError(
@@ -75,33 +75,33 @@ class VideoFeatures:
         return VideoFeatures(self.frames[rows], self.mask[rows])
 
     def split(self, size: int) -> Iterator[VideoFeatures]:
-        """Consecutive parts of ``size`` clips, whose gradients are joined once and not added up."""
+        """Splits into consecutive parts of ``size`` clips; gradients are concatenated once, not added up."""
         parts = zip(torch.split(self.frames, size), torch.split(self.mask, size), strict=True)
         return (VideoFeatures(*part) for part in parts)
 
     def unmasked(self) -> VideoFeatures:
-        """Takes every frame for real."""
+        """Returns the features with every frame marked as real."""
         return VideoFeatures(self.frames, torch.ones_like(self.mask))
 
     @property
     def mean(self) -> Tensor:
         """v̄ (M, D), the mean over the real frames."""
         weights_MF = self.mask.to(self.frames.dtype)
-        # A product, so that no copy of the frames is made.
+        # As a matrix product, which makes no copy of the frames.
         total_MD = (weights_MF.unsqueeze(1) @ self.frames).squeeze(1)
         return total_MD / weights_MF.sum(dim=1, keepdim=True)
 
 
 def clip_mask(frame_mask: Tensor, limit: int, *, exactly: bool = False) -> Tensor:
-    """The mask of clips (M, F) as bool, after a look at their lengths.
+    """Checks the lengths of clips and returns their mask (M, F) as bool.
 
     Args:
         frame_mask: (M, F) bool or 0/1, true for real frames.
-        limit: F at most.
-        exactly: whether F is to be just that.
+        limit: the largest F allowed.
+        exactly: whether F must equal ``limit``.
 
     Raises:
-        DataError: for a clip without a frame, or for another number of frames, padding included.
+        DataError: for a clip without a frame, or a number of frames, padding included, that is not allowed.
     """
     mask_MF = frame_mask.bool()
     num_frames = mask_MF.shape[1]

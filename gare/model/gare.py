@@ -1,4 +1,4 @@
-"""GARE: encode captions and clips, score every pair.
+"""The GARE model: encodes captions and clips, and scores every pair.
 
 N texts, M videos, F frames, W words, D embedding width.
 """
@@ -21,11 +21,11 @@ from gare.model.streaming import stream_scores
 
 
 class GARE(nn.Module):
-    """CLIP towers, temporal transformer and ψ: encoders, and the scorer of their features.
+    """The model: CLIP towers, temporal transformer and ψ, and the scorer of their features.
 
     Args:
         config: sizes and switches; ``increment: false`` is the baseline s_ij = cos(t_i, p_ij).
-        towers: whether to build CLIP; a model that learns from stored features does without.
+        towers: whether to build CLIP; a model that learns from stored features needs none.
 
     Source: arXiv 2505.12499, direct form.
     """
@@ -52,11 +52,11 @@ class GARE(nn.Module):
             IncrementRadius(config.max_frames) if config.increment and config.query == "text" else None
         )
         self.adapters = Adapters(width) if config.adapters else None
-        # No module: ψ and its radius would be listed twice in the state dict.
+        # Not a module: ψ and its radius would be in the state dict twice.
         self.scorer = PairScorer(config, self.increment, self.radius)
 
     def start_temporal(self) -> str:
-        """Starts the temporal transformer from the text tower, where there are both.
+        """Starts the temporal transformer from the text tower, if the model has both.
 
         Returns:
             As ``TemporalTransformer.start_from_text_tower``.
@@ -66,15 +66,15 @@ class GARE(nn.Module):
         return self.temporal.start_from_text_tower(self.towers)
 
     def compute_as(self, config: ModelConfig) -> None:
-        """Takes over how pairs are computed: method, kernel, products and memory.
+        """Takes over the settings of how pairs are computed: method, kernel, products and memory.
 
         Args:
-            config: of another run or machine, whose other settings are left alone.
+            config: of another run or machine; its other settings are ignored.
         """
         self.config = self.scorer.config = self.config.computed_as(config)
 
     def drop_towers(self) -> None:
-        """Leaves of CLIP only the logit scale, for a model that learns from stored features."""
+        """Removes CLIP except for the logit scale, for a model that learns from stored features."""
         self.towers = NoTowers(self.logit_scale)
 
     @property
@@ -95,29 +95,29 @@ class GARE(nn.Module):
         return self.text_from_towers(tower_text(self.towers, token_ids, token_mask))
 
     def encode_video(self, frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
-        """Encodes clips; padded frames never enter the image tower, or as grey where padding is released.
+        """Encodes clips; padded frames never enter the image tower, or as grey ones if padding is released.
 
         Args:
             frames: (M, F, 3, H, W) float, CLIP-normalised.
             frame_mask: (M, F) bool or 0/1, true for real frames.
 
         Raises:
-            DataError: for a clip without a frame, or with more than the model has positions or radii for;
-                where padding is released, for any number but ``max_frames``.
+            DataError: for a clip without a frame, or with more frames than the model has positions or radii
+                for; if padding is released, for any number of frames other than ``max_frames``.
         """
         self._check_clips(frame_mask)
         frames_MFD = tower_frames(self.towers, frames, frame_mask, grey=self.scorer.released_padding)
         return self.video_from_towers(frames_MFD, frame_mask)
 
     def text_from_towers(self, text: TextFeatures) -> TextFeatures:
-        """Encodes texts on from the text tower's output, which a feature store keeps."""
+        """Encodes texts from the text tower's output, which a feature store keeps."""
         if self.adapters is None:
             return text
         words = None if text.words is None else self.adapters.text(text.words)
         return TextFeatures(self.adapters.text(text.embedding), words, text.mask)
 
     def video_from_towers(self, frames: Tensor, frame_mask: Tensor) -> VideoFeatures:
-        """Encodes videos on from the image tower's output, which a feature store keeps.
+        """Encodes videos from the image tower's output, which a feature store keeps.
 
         Args:
             frames: (M, F, D), zero at padded frames; where padding is released, a grey picture's features.
@@ -145,7 +145,7 @@ class GARE(nn.Module):
 
         Args:
             video: M encoded clips.
-            lean: whether to keep a third of the numbers, for large galleries and queries of a few texts.
+            lean: whether to keep only a third of the numbers, for large galleries and queries of a few texts.
 
         Raises:
             ConfigError: for a ψ that has no factorised form, or for lean videos with dropout.
@@ -162,10 +162,10 @@ class GARE(nn.Module):
 
         Args:
             text: N encoded captions.
-            video: M encoded clips, or what ``prepare_video`` made of them.
-            method: auto takes the factorised form wherever it is exact; None: ``config.method``.
+            video: M encoded clips, or the result of ``prepare_video``.
+            method: auto takes the factorised form wherever it is exact; None means ``config.method``.
 
         Raises:
-            ConfigError: for an unknown method, or the factorised form where there is none.
+            ConfigError: for an unknown method, or factorized for a model that has no factorised form.
         """
         return stream_scores(self.scorer, text, video, method)

@@ -15,7 +15,7 @@ from torch.nn import functional
 class IncrementLayer(nn.Module):
     """One cross-attention layer from a query to the context of its pair.
 
-    For the query g and the context c, the frames of the pair's video or the words of its text, with the same
+    For the query g and the context c (the frames of the pair's video or the words of its text), with the same
     LN1 on both sides:
         q = W_q·LN1(g)+b_q,  k_f = W_k·LN1(c_f)+b_k,  x_f = W_v·LN1(c_f)+b_v
         a = softmax_f(q·k_f/√d_head),  o = W_o Σ_f a_f x_f + b_o
@@ -40,7 +40,7 @@ class IncrementLayer(nn.Module):
     def forward(
         self, query_ABD: Tensor, context_BCD: Tensor, mask_BC: Tensor, keep_BD: Tensor | None
     ) -> Tensor:
-        """Z (A, B, D); see ``Increment.forward``."""
+        """Computes z (A, B, D); see ``Increment.forward``."""
         d_head = context_BCD.shape[-1] // self.heads
         normed_BCD = self.norm1(context_BCD)
         query_ABHd = self.query(self.norm1(query_ABD)).unflatten(-1, (self.heads, d_head))
@@ -57,10 +57,10 @@ class IncrementLayer(nn.Module):
 
 
 class Increment(nn.Module):
-    """ψ: cross-attention layers, each asking with the output of the one before, and Δ_ij = W_μ z + b_μ.
+    """ψ: cross-attention layers, each with the previous one's output as query, then Δ_ij = W_μ z + b_μ.
 
     Source: the paper's ψ, which has one layer; linear layers start at N(0, 0.02²) with zero biases, as in the
-    released code, whose identity start is overwritten by this.
+    released code, where they overwrite an identity start.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, layers: int = 1) -> None:
@@ -75,7 +75,7 @@ class Increment(nn.Module):
 
     @property
     def first(self) -> IncrementLayer:
-        """The first layer, which is all of ψ in the factorised form."""
+        """The first layer, the only one in the factorised form."""
         layer = self.layers[0]
         assert isinstance(layer, IncrementLayer)
         return layer
@@ -83,14 +83,14 @@ class Increment(nn.Module):
     def forward(
         self, query_ABD: Tensor, context_BCD: Tensor, mask_BC: Tensor, keep_BD: Tensor | None = None
     ) -> Tensor:
-        """ψ's outputs (A, B, D) for A queries to each of B contexts.
+        """Computes ψ's outputs (A, B, D) for A queries to each of B contexts.
 
         Args:
             query_ABD: the query of every pair.
-            context_BCD: what is attended to: frames of B videos, or words of B texts.
+            context_BCD: frames of B videos, or words of B texts, to attend to.
             mask_BC: bool, true for real positions; padded ones get no attention.
-            keep_BD: dropout of each context as factors, 0 or 1/(1 − p), shared by its queries; None: dropout
-                of each pair, in training.
+            keep_BD: dropout of each context as factors, 0 or 1/(1 − p), shared by its queries; None, in
+                training, for dropout drawn for each pair.
         """
         for layer in self.layers:
             query_ABD = layer(query_ABD, context_BCD, mask_BC, keep_BD)
@@ -99,9 +99,9 @@ class Increment(nn.Module):
 
 
 class IncrementRadius(nn.Module):
-    """Length of the increment where ψ is asked with the text itself: R_ij = exp(b + Σ_f c_f t_i·v_jf).
+    """Length of the increment if ψ's query is the text itself: R_ij = exp(b + Σ_f c_f t_i·v_jf).
 
-    One learned number c_f a frame position and b, all starting at 0; padded frames count 0.
+    One learned number c_f per frame position, and b, all starting at 0; padded frames count 0.
 
     Source: the paper's Table 5.
     """
@@ -112,16 +112,16 @@ class IncrementRadius(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, text_ND: Tensor, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
-        """Radii (N, M) of texts (N, D) and frame features (M, F, D) with their mask (M, F)."""
+        """Computes radii (N, M) of texts (N, D) and frame features (M, F, D) with their mask (M, F)."""
         products_MFN = torch.einsum("nd,mfd->mfn", text_ND, frames_MFD)
         return self.log_of_products(products_MFN, mask_MF).exp().T
 
     def log_of_products(self, products_MFN: Tensor, mask_MF: Tensor) -> Tensor:
-        """Log R_ij (M, N) from t_i·v_jf."""
+        """Computes log R_ij (M, N) from t_i·v_jf."""
         weight_MF = self.coefficient[: mask_MF.shape[1]] * mask_MF
         return self.bias + torch.einsum("mfn,mf->mn", products_MFN, weight_MF)
 
 
 def towards(goal_MD: Tensor, start_NMD: Tensor, radius_NM: Tensor) -> Tensor:
-    """Increments of given length from the starts towards the goals: R_ij·unit(v̄_j − t*_ij), (N, M, D)."""
+    """Computes increments of given length from starts towards goals: R_ij·unit(v̄_j − t*_ij), (N, M, D)."""
     return radius_NM.unsqueeze(-1) * functional.normalize(goal_MD - start_NMD, dim=-1)

@@ -1,4 +1,4 @@
-"""Frames of a clip to one vector: for each text, or for all texts alike.
+"""Pooling of a clip's frames to one vector: for each text, or the same for all texts.
 
 N texts, M videos, F frames, D embedding width.
 """
@@ -15,14 +15,14 @@ from gare.model.features import VideoFeatures
 def pool(
     text_ND: Tensor, video: VideoFeatures, temperature: float, *, released_padding: bool = False
 ) -> Tensor:
-    """Text-conditioned pooling p_ij = Σ_f softmax_f(t_i·v_jf / τ_pool) v_jf, padded frames excluded.
+    """Pools frames for each text: p_ij = Σ_f softmax_f(t_i·v_jf / τ_pool) v_jf, padded frames excluded.
 
     Args:
         text_ND: t_i.
         video: M encoded clips.
         temperature: τ_pool.
-        released_padding: whether padded frames are excluded as in the released code: after the softmax, whose
-            other weights then add up to less than 1.
+        released_padding: whether padded frames are excluded as in the released code: after the softmax, so
+            that the other weights add up to less than 1.
 
     Returns:
         (N, M, D).
@@ -36,12 +36,12 @@ def pool(
 
 
 def unit_mean(video: VideoFeatures) -> Tensor:
-    """The mean p_j (M, D) of a clip's real frames, each at length 1; it is itself shorter.
+    """Averages a clip's real frames, each scaled to length 1, to p_j (M, D); the mean itself is shorter.
 
     Source: CLIP4Clip's mean pooling (arXiv 2104.08860).
     """
     lengths_MF = torch.linalg.vector_norm(video.frames, dim=2).clamp(min=SHORTEST)
     shares_MF = video.mask / (video.mask.sum(dim=1, keepdim=True) * lengths_MF)
-    # A product, so that no copy of the frames is made.
+    # As a matrix product, which makes no copy of the frames.
     mean_MD: Tensor = (shares_MF.unsqueeze(1) @ video.frames).squeeze(1)
     return mean_MD

@@ -1,8 +1,8 @@
 """Matrix products at a stated precision.
 
-``exact`` keeps float32's errors: on a GPU with tensor cores by one product in TF32 of operands that are split
-in two. ``tf32`` takes the operands as they are, ``bf16`` rounds them. On a CPU, and for float64, all are as
-the operands.
+``exact`` is as accurate as float32: on a GPU with tensor cores, by one TF32 product of operands that are
+split in two. ``tf32`` takes the operands as they are, ``bf16`` rounds them. On a CPU, and for float64, all
+three compute in the operands' own precision.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SWITCH = threading.Lock()
 
 
 def product(a_XD: Tensor, b_YD: Tensor, precision: str = "exact") -> Tensor:
-    """A·Bᵀ (X, Y), whose gradients are products of the same precision."""
+    """Computes A·Bᵀ (X, Y); its gradients are products of the same precision."""
     if _is_plain(a_XD):
         return a_XD @ b_YD.T
     found: Tensor = _Product.apply(a_XD, b_YD, precision)  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ class _Product(torch.autograd.Function):
 
 
 def multiply(a: Tensor, b: Tensor, precision: str = "exact") -> Tensor:
-    """A·B of matrices, or of batches of them; without gradient where it is not plain."""
+    """Computes A·B of matrices or batches of matrices; has no gradient where it is not a plain product."""
     if _is_plain(a):
         return a @ b
     if precision == "bf16":
@@ -54,7 +54,7 @@ def multiply(a: Tensor, b: Tensor, precision: str = "exact") -> Tensor:
         if torch.cuda.get_device_capability(a.device) < (8, 0):  # no TF32
             return a @ b
         a, b = split_factors(a, b)
-    # The switch is the process's: no other thread may see it turned, or turn it back too late.
+    # PyTorch's switch is global to the process: no other thread may see it changed, or reset it too late.
     with _SWITCH:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
@@ -77,10 +77,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def split_factors(a_XD: Tensor, b_DY: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (…, X, 3D) and (…, 3D, Y) whose product in TF32 has float32's errors.
+    """Returns factors (…, X, 3D) and (…, 3D, Y) whose product in TF32 is as accurate as float32.
 
-    Each number is the sum of one that TF32 holds and a rest. Of the four products of these only that of the
-    rests is left out, 2⁻²² of the whole; one product adds up the other three in float32.
+    Each number is split into a TF32 number and a remainder. Of the four products only that of the two
+    remainders is left out, 2⁻²² of the whole; a single product adds up the other three in float32.
 
     Source: 3×TF32 as CUTLASS emulates float32.
     """
@@ -90,7 +90,7 @@ def split_factors(a_XD: Tensor, b_DY: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_to_tf32(values: Tensor) -> Tensor:
-    """The nearest float32 numbers of 10 bits behind the point, which TF32 holds exactly."""
+    """Rounds to the nearest float32 numbers with 10 fraction bits, which TF32 holds exactly."""
     bits = values.contiguous().view(torch.int32)
-    # Half of the last place that stays is added, then the 13 bits behind it are cut off.
+    # Add half a unit of the last bit that is kept, then cut off the 13 bits below it.
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)

@@ -29,27 +29,28 @@ from gare.model.pooling import unit_mean
 
 logger = logging.getLogger(__name__)
 
-#: Pairs of a step up to which the direct form is faster on a GPU than plain operations. On an H200 in float32
-#: (F 12, D 512) it takes 7.6 and 21 ms at 128 and 256 pairs, and the factorised form's launches take 30.
+#: Number of pairs of a step up to which the direct form is faster on a GPU than the factorised form in plain
+#: operations. On an H200 in float32 (F 12, D 512) it takes 7.6 and 21 ms at 128 and 256 pairs, and the
+#: factorised form's launches take 30.
 DIRECT_STEP_PAIRS = 256
-#: Vectors of width D that the direct form holds of a pair at once, about.
+#: Vectors of width D, about, that the direct form holds at once for each pair.
 DIRECT_VECTORS = 12
 
-#: Forms of the score: every Δ_ij itself, or a few numbers of it.
+#: Forms of the score: from every Δ_ij as a vector, or from a few numbers per pair.
 ScorePath = Literal["direct", "factorized"]
 
 
 class PairScorer:
-    """Turns features into what is known of pairs: scores, increments, coefficients.
+    """Scorer of text-video pairs: computes scores, increments and coefficients from features.
 
-    It holds no parameters: ψ and its radius are modules of the model, under whose names they are saved, and
-    this refers to them. Where the model is copied or pickled as a whole, the copy's scorer refers to the
-    copy's ψ; ``train`` and ``eval`` of the model reach it through ψ.
+    It holds no parameters: it refers to ψ and its radius, which are modules of the model and are saved there.
+    If the whole model is copied or pickled, the copy's scorer refers to the copy's ψ. The model's ``train``
+    and ``eval`` take effect here through ψ.
 
     Args:
         config: sizes and switches.
         increment: ψ, or None for the baseline.
-        radius: of increments where ψ is asked with the text, else None.
+        radius: of increments if ψ's query is the text, else None.
 
     Source: arXiv 2505.12499, direct form.
     """
@@ -86,20 +87,20 @@ class PairScorer:
 
     @property
     def rule(self) -> ScoringRule:
-        """The rule by which numbers of a pair become its score."""
+        """The rule that turns numbers of a pair into its score."""
         config = self.config
         return ScoringRule(
             config.corrected_side, config.pool_temperature, self.radius, pooling=config.pooling
         )
 
     def path(self, method: str | None = None) -> ScorePath:
-        """Chooses the form that computes pairs; what auto cannot do factorised is said once.
+        """Chooses the form that computes pairs; logs once why auto cannot use the factorised form.
 
         Args:
-            method: auto takes the factorised form wherever it is exact; None: ``config.method``.
+            method: auto takes the factorised form wherever it is exact; None means ``config.method``.
 
         Raises:
-            ConfigError: for an unknown method, or the factorised form where there is none.
+            ConfigError: for an unknown method, or factorized for a model that has no factorised form.
         """
         method = method or self.config.method
         if method not in ("auto", "direct", "factorized"):
@@ -116,7 +117,7 @@ class PairScorer:
 
         Args:
             frames: (N, F, D) of the global batch.
-            reason: why the loss cannot have the fused kernels; empty: it can.
+            reason: why the loss cannot use the fused kernels; empty if it can.
         """
         path = self.path()
         may_choose = self.config.method == "auto" and self.increment is not None and frames.is_cuda
@@ -138,7 +139,7 @@ class PairScorer:
 
     @property
     def why_direct(self) -> str:
-        """The reason that only the direct form is exact as things are now; empty where the factorised is."""
+        """The reason why only the direct form is exact at present; empty if the factorised form is too."""
         if self.released_padding:
             return "padding released has no factorised form"
         if self.increment is None:
@@ -167,7 +168,7 @@ class PairScorer:
         return pair_numbers(rule, owners, others)
 
     def pair_scores(self, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo) -> Tensor:
-        """Computes the scores of a block, (O, X), for callers that want nothing else of it."""
+        """Computes the scores of a block, (O, X), for callers that need only the scores."""
         if isinstance(owners, PreparedVideo) and isinstance(others, Embeddings):
             num_frames = owners.mask.shape[1]
             if self.takes_kernel(num_frames, owners.dtype, owners.device):
@@ -175,22 +176,22 @@ class PairScorer:
         return self.pair_numbers(owners, others).scores
 
     def fused_pairs(self, owners: PreparedVideo, others: Embeddings, asked: Asked) -> Fused:
-        """Computes a block of pairs by the fused kernels, where ``takes_kernel``."""
+        """Computes a block of pairs by the fused kernels; only if ``takes_kernel``."""
         return fused_pairs(self.rule, others, owners, asked, precision=self.config.products)
 
     def takes_kernel(
         self, num_frames: int, dtype: torch.dtype, device: torch.device, reason: str = ""
     ) -> bool:
-        """True if blocks of pairs are computed by the fused kernels; what speaks against it is said once.
+        """Returns True if the fused kernels compute blocks of pairs; otherwise logs the reason once.
 
         Args:
             num_frames: of a video.
             dtype: of the features.
-            device: where they are.
-            reason: why the caller cannot take them; empty: it can.
+            device: of the features.
+            reason: why the caller cannot use the kernels; empty if it can.
 
         Raises:
-            ConfigError: for ``model.kernel`` triton where they cannot be had.
+            ConfigError: for ``model.kernel`` triton if the kernels cannot be used.
         """
         kernel = self.config.kernel
         if kernel == "plain" or (kernel == "auto" and device.type != "cuda"):
@@ -223,10 +224,10 @@ class PairScorer:
         )
 
     def draw_dropout(self, owners: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """Dropout of ψ for each owner of a context, (owners, D) factors 0 or 1/(1 − p); None where none is.
+        """Draws ψ's dropout for owners of a context: (owners, D) factors 0 or 1/(1 − p); None without it.
 
         Args:
-            owners: videos where frames are the context, texts where words are.
+            owners: number of videos if frames are the context, of texts if words are.
             generator: to draw from, on the CPU, so that a seed means the same on any device.
         """
         if not self.drops or self.increment is None:
@@ -237,21 +238,21 @@ class PairScorer:
         return ((draws >= drop).to(weight.dtype) / (1 - drop)).to(weight.device)
 
     def basis_maps(self) -> BasisMaps | None:
-        """ψ's linear maps combined, to be made once for a step or a stream of blocks."""
+        """Combines ψ's linear maps, once for a step or a stream of blocks."""
         return None if self.increment is None else BasisMaps.of(self.increment, drops=self.drops)
 
     def query_embeddings(self, embedding_XD: Tensor, *, lean: bool = False) -> Embeddings:
-        """Embeddings of the side that does not own the basis, as ψ is asked with them.
+        """Prepares embeddings of the side that does not own the basis as queries of ψ.
 
         Args:
-            embedding_XD: X of them.
-            lean: whether it is lean videos that are asked.
+            embedding_XD: X embeddings.
+            lean: whether the queries are for lean videos.
         """
         if self.increment is None:
             return Embeddings.of(embedding_XD)
         sign = 1 if self.radius is not None else self.config.gap_sign
         if self.radius is None and self.context_of == "video":
-            sign = -sign  # the query is η(v̄ − t), and texts ask
+            sign = -sign  # the query is η(v̄ − t), and texts are the queries
         turned_HXD = sign * queries_in_key_space(self.increment, embedding_XD)
         if lean:
             return Embeddings.of(embedding_XD, None, map_text(self.increment, embedding_XD, turned_HXD))
@@ -260,16 +261,16 @@ class PairScorer:
     def with_basis(
         self, video: VideoFeatures, maps: BasisMaps | None, keep_MD: Tensor | None, *, lean: bool = False
     ) -> PreparedVideo:
-        """Videos with the basis that their frames make, where frames are the context.
+        """Prepares videos, with the basis of their frames if frames are the context.
 
         Args:
             video: frame features, zero at padding.
             maps: from ``basis_maps``.
             keep_MD: dropout of each video, or None.
-            lean: whether videos keep what their basis is made of in place of it, which dropout does not let.
+            lean: whether videos keep the inputs of their basis in place of it; impossible with dropout.
         """
         if self.config.pooling == "mean":
-            # One unit vector is left of a clip, as if it had a single frame.
+            # A clip becomes one unit vector, as if it had a single frame.
             unit_M1D = functional.normalize(unit_mean(video)).unsqueeze(1)
             one = VideoFeatures(unit_M1D, torch.ones_like(video.mask[:, :1]))
             return replace(PreparedVideo.of(one, None), average=video.mean)
@@ -291,7 +292,7 @@ class PairScorer:
         return PreparedVideo.lean(video, basis) if lean else PreparedVideo.of(video, basis)
 
     def prepare_text(self, text: TextFeatures, maps: BasisMaps, keep_ND: Tensor | None) -> PreparedText:
-        """Texts with the basis that their words make, where words are the context.
+        """Prepares texts, with the basis of their words, for a ψ whose context is words.
 
         Raises:
             ConfigError: for text features without words.
@@ -310,7 +311,7 @@ class PairScorer:
         return PreparedText(Embeddings.of(text.embedding), basis, products_NL)
 
     def prepare_video(self, video: VideoFeatures, *, lean: bool = False) -> PreparedVideo:
-        """Computes the part of factorised scores that belongs to videos alone, for any number of texts.
+        """Computes the part of factorised scores that depends on videos alone, for any number of texts.
 
         Where words are the context of ψ, or there is no ψ, this is little more than the frame features.
 
@@ -336,14 +337,14 @@ class PairScorer:
             return self.with_basis(exact, self.basis_maps(), self.draw_dropout(owners), lean=lean)
 
     def pairs(self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None) -> Pairs:
-        """Scores and increments of all pairs in the direct form, memory N·M·D.
+        """Computes scores and increments of all pairs in the direct form, memory N·M·D.
 
         s_ij = cos(t_i + Δ_ij, p_ij), or cos(t_i, p_ij + Δ_ij) where the video is the corrected side.
 
         Args:
             text: N encoded captions.
             video: M encoded clips.
-            keep_OD: from ``draw_dropout``; None: dropout of each pair, in training.
+            keep_OD: from ``draw_dropout``; None, in training, for dropout drawn for each pair.
 
         Raises:
             ConfigError: for text features without words where they are the context of ψ.
@@ -351,17 +352,17 @@ class PairScorer:
         return direct_pairs(self.config, self.increment, self.radius, text, video, keep_OD)
 
     def pooled(self, text: TextFeatures, video: VideoFeatures) -> Tensor:
-        """Text-conditioned pooling p_ij (N, M, D) of all pairs."""
+        """Computes the text-conditioned pooling p_ij (N, M, D) of all pairs."""
         return direct_pooled(self.config, text, video)
 
     def deltas(
         self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None
     ) -> Tensor | None:
-        """The increments Δ_ij (N, M, D) of all pairs, or None for the baseline.
+        """Computes the increments Δ_ij (N, M, D) of all pairs, or returns None for the baseline.
 
-        Query gap: Δ_ij = ψ(η(v̄_j − t_i)). Query text: t*_ij = ψ(t_i), Δ_ij = R_ij·unit(v̄_j − t*_ij).
-        ψ attends to the frames of video j, or to the words of text i. Where padding is released, padded
-        frames count in v̄_j and are attended to; in R_ij they count 0 always.
+        Query gap: Δ_ij = ψ(η(v̄_j − t_i)). Query text: t*_ij = ψ(t_i), Δ_ij = R_ij·unit(v̄_j − t*_ij). ψ
+        attends to the frames of video j, or to the words of text i. Where padding is released, padded frames
+        count in v̄_j and are attended to; in R_ij they always count 0.
 
         Raises:
             ConfigError: for text features without words where they are the context of ψ.

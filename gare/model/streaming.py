@@ -24,7 +24,7 @@ TEXTS_PER_BLOCK = {"cpu": 1024, "cuda": 8192}
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size``."""
+    """Yields consecutive slices of at most ``size``."""
     size = max(size, 1)
     return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
@@ -34,8 +34,8 @@ class Sizes:
     """Numbers of texts and videos that are scored at once.
 
     Attributes:
-        owners: contexts whose basis is made together.
-        askers: embeddings that are turned together.
+        owners: contexts whose basis is computed together.
+        askers: query embeddings that are mapped to key space together.
         texts: of a block of pairs.
         videos: of a block of pairs.
     """
@@ -47,9 +47,9 @@ class Sizes:
 
 
 def numbers_of_a_pair(scorer: PairScorer, num_frames: int, num_words: int, *, fused: bool = False) -> int:
-    """Count the numbers that the factorised form holds of a pair: products, attention and its forms.
+    """Counts the numbers that the factorised form holds for a pair: products, attention and quadratic forms.
 
-    Those that the fused kernels hold are products and, in training, their gradients.
+    The fused kernels hold products and, in training, their gradients.
     """
     if fused:
         return 2 * (2 * _attention_weights(scorer, num_frames, num_words) + num_frames + 6)
@@ -60,7 +60,7 @@ def numbers_of_a_pair(scorer: PairScorer, num_frames: int, num_words: int, *, fu
 
 
 def _attention_weights(scorer: PairScorer, num_frames: int, num_words: int) -> int:
-    """K: attention weights of an owner."""
+    """Returns K, the number of attention weights of an owner."""
     positions = {"video": num_frames, "text": num_words, "none": 0}[scorer.context_of]
     return positions * scorer.config.increment_heads
 
@@ -73,7 +73,7 @@ def block_sizes(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Sizes:
-    """Block sizes under ``config.memory_mb``, from the numbers that a pair and an owner take."""
+    """Computes block sizes under ``config.memory_mb`` from the numbers that a pair and an owner take."""
     width, itemsize = scorer.config.clip.embed_dim, dtype.itemsize
     whole = Budget.of(scorer.config.memory_mb, device)
     budget = whole.total
@@ -81,13 +81,13 @@ def block_sizes(
     pair_bytes = itemsize * numbers_of_a_pair(scorer, num_frames, num_words, fused=fused)
     pairs = min(whole.block(CACHED_BYTES), budget // 4) // pair_bytes
     owners = owners_at_once(scorer, num_frames, num_words, itemsize, budget)
-    # Of an embedding that asks: itself centred, asked and turned, by head.
+    # A query embedding takes: itself, centred, and by head its query before and after the key map.
     askers = max(budget // 4 // (itemsize * width * (3 + 2 * scorer.config.increment_heads)), 1)
     if scorer.context_of == "text":
         texts = min(64, max(1, math.isqrt(pairs)), owners)
-        # Whole blocks of them, so that none is left with a few texts.
+        # A multiple of a block's texts, so that no block has only a few texts.
         return Sizes(owners // texts * texts, askers, texts, even(pairs // texts))
-    # Where there are few texts, more videos go with them.
+    # If there are few texts, a block has more videos.
     texts = max(min(TEXTS_PER_BLOCK.get(device.type, 1024), pairs, num_texts), 1)
     return Sizes(owners, askers, texts, max(pairs // texts, 1))
 
@@ -95,15 +95,15 @@ def block_sizes(
 def owners_at_once(
     scorer: PairScorer, num_frames: int, num_words: int, itemsize: int, budget_bytes: int
 ) -> int:
-    """Contexts whose basis is made together under a budget."""
+    """Returns the number of contexts whose basis is computed together under a budget."""
     keys = _attention_weights(scorer, num_frames, num_words)
-    # Of each: mapped contexts, their copies by head, basis and rows.
+    # Each takes mapped contexts, their copies by head, basis and rows.
     owner_bytes = itemsize * scorer.config.clip.embed_dim * (12 * keys + 4 * num_frames + 8)
     return max(budget_bytes // 4 // owner_bytes, 1)
 
 
 def even(count: int) -> int:
-    """A number of rows that vector units divide."""
+    """Rounds a number of rows down to a multiple of 16 for vector units; smaller ones stay, from 1."""
     return count // 16 * 16 or max(count, 1)
 
 
@@ -118,11 +118,11 @@ def stream_scores(
     Args:
         scorer: of the model.
         text: N encoded captions.
-        video: M encoded clips, or what ``PairScorer.prepare_video`` made of them.
+        video: M encoded clips, or the result of ``PairScorer.prepare_video``.
         method: as in ``PairScorer.path``.
 
     Raises:
-        ConfigError: for an unknown method, or the factorised form where there is none.
+        ConfigError: for an unknown method, or factorized for a model that has no factorised form.
     """
     if scorer.path(method) == "direct":
         features = video.features if isinstance(video, PreparedVideo) else video
@@ -131,7 +131,7 @@ def stream_scores(
 
 
 def stream_factorized(scorer: PairScorer, text: TextFeatures, video: VideoFeatures | PreparedVideo) -> Tensor:
-    """Scores (N, M) in the factorised form, float32 at least. Where gradients are needed, in one block."""
+    """Computes factorised scores (N, M), float32 at least; in one block if gradients are needed."""
     embedding = text.embedding
     with torch.autocast(embedding.device.type, enabled=False):
         dtype = torch.promote_types(embedding.dtype, torch.float32)
@@ -167,9 +167,9 @@ def _by_videos(
     lean = isinstance(video, PreparedVideo) and video.scales is not None
     maps = None if isinstance(video, PreparedVideo) else scorer.basis_maps()
     keep = scorer.draw_dropout(0 if isinstance(video, PreparedVideo) else len(video.mask))
-    # Prepared videos have been made.
+    # Prepared videos have their basis already.
     at_once = len(video) if isinstance(video, PreparedVideo) else sizes.owners
-    # Texts are asked with once for all videos, so many of them as fit.
+    # Texts become queries once for all videos, as many at a time as fit.
     for group in slices(len(text.embedding), sizes.askers):
         texts = scorer.query_embeddings(text.embedding[group], lean=lean)
         for owners in slices(len(video), at_once):
@@ -195,7 +195,7 @@ def _by_texts(
     maps = scorer.basis_maps()
     assert maps is not None
     keep = scorer.draw_dropout(len(text.embedding))
-    # Turned means beside views of the frames: made once where they fit.
+    # Prepared videos are mapped means beside views of the frames: computed once if they fit.
     if isinstance(video, VideoFeatures) and video.frames.dtype == dtype and len(video) <= sizes.askers:
         video = scorer.with_basis(video, maps, None)
     for owners in slices(len(text.embedding), sizes.owners):
@@ -213,7 +213,7 @@ def _by_texts(
 
 
 def stream_direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Tensor:
-    """Scores (N, M) in the direct form; without gradients in blocks within the budget."""
+    """Computes scores (N, M) in the direct form; if no gradients are needed, in blocks within the budget."""
     dtype = torch.promote_types(text.embedding.dtype, torch.float32)
     words = None if text.words is None else text.words.to(dtype)
     text = TextFeatures(text.embedding.to(dtype), words, text.mask)

@@ -1,1 +1,1 @@
-"""Everything that is drawn: curves, retrievals, contact sheets, tables."""
+"""Pictures for people: curves, retrievals, contact sheets, tables."""

@@ -1,4 +1,4 @@
-"""A contact sheet of stored clips: what the model will see, with its times and the captions that go with it.
+"""A contact sheet of stored clips: the frames that the model will see, with their times and captions.
 
 F frames a clip.
 """
@@ -20,7 +20,7 @@ from gare.errors import DataError
 
 INK, FAINT = "#1f2430", "#70767f"
 _SIDE_PX, _GAP_PX, _MARGIN_PX, _HEAD_PX, _FOOT_PX = 112, 6, 16, 42, 18
-#: Frames of a clip that are shown at most, at equal steps.
+#: Largest number of frames shown of a clip, at equal steps.
 _COLUMNS = 12
 _ABOUT = ("width_px", "height_px", "fps", "duration_s", "decoder", "note")
 
@@ -30,7 +30,7 @@ def draw_preview(store: str, rows: Sequence[ManifestRow], num_clips: int) -> byt
 
     Args:
         store: a frame store.
-        rows: of the manifest; those that the store does not hold are passed over.
+        rows: of the manifest; rows that the store does not hold are skipped.
         num_clips: clips to show at most.
 
     Returns:
@@ -85,7 +85,7 @@ def _draw_clip(sheet: Image.Image, top: int, reader: FrameReader, row: ManifestR
 def _write(
     draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size_px: int, colour: str, room_px: int
 ) -> None:
-    """One line of text, cut where it would leave its room."""
+    """Writes one line of text, cut to the room that it has."""
     text = " ".join(text.split())
     font = _font(size_px)
     if draw.textlength(text, font) > room_px:

@@ -29,11 +29,11 @@ def figures_of(
     count: int,
     title: str,
 ) -> dict[str, bytes]:
-    """PNGs by name: ``ranks``, ``similarity``, and the queries that are ranked ``best-and-worst``.
+    """Draws PNGs by name: ``ranks``, ``similarity``, and ``best-and-worst``, the queries so ranked.
 
     Args:
         model: the trained model, which is moved to the CPU.
-        features: as of ``worker.Features``.
+        features: as in ``worker.Features``.
         rows: the gallery.
         ranks: of its captions and videos.
         reader: for thumbnails.
@@ -58,7 +58,7 @@ def figures_of(
 def _sample(
     model: GARE, features: Mapping[str, np.ndarray], owners: torch.Tensor, num_videos: int
 ) -> np.ndarray:
-    """(S, S) scores of some videos and the first caption of each."""
+    """Computes the scores (S, S) of some videos with the first caption of each."""
     chosen = np.unique(np.linspace(0, num_videos - 1, min(SHOWN, num_videos)).astype(int))
     first = np.searchsorted(owners.numpy(), chosen)
     words = features.get("text/words")

@@ -1,4 +1,4 @@
-"""Choosing queries for the retrieval picture, and their rankings.
+"""Selection of queries, with their rankings, for the retrieval picture.
 
 N texts, M videos.
 """
@@ -31,7 +31,7 @@ def choose_examples(
     count: int,
     order: Literal["spread", "best and worst"] = "spread",
 ) -> list[Example]:
-    """Queries spread evenly over the texts, in order, so that neither hits nor misses are picked out.
+    """Chooses queries spread evenly over the texts, in order, so that neither hits nor misses are favoured.
 
     Args:
         ranking: of the texts.
@@ -40,8 +40,8 @@ def choose_examples(
         rows: the M videos.
         reader: for thumbnails.
         count: queries to show.
-        order: the half that is ranked best and the half that is ranked worst, of different videos where
-            there are enough, in place of such a sample.
+        order: ``best and worst`` takes, in place of such a sample, one half from the texts ranked best and
+            one from those ranked worst, of different videos if there are enough.
     """
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int))
     if order == "best and worst":
@@ -65,7 +65,7 @@ def choose_examples(
 
 
 def _best_and_worst(rank: NDArray[np.float64], video: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Texts, best first: captions of one video tend to be ranked alike, so each video gives one if it can."""
+    """Returns texts, best first; one per video if there are enough, since its captions are ranked alike."""
     by_rank = np.argsort(rank, kind="stable")
     tail = count // 2
     best = _of_different_videos(by_rank, video)[: count - tail]
@@ -74,7 +74,7 @@ def _best_and_worst(rank: NDArray[np.float64], video: NDArray[np.int64], count: 
 
 
 def _of_different_videos(texts: NDArray[np.int64], video: NDArray[np.int64]) -> list[int]:
-    """The texts in their order, but those of a video that has had its turn after all others."""
+    """Orders texts so that each video's first one comes before all repeats."""
     seen: set[int] = set()
     first: list[int] = []
     later: list[int] = []

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from gare.report.pictures import FAINT, INK, LINES, as_png, draw_lines, drawable
 
-#: Videos that the similarity matrix shows at most.
+#: Largest number of videos in the similarity matrix.
 SHOWN = 100
 _EDGES = (1, 2, 6, 11, 51)
 
 
 def rank_histogram(ranks: Mapping[str, NDArray[np.float64]], title: str = "") -> bytes:
-    """Draws the share of the queries whose right one comes first, in the first five, ten, fifty, or later.
+    """Draws the share of queries by rank of the right one: 1, 2 to 5, 6 to 10, 11 to 50, above 50.
 
     Args:
         ranks: (Q,) ranks from 1, by direction.
@@ -54,7 +54,7 @@ def similarity_matrix(scores: NDArray[np.float32], num_videos: int, title: str =
 
     Args:
         scores: (S, S).
-        num_videos: of the whole gallery, of which these are a part.
+        num_videos: number of videos in the whole gallery.
         title: heading.
 
     Returns:
@@ -71,10 +71,10 @@ def similarity_matrix(scores: NDArray[np.float32], num_videos: int, title: str =
 
 
 def increments_picture(steps: Mapping[str, Sequence[tuple[int, float]]], title: str = "") -> bytes | None:
-    """Draws norms, angles and the modality gap over training; None where nothing was measured.
+    """Draws norms, angles and the modality gap over training; returns None if nothing was measured.
 
     Args:
-        steps: (step, value) points by metric name, of which ``delta/…`` and ``gap/…`` are drawn.
+        steps: (step, value) points by metric name; only ``delta/…`` and ``gap/…`` are drawn.
         title: heading.
 
     Returns:
@@ -117,7 +117,7 @@ def checkpoints_picture(
 
     Args:
         curves: (step, percent) points by name.
-        marked: point by what it is, such as the checkpoint that training chose.
+        marked: point by label, such as "the checkpoint that training chose".
         note: line below the heading.
         title: heading.
 
@@ -127,7 +127,7 @@ def checkpoints_picture(
     figure = _figure(title, 9.6, 4.8)
     axes = figure.subplots()
     draw_lines(axes, curves, "R@1 (%)", "step", note)
-    # Rings of their own sizes, for marks may be of one point.
+    # Rings of different sizes, because several marks may be at the same point.
     for number, ((name, (step, value)), colour) in enumerate(zip(marked.items(), LINES[2:], strict=False)):
         axes.plot(
             [step], [value], "o", color=colour,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 INK, FAINT, RIGHT, WRONG = "#1f2430", "#8a909c", "#1a9850", "#c43c39"
-#: Told apart by people with the common colour deficiencies too (Okabe and Ito).
+#: Colours that people with common colour deficiencies can tell apart, too (Okabe and Ito).
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 _TOP = 5
 
@@ -64,7 +64,7 @@ class Example:
 
 
 def retrieval_picture(examples: Sequence[Example], title: str = "Text to video") -> bytes:
-    """Draws a row for each query: its text, its five best videos, and the right one where it is not of them.
+    """Draws a row for each query: its text, its five best videos, and the right one if not among them.
 
     Args:
         examples: at least one.
@@ -173,9 +173,9 @@ def curves_picture(
 def _loss_panels(
     losses: Mapping[str, Sequence[tuple[int, float]]],
 ) -> list[tuple[Mapping[str, Sequence[tuple[int, float]]], str]]:
-    """Curves by panel, with its heading: the terms on the increments, if any is not 0, in one of their own.
+    """Groups curves by panel, with headings: terms on the increments, if any is not 0, have their own panel.
 
-    They are recorded without their weights, and can be hundreds of times the loss that is watched.
+    These terms are recorded without their weights, and can be hundreds of times the loss.
     """
     main = {name: points for name, points in losses.items() if re.search(r"total$|nce_", name)}
     others = {
@@ -208,7 +208,7 @@ def draw_lines(
         return
     positive = values[values > 0]
     sizes = [np.abs(line).max() for line in finite if np.any(line)]
-    # Small terms would be a line on the floor beside large ones.
+    # Beside large terms, small ones would be a flat line at the bottom.
     if y_label == "loss" and len(positive) == len(values) and values.max() > 300 * values.min():
         axes.set_yscale("log")
     elif y_label == "loss" and sizes and max(sizes) > 300 * min(sizes):
@@ -289,14 +289,14 @@ def _drawable() -> frozenset[int]:
 
 
 def _plain(text: str) -> str:
-    """The text on one line, with boxes for what the font cannot draw."""
+    """Puts the text on one line, with boxes for characters that the font cannot draw."""
     normal = " ".join(unicodedata.normalize("NFC", text).split())
     known = _drawable()
     return "".join(c if ord(c) in known else "□" for c in normal if c.isprintable())
 
 
 def drawable(text: str) -> str:
-    """The text on one line, as matplotlib draws it literally."""
+    """Puts the text on one line, in a form that matplotlib draws literally."""
     return _literal(_plain(text))
 
 
@@ -306,7 +306,7 @@ def _literal(text: str) -> str:
 
 
 def ellipsis(text: str, length: int) -> str:
-    """Keeps both ends: ids often differ only in the last characters."""
+    """Shortens a text but keeps both ends: ids often differ only in the last characters."""
     if len(text) <= length:
         return text
     head = (length - 1) // 2
@@ -314,9 +314,9 @@ def ellipsis(text: str, length: int) -> str:
 
 
 def as_png(figure: Figure) -> bytes:
-    """A figure as PNG, whatever a person's own matplotlib settings are."""
+    """Renders a figure as PNG, whatever the user's own matplotlib settings are."""
     buffer = io.BytesIO()
-    # A person's own matplotlib settings, LaTeX text among them, must not change these.
+    # The user's matplotlib settings, such as LaTeX text, must not change these.
     with rc_context({"font.family": "DejaVu Sans", "text.usetex": False}):
         FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -20,7 +20,7 @@ _LOOK = {
 
 
 def table_picture(table: ScoreTable) -> bytes:
-    """Draws the table: one block for each thing that runs were measured on, notes below.
+    """Draws the table: one block for each kind of data that runs were measured on, notes below.
 
     Returns:
         A PNG.
@@ -58,7 +58,7 @@ def table_picture(table: ScoreTable) -> bytes:
             for column, cell in enumerate(row.cells):
                 wide = column > 0 and row.kind == "difference"
                 marked = RIGHT if column in row.better else WRONG if column in row.worse else ""
-                # Bold where it is marked; numbers with intervals leave no room for all of them to be.
+                # Bold if marked; numbers with intervals leave no room for a whole bold row.
                 thick = weight if not wide else "bold" if marked else "normal"
                 text = cell if column else ellipsis(cell, 44)
                 write(at, column, text, marked or colour, thick, 7.5 if wide else 9.5)
@@ -71,7 +71,7 @@ def table_picture(table: ScoreTable) -> bytes:
 
 
 def _look_of(note: str) -> tuple[str, str]:
-    """Colour and weight of a note: what must not be overlooked, the verdict, and the rest."""
+    """Returns colour and weight of a note: a warning, the verdict, or any other."""
     if "not comparable" in note.lower():
         return WRONG, "normal"
     return (INK, "bold") if " is better in " in note else (FAINT, "normal")

@@ -1,4 +1,4 @@
-"""Encoded clips as one safetensors file, and captions ranked against them: what a served model searches.
+"""The gallery that a served model searches: encoded clips in one safetensors file.
 
 M videos, F frames, D embedding width.
 """
@@ -25,18 +25,18 @@ from gare.storage.files import write_atomically
 #: Name of the file, in an evaluation's folder and beside a served model's weights.
 FILE = "gallery.safetensors"
 _IDS = "video_ids"
-#: Clips that are prepared together: some 400 kB of each are needed meanwhile, of which 30 kB are kept.
+#: Clips that are prepared together: each needs some 400 kB meanwhile, and keeps 30 kB.
 PREPARED_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Encoded clips.
+    """Encoded clips that captions are ranked against.
 
     Attributes:
         video_ids: M names.
         features: of the clips.
-        parts: what is searched: consecutive clips, encoded or prepared.
+        parts: consecutive clips to search, encoded or prepared.
     """
 
     video_ids: tuple[str, ...]
@@ -45,7 +45,7 @@ class Gallery:
 
     @torch.inference_mode()
     def prepared(self, model: GARE) -> Gallery:
-        """The gallery with what does not depend on captions made once, for all searches with a model."""
+        """Prepares the gallery: computes, once for all searches with a model, all that needs no captions."""
         if model.scorer.path() == "direct":
             return self
         parts = (model.prepare_video(some, lean=True) for some in self.features.split(PREPARED_AT_ONCE))
@@ -61,21 +61,21 @@ def write_gallery(uri: str, video_ids: Sequence[str], frames: np.ndarray, mask: 
         frames: (M, F, D) float32.
         mask: (M, F) bool.
     """
-    # The names are bytes of JSON in an array: readers of the format need not give its metadata.
+    # The names are JSON bytes in an array, because not every reader of the format returns its metadata.
     ids = np.frombuffer(json.dumps(list(video_ids)).encode(), np.uint8)
     content = {"frames": np.ascontiguousarray(frames), "mask": np.ascontiguousarray(mask), _IDS: ids}
     write_atomically(uri, save(content))
 
 
 def gallery_of(data: bytes, uri: str) -> Gallery:
-    """The gallery in a file's content.
+    """Reads the gallery from a file's content.
 
     Args:
         data: the content.
         uri: the file, for messages.
 
     Raises:
-        DataError: where it is not a gallery.
+        DataError: if it is not a gallery.
     """
     try:
         content = load(data)
@@ -90,13 +90,13 @@ def gallery_of(data: bytes, uri: str) -> Gallery:
 
 @torch.inference_mode()
 def search(model: GARE, gallery: Gallery, captions: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
-    """The best videos of each caption with their scores, the best first.
+    """Finds the best videos of each caption with their scores, the best first.
 
     Args:
         model: the trained model.
-        gallery: what is searched; prepared with this model, or not.
+        gallery: the gallery to search; prepared with this model, or not.
         captions: queries.
-        top: videos of each at most.
+        top: largest number of videos for each caption.
     """
     token_ids, token_mask = tokenize(captions, model.config.max_words)
     text = model.encode_text(token_ids, token_mask)

@@ -1,4 +1,4 @@
-"""The scores of a run's checkpoints on a split: a curve to look at, by which nothing may be chosen.
+"""The scores of a run's checkpoints on a split: a curve for inspection, not for choosing a checkpoint.
 
 N texts, M videos, F frames, D embedding width.
 """
@@ -35,12 +35,12 @@ from gare.train.checkpoint.initial_model import read_start
 
 logger = logging.getLogger(__name__)
 
-#: Metric that the best of the looks is best at.
+#: Metric by which the best look is found.
 LOOKED_AT = "t2v/R1"
 
 
 def one_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
-    """One checkpoint of each step, the last: those of one step have the same weights.
+    """Keeps the last checkpoint of each step: those of one step have the same weights.
 
     A step that ends an epoch may have two, before its validation and after it; training chooses among these.
 
@@ -55,8 +55,8 @@ class Look:
     """The scores of one checkpoint.
 
     Attributes:
-        metrics: by name, such as ``t2v/R1``; empty where it has none.
-        fault: why it has none.
+        metrics: by name, such as ``t2v/R1``; empty if it could not be scored.
+        fault: reason why it has none.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -64,15 +64,15 @@ class Look:
 
 
 class CheckpointScorer:
-    """Scores checkpoints of one run on one split, each read, encoded and ranked by this process alone.
+    """Scorer of one run's checkpoints on one split; this process alone reads, encodes and ranks each.
 
     Args:
-        store: the store of the kind that the run learned from.
+        store: a store of the kind that the run learned from.
         rows: the split.
         from_features: True if that is a feature store; the run's checkpoints then have no towers.
         cache_mb: MB of features that may be kept in memory.
         device: where to compute.
-        sums: by checkpoint, the SHA-256 of its files in the run's index; empty for one that has none.
+        sums: by checkpoint, the SHA-256 of its files in the run's index; empty if it has none.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class CheckpointScorer:
         self._reader: FeatureReader | None = None
 
     def score(self, uri: str) -> Look:
-        """Scores a checkpoint; one that cannot be read, or has scores that are not finite, has a fault.
+        """Scores a checkpoint; the look has a fault if it cannot be read or a score is not finite.
 
         Raises:
             DataError: for clips that cannot be read.
@@ -130,7 +130,7 @@ class CheckpointScorer:
         return FrameReader(self.store)
 
     def _features(self, model: GARE) -> FeatureReader:
-        """The store, opened for the first checkpoint: those of one run need the same of it."""
+        """Returns the store, opened for the first checkpoint: those of one run need the same settings."""
         if self._reader is None:
             self._reader = FeatureReader(self.store, words=model.scorer.needs_words, cache_mb=self.cache_mb)
         return self._reader
@@ -141,9 +141,9 @@ class Curve:
     """Scores of a run's checkpoints, in the order of the training.
 
     Attributes:
-        rows: one a checkpoint, in the order of the training, as ``curve.json`` has them.
-        left_out: name of a checkpoint without scores, and the reason.
-        validated: True if val chose the run's checkpoint; else it is the last.
+        rows: one per checkpoint, in the order of the training, as in ``curve.json``.
+        left_out: names of checkpoints without scores, with the reason.
+        validated: True if val chose the run's checkpoint; otherwise it is the last one.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -177,7 +177,7 @@ class Curve:
 
     @property
     def chosen(self) -> dict[str, Any] | None:
-        """The row of the checkpoint that training chose; None where it could not be scored."""
+        """The row of the checkpoint that training chose; None if it could not be scored."""
         return next((row for row in self.rows if row["is_chosen"]), None)
 
     @property
@@ -192,5 +192,5 @@ class Curve:
         return f"the best of {len(self.rows)} looks at test is not a result: report the {reported}"
 
     def points(self, metric: str) -> list[tuple[int, float]]:
-        """The (step, value) points of a metric."""
+        """Returns the (step, value) points of a metric."""
         return [(row["step"], row["metrics"][metric]) for row in self.rows]

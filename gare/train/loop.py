@@ -27,22 +27,22 @@ def run_loop(
     on_step: OnStep,
     on_epoch: OnEpoch,
 ) -> None:
-    """Trains from a batch to the end of the plan.
+    """Trains from a given batch to the end of the plan.
 
     Args:
-        learner: model and optimiser, as they are before that batch.
+        learner: model and optimiser, in their state before that batch.
         listed: batches of this worker.
-        first: number of the batch, from ``Plan.position``.
-        source: what the run learns from.
+        first: number of the first batch, from ``Plan.position``.
+        source: input of the run.
         feed: of the plan's batches from the first on.
         validation: of the learner's model.
-        on_step: reports a step. Among its values are ``time/step_s``, ``time/data_wait_s``, which the step
-            stood still for its batch on the host or on the device, and by part what the batch took to load:
+        on_step: reports a step. Its values include ``time/step_s``; ``time/data_wait_s``, the time that the
+            step waited for its batch on the host or on the device; and the loading time of the batch by part:
             ``time/data_fetch_s``, ``time/data_jpeg_s``, ``time/data_augment_s``, ``time/data_transfer_s``.
         on_epoch: reports an epoch.
 
     Raises:
-        GareError: where the loaders end before the plan does.
+        GareError: if the loaders end before the plan does.
     """
     plan = listed.plan
     ends = {*plan.epoch_starts[1:], len(plan.batches)}

@@ -15,19 +15,19 @@ from gare.train.loss.gather import world_size
 from gare.train.stages import STAGES, start_recording, stop_recording, watch_gradients
 from gare.train.step import Learner
 
-#: Steps before the trace: kernels are loaded and memory is allocated there.
+#: Steps before the trace, in which kernels are loaded and memory is allocated.
 WARM_UP = 3
-#: Steps of the trace. They are slower for it, and the table leaves them out.
+#: Steps of the trace. Tracing makes them slower, so the table leaves them out.
 TRACED = 3
 
 
 class Profile:
-    """Measures the steps of one worker.
+    """Profile of the steps of one worker.
 
     Args:
-        learner: that trains.
-        device: where.
-        trace: file that gets a Chrome trace of a few steps; empty for none.
+        learner: whose steps are measured.
+        device: that it trains on.
+        trace: file for a Chrome trace of a few steps; empty for none.
     """
 
     def __init__(self, learner: Learner, device: torch.device, trace: str = "") -> None:
@@ -42,7 +42,7 @@ class Profile:
         self._begin_trace()
 
     def step(self, values: Mapping[str, float]) -> None:
-        """After a step; ``time/step_s`` and ``time/data_wait_s`` are among its values."""
+        """Records a step; its values include ``time/step_s`` and ``time/data_wait_s``."""
         seconds = self.recorder.take()
         seconds["other"] = max(values["time/step_s"] - sum(seconds.values()), 0.0)
         self.steps.append(seconds | {"data_wait": values["time/data_wait_s"]})
@@ -63,12 +63,12 @@ class Profile:
         self._profiler.start()
 
     def finish(self) -> dict[str, Any]:
-        """Ends the measuring and joins what all workers measured; all must call it.
+        """Ends the measuring and joins all workers' measurements; all workers must call it.
 
         Returns:
-            ``workers``, ``steps`` (that the means are of), ``left_out``, ``mean_s`` by stage for each worker,
-            and of this one ``by_step`` and ``loading_s``, the mean seconds by part that loading a batch took
-            beside the steps.
+            ``workers``, ``steps`` (the number in the means), ``left_out``, ``mean_s`` by stage for each
+            worker, and for this worker ``by_step`` and ``loading_s``, the mean seconds by part of loading a
+            batch, in parallel to the steps.
         """
         stop_recording()
         left_out = {0, *self._traced} if self._trace else {0}
@@ -98,7 +98,7 @@ class Profile:
 
 
 def table(profile: Mapping[str, Any]) -> str:
-    """The profile as text: mean seconds of the workers by stage, shares, and the slowest worker."""
+    """Formats the profile as text: mean seconds of the workers by stage, shares, and the slowest worker."""
     means: Sequence[Mapping[str, float]] = profile["mean_s"]
     names = [name for name in STAGES if any(name in worker for worker in means)]
     mean = {name: statistics.fmean(worker.get(name, 0.0) for worker in means) for name in names}
@@ -143,7 +143,7 @@ def picture(profile: Mapping[str, Any], title: str) -> bytes:
     series = [[step.get(name, 0.0) for step in steps] for name in names]
     colours = [(*LINES, *(FAINT, INK, "#b59f00", "#7a4fa3", "#8c564b"))[at] for at in range(len(names))]
     axes.stackplot(range(1, len(steps) + 1), series, labels=names, colors=colours, step="mid", linewidth=0)
-    # The first steps load kernels; they would press all others to the ground.
+    # The first steps load kernels; on their scale all others would be flat.
     totals = sorted(sum(step.values()) for step in steps)
     axes.set_ylim(0, 1.3 * totals[int(0.9 * (len(totals) - 1))] if totals else 1)
     axes.set_xlabel("step", color=INK)
@@ -154,5 +154,5 @@ def picture(profile: Mapping[str, Any], title: str) -> bytes:
 
 
 def trace_file(folder: str) -> str:
-    """Path of the Chrome trace; its ending has it compressed."""
+    """Returns the path of the Chrome trace; its suffix makes the profiler compress it."""
     return str(Path(folder) / "trace.json.gz")

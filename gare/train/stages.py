@@ -1,7 +1,8 @@
 """Seconds of a training step by stage: stages are marked in the code and measured on request.
 
-A stage's seconds are its own: those of a stage inside it count there. On a GPU every border waits for the
-device, so a measured step is a little slower than one that is not. Off, a mark costs less than a microsecond.
+A stage's seconds exclude those of stages inside it. On a GPU the start and end of every stage wait for the
+device, so a measured step is a little slower than others. When nothing is measured, a mark costs less than a
+microsecond.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-#: Stages in the order of a step, and what a reader of the table is told of them.
+#: Stages in the order of a step, with their descriptions in the table.
 STAGES = {
     "data_wait": "waiting for the batch, on the host or on the device",
     "normalise": "8-bit frames to what the towers take",
@@ -37,28 +38,28 @@ _recorder: Recorder | None = None
 
 
 def stage(name: str) -> AbstractContextManager[Any]:
-    """Marks what is done inside as this stage of the step."""
+    """Marks the code inside the context as this stage of the step."""
     return _NOTHING if _recorder is None else _Stage(_recorder, name)
 
 
 def start_recording(device: torch.device) -> Recorder:
-    """Measures from now on, in this process."""
+    """Starts measuring in this process."""
     global _recorder
     _recorder = Recorder(device)
     return _recorder
 
 
 def stop_recording() -> None:
-    """Measures no more."""
+    """Stops measuring."""
     global _recorder
     _recorder = None
 
 
 class Recorder:
-    """Adds up the seconds of stages.
+    """Recorder that adds up the seconds of stages.
 
     Args:
-        device: that is waited for at every border.
+        device: to wait for at the start and end of every stage.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,19 +69,19 @@ class Recorder:
         self._ready: float | None = None
 
     def now(self) -> float:
-        """Seconds, after the device has done what it was given."""
+        """Waits for the device and returns the time in seconds."""
         if self._is_gpu:
             torch.cuda.current_stream().synchronize()  # not the one that copies the next batch
         return time.perf_counter()
 
     def take(self) -> dict[str, float]:
-        """Seconds by stage since the last time."""
+        """Returns seconds by stage since the last call."""
         taken = dict(self._seconds)
         self._seconds.clear()
         return taken
 
     def enter(self, one: _Stage) -> None:
-        """Opens a stage inside those that are open."""
+        """Opens a stage inside the open ones."""
         if one.name == "towers" and any(outer.name == "backward" for outer in self._open):
             one.name = "towers_again"
         self._open.append(one)
@@ -125,10 +126,10 @@ class _Stage:
 
 
 def watch_gradients(objective: nn.Module, recorder: Recorder) -> None:
-    """Lets DDP say when the last gradients are there: what it still exchanges then is told apart."""
+    """Lets DDP mark when the last gradients are ready, to measure the exchange that remains separately."""
     if not isinstance(objective, DistributedDataParallel):
         return
-    # Without annotations: DDP compares them with types, and here they are texts.
+    # Without annotations: DDP compares them with types, and here they are strings.
     objective.register_comm_hook(recorder, lambda recorder, bucket: _exchange(recorder, bucket))
 
 

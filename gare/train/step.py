@@ -31,11 +31,11 @@ from gare.train.stages import stage
 
 logger = logging.getLogger(__name__)
 
-#: Pairs of this worker that the analytic trust-region step is computed of, in the direct form.
+#: Pairs of this worker for which the analytic trust-region step is computed, in the direct form.
 TRUST_REGION_PAIRS = 32
-#: Pairs that the compiler is shown on a CPU, where a step's worth would take minutes.
+#: Pairs of the compiler's first call on a CPU, where those of a whole step would take minutes.
 REHEARSED_ON_CPU = 2
-#: Video ids that a failed step names at most.
+#: Largest number of video ids named by a failed step.
 MAX_IDS_NAMED = 128
 
 
@@ -44,8 +44,8 @@ class Learner:
     """Model, objective and optimiser of one worker.
 
     Attributes:
-        model: the bare model.
-        objective: the objective around it, wrapped by DDP where there are several workers.
+        model: the model itself, not wrapped.
+        objective: the objective around the model, wrapped by DDP if there are several workers.
         optimizer: over the model's parameters.
         config: of the run.
         num_steps: of the whole run, for the schedule.
@@ -61,10 +61,10 @@ class Learner:
 
 
 def build_learner(model: GARE, config: Config, num_steps: int, device: torch.device) -> Learner:
-    """Moves the model to the device, freezes what is to be, wraps its objective, builds the optimiser.
+    """Moves the model to the device, applies ``train.freeze``, wraps its objective, builds the optimiser.
 
     Raises:
-        ConfigError: for a precision that the device does not have, or where ``train.compile`` is towers and
+        ConfigError: for a precision that the device does not support, or if ``train.compile`` is towers and
             the compiler fails.
     """
     use_tf32(config.train.tf32)
@@ -84,13 +84,13 @@ def build_learner(model: GARE, config: Config, num_steps: int, device: torch.dev
 
 
 def _prepare_towers(objective: Objective, train: TrainConfig, device: torch.device) -> None:
-    """Activation checkpointing and the compiler, before DDP is wrapped around; nothing without towers."""
+    """Sets up activation checkpointing and the compiler, before DDP wraps the model; only with towers."""
     towers = objective.model.towers
     if not isinstance(towers, ClipTowers):
         return
     if train.activation_checkpointing:
         checkpoint_activations(towers)
-    # As many pairs as a step has in one pass: kernels are chosen by the sizes that they see first.
+    # As many pairs as a step has in one pass: the sizes of the first call decide which kernels are chosen.
     share = -(-train.batch_size // world_size())
     pairs = min(train.micro_batch or share, share if device.type == "cuda" else REHEARSED_ON_CPU)
     objective.train()
@@ -107,12 +107,12 @@ def _prepare_towers(objective: Objective, train: TrainConfig, device: torch.devi
 def train_step(
     learner: Learner, batch: Batch | FeatureBatch, video_ids: Sequence[str] = ()
 ) -> dict[str, float]:
-    """One step on this worker's share of the global batch.
+    """Does one optimiser step on this worker's share of the global batch.
 
     Args:
-        learner: what learns.
+        learner: to train.
         batch: this worker's share.
-        video_ids: of its clips, to be named where the step fails.
+        video_ids: of the batch's clips, to name them if the step fails.
 
     Returns:
         The loss terms of the global batch, κ, the gradient norm before clipping and the learning-rate factor.
@@ -138,7 +138,7 @@ def train_step(
     values = {name: float(value) for name, value in terms.named().items()}
     values |= {"train/grad_norm": norm, "train/lr_factor": factor}
     if terms.seen is not None:
-        # Before the weights move: measures are of the loss that was computed.
+        # Before the weights change: the measures belong to the loss that was computed.
         with stage("diagnostics"):
             values |= _measures(learner, terms.seen)
     with stage("optimizer"):
@@ -149,7 +149,7 @@ def train_step(
 
 
 def _measures(learner: Learner, seen: StepObservations) -> dict[str, float]:
-    """Diagnostics of a step."""
+    """Computes the diagnostics of a step."""
     model, train = learner.model, learner.config.train
     measures = diagnose(model.scorer, seen, train.diagnostics_texts)
     if train.trust_region_radius and model.increment is not None:
@@ -162,16 +162,16 @@ def _measures(learner: Learner, seen: StepObservations) -> dict[str, float]:
 def compute_gradients(
     learner: Learner, batch: Batch | FeatureBatch, video_ids: Sequence[str] = (), *, watched: bool = False
 ) -> LossTerms:
-    """Forward and backward; every parameter's gradient is then that of the global batch's loss.
+    """Runs forward and backward, which leave the gradient of the global batch's loss on every parameter.
 
     Args:
-        learner: what learns.
+        learner: to train.
         batch: this worker's share.
-        video_ids: of its clips, to be named where the loss is not finite.
-        watched: whether the terms are to hold what diagnostics need.
+        video_ids: of the batch's clips, to name them if the loss is not finite.
+        watched: whether the terms must hold the values for diagnostics.
     """
     learner.optimizer.zero_grad(set_to_none=True)
-    # What is random is drawn from (seed, step): the same on every worker, and the same again after a restart.
+    # Random draws depend on (seed, step): the same on every worker, and the same again after a restart.
     seed = step_seed(learner.config.train.seed, learner.step)
     torch.manual_seed(seed)
     terms: LossTerms = learner.objective(batch, seed, watched=watched)

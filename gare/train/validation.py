@@ -21,11 +21,11 @@ from gare.train.loss.gather import gather_unequal
 
 @dataclass
 class Validation:
-    """Collects this worker's encoded clips and captions, then scores those of all workers.
+    """Validation that collects this worker's encoded clips and captions, then scores those of all workers.
 
     Attributes:
         model: to encode and score with.
-        device: where it is.
+        device: that the model is on.
     """
 
     model: GARE
@@ -56,11 +56,11 @@ class Validation:
 
     @torch.inference_mode()
     def add_features(self, videos: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-        """Takes clips with all their captions from stored features.
+        """Adds clips with all their captions from stored features.
 
         Args:
             videos: position of each clip in the split.
-            tensors: as ``FeatureReader.read`` gives them.
+            tensors: as ``FeatureReader.read`` returns them.
         """
         self.model.eval()
         text, video = from_stored(self.model, tensors, self.device)
@@ -80,7 +80,7 @@ class Validation:
 
     @torch.inference_mode()
     def metrics(self) -> dict[str, float]:
-        """Metrics over the clips of all workers, the same on each; then forgets them. All must call it."""
+        """Computes metrics over all workers' clips, the same on each, then clears these. All must call it."""
         self.model.eval()  # a worker without clips has not called add
         width, num_frames = self.model.config.clip.embed_dim, self.model.config.max_frames
         nothing = torch.empty(0, device=self.device)

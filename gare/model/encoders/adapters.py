@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class LinearAdapter(nn.Module):
-    """x + A·x, without bias, so that padding stays zero; A starts at zero, which changes nothing.
+    """Linear adapter x + A·x, without bias, so that padding stays zero; A starts at zero, the identity.
 
     Weight decay of A pulls towards the towers' own output and not towards zero.
     """
@@ -25,7 +25,7 @@ class LinearAdapter(nn.Module):
 
 
 class Adapters(nn.Module):
-    """The adapters of both sides."""
+    """The adapters of captions and of frames."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -75,7 +75,7 @@ class ClipTowers(nn.Module):
         _clamp(self.logit_scale)
 
     def encode_tokens(self, token_ids: Tensor) -> Tensor:
-        """Hidden states (N, W, text width) after the final LayerNorm.
+        """Encodes tokens to hidden states (N, W, text width), after the final LayerNorm.
 
         The tower is causal, so padding after the end marker changes nothing before it.
         """
@@ -83,22 +83,22 @@ class ClipTowers(nn.Module):
         return hidden
 
     def project_text(self, hidden: Tensor) -> Tensor:
-        """Text projection (…, text width) → (…, D)."""
+        """Applies the text projection, (…, text width) → (…, D)."""
         projected: Tensor = self.clip.text_projection(hidden)
         return projected
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Class token after the visual projection: (M, 3, H, W) normalised → (M, D)."""
+        """Encodes images, (M, 3, H, W) normalised → (M, D): the class token after the visual projection."""
         pooled: Tensor = self.clip.vision_model(pixel_values=images).pooler_output
         projected: Tensor = self.clip.visual_projection(pooled)
         return projected
 
 
 class NoTowers(nn.Module):
-    """Stands for towers that are left out: their logit scale, under the name that it has in ``ClipTowers``.
+    """Placeholder for towers that are left out: only the logit scale, under its name in ``ClipTowers``.
 
     Args:
-        logit_scale: of the towers that were there; by default a new one.
+        logit_scale: of the towers that were left out; by default a new one.
     """
 
     def __init__(self, logit_scale: nn.Parameter | None = None) -> None:
@@ -124,7 +124,7 @@ def _clamp(logit_scale: nn.Parameter) -> None:
 
 
 def towers_sha256(towers: ClipTowers | NoTowers) -> str:
-    """SHA-256 of all that features depend on: names, shapes and float32 values of both towers' weights.
+    """Hashes all that features depend on: names, shapes and float32 values of both towers' weights (SHA-256).
 
     The file that the weights came from does not count, nor does the logit scale.
 
@@ -140,7 +140,7 @@ def towers_sha256(towers: ClipTowers | NoTowers) -> str:
 
 
 def tower_text(towers: ClipTowers | NoTowers, token_ids: Tensor, token_mask: Tensor) -> TextFeatures:
-    """The text tower's output: the end marker's and every token's embedding, zero at padded words.
+    """Computes the text tower's output: embeddings of the end marker and every token, zero at padded words.
 
     Args:
         towers: to encode with.
@@ -165,7 +165,7 @@ def tower_text(towers: ClipTowers | NoTowers, token_ids: Tensor, token_mask: Ten
     words = towers.project_text(towers.encode_tokens(token_ids[:, :longest]))
     rows_N = torch.arange(len(end_N), device=end_N.device)
     embedding_ND = words[rows_N, end_N]
-    # Selected, not multiplied: what stands at a padded word may be anything.
+    # Selected, not multiplied: the values at padded words may be anything.
     words = torch.where(mask_NW[:, :longest, None], words, 0)
     words_NWD = functional.pad(words, (0, 0, 0, mask_NW.shape[1] - longest))
     return TextFeatures(embedding_ND, words_NWD, mask_NW)
@@ -174,20 +174,20 @@ def tower_text(towers: ClipTowers | NoTowers, token_ids: Tensor, token_mask: Ten
 def tower_frames(
     towers: ClipTowers | NoTowers, frames: Tensor, frame_mask: Tensor, *, grey: bool = False
 ) -> Tensor:
-    """The image tower's output (M, F, D) for clips, zero at padded frames, which never enter it.
+    """Computes the image tower's output (M, F, D) for clips, zero at padded frames, which never enter it.
 
     Args:
         towers: to encode with.
         frames: (M, F, 3, H, W) float, CLIP-normalised.
         frame_mask: (M, F) bool or 0/1.
-        grey: padded frames are grey pictures, zeros after normalisation, whatever stands in their places.
-            They are all alike, so one is encoded for all.
+        grey: whether padded frames count as grey pictures, zeros after normalisation, whatever their pixels
+            are. They are all alike, so one is encoded for all.
 
     Raises:
         ConfigError: where the towers are left out.
     """
     mask_MF = frame_mask.bool()
-    # Found once: every search for the real ones has a GPU waited for.
+    # Searched once: every search for the real frames waits for the GPU.
     places_K = mask_MF.flatten().nonzero().squeeze(1)
     num_real = len(places_K)
     images = frames.flatten(0, 1)[places_K]

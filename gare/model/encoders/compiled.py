@@ -1,7 +1,7 @@
-"""The towers' blocks compiled, checkpointed and cast: the same results in less time or less memory.
+"""Compiling, checkpointing and casting of the towers' blocks: the same results in less time or memory.
 
-A block is one layer of a transformer. All blocks of a tower have the same code and shapes, so that it is
-compiled for the first of them and serves the others.
+A block is one layer of a transformer. All blocks of a tower have the same code and shapes, so the code
+compiled for the first one serves the others.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 #: Values of ``train.compile`` and ``features.compile``.
 Wanted = Literal["off", "towers", "auto"]
-#: Code compiled of one place in the source at most. Needed are two towers, in training and in validation, for
-#: one row and for several; torch allows 8, and computes without the compiler beyond that.
+#: Largest number of compiled variants of one place in the source. Variants are needed for two towers, in
+#: training and in validation, for one row and for several; torch allows 8, and runs uncompiled beyond that.
 CODES = 32
 #: Layers that autocast computes in its dtype, and whose weights it casts at each call.
 CAST_LAYERS = (nn.Linear, nn.Conv2d)
 
 
 def settle_compile(wanted: Wanted, device: torch.device) -> Literal["off", "towers"]:
-    """Says what ``auto`` means on a device: ``towers`` on a GPU that Triton can be had for, else ``off``."""
+    """Resolves ``auto`` for a device: ``towers`` on a GPU on which Triton works, else ``off``."""
     if wanted != "auto":
         return wanted
     has_compiler = device.type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -50,18 +50,18 @@ def compile_towers(
     key: str,
     say: Callable[[str], None] = logger.info,
 ) -> None:
-    """Compiles the towers' blocks where that is wanted, and makes a first call, which compiles them.
+    """Sets the towers' blocks to be compiled if wanted, and makes a first call, which compiles them.
 
     Args:
         towers: on their device.
-        wanted: off, towers, or auto, which goes on without a compiler that fails, with a warning.
+        wanted: off, towers, or auto, which warns and goes on uncompiled if the compiler fails.
         device: of the towers.
         rehearse: calls the towers as they will be called.
         key: the setting that ``wanted`` comes from, for messages.
-        say: takes the one line about what was compiled.
+        say: receives the one line about what was compiled.
 
     Raises:
-        ConfigError: where ``wanted`` is towers and the compiler fails.
+        ConfigError: if ``wanted`` is towers and the compiler fails.
     """
     if settle_compile(wanted, device) == "off":
         return
@@ -85,8 +85,8 @@ def compile_towers(
         logger.warning("%s; they are computed without a compiler, as with %s=off", reason, key)
         return
     if wanted == "auto":
-        # Other sizes and modes, those of validation for one, are compiled when they come up. Where that fails
-        # they go on without.
+        # Other sizes and modes, such as validation's, are compiled when they first occur. If that fails, they
+        # run uncompiled.
         torch._dynamo.config.suppress_errors = True
     say(
         f"{key} {wanted}: the blocks of the towers are compiled for {device.type}; "
@@ -103,12 +103,12 @@ def _in_short(error: Exception) -> str:
 class CompiledBlocks:
     """The blocks of both towers, compiled in place; names in the state dict stay as they are.
 
-    The number of pictures or captions is left open, so that batches of any size use the same code, and
-    captions are encoded at their full number of words. One row is compiled apart: torch makes a constant of a
-    size of 1.
+    The number of pictures or captions is dynamic, so that batches of any size use the same code, and captions
+    are encoded at their full number of words. A batch of one row is compiled separately: torch specialises on
+    a size of 1.
 
     Args:
-        towers: whose blocks are meant.
+        towers: that the blocks belong to.
     """
 
     def __init__(self, towers: ClipTowers) -> None:
@@ -116,7 +116,7 @@ class CompiledBlocks:
         self.hooks: list[RemovableHandle] = []
 
     def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Has the blocks compiled by their first calls.
+        """Sets the blocks up to be compiled by their first calls.
 
         Args:
             backend: torch.compile's.
@@ -125,8 +125,8 @@ class CompiledBlocks:
 
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, CODES)
-        # DDP's hooks run between blocks anyway. Dynamo would cut blocks in two where a bucket ends, and it
-        # refuses those with activation checkpointing.
+        # DDP's hooks run between blocks anyway. Dynamo would split a block where a bucket ends, and it
+        # refuses to split blocks with activation checkpointing.
         config.optimize_ddp = False
         self.hooks = [
             encoder.register_forward_pre_hook(_leave_batch_open, with_kwargs=True)
@@ -137,7 +137,7 @@ class CompiledBlocks:
         self.towers.full_width = True
 
     def undo(self) -> None:
-        """Makes of the blocks again what they were."""
+        """Restores the blocks as they were before."""
         for hook in self.hooks:
             hook.remove()
         for block in _blocks(self.towers):
@@ -146,18 +146,18 @@ class CompiledBlocks:
 
 
 def _leave_batch_open(encoder: nn.Module, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
-    """Lets the compiler take the number of rows for a variable: a hook before an encoder.
+    """Marks the number of rows as dynamic for the compiler: a hook before an encoder.
 
-    The first block's input is marked; the others have its code. Only the batch varies: with all sizes open,
-    the one code that both towers share in the source would be compiled for sizes that none of them has.
+    The first block's input is marked; the other blocks reuse its code. Only the batch size is dynamic: if all
+    sizes were, the source that both towers share would be compiled for sizes that neither has.
     """
     torch._dynamo.maybe_mark_dynamic(named["inputs_embeds"], 0)
 
 
 def checkpoint_activations(towers: ClipTowers) -> None:
-    """Keeps of each block its input alone; the backward computes the rest again, with the same gradient."""
+    """Keeps only each block's input; the backward computes the rest again, with the same gradient."""
     for block in _blocks(towers):
-        # The random state is only worth its price where something is dropped, which CLIP does not do.
+        # Keeping the random state is only worth its cost with dropout, which CLIP does not have.
         drops = bool(block.self_attn.dropout)
         block._gradient_checkpointing_func = partial(
             checkpoint, use_reentrant=False, preserve_rng_state=drops
@@ -168,10 +168,10 @@ def checkpoint_activations(towers: ClipTowers) -> None:
 def cast_once(towers: ClipTowers, dtype: torch.dtype) -> ClipTowers:
     """Copies towers for inference, with Linear and Conv weights in the dtype that autocast casts them to.
 
-    LayerNorms, embeddings and the rest stay as they are, so that all values are those of before, bit for bit.
+    LayerNorms, embeddings and the rest stay as they are, so that all values stay the same, bit for bit.
 
     Args:
-        towers: are left as they are.
+        towers: to copy; they are left as they are.
         dtype: of the autocast that the copy will run under; float32 casts nothing.
     """
     towers = copy.deepcopy(towers).eval().requires_grad_(False)

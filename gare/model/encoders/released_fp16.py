@@ -1,4 +1,4 @@
-"""CLIP's towers in the mixture of half and single precision that the released training computes in.
+"""CLIP's towers in the released training's mixture of half and single precision.
 
 B images or texts, P patches, W words.
 """
@@ -36,7 +36,7 @@ def convert_to_released_fp16(towers: ClipTowers) -> None:
 
 
 class _RoundedLayerNorm(nn.LayerNorm):
-    """LayerNorm in float32 that takes and gives float16."""
+    """LayerNorm in float32 with float16 input and output."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__(norm.normalized_shape, eps=norm.eps)
@@ -82,7 +82,7 @@ class _RoundedTextEmbeddings(nn.Module):
 
 
 class _WideningProjection(nn.Linear):
-    """A projection that computes in float16 and gives float32."""
+    """A projection that computes in float16 and returns float32."""
 
     def __init__(self, projection: nn.Linear) -> None:
         super().__init__(projection.in_features, projection.out_features, bias=False)

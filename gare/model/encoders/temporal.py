@@ -40,13 +40,13 @@ class TemporalTransformer(nn.Module):
         self.blocks: Any = CLIPEncoder(config)
 
     def start_from_text_tower(self, towers: ClipTowers) -> str:
-        """Copies CLIP's text positions and first text blocks, where their shapes are ours.
+        """Copies CLIP's text positions and first text blocks, if their shapes match.
 
         Source: released code. Blocks beyond the tower's keep their random start, and so does everything where
         widths or heads differ.
 
         Returns:
-            What kept its random start and why; empty where nothing did.
+            The parts that kept their random start and why; empty if none did.
         """
         text = towers.clip.text_model
         positions = text.embeddings.position_embedding.weight
@@ -70,7 +70,7 @@ class TemporalTransformer(nn.Module):
         Args:
             frames_MFD: frame features.
             mask_MF: bool, true for real frames.
-            keep_padded: whether padded frames, too, get what they attend to; else they are zero.
+            keep_padded: whether padded frames keep their outputs; otherwise they are set to zero.
         """
         num_frames = frames_MFD.shape[1]
         hidden = frames_MFD + self.positions.weight[:num_frames]

@@ -17,9 +17,9 @@ _WHITESPACE = re.compile(r"\s+")
 
 
 def clean(caption: str) -> str:
-    """CLIP's own cleaning: repair mojibake, unescape HTML twice, fold white space, lower case."""
+    """Cleans a caption as CLIP does: repairs mojibake, unescapes HTML twice, folds spaces, lower-cases."""
     text = caption
-    # Plain ASCII is what ftfy leaves as it is, in most of the time that a caption takes.
+    # ftfy leaves plain ASCII as it is, but would take most of a caption's time.
     if not (caption.isascii() and caption.isprintable() and "&" not in caption):
         import ftfy
 
@@ -28,7 +28,7 @@ def clean(caption: str) -> str:
 
 
 def tokenize(captions: Sequence[str], max_words: int = 32) -> tuple[Tensor, Tensor]:
-    """Tokens of captions, with start and end markers, cut to ``max_words`` keeping the end marker.
+    """Tokenises captions, with start and end markers, cut to ``max_words`` keeping the end marker.
 
     A caption that spells a special token such as ``<|endoftext|>`` is plain text, never the token.
 

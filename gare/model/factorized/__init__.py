@@ -1,1 +1,1 @@
-"""The exact factorised form: what Δ needs of a video is computed once, see docs/design/factorized.md."""
+"""The exact factorised form: the video's part of Δ is computed once, see docs/design/factorized.md."""

@@ -1,15 +1,15 @@
-"""The part of the factorised increment that belongs to the owner of the context alone.
+"""The part of the factorised increment that depends on the owner of the context alone.
 
-With one attention layer every increment of an owner, the video whose frames or the text whose words ψ attends
-to, lies in the span of a few vectors that depend on the owner alone: Δ_ij = Σ_k w_ijk B_jk. This module makes
-those vectors, and the small matrices that lengths and variances of their combinations need.
+The owner is the video whose frames, or the text whose words, ψ attends to. With one attention layer every
+increment of an owner lies in the span of a few vectors that depend on the owner alone: Δ_ij = Σ_k w_ijk B_jk.
+This module computes those vectors, and the small matrices for lengths and variances of their combinations.
 
-Attention weights sum to 1, so everything is written about the increment that evenly spread attention gives:
-the frames of a clip are much alike and its increments differ little between texts, and in float32 those
-differences would otherwise drown in the rounding of what they have in common.
+Attention weights sum to 1, so everything is written as a difference from the increment of evenly spread
+attention. The frames of a clip are much alike and its increments differ little between texts; in float32
+those differences would otherwise be lost in the rounding of their common part.
 
 O owners, C context positions, H heads, K = H·C attention weights of an owner, L basis vectors, D embedding
-width. L is K + 3, and one more where ψ is asked with the text itself.
+width. L is K + 3, and one more if ψ's query is the text itself.
 """
 
 from __future__ import annotations
@@ -29,22 +29,24 @@ from gare.model.increment import Increment
 
 @dataclass(frozen=True)
 class Basis:
-    """The owners' share in the increments of all their pairs.
+    """The owners' part of the increments of all their pairs.
 
     Attributes:
-        context: (O, C, D) LN1 of the context less its mean over positions, which no softmax sees: products
-            with a query from ``queries_in_key_space`` are attention logits before the query's LN1 scale. None
-            where owners keep what it is made of instead.
-        own_logits: (O, K), the owner's part of the same.
+        context: (O, C, D) LN1 of the context minus its mean over positions; the mean cancels in the softmax.
+            Products with a query from ``queries_in_key_space`` are attention logits before the query's LN1
+            scale. None for lean videos, which keep its inputs instead.
+        own_logits: (O, K), the owner's part of the attention logits.
         offset: (O, K) κ⁰, added to scaled logits; −inf at padding.
         even: (O, K), attention that is spread evenly, 0 at padding.
         own_mean: (O,) mean over D of the owner's embedding.
         own_square: (O,) squared length of the owner's embedding without its mean.
-        attended: what a change of attention makes of LN2's deviation.
-        hidden: what it, and the change of LN2's scale, make of LN3's deviation.
-        aimed: what all of it makes of the distance to v̄ where ψ is asked with the text itself, else None.
+        attended: LN2's deviation as a function of the change of attention.
+        hidden: LN3's deviation as a function of that change and of the change of LN2's scale.
+        aimed: the distance to v̄ as a function of all these changes, if ψ's query is the text itself; else
+            None.
         spanning: (O, L, D) B: along each attention weight, along LN2's scale, along LN3's scale, along the
-            distance to v̄ where there is one, and the increment of even attention. None as the context is.
+            distance to v̄ where there is one, and the increment of even attention. None where ``context`` is
+            None.
         gram: (O, L, L) Gram matrix of B.
         heads: H.
     """
@@ -64,7 +66,7 @@ class Basis:
 
     @property
     def vectors(self) -> Tensor:
-        """(O, L, D) B, for callers whose owners keep it."""
+        """The basis vectors B (O, L, D), for owners that keep them."""
         assert self.spanning is not None, "lean videos keep no basis vectors"
         return self.spanning
 
@@ -72,7 +74,7 @@ class Basis:
         return self._of(None if tensor is None else tensor[owners] for tensor in self._tensors())
 
     def split(self, size: int) -> Iterator[Basis]:
-        """Consecutive parts of ``size`` owners, whose gradients are joined once and not added up."""
+        """Splits into consecutive parts of ``size`` owners; gradients are concatenated once, not added up."""
         count = -(-len(self.gram) // size)
         split = (repeat(None, count) if one is None else torch.split(one, size) for one in self._tensors())
         parts = zip(*split, strict=True)
@@ -112,10 +114,10 @@ class BasisMaps:
 
     Attributes:
         attended: (H·D, D): LN1(c) ↦ P·O, by head.
-        attended_bias: (D,) of P·O, of all heads together.
+        attended_bias: (D,) bias of P·O, of all heads together.
         offset: (H, D): LN1(c) ↦ κ⁰.
         hidden: (D, D): P·O ↦ U, or with dropout W_1(γ2⊙P·O), from which U is put together for each owner.
-        whole: whether it is U.
+        whole: whether ``hidden`` gives U.
         to_vectors: (D, D): U ↦ B.
         constant: (D,) the last basis vector W_μ b3 + b_μ.
         residual_constant: (D,) W_1 b2 + b_1.
@@ -132,7 +134,7 @@ class BasisMaps:
 
     @classmethod
     def of(cls, increment: Increment, *, drops: bool) -> BasisMaps:
-        """The maps of a ψ with one layer, in its parameters' precision, with or without dropout.
+        """Combines the maps of a ψ with one layer, in its parameters' precision, with or without dropout.
 
         Source: docs/design/factorized.md, points 1 to 4. P is the centring over D; it commutes into the maps.
         """
@@ -152,7 +154,7 @@ class BasisMaps:
         hidden_DD = layer.residual.weight * layer.norm2.weight
         if not drops:
             hidden_DD = hidden_DD + torch.diag(layer.norm2.weight)
-        # The keys' bias shifts all logits alike: it has a gradient of zero, not none.
+        # The keys' bias shifts all logits alike: its gradient must be zero, not None.
         no_effect = 0 * layer.key.bias.sum()
         return cls(
             attended_HDD.flatten(0, 1),
@@ -167,15 +169,15 @@ class BasisMaps:
 
 
 def centred(values: Tensor, dim: int = -1) -> Tensor:
-    """P: values minus their mean along a dimension."""
+    """Applies P: subtracts the mean along a dimension."""
     return values - values.mean(dim, keepdim=True)
 
 
 def queries_in_key_space(increment: Increment, query_XD: Tensor) -> Tensor:
-    """W_kᵀ W_q (γ1 ⊙ P x)/√d (H, X, D): its products with LN1 of a context are attention logits.
+    """Computes W_kᵀ W_q (γ1 ⊙ P x)/√d (H, X, D): products with LN1 of a context are attention logits.
 
-    Where the context is multiplied by W_qᵀ W_k instead, as in the derivation, each position of each context
-    takes one more product with a D×D matrix.
+    Multiplying the context by W_qᵀ W_k instead, as in the derivation, would take one more product with a D×D
+    matrix for each position of each context.
     """
     layer, heads = increment.first, increment.heads
     asked_XD = functional.linear(centred(query_XD) * layer.norm1.weight, layer.query.weight)
@@ -196,7 +198,7 @@ def build_basis(
     goal_OD: Tensor | None = None,
     keep_OD: Tensor | None = None,
 ) -> Basis:
-    """The bases of O owners: three products with a D×D matrix for each context position and head.
+    """Computes the bases of O owners: three products with a D×D matrix for each context position and head.
 
     Args:
         increment: ψ, with one layer.
@@ -204,9 +206,9 @@ def build_basis(
         context_OCD: frames of videos or words of texts, anything at padding.
         mask_OC: bool, true for real positions.
         own_OD: the owner's embedding in the query.
-        own_sign: its sign there; 0 where the query has no part of the owner.
-        goal_OD: v̄ where Δ points from ψ's output towards it.
-        keep_OD: dropout of each owner as factors, 0 or 1/(1 − p); None: no dropout.
+        own_sign: sign of the owner's embedding in the query; 0 if the query does not contain it.
+        goal_OD: v̄, if Δ points from ψ's output towards it.
+        keep_OD: dropout of each owner as factors, 0 or 1/(1 − p); None for no dropout.
 
     Source: docs/design/factorized.md, points 1 to 4.
     """
@@ -263,6 +265,6 @@ def build_basis(
 
 
 def _but_last(vectors_OKD: Tensor) -> tuple[Tensor, Tensor]:
-    """All vectors but the last, and the last, (O, 1, D); by a split, whose gradient needs no zeros."""
+    """Splits off the last vector, (O, 1, D); a split's gradient needs no zeros."""
     others, last = torch.split(vectors_OKD, [vectors_OKD.shape[1] - 1, 1], dim=1)
     return others, last

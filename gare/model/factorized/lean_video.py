@@ -1,8 +1,8 @@
-"""The numbers of videos and texts from which all products of pairs follow, without any basis vector.
+"""Reduced forms of videos and texts that give all products of pairs without any basis vector.
 
-Without dropout the basis vectors are the frames after linear maps, which may as well be applied to the text,
-backwards. So a video keeps F + 1 vectors in place of 2F + H·F + 3, and a text asks them with 1 + 2H: itself
-and, for each head, the query of the attention and what ψ's maps make of the text.
+Without dropout the basis vectors are linear maps of the frames, and the transposed maps can be applied to the
+text instead. So a video keeps F + 1 vectors in place of 2F + H·F + 3, and a text is 1 + 2H vectors: itself
+and, for each head, the attention query and the text after ψ's transposed maps.
 
 N texts, M videos, F frames, H heads, D embedding width. n is LN1 of a frame without its affine part.
 """
@@ -24,7 +24,7 @@ from gare.model.increment import Increment
 
 @dataclass(frozen=True)
 class FrameScales:
-    """The means and scales that LN1 takes from frames, 0 at padding.
+    """Means and scales that LN1 removes from frames, 0 at padding.
 
     Attributes:
         mean: (M, F) μ_f, the mean of a frame over D.
@@ -38,21 +38,21 @@ class FrameScales:
         return FrameScales(self.mean[videos], self.scale[videos])
 
     def split(self, size: int) -> Iterator[FrameScales]:
-        """Consecutive parts of ``size`` videos."""
+        """Splits into consecutive parts of ``size`` videos."""
         parts = zip(torch.split(self.mean, size), torch.split(self.scale, size), strict=True)
         return (FrameScales(*part) for part in parts)
 
     def frames(self, rows: Tensor) -> Tensor:
-        """Frame features (M, F, D) from the rows of ``lean_rows``, zero at padding."""
+        """Rebuilds frame features (M, F, D) from the rows of ``lean_rows``, zero at padding."""
         about_MFD, mean_M1D = rows[:, :-1], rows[:, -1:]
         return torch.addcmul(self.mean.unsqueeze(2), self.scale.unsqueeze(2), about_MFD + mean_M1D)
 
 
 def lean_rows(video: VideoFeatures, share_MF: Tensor) -> tuple[Tensor, FrameScales]:
-    """The rows (M, F + 1, D) that lean videos keep: n_f − n̄, 0 at padding, and n̄ last.
+    """Computes the rows (M, F + 1, D) that lean videos keep: n_f − n̄, 0 at padding, and n̄ last.
 
-    The difference is kept, not n_f: frames of a clip are much alike, and of two nearly equal products little
-    would be left in float32.
+    The difference is kept, not n_f: frames of a clip are much alike, and subtracting two nearly equal
+    products would lose digits in float32.
 
     Args:
         video: M clips.
@@ -70,11 +70,12 @@ def lean_rows(video: VideoFeatures, share_MF: Tensor) -> tuple[Tensor, FrameScal
 
 @dataclass(frozen=True)
 class MappedText:
-    """Texts as they ask lean videos.
+    """Texts mapped to queries of lean videos.
 
     Attributes:
-        turned: (H, N, D) γ1 ⊙ ``queries_in_key_space`` of them, with the sign that they have in the query.
-        along: (H, N, D) γ1 ⊙ M_hᵀt, where M_h takes LN1 of a frame to the basis vector along its weight.
+        turned: (H, N, D) γ1 ⊙ ``queries_in_key_space`` of the texts, with their sign in the query.
+        along: (H, N, D) γ1 ⊙ M_hᵀt, where M_h maps LN1 of a frame to the basis vector of its attention
+            weight.
         constants: (N, 3), what the biases add to the products with the vectors along LN2's and LN3's scale
             and with even attention's increment.
     """
@@ -87,14 +88,14 @@ class MappedText:
         return MappedText(self.turned[:, texts], self.along[:, texts], self.constants[texts])
 
     def split(self, size: int) -> Iterator[MappedText]:
-        """Consecutive parts of ``size`` texts."""
+        """Splits into consecutive parts of ``size`` texts."""
         by_head = (torch.split(one, size, dim=1) for one in (self.turned, self.along))
         parts = zip(*by_head, torch.split(self.constants, size), strict=True)
         return (MappedText(*part) for part in parts)
 
 
 def map_text(increment: Increment, text_ND: Tensor, turned_HND: Tensor) -> MappedText:
-    """Applies ψ's linear maps to texts backwards: four products with a D×D matrix for each text.
+    """Applies the transposes of ψ's linear maps to texts: four products with a D×D matrix for each text.
 
     Args:
         increment: ψ, with one layer, without dropout.

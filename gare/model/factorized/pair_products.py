@@ -1,4 +1,4 @@
-"""Products of pairs, from which scores follow; the one place that knows in which form videos are prepared.
+"""Products of pairs, from which scores follow; only this module depends on the form of prepared videos.
 
 N texts, M videos, F frames, H heads, K = H·F attention weights, L basis vectors, D embedding width.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from gare.model.factorized.basis import Basis
 from gare.model.factorized.prepared import Embeddings, PreparedVideo
 
-#: Up to so many texts lean videos are read once for all three products, which reading them then bounds.
+#: Up to this many texts, lean videos are read once for all three products: reading them is the bottleneck.
 FEW_TEXTS = 64
 
 
@@ -23,8 +23,8 @@ class VideoProducts:
     """Products of M videos with N texts.
 
     Attributes:
-        parts: (M, …, N) each, with the frames and the basis vectors: all in one, or those with the frames
-            first and then those with basis vectors, in their order.
+        parts: (M, …, N) each, products with the frames and with the basis vectors: all in one tensor, or
+            first those with the frames and then those with the basis vectors, in order.
         num_frames: F.
         logits: (M, F, H, N), attention logits before the query's LN1 scale; None without a basis.
     """
@@ -35,17 +35,17 @@ class VideoProducts:
 
     @property
     def whole(self) -> Tensor:
-        """(M, F + L, N) in one."""
+        """All products in one tensor, (M, F + L, N)."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
 
     @property
     def with_frames(self) -> Tensor:
-        """(M, F, N)."""
+        """Products with the frames, (M, F, N)."""
         return torch.split(self.parts[0], self._sizes, dim=1)[0]
 
     @property
     def with_vectors(self) -> tuple[Tensor, ...]:
-        """Parts of (M, L, N); none without a basis."""
+        """Products with the basis vectors, parts of (M, L, N); none without a basis."""
         if len(self.parts) > 1:
             return self.parts[1:]
         return torch.split(self.parts[0], self._sizes, dim=1)[1:]
@@ -57,14 +57,14 @@ class VideoProducts:
 
 
 def times(a_XD: Tensor, b_YD: Tensor) -> Tensor:
-    """A·Bᵀ (X, Y)."""
+    """Computes A·Bᵀ (X, Y)."""
     return a_XD @ b_YD.T
 
 
 def context_products(
     basis: Basis, others: Embeddings, multiply: Callable[[Tensor, Tensor], Tensor] = times
 ) -> Tensor:
-    """Attention logits (O, C, H, X) of owners with others, before the query's LN1 scale."""
+    """Computes attention logits (O, C, H, X) of owners with others, before the query's LN1 scale."""
     assert basis.context is not None
     assert others.turned is not None
     num_owners, num_positions, _ = basis.context.shape
@@ -75,12 +75,12 @@ def context_products(
 def video_products(
     texts: Embeddings, video: PreparedVideo, multiply: Callable[[Tensor, Tensor], Tensor] = times
 ) -> VideoProducts:
-    """Products of videos, however they are prepared, with texts.
+    """Multiplies videos, in either prepared form, with texts.
 
     Args:
         texts: N of them, mapped if the videos are lean.
         video: M of them.
-        multiply: makes A·Bᵀ.
+        multiply: computes A·Bᵀ.
     """
     if video.scales is not None:
         return _lean_products(texts, video, multiply)

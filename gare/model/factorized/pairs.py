@@ -1,9 +1,9 @@
-"""The pair score without the increments themselves: exact, from a few numbers a pair.
+"""The exact pair score from a few numbers per pair, without building the increments.
 
 Every Δ_ij is a combination w_ij of an owner's basis (see basis.py), so lengths and dot products of increments
-are small sums and quadratic forms of w_ij. No tensor has both pairs and the embedding width, but one: where
-the words of a text are the context, the basis and the frames that are pooled belong to different sides, and
-the products of Δ_ij with p_ij need both vectors; there blocks of pairs are small.
+are small sums and quadratic forms of w_ij. No N×M×D tensor is built, with one exception: where the words of a
+text are the context, the basis and the pooled frames belong to different sides, and the products of Δ_ij with
+p_ij need both vectors. Blocks of pairs are small there.
 
 N texts, M videos, F frames, O owners, X others (owners are videos and others texts, or the reverse),
 K attention weights, L basis vectors, D embedding width. Owners come first and others last in memory, so that
@@ -30,7 +30,7 @@ COSINE_EPS = 1e-8
 
 @dataclass(frozen=True)
 class PairNumbers:
-    """Numbers of a block of pairs, (O, X) each unless it says more.
+    """Numbers of a block of pairs, (O, X) each unless stated otherwise.
 
     Attributes:
         scores: s_ij.
@@ -60,15 +60,15 @@ def combine(
     others: Embeddings,
     log_radius_OX: Tensor | None = None,
 ) -> Tensor:
-    """Coefficients w_ij (O, L, X) of the increments in their basis.
+    """Computes the coefficients w_ij (O, L, X) of the increments in their basis.
 
     Args:
         basis: of the owners.
-        logits_OCHX: of attention, before the query's LN1 scale and without the owners' part.
-        gap_dot_OX: products of the owners' embeddings with the others', or None where the query has no part
-            of the owner.
+        logits_OCHX: attention logits, before the query's LN1 scale and without the owners' part.
+        gap_dot_OX: products of the owners' embeddings with the others', or None if the query does not contain
+            the owner's embedding.
         others: the others' embeddings.
-        log_radius_OX: log R_ij where ψ is asked with the text itself.
+        log_radius_OX: log R_ij if ψ's query is the text itself.
 
     Source: docs/design/factorized.md, points 1 to 4.
     """
@@ -87,7 +87,7 @@ def combine(
     scale_O1X, change_O1X = basis.hidden.scales(hidden)
     weights = torch.cat([hidden * scale_O1X, change_O1X], dim=1)
     if basis.aimed is not None and log_radius_OX is not None:
-        # Δ_ij = R_ij·unit(v̄_j − t*_ij), where the weights so far are t*_ij's.
+        # Δ_ij = R_ij·unit(v̄_j − t*_ij), where the weights so far are those of t*_ij.
         scale_O1X, change_O1X = basis.aimed.scales(weights, SHORTEST**2)
         unit = torch.cat([weights * scale_O1X, change_O1X, torch.ones_like(change_O1X)], dim=1)
         return unit * log_radius_OX.unsqueeze(1).exp()
@@ -95,7 +95,7 @@ def combine(
 
 
 def _uneven(logits_OKX: Tensor, basis: Basis) -> Tensor:
-    """Softmax over the positions of each head less even attention; exact also where the two are close."""
+    """Computes softmax over each head's positions minus even attention, exact also where they are close."""
     by_head = torch.unflatten(logits_OKX, 1, (basis.heads, -1))
     even = torch.unflatten(basis.even, 1, (basis.heads, -1)).unsqueeze(3)
     above = (by_head - by_head.detach().amax(dim=2, keepdim=True)).expm1()
@@ -104,7 +104,7 @@ def _uneven(logits_OKX: Tensor, basis: Basis) -> Tensor:
 
 
 def pooling_weights(products: Tensor, bias: Tensor, temperature: float) -> Tensor:
-    """Softmax over frames, the last dimension but one, of ⟨t_i, v_jf⟩/τ_pool; padding gets 0."""
+    """Computes the softmax over frames, the last dimension but one, of ⟨t_i, v_jf⟩/τ_pool; padding gets 0."""
     return (products / temperature + bias).softmax(dim=-2)
 
 
@@ -121,7 +121,7 @@ def corrected_cosine(
     delta_pooled: Tensor | None,
     delta_square: Tensor | None,
 ) -> Tensor:
-    """cos(t + Δ, p), or cos(t, p + Δ) where the side is video, from lengths and products; within [−1, 1]."""
+    """Computes cos(t + Δ, p), or cos(t, p + Δ) if the side is video, from products; within [−1, 1]."""
     if text_delta is not None and delta_pooled is not None and delta_square is not None:
         text_square, pooled_square = corrected_square(
             side, text_square, pooled_square, text_delta, delta_pooled, delta_square
@@ -158,14 +158,14 @@ def corrected_square(
     delta_pooled: Tensor,
     delta_square: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """‖t + Δ‖² and ‖p‖², or ‖t‖² and ‖p + Δ‖² where the side is video."""
+    """Computes ‖t + Δ‖² and ‖p‖², or ‖t‖² and ‖p + Δ‖² if the side is video."""
     if side == "text":
         return text_square + 2 * text_delta + delta_square, pooled_square
     return text_square, pooled_square + 2 * delta_pooled + delta_square
 
 
 def video_pairs(rule: ScoringRule, texts: Embeddings, video: PreparedVideo) -> PairNumbers:
-    """Pairs of M videos that own the basis, or of the baseline, with N texts: numbers (M, N).
+    """Computes pairs of M videos that own the basis, or of the baseline, with N texts: numbers (M, N).
 
     Source: docs/design/factorized.md, points 1 to 5 and 7.
     """
@@ -204,14 +204,14 @@ def video_pairs(rule: ScoringRule, texts: Embeddings, video: PreparedVideo) -> P
 
 
 def _dot(weights_MLN: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-    """Σ_k w_k x_k (M, N) of numbers x that come in parts."""
+    """Computes Σ_k w_k x_k (M, N) of numbers x that come in parts."""
     some = torch.split(weights_MLN, [part.shape[1] for part in parts], dim=1)
     first, *rest = ((one * part).sum(dim=1) for one, part in zip(some, parts, strict=True))
     return sum(rest, start=first)
 
 
 def mean_pairs(texts: Embeddings, video: PreparedVideo) -> PairNumbers:
-    """Pairs of M videos that are one unit vector each with N texts: numbers (M, N), by one product."""
+    """Computes pairs of M videos, each a single unit vector, with N texts: numbers (M, N), by one product."""
     text_pooled = video.rows.squeeze(1) @ texts.vectors.T
     scores = (text_pooled / _root(texts.square, COSINE_EPS)).clamp(-1, 1)
     ones = torch.ones_like(text_pooled[:1, :1]).expand_as(text_pooled)
@@ -219,7 +219,7 @@ def mean_pairs(texts: Embeddings, video: PreparedVideo) -> PairNumbers:
 
 
 def text_pairs(rule: ScoringRule, text: PreparedText, video: PreparedVideo) -> PairNumbers:
-    """Pairs of N texts that own the basis with M videos: numbers (N, M), memory N·M·D.
+    """Computes pairs of N texts that own the basis with M videos: numbers (N, M), memory N·M·D.
 
     Source: docs/design/factorized.md, point 7.
     """
@@ -235,7 +235,7 @@ def text_pairs(rule: ScoringRule, text: PreparedText, video: PreparedVideo) -> P
     text_pooled = (pooling_MFN * frame_products).sum(dim=1).T
     pooled_MND = pooling_MFN.transpose(1, 2) @ video.features.frames
     pooled_square = torch.linalg.vector_norm(pooled_MND, dim=2).square().T
-    # ⟨Δ_ij, p_ij⟩ from p_ij and the basis: the increment itself would be one more vector a pair.
+    # ⟨Δ_ij, p_ij⟩ from p_ij and the basis: the increment itself would be one more vector per pair.
     delta_pooled = (weights * (basis.vectors @ pooled_MND.permute(1, 2, 0))).sum(dim=1)
     scores = corrected_cosine(
         rule.corrected_side,
@@ -259,7 +259,7 @@ def _length(square: Tensor) -> Tensor:
 def pair_numbers(
     rule: ScoringRule, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo
 ) -> PairNumbers:
-    """Pairs of owners with others, (O, X): videos with texts, or texts that own the basis with videos."""
+    """Computes pairs of owners with others, (O, X): videos with texts, or basis-owning texts with videos."""
     if isinstance(owners, PreparedText):
         assert isinstance(others, PreparedVideo)
         return text_pairs(rule, owners, others)

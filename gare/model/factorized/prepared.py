@@ -1,4 +1,4 @@
-"""The share of either side of the pairs in the factorised form, computed once and kept.
+"""The parts of the factorised score that depend on one side of the pairs, computed once and kept.
 
 N texts, M videos, F frames, X embeddings, H heads, L basis vectors, D embedding width.
 """
@@ -19,16 +19,16 @@ from gare.model.features import VideoFeatures
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Vectors of the side that owns no basis, with what its queries need of them.
+    """Embeddings of the side that owns no basis, with the statistics that queries need.
 
     Attributes:
         vectors: (X, D).
         mean: (X,) over D.
         centred_square: (X,) squared length without the mean.
         square: (X,) squared length.
-        turned: (H, X, D) ``queries_in_key_space`` of them, with the sign that they have in the query; None
-            where no one asks.
-        mapped: how texts ask lean videos, in place of ``turned``, or None.
+        turned: (H, X, D) ``queries_in_key_space`` of the vectors, with their sign in the query; None if they
+            are not used as queries.
+        mapped: queries of texts to lean videos, in place of ``turned``, or None.
     """
 
     vectors: Tensor
@@ -42,7 +42,7 @@ class Embeddings:
     def of(
         cls, vectors_XD: Tensor, turned_HXD: Tensor | None = None, mapped: MappedText | None = None
     ) -> Embeddings:
-        """With their statistics."""
+        """Builds embeddings with their statistics."""
         return cls(
             vectors_XD,
             vectors_XD.mean(dim=1),
@@ -62,7 +62,7 @@ class Embeddings:
         return Embeddings(*own, turned, mapped)
 
     def split(self, size: int) -> Iterator[Embeddings]:
-        """Consecutive parts of ``size`` vectors, whose gradients are joined once and not added up."""
+        """Splits into consecutive parts of ``size`` vectors; gradients are joined once, not added up."""
         count = -(-len(self) // size)
         turned: Iterable[Tensor | None] = repeat(None, count)
         mapped = repeat(None, count) if self.mapped is None else self.mapped.split(size)
@@ -75,24 +75,25 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class PreparedVideo:
-    """The part of the score that belongs to videos alone.
+    """Videos with the part of the score that depends on them alone.
 
-    Lean videos keep no basis but a third of the numbers, from which the same products follow (see
-    ``pair_products``); they are without dropout.
+    Lean videos keep no basis vectors, only a third of the numbers, from which the same products follow (see
+    ``pair_products``); they have no dropout.
 
     Attributes:
         mask: (M, F) bool, true for real frames.
-        average: (M, D) v̄; None for lean videos, which make it when it is asked for.
+        average: (M, D) v̄; None for lean videos, which compute it on request.
         share: (M, F), 1 over the number of real frames, 0 for padding.
         bias: (M, F), 0 for real frames and −inf for padding.
-        rows: (M, F + L, D), what texts are multiplied with: frame features, zero at padding, and basis
-            vectors; the frame features alone where videos own no basis; of lean videos those of
+        rows: (M, F + L, D), vectors that texts are multiplied with: frame features, zero at padding, and
+            basis vectors; only the frame features if videos own no basis; for lean videos the rows of
             ``lean_rows``, (M, F + 1, D).
-        scales: by which frame features follow from the rows of lean videos; None for others.
+        scales: LN1's means and scales, which turn the rows of lean videos into frame features; None for
+            others.
         by_frames: (M, F + L, F), products of frame features and basis vectors with the frame features; None
             where words are the context.
         basis: of the increments, or None for the baseline and where words are the context.
-        asking: v̄ as the side that asks, where words are the context, or None.
+        asking: v̄ as queries, where words are the context, or None.
     """
 
     mask: Tensor
@@ -107,7 +108,7 @@ class PreparedVideo:
 
     @classmethod
     def of(cls, video: VideoFeatures, basis: Basis | None, asking: Embeddings | None = None) -> PreparedVideo:
-        """Videos and, where they own it, their basis, laid out for products with texts."""
+        """Lays out videos and, if they own it, their basis for products with texts."""
         frames_MFD, mask_MF = video.frames, video.mask
         share_MF, bias_MF = _share(video), _bias(video)
         rows = frames_MFD
@@ -121,7 +122,7 @@ class PreparedVideo:
 
     @classmethod
     def lean(cls, video: VideoFeatures, basis: Basis) -> PreparedVideo:
-        """Videos without the basis vectors, of which the small matrices are kept; there may be no dropout."""
+        """Builds lean videos, which keep the basis's small matrices but no vectors; only without dropout."""
         share_MF, by_frames = _share(video), video.frames.transpose(1, 2)
         rows, scales = lean_rows(video, share_MF)
         by_frames = torch.cat([video.frames @ by_frames, basis.vectors @ by_frames], dim=1)
@@ -130,7 +131,7 @@ class PreparedVideo:
 
     @property
     def features(self) -> VideoFeatures:
-        """Frame features, zero at padding; those of lean videos are made when they are asked for."""
+        """Frame features, zero at padding; those of lean videos are computed on request."""
         if self.scales is not None:
             return VideoFeatures(self.scales.frames(self.rows), self.mask)
         num_frames = self.mask.shape[1]
@@ -161,7 +162,7 @@ class PreparedVideo:
         )
 
     def split(self, size: int) -> Iterator[PreparedVideo]:
-        """Consecutive parts of ``size`` videos, whose gradients are joined once and not added up."""
+        """Splits into consecutive parts of ``size`` videos; gradients are concatenated once, not added up."""
         count = -(-len(self) // size)
         parts = (repeat(None, count) if value is None else value.split(size) for value in vars(self).values())
         return (PreparedVideo(*part) for part in zip(*parts, strict=True))
@@ -181,7 +182,7 @@ class PreparedText:
 
     Attributes:
         embeddings: of the texts.
-        basis: that their words make.
+        basis: of their words.
         products: (N, L), products of the texts with their basis vectors.
     """
 
@@ -206,6 +207,6 @@ class PreparedText:
         return PreparedText(self.embeddings[texts], self.basis[texts], self.products[texts])
 
     def split(self, size: int) -> Iterator[PreparedText]:
-        """Consecutive parts of ``size`` texts, whose gradients are joined once and not added up."""
+        """Splits into consecutive parts of ``size`` texts; gradients are concatenated once, not added up."""
         parts = zip(*(value.split(size) for value in vars(self).values()), strict=True)
         return (PreparedText(*part) for part in parts)

@@ -1,7 +1,7 @@
-"""Squared lengths of combinations of vectors, from the products of the vectors with each other.
+"""Squared lengths of combinations of vectors, from the Gram matrix of the vectors.
 
-Products of vectors with each other are a symmetric matrix, and quadratic forms here are of such matrices.
-PyTorch's own gradients cannot know that and make every product twice; those here are written out.
+The quadratic forms here are of Gram matrices, which are symmetric. Autograd does not know that and would
+compute every product twice, so the gradients are written out here.
 
 O owners, K vectors of an owner, X combinations of them, D width of the vectors.
 """
@@ -38,7 +38,7 @@ class _Gram(torch.autograd.Function):
 
 
 def gram(vectors_OKD: Tensor) -> Tensor:
-    """(O, K, K) products of each owner's vectors with each other."""
+    """Computes the products (O, K, K) of each owner's vectors with each other."""
     products: Tensor = _Gram.apply(vectors_OKD)  # type: ignore[no-untyped-call]
     return products
 
@@ -61,7 +61,7 @@ class _Quadratic(torch.autograd.Function):
 
 
 def quadratic(matrix_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
-    """wᵀGw (O, X) of every column w of the weights, for symmetric matrices G."""
+    """Computes wᵀGw (O, X) of every column w of the weights, for symmetric matrices G."""
     values: Tensor = _Quadratic.apply(matrix_OKK, weights_OKX)  # type: ignore[no-untyped-call]
     return values
 
@@ -73,7 +73,7 @@ class Length:
     Attributes:
         gram: (O, K, K) Gram matrix of the others.
         slope: (O, K) their products with the base.
-        at_base: (O,) squared length of the base, with what is added to all.
+        at_base: (O,) squared length of the base, including any constant that is added to every length.
     """
 
     gram: Tensor
@@ -82,23 +82,23 @@ class Length:
 
     @classmethod
     def of(cls, vectors_OLD: Tensor) -> Length:
-        """Builds it of vectors as they are, the base last."""
+        """Builds the length from vectors as they are, the base last."""
         products = gram(vectors_OLD)
         others = products[:, :-1]
         return cls(others[:, :, :-1], others[:, :, -1], products[:, -1, -1].clamp(min=SHORTEST**2))
 
     @classmethod
     def deviation(cls, vectors_OLD: Tensor) -> Length:
-        """Builds it of centred vectors over √D and LayerNorm's ε: its square is LayerNorm's variance."""
+        """Builds it from centred vectors over √D and LayerNorm's ε: its square is LayerNorm's variance."""
         products = gram(vectors_OLD) / vectors_OLD.shape[2]
         others = products[:, :-1]
         return cls(others[:, :, :-1], others[:, :, -1], products[:, -1, -1] + NORM_EPS)
 
     def scales(self, weights_OKX: Tensor, least: float = NORM_EPS) -> tuple[Tensor, Tensor]:
-        """1 over the length (O, 1, X) of combinations (O, K, X), and how far it is from that of the base.
+        """Returns 1 over the length (O, 1, X) of combinations (O, K, X), and how far it is from the base's.
 
-        Squared lengths that rounding takes below ``least`` count as that. The difference is computed by
-        itself: of two nearly equal scales little would be left in float32.
+        Squared lengths that rounding takes below ``least`` count as ``least``. The difference is computed
+        directly, because subtracting two nearly equal scales would lose its digits in float32.
         """
         along = 2 * self.slope.unsqueeze(1) @ weights_OKX
         change = quadratic(self.gram, weights_OKX).unsqueeze(1) + along

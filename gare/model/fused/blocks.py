@@ -1,4 +1,4 @@
-"""The pair score by fused kernels: exact as the plain form, with no more of a pair in memory than products.
+"""The pair score by fused kernels: as exact as the plain form, with only products of a pair in memory.
 
 M videos, N texts, S sampled texts, F frames, H heads, K = H·F attention weights, L basis vectors, R = F + L
 rows of products, D embedding width.
@@ -24,7 +24,7 @@ from gare.model.products import product
 
 
 class Fused(NamedTuple):
-    """Numbers of M videos with N texts from the kernel; None where they were not asked for.
+    """Results of the kernel for M videos with N texts; None for those that were not requested.
 
     Attributes:
         scores: (M, N).
@@ -32,7 +32,7 @@ class Fused(NamedTuple):
         plain: (M, N) scores without increments, without gradient.
         sampled: (M, L, S) coefficients of the sampled texts.
         mean: (M, L) of the coefficients over the texts.
-        scatter: (M, L, L) about their mean.
+        scatter: (M, L, L) of the coefficients about their mean.
     """
 
     scores: Tensor
@@ -45,14 +45,14 @@ class Fused(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """Choose what the kernel gives of each pair beside its score.
+    """Request of the kernel's results besides the scores.
 
     Attributes:
-        norms: whether lengths are.
-        plain: whether scores without increments are.
-        sample: texts whose coefficients are wanted; ``all`` of them, or none.
-        moments: whether the moments of the coefficients over the texts are.
-        normalised: whether those are of increments of length 1.
+        norms: whether to return the lengths of the increments.
+        plain: whether to return scores without increments.
+        sample: texts to return coefficients of: indices, ``all``, or None.
+        moments: whether to return the moments of the coefficients over the texts.
+        normalised: whether the moments are of increments scaled to length 1.
     """
 
     norms: bool = False
@@ -65,13 +65,13 @@ class Asked:
 def fused_pairs(
     rule: ScoringRule, texts: Embeddings, video: PreparedVideo, asked: Asked, *, precision: str = "exact"
 ) -> Fused:
-    """Pairs of M videos, which own the basis, with N texts.
+    """Computes the pairs of M videos, which own the basis, with N texts.
 
     Args:
-        rule: of the model, which asks with the gap.
+        rule: of a model whose query is the gap.
         texts: N of them, one or more, turned; mapped if the videos are lean.
         video: M of them, one or more.
-        asked: what is wanted.
+        asked: the results wanted.
         precision: of the products: exact, tf32 or bf16.
 
     Source: docs/design/factorized.md, points 1 to 7; the kernels recompute in the backward what they need.
@@ -107,7 +107,7 @@ def fused_pairs(
 
 
 def small_numbers(video: PreparedVideo, basis: Basis) -> Tensor:
-    """(M, …) all numbers of a video that its pairs share, in the order in which the kernels find them."""
+    """Returns (M, …): all numbers of a video that its pairs share, in the order that the kernels expect."""
     parts = [basis.own_logits, basis.offset, basis.even, video.share, basis.own_mean, basis.own_square]
     parts += [basis.attended.at_base, basis.hidden.at_base]
     for length in (basis.attended, basis.hidden):
@@ -120,7 +120,7 @@ def small_numbers(video: PreparedVideo, basis: Basis) -> Tensor:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Sizes and switches of one call, by which kernels are compiled and started."""
+    """Sizes and switches of one call, for which kernels are compiled and started."""
 
     num_videos: int
     num_texts: int
@@ -133,17 +133,17 @@ class _Shape:
 
     @property
     def num_vectors(self) -> int:
-        """L."""
+        """L, the number of basis vectors."""
         return self.heads * self.num_frames + 3
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of both kernels that they are compiled for."""
+        """Returns the compile-time arguments of both kernels."""
         return constants_of(
             self.rule, self.asked, self.width, self.num_frames, self.heads, dtype, self.num_sampled > 0
         )
 
     def texts_per_program(self, device: torch.device) -> int:
-        """So many that all processors of the device have work, in whole blocks."""
+        """Returns the texts of a program, in whole blocks, that give all processors of the device work."""
         block = block_of(self.heads * self.num_frames)
         blocks = -(-self.num_texts // block)
         programs = 1
@@ -162,7 +162,7 @@ def constants_of(
     dtype: torch.dtype,
     has_sample: bool,
 ) -> dict[str, Any]:
-    """Arguments that both kernels are compiled for."""
+    """Returns the compile-time arguments of both kernels."""
     weights = heads * num_frames
     double = dtype == torch.float64
     return {
@@ -317,17 +317,17 @@ class _Pairs(torch.autograd.Function):
 
 
 def merge_moments(mean: Tensor, scatter: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of whole sets from those of their parts, by Chan's formula.
+    """Merges the moments of parts into those of the whole sets, by Chan's formula.
 
     Args:
         mean: (P, M, L) of each part.
-        scatter: (P, M, L, L) about it.
+        scatter: (P, M, L, L) about the mean.
         count: (P,) members of each part.
     """
     if len(mean) == 1:
         return mean[0], scatter[0]
     share = (count / count.sum()).view(-1, 1, 1)
-    # About the first: the mean of equal numbers may round to another one.
+    # Relative to the first part: a plain mean of equal numbers may round to another number.
     whole = mean[0] + ((mean - mean[0]) * share).sum(dim=0)
     apart = ((mean - whole) * count.sqrt().view(-1, 1, 1)).transpose(0, 1)
     return whole, scatter.sum(dim=0) + apart.transpose(1, 2) @ apart

@@ -1,11 +1,11 @@
 """Triton kernels for the arithmetic between the products of a pair and its score, forward and backward.
 
-They compute what ``gare.model.factorized.pairs.video_pairs`` computes where frames are the context and ψ is
-asked with the gap: of each pair some forty numbers are read, one or two are written, and nothing else of it
-is ever in memory. The plain form is the definition, and tests hold these to it. ``gare.model.fused.blocks``
-calls them.
+They compute the same as ``gare.model.factorized.pairs.video_pairs`` if frames are the context and ψ's query
+is the gap: about forty numbers per pair are read, one or two are written, and nothing else of the pair is
+ever in memory. The plain form is the definition, and tests compare the kernels with it.
+``gare.model.fused.blocks`` calls them.
 
-A program has one video and a share of the texts, of which it takes BN at a time.
+A program handles one video and a share of the texts, BN texts at a time.
 
 M videos, N texts, S sampled texts, F frames, H heads, K = H·F attention weights, L = K + 3 basis vectors,
 R = F + L rows of products, D embedding width; LP and FP are K and F as powers of two, 16 at least, EP is 16.
@@ -29,7 +29,7 @@ def touch(written):
 def forward(
     # Read.
     products, asked, small, text_mean, text_centred, text_square, slots,
-    # Written; those that are not wanted are never touched.
+    # Written; outputs that were not requested are never touched.
     scores, norms, plain, sampled, part_mean, part_scatter, part_count,
     N, S, num_videos, texts_per_program,
     WIDTH: tl.constexpr, TEMPERATURE: tl.constexpr, SIDE: tl.constexpr,
@@ -39,7 +39,7 @@ def forward(
     PRECISION: tl.constexpr, TERMS: tl.constexpr, NORM_EPS: tl.constexpr, COSINE_EPS_SQUARE: tl.constexpr,
     TINY: tl.constexpr, SHORTEST: tl.constexpr,
 ):  # fmt: skip
-    """Scores, lengths and moments of one video with a share of the texts; see ``fused.fused_pairs``."""
+    """Computes scores, lengths and moments of one video with a share of the texts; see ``fused_pairs``."""
     K: tl.constexpr = H * F
     L: tl.constexpr = K + 3
     EP: tl.constexpr = 16
@@ -125,10 +125,10 @@ def backward(
     PRECISION: tl.constexpr, TERMS: tl.constexpr, NORM_EPS: tl.constexpr, COSINE_EPS_SQUARE: tl.constexpr,
     TINY: tl.constexpr, SHORTEST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what ``forward`` reads: of products by pair, of a video's numbers by share of the texts.
+    """Computes gradients of ``forward``'s inputs: products by pair, a video's numbers by share of the texts.
 
-    Those of the texts' scalars follow from ``grad_gap``, of the gap's squared length, and ``grad_text``, of
-    the text's, which are (M, N).
+    The gradients of the texts' scalars follow from two outputs (M, N): ``grad_gap``, of the gap's squared
+    length, and ``grad_text``, of the text's squared length.
     """
     K: tl.constexpr = H * F
     L: tl.constexpr = K + 3
@@ -156,7 +156,7 @@ def backward(
         last_centre = tiles.load_column(moments_mean + video * L + K, 3, EP)
         along = tiles.load_column(grad_mean + video * L, K, LP) / N
         last_along = tiles.load_column(grad_mean + video * L + K, 3, EP) / N
-        # Scatter is symmetric, its gradient need not be.
+        # The scatter is symmetric, but its gradient need not be.
         of_scatter = grad_scatter + video * L * L
         spread = tiles.load_matrix(of_scatter, K, K, L, LP, LP)
         spread += tl.trans(spread)

@@ -16,12 +16,12 @@ SHARED_BYTES = {16: 40_000, 32: 80_000, 64: 210_000}
 
 
 def why_unavailable(num_weights: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The reason that the kernels cannot run; empty where they can.
+    """Returns the reason why the kernels cannot run; empty if they can.
 
     Args:
         num_weights: attention weights of a video, frames times heads.
         dtype: of the features.
-        device: where they are.
+        device: of the features.
     """
     if num_weights > MOST_WEIGHTS:
         return f"frames times heads are {num_weights}, and the kernel holds {MOST_WEIGHTS}"
@@ -44,7 +44,7 @@ def why_unavailable(num_weights: int, dtype: torch.dtype, device: torch.device) 
 
 @functools.cache
 def _fault_of(device: torch.device) -> str:
-    """The reason that Triton cannot run the smallest kernel on a GPU; empty where it can."""
+    """Returns the reason why Triton cannot run the smallest kernel on a GPU; empty if it can."""
     from gare.model.fused import kernels
 
     try:
@@ -52,7 +52,7 @@ def _fault_of(device: torch.device) -> str:
         with on_device_of(written):
             kernels.touch[(1,)](written)
         return "" if float(written) == 1 else "Triton's kernels do nothing on this GPU"
-    except Exception as error:  # of a compiler, a driver, a card that is too old
+    except Exception as error:  # from a compiler, a driver, or a card that is too old
         return f"Triton fails on this GPU: {type(error).__name__}: {str(error)[:200]}"
 
 
@@ -62,15 +62,15 @@ def _has_triton() -> bool:
 
 
 def block_of(num_weights: int) -> int:
-    """Texts that a program takes at a time: as many as leave its tiles in registers, or nearly so."""
+    """Returns the texts that a program takes at a time, so that its tiles (almost) fit in registers."""
     return 32 if num_weights <= 32 else 16
 
 
 def tile_rows(count: int) -> int:
-    """Rows of a tile, a power of two."""
+    """Returns the rows of a tile, a power of two."""
     return max(16, 1 << (count - 1).bit_length())
 
 
 def on_device_of(tensor: Tensor) -> torch.cuda.device:
-    """A context in which kernels start on the GPU that a tensor is on; of none for one on the CPU."""
+    """Returns a context in which kernels start on a tensor's GPU; it changes nothing for a CPU tensor."""
     return torch.cuda.device(tensor.get_device() if tensor.is_cuda else -1)

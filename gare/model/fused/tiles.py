@@ -1,7 +1,7 @@
-"""Triton functions on the tiles of the fused kernels: small matrices, norms, softmaxes, and all of a pair.
+"""Triton functions on the tiles of the fused kernels: small matrices, norms, softmaxes, and whole pairs.
 
-Vectors of pairs are columns of tiles: the attention weights, by head, of (LP, BN), what belongs to frames of
-(FP, BN). Sizes are those of ``kernels``. ``video`` is int64, so that no place in memory overflows.
+The vectors of a pair are columns of tiles: attention weights, by head, of (LP, BN), and values by frame of
+(FP, BN). Sizes are those of ``kernels``. ``video`` is int64, so that memory offsets do not overflow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def exp_minus_one(x, TERMS: tl.constexpr):
-    """exp(x) − 1, by its series where the two are close."""
+    """Computes exp(x) − 1, by its series where exp(x) is close to 1."""
     is_close = tl.abs(x) < 0.5
     close = tl.where(is_close, x, 0.0)
     series = tl.zeros_like(x) + 1
@@ -23,7 +23,7 @@ def exp_minus_one(x, TERMS: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, PRECISION: tl.constexpr):
-    """A·B of two tiles; in float64, which tests alone use, without tensor cores."""
+    """Computes A·B of two tiles; in float64, which only tests use, without tensor cores."""
     if PRECISION == "float64":
         product = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
     else:
@@ -33,7 +33,7 @@ def multiply(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_matrix(numbers, num_rows, num_columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A part of a matrix whose rows are ``stride`` numbers apart in a tile, zero beyond."""
+    """Loads part of a matrix, whose rows are ``stride`` numbers apart, into a tile; zero beyond."""
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (rows < num_rows) & (columns < num_columns)
     return tl.load(numbers + rows * stride + columns, mask=inside, other=0.0)
@@ -41,7 +41,7 @@ def load_matrix(numbers, num_rows, num_columns, stride, ROWS: tl.constexpr, COLU
 
 @triton.jit
 def load_column(numbers, count, ROWS: tl.constexpr):
-    """A small vector as a tile (ROWS, 1), zero beyond."""
+    """Loads a small vector as a tile (ROWS, 1), zero beyond."""
     rows = tl.arange(0, ROWS)[:, None]
     return tl.load(numbers + rows, mask=rows < count, other=0.0)
 
@@ -71,14 +71,14 @@ def store_column(numbers, tile, count, ROWS: tl.constexpr):
 
 @triton.jit
 def row_of(tile, index, ROWS: tl.constexpr):
-    """One row (1, BN) of a tile."""
+    """Returns one row (1, BN) of a tile."""
     rows = tl.arange(0, ROWS)[:, None]
     return tl.sum(tl.where(rows == index, tile, 0.0), axis=0)[None, :]
 
 
 @triton.jit
 def three_rows(first, second, third, EP: tl.constexpr):
-    """A tile (EP, BN) of three rows, zero beyond."""
+    """Builds a tile (EP, BN) of three rows, zero beyond."""
     rows = tl.arange(0, EP)[:, None]
     tile = tl.where(rows == 0, first, tl.where(rows == 1, second, third))
     return tl.where(rows < 3, tile, 0.0)
@@ -92,7 +92,7 @@ def sum_of_rows(tile):
 
 @triton.jit
 def norm_scales(change, base, EPS: tl.constexpr):
-    """See ``forms.Length.scales``."""
+    """Computes ``quadratic_forms.Length.scales``."""
     at_base = 1 / tl.sqrt(base)
     scale = 1 / tl.sqrt(at_least(base + change, EPS))
     both = scale * at_base
@@ -101,7 +101,7 @@ def norm_scales(change, base, EPS: tl.constexpr):
 
 @triton.jit
 def norm_scales_backward(change, base, grad_scale, grad_difference, EPS: tl.constexpr):
-    """Gradients of ``change`` and ``base`` from those of what ``scales`` gives."""
+    """Computes gradients of ``change`` and ``base`` from those of the results of ``norm_scales``."""
     b = 1 / tl.sqrt(base)
     s = 1 / tl.sqrt(at_least(base + change, EPS))
     # The difference is −change·q, q = (sb)²/(s + b), ∂q/∂s = (sb)²(s + 2b)/(s(s + b)²).
@@ -115,7 +115,7 @@ def norm_scales_backward(change, base, grad_scale, grad_difference, EPS: tl.cons
 
 @triton.jit
 def uneven_attention(logits, even, F: tl.constexpr, H: tl.constexpr, LP: tl.constexpr, TERMS: tl.constexpr):
-    """See ``factorized.uneven``; zero beyond the attention weights."""
+    """Computes ``pairs._uneven`` of the factorised form; zero beyond the attention weights."""
     rows = tl.arange(0, LP)[:, None]
     result = tl.zeros_like(logits)
     for head in tl.static_range(H):
@@ -129,7 +129,7 @@ def uneven_attention(logits, even, F: tl.constexpr, H: tl.constexpr, LP: tl.cons
 
 @triton.jit
 def pooling_weights(products, share, TEMPERATURE: tl.constexpr):
-    """See ``factorized.pooling_weights``."""
+    """Computes ``pairs.pooling_weights`` of the factorised form."""
     logits = tl.where(share > 0, products / TEMPERATURE, float("-inf"))
     above = tl.exp(logits - tl.max(logits, axis=0)[None, :])
     return above / sum_of_rows(above)
@@ -137,7 +137,7 @@ def pooling_weights(products, share, TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def load_rows(numbers, first, stride, count, texts, inside, ROWS: tl.constexpr):
-    """Numbers of ``count`` rows for some texts (ROWS, BN), zero beyond."""
+    """Loads ``count`` rows of numbers for some texts, (ROWS, BN), zero beyond."""
     rows = tl.arange(0, ROWS)[:, None]
     places = first + rows * stride + texts[None, :]
     return tl.load(numbers + places, mask=(rows < count) & inside[None, :], other=0.0)
@@ -145,7 +145,7 @@ def load_rows(numbers, first, stride, count, texts, inside, ROWS: tl.constexpr):
 
 @triton.jit
 def logit_places(video, rows, texts, N, F: tl.constexpr, H: tl.constexpr):
-    """Places of products of contexts with turned texts, (F, H, N) a video, for rows by head."""
+    """Returns offsets of products of contexts with turned texts, (F, H, N) per video, for rows by head."""
     return ((video * F + rows % F) * H + rows // F) * N + texts[None, :]
 
 
@@ -153,7 +153,7 @@ def logit_places(video, rows, texts, N, F: tl.constexpr, H: tl.constexpr):
 def query_gap(
     frame_products, share, numbers, mean, centred_square, WIDTH: tl.constexpr, NORM_EPS: tl.constexpr
 ):
-    """LN1's scale of the query, and the squared length of the gap without its mean before rounding is cut."""
+    """Returns LN1's scale of the query, and the centred gap's squared length, not yet clamped at 0."""
     own_mean, own_square = tl.load(numbers), tl.load(numbers + 1)
     shared = sum_of_rows(share * frame_products) - WIDTH * own_mean * mean
     square = own_square + centred_square - 2 * shared
@@ -162,21 +162,22 @@ def query_gap(
 
 @triton.jit
 def root(square, LEAST: tl.constexpr):
-    """The square root of a number that is at least so large."""
+    """Returns the square root of a number, which is first clamped at ``LEAST``."""
     return tl.sqrt(at_least(square, LEAST))
 
 
 @triton.jit
 def at_least(x, LEAST: tl.constexpr):
-    """The larger of the two; NaN stays NaN, so that what is not finite is seen to be so."""
+    """Returns the larger of the two; NaN stays NaN, so that non-finite values are noticed."""
     return tl.where(x < LEAST, LEAST, x)
 
 
 @triton.jit
 def block_moments(values, texts, start, inside, count):
-    """Mean (…, 1) over the texts of a block, and the values less it, zero beyond the texts.
+    """Returns the mean (…, 1) over the texts of a block, and the values minus it, zero beyond the texts.
 
-    About the first text: of equal increments no rounding must be left, whose σ would have a huge gradient.
+    Computed relative to the first text: equal increments must leave no rounding error, since the σ of that
+    error would have a huge gradient.
     """
     origin = tl.sum(tl.where(texts[None, :] == start, values, 0.0), axis=1)[:, None]
     apart = tl.where(inside[None, :], values - origin, 0.0)
@@ -186,7 +187,7 @@ def block_moments(values, texts, start, inside, count):
 
 @triton.jit
 def numbers_of_a_video(F: tl.constexpr, H: tl.constexpr):
-    """Counts a video's numbers, in the order of ``fused.small_numbers``."""
+    """Counts a video's numbers, in the order of ``blocks.small_numbers``."""
     K: tl.constexpr = H * F
     return 3 * K + F + 4 + K * K + K + (K + 1) * (K + 1) + K + 1 + (K + 3) * (K + 3) + (F + K + 3) * F
 
@@ -198,10 +199,10 @@ def compute_pairs(
     F: tl.constexpr, H: tl.constexpr, LP: tl.constexpr, FP: tl.constexpr,
     PRECISION: tl.constexpr, TERMS: tl.constexpr, NORM_EPS: tl.constexpr,
 ):  # fmt: skip
-    """All that is known of a video's pairs with some texts; what a kernel does not use is not computed.
+    """Computes all numbers of a video's pairs with some texts; those that a kernel does not use cost nothing.
 
-    Tiles have the K attention weights as rows. What belongs to LN2's scale, LN3's scale and even attention
-    stands beside them as single rows.
+    Tiles have the K attention weights as rows. The values for LN2's scale, LN3's scale and even attention are
+    single rows beside them.
     """
     K: tl.constexpr = H * F
     L: tl.constexpr = K + 3
@@ -231,7 +232,7 @@ def compute_pairs(
     change2 = sum_of_rows(uneven * (towards2 + slope))
     scale2, change_of_scale2 = norm_scales(change2, tl.load(scalars + 2), NORM_EPS)
     hidden = uneven * scale2
-    # LN3, whose Gram matrix has a row more.
+    # LN3, whose Gram matrix has one more row.
     numbers += K * K + K
     border = load_column(numbers + K * (K + 1), K, LP)
     corner = tl.load(numbers + K * (K + 1) + K)

@@ -1,1 +1,1 @@
-"""Weights of others: OpenAI's CLIP, Hugging Face folders, the released code."""
+"""Import of published weights: OpenAI's CLIP, Hugging Face folders, the released code."""

@@ -1,4 +1,4 @@
-"""OpenAI's names and shapes of CLIP, and what transformers, which our towers are built by, calls them."""
+"""OpenAI's names and shapes of CLIP, mapped to those of transformers, which builds our towers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-#: OpenAI's names of what stands outside the blocks → transformers' names.
+#: OpenAI's names of tensors outside the blocks → transformers' names.
 _CLIP = {
     "logit_scale": "logit_scale",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -35,7 +35,7 @@ _CLIP = {
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
-#: Kept as matrices to multiply from the right; a Linear holds their transpose.
+#: Stored as matrices to multiply from the right; a Linear holds their transpose.
 _CLIP_TRANSPOSED = {
     "text_projection": "text_projection.weight",
     "visual.proj": "visual_projection.weight",
@@ -45,7 +45,7 @@ CLIP_FACTS = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
 def openai_clip(clip: Mapping[str, Tensor], where: str, prefix: str) -> dict[str, Tensor]:
-    """Tensors under transformers' names from those under OpenAI's."""
+    """Converts tensors under OpenAI's names to transformers' names."""
     tensors: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in clip.items():
@@ -68,7 +68,7 @@ def openai_clip(clip: Mapping[str, Tensor], where: str, prefix: str) -> dict[str
 
 
 def block(prefix: str, rest: str, tensor: Tensor, where: str, name: str) -> dict[str, Tensor]:
-    """One tensor of a residual attention block; the stacked q, k, v are taken apart."""
+    """Converts one tensor of a residual attention block; splits the stacked q, k, v."""
     module, _, kind = rest.rpartition(".")
     if not tensor.ndim:
         raise CheckpointError(f"{name} is a single number", where=where)
@@ -84,10 +84,10 @@ def block(prefix: str, rest: str, tensor: Tensor, where: str, name: str) -> dict
 def clip_sizes(
     clip: Mapping[str, Tensor], where: str = "CLIP state dict", prefix: str = ""
 ) -> dict[str, int]:
-    """``config.model.clip`` as the shapes of an OpenAI CLIP tell it; heads are ``HEAD_WIDTH`` wide.
+    """Derives ``config.model.clip`` from the shapes of an OpenAI CLIP; heads are ``HEAD_WIDTH`` wide.
 
     Raises:
-        CheckpointError: where a tensor that tells a size is missing.
+        CheckpointError: if a tensor that a size follows from is missing.
     """
     needed = (
         "visual.conv1.weight",
@@ -132,6 +132,6 @@ def _count(names: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def summarise_names(names: list[str]) -> str:
-    """The first five names and how many more there are."""
+    """Returns the first five names and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

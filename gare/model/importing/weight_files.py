@@ -1,4 +1,4 @@
-"""Reading tensors from files of others, without ever running what a file says.
+"""Reading of tensors from third-party files, without ever running code from a file.
 
 Accepted: a state dict from ``torch.save``, a TorchScript archive (OpenAI's CLIP), safetensors, and a folder
 that Hugging Face's ``save_pretrained`` wrote. Pickles are read for tensors and plain containers only.
@@ -25,7 +25,7 @@ ACCEPTED = "a state dict (.pt), a TorchScript archive (.pt), .safetensors, or a 
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, on the CPU, in the file's own precision.
+    """Reads all tensors of a file by name, on the CPU, in the file's own precision.
 
     Raises:
         CheckpointError: for a file that is missing, truncated, of another kind, or holds more than tensors.
@@ -41,7 +41,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if _is_torchscript(path):
             return _read_torchscript(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said below, once
+            warnings.simplefilter("ignore")  # a file's faults are reported below, once
             return _state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except CheckpointError:
         raise
@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """Says why a file does not load; PyTorch's own text advises to load it as code."""
+    """Says why a file does not load; PyTorch's own message advises to load it as code."""
     text = str(error)
     if match := re.search(r"(?:GLOBAL |Unsupported class |it names )([\w.]+)", text):
         return f"holds more than tensors: it names {match[1]}"
@@ -63,7 +63,7 @@ def _reason(error: Exception) -> str:
 
 
 def _state_dict(loaded: Any) -> dict[str, Tensor]:
-    """The tensors of what torch.load gave; training codes wrap them in ``state_dict`` or ``model``."""
+    """Returns the tensors of a loaded object; training codes wrap them in ``state_dict`` or ``model``."""
     if isinstance(loaded, Mapping):
         for wrapper in ("state_dict", "model"):
             if isinstance(loaded.get(wrapper), Mapping):
@@ -82,7 +82,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Parameters and buffers of a TorchScript module; its code is not looked at."""
+    """Reads parameters and buffers of a TorchScript module; its code is not read."""
     with zipfile.ZipFile(path) as archive:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix(
             "data.pkl"
@@ -96,7 +96,7 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 class _ScriptModule:
-    """Stands for any TorchScript class: a bag of attributes."""
+    """Stand-in for any TorchScript class: a bag of attributes."""
 
     def __init__(self) -> None:
         self.attributes: dict[str, Any] = {}
@@ -117,7 +117,7 @@ def _collect(module: _ScriptModule, prefix: str, into: dict[str, Tensor]) -> Non
 class _TensorUnpickler(pickle.Unpickler):
     """Unpickles TorchScript's data.pkl: tensors, plain containers and bags of attributes, nothing else."""
 
-    #: What storages are called in a pickle.
+    #: dtypes by the names that storages have in a pickle.
     _STORAGES: ClassVar[dict[str, torch.dtype]] = {
         "FloatStorage": torch.float32,
         "HalfStorage": torch.float16,

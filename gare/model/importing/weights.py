@@ -1,4 +1,4 @@
-"""Weights of others: the released GARE code's state dict, and CLIP as OpenAI or Hugging Face publish it.
+"""Import of weights: the released GARE code's state dict, and CLIP of OpenAI or Hugging Face.
 
 Sizes come from the tensors' shapes. Every tensor of a file is accounted for: used, or named as unused.
 """
@@ -40,12 +40,12 @@ _PSI_UNUSED = ("layers.0.linear2.", "layers.0.mlp.", "log_std_proj.")
 
 
 def import_released(state_dict: Mapping[str, Tensor], **settings: Any) -> GARE:
-    """The model of a released GARE state dict, in evaluation mode.
+    """Builds the model of a released GARE state dict, in evaluation mode.
 
     Args:
         state_dict: as the released code saves it; a ``module.`` before every name is taken off.
-        settings: keys of ``config.model`` that shapes do not tell (``pool_temperature``, ``max_frames`` …);
-            they default to the released MSR-VTT settings.
+        settings: keys of ``config.model`` that do not follow from shapes (``pool_temperature``,
+            ``max_frames`` …); they default to the released MSR-VTT settings.
 
     Raises:
         CheckpointError: naming what is missing, unknown, contradictory or of a wrong shape.
@@ -101,12 +101,12 @@ def import_released(state_dict: Mapping[str, Tensor], **settings: Any) -> GARE:
 
 
 def import_clip(source: Mapping[str, Tensor] | str | Path, **settings: Any) -> GARE:
-    """A GARE that starts from CLIP: its towers, a temporal transformer from its text blocks, a new ψ.
+    """Builds a GARE that starts from CLIP: its towers, a temporal transformer from its text blocks, a new ψ.
 
     Args:
         source: OpenAI CLIP as a state dict, as a file (TorchScript archive, state dict, safetensors), or a
             folder that Hugging Face's ``save_pretrained`` wrote. ViT-B/32, B/16, L/14 and the like.
-        settings: keys of ``config.model`` that shapes do not tell.
+        settings: keys of ``config.model`` that do not follow from shapes.
 
     Raises:
         CheckpointError: naming what is missing, unknown or of a wrong shape.
@@ -121,10 +121,10 @@ def import_clip(source: Mapping[str, Tensor] | str | Path, **settings: Any) -> G
 
 
 def published_sizes(source: str | Path) -> dict[str, int]:
-    """``config.model.clip`` of what ``import_clip`` takes as a path, without building a model.
+    """Reads ``config.model.clip`` from a path that ``import_clip`` accepts, without building a model.
 
     Raises:
-        CheckpointError: for what is no CLIP, or cannot be read.
+        CheckpointError: for a path that is not a CLIP, or cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -150,7 +150,7 @@ def _openai_names(state_dict: Mapping[str, Tensor], where: str) -> dict[str, Ten
 
 
 def _named_tensors(state_dict: Any, where: str) -> dict[str, Tensor]:
-    """The tensors of a state dict, without the ``module.`` that a parallel wrapper puts before each name.
+    """Returns a state dict's tensors, without the ``module.`` that a parallel wrapper puts before names.
 
     Raises:
         CheckpointError: for anything that is not a mapping of names to tensors that hold numbers.
@@ -180,7 +180,7 @@ def _from_hugging_face(folder: Path, settings: Mapping[str, Any]) -> GARE:
 
 
 def _described(folder: Path) -> tuple[Path, dict[str, int]]:
-    """The file of weights in a Hugging Face folder, and the sizes that its config.json says."""
+    """Returns the weights file of a Hugging Face folder, and the sizes in its config.json."""
     from transformers import CLIPConfig
 
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]

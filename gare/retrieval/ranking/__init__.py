@@ -1,1 +1,1 @@
-"""Scores and exact ranks of a split, block by block, and what is counted of them."""
+"""Scores and exact ranks of a split, block by block, and metrics from them."""

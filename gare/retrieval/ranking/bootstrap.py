@@ -1,8 +1,8 @@
-"""Intervals of a metric over other queries: percentile bootstrap over the queries of a split.
+"""Confidence intervals of a metric: percentile bootstrap over the queries of a split.
 
-Captions of one video succeed and fail together, so that resampling captions would make intervals too narrow:
-what is resampled is the video, with all its captions, in both directions. The gallery stays as it is: the
-interval says nothing about other galleries, seeds or trainings. Q queries, C videos, B resamples.
+Captions of one video succeed and fail together, and resampling single captions would make intervals too
+narrow. So videos are resampled, each with all its captions, in both directions. The gallery stays as it is:
+the interval says nothing about other galleries, seeds or trainings. Q queries, C videos, B resamples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BLOCK_NUMBERS = 2_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A range that holds a share of what resampling gives.
+    """A range that holds a given share of the resampled values.
 
     Attributes:
         low: its lower end.
@@ -38,19 +38,19 @@ class Interval:
 def resampled_metrics(
     ranks: ArrayLike, video: ArrayLike, *, resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """The metrics of resampled queries, (B, 6) float64 in the order of ``NAMES``.
+    """Computes the metrics of resampled queries, (B, 6) float64 in the order of ``NAMES``.
 
-    The same videos are drawn for the same seed and videos, whatever the ranks: resamples of two runs on the
-    same queries are paired.
+    The draws depend on the seed and the videos, not on the ranks: resamples of two runs on the same queries
+    are paired.
 
     Args:
         ranks: (Q,) from 1.
-        video: (Q,) the video of each query, any values that tell videos apart.
+        video: (Q,) the video of each query, as any values that identify videos.
         resamples: B.
         seed: of the draws.
 
     Raises:
-        DataError: for no query, ranks and videos that do not fit, or no resample.
+        DataError: if there is no query or no resample, or if the shapes of ranks and videos differ.
     """
     ranks = np.asarray(ranks, np.float64)
     if ranks.ndim != 1 or not len(ranks) or np.shape(video) != ranks.shape or resamples < 1:
@@ -62,7 +62,7 @@ def resampled_metrics(
     clusters, cluster = np.unique(np.asarray(video), return_inverse=True)
     order = np.argsort(ranks, kind="stable")
     ordered, cluster_of = ranks[order], cluster[order]
-    # Sums of each video, which resampling weighs: hits by depth, rank, queries.
+    # Sums over each video's queries, which resampling weights: hits by depth, rank, queries.
     columns = [*(ranks <= depth for depth in RECALL_DEPTHS), ranks, np.ones_like(ranks)]
     sums = np.stack([np.bincount(cluster, column, len(clusters)) for column in columns], axis=1)
     found = []
@@ -87,7 +87,7 @@ def _draws(num_videos: int, num_queries: int, resamples: int, seed: int) -> Iter
 
 
 def _median(ordered: NDArray[np.float64], times: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Mean of the two middle ranks, (b, 1), of ranks (Q,) in order that count so many times, (b, Q)."""
+    """Returns the mean of the two middle ranks, (b, 1), of sorted ranks (Q,) with multiplicities (b, Q)."""
     until = times.cumsum(axis=1, dtype=np.int32)
     last = until[:, -1]
     middle = [(until <= at[:, None]).sum(axis=1) for at in ((last - 1) // 2, last // 2)]
@@ -96,7 +96,7 @@ def _median(ordered: NDArray[np.float64], times: NDArray[np.int32]) -> NDArray[n
 
 
 def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> Interval:
-    """The range between the outer percentiles of resampled values, (B,)."""
+    """Returns the range between the outer percentiles of resampled values (B,)."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
 
@@ -104,17 +104,17 @@ def percentile_interval(values: NDArray[np.float64], level: float = 0.95) -> Int
 def metric_intervals(
     ranks: ArrayLike, video: ArrayLike, direction: str, *, resamples: int, seed: int
 ) -> dict[str, Interval]:
-    """95 % intervals of a direction's metrics, by metric name.
+    """Computes 95 % intervals of a direction's metrics, by metric name.
 
     Args:
         ranks: (Q,) from 1.
         video: (Q,) the video of each query.
-        direction: t2v or v2t, with the prefix of a variant where it has one.
+        direction: t2v or v2t, with the variant's prefix if it has one.
         resamples: 1,000 are enough for a first look, 10,000 for a paper.
         seed: of the draws.
 
     Raises:
-        DataError: for ranks and videos that do not fit.
+        DataError: if the shapes of ranks and videos differ.
     """
     values = resampled_metrics(ranks, video, resamples=resamples, seed=seed)
     return {f"{direction}/{name}": percentile_interval(values[:, at]) for at, name in enumerate(NAMES)}

@@ -1,4 +1,4 @@
-"""Encoding captions and clips with a trained model, in whatever process has the time.
+"""Encoding of captions and clips with a trained model, in any process.
 
 N captions, M clips, F frames, W words, D embedding width.
 """
@@ -24,7 +24,7 @@ CLIPS, CAPTIONS = 32, 512
 
 
 class Encoder:
-    """A model's towers.
+    """Encoder of clips and captions with a model's towers.
 
     Args:
         model: the trained model.
@@ -39,12 +39,12 @@ class Encoder:
 
     @cached_property
     def reader(self) -> FrameReader:
-        """Opened by the first clip; captions do not need it."""
+        """The store's reader, opened by the first clip; captions do not need it."""
         return FrameReader(self.store)
 
     @torch.inference_mode()
     def clips(self, video_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """``frames`` (M, F, D) float32 frame features and ``mask`` (M, F) bool."""
+        """Encodes clips: ``frames`` (M, F, D) float32 frame features and ``mask`` (M, F) bool."""
         frames, mask = self.reader.read(video_ids)
         encoded = self.model.encode_video(
             normalise(torch.from_numpy(frames).to(self.device)), torch.from_numpy(mask).to(self.device)
@@ -53,7 +53,7 @@ class Encoder:
 
     @torch.inference_mode()
     def captions(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """``embedding`` (N, D) float32, ``mask`` (N, W) bool, ``words`` (N, W, D) where scores need them."""
+        """Encodes: ``embedding`` (N, D) float32, ``mask`` (N, W) bool, ``words`` (N, W, D) if needed."""
         token_ids, token_mask = tokenize(captions, self.model.config.max_words)
         encoded = self.model.encode_text(token_ids.to(self.device), token_mask.to(self.device))
         features = {"embedding": encoded.embedding.cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
@@ -65,7 +65,7 @@ class Encoder:
 def encoding_tasks(
     video_ids: Sequence[str], captions: Sequence[str], bank: Sequence[str] = ()
 ) -> list[tuple[str, str, Sequence[str]]]:
-    """Calls of an ``Encoder`` that encode a split: what they encode, the method, its argument.
+    """Lists the calls of an ``Encoder`` that encode a split: (name of the input, method, argument).
 
     Args:
         video_ids: the clips, ``video``.
@@ -84,10 +84,10 @@ def encoding_tasks(
 
 
 def join_encoded(names: Iterable[str], results: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays by ``video/frames``, ``text/embedding`` and so on, from the results of ``encoding_tasks``.
+    """Joins the results of ``encoding_tasks`` to arrays ``video/frames``, ``text/embedding`` and so on.
 
     Args:
-        names: what each result is of.
+        names: name of each result's input.
         results: in the order of the tasks.
     """
     parts: dict[str, list[np.ndarray]] = {}
@@ -98,7 +98,7 @@ def join_encoded(names: Iterable[str], results: Iterable[Mapping[str, np.ndarray
 
 
 def text_of(arrays: Mapping[str, np.ndarray], name: str = "text", device: str = "cpu") -> TextFeatures:
-    """Text features from the arrays of ``join_encoded``; name ``bank`` gives those of a query bank."""
+    """Returns text features from arrays of ``join_encoded``; name ``bank`` gives those of a query bank."""
     words = arrays.get(f"{name}/words")
     return TextFeatures(
         _tensor(arrays[f"{name}/embedding"], device),
@@ -108,12 +108,12 @@ def text_of(arrays: Mapping[str, np.ndarray], name: str = "text", device: str = 
 
 
 def video_of(arrays: Mapping[str, np.ndarray], device: str = "cpu") -> VideoFeatures:
-    """Video features from the arrays of ``join_encoded``."""
+    """Returns video features from the arrays of ``join_encoded``."""
     return VideoFeatures(_tensor(arrays["video/frames"], device), _tensor(arrays["video/mask"], device))
 
 
 def _tensor(array: np.ndarray, device: str) -> torch.Tensor:
-    # Arrays that processes share are read-only, which PyTorch has no notion of; nothing here writes to them.
+    # Arrays that processes share are read-only, which PyTorch does not support; nothing writes to them here.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(array).to(device)
@@ -122,11 +122,11 @@ def _tensor(array: np.ndarray, device: str) -> torch.Tensor:
 def from_stored(
     model: GARE, arrays: Mapping[str, np.ndarray] | Mapping[str, torch.Tensor], device: str | torch.device
 ) -> tuple[TextFeatures, VideoFeatures]:
-    """Encodes stored features: all captions of the clips in order, and the clips.
+    """Encodes stored features of clips, and of all their captions in order.
 
     Args:
-        model: whose towers made the features, or that has none.
-        arrays: from ``FeatureReader.read``, or tensors of the same.
+        model: a model whose towers made the features, or one without towers.
+        arrays: from ``FeatureReader.read``, or the same as tensors.
         device: where to compute.
     """
     held = {name: torch.as_tensor(array).to(device) for name, array in arrays.items()}
@@ -141,7 +141,7 @@ def from_stored(
 def encode_stored(
     model: GARE, reader: FeatureReader, video_ids: Sequence[str], *, batch: int, device: str = "cpu"
 ) -> dict[str, np.ndarray]:
-    """Features of clips and of all their captions, from a feature store, as ``Encoder`` makes them of frames.
+    """Encodes clips and all their captions from a feature store, like ``Encoder`` from frames.
 
     Args:
         model: the trained model.

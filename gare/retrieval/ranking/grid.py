@@ -1,4 +1,4 @@
-"""The cut of a split's pairs into blocks, and of blocks into shares of work.
+"""Division of a split's pairs into blocks, and of blocks into shares of work.
 
 N texts, M videos.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gare.errors import DataError, GareError
 
-#: Texts and videos of a block where its source does not say otherwise.
+#: Texts and videos of a block unless its source sets other sizes.
 TEXTS, VIDEOS = 1024, 128
 
 
@@ -24,7 +24,7 @@ class HasShare(Protocol):
 
     @property
     def share(self) -> int:
-        """The share."""
+        """Number of the share."""
         ...
 
 
@@ -35,8 +35,8 @@ Part = TypeVar("Part", bound=HasShare)
 class Grid:
     """A partition of N × M pairs into blocks.
 
-    Texts go in the order of their videos and a block holds whole caption sets, so that the best caption of a
-    set is known within it. The grid depends on the split alone, never on the number of workers.
+    Texts are sorted by their videos and a block holds whole caption sets, so that the best caption of a set
+    is known within one block. The grid depends on the split alone, never on the number of workers.
 
     Attributes:
         order: (N,) int64, the text at each place.
@@ -44,7 +44,7 @@ class Grid:
         num_videos: M.
         rows: places of the texts of each strip of blocks.
         columns: videos of each column of blocks.
-        by_rows: whether a share of work is a strip; else a column of blocks.
+        by_rows: whether a share of work is a strip of blocks; otherwise it is a column.
     """
 
     order: Tensor
@@ -64,17 +64,17 @@ class Grid:
         videos: int = VIDEOS,
         by_rows: bool = False,
     ) -> Grid:
-        """Cuts the pairs.
+        """Divides the pairs into blocks.
 
         Args:
             video_of_text: (N,) int64, the video that each text describes.
             num_videos: M.
-            texts: of a block at most, but for a single caption set that is larger.
+            texts: of a block at most, except for a single caption set that is larger.
             videos: of a block at most.
             by_rows: whether a share is a strip.
 
         Raises:
-            DataError: for owners that are no int64 numbers from 0 to M − 1, or no text.
+            DataError: for owners that are not int64 numbers from 0 to M − 1, or if there is no text.
         """
         check_owners(video_of_text, num_videos)
         order = torch.argsort(video_of_text, stable=True)
@@ -85,16 +85,16 @@ class Grid:
 
     @property
     def num_shares(self) -> int:
-        """Shares of work, each done whole."""
+        """Number of shares of work; each is done as a whole."""
         return len(self.rows if self.by_rows else self.columns)
 
     def extent(self, share: int) -> tuple[slice, slice]:
-        """Places of the texts, and the videos, whose pairs are a share."""
+        """Returns the places of the texts, and the videos, that make up a share."""
         every_row, every_column = slice(0, len(self.order)), slice(0, self.num_videos)
         return (self.rows[share], every_column) if self.by_rows else (every_row, self.columns[share])
 
     def cells(self, share: int) -> Iterator[tuple[slice, slice]]:
-        """The blocks of a share."""
+        """Yields the blocks of a share."""
         if self.by_rows:
             return ((self.rows[share], columns) for columns in self.columns)
         return ((rows, self.columns[share]) for rows in self.rows)
@@ -107,7 +107,7 @@ class Grid:
 
 
 def check_owners(video_of_text: Tensor, num_videos: int) -> None:
-    """Refuses a map that is no text → video map.
+    """Refuses an invalid text → video map.
 
     Raises:
         DataError: for another dtype or shape, no text, or an owner out of range.
@@ -128,15 +128,14 @@ def check_owners(video_of_text: Tensor, num_videos: int) -> None:
 
 
 def each_once(parts: Iterable[Part], num_shares: int) -> Iterator[Part]:
-    """Every share once as it arrives, however often its work was repeated.
+    """Yields every share once, as it arrives, however often its work was repeated.
 
     Args:
-        parts: results of shares, in any order; those of one share are the same, since work done again gives
-            the same.
-        num_shares: that there have to be.
+        parts: results of shares, in any order; repeated results of a share are identical.
+        num_shares: number of shares expected.
 
     Raises:
-        GareError: at the end, naming the shares that are missing or unknown, so that no pair is left out.
+        GareError: at the end, naming shares that are missing or unknown, so that no pair is left out.
     """
     found: set[int] = set()
     for part in parts:
@@ -151,11 +150,11 @@ def each_once(parts: Iterable[Part], num_shares: int) -> Iterator[Part]:
 
 
 def _strips(owner: np.ndarray, texts: int) -> Iterator[slice]:
-    """Consecutive places of at most so many texts, cut where one caption set ends and another begins."""
+    """Yields consecutive places of at most ``texts`` texts, cut between caption sets."""
     ends = np.append(np.flatnonzero(np.diff(owner)) + 1, len(owner))
     start = 0
     while start < len(owner):
-        # The last end that fits, or else the end of the set that does not.
+        # The last end that fits, or else the end of a set that is too large.
         fitting = np.searchsorted(ends, start + max(texts, 1), side="right") - 1
         stop = int(ends[fitting])
         if fitting < 0 or stop <= start:

@@ -1,8 +1,8 @@
 """Retrieval metrics from a score matrix and an explicit text → video map.
 
-N texts, M videos. A rank counts from 1. Ties get the mean rank of the tied: a model that gives all
-candidates one score then ranks the right one in the middle, neither first (optimistic: a collapsed model
-would look perfect) nor last, and the result does not depend on the order of the files.
+N texts, M videos. Ranks count from 1. Tied candidates get their mean rank: a model that gives all candidates
+the same score then ranks the right one in the middle, neither first (optimistic: a collapsed model would look
+perfect) nor last, and the result does not depend on the order of the files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ RECALL_DEPTHS = (1, 5, 10, 50)
 
 
 def retrieval_metrics(scores: Tensor, video_of_text: Tensor) -> dict[str, float]:
-    """R@1, R@5, R@10, R@50 in percent, median and mean rank, text→video and video→text.
+    """Computes R@1, R@5, R@10, R@50 in percent, median and mean rank, text→video and video→text.
 
-    Text→video ranks the videos for every caption. In video→text a gallery item is a video's set of
-    captions, its score the maximum over them, and the rank is among the videos that have captions; videos
-    without captions are no queries.
+    Text→video ranks the videos for every caption. In video→text a gallery item is a video's set of captions,
+    its score is the maximum over them, and the rank is among the videos that have captions; videos without
+    captions are not used as queries.
 
     Args:
         scores: (N, M), higher is better.
@@ -42,13 +42,13 @@ def retrieval_metrics(scores: Tensor, video_of_text: Tensor) -> dict[str, float]
 
 
 def text_to_video_ranks(scores: Tensor, video_of_text: Tensor) -> Tensor:
-    """Rank (N,) float64 of each text's own video among all M videos."""
+    """Computes the rank (N,) float64 of each text's own video among all M videos."""
     right = scores.gather(1, video_of_text.unsqueeze(1))
     return _rank(scores, right)
 
 
 def video_to_text_ranks(scores: Tensor, video_of_text: Tensor) -> Tensor:
-    """Rank of each captioned video's own captions among the caption sets, float64, in order of the videos."""
+    """Ranks each captioned video's own captions among the caption sets, float64, in order of the videos."""
     captioned, owner = torch.unique(video_of_text, return_inverse=True)
     best = scores.new_full((len(captioned), len(captioned)), -torch.inf)
     index = owner.unsqueeze(1).expand(-1, len(captioned))
@@ -58,16 +58,16 @@ def video_to_text_ranks(scores: Tensor, video_of_text: Tensor) -> Tensor:
 
 
 def _rank(candidates: Tensor, right: Tensor) -> Tensor:
-    """1 + the better ones + half of the tied others, along the rows."""
+    """Computes 1 + better candidates + half of the other tied ones, along the rows."""
     better = (candidates > right).sum(dim=1, dtype=torch.float64)
     tied = (candidates == right).sum(dim=1, dtype=torch.float64) - 1
     return 1 + better + tied / 2
 
 
 def rank_summary(ranks: Tensor, direction: str) -> dict[str, float]:
-    """R@k in percent, median and mean of the ranks (Q,) float64 of one direction, by metric name."""
+    """Computes R@k in percent, median and mean of ranks (Q,) float64 of one direction, by metric name."""
     recalls = {
-        # Of the count, not of its mean, so that 15.9375 is not shown as 15.937499999999998.
+        # From the count, not from a mean, so that 15.9375 is not shown as 15.937499999999998.
         f"{direction}/R{depth}": ((ranks <= depth).double().sum() * 100 / len(ranks)).item()
         for depth in RECALL_DEPTHS
     }

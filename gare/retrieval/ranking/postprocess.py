@@ -1,4 +1,4 @@
-"""Scores corrected by what other queries score: dual softmax and query-bank normalisation.
+"""Post-processing of scores by other queries' scores: dual softmax and query-bank normalisation.
 
 Their metrics have names of their own (``dsl/…``, ``qbnorm/…``) and are no substitute for those of the scores
 themselves: they use more than the query and the gallery. N texts, M videos, B bank queries.
@@ -18,15 +18,15 @@ from gare.retrieval.ranking.survey import Survey, SurveyRequest
 
 
 class Variant(Protocol):
-    """A rule that makes the scores that are ranked out of a model's scores."""
+    """A rule that turns a model's scores into the scores to rank by."""
 
     @property
     def name(self) -> str:
-        """Before the metrics' names; empty for the scores themselves."""
+        """Prefix of the metrics' names; empty for the plain scores."""
         ...
 
     def by_text(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor:
-        """Scores by which each text ranks videos.
+        """Returns the scores by which each text ranks videos.
 
         Args:
             scores: of pairs, any shape.
@@ -36,13 +36,13 @@ class Variant(Protocol):
         ...
 
     def by_video(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor | None:
-        """Scores by which each video ranks texts, or None where the rule has none."""
+        """Returns the scores by which each video ranks texts, or None if the rule has none."""
         ...
 
 
 @dataclass(frozen=True)
 class Plain:
-    """The scores themselves."""
+    """Rule that ranks by the scores themselves."""
 
     name: str = ""
 
@@ -78,11 +78,11 @@ class DualSoftmax:
     name: str = "dsl"
 
     def by_text(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor:
-        """s_ij · softmax over the texts of each video."""
+        """Returns s_ij · softmax over the texts of each video."""
         return self._weighted(scores, self.video_sums.to(scores.device)[videos])
 
     def by_video(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor | None:
-        """s_ij · softmax over the videos of each text."""
+        """Returns s_ij · softmax over the videos of each text."""
         return self._weighted(scores, self.text_sums.to(scores.device)[places])
 
     def _weighted(self, scores: Tensor, sums: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class DualSoftmax:
 
 @dataclass(frozen=True)
 class QueryBank:
-    """Query-bank normalisation with the dynamic inverted softmax; text → video alone.
+    """Query-bank normalisation with the dynamic inverted softmax; text → video only.
 
     A bank of B captions of the training split is scored against the gallery. Videos that come first for one
     of them are activated: they are hubs. A query whose best video is activated ranks by
@@ -117,30 +117,30 @@ class QueryBank:
 
     @classmethod
     def of(cls, scale: float, bank: Survey, texts: Survey) -> QueryBank:
-        """From the surveys of the bank and of the split, both with ``bank_looks``."""
+        """Builds it from the surveys of the bank and of the split, both with ``bank_looks``."""
         assert bank.best is not None
         assert texts.best is not None
         activated = torch.unique(top.read_keys(bank.best)[0])
         return cls(scale, bank.video_sums[scale], torch.isin(top.read_keys(texts.best)[0][:, 0], activated))
 
     def by_text(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor:
-        """Logarithm of the inverted softmax where the query is normalised, else the score."""
+        """Returns the logarithm of the inverted softmax if the query is normalised, else the score."""
         sums = self.bank_sums.to(scores.device)[videos]
         inverted = (self.scale * scores.double() - sums).to(scores.dtype)
         return torch.where(self.normalised.to(scores.device)[places], inverted, scores)
 
     def by_video(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor | None:
-        """There is none."""
+        """Returns None: the rule has no video → text scores."""
         return None
 
 
 @dataclass(frozen=True)
 class Processing:
-    """Post-processed metrics to compute beside the plain ones.
+    """Post-processed metrics to compute besides the plain ones.
 
     Attributes:
-        dsl_scale: κ of dual softmax, or None: none.
-        qbnorm_scale: β of query-bank normalisation, or None: none.
+        dsl_scale: κ of dual softmax; None to leave it out.
+        qbnorm_scale: β of query-bank normalisation; None to leave it out.
     """
 
     dsl_scale: float | None = None
@@ -154,11 +154,11 @@ class Processing:
 
     @property
     def bank_looks(self) -> SurveyRequest | None:
-        """The request of the bank's survey; None where there is no bank."""
+        """The request of the bank's survey; None without a bank."""
         return None if self.qbnorm_scale is None else SurveyRequest((), (self.qbnorm_scale,), best=True)
 
     def variants(self, seen: Survey, bank: Survey | None = None) -> list[Variant]:
-        """The rules, the plain one first.
+        """Builds the rules, the plain one first.
 
         Raises:
             DataError: for query-bank normalisation without the survey of a bank.

@@ -1,9 +1,9 @@
 """Ranks of all queries of a split, block by block: no matrix of all scores is ever held.
 
-Two passes over the grid's blocks. The survey finds each text's score with its own video, which only the
-blocks that hold such pairs are needed for; the count then compares every pair with it, once. Counts are whole
-numbers, so that blocks, shares and workers may come in any cut and order and the ranks are the same. Ties get
-the mean rank of the tied, as in ``metrics``. N texts, M videos, Q queries, K best candidates kept.
+Two passes over the grid's blocks. The survey finds each text's score with its own video, for which it only
+needs the blocks with such pairs; the count then compares every pair with it, once. Counts are integers, so
+the ranks are the same for any division into blocks, shares and workers, and in any order. Tied candidates get
+their mean rank, as in ``metrics``. N texts, M videos, Q queries, K best candidates kept.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Ranking:
     Attributes:
         query: (Q,) int64, the texts, in order; or the videos that have captions, in order.
         rank: (Q,) float64, from 1.
-        own_score: (Q,) the score that was to be found: of the own video, or of the best own caption.
-        candidates: (Q, K) int64, the best videos, best first, equals by number; for videos, those whose
-            captions are the best. −1 where there are fewer than K.
-        scores: (Q, K) float32, theirs.
+        own_score: (Q,) the right candidate's score: of the own video, or of the best own caption.
+        candidates: (Q, K) int64, the best videos, best first, ties by number; for video queries, the videos
+            with the best captions. −1 if there are fewer than K.
+        scores: (Q, K) float32, scores of the candidates.
     """
 
     query: Tensor
@@ -46,13 +46,13 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Both directions; video → text is None where a variant has none."""
+    """Rankings of both directions; video → text is None if a variant has none."""
 
     t2v: Ranking
     v2t: Ranking | None
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        """The metrics as ``retrieval_metrics`` names them, after the prefix and a slash where it has one."""
+        """Returns metrics, named as in ``retrieval_metrics``, after the prefix and a slash if it is set."""
         found = rank_summary(self.t2v.rank, "t2v")
         if self.v2t is not None:
             found |= rank_summary(self.v2t.rank, "v2t")
@@ -77,7 +77,7 @@ class RankThresholds:
 
     @classmethod
     def of(cls, grid: Grid, seen: Survey, variant: Variant) -> RankThresholds:
-        """From the survey."""
+        """Builds the thresholds from the survey."""
         places = torch.arange(len(grid.order))
         text = variant.by_text(seen.own, places, grid.owner)
         scores = variant.by_video(seen.own, places, grid.owner)
@@ -89,11 +89,11 @@ class RankThresholds:
 
 
 class RankCounts:
-    """Counts of Q queries, on the device of the scores: fetched block by block, they would be waited for.
+    """Counts of Q queries, on the scores' device: fetching them for every block would wait for it.
 
     Attributes:
-        better: (Q,) int64, candidates with a greater score than the own.
-        tied: (Q,) int64, others with the same.
+        better: (Q,) int64, candidates with a greater score than the right one.
+        tied: (Q,) int64, other candidates with the same score.
         best: (Q, K) keys of the best candidates.
     """
 
@@ -111,22 +111,22 @@ class RankCounts:
         """Counts a block.
 
         Args:
-            queries: of this tally.
-            scores: (queries, candidates); those of the own candidates are overwritten.
+            queries: positions in these counts.
+            scores: (queries, candidates); scores of right candidates are overwritten.
             candidates: (C,) their numbers.
-            marks: (queries,).
-            own: (2, P) positions in the block of pairs that are right, which compete with no one.
+            marks: (queries,) thresholds.
+            own: (2, P) positions in the block of the right pairs, which do not compete.
         """
         keys = top.keys(scores, candidates)
         self.best[queries] = top.merge(self.best[queries], keys)
         marks = marks.unsqueeze(1)
-        # Told by their places and not by their scores.
+        # Right pairs are found by position, not by score.
         scores[own[0], own[1]] = -torch.inf
         self.better[queries] += (scores > marks).sum(dim=1)
         self.tied[queries] += (scores == marks).sum(dim=1)
 
     def join(self, queries: slice, other: RankCounts) -> None:
-        """Adds the counts of other candidates."""
+        """Adds the counts of the same queries over other candidates."""
         self.better[queries] += other.better
         self.tied[queries] += other.tied
         self.best[queries] = top.merge(self.best[queries], other.best)
@@ -134,7 +134,7 @@ class RankCounts:
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of one share: tallies of the texts and of the videos, by variant."""
+    """Counts of one share: of the texts and of the videos, by variant."""
 
     share: int
     texts: dict[str, RankCounts]
@@ -150,7 +150,7 @@ def count(blocks: Blocks, grid: Grid, share: int, seen: Survey, variants: Sequen
         grid: of the split.
         share: which.
         seen: the joined survey.
-        variants: rules by which to rank.
+        variants: rules to rank by.
 
     Raises:
         DataError: for a score that is not finite.
@@ -197,7 +197,7 @@ def _within(part: slice, whole: slice) -> slice:
 def join_counts(
     parts: Iterable[Counts], grid: Grid, seen: Survey, variants: Sequence[Variant]
 ) -> dict[str, Ranks]:
-    """All shares' counts as ranks, by variant; the order of arrival and repeated ones make no difference.
+    """Turns all shares' counts into ranks, by variant; order of arrival and repeats make no difference.
 
     Raises:
         GareError: for a share that is missing.
@@ -235,13 +235,13 @@ def rank_blocks(
     processing: Processing | None = None,
     bank: tuple[Blocks, Grid] | None = None,
 ) -> dict[str, Ranks]:
-    """Ranks of all queries in this process, by variant; the plain ones under the empty name.
+    """Computes ranks of all queries in this process, by variant; the plain ones under the empty name.
 
     Args:
         blocks: scores of the split's texts with its videos.
         grid: of the split.
-        processing: post-processed metrics beside the plain ones.
-        bank: scores of the bank's captions with the same videos, where query-bank normalisation is on.
+        processing: post-processed metrics to compute besides the plain ones.
+        bank: scores of the bank's captions with the same videos, if query-bank normalisation is on.
 
     Raises:
         DataError: for a score that is not finite.
@@ -261,7 +261,7 @@ def rank_blocks(
 
 
 def rank_split(model: GARE, text: TextFeatures, video: VideoFeatures, video_of_text: Tensor) -> Ranks:
-    """Ranks of a split by a model's scores, in this process.
+    """Computes ranks of a split by a model's scores, in this process.
 
     Args:
         model: on the device where to compute.
@@ -270,7 +270,7 @@ def rank_split(model: GARE, text: TextFeatures, video: VideoFeatures, video_of_t
         video_of_text: (N,) int64, the video that each text describes.
 
     Raises:
-        DataError: for owners that do not fit, or a score that is not finite.
+        DataError: for invalid owners, or a score that is not finite.
     """
     blocks = ModelBlocks(model, text, video, model.logit_scale.device)
     return rank_blocks(blocks, blocks.grid(video_of_text.cpu()))[""]

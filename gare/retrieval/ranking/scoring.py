@@ -17,12 +17,12 @@ from gare.model.gare import GARE
 from gare.model.streaming import owners_at_once, stream_scores
 from gare.retrieval.ranking.grid import TEXTS, VIDEOS, Grid
 
-#: Blocks are filled up to multiples of this. Products of matrices of whole tiles treat all places alike, so
-#: that equal captions or equal clips get equal scores, bit for bit, wherever in the split they are.
+#: Blocks are padded to multiples of this. Matrix products of whole tiles treat all positions alike, so that
+#: equal captions or equal clips get equal scores, bit for bit, wherever in the split they are.
 TILE = 64
-#: Videos of a block where texts own the basis, which is then made anew for every block of videos.
+#: Videos of a block if texts own the basis, which is then computed anew for every block of videos.
 VIDEOS_OF_WORDS = 4096
-#: Of blocks that are kept because they will be asked for again.
+#: Bytes of blocks that are kept because they will be requested again.
 KEPT_BYTES = 64 * MEGABYTE
 
 
@@ -30,18 +30,18 @@ class Blocks(Protocol):
     """A source of scores."""
 
     def block(self, texts: Tensor, columns: slice, *, again: bool = False) -> Tensor:
-        """Scores (texts, videos), the same bits whenever the same block is asked for; not to be written to.
+        """Returns scores (texts, videos), the same bits for each request of the same block; read-only.
 
         Args:
-            texts: (T,) int64, which texts.
-            columns: which videos.
-            again: whether the same block will be asked for once more.
+            texts: (T,) int64, indices of the texts.
+            columns: range of the videos.
+            again: whether the same block will be requested once more.
         """
         ...
 
 
 class MatrixBlocks:
-    """Blocks of scores that are all there already.
+    """Blocks of a score matrix that exists already.
 
     Args:
         scores: (N, M).
@@ -51,14 +51,14 @@ class MatrixBlocks:
         self.scores = scores
 
     def block(self, texts: Tensor, columns: slice, *, again: bool = False) -> Tensor:
-        """A copy of a part of the matrix."""
+        """Copies a part of the matrix."""
         return self.scores[texts, columns]
 
 
 class ModelBlocks:
     """Blocks of a model's scores from encoded captions and clips.
 
-    The videos of the block before are kept prepared: blocks of the same videos should follow each other.
+    The prepared videos of the previous block are kept, so blocks of the same videos should follow each other.
 
     Args:
         model: the trained model.
@@ -78,13 +78,13 @@ class ModelBlocks:
         self._kept_bytes = 0
 
     def grid(self, video_of_text: Tensor) -> Grid:
-        """The blocks in which this source is efficient."""
+        """Builds the grid of blocks for which this source is efficient."""
         by_rows = self.scorer.context_of == "text"
         videos = VIDEOS_OF_WORDS
         if not by_rows:
             frames, words = self.video.mask.shape[1], self.text.mask.shape[1]
-            # Of a CPU, wherever scores are computed: shares of the grid are dealt out to workers that must
-            # all have the same one.
+            # The CPU's budget, wherever scores are computed: all workers must have the same grid, since its
+            # shares are dealt out to them.
             budget = Budget.of(self.scorer.config.memory_mb, torch.device("cpu"))
             owners = owners_at_once(self.scorer, frames, words, 4, budget.total)
             # Preparing them may take half of the budget.
@@ -93,7 +93,7 @@ class ModelBlocks:
 
     @torch.inference_mode()
     def block(self, texts: Tensor, columns: slice, *, again: bool = False) -> Tensor:
-        """Scores (texts, videos) float32 on the device; some that are asked for again are kept until then."""
+        """Computes scores (texts, videos) float32 on the device; keeps some that will be requested again."""
         key = (texts.numpy().tobytes(), columns.start, columns.stop)
         if (kept := self._kept.pop(key, None)) is not None:
             self._kept_bytes -= kept.nbytes
@@ -117,7 +117,7 @@ class ModelBlocks:
         return scores[: len(texts), : columns.stop - columns.start].contiguous()
 
     def _prepare(self, columns: slice) -> VideoFeatures | PreparedVideo:
-        # Freed before its successor is made.
+        # Freed before the next one is made.
         self._prepared = None
         some = self.video[_filled(torch.arange(columns.start, columns.stop))]
         video = VideoFeatures(some.frames.to(self.device), some.mask.to(self.device))
@@ -127,12 +127,12 @@ class ModelBlocks:
 
 
 def _filled(positions: Tensor) -> Tensor:
-    """The positions, the last repeated up to a whole number of tiles."""
+    """Pads positions to a whole number of tiles by repeating the last one."""
     rest = -len(positions) % TILE
     return torch.cat([positions, positions[-1:].expand(rest)])
 
 
 @torch.inference_mode()
 def score_split(model: GARE, text: TextFeatures, video: VideoFeatures) -> Tensor:
-    """All scores at once, (N, M) float32 on the CPU, for whoever wants the matrix itself."""
+    """Computes all scores at once, (N, M) float32 on the CPU, for callers that need the whole matrix."""
     return model.score(text, video).float().cpu()

@@ -1,4 +1,4 @@
-"""The first look at a split's blocks: what has to be known before pairs can be counted.
+"""Survey of a split's blocks: the first pass, whose findings are needed before pairs can be counted.
 
 N texts, M videos. Rows of tensors are places of the grid, not texts.
 """
@@ -19,7 +19,7 @@ from gare.retrieval.ranking.scoring import Blocks
 
 @dataclass(frozen=True)
 class SurveyRequest:
-    """Request of a survey, beside the scores of the texts with their own videos, for which few blocks do.
+    """Request of a survey, besides texts' scores with their own videos, which need only a few blocks.
 
     Attributes:
         text_scales: scales κ for which to sum exp(κ s_ij) over the videos of each text.
@@ -33,20 +33,20 @@ class SurveyRequest:
 
     @property
     def everywhere(self) -> bool:
-        """True if all blocks have to be looked at."""
+        """True if all blocks are needed."""
         return bool(self.text_scales or self.video_scales or self.best)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Findings of one share, or of all where they are joined.
+    """Findings of one share, or of all shares joined.
 
     Attributes:
-        share: which; −1 for all.
-        own: (N,) scores of the texts with their own videos; nan where not among these pairs.
+        share: number of the share; −1 for all.
+        own: (N,) scores of the texts with their own videos; nan for pairs outside the share.
         text_sums: by scale κ, (N,) float64 log Σ_j exp(κ s_ij).
         video_sums: by scale κ, (M,) float64 log Σ_i exp(κ s_ij).
-        best: (N, 1) the key of each text's best video, see ``top``; None where not looked for.
+        best: (N, 1) the key of each text's best video, see ``top``; None if not requested.
     """
 
     share: int
@@ -58,11 +58,11 @@ class Survey:
 
 @torch.inference_mode()
 def survey(blocks: Blocks, grid: Grid, share: int, looks: SurveyRequest) -> Survey:
-    """Looks at a share.
+    """Surveys a share.
 
-    The score of a text with its own video is taken out of the very block in which the pair's competitors are
-    counted later, so that equal scores stay equal: a pair computed in a block of another shape may differ
-    in its last bit.
+    The score of a text with its own video is taken from the same block in which the pair's competitors are
+    counted later, so that equal scores stay equal: a pair computed in a block of another shape may differ in
+    its last bit.
 
     Raises:
         DataError: for a score that is not finite.
@@ -96,12 +96,12 @@ def survey(blocks: Blocks, grid: Grid, share: int, looks: SurveyRequest) -> Surv
 
 
 def join_surveys(parts: Iterable[Survey], grid: Grid) -> Survey:
-    """All shares' surveys as one; the order of arrival and repeated ones make no difference.
+    """Joins all shares' surveys; order of arrival and repeated shares make no difference.
 
     Raises:
         GareError: for a share that is missing.
     """
-    # Sums are joined in one order always; all else does not depend on it.
+    # Sums are always joined in the same order; nothing else depends on it.
     ordered = sorted(each_once(parts, grid.num_shares), key=lambda part: part.share)
     own = ordered[0].own
     for part in ordered:
@@ -122,14 +122,14 @@ def join_surveys(parts: Iterable[Survey], grid: Grid) -> Survey:
 
 
 def checked_block(blocks: Blocks, grid: Grid, rows: slice, columns: slice, *, again: bool = False) -> Tensor:
-    """A block's scores.
+    """Computes a block's scores and checks that they are finite.
 
     Args:
         blocks: the scores.
         grid: of the split.
         rows: places of the texts.
         columns: the videos.
-        again: whether the block will be asked for once more.
+        again: whether the block will be requested once more.
 
     Raises:
         DataError: for a score that is not finite, naming text and video.

@@ -1,4 +1,4 @@
-"""The best candidates of queries, gathered block by block in an order that does not depend on the blocks.
+"""The best candidates of queries, gathered block by block; their order does not depend on the blocks.
 
 Q queries, C candidates, K kept.
 """
@@ -8,28 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Candidates kept of a query.
+#: Candidates kept for a query.
 TOP = 10
-#: A key below all keys of scores: no candidate.
+#: Key of no candidate, below all keys of scores.
 NONE = torch.iinfo(torch.int64).min
 _LOW = 0xFFFFFFFF
 
 
 def keys(scores: Tensor, candidates: Tensor) -> Tensor:
-    """One int64 for a score and its candidate: greater for a better score, then for a lower number.
+    """Packs a score and its candidate into one int64: greater for a better score, then for a lower number.
 
     Args:
         scores: (Q, C), taken as float32.
         candidates: (C,) int64, below 2³².
     """
-    # A float32's bits order like the number itself once those of negative numbers are turned around.
+    # The bits of a float32 sort like the number itself once those of negative numbers are reversed.
     bits = (scores.float() + 0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.long() << 32) | (_LOW - candidates)
 
 
 def read_keys(keys_QK: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates (Q, K) int64, −1 where there is none, and their scores (Q, K) float32, nan there."""
+    """Unpacks candidates (Q, K) int64, −1 for none, and their scores (Q, K) float32, nan for none."""
     ordered = (keys_QK >> 32).int()
     scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
     none = keys_QK == NONE
@@ -38,12 +38,12 @@ def read_keys(keys_QK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge(first: Tensor, second: Tensor) -> Tensor:
-    """The K greatest keys of each query out of (Q, K) and any number of others, greatest first."""
+    """Returns the K greatest keys of each query out of (Q, K) and any number of others, greatest first."""
     if second.shape[1] > first.shape[1]:
         second = second.topk(first.shape[1], dim=1).values
     return torch.cat([first, second], dim=1).topk(first.shape[1], dim=1).values
 
 
 def none(num_queries: int, device: torch.device | str = "cpu") -> Tensor:
-    """No candidates yet."""
+    """Returns keys of no candidates."""
     return torch.full((num_queries, TOP), NONE, dtype=torch.int64, device=device)

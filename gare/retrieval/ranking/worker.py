@@ -1,4 +1,4 @@
-"""One worker's part in the evaluation of a split: the shares that it is given, from features that all hold.
+"""One worker's part in the evaluation of a split: its shares of work, from features that all workers hold.
 
 N texts, M videos.
 """
@@ -20,17 +20,17 @@ from gare.retrieval.ranking.ranks import Counts, Ranks, count, join_counts
 from gare.retrieval.ranking.scoring import ModelBlocks
 from gare.retrieval.ranking.survey import Survey, join_surveys, survey
 
-#: Arrays by name: video/frames, video/mask, text/embedding, text/mask and, where scores need them,
-#: text/words; bank/… as text/… for the captions of a query bank.
+#: Arrays by name: video/frames, video/mask, text/embedding, text/mask and, if scores need them, text/words;
+#: bank/…, like text/…, for the captions of a query bank.
 Features = Mapping[str, np.ndarray]
 
 
 class RankWorker:
-    """Surveys and counts shares of a split.
+    """Worker that surveys and counts shares of a split.
 
     Args:
         model: the trained model.
-        features: of the split, and of a query bank where there is one.
+        features: of the split, and of a query bank if there is one.
         video_of_text: (N,) int64, the video that each text describes.
         processing: post-processed metrics beside the plain ones.
         device: where to compute.
@@ -51,23 +51,23 @@ class RankWorker:
         self.bank: tuple[ModelBlocks, Grid] | None = None
         if processing.bank_looks is not None:
             bank = text_of(features, "bank")
-            # No caption of a bank belongs to the gallery; the map only has to be one.
+            # Captions of a bank have no video in the gallery; the map only has to be valid.
             nobody = torch.arange(len(bank.embedding)) % len(video)
             blocks = ModelBlocks(model, bank, video, device)
             self.bank = blocks, blocks.grid(nobody)
 
     def survey(self, share: int) -> Survey:
-        """The survey of a share of the split."""
+        """Surveys a share of the split."""
         return survey(self.blocks, self.grid, share, self.processing.looks)
 
     def bank_survey(self, share: int) -> Survey:
-        """The survey of a share of the bank's scores."""
+        """Surveys a share of the bank's scores."""
         assert self.bank is not None
         assert self.processing.bank_looks is not None
         return survey(*self.bank, share, self.processing.bank_looks)
 
     def count(self, share: int, seen: Survey, variants: Sequence[Variant]) -> Counts:
-        """The counts of a share."""
+        """Counts a share."""
         return count(self.blocks, self.grid, share, seen, variants)
 
 
@@ -76,16 +76,16 @@ def rank_by_workers(
     call: Callable[[Iterable[tuple[Any, ...]]], Iterable[Any]],
     share_once: Callable[[Any], Any] = lambda value: value,
 ) -> dict[str, Ranks]:
-    """Ranks of all queries, by variant, from workers' shares.
+    """Computes ranks of all queries, by variant, from workers' shares.
 
     Args:
-        planner: a worker of the same split, which only plans.
-        call: does tasks, (method of ``RankWorker``, arguments), on workers, and gives their results.
-        share_once: makes of an argument of many tasks what is sent in its stead.
+        planner: a worker of the same split, used only for planning.
+        call: runs tasks, (method of ``RankWorker``, arguments), on workers, and returns their results.
+        share_once: turns an argument of many tasks into a handle that is sent instead.
 
     Raises:
         DataError: for a score that is not finite.
-        GareError: for a share whose result did not come.
+        GareError: for a share without a result.
     """
     grid, processing = planner.grid, planner.processing
     shares = range(grid.num_shares)

@@ -1,4 +1,4 @@
-"""Two runs on the same queries: is one better, by how much, and on which queries?
+"""Comparison of two runs on the same queries: differences of metrics, and of ranks by query.
 
 Q queries, B resamples.
 """
@@ -18,15 +18,15 @@ from gare.retrieval.results.queries import DIRECTIONS, QueryTable, require_same_
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two runs, second less first.
+    """One metric of two runs, and its difference.
 
     Attributes:
         first: its value in the first run.
         second: its value in the second run.
-        difference: second less first.
-        interval: 95 % of the resampled differences.
-        p_value: two-sided: twice the smaller share of the resamples, the data themselves counted as one,
-            whose difference is not above 0 or not below 0; at most 1.
+        difference: second minus first.
+        interval: range of 95 % of the resampled differences.
+        p_value: two-sided, at most 1: twice the smaller of two shares of the resamples, that with a
+            difference not above 0 and that with one not below 0. The data themselves count as one resample.
     """
 
     first: float
@@ -39,14 +39,14 @@ class Difference:
 def compare_runs(
     first: QueryTable, second: QueryTable, *, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, Difference]:
-    """Differences of all metrics, by metric name, from a bootstrap in which both runs get the same queries.
+    """Computes differences of all metrics, by name, with a bootstrap of the same queries for both runs.
 
-    Queries that are hard for both runs cancel, so that the interval of the difference is narrower than those
+    Queries that are hard for both runs cancel out, so the interval of the difference is narrower than those
     of the two values would suggest. Videos are drawn with all their captions, see ``bootstrap``.
 
     Args:
         first: the run to compare with.
-        second: the run that may be better.
+        second: the run to compare.
         resamples: B.
         seed: of the draws.
 
@@ -77,7 +77,7 @@ def compare_runs(
 
 
 def point_metrics(ranks: np.ndarray) -> list[float]:
-    """The metrics of ranks (Q,) in the order of ``NAMES``."""
+    """Computes the metrics of ranks (Q,) in the order of ``NAMES``."""
     return list(rank_summary(torch.tensor(ranks, dtype=torch.float64), "").values())
 
 
@@ -87,10 +87,10 @@ def _p_value(moved: np.ndarray) -> float:
 
 
 def rank_changes(first: QueryTable, second: QueryTable) -> pa.Table:
-    """Both runs' ranks of every query: the columns that name it, ``first``, ``second`` and ``gain``.
+    """Returns both runs' ranks of every query: the columns that name it, ``first``, ``second``, ``gain``.
 
-    Gain is first less second: positive where the second run ranks the right one higher. Sorted by it, the
-    greatest gain first.
+    Gain is first minus second: positive if the second run ranks the right one higher. The table is sorted by
+    gain, the greatest first.
 
     Raises:
         DataError: for runs whose queries or galleries differ, naming what differs.

@@ -1,4 +1,4 @@
-"""An evaluation as it was left on disk: scores, ranks, and what they were measured on."""
+"""Evaluations read back from disk: scores, ranks, and the data that they were measured on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gare.retrieval.results.queries import QueryTable, read_queries
 from gare.storage.files import exists, join, open_fs, read_json
 from gare.storage.run_folder import RESULT, RunFolder
 
-#: Run under whose name an evaluation without training is found, and its model's name.
+#: Name of the run of an evaluation without training, and of its model.
 ZERO_SHOT = "zero-shot"
-#: What two evaluations must share for their scores to be comparable, as people call it.
+#: Properties that two evaluations must share for comparable scores, with the words for them.
 MEASURED_ON = {
     "benchmark": "benchmark",
     "protocol": "protocol",
@@ -32,20 +32,20 @@ MEASURED_ON = {
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation.
+    """One evaluation read from disk.
 
     Attributes:
         name: DATA SET/RUN.
         folder: of the evaluation.
         measured_on: the values of ``MEASURED_ON``.
-        model: as ``model_label`` has it, or ``ZERO_SHOT``; ``unknown`` for a checkpoint without its run.
-        seed: of the training; None where it is not known.
-        settings: what the training was, but for its seed, name and place, as a hash.
+        model: from ``model_label``, or ``ZERO_SHOT``; ``unknown`` for a checkpoint without its run.
+        seed: of the training; None if unknown.
+        settings: hash of the training's settings without seed, name and place.
         metrics: by name, such as ``t2v/R1``.
         intervals: [low, high] by name.
         queries: the table of plain ranks.
         mlflow_run_id: of the run that has the scores.
-        note: what a reader of the scores must know; empty for nothing.
+        note: remark that a reader of the scores must know; may be empty.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Evaluated:
 
     @property
     def benchmark(self) -> str:
-        """The benchmark's name; that of the data set for a folder of one's own, which all are ``folder``."""
+        """The benchmark's name; the data set's name for users' own folders, whose benchmark is ``folder``."""
         name = str(self.measured_on["benchmark"])
         return self.name.partition("/")[0] if name == "folder" else name
 
@@ -74,7 +74,7 @@ def read_evaluated(folder: str) -> Evaluated:
         folder: ``…/DATA SET/runs/RUN/evaluation-SPLIT``.
 
     Raises:
-        DataError: where it is missing or incomplete.
+        DataError: if it is missing or incomplete.
     """
     location = join(folder, RESULT)
     accepted = "run pipelines/evaluate.py for this run"
@@ -92,7 +92,7 @@ def read_evaluated(folder: str) -> Evaluated:
         )
     measured_on = {key: about.get(key) for key in MEASURED_ON} | {"split_sha256": split_hash(pairs)}
     run = RunFolder.of_evaluation(folder)
-    # Another checkpoint may have been scored under the run's name; it has not the run's settings.
+    # Another checkpoint, without the run's settings, may have been scored under the run's name.
     own = run.is_its_best(str(result.get("checkpoint", "")))
     settings = run.read_record()["settings"] if own and run.has_begun else {}
     return Evaluated(
@@ -111,10 +111,10 @@ def read_evaluated(folder: str) -> Evaluated:
 
 
 def model_label(model: Mapping[str, Any]) -> str:
-    """Name of the kind of model, by which seeds are averaged in MLflow: gare, baseline, meanP or seqTransf.
+    """Names the kind of model, over whose seeds MLflow averages: gare, baseline, meanP or seqTransf.
 
     Args:
-        model: settings of the section ``model``; of an earlier version some may be missing.
+        model: settings of the section ``model``; some may be missing in those of an earlier version.
     """
     if model.get("increment", True):
         return "gare"
@@ -124,14 +124,14 @@ def model_label(model: Mapping[str, Any]) -> str:
 
 
 def _hash_of(settings: Mapping[str, Any]) -> str:
-    """Hash of what a run was, the same for a run of an earlier version whose keys were fewer."""
+    """Hashes a run's settings; the same for a run of an earlier version that had fewer keys."""
     kept = {key: value for key, value in settings.items() if key not in ("train", "name")}
     kept["train"] = {k: v for k, v in settings.get("train", {}).items() if k not in ("seed", "run")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def not_comparable(first: Evaluated, second: Evaluated) -> list[str]:
-    """Says why scores of two evaluations must not be compared; empty where they may."""
+    """Returns why scores of two evaluations must not be compared; empty if they may."""
     reasons = []
     for key, name in MEASURED_ON.items():
         mine, other = (
@@ -144,12 +144,12 @@ def not_comparable(first: Evaluated, second: Evaluated) -> list[str]:
 
 
 def evaluations_named(root: str, run: str, split: str) -> dict[str, str]:
-    """Folders of the evaluations of runs of a name, by data set.
+    """Finds the folders of the evaluations of runs of a name, by data set.
 
     Args:
         root: storage root.
-        run: RUN, sought in all data sets below the root, or DATA SET/RUN, which need not exist.
-        split: whose evaluation.
+        run: RUN, searched in all data sets below the root, or DATA SET/RUN, which need not exist.
+        split: split of the evaluation.
     """
     if "/" in run:
         data_set, _, name = run.partition("/")
@@ -161,19 +161,19 @@ def evaluations_named(root: str, run: str, split: str) -> dict[str, str]:
 
 
 def evaluation_pairs(root: str, first: str, second: str, split: str) -> list[tuple[str, str]]:
-    """Folders of the evaluations of two runs, paired.
+    """Finds the folders of the evaluations of two runs, in pairs.
 
     Args:
         root: storage root.
         first: a run as in ``evaluations_named``, or the folder of an evaluation.
         second: the same.
-        split: whose evaluations.
+        split: split of the evaluations.
 
     Returns:
-        One pair for each data set that has both where both are named by RUN alone, else one pair.
+        One pair for each data set with both runs, if both are named by RUN alone; else one pair.
 
     Raises:
-        DataError: where there is none, or a name does not say which data set it is of.
+        DataError: if there is no pair, or a name fits several data sets.
     """
     one, other = (
         {"": run} if run.count("/") > 1 else evaluations_named(root, run, split) for run in (first, second)
@@ -192,7 +192,7 @@ def evaluation_pairs(root: str, first: str, second: str, split: str) -> list[tup
 
 
 def runs_of(root: str, data_set: str) -> list[str]:
-    """DATA SET/RUN of all that is below a data set's runs."""
+    """Lists DATA SET/RUN for everything below a data set's runs."""
     return [f"{data_set}/{run}" for run in _folders(join(root, data_set, "runs"))]
 
 

@@ -17,7 +17,7 @@ from gare.storage.run_folder import RESULT
 
 
 def processing_of(config: EvaluateConfig) -> Processing:
-    """The post-processing that a configuration asks for."""
+    """Returns the post-processing that a configuration asks for."""
     return Processing(
         config.dsl_scale if config.dsl else None, config.qbnorm_scale if config.qbnorm else None
     )
@@ -26,7 +26,7 @@ def processing_of(config: EvaluateConfig) -> Processing:
 def intervals_of(
     ranks: Ranks, video_of_text: Any, prefix: str, *, resamples: int, seed: int
 ) -> dict[str, Interval]:
-    """95 % intervals of all metrics of a variant, by metric name.
+    """Computes 95 % intervals of all metrics of a variant, by metric name.
 
     Args:
         ranks: of the variant.
@@ -47,15 +47,15 @@ def intervals_of(
 
 
 def forget_results(folder: str) -> None:
-    """Deletes what an earlier evaluation left in the folder, its result first.
+    """Deletes an earlier evaluation's files in the folder, its result first.
 
-    With other settings, or of another checkpoint, not all of it would be written again, and what was left
-    would pass for current. Files of other names stay.
+    With other settings or another checkpoint, not all files would be written again, and old ones would be
+    taken for current. Files of other names stay.
 
     Raises:
-        DataError: where they cannot be deleted.
+        DataError: if they cannot be deleted.
     """
-    # Without a result there is no evaluation: an end in between leaves nothing to be taken for one.
+    # Without a result there is no evaluation: if killed in between, nothing left looks like one.
     delete_file(join(folder, RESULT))
     for location in list_files(folder):
         name = location.rsplit("/", 1)[-1]
@@ -76,7 +76,7 @@ def write_results(
         folder: of the evaluation.
         ranks: by variant, the plain ones under the empty name.
         rows: the gallery, with the captions that were the texts.
-        about: what was evaluated, kept with the tables.
+        about: facts about the evaluation, kept with the tables.
         config: resamples and seed.
 
     Returns:

@@ -11,7 +11,7 @@ _VARIANTS = {"": "", "dsl/": ", dual softmax", "qbnorm/": ", query bank"}
 
 
 def evaluation_note(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown with one table for each split that was scored.
+    """Writes Markdown with one table for each split that was scored.
 
     Args:
         results: as evaluate writes them, with ``split``, ``benchmark``, ``protocol``, ``split_hash``,
@@ -45,5 +45,5 @@ def _cell(value: float, interval: Sequence[float] | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that is not read as Markdown; names of data sets and protocols are a person's."""
+    """Escapes Markdown in a text; users choose the names of data sets and protocols."""
     return "".join(f"\\{char}" if char in "\\`*_[]<>|#" else char for char in " ".join(text.split()))

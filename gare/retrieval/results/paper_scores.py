@@ -1,4 +1,4 @@
-"""The scores that the paper reports, to be shown beside ours.
+"""Scores that the paper reports, to show beside ours.
 
 Source: "Rebalancing Contrastive Alignment with Bottlenecked Semantic Increments in Text-Video Retrieval"
 (NeurIPS 2025, arXiv 2505.12499), tables of the comparison with the state of the art, CLIP ViT-B/32.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 SOURCE = "arXiv 2505.12499, CLIP ViT-B/32"
 #: Note beside the paper's scores, wherever they are shown.
-#: Source: the released training takes its test file for val, scores it every 150 steps and after each epoch,
+#: Source: the released training uses its test file as val, scores it every 150 steps and after each epoch,
 #: and reports the best: about 52 looks in the 7,030 steps of MSR-VTT.
 LOOKS = (
     "each of the paper's numbers is the best of all looks at test during its training, about 52 on MSR-VTT "
@@ -29,9 +29,9 @@ _T2V = {
     ("msvd", "baseline"): (45.0, 75.5, 84.5, 10.7),
     ("msvd", "gare"): (46.4, 76.1, 84.5, 10.6),
 }
-#: Video → text, where the paper has it.
+#: Video → text, if the paper reports it.
 _V2T = {("msrvtt", "gare"): (48.6, 75.3, 85.3, 8.5)}
-#: The protocol of ours that is the paper's; other train lists and left-out videos make another.
+#: Our protocol that matches the paper's; other train lists and left-out videos make another one.
 _PROTOCOLS = {
     "msrvtt": "1k-A, 9k train list, all captions",
     "didemo": "paragraphs, lists of Collaborative Experts",
@@ -46,8 +46,8 @@ class Published:
 
     Attributes:
         model: ``gare`` or ``baseline``.
-        protocol: the protocol of ours that is the paper's.
-        metrics: by name, such as ``t2v/R1``; those that the paper does not report are not there.
+        protocol: our protocol that matches the paper's.
+        metrics: by name, such as ``t2v/R1``; only those that the paper reports.
     """
 
     model: str
@@ -56,7 +56,7 @@ class Published:
 
 
 def published_scores(benchmark: str) -> list[Published]:
-    """The paper's scores on a benchmark's test split, the baseline first; none where it has none."""
+    """Returns the paper's scores on a benchmark's test split, the baseline first; empty if it has none."""
     found = []
     for (name, model), scores in _T2V.items():
         if name == benchmark:

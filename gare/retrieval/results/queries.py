@@ -1,6 +1,6 @@
 """The table of an evaluation's queries: rank, scores and best candidates of each, as one Parquet file.
 
-It is what two runs are compared by, query by query. Anything that reads Parquet reads it.
+Two runs are compared with it, query by query. Any Parquet reader can read it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gare.storage.files import exists, read_bytes, write_atomically
 SCHEMA_VERSION = 1
 DIRECTIONS = ("t2v", "v2t")
 #: ``video_id`` and ``caption_index`` name a query; a video → text query is a video and has no caption.
-#: ``top_video_ids`` are the best videos, or for video → text the videos whose captions are the best.
+#: ``top_video_ids`` are the best videos; for video → text, the videos with the best captions.
 _COLUMNS: list[pa.Field[Any]] = [
     pa.field("direction", pa.string()),
     pa.field("video_id", pa.string()),
@@ -46,7 +46,8 @@ class QueryTable:
 
     Attributes:
         table: of ``SCHEMA``.
-        about: what was evaluated: ``gallery_sha256`` and ``num_videos``, and what the writer added.
+        about: facts about the evaluation: ``gallery_sha256``, ``num_videos``, and those that the writer
+            added.
         where: the file, for messages.
     """
 
@@ -55,23 +56,23 @@ class QueryTable:
     where: str = ""
 
     def of_direction(self, direction: str) -> pa.Table:
-        """The rows of t2v or of v2t, in the order of the queries' names."""
+        """Returns the rows of t2v or of v2t, in the order of the queries' names."""
         kept = self.table.filter(pc.field("direction") == direction)
         return kept.sort_by([("video_id", "ascending"), ("caption_index", "ascending")])
 
 
 def owners_of(rows: Sequence[ManifestRow]) -> torch.Tensor:
-    """(N,) int64: the row of each caption, with the captions in the order of the rows."""
+    """Returns (N,) int64: the row of each caption, with the captions in the order of the rows."""
     return torch.repeat_interleave(torch.tensor([len(row.captions) for row in rows]))
 
 
 def query_table(ranks: Ranks, rows: Sequence[ManifestRow], about: Mapping[str, Any]) -> QueryTable:
-    """The table of an evaluation.
+    """Builds the table of an evaluation.
 
     Args:
-        ranks: of the captions of the rows, in order, and the rows' videos.
+        ranks: of the captions of the rows, in order, and of the rows' videos.
         rows: the gallery.
-        about: what else to keep with it, JSON-able.
+        about: further facts to keep with it, JSON-serialisable.
     """
     ids = np.array([row.video_id for row in rows], dtype=object)
     owners = owners_of(rows).tolist()
@@ -126,7 +127,7 @@ def read_queries(uri: str) -> QueryTable:
     """Reads a table back.
 
     Raises:
-        DataError: if it is missing, not Parquet or not such a table.
+        DataError: if it is missing, not Parquet or not a table of queries.
     """
     if not exists(uri):
         raise DataError("there are no ranks", where=uri, accepted="run pipelines/evaluate.py for this run")
@@ -144,10 +145,10 @@ def read_queries(uri: str) -> QueryTable:
 
 
 def require_same_queries(first: QueryTable, second: QueryTable) -> None:
-    """Refuses two evaluations that did not answer the same questions of the same gallery.
+    """Refuses two evaluations with different queries or galleries.
 
     Raises:
-        DataError: naming what differs: gallery, queries by name, or their wording.
+        DataError: naming the difference: gallery, queries by name, or their wording.
     """
     faults = []
     if first.about["gallery_sha256"] != second.about["gallery_sha256"]:

@@ -1,4 +1,4 @@
-"""One table of runs across benchmarks, beside the paper's numbers; it says what must not be compared."""
+"""A table of runs across benchmarks with the paper's numbers, and notes on what must not be compared."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Row:
     """A line of the table.
 
     Attributes:
-        kind: ``run``, ``mean``, ``difference`` or ``paper``, for its look.
+        kind: ``run``, ``mean``, ``difference`` or ``paper``, which decides its look.
         cells: text by column, as many as ``COLUMNS``.
-        better: columns to mark: of a mean, where it is the best of its section; of a difference, where the
-            interval says that the second run is better.
-        worse: of a difference, columns where the interval says that the first run is better.
+        better: columns to mark: for a mean, those in which it is the best of its section; for a difference,
+            those in which the interval says that the second run is better.
+        worse: for a difference, columns in which the interval says that the first run is better.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Row:
     worse: frozenset[int] = frozenset()
 
     def markdown(self) -> str:
-        """The row of a Markdown table, marked cells in bold."""
+        """Formats the row of a Markdown table, marked cells in bold."""
         marked = self.better | self.worse
         cells = [f"**{_cell(cell)}**" if at in marked else _cell(cell) for at, cell in enumerate(self.cells)]
         return f"| {' | '.join(cells)} |"
@@ -45,13 +45,13 @@ class Row:
 
 @dataclass
 class Section:
-    """Runs that were measured on the same thing.
+    """Runs that were measured on the same data.
 
     Attributes:
-        heading: what that is.
+        heading: name of the data.
         rows: its lines.
-        notes: what a reader must know, such as why runs are not comparable.
-        verdict: what it comes to, in a line.
+        notes: remarks that a reader must know, such as why runs are not comparable.
+        verdict: the conclusion, in one line.
     """
 
     heading: str
@@ -66,8 +66,8 @@ class ScoreTable:
 
     Attributes:
         title: heading.
-        sections: one for each thing that runs were measured on.
-        numbers: what it says, by metric name, to be logged.
+        sections: one for each kind of data that runs were measured on.
+        numbers: its numbers by metric name, to be logged.
     """
 
     title: str
@@ -75,7 +75,7 @@ class ScoreTable:
     numbers: dict[str, float] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """The table as Markdown."""
+        """Formats the table as Markdown."""
         lines = [f"# {_cell(self.title)}"]
         for section in self.sections:
             lines += ["", f"## {_cell(section.heading)}", "", f"| {' | '.join(COLUMNS)} |"]
@@ -85,7 +85,7 @@ class ScoreTable:
         return "\n".join(lines) + "\n"
 
     def note(self) -> str:
-        """The verdicts, then the table, as Markdown: pages that fold a text away show its first lines."""
+        """Formats the verdicts, then the table, as Markdown: pages that fold a text show its first lines."""
         return "".join(f"- {_cell(section.verdict)}\n" for section in self.sections) + "\n" + self.markdown()
 
 
@@ -96,9 +96,9 @@ def _cell(text: str) -> str:
 def compared_table(
     pairs: Sequence[tuple[Evaluated, Evaluated]], *, resamples: int, seed: int, title: str
 ) -> ScoreTable:
-    """Each pair side by side: both runs, the second less the first with its interval, and the paper.
+    """Builds a table of pairs: both runs, the second minus the first with its interval, and the paper.
 
-    Where protocol, split, counts or queries differ there is no difference, and a note says why.
+    If protocol, split, counts or queries differ, the difference is left out, and a note says why.
 
     Args:
         pairs: evaluations to compare.
@@ -139,7 +139,7 @@ def compared_table(
 
 
 def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
-    """All runs by what they were measured on; those that differ in their seed alone with mean ± deviation."""
+    """Builds a table of all runs by data; runs that differ only in their seed get mean ± deviation."""
     table = ScoreTable(title)
     by_data: dict[tuple[object, ...], list[Evaluated]] = {}
     for run in runs:
@@ -189,7 +189,7 @@ def heading_of(run: Evaluated) -> str:
 
 
 def run_row(run: Evaluated) -> Row:
-    """A run's scores, R@1 with their intervals."""
+    """Builds the row of a run's scores, R@1 with intervals."""
     seed = "" if run.seed is None else f", seed {run.seed}"
     cells = []
     for metric in METRICS:
@@ -218,7 +218,7 @@ def _difference_row(differences: dict[str, Difference]) -> Row:
 
 
 def _more_is_better(metric: str) -> bool:
-    """Returns True if it is a recall; else it is a rank."""
+    """Returns True for a recall, False for a rank."""
     return metric.rpartition("/")[2].startswith("R")
 
 
@@ -236,7 +236,7 @@ def _mean_of(seeds: Sequence[Evaluated], metric: str) -> tuple[float, float | No
 
 
 def _mean_over(runs: Sequence[Evaluated]) -> str:
-    """The words for what a mean is of; not everything that is scored was trained with a seed."""
+    """Says what a mean is over: not every scored model was trained with a seed."""
     plural = "s" if len(runs) > 1 else ""
     if any(run.seed is not None for run in runs):
         return f"mean of {len(runs)} seed{plural}"
@@ -253,14 +253,14 @@ def _mean_row(label: str, means: Means, others: Sequence[Means]) -> Row:
         cells.append(_number(mean) + ("" if deviation is None else f" ± {deviation:.1f}"))
         known = [one[metric][0] for one in others if metric in one]
         best = (max if _more_is_better(metric) else min)(known, default=None)
-        # Where all are the same none is the best.
+        # If all are the same, none is the best.
         if mean is not None and mean == best and len(set(known)) > 1:
             better.add(column)
     return Row("mean", (label, *cells), frozenset(better))
 
 
 def _add_notes(section: Section, runs: Sequence[Evaluated]) -> None:
-    """Adds what the runs' readers must know, and the paper's rows."""
+    """Adds the notes of the runs, and the paper's rows."""
     section.notes += [f"{run.name}: {run.note}" for run in runs if run.note]
     _add_paper(section, runs[0])
 

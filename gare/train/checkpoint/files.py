@@ -31,12 +31,12 @@ TRAINER = "trainer.pt"
 
 @dataclass(frozen=True)
 class Captured:
-    """A checkpoint in memory, which training does not change any more.
+    """A checkpoint in memory, which training no longer changes.
 
     Attributes:
         tensors: of the model, on the CPU.
         config: of the run, as YAML.
-        trainer: what training needs to go on.
+        trainer: state that training needs to continue.
     """
 
     tensors: Mapping[str, Tensor]
@@ -45,10 +45,10 @@ class Captured:
 
 
 def capture(learner: Learner, epoch: int) -> Captured:
-    """Copies to the CPU's memory what a checkpoint holds.
+    """Copies the content of a checkpoint to the CPU's memory.
 
     Args:
-        learner: what to copy.
+        learner: to copy.
         epoch: epochs done. The batch that comes next follows from it and from the step (``Plan.position``).
     """
     trainer = {
@@ -62,7 +62,7 @@ def capture(learner: Learner, epoch: int) -> Captured:
 
 
 def _copied(tree: Any) -> Any:
-    """A tree of mappings, lists and tensors with every tensor copied."""
+    """Copies a tree of mappings, lists and tensors, including every tensor."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(tree, Mapping):
@@ -71,18 +71,18 @@ def _copied(tree: Any) -> Any:
 
 
 def save_checkpoint(uri: str, learner: Learner, epoch: int) -> None:
-    """Writes the model, the configuration and what training needs to go on.
+    """Writes the model, the configuration and the state that training needs to continue.
 
     Args:
-        uri: folder; ``model.safetensors`` comes last, so that a folder that has it is whole.
-        learner: what to save.
+        uri: folder; ``model.safetensors`` is written last, so that a folder with it is complete.
+        learner: to save.
         epoch: epochs done.
     """
     write_checkpoint(uri, capture(learner, epoch))
 
 
 def write_checkpoint(uri: str, captured: Captured) -> dict[str, str]:
-    """Writes what was captured, in the order of ``save_checkpoint``.
+    """Writes a captured checkpoint, in the order of ``save_checkpoint``.
 
     Returns:
         SHA-256 by file name.
@@ -98,7 +98,7 @@ def write_checkpoint(uri: str, captured: Captured) -> dict[str, str]:
 
 
 def _write(uri: str, name: str, content: bytes) -> str:
-    # Beside the writing, which waits for the disk.
+    # In parallel to the writing, which waits for the disk.
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(sha256_of, content)
         write_atomically(join(uri, name), content)
@@ -106,7 +106,7 @@ def _write(uri: str, name: str, content: bytes) -> str:
 
 
 def _write_model(uri: str, tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> dict[str, str]:
-    """Writes the model after its SHA-256 and those of the other files, which it returns."""
+    """Writes the model after the SHA-256 of all files, and returns them."""
     content = save_tensors(dict(tensors))
     sums = {**sums, MODEL: sha256_of(content)}
     write_sums(uri, sums)
@@ -121,17 +121,17 @@ def _packed(trainer: Mapping[str, Any]) -> bytes:
 
 
 def load_checkpoint(uri: str | Path, *, sums: Mapping[str, str] | None = None, quiet: bool = False) -> GARE:
-    """The model of a checkpoint, in evaluation mode, on the CPU.
+    """Loads the model of a checkpoint, in evaluation mode, on the CPU.
 
     The files that it reads, ``model.safetensors`` and ``config.yaml``, are compared with their SHA-256.
 
     Args:
         uri: the folder.
         sums: SHA-256 that the checkpoint must have, from the index of its run.
-        quiet: True where another process says that a checkpoint of an earlier version has none.
+        quiet: True if another process logs that a checkpoint of an earlier version has no sums.
 
     Raises:
-        CheckpointError: for a folder that is not a whole checkpoint, or tensors of another model.
+        CheckpointError: for a folder that is not a complete checkpoint, or tensors of another model.
         DamagedError: for one with a file that is not as it was written.
     """
     folder = SummedFolder(str(uri), expected=sums)
@@ -144,10 +144,10 @@ def load_checkpoint(uri: str | Path, *, sums: Mapping[str, str] | None = None, q
 
 
 def read_config(uri: str) -> Config:
-    """The configuration of the run that wrote a checkpoint.
+    """Reads the configuration of the run that wrote a checkpoint.
 
     Raises:
-        CheckpointError: where it is missing or cannot be used.
+        CheckpointError: if it is missing or cannot be used.
     """
     return _config_of(SummedFolder(uri))
 
@@ -177,19 +177,20 @@ def copy_checkpoint(
     start: GARE | None = None,
     leave_out: Sequence[str] = (),
 ) -> None:
-    """Copies a checkpoint, each file compared with its SHA-256 as it is read.
+    """Copies a checkpoint; each file is compared with its SHA-256 when it is read.
 
     Args:
         source: the checkpoint.
-        target: folder; what it holds is deleted first, and ``model.safetensors`` comes last.
+        target: folder; its content is deleted first, and ``model.safetensors`` is written last.
         sums: SHA-256 that the checkpoint must have, from the index of its run.
-        start: of a run that learned from features: its initial model, whose towers the copy gets. Any
-            reader of checkpoints can then use it, without the store or the weights that it came from.
-        leave_out: files that are not copied.
+        start: initial model of a run that learned from features; the copy gets its towers, so that any reader
+            can use it without the store or the original weights.
+        leave_out: names of files not to copy.
 
     Raises:
-        CheckpointError: for a folder that is not a whole checkpoint, or one of another model than ``start``.
-        DamagedError: for one with a file that is not as it was written; the copy is then not whole.
+        CheckpointError: for a folder that is not a complete checkpoint, or one of another model than
+            ``start``.
+        DamagedError: for one with a file that is not as it was written; the copy is then not complete.
         DataError: where a file cannot be read or written.
     """
     folder = SummedFolder(source, expected=sums)
@@ -255,7 +256,7 @@ def _read_model(folder: SummedFolder) -> dict[str, Tensor]:
 def _tensors_in(content: bytes, location: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_tensors(content)
-    except Exception as error:  # safetensors has an exception of its own, not derived from ValueError
+    except Exception as error:  # safetensors has its own exception, not derived from ValueError
         raise CheckpointError(f"cannot be read: {error}", where=location) from error
     return tensors
 
@@ -286,7 +287,7 @@ def restore_learner(
         uri: the folder.
         learner: what to restore.
         sums: SHA-256 that the checkpoint must have, from the index of its run.
-        quiet: True where another worker says that a checkpoint of an earlier version has none.
+        quiet: True if another worker logs that a checkpoint of an earlier version has no sums.
 
     Returns:
         Epochs done.

@@ -1,8 +1,8 @@
-"""The record of a run's steps and validations, beside its checkpoints: what curves are drawn from.
+"""The record of a run's steps and validations, beside its checkpoints; curves are drawn from it.
 
-A run that goes on for days saves it at each checkpoint, so that it grows by what is new: ``history.json``
-holds the record up to some moment, and numbered parts in the folder ``history`` beside it what came after. A
-run that begins, continues or ends writes all of it into ``history.json``.
+A run of days saves it at each checkpoint, so each save only adds the new points: ``history.json`` holds the
+record up to some moment, and numbered parts in the folder ``history`` beside it hold the later points. A run
+that begins, continues or ends writes all of it into ``history.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from gare.storage.files import delete_file, exists, list_files, read_json, write
 #: Points by metric name.
 Points: TypeAlias = dict[str, list[tuple[int, float]]]
 
-#: Parts after which all is written into ``history.json`` again: a run may have many thousand checkpoints.
+#: Number of parts after which the whole ``history.json`` is rewritten: a run may have thousands of
+#: checkpoints.
 MAX_PARTS = 200
 THREADS = 16
 
@@ -29,8 +30,8 @@ class _Saved:
     """Parts that have been saved, shared by a record and its copies.
 
     Attributes:
-        lengths: points of each metric, of steps and of epochs; None: nothing that could be added to.
-        first: number of the first part that counts.
+        lengths: number of saved points of each metric, of steps and of epochs; None if all must be written.
+        first: number of the first valid part.
         next: number of the next part.
     """
 
@@ -44,7 +45,7 @@ class History:
     """Points by metric name: (step, value) for losses, (epochs done, value) for validations.
 
     Attributes:
-        uri: JSON file that holds it, but for its newest points.
+        uri: JSON file that holds it, except for its newest points.
         steps: per optimiser step.
         epochs: per validation.
         resumed: steps after which the run was continued.
@@ -58,7 +59,7 @@ class History:
 
     @classmethod
     def read(cls, uri: str, *, step: int | None = None, epoch: int | None = None) -> History:
-        """Reads the record up to a step and an epoch; what a restarted run will do again is left out.
+        """Reads the record up to a step and an epoch; leaves out later points, which a restarted run repeats.
 
         Raises:
             DataError: where it cannot be read.
@@ -71,7 +72,7 @@ class History:
         return found
 
     def add_step(self, step: int, values: dict[str, float]) -> None:
-        """Adds the values of an optimiser step; a measure that has none (a mean of no pairs) has no point."""
+        """Adds an optimiser step's values; a measure without a value (a mean of no pairs) gets no point."""
         for name, value in values.items():
             if math.isfinite(value):
                 self.steps.setdefault(name, []).append((step, value))
@@ -82,14 +83,14 @@ class History:
             self.epochs.setdefault(name, []).append((epoch, value))
 
     def copy(self) -> History:
-        """The record as it is now, to be saved while it grows."""
+        """Copies the record as it is now, to save the copy while the record grows."""
         steps, epochs = (
             {name: list(points) for name, points in record.items()} for record in (self.steps, self.epochs)
         )
         return History(self.uri, steps, epochs, list(self.resumed), self._saved)
 
     def save(self) -> None:
-        """Writes what is new since the last time; of a record that was read or is new, all.
+        """Writes the points since the last save; writes everything if the record is new or was just read.
 
         Raises:
             DataError: where it cannot be written.
@@ -118,16 +119,16 @@ class History:
 
 
 def _read(uri: str) -> list[dict[str, Any]]:
-    """The file and the parts that count, in their order."""
+    """Reads the file and its valid parts, in order."""
     for attempt in range(3):
         whole = read_json(uri) if exists(uri) else {}
-        # Parts below the first are in the file: its writer was killed before it had deleted them.
+        # Parts below the first are in the file already: the writer was killed before it deleted them.
         files = [file for file in _parts(uri) if _number(file) >= whole.get("first_part", 0)]
         try:
             with ThreadPoolExecutor(THREADS) as pool:
                 return [whole, *pool.map(read_json, files)]
         except DataError as error:
-            # Written into the file and deleted meanwhile.
+            # Merged into the file and deleted meanwhile.
             if attempt == 2 or not isinstance(error.__cause__, FileNotFoundError):
                 raise
     raise AssertionError("unreachable")
@@ -149,7 +150,7 @@ def _extend(record: Points, points: dict[str, list[list[float]]], last: int | No
 
 
 def _write(uri: str, tree: dict[str, Any]) -> None:
-    # Without indentation, which only json's slow encoder knows.
+    # Without indentation, for which json uses its slow encoder.
     write_atomically(uri, json.dumps(tree, allow_nan=False).encode())
 
 

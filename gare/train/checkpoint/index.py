@@ -1,7 +1,7 @@
-"""The checkpoints of a run: which there are, which are kept, and the thread that writes them.
+"""The checkpoints of a run: their index, the rule by which they are kept, and the thread that writes them.
 
-``INDEX`` is the truth: a folder that it does not name is one that was never finished. It is written last and
-appears whole or not at all, so that whatever is killed, and whenever, the checkpoints before it stay.
+``INDEX`` is authoritative: a folder that it does not name was never finished. It is written last and
+atomically, so that earlier checkpoints survive a kill at any time.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Entry:
 
     Attributes:
         step: optimiser steps done.
-        epoch: epochs done, with their validation.
+        epoch: epochs done, including their validation.
         metrics: on val; empty for a checkpoint within an epoch.
-        sha256: of its files, by name; empty for one that an earlier version wrote.
+        sha256: of its files, by name; empty for a checkpoint of an earlier version.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Name of its folder; the order of the names is that of the training."""
+        """Name of its folder; names sort in the order of the training."""
         return f"epoch-{self.epoch:04d}-step-{self.step:08d}"
 
 
@@ -56,24 +56,24 @@ class Checkpoints:
 
     Args:
         uri: the folder.
-        keep: so many of the last are kept; None: every one.
-        score: metric whose highest value is kept too, the first of equals; empty: none.
+        keep: number of the last checkpoints to keep; None for all.
+        score: metric whose best checkpoint is kept too, the first of equals; empty for none.
     """
 
     def __init__(self, uri: str, *, keep: int | None = 1, score: str = "") -> None:
         self.uri, self.keep, self.score = uri, keep, score
 
     def entries(self) -> list[Entry]:
-        """Those that are whole, in the order of the training.
+        """Reads the complete checkpoints, in the order of the training.
 
         Raises:
-            CheckpointError: for an index that is none.
+            CheckpointError: for a file that is not an index.
             DataError: where the storage does not answer.
         """
         return self._read()[0]
 
     def _read(self) -> tuple[list[Entry], bool]:
-        """The entries, and True where a row was left out for not being as it was written."""
+        """Returns the entries, and True if a row was left out because it was changed."""
         index = join(self.uri, INDEX)
         if not exists(index):
             return [], False
@@ -94,30 +94,30 @@ class Checkpoints:
         return sorted(filter(None, found), key=lambda entry: entry.name), bool(damaged)
 
     def location(self, entry: Entry) -> str:
-        """Location of a checkpoint."""
+        """Returns the location of a checkpoint."""
         return join(self.uri, entry.name)
 
     def best(self) -> Entry | None:
-        """The one with the highest score, the first of equals; without a score the last."""
+        """Returns the checkpoint with the highest score, the first of equals; without a score, the last."""
         return next(iter(self.ranked()), None)
 
     def ranked(self) -> list[Entry]:
-        """Orders checkpoints by score, ``best`` first; without those that have no score."""
+        """Sorts checkpoints by score, ``best`` first; those without a score are left out."""
         return _ranked(self.entries(), self.score)
 
     def forget(self, entry: Entry) -> None:
-        """Lets a checkpoint count no more; its folder stays.
+        """Removes a checkpoint from the index; its folder stays.
 
         Raises:
-            DataError: where the index cannot be written.
+            DataError: if the index cannot be written.
         """
         self._write([one for one in self.entries() if one.name != entry.name])
 
     def add(self, entry: Entry) -> None:
-        """Makes a folder that has been written count, and deletes those that are no longer kept.
+        """Adds a folder that has been written to the index, and deletes those that are no longer kept.
 
         Raises:
-            DataError: where the index cannot be written; the folder then does not count.
+            DataError: if the index cannot be written; it then does not have the folder.
         """
         known = [one for one in self.entries() if one.name != entry.name]
         entries = sorted([*known, entry], key=lambda one: one.name)
@@ -130,9 +130,9 @@ class Checkpoints:
                 self._delete(one.name)
 
     def rewind(self, entry: Entry | None) -> None:
-        """Forgets what comes after a checkpoint, all for None, and deletes what was never finished."""
+        """Removes the checkpoints after a given one (all for None), and deletes unfinished folders."""
         try:
-            # Of a writer that was killed: there is one writer, and it has not started.
+            # From a writer that was killed: there is only one writer, and it has not started yet.
             delete_leftovers(self.uri, time.time_ns())
         except DataError as error:
             logger.warning("what a killed writer left stays: %s", error)
@@ -153,7 +153,7 @@ class Checkpoints:
         try:
             delete_tree(join(self.uri, name))
         except DataError as error:
-            # It costs space and nothing else; the next start tries again.
+            # It only costs space; the next start tries again.
             logger.warning("an old checkpoint stays: %s", error)
 
 
@@ -165,7 +165,7 @@ def _ranked(entries: list[Entry], score: str) -> list[Entry]:
 
 
 def _row_of(entry: Entry) -> dict[str, Any]:
-    """A row of the index; beside the SHA-256 of the files one of its own."""
+    """Returns a row of the index; besides the SHA-256 of the files it has its own."""
     row = {"step": entry.step, "epoch": entry.epoch, "metrics": dict(entry.metrics)}
     if not entry.sha256:
         return row
@@ -174,7 +174,7 @@ def _row_of(entry: Entry) -> dict[str, Any]:
 
 
 def _entry_of(row: Any) -> Entry | None:
-    """The checkpoint of a row; None for a row that is not as it was written."""
+    """Reads the checkpoint of a row; None if the row was changed."""
     if set(row) == {"step", "epoch", "metrics"}:  # as earlier versions wrote it
         return Entry(int(row["step"]), int(row["epoch"]), dict(row["metrics"]))
     try:
@@ -185,11 +185,11 @@ def _entry_of(row: Any) -> Entry | None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread of its own, one at a time, while training goes on.
+    """Writer of checkpoints in a separate thread, one at a time, while training goes on.
 
     Args:
-        checkpoints: where to.
-        patience_s: seconds for which a storage that fails is tried again.
+        checkpoints: to write into.
+        patience_s: seconds for which writing to a failing storage is retried.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, patience_s: float = PATIENCE_S) -> None:
@@ -203,12 +203,12 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def write(self, captured: Captured, entry: Entry, history: History) -> None:
-        """Starts to write one; waits for an earlier one first, since each holds a copy of the model.
+        """Starts to write a checkpoint; waits for an earlier one first, since each holds a copy of the model.
 
         Args:
-            captured: what to write.
-            entry: what it is.
-            history: the record up to this step, which nobody changes any more; it is saved first.
+            captured: the content to write.
+            entry: its entry in the index.
+            history: the record up to this step, which no longer changes; it is saved first.
         """
         self.wait()
         self._thread = threading.Thread(
@@ -217,7 +217,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns once nothing is being written; ``fault`` says whether it went well."""
+        """Waits until nothing is being written; ``fault`` then says whether it succeeded."""
         if self._thread is not None:
             self._thread.join()
 
@@ -244,7 +244,7 @@ class CheckpointWriter:
             earlier = self.checkpoints.entries()
             last = f"step {earlier[-1].step}, whose checkpoint is kept" if earlier else "its beginning"
             if not any(one.name == entry.name for one in earlier):
-                # Half a checkpoint would keep the space that the next one needs.
+                # Half a checkpoint would take the space that the next one needs.
                 delete_tree(location)
         except GareError as fault:
             logger.warning("what was written of the checkpoint of step %d stays: %s", entry.step, fault)

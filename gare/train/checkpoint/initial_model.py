@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def initial_model(config: Config) -> GARE:
-    """A new model with the run's seed, its towers from ``train.clip_weights`` where that is set.
+    """Builds a new model with the run's seed, and towers from ``train.clip_weights`` if that is set.
 
     A run that learns from features starts with the towers that made them.
 
@@ -32,7 +32,7 @@ def initial_model(config: Config) -> GARE:
 
 
 def feature_model(config: Config) -> GARE:
-    """A new model with the towers of ``features.weights``, by default those of ``train.clip_weights``.
+    """Builds a new model with the towers of ``features.weights``, by default of ``train.clip_weights``.
 
     Raises:
         CheckpointError: for weights that cannot be used.
@@ -48,11 +48,11 @@ def feature_model(config: Config) -> GARE:
 
 
 def sizes_of_weights(config: Config) -> dict[str, int]:
-    """``model.clip`` as ``features.weights``, or else ``train.clip_weights``, have it.
+    """Reads ``model.clip`` from ``features.weights``, or else from ``train.clip_weights``.
 
     Raises:
         CheckpointError: for weights that cannot be read.
-        ConfigError: where neither is set.
+        ConfigError: if neither is set.
     """
     weights = config.features.weights or config.train.clip_weights
     if not weights:
@@ -71,11 +71,11 @@ def _is_checkpoint(weights: str) -> bool:
 
 
 def zero_shot_model(config: Config) -> GARE:
-    """The towers of ``features.weights``, by default of ``train.clip_weights``, to be scored as they are.
+    """Builds the towers of ``features.weights``, by default of ``train.clip_weights``, for zero-shot scores.
 
     Raises:
         CheckpointError: for weights that cannot be used.
-        ConfigError: where no weights are named, or ``model.clip`` has other sizes than they.
+        ConfigError: if no weights are named, or if ``model.clip`` has other sizes than the weights.
     """
     if not (config.features.weights or config.train.clip_weights):
         raise ConfigError(
@@ -87,11 +87,11 @@ def zero_shot_model(config: Config) -> GARE:
 
 
 def fault_of_zero_shot(weights: str) -> str:
-    """The reason why the score of towers as they are is not that of published weights; empty where it is.
+    """Returns why the towers' score is not that of published weights; empty if it is.
 
     Args:
-        weights: a file or folder of CLIP, or a checkpoint folder, whose training may have changed its towers
-            or have started from another checkpoint.
+        weights: a file or folder of CLIP, or a checkpoint folder; its training may have changed the towers or
+            started from another checkpoint.
 
     Raises:
         CheckpointError: for a checkpoint that cannot be read.
@@ -112,11 +112,11 @@ def fault_of_zero_shot(weights: str) -> str:
 
 
 def read_start(uri: str, config: ModelConfig, *, sums: Mapping[str, str] | None = None) -> GARE:
-    """The initial model of a run that learns from features, without towers, as its driver left it.
+    """Reads the initial model of a run that learns from features, without towers, written by its driver.
 
     Raises:
-        CheckpointError: where it is missing or of another model.
-        DamagedError: where a file is not as it was written; in a checkpoint of such a run, by ``sums`` too.
+        CheckpointError: if it is missing or of another model.
+        DamagedError: if a file was changed; in a checkpoint of such a run, also compared with ``sums``.
     """
     model = GARE(config, towers=False)
     load_model(uri, model, sums=sums)

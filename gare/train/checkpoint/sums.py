@@ -1,7 +1,7 @@
-"""SHA-256 of the files of a checkpoint: written beside them, compared as they are read.
+"""SHA-256 of the files of a checkpoint: written beside them, compared when they are read.
 
-``SUMS`` lists every file of its folder and itself, so that a folder that is copied keeps them. A folder
-without it is one that an earlier version wrote. Names that begin with a dot are the file system's.
+``SUMS`` lists every file of its folder and itself, so that a copied folder keeps its sums. A folder without
+it was written by an earlier version. Names that begin with a dot belong to the file system.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _noted: set[str] = set()
 
 
 def sha256_of(content: bytes) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
+    """Returns the SHA-256 of a file's content, in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -44,32 +44,32 @@ def write_sums(uri: str, sums: Mapping[str, str]) -> None:
 
 
 def _serialised(sums: Mapping[str, str]) -> bytes:
-    """``SUMS`` as bytes. There is one way to write it, so that no change of a bit goes unseen."""
+    """Returns ``SUMS`` as bytes. There is only one way to write it, so that any changed bit is noticed."""
     own = sha256_of(json.dumps(sums, sort_keys=True).encode())
     return json.dumps({"sha256": sums, "own": own}, indent=2, sort_keys=True).encode() + b"\n"
 
 
 class SummedFolder:
-    """A folder of files that are compared with their SHA-256 as they are read.
+    """A folder of files that are compared with their SHA-256 when they are read.
 
     Args:
-        uri: the folder; one that is missing is one without sums.
+        uri: the folder; a missing one counts as one without sums.
         expected: SHA-256 by file name from elsewhere, such as the index of a run's checkpoints.
 
     Attributes:
-        sums: SHA-256 by file name; None: there are none, and files are read as they are.
+        sums: SHA-256 by file name; None if the folder has none, and files are read unchecked.
 
     Raises:
-        DamagedError: where ``SUMS`` is not as it was written, not as expected or missing against it, where a
+        DamagedError: if ``SUMS`` was changed, differs from ``expected`` or is missing although expected, if a
             file that it lists is missing, and for a file that it does not list.
-        DataError: where the storage does not answer.
+        DataError: if the storage does not answer.
     """
 
     def __init__(self, uri: str, *, expected: Mapping[str, str] | None = None) -> None:
         self.uri = uri
         self.sums: dict[str, str] | None = None
         location = join(uri, SUMS)
-        # Asked for by name: a shared file system may list a folder as it was some seconds ago.
+        # Read by name: a shared file system may list a folder as it was some seconds ago.
         content = _content_or_none(location)
         if content is None:
             if expected:
@@ -91,15 +91,15 @@ class SummedFolder:
 
     @property
     def names(self) -> list[str]:
-        """The files of the folder, ``SUMS`` apart."""
+        """Returns the files of the folder except ``SUMS``."""
         return sorted(set(_names_in(self.uri)) - {SUMS} if self.sums is None else self.sums)
 
     def read(self, name: str) -> bytes:
-        """The content of a file, compared with its SHA-256.
+        """Reads the content of a file and compares it with its SHA-256.
 
         Raises:
             CheckpointError: for a file that is missing.
-            DamagedError: for one whose content is not what was written.
+            DamagedError: for a file whose content was changed.
             DataError: where the storage does not answer.
         """
         location = join(self.uri, name)
@@ -110,7 +110,7 @@ class SummedFolder:
             raise DamagedError(f"is not listed in {SUMS}", where=location, accepted=ACCEPTED)
         listed, found = self.sums[name], sha256_of(content)
         if found != listed:
-            # A bit that was lost on the way here is not one of the file: a checkpoint is not given up for it.
+            # Read again: the error may lie in the transfer, for which a checkpoint is not given up.
             content = _content(location)
             found = sha256_of(content)
         if found != listed:
@@ -138,19 +138,19 @@ class SummedFolder:
         change: Callable[[bytes], bytes] | None = None,
         leave_out: Sequence[str] = (),
     ) -> None:
-        """Copies the files, each compared as it is read, with sums of their own.
+        """Copies the files, checking each when it is read, with new sums.
 
         Args:
-            target: folder; what it holds is deleted first.
-            last: the file that comes last, so that a folder that has it is whole.
-            change: makes the content of the last file another one.
-            leave_out: names that are not copied.
+            target: folder; its content is deleted first.
+            last: the file that is written last, so that a folder with this file is complete.
+            change: changes the content of the last file.
+            leave_out: names of files not to copy.
 
         Raises:
             CheckpointError, DamagedError, DataError: as ``read``, or where a file cannot be written.
         """
-        # Its last file goes first, and its sums stay until there are others: killed in between, it is a
-        # folder that lacks a file, and not one of an earlier version.
+        # Its last file is deleted first, and its sums stay until there are new ones: if killed in between, it
+        # is a folder that lacks a file, not one of an earlier version.
         for name in sorted(set(_names_in(target)) - {SUMS}, key=lambda name: name != last):
             delete_file(join(target, name))
         sums = {}
@@ -166,7 +166,7 @@ class SummedFolder:
 
 
 def add_file(uri: str, name: str, content: bytes) -> None:
-    """Writes a file into a folder and, where it has sums, adds its own; nobody may be reading there.
+    """Writes a file into a folder and adds its sum if the folder has sums; nobody may read there meanwhile.
 
     Raises:
         DamagedError: for a folder that is damaged.
@@ -179,7 +179,7 @@ def add_file(uri: str, name: str, content: bytes) -> None:
 
 
 def note_without_sums(folder: SummedFolder) -> None:
-    """Says once, in this process, that what an earlier version wrote cannot be checked."""
+    """Logs once in this process that folders of an earlier version cannot be checked."""
     if folder.sums is None and not _noted:
         _noted.add(folder.uri)
         logger.warning(
@@ -206,7 +206,7 @@ def _names_in(uri: str) -> list[str]:
 
 
 def _content(location: str) -> bytes:
-    """The content of a file; one that is missing is the checkpoint's fault, not the storage's."""
+    """Reads a file; a missing one is a fault of the checkpoint, not of the storage."""
     try:
         return read_bytes(location)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""RandAugment of a batch's clips, with torch: made for a GPU, where clips that need the same pass share it.
+"""RandAugment of a batch's clips with torch: made for a GPU, where clips share the passes of one kind.
 
 M clips, F frames, H×W pixels; n of the M clips in one pass.
 """
@@ -27,13 +27,13 @@ MAX_VALUES = 16 * 12 * 224 * 224 * 3
 def augment_batch(frames: Tensor, config: AugmentConfig, seeds: Sequence[int]) -> Tensor:
     """Changes each clip by its own seed: random crop, mirror, then RandAugment, all frames of a clip alike.
 
-    Tone is exactly Pillow's. Warps interpolate with Pillow's cubic kernel, see ``_sample`` for what little
-    is left out. A clip's result does not depend on the others in the batch. The host waits for nothing that
-    the device computes.
+    Tone is exactly Pillow's. Warps interpolate with Pillow's cubic kernel, except for a small term, see
+    ``_sample``. A clip's result does not depend on the others in the batch. The host never waits for the
+    device.
 
     Args:
         frames: (M, F, H, W, 3) uint8, on any device; left as they are.
-        config: what to do; the default does nothing.
+        config: which changes to make; the default makes none.
         seeds: of the M clips.
 
     Returns:
@@ -64,7 +64,7 @@ class _Pass:
     Attributes:
         kind: of the step.
         clips: (n,) int64 positions.
-        argument: (n, …) float32, those of the clips' steps.
+        argument: (n, …) float32, arguments of the clips' steps.
     """
 
     kind: StepKind
@@ -85,7 +85,7 @@ def _shared_passes(clips: Sequence[Sequence[Step]], max_clips: int) -> Iterator[
 
 def _stacked(arguments: Sequence[NDArray[np.generic]], *, padded: bool) -> NDArray[np.float32]:
     if padded:
-        # No pixel is outside of the frame under the identity, so that it changes nothing in a path.
+        # Under the identity no pixel is outside the frame, so it changes nothing in a path.
         longest = max(len(path) for path in arguments)
         here = np.eye(3)[None, :2]
         arguments = [np.concatenate([here.repeat(longest - len(path), axis=0), path]) for path in arguments]
@@ -93,7 +93,7 @@ def _stacked(arguments: Sequence[NDArray[np.generic]], *, padded: bool) -> NDArr
 
 
 def _copied(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[Tensor]:
-    """Copies arrays of one dtype to a device in one transfer, for which the host does not wait."""
+    """Copies arrays of one dtype to a device in one transfer; the host does not wait for it."""
     flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
     if device.type == "cuda":
         flat = flat.pin_memory()
@@ -119,7 +119,7 @@ def _apply_tables(clips: Tensor, tables: Tensor) -> Tensor:
 
 
 def _table_starts(shape: Sequence[int], device: torch.device) -> Tensor:
-    """First position of each pixel's table among the values of all, (n, F or 1, 1, 1, 3 or 1) int32."""
+    """Returns where each pixel's table starts among all tables' values, (n, F or 1, 1, 1, 3 or 1) int32."""
     num, frames, channels, size = shape
     starts = torch.arange(0, num * frames * channels * size, size, dtype=torch.int32, device=device)
     return starts.view(num, frames, 1, 1, channels)
@@ -132,7 +132,7 @@ def _all_values(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _autocontrast(clips: Tensor, _: Tensor) -> Tensor:
     low, high = clips.amin(dim=(2, 3))[..., None].double(), clips.amax(dim=(2, 3))[..., None].double()
     span = (high - low).clamp(min=1)
-    # A number divided by a tensor is a product with its reciprocal in torch, and rounds twice.
+    # torch divides a number by a tensor as a product with the reciprocal, which rounds twice.
     scale = torch.full_like(span, 255) / span
     values = _all_values(torch.float64, clips.device)
     stretched = (values * scale - low * scale).clamp(0, 255)
@@ -163,7 +163,7 @@ def _contrast(clips: Tensor, factor_n: Tensor) -> Tensor:
 
 
 def _grey(clips: Tensor) -> Tensor:
-    """Pillow's grey, (n, F, H, W) int32."""
+    """Computes Pillow's grey, (n, F, H, W) int32."""
     red, green, blue = clips.unbind(-1)
     return (red.int() * 19595 + green.int() * 38470 + blue.int() * 7471 + 32768) >> 16
 
@@ -182,8 +182,8 @@ def _sharpness(clips: Tensor, factor_n: Tensor) -> Tensor:
 
 
 def _blend(base: Tensor, clips: Tensor, factor_n: Tensor) -> Tensor:
-    """Pillow's Image.blend: base + factor · (clips − base), truncated."""
-    # Not by add's alpha, which a device may compute with one rounding.
+    """Does Pillow's Image.blend: base + factor · (clips − base), truncated."""
+    # Not with add's alpha, which a device may compute with a single rounding.
     values = (clips.float() - base).mul_(factor_n.view(-1, 1, 1, 1, 1)).add_(base)
     return values.clamp_(0, 255).to(torch.uint8)
 

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from gare.config import AugmentConfig
 from gare.train.input.randaugment import FILL, SLACK, draw_operations, steps_of
 
-#: Weights of Pillow's grey, and the half that rounds; all sums are exact in float32.
+#: Weights of Pillow's grey, and one half for rounding; all sums are exact in float32.
 _GREY = np.array([[19595, 38470, 7471, 32768]] * 3) / 65536
 
 #: Pillow's SMOOTH filter; it copies the pixels at the border.
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
 
 #: Warps work on 16 bits, in OpenCV 5 faster than 8: grey levels in steps of 1/64, so that they are rounded
-#: once, and with room for the kernel's overshoot on both sides.
+#: only once, with room for the kernel's overshoot on both sides.
 _FINE, _FINE_ZERO = 64, 2**14
 
 #: Added before OpenCV rounds, so that it truncates.
@@ -34,12 +34,12 @@ Clip = NDArray[np.uint8]
 def augment_clip(frames: Clip, config: AugmentConfig, seed: int) -> Clip:
     """Changes a clip by its seed: random crop, mirror, then RandAugment, all frames alike.
 
-    Tone is exactly Pillow's. Warps interpolate with Pillow's cubic kernel, see ``_smoothed`` for what little
-    is left out.
+    Tone is exactly Pillow's. Warps interpolate with Pillow's cubic kernel, except for a small term, see
+    ``_smoothed``.
 
     Args:
         frames: (F, H, W, 3) uint8; left as they are.
-        config: what to do; the default does nothing.
+        config: which changes to make; the default makes none.
         seed: of the clip.
 
     Returns:
@@ -52,9 +52,9 @@ def augment_clip(frames: Clip, config: AugmentConfig, seed: int) -> Clip:
 
 @cache
 def _opencv() -> Any:
-    import cv2  # here, because configuration and plans are read where no picture is
+    import cv2  # here, because configuration and plans are read without cv2
 
-    # A loader has one core; OpenCV would take them all.
+    # A loader has one core; OpenCV would use all of them.
     cv2.setNumThreads(1)
     return cv2
 
@@ -66,7 +66,7 @@ def _mirror(frames: Clip, _: NDArray[Any]) -> Clip:
 
 
 def _rows(frames: Clip) -> Clip:
-    """All rows of a clip as one picture (F·H, W, 3)."""
+    """Views all rows of a clip as one picture (F·H, W, 3)."""
     return frames.reshape(-1, *frames.shape[2:])
 
 
@@ -90,7 +90,7 @@ def _apply_tables(frames: Clip, tables: NDArray[Any]) -> Clip:
 
 
 def _histograms(frames: Clip) -> NDArray[np.int64]:
-    """Pixels of each value, (F, 3, 256)."""
+    """Counts the pixels of each value, (F, 3, 256)."""
     cv2 = _opencv()
     return np.array(
         [
@@ -130,7 +130,7 @@ def _contrast(frames: Clip, factor: NDArray[Any]) -> Clip:
 
 
 def _grey(frame: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pillow's grey of a frame, in all three channels; whole numbers."""
+    """Computes Pillow's grey of a frame, in all three channels; whole numbers."""
     grey: NDArray[np.float32] = _opencv().transform(frame, _GREY)
     return np.floor(grey, out=grey)
 
@@ -157,7 +157,7 @@ def _sharpness(frames: Clip, factor: NDArray[Any]) -> Clip:
 def _blend(
     base: NDArray[np.float32], values: NDArray[np.float32], factor: NDArray[Any], target: Clip
 ) -> None:
-    """Pillow's Image.blend: base + factor · (values − base), truncated. Overwrites ``values``."""
+    """Does Pillow's Image.blend: base + factor · (values − base), truncated. Overwrites ``values``."""
     values -= base
     values *= factor
     values += base
@@ -200,7 +200,7 @@ def _warp(frames: Clip, path: NDArray[Any]) -> Clip:
 
 
 def _smoothed(coordinates: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Coordinates at which linear interpolation is the cubic kernel with a = 0.
+    """Moves coordinates so that linear interpolation there equals the cubic kernel with a = 0.
 
     OpenCV's cubic has a = −0.75 and Pillow's a = −1. The kernel is linear in a, and with a = 0 it is linear
     interpolation whose fraction t is replaced by 3t² − 2t³; so k(−1) = 4/3·k(−0.75) − 1/3·k(0) along one
@@ -226,7 +226,7 @@ def _transposed(frames: Clip) -> Clip:
 
 
 def _shift_rows(frames: Clip, path: NDArray[Any]) -> Clip:
-    """Moves each row by a distance of its own: one filter of five values a row, the same for all frames.
+    """Moves each row by its own distance: one filter of five values per row, the same for all frames.
 
     Args:
         frames: (F, H, W, 3).
@@ -235,7 +235,7 @@ def _shift_rows(frames: Clip, path: NDArray[Any]) -> Clip:
     cv2 = _opencv()
     num, height, width = frames.shape[:3]
     shifts = path[:, 1:2] * (np.arange(height) + 0.5) + path[:, 2:]
-    # Whole pixels, and a rest in [−0.5, 0.5).
+    # Whole pixels, and a remainder in [−0.5, 0.5).
     whole = np.floor(shifts + 0.5).astype(int)
     first, last = np.maximum(-whole.min(axis=0), 0), np.minimum(width - whole.max(axis=0), width)
     weights = _cubic(np.arange(-2, 3) - (shifts[-1] - whole[-1])[:, None]).astype(np.float32)
@@ -250,7 +250,7 @@ def _shift_rows(frames: Clip, path: NDArray[Any]) -> Clip:
 
 
 def _cubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pillow's cubic kernel, a = −1, at distances in pixels."""
+    """Computes Pillow's cubic kernel, a = −1, at distances in pixels."""
     x = np.abs(distance)
     return np.where(x <= 1, (x - 2) * x * x + 1, np.where(x < 2, ((5 - x) * x - 8) * x + 4, 0))
 

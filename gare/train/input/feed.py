@@ -1,7 +1,7 @@
-"""Bringing loaded arrays to the device, the next batch while a step computes.
+"""Transfer of loaded arrays to the device: of the next batch while a step computes.
 
-Without a GPU a batch is put together when it is asked for. With one a thread of its own puts it into pinned
-memory, copies it on a stream of its own and finishes it there, so that the step finds it on the device.
+Without a GPU a batch is put together on request. With a GPU, a separate thread puts it into pinned memory,
+copies and finishes it on a separate stream, so that it is on the device when the step needs it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from gare.train.input.loader import ON_HOST, PARTS
 logger = logging.getLogger(__name__)
 
 Tensors: TypeAlias = dict[str, Tensor]
-#: Finishes a batch on the device: its place among those that the feed brings, its tensors.
+#: Finishes a batch on the device. Arguments: its place among the feed's batches, its tensors.
 Finish: TypeAlias = Callable[[int, Tensors], Tensors]
 
-#: Finished batches that wait on the device beside the one that is used and the one that is made.
+#: Finished batches that wait on the device, besides the one in use and the one being made.
 WAITING = 1
-#: Seconds between looks of the copying thread at whether anybody still wants its batches.
+#: Seconds between the copying thread's checks that its batches are still wanted.
 _LOOK_EVERY_S = 0.2
-#: Seconds that closing waits for the thread, which may be waiting for a storage that does not answer.
+#: Seconds that closing waits for the thread, which may itself wait for a storage that does not answer.
 _CLOSE_S = 30.0
 
 
@@ -42,7 +42,7 @@ class Arrived:
 
     Attributes:
         tensors: by name.
-        seconds: what loading took by part, of all loaders together; and of this process ``transfer`` and
+        seconds: loading time by part, of all loaders together; and this process's ``transfer`` and
             ``finish``.
         copied: events around the copy and after the finish, on a GPU.
         waited: events around the wait for it on the stream that computes, on a GPU.
@@ -55,15 +55,15 @@ class Arrived:
 
 
 class Feed:
-    """Iterates over batches on the device, in the order of the chunks that loaders made of them.
+    """Iterator over batches on the device, in the order of the loaders' chunks.
 
     Args:
-        chunks: arrays of consecutive rows, in order, none with rows of two batches.
-        sizes: rows of each batch that is to come.
-        device: where to.
-        finish: what is done to each batch on the device, by default nothing.
-        loaders: how many processes load the chunks side by side.
-        ahead: bring the next batch in a thread of its own; by default on a GPU.
+        chunks: arrays of consecutive rows, in order; no chunk has rows of two batches.
+        sizes: number of rows of each coming batch.
+        device: to transfer to.
+        finish: applied to each batch on the device; does nothing by default.
+        loaders: number of processes that load the chunks in parallel.
+        ahead: whether to transfer the next batch in a separate thread; by default on a GPU.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Feed:
         return self
 
     def __next__(self) -> Arrived:
-        """The next batch; the stream that computes waits for its copy.
+        """Returns the next batch; the computing stream waits for its copy.
 
         Raises:
-            GareError: where the chunks end before the batches do.
+            GareError: if the chunks end before the batches do.
         """
         if self._ended:
             raise StopIteration
@@ -113,18 +113,18 @@ class Feed:
         return arrived
 
     def seconds(self, arrived: Arrived) -> dict[str, float]:
-        """Seconds that a batch took, to be asked for after its step, which has waited for the device.
+        """Returns the seconds that a batch took; to call after its step, which has waited for the device.
 
         Returns:
-            ``fetch``, ``jpeg`` and ``augment``, divided by the loaders that share the work, and with what a
-            GPU augments; ``transfer``, of the way to the device; ``device_wait``, that the device stood still
-            for it.
+            ``fetch``, ``jpeg`` and ``augment``, divided by the loaders that share the work, and including
+            augmentation on a GPU; ``transfer`` to the device; ``device_wait``, the time that the device
+            waited for the batch.
         """
         parts = {name: arrived.seconds.get(name, 0.0) / self._loaders for name in PARTS}
         transfer, finish = arrived.seconds["transfer"], arrived.seconds["finish"]
         parts["device_wait"] = 0.0
         if self._is_gpu:
-            # Host and device work side by side: the slower of the two is what it takes.
+            # Host and device work in parallel: the slower of the two decides.
             before, copied, finished = arrived.copied
             transfer = max(transfer, before.elapsed_time(copied) / 1000)
             finish = max(finish, copied.elapsed_time(finished) / 1000)
@@ -134,7 +134,7 @@ class Feed:
         return parts
 
     def close(self) -> None:
-        """Ends the thread and what loads."""
+        """Ends the thread and the loaders."""
         self._over.set()
         self._ended = True
         if self._thread is not None:
@@ -167,7 +167,7 @@ class Feed:
         arrived.waited[1].record(computing)
         for tensor in arrived.tensors.values():
             if tensor.device.type == "cuda":
-                tensor.record_stream(computing)  # or its memory would be given to the next copy too early
+                tensor.record_stream(computing)  # or the next copy would get its memory too early
 
     def _run(self) -> None:
         try:
@@ -179,7 +179,7 @@ class Feed:
             self._put(None)
         except torch.OutOfMemoryError as error:
             self._put(_no_room(error, self._sizes))
-        except BaseException as error:  # to be raised where the batch is asked for
+        except BaseException as error:  # raised when the batch is requested
             self._put(error)
 
     def _put(self, item: Arrived | BaseException | None) -> bool:
@@ -192,7 +192,7 @@ class Feed:
         return False
 
     def _make(self) -> Iterator[Arrived]:
-        """Batches in order, each put together from its chunks and brought to the device."""
+        """Yields batches in order, each put together from its chunks and brought to the device."""
         for place, size in enumerate(self._sizes):
             parts = self._rows_of(size, place)
             if parts is None:
@@ -200,11 +200,11 @@ class Feed:
             yield self._bring(parts, place)
 
     def _bring(self, parts: list[Mapping[str, np.ndarray]], place: int) -> Arrived:
-        """Puts a batch together, whose chunks it takes out of the list, and brings it to the device."""
+        """Puts a batch together, removing its chunks from the list, and brings it to the device."""
         seconds = dict(zip(PARTS, sum(part["seconds"].sum(axis=0) for part in parts), strict=True))
         started = time.perf_counter()
         joined = _joined(parts, pin=self._is_gpu)
-        parts.clear()  # all processes share their memory, which the next batch needs
+        parts.clear()  # they are in shared memory, which the next batch needs
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             marks = _events(3) if self._is_gpu else ()
             tensors = self._on_device(joined, marks)
@@ -227,7 +227,7 @@ class Feed:
         return tensors
 
     def _rows_of(self, size: int, place: int) -> list[Mapping[str, np.ndarray]] | None:
-        """Chunks of a batch; None where nobody wants it any more."""
+        """Returns the chunks of a batch; None if it is no longer wanted."""
         parts: list[Mapping[str, np.ndarray]] = []
         rows = 0
         while rows < size:
@@ -258,22 +258,23 @@ def _no_room(error: Exception, sizes: Sequence[int]) -> GareError:
 
 
 def _events(count: int) -> tuple[Any, ...]:
-    """Marks on a stream whose distance in time can be asked for."""
+    """Creates CUDA events that record times."""
     return tuple(torch.cuda.Event(enable_timing=True) for _ in range(count))  # type: ignore[no-untyped-call]
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype[Any], *, pin: bool) -> Tensor:
     if not pin:
-        # NumPy's memory comes in huge pages, which are there sooner than small ones.
+        # NumPy allocates in huge pages, which is faster than in small ones.
         return torch.from_numpy(np.empty(shape, dtype))
     kind = torch.from_numpy(np.empty(0, dtype)).dtype
     return torch.empty(list(shape), dtype=kind, pin_memory=True)
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]], *, pin: bool) -> Tensors:
-    """Arrays of all parts one after another, in memory of their own: what loaders share cannot be written to.
+    """Concatenates the arrays of all parts into new memory, since the loaders' shared memory is read-only.
 
-    Where parts differ in other dimensions than the first, such as captions of a clip, zeros fill them up.
+    If parts differ in other dimensions than the first, such as captions of a clip, they are padded with
+    zeros.
     """
     joined: Tensors = {}
     for name in parts[0]:
@@ -287,7 +288,7 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]], *, pin: bool) -> Tensors:
             whole.zero_()
         first = 0
         for array in arrays:
-            # By numpy, which lets go of Python's lock and takes what is read-only.
+            # By numpy, which releases the GIL and accepts read-only arrays.
             target = whole.numpy()[first : first + len(array)]
             np.copyto(target[(slice(None), *map(slice, array.shape[1:]))], array)
             first += len(array)

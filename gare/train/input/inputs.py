@@ -1,7 +1,7 @@
-"""The two kinds of training input, frames and stored features, each with all that a run does differently.
+"""The two kinds of training input, frames and stored features, with all steps in which runs differ.
 
-A run chooses one of them at its start. Its driver asks it for the store's settings and the initial model, its
-workers for their model, their loader and their batches.
+A run chooses one of them at its start. The driver gets the store's settings and the initial model from it;
+the workers get their model, loader and batches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gare.train.input.plan import PlannedBatch
 from gare.train.input.tokens import CaptionTokens
 from gare.train.validation import Validation
 
-#: Folder of a run with the initial model that its driver leaves to the workers.
+#: Folder of a run with the initial model, which the driver writes for the workers.
 START = "start"
 
 
@@ -43,7 +43,7 @@ class TrainInput(ABC):
 
     Args:
         config: of the run.
-        store: store that it learns from.
+        store: store that the run learns from.
     """
 
     def __init__(self, config: Config, store: str) -> None:
@@ -58,7 +58,7 @@ class TrainInput(ABC):
         initial_model(self.config)
 
     def check_store(self) -> None:
-        """Makes sure, before the first step, that the store was made of pictures of the model's size.
+        """Checks, before the first step, that the store was made from pictures of the model's size.
 
         Raises:
             ConfigError: for pictures of another size.
@@ -75,23 +75,23 @@ class TrainInput(ABC):
     @property
     @abstractmethod
     def store_settings(self) -> dict[str, Any] | None:
-        """Settings that a feature store must have been made with; None for a frame store."""
+        """Returns the settings that a feature store must have been made with; None for a frame store."""
 
     @abstractmethod
     def begin(self, folder: str) -> None:
-        """Leaves in the run's folder what its workers need; on the driver."""
+        """Writes the files that workers need into the run's folder; on the driver."""
 
     @abstractmethod
     def shared(self, splits: StoredSplits) -> Any:
-        """Computes, once a run and on the driver, what the loaders of all workers need; it is pickled."""
+        """Computes, once per run on the driver, the data that all workers' loaders need; it is pickled."""
 
     @abstractmethod
     def worker_model(self, folder: str) -> GARE:
-        """The model that a worker starts from."""
+        """Builds the model that a worker starts from."""
 
     @abstractmethod
     def loader(self, listed: Listed, shared: Any, device: torch.device, model: GARE) -> Callable[[], Load]:
-        """Gives what makes a loader, in this process or another.
+        """Returns a function that builds a loader, in this process or another.
 
         Args:
             listed: batches of the worker.
@@ -101,7 +101,7 @@ class TrainInput(ABC):
         """
 
     def local_loader(self, make: Callable[[], Load]) -> Load | None:
-        """A loader for the worker's own process, where that costs it next to nothing; else None.
+        """Returns a loader for the worker's own process if it costs next to nothing there; else None.
 
         Args:
             make: from ``loader``.
@@ -111,16 +111,16 @@ class TrainInput(ABC):
 
     @abstractmethod
     def row_bytes(self, num_captions: int = 1) -> int:
-        """Bytes of a loaded clip with so many captions, about."""
+        """Estimates the bytes of a loaded clip with ``num_captions`` captions."""
 
     def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
-        """Does on a GPU what the loaders have left to it."""
+        """Does the work on a GPU that the loaders leave to it."""
         del planned
         return tensors
 
     @abstractmethod
     def batch(self, tensors: Mapping[str, Tensor]) -> Batch | FeatureBatch:
-        """Makes a training batch of loaded tensors."""
+        """Builds a training batch from loaded tensors."""
 
     @abstractmethod
     def validate(self, validation: Validation, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> None:
@@ -128,12 +128,12 @@ class TrainInput(ABC):
 
     @abstractmethod
     def copy_best(self, checkpoint: str, best: str, sums: Mapping[str, str]) -> None:
-        """Copies the run's best checkpoint to where any reader can use it; on the driver.
+        """Copies the run's best checkpoint to a folder where any reader can use it; on the driver.
 
         Args:
             checkpoint: of the run.
             best: folder of the copy.
-            sums: SHA-256 of its files, from the run's index; empty where that has none.
+            sums: SHA-256 of its files, from the run's index; empty if the index has none.
 
         Raises:
             CheckpointError, DataError: as ``copy_checkpoint``.
@@ -141,17 +141,17 @@ class TrainInput(ABC):
 
 
 class FrameInput(TrainInput):
-    """Frames of a frame store, which the towers learn from."""
+    """Input of frames from a frame store, from which the towers learn."""
 
     @property
     def store_settings(self) -> None:
-        """None: the store is one of frames."""
+        """Returns None: the store is a frame store."""
 
     def begin(self, folder: str) -> None:
         """Does nothing: each worker builds the initial model from the same seed and weights."""
 
     def shared(self, splits: StoredSplits) -> dict[str, CaptionTokens]:
-        """Tokens of the captions of train and val."""
+        """Tokenises the captions of train and val."""
         max_words = self.config.model.max_words
         return {
             split: CaptionTokens.of([row.captions for row in splits.of_split(split)], max_words)
@@ -159,14 +159,14 @@ class FrameInput(TrainInput):
         }
 
     def worker_model(self, folder: str) -> GARE:
-        """The initial model, of the run's seed and weights."""
+        """Builds the initial model from the run's seed and weights."""
         del folder
         return initial_model(self.config)
 
     def loader(
         self, listed: Listed, shared: Mapping[str, CaptionTokens], device: torch.device, model: GARE
     ) -> Callable[[], Load]:
-        """Reads frames and, without a GPU, augments them."""
+        """Returns a builder of loaders that read frames and, without a GPU, augment them."""
         del model
         store, seed, augment = self.store, self.config.train.seed, self.config.augment
         on_gpu = self._augments_on(device)
@@ -175,24 +175,24 @@ class FrameInput(TrainInput):
         return lambda: FrameLoader(store, listed, shared, augment=in_loader, seed=seed, whole=whole)
 
     def row_bytes(self, num_captions: int = 1) -> int:
-        """Bytes of the frames as uint8, whole ones taken to be 16:9; tokens are few beside them."""
+        """Estimates the bytes of the frames as uint8, whole ones as 16:9; tokens are negligible."""
         del num_captions
         model = self.config.model
         square = 3 * model.max_frames * model.clip.image_size**2
         return square * 16 // 9 if self.config.extract.crop == "none" else square
 
     def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
-        """Augments training clips on a GPU, and crops whole frames after it."""
+        """Augments training clips on a GPU, and then crops whole frames."""
         if planned.kind == "val" or not self._augments_on(tensors["frame_mask"].device):
             return tensors
         return self.augmented(planned, tensors)
 
     def _augments_on(self, device: torch.device) -> bool:
-        """True if clips are augmented on the device, and not by the loaders or not at all."""
+        """Returns True if clips are augmented, and on the device rather than by the loaders."""
         return self.config.augment.is_on and device.type == "cuda"
 
     def augmented(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
-        """Augments the clips of a batch on whatever device they are."""
+        """Augments the clips of a batch on their own device."""
         augment, seeds = self.config.augment, clip_seeds(self.config.train.seed, planned)
         if "pixels" in tensors:
             frames = self.augment_whole(tensors, seeds)
@@ -224,7 +224,7 @@ class FrameInput(TrainInput):
         return frames
 
     def batch(self, tensors: Mapping[str, Tensor]) -> Batch:
-        """Frames as uint8, which the objective normalises, beside tokens."""
+        """Builds a batch of uint8 frames, which the objective normalises, and tokens."""
         return Batch(
             token_ids=tensors["token_ids"],
             token_mask=tensors["token_mask"],
@@ -238,21 +238,21 @@ class FrameInput(TrainInput):
         validation.add(planned.videos.tolist(), tensors)
 
     def copy_best(self, checkpoint: str, best: str, sums: Mapping[str, str]) -> None:
-        """Copies the checkpoint, which has its towers."""
+        """Copies the checkpoint, which includes the towers."""
         copy_checkpoint(checkpoint, best, sums=sums)
 
 
 class FeatureInput(TrainInput):
-    """Stored features, which what follows the towers learns from.
+    """Input of stored features, from which the modules after the towers learn.
 
-    Its workers hold no towers: the driver leaves them the initial model without, and gives the best
-    checkpoint its towers in the end, so that whoever loads it can encode new captions and videos.
+    The workers hold no towers: the driver writes them the initial model without towers. In the end it adds
+    the towers to the best checkpoint, so that new captions and videos can be encoded with it.
 
     Args:
         config: of the run.
         store: the feature store.
-        settings: that the store must have been made with, where they are known; else they follow from the
-            weights of the towers.
+        settings: that the store must have been made with, if known; otherwise they follow from the weights of
+            the towers.
     """
 
     def __init__(self, config: Config, store: str, settings: dict[str, Any] | None = None) -> None:
@@ -261,17 +261,17 @@ class FeatureInput(TrainInput):
 
     @cached_property
     def initial_model(self) -> GARE:
-        """The model that the run starts from, built once.
+        """Builds, once, the model that the run starts from.
 
         Raises:
             CheckpointError: for weights that cannot be used.
-            ConfigError: where ``model.clip`` has other sizes than they.
+            ConfigError: if ``model.clip`` has other sizes than the weights.
         """
         return initial_model(self.config)
 
     @property
     def store_settings(self) -> dict[str, Any]:
-        """Settings of the store, the hash of the towers among them."""
+        """Returns the settings of the store, including the hash of the towers."""
         if self._settings is None:
             from gare.model.encoders.clip import towers_sha256
 
@@ -279,7 +279,7 @@ class FeatureInput(TrainInput):
         return self._settings
 
     def check_weights(self) -> None:
-        """Builds the initial model, which is kept for the steps that need it.
+        """Builds the initial model and keeps it for later steps.
 
         Raises:
             CheckpointError, ConfigError: as ``initial_model``.
@@ -294,34 +294,34 @@ class FeatureInput(TrainInput):
         try:
             write_model(join(folder, START), model)
         finally:
-            model.towers = towers  # which the checkpoint gets in the end
+            model.towers = towers  # the checkpoint gets them in the end
 
     def shared(self, splits: StoredSplits) -> None:
         """Does nothing: the store has the captions' features."""
 
     def worker_model(self, folder: str) -> GARE:
-        """The initial model without towers, as the driver left it."""
+        """Reads the initial model without towers, which the driver wrote."""
         return read_start(join(folder, START), self.config.model)
 
     def loader(self, listed: Listed, shared: Any, device: torch.device, model: GARE) -> Callable[[], Load]:
-        """Reads features of clips and captions."""
+        """Returns a builder of loaders that read features of clips and captions."""
         del shared, device
         store, words, cache_mb = self.store, model.scorer.needs_words, self.config.features.cache_mb
         return lambda: FeatureLoader(FeatureReader(store, words=words, cache_mb=cache_mb), listed)
 
     def local_loader(self, make: Callable[[], Load]) -> Load | None:
-        """The loader, where the store fits into ``features.cache_mb`` and is read once."""
+        """Returns the loader if the store fits into ``features.cache_mb``, as it is then read only once."""
         loader = make()
         return loader if isinstance(loader, FeatureLoader) and loader.reader.whole else None
 
     def row_bytes(self, num_captions: int = 1) -> int:
-        """Bytes of the features as float16."""
+        """Estimates the bytes of the features as float16."""
         model = self.config.model
         words = model.max_words if model.increment and model.context == "words" else 0
         return 2 * (model.max_frames + num_captions * (1 + words)) * model.clip.embed_dim
 
     def batch(self, tensors: Mapping[str, Tensor]) -> FeatureBatch:
-        """Features of clips, each with one caption."""
+        """Builds a batch of features of clips, each with one caption."""
         words = tensors.get("words")
         return FeatureBatch(
             tensors["text"][:, 0],
@@ -333,24 +333,24 @@ class FeatureInput(TrainInput):
         )
 
     def validate(self, validation: Validation, planned: PlannedBatch, tensors: Mapping[str, Tensor]) -> None:
-        """Takes clips and all their captions."""
+        """Adds clips and all their captions."""
         validation.add_features(planned.videos.tolist(), tensors)
 
     def copy_best(self, checkpoint: str, best: str, sums: Mapping[str, str]) -> None:
-        """Copies the checkpoint and adds the towers, so that it is like that of a run on frames."""
+        """Copies the checkpoint and adds the towers, so that it is like one of a run on frames."""
         copy_checkpoint(checkpoint, best, sums=sums, start=self.initial_model)
 
 
 def input_of(
     config: Config, frames: str, features: str, settings: dict[str, Any] | None = None
 ) -> TrainInput:
-    """The input that ``train.input`` names.
+    """Builds the input that ``train.input`` names.
 
     Args:
         config: of the run.
         frames: the frame store.
         features: the feature store.
-        settings: of the feature store, where they are known.
+        settings: of the feature store, if known.
     """
     if config.train.input == "features":
         return FeatureInput(config, features, settings)

@@ -1,4 +1,4 @@
-"""Loading rows of planned batches as arrays, in whatever process has the time.
+"""Loading of rows of planned batches as arrays, in any process.
 
 m clips of a batch, F frames, S×S pixels, W words.
 """
@@ -22,25 +22,25 @@ from gare.train.input.plan import Plan, PlannedBatch
 from gare.train.input.sampler import step_seed
 from gare.train.input.tokens import CaptionTokens
 
-#: Arrays by name, each with one row a clip or one a caption.
+#: Arrays by name, each with one row per clip or per caption.
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 #: Loads the rows of a batch: number of the batch, first row, row after the last.
 Load: TypeAlias = Callable[[int, int, int], Arrays]
 
-#: What a loader does with its time, in the order of the array ``seconds`` that it hands over.
+#: Parts of a loader's time, in the order of the array ``seconds`` that it returns.
 PARTS = ("fetch", "jpeg", "augment")
-#: Arrays that say how others are to be read, and so stay where Python is.
+#: Arrays that say how to read others; they stay on the host.
 ON_HOST = frozenset({"sizes", "caption_counts"})
 
 
 @dataclass(frozen=True)
 class Listed:
-    """The batches of a worker and the clips that they are numbered by.
+    """The batches of a worker, and the video ids that their numbers stand for.
 
     Attributes:
         plan: of the worker.
         ids: video ids of each split, in the order that the plan numbers.
-        most_captions: captions of a validation clip at most.
+        most_captions: largest number of captions of a validation clip.
     """
 
     plan: Plan
@@ -48,22 +48,22 @@ class Listed:
     most_captions: int = 1
 
     def rows(self, number: int, first: int, stop: int) -> tuple[PlannedBatch, list[str]]:
-        """Some rows of a batch, and the ids of their videos."""
+        """Returns some rows of a batch, and the ids of their videos."""
         batch = self.plan.batches[number]
         some = PlannedBatch(batch.kind, batch.epoch, batch.videos[first:stop], batch.captions[first:stop])
         return some, [self.ids[batch.kind][video] for video in some.videos]
 
 
 class FrameLoader:
-    """Loads clips and their captions' tokens from a frame store.
+    """Loader of clips and their captions' tokens from a frame store.
 
     Args:
         store: the frame store.
         listed: batches to load from.
         tokens: of the captions of each split.
-        augment: how training clips are changed here; None: they are changed elsewhere, or not at all.
+        augment: augmentation of training clips by this loader; None if it is done elsewhere or not at all.
         seed: of the run, for the augmentation.
-        whole: hand over the whole frames of training clips, to be cropped after an augmentation elsewhere.
+        whole: whether to return whole frames of training clips, to be cropped after augmentation elsewhere.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class FrameLoader:
         Returns:
             ``frames`` (m, F, S, S, 3) uint8, or with ``whole`` the ``pixels`` of all clips (P,) uint8 and
             their ``sizes`` (m, 2) int32, height and width; ``frame_mask`` (m, F) bool; ``token_ids`` and
-            ``token_mask`` of each pair's caption, for validation of all captions, with ``caption_counts``
-            (m,); ``video_ids`` (m,) int64, but for validation; ``seconds`` (1, 3), the time that each of
+            ``token_mask`` of each pair's caption, or in validation of all captions, with ``caption_counts``
+            (m,); ``video_ids`` (m,) int64, except in validation; ``seconds`` (1, 3), the time that each of
             ``PARTS`` took.
 
         Raises:
@@ -128,7 +128,7 @@ class FrameLoader:
         return {"pixels": pixels, "sizes": sizes, "frame_mask": np.stack(masks)}, spent
 
     def _squares(self, frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Centres of real frames, with zeros for those that are padded."""
+        """Crops the centres of real frames; padded frames are zeros."""
         size = self.reader.size
         squares = np.zeros((self.reader.num_frames, size, size, 3), np.uint8)
         squares[: len(frames)] = crop_centre(frames, size)
@@ -136,13 +136,13 @@ class FrameLoader:
 
 
 def clip_seeds(seed: int, batch: PlannedBatch) -> list[int]:
-    """Seeds of the augmentation, of the pair and not of its place: the number of workers changes nothing."""
+    """Derives augmentation seeds from pairs, not from places: the number of workers changes nothing."""
     pairs = zip(batch.videos, batch.captions, strict=True)
     return [step_seed(seed, batch.epoch, video, caption) for video, caption in pairs]
 
 
 class FeatureLoader:
-    """Loads clips and captions from a feature store.
+    """Loader of clips and captions from a feature store.
 
     Args:
         reader: of the store.
@@ -156,8 +156,8 @@ class FeatureLoader:
         """Loads the rows from ``first`` to ``stop`` of a batch.
 
         Returns:
-            The arrays of ``FeatureReader.read``, of one caption a clip or for validation of all, and
-            ``video_ids`` and ``seconds`` as ``FrameLoader`` has it.
+            The arrays of ``FeatureReader.read``, with one caption per clip or in validation all, and
+            ``video_ids`` and ``seconds`` like ``FrameLoader``.
 
         Raises:
             DataError: for a clip that the store does not hold or that cannot be read.

@@ -18,10 +18,10 @@ class PlannedBatch:
     """One batch of one worker.
 
     Attributes:
-        kind: train, or val for clips to be validated on after the epoch's last step.
+        kind: train, or val for clips of the validation after the epoch's last step.
         epoch: 0 for the first.
         videos: (b,) positions in the split's rows.
-        captions: (b,) caption of each; empty for val, where all captions of a video count.
+        captions: (b,) caption of each video; empty for val, which uses all captions of a video.
     """
 
     kind: Literal["train", "val"]
@@ -32,7 +32,7 @@ class PlannedBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """All batches of one worker in order, and where the epochs end.
+    """All batches of one worker in order, with the starts of the epochs.
 
     Attributes:
         batches: in the order in which they are consumed.
@@ -45,9 +45,9 @@ class Plan:
     num_steps: int
 
     def position(self, epoch: int, step: int) -> int:
-        """The batch that comes next after so many epochs and so many optimiser steps in all.
+        """Returns the position of the batch that follows ``epoch`` epochs and ``step`` steps in all.
 
-        The same for a run that continues on another number of workers, whose validation has other batches.
+        It also holds for a run that continues on another number of workers, with other validation batches.
         """
         if epoch >= len(self.epoch_starts):
             return len(self.batches)
@@ -61,8 +61,8 @@ def plan_run(
 ) -> Plan:
     """Plans a run for worker ``rank`` of ``world_size``.
 
-    The global batches do not depend on the number of workers; each takes its own pairs of them, one more or
-    less than the others where they cannot be shared equally. Val clips are dealt out one by one, each to
+    The global batches do not depend on the number of workers. Each worker takes its own pairs of a batch, one
+    more or less than others if they cannot be shared equally. Val clips are dealt out one by one, each to
     exactly one worker.
 
     Args:
@@ -73,7 +73,7 @@ def plan_run(
         world_size: number of workers.
 
     Raises:
-        ConfigError: for a global batch with fewer pairs than there are workers.
+        ConfigError: for a global batch with fewer pairs than workers.
         DataError: for fewer pairs than one batch.
     """
     if config.batch_size < world_size:

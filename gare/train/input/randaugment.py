@@ -1,6 +1,6 @@
-"""RandAugment's policy: the operations that a clip's seed draws, and the steps that carry them out.
+"""RandAugment's policy: operations drawn from a clip's seed, and the steps that carry them out.
 
-``augment_cpu`` and ``augment_batch`` are the two places where the steps are carried out.
+``augment_cpu`` and ``augment_batch`` carry out the steps.
 
 Coordinates are Pillow's: x to the right, y down, in pixels, and the centre of the first pixel at (0.5, 0.5).
 Warps are maps from the coordinates of the result to those of its source.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gare.config import AugmentConfig
 
-#: The policy's name among a run's settings: another name, other frames.
+#: The policy's name among a run's settings; a different name means different frames.
 POLICY = "rand-increasing, timm"
 
 #: The operations of RandAugment, drawn uniformly. 'Increasing': a higher level is always a stronger change.
@@ -54,11 +54,11 @@ MAX_SOLARIZED = 256
 MAX_SOLARIZE_ADD = 110
 MAX_ENHANCEMENT = 0.9
 
-#: Grey of pixels that a warp brings in from outside of the picture.
+#: Grey of pixels that a warp brings in from outside the picture.
 FILL = 128
 
-#: Added to interpolated values before they are truncated, as Pillow truncates them. It is more than rounded
-#: coordinates and sums are off, so that a pixel that is only moved keeps its value.
+#: Added to interpolated values before they are truncated, as Pillow truncates them. It is larger than the
+#: rounding errors of coordinates and sums, so that a pixel that is only moved keeps its value.
 SLACK = 1 / 64
 
 #: The kinds of step; the comment says what the argument holds.
@@ -81,9 +81,9 @@ class Operation:
     Attributes:
         name: one of OPERATIONS, or Crop or Flip.
         arguments: of Crop: left, top and side, as shares of the picture's; of Rotate: degrees,
-            counterclockwise; of the shears: pixels a pixel; of the translations: share of the picture's side;
-            of PosterizeIncreasing: bits that are kept; of SolarizeIncreasing: lowest value that is inverted;
-            of SolarizeAdd: the summand; of the four enhancements: the factor; else none.
+            counterclockwise; of the shears: pixels per pixel; of the translations: share of the picture's
+            side; of PosterizeIncreasing: bits that are kept; of SolarizeIncreasing: lowest value that is
+            inverted; of SolarizeAdd: the summand; of the four enhancements: the factor; else none.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Step:
         kind: decides what is computed.
         argument: see StepKind. A warp is K affine maps (2, 3) of the result's coordinates: the last one leads
             to the source, the others to the places between consecutive operations. A pixel is FILL if any of
-            its K places is outside of the frame, as it would be after one operation at a time.
+            its K places is outside the frame, as if the operations were done one by one.
     """
 
     kind: StepKind
@@ -121,7 +121,7 @@ def draw_operations(config: AugmentConfig, seed: int) -> tuple[Operation, ...]:
             or changed.
     """
     rng = np.random.default_rng(seed)
-    # A fixed number of draws each, so that a change of one key leaves the others' draws as they are.
+    # Always the same number of draws, so that changing one key leaves the draws of the others as they are.
     share, left, top, flip = rng.random(4).tolist()
     drawn: list[Operation] = []
     if config.crop_scale < 1:
@@ -142,7 +142,7 @@ def draw_operations(config: AugmentConfig, seed: int) -> tuple[Operation, ...]:
 
 
 def _arguments(name: str, share: float, sign: float) -> tuple[float, ...]:
-    """Arguments of an operation at a share of the highest level."""
+    """Computes the arguments of an operation at a share of the highest level."""
     match name:
         case "Rotate":
             return (sign * share * MAX_ROTATION_DEG,)
@@ -172,7 +172,7 @@ def steps_of(operations: Iterable[Operation], height: int, width: int) -> tuple[
         width: of the frames, px.
 
     Returns:
-        The steps; none for no operations.
+        The steps; empty without operations.
     """
     steps: list[Step] = []
     maps: list[NDArray[np.float64]] = []
@@ -205,7 +205,7 @@ def _geometric(maps: Sequence[NDArray[np.float64]], only_mirrors: bool) -> list[
 
 
 def _map_of(operation: Operation, height: int, width: int) -> NDArray[np.float64] | None:
-    """The map (3, 3) from an operation's result to its source; None for what moves no pixel."""
+    """Returns the map (3, 3) from an operation's result to its source; None if it moves no pixel."""
     match operation.name, operation.arguments:
         case "Crop", (left, top, side):
             rows = [[side, 0, left * width], [0, side, top * height]]

@@ -1,4 +1,4 @@
-"""The order in which training sees text-video pairs, and the seeds of what is random: pure functions."""
+"""The order of text-video pairs in training, and seeds of random draws: pure functions."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def epoch_batches(
     captions_per_video: int = 0,
     unique_videos: bool = False,
 ) -> np.ndarray:
-    """Global batches of one epoch.
+    """Draws the global batches of one epoch.
 
-    Pairs are shuffled over the whole data set; those that do not fill a last batch are left out of this
-    epoch (others are in the next, whose order is another). Workers share the pairs of each batch, so the
-    batches do not depend on their number.
+    Pairs are shuffled over the whole data set; those that do not fill a last batch are left out of this epoch
+    (the next epoch has another order and leaves out others). Workers share the pairs of each batch, so the
+    batches do not depend on the number of workers.
 
     Args:
         num_captions: captions of each video, in the order of the manifest.
         batch_size: pairs in a global batch.
         seed: of the run.
         epoch: 0 for the first.
-        captions_per_video: so many captions of each video, drawn anew each epoch; 0: all of them.
-        unique_videos: no video twice in a batch; a pair that would be waits for the next one.
+        captions_per_video: number of captions of each video, drawn anew each epoch; 0 for all.
+        unique_videos: whether each video is at most once in a batch; repeated ones wait for the next batch.
 
     Returns:
         (steps, batch_size, 2) int64: video and caption of each pair.
 
     Raises:
-        DataError: where the pairs do not fill one batch.
+        DataError: if the pairs do not fill one batch.
     """
     rng = np.random.default_rng([seed, epoch])
     pairs = []
@@ -67,13 +67,13 @@ def epoch_batches(
 
 
 def step_seed(*numbers: int) -> int:
-    """A 63-bit seed from numbers such as (seed, step), without the correlations of their sum."""
+    """Derives a 63-bit seed from numbers such as (seed, step), without the correlations of their sum."""
     digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def share_of(total: int, rank: int, world_size: int) -> slice:
-    """The rows of a batch that a worker takes; blocks differ by one row at most.
+    """Returns the rows of a batch that a worker takes; workers' shares differ by one row at most.
 
     Args:
         total: rows of the batch.
@@ -84,9 +84,9 @@ def share_of(total: int, rank: int, world_size: int) -> slice:
 
 
 def _without_repeats(pairs: np.ndarray, batch_size: int) -> np.ndarray:
-    """Batches filled in the order of the pairs; one whose video is in the batch already waits for the next.
+    """Fills batches in the order of the pairs; a pair whose video is in the batch already waits for the next.
 
-    A last batch that cannot be filled is left out, as ever.
+    A last batch that cannot be filled is left out.
     """
     batches: list[list[np.ndarray]] = []
     waiting: deque[np.ndarray] = deque()

@@ -1,4 +1,4 @@
-"""The captions of a split as CLIP's tokens, made once a run and looked up from then on.
+"""CLIP's tokens of a split's captions, computed once per run and then looked up.
 
 N captions over all M videos, m videos of a batch, W words.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-#: Captions that are tokenised at once: each takes W 64-bit numbers on the way.
+#: Captions that are tokenised at once: each takes W 64-bit numbers meanwhile.
 _AT_ONCE = 4096
 
 
@@ -20,9 +20,9 @@ class CaptionTokens:
     """Tokens of every caption, 2 bytes each, since CLIP's vocabulary has 49,408.
 
     Attributes:
-        ids: (N, W) uint16, zero where a caption has ended.
+        ids: (N, W) uint16, zero after a caption's end.
         lengths: (N,) uint16, tokens of each caption.
-        first: (M + 1,) int64, where the captions of each video begin.
+        first: (M + 1,) int64, position of each video's first caption.
     """
 
     ids: npt.NDArray[np.uint16]
@@ -38,7 +38,7 @@ class CaptionTokens:
             max_words: W.
 
         Raises:
-            DataError: for a caption that is not a text.
+            DataError: for a caption that is not a string.
         """
         from gare.model.encoders.tokenizer import tokenize  # here: loaders need no torch, which takes memory
 

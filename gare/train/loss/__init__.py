@@ -1,1 +1,1 @@
-"""The loss: what the workers share of it, block by block, and its gradient."""
+"""The loss: its terms, their computation block by block on all workers, and its gradient."""

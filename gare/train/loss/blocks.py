@@ -1,4 +1,4 @@
-"""The pairs of a worker's texts with all videos, block by block, and what the loss keeps of each block.
+"""The pairs of a worker's texts with all videos, block by block, and the values that the loss keeps.
 
 O owners of a basis, X others, S sampled texts, L basis vectors, D embedding width.
 """
@@ -26,9 +26,9 @@ from gare.model.scorer import PairScorer
 from gare.model.streaming import numbers_of_a_pair
 from gare.train.loss.gather import sum_over_workers, world_size
 
-#: Blocks that are computed, or computed again, between two times that their holes in the heap are given back.
+#: Number of blocks computed (or recomputed) between two calls that return free heap memory.
 TRIM_EVERY = 16
-#: On a CPU a block has so many pairs that its numbers stay in the cache.
+#: Bytes of a block on a CPU, so that its numbers stay in the cache.
 BLOCK_BYTES = 8 * MEGABYTE
 SUMS_INCREMENTS = "the bottleneck of texts sums increments themselves"
 
@@ -39,10 +39,10 @@ class PairSides:
 
     Attributes:
         owner: video or text, whichever owns the basis; none for the baseline, which is computed as video.
-        owners: of the basis.
-        others: of the other side.
-        own: which rows of the global batch are this worker's.
-        positions: frames of a video and words of a text.
+        owners: side that owns the basis.
+        others: the other side.
+        own: this worker's rows of the global batch.
+        positions: numbers of frames of a video and of words of a text.
     """
 
     owner: str
@@ -53,20 +53,20 @@ class PairSides:
 
     @property
     def num_others(self) -> int:
-        """X, texts or videos."""
+        """X, the number of texts or videos."""
         return len(self.others)
 
 
 @dataclass(frozen=True)
 class BlockRequest:
-    """Values that the regularisers need of a block beside scores and lengths.
+    """Request of the values that the regularisers need of a block besides scores and lengths.
 
     Attributes:
-        moments: whether the bottleneck's anchors own the basis, so that coefficients tell their moments.
-        sums: whether the anchors are the others, so that increments themselves have to be summed.
-        normalised: whether the bottleneck looks at increments of length 1.
-        sample: whether the diversity needs coefficients, and of which of this worker's texts, indices on the
-            CPU; None: of all.
+        moments: whether the bottleneck's anchors own the basis, so that moments follow from coefficients.
+        sums: whether the anchors are the other side, so that the increments themselves must be summed.
+        normalised: whether the bottleneck uses increments scaled to length 1.
+        sample: whether the diversity needs coefficients, and of which of this worker's texts: indices on the
+            CPU, None for all.
         plain: whether diagnostics need the scores without increments.
     """
 
@@ -101,7 +101,7 @@ class Block:
 def sides_of(
     scorer: PairScorer, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice
 ) -> PairSides:
-    """This worker's texts and the videos of all, prepared for the model's variant, with dropout ``keep``."""
+    """Prepares this worker's texts and all workers' videos for the model's variant, with dropout ``keep``."""
     maps = scorer.basis_maps()
     positions = (video.mask.shape[1], text.mask.shape[1])
     if scorer.context_of == "text" and maps is not None:
@@ -114,7 +114,7 @@ def sides_of(
 def blocks_of(
     scorer: PairScorer, sides: PairSides, wanted: BlockRequest, reference: Tensor | None
 ) -> Iterator[Block]:
-    """Blocks of owners with all others; recomputed in the backward where all together exceed the budget."""
+    """Yields blocks of owners with all others; the backward recomputes them if all exceed the budget."""
     num_owners = len(sides.owners)
     fused = takes_kernel(scorer, sides, wanted)
     numbers = numbers_of_a_pair(scorer, *sides.positions, fused=fused)
@@ -141,20 +141,20 @@ def blocks_of(
 
 
 def sums_increments(owner: str, config: LossConfig) -> bool:
-    """True if the bottleneck's anchors do not own the basis: increments themselves have to be summed."""
+    """Returns True if the bottleneck's anchors do not own the basis, so that increments must be summed."""
     return owner != "none" and bool(config.bottleneck_weight) and config.bottleneck_anchor != owner
 
 
 def why_not_fused(scorer: PairScorer, config: LossConfig) -> str:
-    """The reason that a loss cannot have the fused kernels; empty where it can."""
+    """Returns the reason why a loss cannot use the fused kernels; empty if it can."""
     return SUMS_INCREMENTS if sums_increments(scorer.context_of, config) else ""
 
 
 def takes_kernel(scorer: PairScorer, sides: PairSides, wanted: BlockRequest) -> bool:
-    """True if blocks of these sides are computed by the fused kernels; a reason against it is said once.
+    """Returns True if the fused kernels compute blocks of these sides; otherwise logs the reason once.
 
     Raises:
-        ConfigError: where they are asked for and cannot be had.
+        ConfigError: if the kernels are required and cannot be used.
     """
     reason = SUMS_INCREMENTS if wanted.sums else ""
     return scorer.takes_kernel(sides.positions[0], sides.owners.dtype, sides.owners.device, reason)
@@ -169,7 +169,7 @@ def _fused(
     texts: Tensor | None,
     reference: Tensor | None,
 ) -> Block:
-    """``_block`` by the fused kernels, for videos that own the basis."""
+    """Computes ``_block`` by the fused kernels, for videos that own the basis."""
     del owner, reference
     sample = "all" if texts is None else texts
     asked = Asked(
@@ -185,7 +185,7 @@ def _fused(
 
 
 def _block_on_trimmed_heap(*arguments: Any) -> Block:
-    """``_block`` after the holes that earlier blocks have left are given back; in the backward again."""
+    """Computes ``_block`` after returning free heap memory of earlier blocks; again in the backward."""
     give_back_free_memory()
     return _block(*arguments)
 
@@ -225,7 +225,7 @@ def _block(
 def _plain(
     pairs: PairNumbers, owners: PreparedVideo | PreparedText, others: Embeddings | PreparedVideo
 ) -> Tensor:
-    """cos(t_i, p_ij) of a block."""
+    """Computes cos(t_i, p_ij) of a block."""
     if isinstance(owners, PreparedText):
         square = owners.embeddings.square.unsqueeze(1)
     else:
@@ -241,14 +241,14 @@ def _looked_at(
     others: Embeddings | PreparedVideo,
     wanted: BlockRequest,
 ) -> Tensor:
-    """Coefficients of the increments that the bottleneck looks at."""
+    """Returns coefficients of the increments that the bottleneck uses."""
     assert pairs.weights is not None
     assert pairs.norms is not None
     if not wanted.normalised:
         return pairs.weights
     if scorer.radius is None:
         return pairs.weights / pairs.norms.clamp(min=1e-12).unsqueeze(1)
-    # Dividing a radius out again would leave its rounding.
+    # Dividing by the radius afterwards would leave its rounding error.
     unit = scorer.pair_numbers(owners, others, unit_radius=True).weights
     assert unit is not None
     return unit
@@ -256,10 +256,10 @@ def _looked_at(
 
 @torch.no_grad()
 def reference_of(scorer: PairScorer, sides: PairSides, wanted: BlockRequest) -> Tensor:
-    """(X, D), near the mean increment of each other, so that squares about it do not cancel.
+    """Returns (X, D), close to each other's mean increment, so that squares about it do not cancel.
 
-    The mean over a few owners is as far from the mean over all as increments are spread. Workers that add up
-    their sums agree on it.
+    The mean over a few owners is as far from the mean over all as the increments spread. Workers that add up
+    their sums use the same reference.
     """
     parts: Iterator[PreparedVideo | PreparedText] = sides.owners.split(4)
     some = next(parts)
@@ -279,11 +279,11 @@ def _trim() -> Callable[[int], int] | None:
 
 
 def give_back_free_memory() -> None:
-    """Returns the free parts of the C library's heap to the system, those between used ones too.
+    """Returns the free parts of the C library's heap to the system, including those between used parts.
 
-    Many large temporary tensors between small ones that stay leave holes that the next ones do not fit into:
-    a step of 4,096 pairs, which needs some 2 GB, held 6 GB, and now and then more than 24 GB. Costs less than
-    a millisecond for each hundred megabytes that are returned.
+    Large temporary tensors between small ones that stay leave holes into which the next ones do not fit: a
+    step of 4,096 pairs, which needs some 2 GB, held 6 GB, and now and then more than 24 GB. The call costs
+    less than a millisecond for each hundred megabytes returned.
     """
     trim = _trim()
     if trim is not None:

@@ -1,9 +1,9 @@
-"""The paper's measures of Δ, cheap enough to log while training.
+"""The paper's measures of Δ, cheap enough to log during training.
 
-Of a few texts of this worker against all videos, from the coefficients of the factorised form: no increment
-is formed, and the basis of the videos is the step's own.
+They use a few texts of this worker and all videos, and the coefficients of the factorised form: no increment
+is built, and the basis of the videos is the one that the step computed.
 
-S texts looked at, M videos, F frames, L basis vectors, D embedding width; (S, M) numbers of pairs.
+S texts measured, M videos, F frames, L basis vectors, D embedding width; (S, M) numbers of pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Rows:
         text: (S, D) t_i.
         video: v̄_j and the frames.
         basis: (M, L, D) of the videos or (S, L, D) of the texts; None for the baseline.
-        by_video: whether pairs and basis are the videos'.
+        by_video: whether pairs and basis belong to the videos.
         own: (S,) column of each text's own video.
     """
 
@@ -41,11 +41,11 @@ class _Rows:
     own: Tensor
 
     def of(self, numbers: Tensor) -> Tensor:
-        """(S, M) of numbers of pairs."""
+        """Arranges numbers of pairs as (S, M)."""
         return numbers.T if self.by_video else numbers
 
     def weighted_deltas(self, factors_SM: Tensor) -> Tensor:
-        """Σ_j x_ij Δ_ij (S, D)."""
+        """Computes Σ_j x_ij Δ_ij (S, D)."""
         assert self.pairs.weights is not None
         assert self.basis is not None
         if self.by_video:
@@ -55,12 +55,12 @@ class _Rows:
         return (weights_SL1.transpose(1, 2) @ self.basis).squeeze(1)
 
     def weighted_pooled(self, factors_SM: Tensor) -> Tensor:
-        """Σ_j x_ij p_ij (S, D)."""
+        """Computes Σ_j x_ij p_ij (S, D)."""
         weights_MFS = self.pairs.pooling * factors_SM.T.unsqueeze(1)
         return weights_MFS.flatten(0, 1).T @ self.video.features.frames.flatten(0, 1)
 
     def delta_mean(self) -> Tensor:
-        """⟨Δ_ij, v̄_j⟩ (S, M)."""
+        """Computes ⟨Δ_ij, v̄_j⟩ (S, M)."""
         assert self.pairs.weights is not None
         assert self.basis is not None
         if self.by_video:
@@ -71,7 +71,7 @@ class _Rows:
 
 @torch.no_grad()
 def diagnose(scorer: PairScorer, seen: StepObservations, num_texts: int) -> dict[str, float]:
-    """Measures of the step's batch by the names they are logged under.
+    """Computes measures of the step's batch, by the names they are logged under.
 
     ``tension/``: for each text the gradient of the diagonal's InfoNCE at its (corrected) embedding, summed
     over videos: its length (net), the sum of lengths (gross) and the share that cancels, with Δ and before it
@@ -82,7 +82,7 @@ def diagnose(scorer: PairScorer, seen: StepObservations, num_texts: int) -> dict
     Args:
         scorer: of the model.
         seen: from ``sharded.shares``.
-        num_texts: of this worker to look at, evenly spread over its share.
+        num_texts: number of this worker's texts to measure, evenly spread over its share.
     """
     rows = _rows(scorer, seen, num_texts)
     measures = _tension(scorer, seen, rows) | _modalities(seen)
@@ -134,7 +134,7 @@ def _tension(scorer: PairScorer, seen: StepObservations, rows: _Rows) -> dict[st
 
 
 def _slope(scores_SM: Tensor, columns_M: Tensor, scale: Tensor, own_S: Tensor) -> Tensor:
-    """∂L/∂s_ij of InfoNCE with the diagonal's positives."""
+    """Computes ∂L/∂s_ij of InfoNCE with the diagonal as positives."""
     logits = scale * scores_SM
     both = logits.softmax(dim=1) + (logits - columns_M).exp()
     both[torch.arange(len(own_S), device=own_S.device), own_S] -= 2
@@ -144,7 +144,7 @@ def _slope(scores_SM: Tensor, columns_M: Tensor, scale: Tensor, own_S: Tensor) -
 def _net_and_gross(
     rows: _Rows, scores: Tensor, slope: Tensor, text_square: Tensor, video_square: Tensor, side: str
 ) -> dict[str, Tensor]:
-    """The gradient at the text side a of cos(a, b) is G·(b/(‖a‖‖b‖) − s·a/‖a‖²) for each pair."""
+    """Measures the gradient of cos(a, b) at the text side a: G·(b/(‖a‖‖b‖) − s·a/‖a‖²) for each pair."""
     towards = slope / (text_square * video_square).sqrt().clamp(min=1e-12)
     back = slope * scores / text_square
     net = rows.weighted_pooled(towards) - back.sum(dim=1, keepdim=True) * rows.text
@@ -167,7 +167,7 @@ def _delta(scorer: PairScorer, rows: _Rows) -> dict[str, Tensor]:
     text_square = rows.text.square().sum(dim=1, keepdim=True)
     gap_square = text_square + rows.video.mean.square().sum(dim=1) - 2 * text_mean
     gap_delta = delta_mean - text_delta
-    # What is corrected moves by Δ: t_i + Δ_ij to v̄_j, or t_i to v̄_j + Δ_ij.
+    # The corrected side moves by Δ: t_i + Δ_ij to v̄_j, or t_i to v̄_j + Δ_ij.
     moved = gap_square + norms.square() + (-2 if scorer.config.corrected_side == "text" else 2) * gap_delta
     numbers = {
         "cos_gap": gap_delta / (norms * gap_square.clamp(min=0).sqrt()).clamp(min=1e-12),
@@ -199,14 +199,14 @@ def _modalities(seen: StepObservations) -> dict[str, Tensor]:
         "gap/modality": (text.mean(dim=0) - video.mean(dim=0)).norm(),
         "gap/alignment": (unit_text - unit_video).square().sum(dim=1).mean(),
     }
-    if len(text) > 1:  # one row is not spread
+    if len(text) > 1:  # a single row has no spread
         measures["gap/uniformity_text"] = _uniformity(unit_text)
         measures["gap/uniformity_video"] = _uniformity(unit_video)
     return measures
 
 
 def _uniformity(unit: Tensor) -> Tensor:
-    """Log mean exp(−2‖x − y‖²) over different rows, of which there are two or more."""
+    """Computes log mean exp(−2‖x − y‖²) over pairs of different rows; needs two rows or more."""
     close = (4 * (unit @ unit.T) - 4).exp()
     count = len(unit)
     return ((close.sum() - close.diagonal().sum()) / (count * (count - 1))).log()

@@ -1,7 +1,7 @@
-"""Directional diversity of factorised increments, a few texts at a time, its gradient made on the way.
+"""Directional diversity of factorised increments, computed with its gradient, a few texts at a time.
 
 Its value needs the cosines of every two increments of a text, M² numbers. Keeping those of all texts for the
-backward would take N·M² numbers, so the gradient is made where they are at hand.
+backward would take N·M² numbers, so the gradient is computed while they are available.
 
 S sampled texts, M videos, L basis vectors, D embedding width, c texts of a chunk.
 """
@@ -31,9 +31,9 @@ def factorized_direction(
     memory_bytes: int,
     precision: str = "exact",
 ) -> Tensor:
-    """Sum over S texts of their directional diversity, a scalar.
+    """Computes the sum of the directional diversity of S texts, a scalar.
 
-    See ``losses.direction`` and ``losses.orthogonality``.
+    The two forms are ``losses.direction`` and ``losses.orthogonality``.
 
     Args:
         weights: (M, L, S) where videos own the basis, (S, L, M) where texts do.
@@ -41,7 +41,7 @@ def factorized_direction(
         owner: of the basis.
         form: of the diversity.
         alpha: α of log_mean_exp.
-        memory_bytes: that a chunk of texts may take.
+        memory_bytes: bytes that a chunk of texts may take.
         precision: of the products, see ``gare.model.products``.
     """
     total: Tensor = _Direction.apply(  # type: ignore[no-untyped-call]
@@ -107,10 +107,10 @@ class _Direction(torch.autograd.Function):
 def _texts_direction(
     delta_cMD: Tensor, form: Form, alpha: float, precision: str, learns: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of the texts' diversities, and its gradient with respect to their increments.
+    """Computes the sum of the texts' diversities, and its gradient with respect to their increments.
 
-    Lengths are taken out of the M² products, not out of the increments: no pass over M·D numbers is made but
-    the two products.
+    The M² products are divided by the lengths, not the increments: apart from the two products there is no
+    pass over M·D numbers.
     """
     num_videos = delta_cMD.shape[1]
     products_cMM = _products(delta_cMD, precision)
@@ -129,8 +129,8 @@ def _texts_direction(
         slope_cMM = cosine_cMM * (4 / others)
     if not learns:
         return value, None
-    # Cosines are symmetric, so slopes count twice; Σ_k slope·cos is what a longer Δ_ij would lose, and is
-    # taken from the diagonal.
+    # Cosines are symmetric, so slopes count twice; Σ_k slope·cos is the part along Δ_ij, which the
+    # normalisation removes; it is subtracted from the diagonal.
     along_cM = torch.linalg.vecdot(slope_cMM, cosine_cMM)
     slope_cMM *= inverse_cMM
     slope_cMM.diagonal(dim1=1, dim2=2).sub_(along_cM * inverse_cM.square())
@@ -138,7 +138,7 @@ def _texts_direction(
 
 
 def _products(vectors_cMD: Tensor, precision: str) -> Tensor:
-    """Products (c, M, M) of vectors with each other; of the two quarters that are equal one is copied."""
+    """Computes products (c, M, M) of vectors with each other; one of two equal quarters is copied."""
     count = vectors_cMD.shape[1]
     products_cMM = vectors_cMD.new_empty(len(vectors_cMD), count, count)
     first, second = slice(0, count // 2), slice(count // 2, count)

@@ -1,7 +1,7 @@
-"""Gathering rows from all workers, with the true gradient.
+"""Gathering of rows from all workers, with the true gradient.
 
-R workers, each with its own block of b rows of a global batch of N; everyone gets all blocks in the order of
-the ranks. Blocks need not be equal: a batch is the same whatever number of workers shares it.
+R workers, each with its own block of b rows of a global batch of N; every worker gets all blocks in the order
+of the ranks. Blocks may differ in size: a batch is the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gare.train.stages import stage
 
 
 def world_size() -> int:
-    """Workers that train together; 1 without a process group."""
+    """Returns the number of workers that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This worker's place among them."""
+    """Returns this worker's rank; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -40,7 +40,7 @@ class Rows:
 
     @property
     def own(self) -> slice:
-        """Those of this worker."""
+        """Rows of this worker."""
         first = sum(self.counts[: rank()])
         return slice(first, first + self.counts[rank()])
 
@@ -51,10 +51,10 @@ class Rows:
 
 
 def rows_of(count: int, device: torch.device) -> Rows:
-    """Gathers how many rows of a batch each worker holds; this one holds ``count``. All must call it.
+    """Gathers how many rows of a batch each worker holds; this one holds ``count``. All workers must call it.
 
     Raises:
-        GareError: where a worker holds none; on all of them together.
+        GareError: if any worker holds no row; raised on all workers.
     """
     if world_size() == 1:
         rows = Rows((count,))
@@ -74,14 +74,14 @@ def rows_of(count: int, device: torch.device) -> Rows:
 
 
 class Gathering:
-    """An all-gather under way: the work between its start and ``wait`` goes on beside it, both ways.
+    """An all-gather in progress: it overlaps the work between its start and ``wait``, forward and backward.
 
-    In the backward the incoming gradient is sent when that of ``wait`` runs, and is needed where the start's
-    does: PyTorch runs what was computed in between in between there too, since it goes backward in the order
-    of the forward.
+    In the backward, the gradient is sent when the backward of ``wait`` runs, and is needed when that of the
+    start runs. PyTorch runs the backward in reverse order of the forward, so the work in between overlaps
+    here, too.
 
-    PyTorch's own differentiable all_gather hands gloo the incoming gradient as it lies in memory, and a
-    non-contiguous one comes back permuted without a word (2.13). Here both directions are contiguous.
+    PyTorch's own differentiable all_gather gives gloo the incoming gradient in its memory layout, and a
+    non-contiguous one comes back silently permuted (2.13). Here both directions are contiguous.
 
     Args:
         local: this worker's rows.
@@ -98,12 +98,13 @@ class Gathering:
             self._token: Tensor = _StartGather.apply(local.contiguous(), self)  # type: ignore[no-untyped-call]
 
     def wait(self) -> Tensor:
-        """Returns all workers' rows; to be called once."""
+        """Waits for and returns all workers' rows; to be called once."""
         local = self.local
         del self.local
         if self._is_alone:
             return local
-        # The token's graph holds this object: kept here, it would be a cycle that holds the step's features.
+        # The token's graph refers to this object: keeping it here would make a cycle that holds the step's
+        # features.
         token = self._token
         del self._token
         gathered: Tensor = _WaitForGather.apply(token, self)  # type: ignore[no-untyped-call]
@@ -112,9 +113,9 @@ class Gathering:
     def send(self, local: Tensor) -> None:
         """Starts to gather."""
         missing = self.rows.most - len(local)
-        if missing:  # collectives want equal blocks
+        if missing:  # collectives need equal blocks
             local = torch.cat([local, local.new_zeros(missing, *local.shape[1:])])
-        self._sent = local  # held until it has been sent
+        self._sent = local  # kept until it has been sent
         self._blocks = [torch.empty_like(local) for _ in self.rows.counts]
         self._work = dist.all_gather(self._blocks, local, async_op=True)
 
@@ -126,14 +127,14 @@ class Gathering:
         return torch.cat(blocks)
 
     def send_back(self, grad: Tensor) -> None:
-        """Starts to sum what every worker says about all rows."""
-        # A copy: the incoming gradient may be another consumer's too, and the all-reduce works in place.
+        """Starts to sum all workers' gradients of all rows."""
+        # A copy: the incoming gradient may have other consumers, and the all-reduce works in place.
         self._grad = grad.clone(memory_format=torch.contiguous_format)
-        # gloo has no reduce-scatter; an all-reduce of the same bytes and a slice give the same sum.
+        # gloo has no reduce-scatter; an all-reduce and a slice give the same sum.
         self._work = dist.all_reduce(self._grad, async_op=True)
 
     def receive_back(self) -> Tensor:
-        """Waits for the sum, and takes this worker's rows of it."""
+        """Waits for the sum and returns this worker's rows of it."""
         self._finish()
         assert self._grad is not None
         grad, self._grad = self._grad[self.rows.own].contiguous(), None
@@ -147,7 +148,7 @@ class Gathering:
 
 
 class _StartGather(torch.autograd.Function):
-    """Starts; what it returns only ties the end to the start, and has no value."""
+    """Starts a gathering; its result only links the end to the start, and has no value."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, gathering: Gathering) -> Tensor:
@@ -180,19 +181,19 @@ def start_gather(local: Tensor, rows: Rows) -> Gathering:
     holds the whole batch.
 
     Args:
-        local: as many rows as ``rows`` says.
-        rows: from ``rows_of``, the same on all.
+        local: this worker's rows, as many as ``rows`` says.
+        rows: from ``rows_of``, the same on all workers.
     """
     return Gathering(local, rows)
 
 
 def gather(local: Tensor, rows: Rows) -> Tensor:
-    """All workers' rows, as of ``start_gather``, waited for at once."""
+    """Gathers all workers' rows like ``start_gather``, and waits for them at once."""
     return start_gather(local, rows).wait()
 
 
 class _Sum(torch.autograd.Function):
-    """All-reduce by sum; its backward is the same of the gradients."""
+    """All-reduce by sum; its backward sums the gradients likewise."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_workers(local: Tensor) -> Tensor:
-    """The sum of all workers' tensors of one shape, differentiable, the same on each."""
+    """Sums all workers' tensors of one shape, differentiable; the result is the same on each."""
     if world_size() == 1:
         return local
     total: Tensor = _Sum.apply(local)  # type: ignore[no-untyped-call]
@@ -218,7 +219,7 @@ def sum_over_workers(local: Tensor) -> Tensor:
 
 
 def max_over_workers(local: Tensor) -> Tensor:
-    """The largest of all workers' numbers, element by element, without gradient."""
+    """Returns the largest of all workers' numbers, element by element, without gradient."""
     highest = local.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
         with stage("communication"):
@@ -227,14 +228,14 @@ def max_over_workers(local: Tensor) -> Tensor:
 
 
 def any_worker(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Joins flags by "or" over the workers, the same on all. All must call it."""
+    """Joins flags by "or" over the workers, the same on all. All workers must call it."""
     if world_size() == 1:
         return list(flags)
     return [bool(flag) for flag in max_over_workers(torch.tensor(list(map(int, flags)), device=device))]
 
 
 def gather_names(local: Sequence[str]) -> list[str]:
-    """All workers' strings, rank by rank. All must call it."""
+    """Gathers all workers' strings, rank by rank. All workers must call it."""
     if world_size() == 1:
         return list(local)
     parts: list[list[str]] = [[] for _ in range(world_size())]
@@ -243,7 +244,7 @@ def gather_names(local: Sequence[str]) -> list[str]:
 
 
 def gather_unequal(local: Tensor) -> Tensor:
-    """All workers' rows where their numbers differ, rank by rank, without gradient."""
+    """Gathers all workers' rows, of any number each, rank by rank, without gradient."""
     if world_size() == 1:
         return local
     counts = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(world_size())]

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-#: Added to σ of the bottleneck, and all that is left of it where the increments of an anchor are equal.
+#: Added to σ of the bottleneck; its whole value if the increments of an anchor are equal.
 STD_FLOOR = 1e-6
 #: Added to the mean of the directional diversity before its logarithm.
 DIRECTION_FLOOR = 1e-8
-#: A variance below the square of so many units in the last place is rounding.
+#: A variance below the square of this many units in the last place is rounding.
 NOISE_ULPS = 16
 
 
 def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """InfoNCE over rows (text→video) and columns (video→text), means over the batch.
+    """Computes InfoNCE over rows (text→video) and columns (video→text), means over the batch.
 
     CE_rows(κS) = mean_i −log softmax_j(κ s_ij) at j = i; the other direction on Sᵀ.
 
@@ -28,7 +28,7 @@ def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None
         scores_NN: cosine scores, text i belongs to video i.
         scale: κ, a scalar.
         video_ids_N: the video of each pair; all pairs of a video are then each other's positives, and a row's
-            term is the mean of −log softmax over them (SupCon's "out" form, arXiv 2004.11362). None: the
+            term is the mean of −log softmax over them (SupCon's "out" form, arXiv 2004.11362). None for the
             paper's diagonal.
     """
     logits_NN = scale * scores_NN
@@ -43,7 +43,7 @@ def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None
 
 
 def positive_shares(own_n: Tensor, all_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, N) of a dtype: 1 over a row's number of positives where the column has the row's video, else 0."""
+    """Returns (n, N): 1 over a row's number of positives where the column has the row's video, else 0."""
     same_nN = own_n.unsqueeze(1) == all_N
     return same_nN / same_nN.sum(dim=1, keepdim=True).to(dtype)
 
@@ -56,17 +56,17 @@ def bottleneck(
     normalised: bool = False,
     anchor: Literal["video", "text"] = "video",
 ) -> Tensor:
-    """Relaxed information bottleneck L_IB = mean_j KL( N(μ_j, diag σ_j²) ‖ N(0, σ_prior² I) ).
+    """Computes the relaxed information bottleneck L_IB = mean_j KL( N(μ_j, diag σ_j²) ‖ N(0, σ_prior² I) ).
 
-    μ_j = mean_i Δ_ij and σ_j = std_i Δ_ij (unbiased) + 1e-6, over the texts of the batch. Where all Δ_ij of
-    a video are equal, σ_j is 1e-6 and carries no gradient. The KL of one video, before its reduction over d:
+    μ_j = mean_i Δ_ij and σ_j = std_i Δ_ij (unbiased) + 1e-6, over the texts of the batch. If all Δ_ij of a
+    video are equal, σ_j is 1e-6 and has no gradient. The KL of one video, before its reduction over d:
     ½(σ² + μ²)/σ_prior² − ½ − log(σ/σ_prior).
 
     Args:
         delta_NMD: increments, at least two for each anchor.
         prior_std: σ_prior.
         reduction: over the D dimensions; ``sum`` is the released code's, ``mean`` the paper's.
-        normalised: take Δ_ij/‖Δ_ij‖ for Δ_ij (the paper's Table 6).
+        normalised: whether to use Δ_ij/‖Δ_ij‖ in place of Δ_ij (the paper's Table 6).
         anchor: ``text`` takes μ_i and σ_i of each text over the videos (the paper's Table 9).
     """
     if normalised:
@@ -81,9 +81,10 @@ def bottleneck(
 
 
 def rounding_noise(magnitude: Tensor) -> Tensor:
-    """The variance that rounding leaves in equal vectors of a magnitude (…, D).
+    """Estimates the variance that rounding leaves in equal vectors of a magnitude (…, D).
 
-    A number that is small beside the others of its vector is a sum that cancelled, and rounds as they do.
+    A number that is small compared with the others of its vector is a sum that cancelled, with a rounding
+    error as large as theirs.
     """
     typical = magnitude.square().mean(dim=-1, keepdim=True).sqrt()
     magnitude = torch.maximum(magnitude, typical)
@@ -98,12 +99,12 @@ def divergence(
     prior_std: float,
     reduction: Literal["sum", "mean"],
 ) -> Tensor:
-    """KL( N(μ, diag σ²) ‖ N(0, σ_prior² I) ) of each anchor (M,), reduced over the D dimensions.
+    """Computes KL( N(μ, diag σ²) ‖ N(0, σ_prior² I) ) of each anchor (M,), reduced over the D dimensions.
 
     Args:
         mean_MD: μ.
         variance_MD: unbiased; σ = √variance + 1e-6.
-        noise_MD: variance up to which σ is 1e-6 and carries no gradient, since √ has no finite slope at 0.
+        noise_MD: variance up to which σ is 1e-6 without gradient, since √ has no finite slope at 0.
         prior_std: σ_prior.
         reduction: over the D dimensions.
     """
@@ -115,7 +116,7 @@ def divergence(
 
 
 def radii(delta_NMD: Tensor, bound: float = 0.5, form: Literal["hard", "smooth"] = "hard") -> Tensor:
-    """Trust-region radii L_ε = −mean_i Var_j ‖Δ_ij‖₂ (unbiased), held at the lower bound −λ.
+    """Computes the trust-region radii L_ε = −mean_i Var_j ‖Δ_ij‖₂ (unbiased), with the lower bound −λ.
 
     Hard: max(L_ε, −λ), constant at the bound, so that it gives no gradient there; the released code's value
     there is 0 and not −λ, with the same gradient. Smooth:
@@ -131,16 +132,16 @@ def radii(delta_NMD: Tensor, bound: float = 0.5, form: Literal["hard", "smooth"]
 
 
 def bounded(spread: Tensor, bound: float, form: Literal["hard", "smooth"]) -> Tensor:
-    """L_ε from the mean variance of the lengths, a scalar, held at −λ."""
+    """Computes L_ε from the mean variance of the lengths, a scalar, with the lower bound −λ."""
     if form == "smooth":
         return torch.logaddexp(-spread, spread.new_tensor(-bound))
     return (-spread).clamp(min=-bound)
 
 
 def direction(delta_NMD: Tensor, alpha: float = 2.0) -> Tensor:
-    """Directional diversity L_dir = mean_i log( mean_{j,k} exp(−α(1 − cos(Δ_ij, Δ_ik))) + 1e-8 ).
+    """Computes the diversity L_dir = mean_i log( mean_{j,k} exp(−α(1 − cos(Δ_ij, Δ_ik))) + 1e-8 ).
 
-    The mean over pairs of videos includes j = k.
+    It is the directional diversity of increments; the mean over pairs of videos includes j = k.
 
     Args:
         delta_NMD: increments.
@@ -152,7 +153,7 @@ def direction(delta_NMD: Tensor, alpha: float = 2.0) -> Tensor:
 
 
 def orthogonality(delta_NMD: Tensor) -> Tensor:
-    """Orthogonality form of the directional diversity: mean_i mean_{j≠k} cos²(Δ_ij, Δ_ik).
+    """Computes the orthogonality form of directional diversity: mean_i mean_{j≠k} cos²(Δ_ij, Δ_ik).
 
     Args:
         delta_NMD: increments, M ≥ 2.

@@ -41,14 +41,14 @@ class LossTerms:
 
     Attributes:
         total: L = ½(nce_t2v + nce_v2t) + β·bottleneck + λ_ε·radii + λ_dir·direction.
-        nce_t2v: InfoNCE over rows.
-        nce_v2t: InfoNCE over columns.
-        bottleneck: L_IB, zero for the baseline and where its weight is.
-        radii: L_ε, zero likewise.
-        direction: L_dir, zero likewise.
+        nce_t2v: InfoNCE over rows (text → video).
+        nce_v2t: InfoNCE over columns (video → text).
+        bottleneck: L_IB, zero for the baseline and if its weight is zero.
+        radii: L_ε, zero in the same cases.
+        direction: L_dir, zero in the same cases.
         scale: κ.
-        objective: what this worker backpropagates: the mean of its gradients over the workers is L's.
-        seen: what diagnostics need, in the factorised form and where they are wanted.
+        objective: the scalar that this worker backpropagates: the mean of the workers' gradients is L's.
+        seen: values for diagnostics, in the factorised form and if they are wanted.
     """
 
     total: Tensor
@@ -62,7 +62,7 @@ class LossTerms:
     seen: StepObservations | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """The terms by the names they are logged under, detached."""
+        """Returns the terms by the names they are logged under, detached."""
         terms = {
             name: value for name, value in vars(self).items() if name not in ("scale", "objective", "seen")
         }
@@ -75,12 +75,12 @@ class LossTerms:
 class StepRandomness:
     """Random draws of a step's loss.
 
-    It is of the global batch, so that the number of workers changes nothing.
+    The draws are for the global batch, so that the number of workers changes nothing.
 
     Attributes:
-        sample: indices of the texts of the directional diversity, on the CPU: each worker takes its own of
-            them, and their number must not be asked of a GPU. None: all.
-        keep: dropout of the contexts of ψ; None: of each pair, in training.
+        sample: indices of the texts of the directional diversity; None for all. On the CPU, because each
+            worker selects its own, and counting them must not wait for a GPU.
+        keep: dropout of the contexts of ψ; None, in training, for dropout drawn for each pair.
     """
 
     sample: Tensor | None = None
@@ -88,7 +88,7 @@ class StepRandomness:
 
     @classmethod
     def of_step(cls, scorer: PairScorer, config: LossConfig, num_pairs: int, seed: int) -> StepRandomness:
-        """Drawn by global index from a seed, the same on every worker and every kind of device."""
+        """Draws by global index from a seed, the same on every worker and kind of device."""
         generator = torch.Generator().manual_seed(seed)
         sample = None
         if scorer.increment is not None and config.samples_texts(num_pairs, scorer.config.clip.embed_dim):
@@ -105,15 +105,15 @@ def loss_terms(
     draws: StepRandomness | None = None,
     video_ids: Tensor | None = None,
 ) -> LossTerms:
-    """All terms in the direct form, over a batch in which text i belongs to video i.
+    """Computes all terms in the direct form, over a batch in which text i belongs to video i.
 
     Args:
         model: to score with.
         text: all captions of the batch.
         video: all clips of the batch.
         config: of the loss.
-        draws: of the step; None: diversity of all texts, dropout of each pair.
-        video_ids: the video of each pair where its pairs are each other's positives.
+        draws: of the step; None for diversity of all texts and dropout drawn for each pair.
+        video_ids: the video of each pair, if all pairs of a video are each other's positives.
     """
     draws = draws or StepRandomness()
     pairs = model.scorer.pairs(text, video, draws.keep)
@@ -123,7 +123,7 @@ def loss_terms(
     if pairs.delta is None:
         return _weighted(config, nce, (zero, zero, zero), scale)
     spread_out = pairs.delta if draws.sample is None else pairs.delta[draws.sample]
-    # A term that is off is not computed: it must not turn its 0 · inf into nan, and costs nothing.
+    # A term that is off is not computed: it costs nothing, and cannot become nan by 0 · inf.
     terms = (
         bottleneck(
             pairs.delta,
@@ -155,7 +155,7 @@ def sharded_terms(
     rows: Rows | None = None,
     watched: bool = False,
 ) -> LossTerms:
-    """All terms in the factorised form, from this worker's captions and the clips of all workers."""
+    """Computes all terms in the factorised form, from this worker's captions and the clips of all workers."""
     scale = model.logit_scale.exp()
     part = shares(
         model.scorer,
@@ -177,7 +177,7 @@ def sharded_terms(
     )
     with torch.no_grad():
         values = sum_over_workers(torch.stack([getattr(own, name) for name in _SUMMED]))
-    # Workers' gradients are averaged, and their shares are to be summed.
+    # Workers' gradients are averaged, but their shares must be summed.
     summed = dict(zip(_SUMMED, values.unbind(), strict=True))
     return LossTerms(**summed, scale=own.scale, objective=own.total * world_size(), seen=part.seen)
 
@@ -200,14 +200,14 @@ class Objective(nn.Module):
 
     In the factorised form every worker scores its own texts against the clips of all; in the direct form it
     computes the loss of the whole batch from gathered features. Either way the gather's backward sums the
-    workers' gradients and DDP averages them, which is the gradient of one worker with the whole batch.
-    In bf16 the encoders run under autocast, in ``fp16_released`` the towers are converted; features are
-    float32 from there on, so scores and losses are.
+    workers' gradients and DDP averages them, which is the gradient of one worker with the whole batch. In
+    bf16 the encoders run under autocast, in ``fp16_released`` the towers are converted; features are float32
+    after the encoders, and so are scores and losses.
 
     Args:
         model: to train.
         loss: weights and forms of the terms.
-        train: its precision and ``micro_batch`` are looked at.
+        train: its precision and ``micro_batch`` are used.
     """
 
     def __init__(self, model: GARE, loss: LossConfig, train: TrainConfig) -> None:
@@ -218,20 +218,20 @@ class Objective(nn.Module):
         self._said = False
 
     def forward(self, batch: Batch | FeatureBatch, seed: int = 0, *, watched: bool = False) -> LossTerms:
-        """Loss of the global batch; ``batch`` is this worker's share of it.
+        """Computes the loss of the global batch; ``batch`` is this worker's share of it.
 
         Args:
-            batch: b pairs, one at least.
-            seed: of what is random in the loss, the same on every worker.
-            watched: whether the terms are to hold what diagnostics need.
+            batch: b pairs, at least one.
+            seed: of the random draws in the loss, the same on every worker.
+            watched: whether the terms must hold the values for diagnostics.
 
         Raises:
-            GareError: where a worker has no pair, or positives by video lack the videos.
+            GareError: if a worker has no pair, or if positives go by video and the batch lacks video ids.
         """
         scorer = self.model.scorer
         rows = rows_of(len(batch.frames), batch.frames.device)
         video = self._encode_video(batch)
-        # Frames are most of what travels; texts are encoded meanwhile.
+        # Frames are most of the traffic; texts are encoded meanwhile.
         frames, mask = start_gather(video.frames, rows), start_gather(video.mask, rows)
         text = self._encode_text(batch)
         video_ids = None
@@ -242,7 +242,7 @@ class Objective(nn.Module):
         video = VideoFeatures(frames.wait(), mask.wait())
         draws = StepRandomness.of_step(scorer, self.config, len(video), seed)
         path = scorer.path()
-        if world_size() == 1:  # workers must not choose each by its own device
+        if world_size() == 1:  # several workers must not choose by their own devices
             path = scorer.path_of_step(video.frames, why_not_fused(scorer, self.config))
         if path == "factorized":
             with stage("head"):
@@ -250,7 +250,7 @@ class Objective(nn.Module):
                     self.model, text, video, self.config, draws, video_ids, rows=rows, watched=watched
                 )
         seen = self._seen(text, video, rows) if watched else None
-        # Words are large; they travel only where ψ attends to them.
+        # Words are large; they are gathered only if ψ attends to them.
         words = gather(text.words, rows) if text.words is not None and scorer.needs_words else None
         text = TextFeatures(gather(text.embedding, rows), words, gather(text.mask, rows))
         torch.manual_seed(seed)
@@ -260,9 +260,9 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _seen(self, text: TextFeatures, video: VideoFeatures, rows: Rows) -> StepObservations | None:
-        """Score a step of the direct form once more, factorised and without dropout, for diagnostics.
+        """Scores a step of the direct form again, factorised and without dropout, for diagnostics.
 
-        None, said once, for a model that has no factorised form without dropout either.
+        Returns None, and logs it once, for a model that has no factorised form even without dropout.
         """
         model, training = self.model, self.model.training
         model.eval()
@@ -282,7 +282,7 @@ class Objective(nn.Module):
             model.train(training)
 
     def _encode_text(self, batch: Batch | FeatureBatch) -> TextFeatures:
-        """Features of this worker's captions, float32 at least."""
+        """Encodes this worker's captions, float32 at least."""
         parts = self._in_parts(self._text_features, batch)
         words = [part.words for part in parts if part.words is not None]
         return TextFeatures(
@@ -292,7 +292,7 @@ class Objective(nn.Module):
         )
 
     def _encode_video(self, batch: Batch | FeatureBatch) -> VideoFeatures:
-        """Features of this worker's clips, float32 at least."""
+        """Encodes this worker's clips, float32 at least."""
         parts = self._in_parts(self._video_features, batch)
         return VideoFeatures(
             self._divided(_joined([part.frames for part in parts])), _joined([part.mask for part in parts])
@@ -303,9 +303,9 @@ class Objective(nn.Module):
     ) -> list[Encoded]:
         """Encodes a batch whole, or in micro-batches.
 
-        With ``train.micro_batch`` no activation of the towers outlives its micro-batch: the backward encodes
-        each again, with the random state that it had, when the gradient at its features is known (GradCache,
-        arXiv 2101.06983).
+        With ``train.micro_batch`` the towers' activations are freed after each micro-batch. Once the gradient
+        at its features is known, the backward encodes the micro-batch again with the same random state
+        (GradCache, arXiv 2101.06983).
         """
         count = len(batch.frames)
         size = self.train_config.micro_batch or count
@@ -317,9 +317,9 @@ class Objective(nn.Module):
         ]
 
     def _divided(self, features: Tensor) -> Tensor:
-        """Passes features on; the encoders get their gradients divided where the released recipe has it so.
+        """Returns the features; the encoders get divided gradients if the released recipe does so.
 
-        Source: released code, whose gather keeps of R workers' gradients its own, and DDP averages over R.
+        Source: released code, whose gather keeps only a worker's own gradient while DDP averages over R.
         """
         train = self.train_config
         has_towers = isinstance(self.model.towers, ClipTowers)
@@ -357,8 +357,8 @@ class Objective(nn.Module):
     def _video_features(self, part: Batch | FeatureBatch) -> VideoFeatures:
         frames = part.frames
         if isinstance(part, Batch) and frames.dtype == torch.uint8:
-            # Here and not where batches are made: as floats they are four times as large, and this way only
-            # those of a micro-batch are.
+            # Normalised here, not when batches are made: floats are four times as large, and this way only
+            # those of one micro-batch exist.
             with stage("normalise"):
                 frames = normalise(frames)
         with self._encoding(part):
@@ -370,7 +370,7 @@ class Objective(nn.Module):
 
     @contextmanager
     def _encoding(self, part: Batch | FeatureBatch) -> Iterator[None]:
-        """Marks the towers' stage; under autocast in bf16."""
+        """Marks the towers' stage, under autocast if in bf16."""
         bf16 = self.train_config.precision == "bf16"
         with stage("towers"), torch.autocast(part.frames.device.type, torch.bfloat16, enabled=bf16):
             yield
@@ -388,7 +388,7 @@ class _DividedGradient(torch.autograd.Function):
 
 
 def divide_gradient(tensor: Tensor, divisor: float) -> Tensor:
-    """The tensor as it is; what it was computed from gets its gradient divided."""
+    """Returns the tensor unchanged; its gradient is divided on the way back."""
     divided: Tensor = _DividedGradient.apply(tensor, divisor)  # type: ignore[no-untyped-call]
     return divided
 

@@ -1,9 +1,9 @@
 """The factorised loss of a global batch, each worker with its own rows of it.
 
-A worker scores its n texts against all N videos, block by block, and shares with the others only
-numbers by video: the column sums of InfoNCE, the moments of the bottleneck, the spread of the radii. What it
-backpropagates, its share ℓ_r, sums to the loss over the workers, so the gradient is that of one worker with
-the whole batch. No tensor here has both pairs and the embedding width, but blocks where Δ itself is needed.
+A worker scores its n texts against all N videos, block by block, and exchanges only numbers by video with the
+others: the column sums of InfoNCE, the moments of the bottleneck, the spread of the radii. It backpropagates
+its share ℓ_r; the workers' shares sum to the loss, so the gradient is that of one worker with the whole
+batch. No N×M×D tensor is built, except per block where Δ itself is needed.
 
 n texts of this worker, N texts or videos of all R workers, O owners of a basis, X others, A anchors of the
 bottleneck, S sampled texts, L basis vectors, D embedding width.
@@ -35,7 +35,7 @@ from gare.train.loss.direction import factorized_direction
 from gare.train.loss.gather import Rows, max_over_workers, sum_over_workers, world_size
 from gare.train.loss.losses import NOISE_ULPS, bounded, divergence, positive_shares, rounding_noise
 
-#: On a CPU, as much as a chunk of texts takes whose cosines are computed together.
+#: Bytes, on a CPU, of a chunk of texts whose cosines are computed together.
 CHUNK_BYTES = 32 * MEGABYTE
 
 
@@ -43,7 +43,7 @@ CHUNK_BYTES = 32 * MEGABYTE
 class Shares:
     """This worker's part of each term of the global batch, scalars that sum to the term over the workers.
 
-    ``seen`` is for diagnostics, where they are wanted.
+    ``seen`` is for diagnostics, if they are wanted.
     """
 
     nce_t2v: Tensor
@@ -73,7 +73,7 @@ class StepObservations:
     scale: Tensor
 
     def features(self, most: int) -> tuple[TextFeatures, VideoFeatures]:
-        """This worker's first pairs, at most so many, without gradient."""
+        """Returns this worker's first pairs, ``most`` at most, without gradient."""
         video = self.sides.owners if isinstance(self.sides.owners, PreparedVideo) else self.sides.others
         assert isinstance(video, PreparedVideo)
         own = slice(self.sides.own.start, min(self.sides.own.start + most, self.sides.own.stop))
@@ -100,7 +100,7 @@ def shares(
     rows: Rows | None = None,
     watched: bool = False,
 ) -> Shares:
-    """This worker's share of the loss terms in the factorised form; a term that is off is zero.
+    """Computes this worker's share of the loss terms in the factorised form; a term that is off is zero.
 
     Args:
         scorer: of a model with a ψ of one layer, or none.
@@ -108,11 +108,11 @@ def shares(
         text: this worker's n captions.
         video: the clips of all workers.
         config: of the loss.
-        sample: global indices of the texts of the directional diversity, on the CPU; None: all.
+        sample: global indices of the texts of the directional diversity, on the CPU; None for all.
         keep: dropout of the global batch's N contexts, from ``PairScorer.draw_dropout``.
-        video_ids: (N,) the video of each pair where its pairs are each other's positives.
-        rows: of each worker; None: this one is the only one.
-        watched: whether the result is to hold what diagnostics need; all workers must agree.
+        video_ids: (N,) the video of each pair, if all pairs of a video are each other's positives.
+        rows: of each worker; None if this is the only worker.
+        watched: whether the result must hold the values for diagnostics; the same on all workers.
 
     Source: docs/design/factorized.md, points 6 and 7, and its row-sharded training.
     """
@@ -162,42 +162,42 @@ def _wanted(sides: PairSides, config: LossConfig, own_sample: Tensor | None, wat
 
 
 def _join(sides: PairSides, by_owner: list[Tensor]) -> Tensor:
-    """(n, N) of this worker's texts from blocks (O, X) of owners."""
+    """Joins blocks (O, X) of owners to (n, N) of this worker's texts."""
     joined = torch.cat(by_owner)
     return joined if sides.owner == "text" else joined.T
 
 
 def _columns(logits: Tensor) -> Tensor:
-    """Log Σ_i exp(logits_ij) (N,) over the texts of all workers."""
+    """Computes log Σ_i exp(logits_ij) (N,) over the texts of all workers."""
     highest = max_over_workers(logits.amax(dim=0))
     return highest + sum_over_workers((logits - highest).exp().sum(dim=0)).log()
 
 
 def _info_nce(logits: Tensor, columns: Tensor, own: slice, video_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of this worker's texts, columns of its videos, over N; logits (n, N), columns of ``_columns``."""
+    """Sums rows of its texts and columns of its videos, over N; logits (n, N), columns from ``_columns``."""
     if video_ids is None:
         positive = logits[:, own].diagonal().sum()
     else:
         positive = (positive_shares(video_ids[own], video_ids, logits.dtype) * logits).sum()
     num_pairs = logits.shape[1]
-    # Where a video has several captions they may be other workers' rows; summed over all workers, rows and
+    # If a video has several captions, some may be other workers' rows; summed over all workers, rows and
     # columns have the same positives.
     return (logits.logsumexp(dim=1).sum() - positive) / num_pairs, (columns[own].sum() - positive) / num_pairs
 
 
 def _owners_bottleneck(sides: PairSides, blocks: list[Block], config: LossConfig) -> Tensor:
-    """Sum of the KL of this worker's anchors, which own the basis."""
+    """Sums the KL of this worker's anchors, which own the basis."""
     assert sides.owners.basis is not None
     moments = [block.moments for block in blocks if block.moments is not None]
     mean, scatter = (torch.cat(parts) for parts in zip(*moments, strict=True))
     vectors, count = sides.owners.basis.vectors, sides.num_others
     if sides.owner == "video":
-        # Each worker has a part of the texts: the moments of the parts make those of the whole.
+        # Each worker has a part of the texts: the moments of the parts are merged.
         part, count = count, len(sides.owners)
         whole = sum_over_workers(mean * (part / count))
         apart = mean - whole
-        # The mean of equal numbers may round to another one, which must not pass for spread: σ has a huge
-        # gradient where it is small. Numbers that are equal by chance still have gradients of their own.
+        # The mean of equal numbers may round to another number, which must not be taken for spread: σ has a
+        # huge gradient where it is small. Numbers that are equal by chance still have their own gradients.
         is_rounding = apart.abs() <= 4 * torch.finfo(apart.dtype).eps * whole.abs()
         apart = (apart - apart.detach() * is_rounding).unsqueeze(2)
         scatter = sum_over_workers(scatter + part * (apart @ apart.transpose(1, 2)))
@@ -206,12 +206,12 @@ def _owners_bottleneck(sides: PairSides, blocks: list[Block], config: LossConfig
     variance = quadratic(covariance, vectors)
     with torch.no_grad():
         eps, squares = torch.finfo(vectors.dtype).eps, vectors.square()
-        # Coefficients are of differences, and exact where increments differ: only of equal frames, which
-        # leave rounding times rounding, nothing is known.
+        # Coefficients describe differences, and are exact where increments differ. Only for equal frames,
+        # where rounding is multiplied with rounding, they say nothing.
         held = mean.square().unsqueeze(1)
         noise = rounding_noise((held @ squares).squeeze(1).sqrt()) * eps
         if config.kl_normalised:
-            # Coefficients that make up for each other's changes of length cancel in the sum.
+            # Coefficients that compensate each other's changes of length cancel in the sum.
             diagonal = covariance.diagonal(dim1=1, dim2=2)
             noise += 2 * NOISE_ULPS * eps * (diagonal.unsqueeze(1) @ squares).squeeze(1)
         noise = noise.masked_fill(_others_are_alike(sides), torch.inf)
@@ -221,10 +221,10 @@ def _owners_bottleneck(sides: PairSides, blocks: list[Block], config: LossConfig
 
 @torch.no_grad()
 def _others_are_alike(sides: PairSides) -> Tensor:
-    """True, a scalar, if the vectors that ask differ by rounding alone: then so do an owner's increments.
+    """Returns True (scalar) if the query vectors differ only by rounding; then so do an owner's increments.
 
-    It is looked for here and not in coefficients, where attention logits that cancel have made the rounding
-    of their summands as large as one likes.
+    This cannot be tested on the coefficients: cancelling attention logits can make the rounding of their
+    summands arbitrarily large there.
     """
     asking = sides.others.mean if isinstance(sides.others, PreparedVideo) else sides.others.vectors
     ends = torch.stack([asking.amax(dim=0), -asking.amin(dim=0)])
@@ -236,7 +236,7 @@ def _others_are_alike(sides: PairSides) -> Tensor:
 def _others_bottleneck(
     sides: PairSides, blocks: list[Block], reference: Tensor, config: LossConfig
 ) -> Tensor:
-    """Sum of the KL of this worker's anchors, which do not own the basis."""
+    """Sums the KL of this worker's anchors, which do not own the basis."""
     sums = torch.stack([block.sums for block in blocks if block.sums is not None]).sum(dim=0)
     count = len(sides.owners)
     if sides.owner == "text":
@@ -253,7 +253,7 @@ def _others_bottleneck(
 def _direction(
     scorer: PairScorer, sides: PairSides, blocks: list[Block], sample: Tensor | None, config: LossConfig
 ) -> Tensor:
-    """Sum of the diversity of this worker's texts, or of those among them that were drawn."""
+    """Sums the diversity of this worker's texts, or of those that were drawn."""
     assert sides.owners.basis is not None
     vectors = sides.owners.basis.vectors
     if sides.owner == "text" and sample is not None:

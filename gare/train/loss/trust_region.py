@@ -1,7 +1,8 @@
-"""The paper's derivation at work: the analytic trust-region step on the increments themselves.
+"""The analytic trust-region step on the increments, from the paper's derivation.
 
 From a state Δ of the pairs, InfoNCE falls along −g_ij = −∂L/∂Δ_ij; the largest step that keeps
-‖Δ_ij − α·g_ij‖ ≤ ε is compared with the increments that ψ has learned. In the direct form: for small batches.
+‖Δ_ij − α·g_ij‖ ≤ ε is compared with the increments that ψ has learned. It uses the direct form, so it is for
+small batches.
 
 N texts and videos of a batch, D embedding width.
 """
@@ -23,12 +24,12 @@ from gare.train.loss.losses import info_nce
 
 @dataclass(frozen=True)
 class TrustRegionStep:
-    """One step and what came of it.
+    """One step and its effects.
 
     Attributes:
         delta: (N, N, D) increments after the step.
         predicted: Σ_ij α_ij ‖g_ij‖², the decrease of InfoNCE to first order.
-        real: the decrease that was had.
+        real: the actual decrease.
         cosine: (N, N) of the step with ψ's increments.
         length: (N, N) of the step over that of ψ's increments.
         outside: share of the pairs whose state already lies outside the radius, which take no step.
@@ -42,7 +43,7 @@ class TrustRegionStep:
     outside: float
 
     def measures(self) -> dict[str, float]:
-        """By the names they are logged under; means over positive and over negative pairs."""
+        """Returns means over positive and over negative pairs, by the names they are logged under."""
         positive = torch.eye(len(self.cosine), dtype=torch.bool, device=self.cosine.device)
         found = {
             "trust_region/predicted": self.predicted,
@@ -62,16 +63,16 @@ def trust_region_step(
     radius: float,
     start: Literal["coupled", "learned"] = "coupled",
 ) -> TrustRegionStep:
-    """The step from the coupled state Δ = 0, or from what ψ has learned.
+    """Computes the step from the coupled state Δ = 0, or from the increments that ψ has learned.
 
     α_ij is the positive root of ‖Δ_ij‖² − 2α Δ_ij·g_ij + α²‖g_ij‖² = ε².
 
     Args:
-        model: whose increments are compared; without dropout.
+        model: to compare the increments of; without dropout.
         text: N captions.
         video: their N clips.
         radius: ε, positive.
-        start: from which state.
+        start: state to step from.
 
     Raises:
         ConfigError: for the baseline, which has no increments, or a radius that is not positive.
@@ -124,7 +125,7 @@ def _loss(model: GARE, text_ND: Tensor, pooled_NMD: Tensor, delta_NMD: Tensor, s
 
 
 def _largest_step(state: Tensor, gradient: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """α (N, N), 0 for pairs that are outside already, and which are inside."""
+    """Returns α (N, N), 0 for pairs that are outside already, and a mask of those that are inside."""
     square, along = gradient.square().sum(dim=2), (state * gradient).sum(dim=2)
     room = radius**2 - state.square().sum(dim=2)
     inside = (room >= 0) & (square > 0)

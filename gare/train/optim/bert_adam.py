@@ -20,10 +20,10 @@ class BertAdam(Optimizer):
     m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  θ ← θ − lr·(m/(√v + ε) + decay·θ), with g scaled down to
     ‖g‖ ≤ ``max_norm`` for each parameter by itself.
 
-    By default parameters go through torch's fused AdamW kernel, which is this formula where the bias
-    correction is 1. Parameters in half precision, and all where ``fused`` is off, are updated one operation
-    after the other as in the released training, each rounded to the parameter's precision, moments too: the
-    second moment of small gradients is then 0 in fp16.
+    By default parameters go through torch's fused AdamW kernel, which computes this formula if the bias
+    correction is 1. Parameters in half precision, and all parameters if ``fused`` is off, are updated one
+    operation after the other as in the released training. Each operation is rounded to the parameter's
+    precision, and so are the moments: the second moment of small gradients is then 0 in fp16.
 
     Source: released code, which took it from the first BERT ports to PyTorch.
 
@@ -34,7 +34,7 @@ class BertAdam(Optimizer):
         eps: ε.
         weight_decay: decay of the weights, not of the moments.
         max_norm: bound on the norm of each parameter's gradient.
-        fused: whether float32 goes through the fused kernel, which rounds otherwise than the released code.
+        fused: whether float32 uses the fused kernel, which rounds differently from the released code.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class BertAdam(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
         super().__init__(params, defaults)
         self.fused = fused
-        # Not part of the state: it is the same for ever, and checkpoints of earlier versions lack it.
+        # Not part of the state: it never changes, and checkpoints of earlier versions lack it.
         self._steps: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; gradients themselves are left as they are."""
+        """Updates every parameter that has a gradient; the gradients are left as they are."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -116,9 +116,9 @@ def _by_device_and_dtype(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _clipped(gradients: Sequence[Tensor], max_norm: float) -> list[Tensor]:
-    """Gradients with those that are too long scaled down to the norm, in new memory."""
+    """Scales gradients that are too long down to the norm, in new memory."""
     norms = torch.stack(torch._foreach_norm(list(gradients)))
-    # In the gradients' own precision, as the released code has it. All at once: one wait for the device.
+    # In the gradients' own precision, as in the released code. All at once: one wait for the device.
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0).tolist()
     return [
         gradient if factor == 1 else gradient * factor
@@ -133,9 +133,9 @@ def _step_in_order(
     squares: list[Tensor],
     group: dict[str, Any],
 ) -> None:
-    """One update by the released code's operations, in its order."""
+    """Updates by the released code's operations, in its order."""
     beta1, beta2 = group["betas"]
-    # Numbers are never multiplied or added in place: on a CPU (torch 2.13) that rounds them to fp16 first.
+    # Never scale or add numbers in place: on a CPU (torch 2.13) that rounds the numbers to fp16 first.
     torch._foreach_copy_(means, torch._foreach_mul(means, beta1))
     torch._foreach_add_(means, gradients, alpha=1 - beta1)
     torch._foreach_copy_(squares, torch._foreach_mul(squares, beta2))

@@ -18,9 +18,9 @@ EPS = 1e-6
 
 
 def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
-    """AdamW or BertAdam, groups by tower: one rate for CLIP, one for everything else, no decay on biases.
+    """Builds AdamW or BertAdam with groups by tower: one rate for CLIP, one for the rest, no decay on biases.
 
-    β₁ 0.9, β₂ 0.98, ε 1e-6 as in the released training; the groups carry their peak rate as ``peak_lr``.
+    β₁ 0.9, β₂ 0.98, ε 1e-6 as in the released training; the groups hold their peak rate as ``peak_lr``.
     """
     groups: list[dict[str, object]] = []
     for name, parameters in _parameter_groups(model):
@@ -30,14 +30,14 @@ def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
             {"name": name, "params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
         )
     if config.optimizer == "bert_adam":
-        # The released precision is what the released code computes, operation by operation.
+        # The released precision follows the released code, operation by operation.
         fused = config.precision != "fp16_released"
         return BertAdam(groups, betas=(0.9, 0.98), eps=EPS, fused=fused)
     return AdamW(groups, betas=(0.9, 0.98), eps=EPS, fused=True)
 
 
 def freeze(model: GARE, config: TrainConfig) -> None:
-    """Takes gradients from the parts of CLIP that ``train.freeze`` names; the logit scale always learns."""
+    """Turns off gradients in the parts of CLIP that ``train.freeze`` names; the logit scale always learns."""
     what = config.freeze
     if what == "auto":
         what = "patch_conv" if config.clip_weights else "none"
@@ -55,7 +55,7 @@ def freeze(model: GARE, config: TrainConfig) -> None:
 
 
 def _tower(name: str) -> str:
-    """image, text, scale or head, of a parameter of ``GARE`` by its name."""
+    """Returns image, text, scale or head for the name of a parameter of ``GARE``."""
     if not name.startswith("towers.clip."):
         return "head"
     part = name.removeprefix("towers.clip.").split(".")[0]
@@ -79,8 +79,8 @@ def set_learning_rate(optimizer: Optimizer, step: int, num_steps: int, config: T
         optimizer: from ``build_optimizer``.
         step: 0 for the first step.
         num_steps: steps of the whole run.
-        config: its optimiser decides between ``rate_factor`` and ``rate_factor_released``; of the latter,
-            ``schedule_epochs`` are that share of the run's steps that they are of its epochs.
+        config: its optimiser decides between ``rate_factor`` and ``rate_factor_released``; for the latter,
+            ``schedule_epochs`` are converted to steps in proportion to the run's epochs.
     """
     factor = _rate_factor_of_run(step, num_steps, config)
     for group in optimizer.param_groups:
@@ -96,10 +96,10 @@ def _rate_factor_of_run(step: int, num_steps: int, config: TrainConfig) -> float
 
 
 def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
-    """Linear warm-up, then 0.5(1 + cos πx), where x is the share of the whole run that is done.
+    """Computes linear warm-up, then 0.5(1 + cos πx), where x is the share of the whole run that is done.
 
-    The cosine is not restarted after the warm-up. Source: released training, whose first step has rate 0;
-    ours starts at the end of the first step's share, so that no step is lost.
+    The cosine is not restarted after the warm-up. Source: released training, in which the first step has rate
+    0; ours starts at the end of the first step's share, so that no step is lost.
     """
     done = (step + 1) / (num_steps + 1)
     if done < warmup_fraction:
@@ -108,10 +108,10 @@ def rate_factor(step: int, num_steps: int, warmup_fraction: float) -> float:
 
 
 def rate_factor_released(step: int, num_steps: float, warmup_fraction: float) -> float:
-    """The released schedule: as ``rate_factor`` with x = step / num_steps, so that the first rate is 0.
+    """Computes the released schedule: ``rate_factor`` with x = step / num_steps, so that the first rate is 0.
 
-    Beyond ``num_steps`` it rises again, to 1 at twice as many. Source: released training, whose ``num_steps``
-    are those of 5 epochs.
+    Beyond ``num_steps`` it rises again, to 1 at twice ``num_steps``. Source: released training, where
+    ``num_steps`` is that of 5 epochs.
     """
     done = step / num_steps
     if done < warmup_fraction:
@@ -120,7 +120,7 @@ def rate_factor_released(step: int, num_steps: float, warmup_fraction: float) ->
 
 
 def reach_of_towers(config: TrainConfig, num_steps: int) -> float:
-    """The farthest that a weight of the towers can move in a run, about.
+    """Estimates the farthest that a weight of the towers can move in a run.
 
     It is clip_lr times the sum of the schedule's factors: an update of Adam is hardly longer than 1.
     """

@@ -1,4 +1,4 @@
-"""The precision of a training run: what ``auto`` becomes, and what a device can compute in."""
+"""The precision of a training run: resolution of ``auto``, and checks of what a device supports."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from gare.errors import ConfigError
 
 
 def resolve_precision(precision: str, *, on_gpus: bool, have_bf16: bool) -> str:
-    """The precision that a setting means on the devices of a run.
+    """Resolves a precision setting for the devices of a run.
 
     Args:
         precision: of ``train.precision``; auto becomes bf16 on GPUs that have it in hardware, else float32.
-            CPUs get float32: some have bf16 too, and a run would depend on which.
+            CPUs get float32: only some have bf16, and a run must not depend on which.
         on_gpus: whether the run trains on GPUs.
-        have_bf16: whether all of them compute bf16 in hardware.
+        have_bf16: whether all GPUs compute bf16 in hardware.
 
     Raises:
         ConfigError: for bf16 on a GPU that does not have it in hardware.
@@ -31,7 +31,7 @@ def resolve_precision(precision: str, *, on_gpus: bool, have_bf16: bool) -> str:
 
 
 def precision_on(precision: str, device: torch.device) -> str:
-    """``resolve_precision`` for the device of this process.
+    """Applies ``resolve_precision`` to the device of this process.
 
     Raises:
         ConfigError: for bf16 on a GPU that does not have it in hardware.
@@ -44,7 +44,7 @@ def precision_on(precision: str, device: torch.device) -> str:
 def use_tf32(on: bool) -> None:
     """Lets this process compute products and convolutions of float32 on a GPU in TF32, or forbids it.
 
-    torch's own default has convolutions in TF32 and matrix products not.
+    By torch's own default, convolutions use TF32 and matrix products do not.
     """
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on

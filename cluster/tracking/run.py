@@ -269,7 +269,7 @@ class RunHandle:
             )
 
     def register(self, name: str, model: str, *, val_score: float | None, val_hash: str) -> str:
-        """Calls ``registry.register`` with this run; if the store is lost, warns and returns an empty string."""
+        """Registers a model of this run; if the store is lost, warns and returns an empty string."""
         return (
             self._attempt(
                 f"version of {name}",

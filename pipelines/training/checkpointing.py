@@ -62,7 +62,7 @@ class StopRequest:
         self.uri = RunFolder(folder).stop
 
     def make(self, reason: str) -> None:
-        """Writes the request with its reason."""
+        """Writes the request with its reason; workers keep the first reason that they see."""
         write_json(self.uri, {"reason": reason})
 
     def withdraw(self) -> None:

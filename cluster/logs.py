@@ -166,7 +166,7 @@ def json_lines(run: str) -> Iterator[None]:
 
 
 def runtime_env() -> dict[str, Any]:
-    """Builds the Ray runtime environment that makes worker processes log as this process does."""
+    """Builds the runtime environment with which every worker process logs as this one does."""
     if os.environ.get(FORMAT_VARIABLE) != "json":
         return {}
     names = {FORMAT_VARIABLE: "json", RUN_VARIABLE: os.environ.get(RUN_VARIABLE, ""), JOB_VARIABLE: job_id()}

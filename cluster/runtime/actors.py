@@ -200,7 +200,7 @@ class ActorPool:
         self._num_given = 0
 
     def close(self) -> None:
-        """Ends the actors, even those at work."""
+        """Ends the actors, also those at work."""
         import ray
 
         if self._is_closed:
@@ -254,7 +254,7 @@ class ActorPool:
             self._results.put(_as_gare(error))
 
     def _ask(self, actor: Any) -> None:
-        """Asks an actor to answer before it gets a task."""
+        """Asks an actor to answer, before it is given a task."""
         self._asked.add(actor)
         self._when_there(actor.__ray_ready__.remote(), partial(self._answered, actor))
 

@@ -89,7 +89,7 @@ class _Signals:
         return before
 
     def ignore(self) -> None:
-        """Ignores signals from now on, since the process is about to end with its status."""
+        """Ignores signals from here on: the process is about to end with its status."""
         for number in NAMES:
             signal.signal(number, signal.SIG_IGN)
 
@@ -361,7 +361,7 @@ def _is_unwinding(error: BaseException | None) -> bool:
 
 
 def _tell(text: str) -> None:
-    """Logs from within a handler, which may have interrupted this very thread while it logs."""
+    """Logs from within a handler, which may have come while this very thread writes to the log."""
     told = _thread.allocate_lock()
     told.acquire()
     _being_told.append(told)

@@ -46,7 +46,7 @@ class TransientError(Exception):
 
 
 def is_transient(status: int) -> bool:
-    """Returns True if an HTTP status calls for a retry: 408, 425, 429 and 5xx do, 403 and 404 do not."""
+    """Returns True if an HTTP status asks for a new try: 408, 425, 429 and 5xx do, 403 and 404 do not."""
     return status in _TRANSIENT_STATUS or (status >= 500 and status not in _FINAL_STATUS)
 
 

@@ -16,7 +16,7 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class RemoteVersion:
-    """Size and version of a remote file; like ``gare.data.videos.FileVersion``, which is unknown here."""
+    """Size and version of a remote file, as ``gare.data.videos.FileVersion``, which is unknown here."""
 
     size_bytes: int
     version: str

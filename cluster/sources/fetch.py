@@ -132,7 +132,7 @@ class RemoteVideos:
 
 
 class _Partial:
-    """The part of a video that has been received so far."""
+    """The part of a video that has come so far."""
 
     def __init__(self, stream: IO[bytes], where: str, max_video_mb: float) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""MLflow: runs, metrics, pictures, data sets and models. Only ``client`` imports mlflow."""
+"""MLflow: runs, metrics, pictures, data sets and models. ``client`` is the only file that imports mlflow."""
 
 from cluster.tracking.described import benchmark_name, processing_tag, run_tags, split_tags
 from cluster.tracking.location import resolve_tracking_uri

@@ -175,7 +175,7 @@ def tags_of(uri: str, run_id: str) -> dict[str, str]:
 
 
 def add_params(uri: str, run_id: str, params: Mapping[str, str]) -> dict[str, str]:
-    """Logs new parameters; returns those that the run already has with another value."""
+    """Logs the parameters that are new; returns those that the run has with another value."""
     mlflow_module()
     from mlflow.entities import Param
 

@@ -1,4 +1,4 @@
-"""Tags that say on what data and how a run's numbers were measured, so that runs can be compared."""
+"""Tags that say on what data and how a run's numbers were measured, and so which runs are comparable."""
 
 from __future__ import annotations
 

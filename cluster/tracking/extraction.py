@@ -1,4 +1,4 @@
-"""The MLflow run of an extraction: counts, rates, table of failures, fingerprint and result."""
+"""The MLflow run of an extraction: counts, rates, the table of failures, the fingerprint and the result."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Entries that the tracking server has not accepted yet, kept in a JSON-lines file.
 
-Sending an entry twice does no harm: a metric carries its own time, a tag its value. So the file is emptied
-only once everything in it has been delivered.
+Entries are idempotent: a metric carries its own time, a tag its value, so sending one twice does no harm.
+The file is therefore emptied only once everything in it has been delivered.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FileOutbox:
         add(self.path, entry)
 
     def deliver(self, send: Callable[[Entry], None]) -> int:
-        """Delivers the entries."""
+        """Delivers its entries."""
         return deliver(self.path, send)
 
 
@@ -129,7 +129,7 @@ def parse(text: bytes) -> Entry:
 
 
 def merge(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Joins consecutive entries of a run, up to the size of a batch, so that a long gap is sent quickly."""
+    """Joins neighbouring entries of a run, up to the size of a batch, so that a long gap is sent quickly."""
     batch: Entry = {}
     for entry in entries:
         fits = (

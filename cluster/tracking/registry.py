@@ -1,4 +1,4 @@
-"""Versions of a model in MLflow's registry, and the alias of the one with the best val score."""
+"""Versions of a model in MLflow's registry, and the alias of the one that is best on val."""
 
 from __future__ import annotations
 

@@ -348,7 +348,7 @@ def whole_transactions(tracking_uri: str) -> AbstractContextManager[None]:
 
 
 def note_open(run: RunHandle, when_interrupted: Status) -> None:
-    """Registers a run that this process has started with ``finish_open_runs``."""
+    """Marks a run as started by this process, so that ``finish_open_runs`` finishes it."""
     _open[run.run_id] = (run, when_interrupted)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as MLflow models: packed from code and weights without pickle, and loaded again."""
+"""Checkpoints as models in MLflow: packed from code and weights, never pickled, and loaded again."""
 
 from __future__ import annotations
 

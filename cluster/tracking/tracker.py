@@ -131,7 +131,7 @@ class Tracker:
             ) from None
 
     def nest(self, run_id: str, parent: RunHandle) -> None:
-        """Makes a run the child of another; a run has one parent, the last one set."""
+        """Makes a run the child of another; a run has one parent, the last."""
         RunHandle(self.tracking_uri, self.experiment_id, run_id, parent.pending).set_tags(
             {client.PARENT_TAG: parent.run_id}
         )

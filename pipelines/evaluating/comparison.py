@@ -119,7 +119,7 @@ def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]
 def _log_table(
     table: ScoreTable, tracker: Tracker, config: Config, name: str, folder: str, children: Sequence[Evaluated]
 ) -> dict[str, Any]:
-    """Prints the table and logs it as Markdown and picture; a suite resumes its earlier MLflow run."""
+    """Prints the table, writes and logs it as Markdown and picture; a suite resumes its MLflow run."""
     markdown, picture = table.markdown(), table_picture(table)
     write_atomically(join(folder, "table.md"), markdown.encode())
     write_atomically(join(folder, "table.png"), picture)

@@ -1,4 +1,4 @@
-"""Part of evaluate: registers the model with its gallery, the scored clips, in MLflow's registry."""
+"""Part of evaluate: registers the model in MLflow, with the scored clips as its searchable gallery."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part of evaluate: the model that is scored, and the MLflow run for its scores."""
+"""Part of evaluate: the model that is scored, and the MLflow run that gets its scores."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def is_trained_run(self) -> bool:
-        """True for the best checkpoint of ``run`` itself."""
+        """True if it is the best checkpoint of ``run`` itself."""
         return bool(self.record) and not self.is_zero_shot
 
 

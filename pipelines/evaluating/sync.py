@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def sync(config: Config) -> dict[str, Any]:
-    """Delivers all entries that wait for MLflow in the data set; uploads outputs of ``train.run``.
+    """Delivers the entries of all the data set's runs, and pictures and model of ``train.run``, to MLflow.
 
     Raises:
         GareError: if MLflow cannot be reached; the entries stay.

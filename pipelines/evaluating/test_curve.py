@@ -217,7 +217,7 @@ def _write(
 
 
 def _log(handle: RunHandle, curve: Curve, picture: bytes) -> None:
-    """Logs the curve under names that no view, comparison or registration reads."""
+    """Logs the curve under names that no view, comparison or registration asks for."""
     for row in curve.rows:
         named = {f"{PREFIX}/{name}": value for name, value in row["metrics"].items()}
         handle.log_metrics(named, row["step"], once=True)

@@ -119,7 +119,7 @@ def find_mended(config: Config, job: StoreUpdate) -> dict[str, str]:
 
 
 def log_and_report(progress: Progress) -> dict[str, Any]:
-    """Logs the progress line and the slowest videos; returns counts, rates and seconds by stage."""
+    """Logs progress and the slowest videos; returns these with counts, rates and seconds by stage."""
     progress.show()
     for video_id, seconds in progress.slowest:
         logger.info("slowest: %6.2f s %s", seconds, video_id)

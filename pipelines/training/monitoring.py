@@ -1,4 +1,4 @@
-"""Monitoring of a training worker: its status line, and its profile on request."""
+"""Monitoring of a training worker: its status line, and on request its profile."""
 
 from __future__ import annotations
 

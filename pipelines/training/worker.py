@@ -1,4 +1,4 @@
-"""The Ray Train worker: builds its learner, restores it and runs its share of the plan."""
+"""The Ray Train worker: it builds its learner, restores it and runs its share of the plan."""
 
 from __future__ import annotations
 

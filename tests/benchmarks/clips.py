@@ -1,4 +1,4 @@
-"""Generated clips of a common kind: H.264, 320 × 240 pixels, 10 to 20 s, a keyframe every 250 frames."""
+"""Generated clips of a usual kind: H.264, 320 × 240 pixels, 10 to 20 s, a keyframe every 250 frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing of calls in turns, and peak memory in fresh processes."""
+"""Timing in turns, and peaks of memory in fresh processes."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def variable(rng: np.random.Generator, path: Path) -> Film:
 
 
 def equal(rng: np.random.Generator, path: Path) -> Film:
-    """Gives two pictures the same time: keyframes and their neighbours, or any."""
+    """Gives two pictures the same time: keyframes and those after or before them, or any."""
     container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
     track = draw_track(rng, container, two_way=False)
     assert track.recipe is not None
@@ -158,7 +158,7 @@ def order(rng: np.random.Generator, path: Path) -> Film:
 
 
 def wrapped(rng: np.random.Generator, path: Path) -> Film:
-    """Starts shortly before the clock of a transport stream or of FLV wraps."""
+    """Starts shortly before the clock of a transport stream wraps, or that of FLV."""
     container = one_of(rng, "mpegts", "flv")
     track = draw_track(rng, container)
     before_s = float(rng.uniform(0.1, 0.9)) * float(track.times_s[-1])

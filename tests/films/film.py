@@ -284,7 +284,7 @@ def _add(out: av.container.OutputContainer, container: str, track: Track) -> av.
 def write(
     path: Path, container: str, tracks: Sequence[Track], options: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a film, with the packets of all tracks in the order of their decoding times."""
+    """Writes a film; its tracks' packets lie in the order of their decoding times."""
     packets: list[av.Packet[Any]] = []
     with av.open(str(path), "w", format=container, options=dict(options or {})) as out:
         for stream, track in [(_add(out, container, track), track) for track in tracks]:

@@ -67,6 +67,6 @@ def _cover() -> Track:
 
 
 def _shown(path: Path, container: str, tracks: list[Track], film: Track, what: str) -> Film:
-    """Writes the tracks in their order; players show the one given as ``film``."""
+    """Writes the tracks in their order; players show ``film``."""
     options = {"default_mode": "passthrough"} if container == "matroska" else None
     return made(path, container, tracks, what, film=film, options=options)

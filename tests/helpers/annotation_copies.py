@@ -50,7 +50,7 @@ def as_lines(entries: Iterable[Any]) -> str:
 
 
 def write(folder: Path, files: dict[str, Any]) -> Path:
-    """Writes files: texts and bytes unchanged, the rest as JSON; names that end in .gz are compressed."""
+    """Writes files: texts and bytes as they are, all else as JSON; names in .gz are compressed."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         data = content if isinstance(content, (bytes, str)) else json.dumps(content)

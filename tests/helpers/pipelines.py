@@ -90,7 +90,7 @@ class Answer:
     stderr: str
 
     def refused(self, status: int, *words: str) -> None:
-        """Asserts one clear message with these words, no traceback and an empty stdout."""
+        """Asserts one clear message with these words, no trace and an empty stdout."""
         assert self.status == status, self.stderr
         assert self.stdout == ""
         assert "Traceback" not in self.stderr

@@ -1,4 +1,4 @@
-"""The services of cluster/deploy/compose.yaml run locally: PostgreSQL, S3 and the MLflow server."""
+"""The services of cluster/deploy/compose.yaml on this machine: PostgreSQL, an S3 store, the MLflow server."""
 
 from __future__ import annotations
 

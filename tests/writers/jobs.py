@@ -1,4 +1,4 @@
-"""Jobs like those of pipelines/extract.py, without Ray, MLflow and videos: extract, compact, read."""
+"""Jobs as pipelines/extract.py runs them, without Ray, MLflow and videos: extraction, compaction, reading."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ class Scheduler:
 
     @property
     def renewers(self) -> list[Actor]:
-        """Threads that renew a claim, in processes that run."""
+        """Threads that renew a claim, of processes that run."""
         return [one for one in self.actors if one.name == "renewal" and not one.is_over and one.process.runs]
 
     def suspend(self, process: Process) -> None:

@@ -1,4 +1,4 @@
-"""The image tower in inference: by precision, and with the variants for feature stores."""
+"""The image tower in inference, by precision, and as it encodes for feature stores."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _device(result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Reads the results and draws the figure."""
+    """Reads the results, and draws them."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.benchmarks.gpu.figure")
     parser.add_argument("results", type=Path, nargs="+", help="JSON of make bench-gpu, one file a device")
     parser.add_argument("file", type=Path, help="PNG to write")

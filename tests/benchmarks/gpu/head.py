@@ -200,7 +200,7 @@ class Before:
     peak_bytes: float
 
     def reason_against(self, bench: Bench, size: int, form: str) -> str:
-        """Returns the reason not to try a size, or an empty string."""
+        """Returns the reason not to try a size, or an empty text."""
         growth = (size / self.size) ** 2
         if growth * self.seconds > bench.left_s():
             return (

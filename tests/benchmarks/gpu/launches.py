@@ -22,7 +22,7 @@ FREE = ("empty", "empty_like", "new_empty", "detach", "set_", "alias", "_unsafe_
 
 
 class _Count(TorchDispatchMode):
-    """Counts operations that compute something, in forward and backward."""
+    """Counts operations that compute something, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Count(TorchDispatchMode):
 
 
 def operations_of(call: Callable[[], object]) -> int:
-    """Counts PyTorch's operations in a call, without launches of Triton's kernels."""
+    """Counts PyTorch's operations in a call; launches of Triton's kernels are not among them."""
     with _Count() as count:
         call()
     return count.operations

@@ -172,7 +172,7 @@ class Processes:
 
 
 def main() -> None:
-    """Answers requests ``KIND SECONDS`` with the number of loaded clips and the seconds it took."""
+    """Answers requests ``KIND SECONDS`` with the clips that were loaded and the seconds that it took."""
     store, config = sys.argv[1], load_config(sys.argv[2])
     from gare.data.store.contents import ids_in_parts
 

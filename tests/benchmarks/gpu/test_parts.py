@@ -273,7 +273,7 @@ def test_the_heads_figure_has_a_line_for_each_form(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_message_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """Numbers of a CPU must not be mistaken for those of a GPU."""
+    """Numbers of a CPU must not pass for those of a GPU."""
     assert refused(()) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: no GPU that torch can use: torch")

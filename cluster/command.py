@@ -42,8 +42,8 @@ file's keys that only shape it):
 """
 
 
-#: Options of one command beside ``--config``: flag → (key that it sets, meaning), for a flag that takes no
-#: value (key, meaning, the value that it sets), for one that takes several (key, meaning, their names).
+#: Options of one command beside ``--config``. A flag maps to (key that it sets, meaning) and takes a value.
+#: With a third entry it takes no value and sets the key to that string, or takes several names of that tuple.
 Flags = Mapping[str, tuple[str, str] | tuple[str, str, str] | tuple[str, str, tuple[str, ...]]]
 
 
@@ -53,16 +53,16 @@ def main(
     flags: Flags | None = None,
     sizes_of: SizesOf | None = None,
 ) -> None:
-    """Runs a pipeline as a command and leaves the process with its exit status.
+    """Runs a pipeline as a command and exits the process with its status.
 
-    stdout gets one line, the result as JSON, after the run has closed all it opened; logs and progress go
+    Prints one line on stdout, the result as JSON, after the run has closed everything; logs and progress go
     to stderr.
 
     Args:
         run: the pipeline.
-        description: for ``--help``.
+        description: text for ``--help``.
         flags: options of this command.
-        sizes_of: settles ``model.clip: auto``.
+        sizes_of: returns the sizes that replace ``model.clip: auto``.
     """
     sys.exit(execute(run, description or "", sys.argv[1:], flags or {}, sizes_of))
 
@@ -74,7 +74,7 @@ def execute(
     flags: Flags,
     sizes_of: SizesOf | None = None,
 ) -> int:
-    """``main`` without the exit: returns the status."""
+    """Does what ``main`` does, but returns the status in place of exiting."""
     with command_running():
         try:
             return _execute(run, description, arguments, flags, sizes_of)
@@ -105,14 +105,14 @@ def _execute(
             return _say_interrupted()
         except Exception as error:
             finish_open_runs(error)
-            # One that was stopped says itself what was kept.
+            # A run that was stopped says itself what was kept.
             if asked_by() and not isinstance(error, StoppedError):
-                # A fault of something that was ended in its midst: the signal is the reason.
+                # An error of something that was interrupted halfway: the signal is the reason.
                 logger.info("while it ended: %s: %s", type(error).__name__, error)
                 return _say_interrupted()
             if isinstance(error, GareError):
                 return _say_fault(error)
-            # Not a fault that we foresaw: the trace is what a report of it needs.
+            # An error that nobody foresaw: its trace is needed for a bug report.
             _say(f"{type(error).__name__}: {error}", traced=True)
             return 4
         end_command()
@@ -122,7 +122,7 @@ def _execute(
 
 
 def _say_interrupted() -> int:
-    """Ends what is open in MLflow and says why the command ends; the status."""
+    """Ends the open MLflow runs, says why the command ends, and returns the status."""
     with shielded():
         finish_open_runs(KeyboardInterrupt())
         _say(message(asked_by() or NAMES[signal.SIGINT]))
@@ -137,9 +137,9 @@ def _say_fault(error: GareError) -> int:
 
 
 def _say(message: str, *, traced: bool = False) -> None:
-    """Says why the command ends."""
+    """Prints why the command ends."""
     wait_until_told()
-    # Who has closed the stream, or its pipe, still gets the status.
+    # Even if stderr or its pipe has been closed, the status is returned.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if isinstance(sys.stderr, JsonStream):
             sys.stderr.error(message, traceback.format_exc() if traced else "")
@@ -150,7 +150,7 @@ def _say(message: str, *, traced: bool = False) -> None:
 
 
 def _run_of(config: Config) -> str:
-    """The run as MLflow has it, or the data set's step."""
+    """Returns the name of the MLflow run, or of the data set and step."""
     step = Path(sys.argv[0]).stem
     return f"{config.name}/{config.train.run if step in ('train', 'evaluate') else step}"
 

@@ -13,7 +13,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 @dataclass(frozen=True)
 class Layout:
-    """Locations of a data set's outputs; all are local paths or URIs.
+    """Locations of a data set's outputs, as local paths or URIs.
 
     Attributes:
         root: absolute ``storage.root``.
@@ -61,22 +61,22 @@ class Layout:
         return f"{self.run(run)}/evaluation-{split}"
 
     def test_curve(self, run: str) -> str:
-        """Folder of the scores of a run's checkpoints on test, which nothing chooses by or compares."""
+        """Folder of a run's checkpoints scored on test; these scores are never used to select or compare."""
         return f"{self.run(run)}/evaluation-test-curve"
 
     def step(self, name: str) -> str:
-        """Folder of a step's result where it has no other."""
+        """Folder of a step's result if the step has no other folder."""
         return f"{self.data}/{name}"
 
 
 def layout(config: Config) -> Layout:
-    """The locations that a configuration means."""
+    """Returns the locations for a configuration."""
     root = absolute(config.storage.root.rstrip("/") or "/")
     return Layout(root, f"{root.rstrip('/')}/{config.name}")
 
 
 def absolute(location: str) -> str:
-    """A path as seen from here, since workers may run elsewhere; URIs and the empty string as they are."""
+    """Makes a path absolute, since workers may run in another folder; keeps URIs and the empty string."""
     if not location or _SCHEME.match(location):
         return location
     return str(Path(location).expanduser().absolute())

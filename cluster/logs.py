@@ -1,8 +1,8 @@
 """Logs: lines for people, or JSON objects for a log collector.
 
-With ``tracking.log_format`` json every line of a command's stderr is one object, also what Ray forwards from
-its workers and what libraries print. Workers write such lines themselves, so that a collector which reads
-Ray's log files on the nodes gets them too.
+With ``tracking.log_format`` json, every line of a command's stderr is one object, including lines that Ray
+forwards from its workers and output of libraries. Workers write such lines themselves, so that a collector
+that reads Ray's log files on the nodes gets them too.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any, Literal, TextIO
 
 Format = Literal["text", "json"]
 
-#: Carry the format and what each line names from the driver to Ray's workers.
+#: Environment variables that pass the format and the names in each line from the driver to Ray's workers.
 FORMAT_VARIABLE, RUN_VARIABLE, JOB_VARIABLE = "GARE_LOG_FORMAT", "GARE_LOG_RUN", "GARE_LOG_JOB"
-#: What Ray puts before a line of a worker, as ``(RayTrainWorker pid=12, ip=10.0.0.2) ``.
+#: Prefix that Ray puts before a worker's line, such as ``(RayTrainWorker pid=12, ip=10.0.0.2) ``.
 _FORWARDED = re.compile(r"^(?:\x1b\[\d+m)?\((?P<source>[^()]*pid=[^()]*)\)(?:\x1b\[0m)? ?(?P<line>.*)$")
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one JSON object: time, level, logger, run, job, rank, node, message, and an error's trace.
+    """Formats a record as one JSON object: time, level, logger, run, job, rank, node, message, error trace.
 
     Args:
-        run: the run that the process works for.
-        rank: of a training worker; none for others.
+        run: name of the run that the process works for.
+        rank: rank of a training worker; None for other processes.
     """
 
     def __init__(self, run: str = "", rank: int | None = None) -> None:
@@ -39,12 +39,12 @@ class JsonFormatter(logging.Formatter):
         self.about = {"run": run, "rank": rank, "node": socket.gethostname()}
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object, on one line."""
+        """Returns the object on one line."""
         trace = {"trace": self.formatException(record.exc_info)} if record.exc_info else {}
         return self.line(record.levelname, record.name, record.getMessage(), record.created, **trace)
 
     def line(self, level: str, logger: str, message: str, at_s: float | None = None, **more: str) -> str:
-        """A line of something that is no record."""
+        """Returns a line for text that is not a log record."""
         now = datetime.datetime.now(datetime.UTC)
         at = datetime.datetime.fromtimestamp(at_s, datetime.UTC) if at_s is not None else now
         about = {"time": at.isoformat(timespec="milliseconds"), "level": level, "logger": logger}
@@ -54,10 +54,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class JsonStream:
-    """Takes the place of ``sys.stderr``: what is one of our objects passes, all else becomes one.
+    """Replaces ``sys.stderr``: passes our JSON lines through and wraps every other line in one.
 
     Args:
-        to: where lines go.
+        to: stream that gets the lines.
         formatter: makes the objects.
     """
 
@@ -66,7 +66,7 @@ class JsonStream:
         self.encoding = "utf-8"
 
     def write(self, text: str) -> int:
-        """Writes the lines that are whole; keeps the rest."""
+        """Writes complete lines and keeps the rest."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if line.strip():
@@ -84,25 +84,25 @@ class JsonStream:
         return self._formatter.line("INFO", "stderr", line)
 
     def flush(self) -> None:
-        """Hands on what is whole."""
+        """Flushes the complete lines."""
         self._to.flush()
 
     def error(self, message: str, trace: str = "") -> None:
-        """Writes why the command ends, with the trace of what nobody foresaw."""
+        """Writes why the command ends, with the trace of an unexpected error."""
         more: dict[str, Any] = {"trace": trace} if trace else {}
         self._to.write(self._formatter.line("ERROR", "command", message, **more) + "\n")
 
     def finish(self) -> None:
-        """Writes what has no end of line."""
+        """Writes the last line if it has no line end."""
         self.write("\n")
         self.flush()
 
     def isatty(self) -> bool:
-        """Never: no bars, no colours."""
+        """Returns False, so that there are no progress bars and no colours."""
         return False
 
     def fileno(self) -> int:
-        """File descriptor of where lines go: child processes write there."""
+        """Returns the file descriptor of the underlying stream, which child processes write to."""
         return self._to.fileno()
 
 
@@ -120,13 +120,13 @@ def is_object(line: str) -> bool:
 def set_up_logging(
     *, replace: bool = False, log_format: Format = "text", run: str = "", rank: int | None = None
 ) -> None:
-    """One line a record on stderr; libraries from warnings up.
+    """Sets up logging to stderr, one line a record; libraries log from warnings up.
 
     Args:
-        replace: take the place of what a library has set up already, as Ray Train does in its workers.
+        replace: replace handlers that a library has set up, as Ray Train does in its workers.
         log_format: text for people, or json.
-        run: named in each JSON line.
-        rank: of a training worker; named likewise.
+        run: name of the run for each JSON line.
+        rank: rank of a training worker for each JSON line.
     """
     logging.basicConfig(
         stream=sys.stderr,
@@ -141,17 +141,17 @@ def set_up_logging(
             handler.setFormatter(formatter)
     for name in ("gare", "cluster", "pipelines", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
-    # Ray's libraries report every step of theirs; the pipelines have one line of their own.
+    # Ray's libraries log each of their steps; the pipelines log one line of their own.
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager
 def json_lines(run: str) -> Iterator[None]:
-    """Makes all that this process and its Ray workers say meanwhile JSON; comes before Ray is started."""
+    """Turns all output of this process and its Ray workers into JSON lines; enter it before Ray starts."""
     os.environ.update({FORMAT_VARIABLE: "json", RUN_VARIABLE: run})
     if "ray" not in sys.modules:
-        # Lines of two workers differ in little else than the rank, and Ray would show one of them.
+        # Lines of two workers often differ only in the rank, and Ray would show only one of them.
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ["RAY_COLOR_PREFIX"] = "0"
     set_up_logging(replace=True, log_format="json", run=run)
@@ -174,16 +174,16 @@ def runtime_env() -> dict[str, Any]:
 
 
 def set_up_worker() -> None:
-    """Called by Ray in each worker process that starts."""
+    """Sets up logging in a worker process; called by Ray when the process starts."""
     set_up_logging(replace=True, log_format="json", run=os.environ.get(RUN_VARIABLE, ""))
 
 
 def job_id() -> str:
-    """The id of ``ray job submit``, else Ray's number of this driver once Ray runs, else nothing."""
+    """Returns the id of ``ray job submit``, else Ray's job id of this driver, else an empty string."""
     if job := os.environ.get(JOB_VARIABLE):
         return job
     with contextlib.suppress(ValueError, KeyError):
-        # What Ray's job server gives the process that it starts.
+        # Ray's job server sets this for the process that it starts.
         return str(json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"])
     ray = sys.modules.get("ray")
     if ray is None or not getattr(ray, "is_initialized", bool)():

@@ -36,7 +36,7 @@ Metrics = dict[str, float]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Prepares, extracts, then trains and evaluates both models for every seed."""
+    """Runs prepare and extract, then trains and evaluates both models for every seed."""
     seconds: dict[str, float] = defaultdict(float)
     prepared = _timed(seconds, "prepare", prepare, config)
     with PeakMemory() as memory, ray_session(config.cluster):
@@ -66,7 +66,7 @@ def _variant(config: Config, model: str, seed: int) -> Config:
 
 
 def _timed(seconds: dict[str, float], name: str, step: Any, config: Config) -> dict[str, Any]:
-    raise_if_asked()  # a training that a signal found at its end went through first
+    raise_if_asked()  # a signal at the very end of the last step let it finish first
     logger.info("%s %s", name, config.train.run if name in ("train", "evaluate") else config.name)
     started = time.monotonic()
     result: dict[str, Any] = step.run(config)
@@ -79,7 +79,7 @@ def _over_seeds(metrics: list[Metrics], reduce: Any) -> Metrics:
 
 
 def _deviation(values: list[float]) -> float:
-    """Sample standard deviation; 0 for one seed, which says nothing about spread."""
+    """Returns the sample standard deviation; 0 for one seed, which says nothing about spread."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 

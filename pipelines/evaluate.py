@@ -69,16 +69,16 @@ FLAGS: Flags = {
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Scores a split and logs the metrics to the training's MLflow run; or does another task of evaluate's.
+    """Scores a split and logs the metrics to the training's MLflow run; or runs another task of evaluate.
 
-    The others: two runs compared, runs collected in a suite, MLflow brought up to date, the test curve.
+    Other tasks: compare two runs, collect runs in a suite, bring MLflow up to date, score the test curve.
 
     Raises:
-        CheckpointError: for a checkpoint that is missing or of another model.
-        DataError: for a store that is missing or made with other settings, a split without videos, or runs to
-            compare that were not evaluated, or where another job evaluates the same and
+        CheckpointError: for a checkpoint that is missing or belongs to another model.
+        DataError: for a store that is missing or made with other settings, a split without videos, runs to
+            compare that were not evaluated, or if another job runs the same evaluation and
             ``upkeep.when_locked`` is refuse.
-        GareError: where MLflow cannot be reached.
+        GareError: if MLflow cannot be reached.
     """
     if config.evaluate.compare:
         return compare(config)
@@ -112,12 +112,12 @@ def _evaluate(config: Config) -> dict[str, Any]:
 def _score(
     config: Config, places: Layout, subject: Subject, splits: StoredSplits, lock: StoreLock, started: float
 ) -> dict[str, Any]:
-    """Scores the split under its MLflow run, which ends with it; the result."""
+    """Scores the split, ends its MLflow run in any case, and returns the result."""
     handle = open_tracking(config, places, subject)
     try:
         result = _score_and_write(config, places, subject, splits, handle, lock, started)
     except BaseException as error:
-        # The training itself has not failed.
+        # The training itself did not fail.
         handle.finish("FINISHED" if subject.is_trained_run else status_after(error))
         raise
     handle.finish()
@@ -143,7 +143,7 @@ def _score_and_write(
     lock: StoreLock,
     started: float,
 ) -> dict[str, Any]:
-    """Scores the split and writes all that comes of it, into the run too; the result."""
+    """Scores the split, writes all outputs to files and to the run, and returns the result."""
     from gare.report.evaluation_figures import figures_of
 
     split = config.evaluate.split
@@ -171,7 +171,7 @@ def _score_and_write(
     counts = {"videos": len(rows), "captions": len(features["text/embedding"])}
     dataset = f"{splits.benchmark}-{split}", split_hash_of(rows)
     handle.log_dataset(*dataset, places.manifest, split, counts)
-    # MLflow keeps a metric's data set only where it is a model's metric too.
+    # MLflow keeps a metric's data set only for metrics of a model.
     trained = RunFolder(places.run(subject.run)).read_result() if own else {}
     logged = trained.get("mlflow_model", "")
     named = {f"{split}/{name}": value for name, value in metrics.items()}
@@ -201,7 +201,7 @@ def _score_and_write(
 
 
 def _note(places: Layout, run: str, result: dict[str, Any]) -> str:
-    """The scores of this evaluation, and of those of the checkpoint's other splits."""
+    """Returns a note with the scores of this evaluation and of the checkpoint's other splits."""
     found = {result["split"]: result}
     for split in SPLITS:
         location = join(places.evaluation(run, split), RESULT)
@@ -222,7 +222,7 @@ def _tags(
     if subject.is_zero_shot:
         about["precision"] = "float32" if subject.settings is None else config.features.precision
     elif subject.is_trained_run:
-        # Its run has the training's tags, and this configuration need not be that of the training.
+        # The run has the training's tags, and this configuration may differ from that of the training.
         about["ray.job.evaluated"] = about.pop("ray.job")
     elif subject.trained:
         trained = run_tags(subject.trained, splits.benchmark, splits.protocol)
@@ -244,7 +244,7 @@ def _write(
     ranks: dict[str, Ranks],
     picture: bytes,
 ) -> dict[str, Any]:
-    """Files of the evaluation; what the result says of them."""
+    """Writes the files of the evaluation; returns their entries for the result."""
     from gare.retrieval.results.files import write_results
 
     split = config.evaluate.split

@@ -65,17 +65,17 @@ FLAGS: Flags = {
     ),
     "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
 }
-#: Does what a comparison found and says how it went; calls the lock's ``check`` after each part.
+#: Does the work of a comparison and reports on it; calls the lock's ``check`` after each part.
 Work = Callable[[Comparison, StoreLock, ExtractionRun], dict[str, Any]]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Brings the stores up to the manifest, or checks or compacts them, as ``upkeep.task`` says.
+    """Brings the stores up to date with the manifest, or checks or compacts them, by ``upkeep.task``.
 
     Raises:
-        DataError: for a missing manifest, a store made with other settings, faults that a check finds, or
-            more failed or vanished videos than ``extract.max_failed_fraction``; what was extracted stays.
-        GareError: where MLflow cannot be reached, before anything is extracted.
+        DataError: for a missing manifest, a store made with other settings, faults found by a check, or more
+            failed or vanished videos than ``extract.max_failed_fraction``; extracted clips stay.
+        GareError: if MLflow cannot be reached, before anything is extracted.
     """
     places, kind = layout(config), config.extract.store
     manifest = read_manifest(places.manifest)
@@ -111,7 +111,7 @@ def _is_complete(store: str) -> bool:
 
 
 def _warn_of_missing_frames(frames: str, manifest: Manifest, *, is_kept: bool) -> None:
-    """Says what becomes of clips that a frame store beside the features lacks."""
+    """Logs what happens to clips that the frame store lacks."""
     if not exists(join(frames, META)) or not (missing := without_frames(frames, manifest)):
         return
     effect = (
@@ -127,7 +127,7 @@ def _warn_of_missing_frames(frames: str, manifest: Manifest, *, is_kept: bool) -
 def _look_after(config: Config, job: StoreUpdate) -> dict[str, Any]:
     """Checks or compacts a store."""
     started, store = time.monotonic(), job.uri
-    read_meta(store)  # there is one
+    read_meta(store)  # fails if there is no store
     if config.upkeep.task == "verify":
         found = verify_or_raise(store, job.schema, {row.video_id for row in job.manifest.rows})
         return found | {"mended": _named(find_mended(config, job))}
@@ -150,7 +150,7 @@ def _named(traits: dict[str, str]) -> dict[str, str]:
 def _write_both(
     config: Config, places: Layout, frames: StoreUpdate, encoding: Encoding
 ) -> list[dict[str, Any]]:
-    """Brings both stores up to the collection; clips are encoded while others are decoded."""
+    """Brings both stores up to date; clips are encoded while others are decoded."""
     jobs = (frames, encoding.job)
     comparisons = [job.compare_with_collection() for job in jobs]
     done = [job.inventory_if_done(comparison) for job, comparison in zip(jobs, comparisons, strict=True)]
@@ -176,7 +176,7 @@ def _write_both(
 def _write(
     config: Config, places: Layout, job: StoreUpdate, step: str, work: Work, held: StoreLock | None = None
 ) -> dict[str, Any]:
-    """Brings a store up to the collection, whose lock may be held; nothing changes where nothing is to do."""
+    """Brings a store up to date, under a lock that may be held already; writes nothing if nothing changed."""
     started = time.monotonic()
     comparison = job.compare_with_collection()
     inventory = job.inventory_if_done(comparison)
@@ -184,7 +184,7 @@ def _write(
         return _unchanged(job, comparison, inventory)
     with contextlib.nullcontext(held) if held else store_lock(config, job.uri) as lock:
         job.hold(lock.held)
-        comparison = job.compare_with_collection()  # another job may have written while this one waited
+        comparison = job.compare_with_collection()  # again: another job may have written during the wait
         job.refuse_lost(comparison)
         if job.has_nothing_left(comparison) and not held:
             result = job.finish(comparison, job.count(), {})
@@ -208,7 +208,7 @@ def _unchanged(job: StoreUpdate, comparison: Comparison, inventory: Inventory) -
 
 
 def _decoding(config: Config, store: str, between_parts: Callable[[], None] = lambda: None) -> Work:
-    """Extracts what is pending into a frame store."""
+    """Returns the work that extracts pending clips into a frame store."""
 
     def work(comparison: Comparison, lock: StoreLock, tracked: ExtractionRun) -> dict[str, Any]:
         if not comparison.pending:

@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Writes the manifest of the configured benchmark; generates its videos where it is the embedded one.
+    """Writes the manifest of the configured benchmark; also generates the videos of the embedded one.
 
-    With ``data.verify`` it writes none and only says how the annotations and videos compare with the
+    With ``data.verify``, writes no manifest and only reports how annotations and videos compare with the
     published ones.
 
     Raises:
-        ConfigError: for settings that the benchmark needs and lacks.
-        DataError: for videos and captions that do not belong together.
+        ConfigError: if the benchmark needs a setting that is missing.
+        DataError: if videos and captions do not belong together.
     """
     started = time.monotonic()
     places = layout(config)
@@ -97,7 +97,7 @@ def _synthetic(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]
 def _folder(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
     data = config.data
     if not data.captions:
-        # Without a folder the captions have to name whole locations, which few do.
+        # Without a folder, captions would have to name full locations, which is rare.
         missing = [f"data.{key}" for key in ("videos", "captions") if not getattr(data, key)]
         raise ConfigError(
             f"{' and '.join(missing)} must be set",

@@ -1,4 +1,4 @@
-"""Part of every step: settles ``model.clip: auto`` by the weights that the settings name."""
+"""Part of every step: resolves ``model.clip: auto`` from the weights that the settings name."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def sizes_of_weights(config: Config) -> Mapping[str, int]:
 
 
 def sizes_for_evaluation(config: Config) -> Mapping[str, int] | None:
-    """Those of ``evaluate.checkpoint``, of the weights where they are named, or else of the run's best.
+    """Returns the sizes of ``evaluate.checkpoint``, else of the named weights, else of the run's best.
 
-    None where no model is looked at. Without a run, for ``evaluate.zero_shot``, those of the weights alone.
+    None if no model is needed. With ``evaluate.zero_shot`` there is no run, so only the weights count.
 
     Raises:
-        CheckpointError: for what cannot be read.
-        ConfigError: where there is none of them.
+        CheckpointError: if the checkpoint or the weights cannot be read.
+        ConfigError: if there is none of them.
     """
     chosen = config.evaluate
     if chosen.compare or chosen.suite or chosen.sync:

@@ -1,4 +1,4 @@
-"""Stores metrics and tags that MLflow has not accepted yet, beside the run's data, wherever that is."""
+"""Outbox for MLflow entries next to the run's data, in an object store or a local file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gare.storage.files import delete_file, join, list_files, read_bytes, write_
 
 logger = logging.getLogger(__name__)
 
-#: Folders in which this process has found nothing: an object store need not be asked at every step.
+#: Folders that this process has found empty, so that the object store is not asked at every step.
 _empty: set[str] = set()
 
 
 @dataclass(frozen=True)
 class StoredOutbox:
-    """Entries as objects of a folder of an object store, to which nothing can be appended.
+    """Entries as single objects in a folder of an object store, which has no append.
 
     Attributes:
         uri: the folder.
@@ -37,7 +37,7 @@ class StoredOutbox:
         """Keeps one entry.
 
         Raises:
-            DataError: where it cannot be written.
+            DataError: if it cannot be written.
         """
         _empty.discard(self.uri)
         write_json(join(self.uri, f"{time.time_ns():020d}-{uuid.uuid4().hex}.json"), entry)
@@ -45,10 +45,10 @@ class StoredOutbox:
     def deliver(self, send: Callable[[dict[str, Any]], None]) -> int:
         """Sends all entries, the oldest first, and deletes them.
 
-        Objects that are no entries are moved into a folder beside this one, and named.
+        Objects that are no entries are moved into a folder next to this one, and logged.
 
         Args:
-            send: delivers one entry. Whatever it raises ends the delivery, and all stay.
+            send: delivers one entry. Any exception from it ends the delivery, and all entries stay.
 
         Returns:
             The number of entries.
@@ -77,7 +77,7 @@ class StoredOutbox:
 
 
 def pending_of(places: Layout) -> str | StoredOutbox:
-    """Opens a data set's entries that wait for MLflow: a local file, or a folder of an object store."""
+    """Returns the outbox of a data set: a local file, or a folder of an object store."""
     if places.is_local:
         return str(Path(places.data) / "mlflow-pending.jsonl")
     return StoredOutbox(join(places.data, "mlflow-pending"))

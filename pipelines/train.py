@@ -63,13 +63,13 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains the configured run, or continues it, or gives its result again where it is done.
+    """Trains the configured run, resumes it, or returns its result if it is done.
 
     Raises:
-        ConfigError: for a run of that name with other settings, a name that evaluation keeps for itself, or
-            workers that the cluster cannot hold.
+        ConfigError: for a run of that name with other settings, a reserved name, or workers that the cluster
+            cannot hold.
         DataError: for a store that is missing, incomplete or made with other settings.
-        GareError: where MLflow cannot be reached at the start, or training fails.
+        GareError: if MLflow cannot be reached at the start, or training fails.
     """
     require_name_of_a_run(config)
     config = _with_absolute_paths(config)
@@ -79,7 +79,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _lock(config: Config, places: Layout) -> AbstractContextManager[StoreLock | None]:
-    """The run's lock, where there is something to train on; ``_run`` says so without leaving a file."""
+    """Takes the run's lock if there are data to train on; else ``_run`` reports that, and no file is left."""
     return run_lock(config, places) if exists(places.manifest) else nullcontext()
 
 
@@ -88,7 +88,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     folder = RunFolder(places.run(config.train.run))
     source = input_of_run(config, places)
     begun = folder.has_begun and not config.train.overwrite
-    if exists(places.manifest):  # else its absence is what to say
+    if exists(places.manifest):  # else the missing manifest is reported later
         source.check_store()
     splits = splits_of(config, places, source, begun=begun)
     vocabulary = ClipConfig().vocab_size
@@ -107,7 +107,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         checkpoints = checkpoints_of(config, places, validated=bool(splits.val))
         mend_best(checkpoints, places.checkpoint(config.train.run), source, finished)
         return finished
-    # All that can be refused is, before anything is deleted or written.
+    # Validate everything that can fail before deleting or writing.
     if config.train.clip_weights and not earlier:
         source.check_weights()
     tracker = connect(config.tracking, places.root)
@@ -146,15 +146,15 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
-    """Settings that make a run this run."""
+    """Returns the settings and data that identify a run."""
     settings = settings_of_run(config)
-    # Which of the two it is makes the run, whatever key says so: earlier versions had auto follow from a
-    # setting of memory.
+    # Sampling or not is part of the identity, whichever key decides it: in earlier versions auto depended on
+    # a memory setting.
     sampled = config.loss.samples_texts(config.train.batch_size, config.model.clip.embed_dim)
     del settings["loss"]["direction_over"]
     settings["loss"]["direction_is_sampled"] = sampled
     if config.augment.is_on:
-        # Earlier versions had another library's policy under the same settings.
+        # Earlier versions used another library's policy under the same settings.
         settings["augment"]["policy"] = POLICY
     return {
         "settings": settings,
@@ -218,16 +218,16 @@ def _fit(
     splits: StoredSplits,
     lock: StoreLock | None,
 ) -> Checkpoints:
-    """Runs the workers; returns the checkpoints of the run."""
+    """Runs the workers and returns the run's checkpoints."""
     import ray.train.torch
 
-    v2: Any = ray.train  # its types are those of the first version of Ray Train
+    v2: Any = ray.train  # its type stubs are those of Ray Train V1
 
     cluster, run_folder = config.cluster, places.run(config.train.run)
-    # Ray would open the URI by itself, without our endpoint and tries.
+    # Ray would open the URI by itself, without our endpoint and retries.
     filesystem, folder = open_fs(run_folder)
-    # Ray's own record of checkpoints is written in place: a kill or a full disk at that moment loses it, and
-    # with it the run. Ours is not, so Ray starts workers again and knows nothing of checkpoints.
+    # Ray writes its own record of checkpoints in place: a kill or a full disk at that moment would lose the
+    # run. We do not use it: Ray only restarts workers and knows nothing of checkpoints.
     trainer = v2.torch.TorchTrainer(
         train_worker,
         train_loop_config={
@@ -237,7 +237,7 @@ def _fit(
             "shared": source.shared(splits),
             "clips": splits.hashes(),
             "watch_preemption": watches_preemption(),
-            # Workers look at it themselves: they go on while their driver is suspended.
+            # Workers check the lock themselves: they go on while their driver is suspended.
             "owned": lock.owned if lock else None,
         },
         scaling_config=v2.ScalingConfig(
@@ -276,7 +276,7 @@ def _fit(
 
 
 def _cause(error: Exception) -> GareError:
-    """The fault of a worker that has one of ours, else what Ray says."""
+    """Returns the worker's ``GareError`` if there is one, else an error with Ray's message."""
     if fault := fault_of(error):
         return fault
     failures = list(getattr(error, "worker_failures", {}).values())
@@ -286,10 +286,10 @@ def _cause(error: Exception) -> GareError:
 
 
 def _finish(config: Config, places: Layout, handle: RunHandle, best: Entry, started: float) -> dict[str, Any]:
-    """Pictures and model to MLflow; the result."""
+    """Sends pictures and model to MLflow and returns the result."""
     checkpoint = places.checkpoint(config.train.run)
     history = History.read(RunFolder(places.run(config.train.run)).history)
-    history.save()  # all of it into one file, for people and other programs
+    history.save()  # into one file, for people and other programs
     model = log_outputs(config, places, handle)
     step_seconds = [value for _, value in history.steps["time/step_s"]]
     return {

@@ -1,4 +1,4 @@
-"""Interfaces of Ray that it does not promise, all that are used, as seen in Ray 2.60.
+"""All private interfaces of Ray that this project uses, as found in Ray 2.60.
 
 ``tests/cluster/test_compat.py`` fails when one of them vanishes.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Warns that progress bars are off.
+#: Logger that warns that progress bars are off.
 PROGRESS_LOGGER = "ray.data._internal.progress"
 
 
 def resources_after_growth() -> dict[str, float]:
-    """Resources that an autoscaling cluster can have in the end, as Ray's own libraries ask for them.
+    """Returns the resources of an autoscaling cluster at its largest, as Ray's own libraries read them.
 
     Returns:
-        Amounts by kind; empty where Ray does not say.
+        Amounts by kind; empty if Ray does not say.
     """
     try:
         from ray._private.state import state
@@ -26,7 +26,7 @@ def resources_after_growth() -> dict[str, float]:
 
 
 def table_of_object(content: Any) -> Any:
-    """A table of one cell, which holds any object; Ray pickles it, as it does all that it sends."""
+    """Returns a table with one cell that holds any object; Ray pickles it, like all that it sends."""
     import pyarrow as pa
     from ray.data.extensions import ArrowPythonObjectArray
 

@@ -1,13 +1,13 @@
-"""A pool of Ray actors, with one rule for actors that die and one for errors.
+"""A pool of Ray actors with one rule for dead actors and one rule for errors.
 
-**Deaths.** If an actor dies during a task, by itself or with its node, the task is given to another actor, at
-most ``RETRIES`` times, and a new actor takes the dead one's place if there is work for it. So a task may be
-done twice, and must come to the same then. A task whose actor dies each time ends the work, with an error
-that names it.
+**Deaths.** If an actor dies during a task, alone or with its node, the task is given to another actor, at
+most ``RETRIES`` times, and a new actor replaces the dead one if there is work for it. A task may therefore
+run twice and must give the same result each time. A task whose actor dies every time ends the work with an
+error that names it.
 
-**Errors.** A ``GareError`` raised by loading or by a task leaves the pool as itself, without Ray's traces,
-and ends the work. Any other exception becomes a ``GareError`` of its type and message; its trace is logged
-when it leaves.
+**Errors.** A ``GareError`` raised by loading or by a task leaves the pool unchanged, without Ray's traces,
+and ends the work. Any other exception becomes a ``GareError`` with its type and message, and its trace is
+logged.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from gare.errors import GareError
 
 logger = logging.getLogger(__name__)
 
-#: Does a task, from its arguments.
+#: Function that does a task, called with the task's arguments.
 Work = Callable[..., Any]
-#: Times that a task is given to another actor because the one that did it has died.
+#: Times that a task is given to another actor after its actor has died.
 RETRIES = 3
 
-#: What to do about actors that die, unless a pool has better advice.
+#: Default advice about dying actors.
 ADVICE = (
     "more memory or smaller tasks, where they are killed for the memory they take; the node's logs say why"
 )
@@ -40,24 +40,24 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Failure:
-    """An error on its way out of an actor, with the trace of one that nobody foresaw."""
+    """An error sent back by an actor, with its trace if it was unexpected."""
 
     error: GareError
     trace: str = ""
 
     def leave(self) -> NoReturn:
         """Raises the error."""
-        # Logged here and not by the actor, which may stumble over its own end when the work is over.
+        # Logged here and not by the actor, which may be killed as soon as the work is over.
         if self.trace:
             logger.error("unexpected in an actor: %s", self.trace)
         raise self.error
 
 
 class Worker:
-    """An actor's process: it loads what it needs with its first task, and then does tasks.
+    """Process of an actor: loads what it needs with its first task, then runs tasks.
 
     Args:
-        load: returns the work.
+        load: returns the function that does a task.
     """
 
     def __init__(self, load: Callable[[], Work]) -> None:
@@ -65,9 +65,9 @@ class Worker:
         self._work: Work | None = None
 
     def do(self, *arguments: Any) -> tuple[Failure | None, Any]:
-        """Does one task and returns its failure, or None and its result."""
+        """Runs one task and returns (failure, None) or (None, result)."""
         try:
-            # Not in the constructor, whose errors Ray hands over as text alone.
+            # Not in the constructor: Ray passes on only the text of its errors.
             if self._work is None:
                 self._work = self._load()
             return None, self._work(*arguments)
@@ -82,28 +82,28 @@ class _Task:
     number: int
     arguments: tuple[Any, ...]
     deaths: int = 0
-    #: Reference to the result, which stays in Ray's object store until it is taken.
+    #: Reference to the result, which stays in Ray's object store until the caller takes it.
     value: Any = None
 
 
 class ActorPool:
-    """Actors that each load what they need with their first task, and then do one task at a time.
+    """Pool of actors that each load what they need with their first task and run one task at a time.
 
-    A thread of the pool hands out the tasks, so that work goes on whatever the driver does meanwhile. Only
-    an actor that has answered is given one: actors that wait for room, or whose node is lost, hold nothing
-    up. So a pool that is larger than the cluster works with the actors that start; where none is left it
-    waits for one. No more are started than there are tasks for.
+    A thread of the pool hands out the tasks, so that work goes on whatever the driver does. Only an actor
+    that has answered gets a task, so actors that wait for resources or whose node is lost block nothing. A
+    pool that is larger than the cluster works with the actors that start; if none is left, it waits for one.
+    It never starts more actors than there are tasks.
 
-    A context manager, which ends the actors. One thread at a time may use it.
+    Use it as a context manager, which ends the actors on exit, from one thread at a time.
 
     Args:
-        load: called once in each actor; returns the work, which is called with the arguments of each task.
-        count: actors at most.
-        num_cpus: of an actor.
-        num_gpus: of an actor.
-        memory_bytes: heap of an actor and its children, which Ray does not see otherwise.
-        node_id: the node where all actors run; None: any.
-        advice: what to do where a task ends its actors.
+        load: called once in each actor; returns the function that is called with the arguments of each task.
+        count: maximum number of actors.
+        num_cpus: CPUs of an actor.
+        num_gpus: GPUs of an actor.
+        memory_bytes: heap of an actor and its children, which Ray cannot see.
+        node_id: node on which all actors run; None for any.
+        advice: text for the error of a task that ends its actors.
     """
 
     def __init__(
@@ -125,21 +125,21 @@ class ActorPool:
             options["memory"] = memory_bytes
         if node_id is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        # Ray itself would give a task to the same actor again, which may wait for room on another node.
+        # With retries, Ray would give a task to the same actor again, which may be waiting for another node.
         actor = ray.remote(max_restarts=0, max_task_retries=0, **options)(Worker)
         self._start = partial(actor.remote, partial(_load_shared, [ray.put(load)]))
         self._count, self._advice = max(count, 1), advice
-        # The pool's thread alone touches these. It is told what to do through _events, and answers through
+        # Only the pool's thread uses these. It gets its instructions through _events and answers through
         # _results.
         self._waiting: deque[_Task] = deque()
         self._actors: set[Any] = set()
-        self._asked: set[Any] = set()  # those of them that have not answered yet
+        self._asked: set[Any] = set()  # actors that have not answered yet
         self._idle: list[Any] = []
         self._num_silent = 0  # actors in a row that died without an answer
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Task | GareError] = queue.SimpleQueue()
-        # These are the caller's.
-        self._early: dict[int, _Task] = {}  # done before those that are to be yielded before them
+        # Only the caller uses these.
+        self._early: dict[int, _Task] = {}  # finished before earlier tasks that must be yielded first
         self._num_given, self._num_open, self._is_closed = 0, 0, False
         self._thread = threading.Thread(target=self._dispatch, name="actor-pool", daemon=True)
         self._thread.start()
@@ -155,18 +155,18 @@ class ActorPool:
     def map(
         self, tasks: Iterable[tuple[Any, ...]], *, ordered: bool = True, ahead: int | None = None
     ) -> Generator[Any, None, None]:
-        """Does tasks and yields their results; arrays in them are read-only views of Ray's object store.
+        """Runs tasks and yields their results; arrays in them are read-only views of Ray's object store.
 
-        An error ends the actors, and so does closing the iterator before its end.
+        An error ends the actors, and so does closing the iterator early.
 
         Args:
-            tasks: arguments of each task. Those that are references to Ray's objects arrive as the objects.
-            ordered: yield in the order of the tasks, whatever the actors do; else as they are done.
-            ahead: tasks at most that are handed over and not taken yet; only so many are drawn from
-                ``tasks`` early, and only so many results wait in memory. None: all.
+            tasks: arguments of each task. References to Ray objects arrive as the objects.
+            ordered: True to yield in the order of the tasks, False to yield as they finish.
+            ahead: maximum number of tasks submitted and not taken yet; bounds the tasks drawn early and the
+                results held in memory; None for no limit.
 
         Raises:
-            GareError: raised by loading or by a task, or for a task that has ended too many actors.
+            GareError: from loading or from a task, or if a task has ended too many actors.
         """
         assert self._num_open == 0, "tasks that were submitted must be finished first"
         coming, self._num_given = iter(tasks), 0
@@ -182,7 +182,7 @@ class ActorPool:
                 self.close()
 
     def submit(self, tasks: Iterable[tuple[Any, ...]]) -> None:
-        """Hands over tasks, to be done from now on in any order; ``finish`` yields their results."""
+        """Submits tasks, which run from now on in any order; ``finish`` yields their results."""
         assert not self._is_closed, "the pool is closed"
         added = [_Task(number, arguments) for number, arguments in enumerate(tasks, self._num_given)]
         self._num_given += len(added)
@@ -190,10 +190,10 @@ class ActorPool:
         self._events.put(partial(self._waiting.extend, added))
 
     def finish(self) -> Iterator[Any]:
-        """Waits for all tasks that were submitted and yields their results as they are done.
+        """Waits for all submitted tasks and yields their results as they finish.
 
         Raises:
-            GareError: as ``map`` does.
+            GareError: as in ``map``.
         """
         while self._num_open:
             yield self._take(None)
@@ -214,7 +214,7 @@ class ActorPool:
         self._num_open = 0
 
     def _take(self, number: int | None) -> Any:
-        """The result of the task of this number, or of any task, once it is there."""
+        """Waits for the task with this number, or for any task, and returns its result."""
         import ray
         from ray.exceptions import ObjectLostError, ObjectReconstructionFailedError
 
@@ -229,18 +229,18 @@ class ActorPool:
                 continue
             try:
                 value = ray.get(task.value)
-            except (ObjectLostError, ObjectReconstructionFailedError) as error:  # with the node that held it
+            except (ObjectLostError, ObjectReconstructionFailedError) as error:  # lost with its node
                 self._events.put(partial(self._again, task, error))
                 continue
             self._num_open -= 1
             return value
 
     def _dispatch(self) -> None:
-        """Gives out tasks whenever something happens, until the pool is closed or an error ends it."""
+        """Hands out tasks on every event, until the pool is closed or an error ends it."""
         try:
             while (event := self._events.get()) is not None:
                 event()
-                del event  # it holds a result, which is to go once it is taken
+                del event  # it holds a result, which should be freed once it is taken
                 while self._waiting and self._idle:
                     self._give(self._idle.pop(), self._waiting.popleft())
                 while len(self._waiting) > len(self._asked) and len(self._actors) < self._count:
@@ -273,7 +273,7 @@ class ActorPool:
             )
 
     def _give(self, actor: Any, task: _Task) -> None:
-        # Two objects: the failure, if any, is small and comes here at once; the result stays where it is.
+        # Two objects: the small failure, if any, is fetched here at once; the result stays where it is.
         failure, task.value = actor.do.options(num_returns=2).remote(*task.arguments)
         self._when_there(failure, partial(self._ended, actor, task))
 
@@ -290,22 +290,22 @@ class ActorPool:
         self._results.put(task)
 
     def _bury(self, actor: Any, error: BaseException) -> None:
-        """Gives up an actor because of an error, which is raised if it is no death."""
+        """Gives up an actor after an error; raises the error if the actor did not die."""
         import ray
         from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
 
         if not isinstance(error, RayActorError | OutOfMemoryError | NodeDiedError):
             raise error
         self._actors.remove(actor)
-        ray.kill(actor)  # it may only be out of reach
+        ray.kill(actor)  # it may only be unreachable
         # Others may have died with the same node; a task given to one of them would seem to have killed it.
         idle, self._idle = self._idle, []
         for other in idle:
             self._ask(other)
 
     def _again(self, task: _Task, error: BaseException) -> None:
-        """Has a task done again whose actor has died, or whose result is lost."""
-        # A task is not to blame for a node that is taken away.
+        """Runs a task again after its actor has died or its result is lost."""
+        # A preempted node is not the task's fault.
         task.deaths += not getattr(error, "preempted", False)
         if task.deaths > RETRIES:
             raise killing(f"task {task.number} (the first is 0)", _reason(error), self._advice)
@@ -313,19 +313,19 @@ class ActorPool:
         self._waiting.appendleft(task)
 
     def _when_there(self, reference: Any, then: Callable[[Any], None]) -> None:
-        """Calls ``then`` in the pool's thread, with a future of an object, once the object is there."""
+        """Calls ``then`` in the pool's thread with the object's future, once the object is available."""
         reference.future().add_done_callback(lambda future: self._events.put(partial(then, future)))
 
 
 def killing(task: str, last: str = "", advice: str = ADVICE) -> GareError:
-    """Makes the error for a task that has ended too many actors, with the reason for the last one's end."""
+    """Builds the error for a task that has ended too many actors, with the reason for the last death."""
     return GareError(
         f"{task} has ended {RETRIES + 1} actors{last and f', the last by {last}'}", accepted=advice
     )
 
 
 def _reason(error: BaseException) -> str:
-    """The line of Ray's message that says why an actor died."""
+    """Returns the line of Ray's message that says why an actor died."""
     from ray.exceptions import RayActorError
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
@@ -337,7 +337,7 @@ def _as_gare(error: Exception) -> GareError:
 
 
 def _load_shared(held: list[Any]) -> Work:
-    """Calls the function that all actors load with, which lies in Ray's object store once."""
+    """Calls the load function that all actors share, which is stored once in Ray's object store."""
     import ray
 
     work: Work = ray.get(held[0])()

@@ -1,4 +1,4 @@
-"""Batches of training, loaded ahead by actors on the worker's node and handed over in order, in chunks."""
+"""Training batches, loaded ahead by actors on the worker's node and yielded in order, in chunks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gare.config import ClusterConfig
 logger = logging.getLogger(__name__)
 
 Arrays: TypeAlias = dict[str, np.ndarray]
-#: Loads rows of a batch: its number, the first row, the one after the last.
+#: Loads rows of a batch, from its number, the first row, and the row after the last.
 Load: TypeAlias = Callable[[int, int, int], Arrays]
 
-#: Bytes that a task loads at most, unless one row is larger: small enough for many loaders to share a batch,
-#: large enough for what a task costs by itself not to count.
+#: Maximum bytes of a task, unless one row is larger: small enough for many loaders to share a batch, large
+#: enough for the fixed cost of a task not to matter.
 CHUNK_BYTES = 32 * 10**6
-#: Share of a node's object store that batches may take, of all training workers there together.
+#: Share of a node's object store for batches of all training workers there together.
 STORE_SHARE = 0.8
 _MEGABYTE = 10**6
 
@@ -31,9 +31,9 @@ class Asked(NamedTuple):
     """A batch to load.
 
     Attributes:
-        number: of the batch.
-        rows: of it.
-        row_bytes: of a row, about.
+        number: number of the batch.
+        rows: number of its rows.
+        row_bytes: approximate size of a row.
     """
 
     number: int
@@ -42,31 +42,31 @@ class Asked(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Rows that a task loads at most."""
+        """Maximum number of rows of a task."""
         return max(1, CHUNK_BYTES // max(self.row_bytes, 1))
 
 
 def stream(
     load: Callable[[], Load], batches: Sequence[Asked], *, loaders: int, config: ClusterConfig, workers: int
 ) -> Iterator[Arrays]:
-    """Yields chunks of consecutive rows, in order, none with rows of two batches.
+    """Yields chunks of consecutive rows, in order; no chunk has rows of two batches.
 
-    Not by Ray Data, whose scheduler runs in the process that reads: while batches wait to be taken it polls
-    without a pause (2.60) and holds Python's lock against the training, whose steps of many small operations
-    then take several times as long.
+    Ray Data is not used: its scheduler runs in the reading process and, while batches wait to be taken, polls
+    without a pause (2.60). It then holds the GIL against the training, whose steps of many small operations
+    take several times as long.
 
-    The order is that of the batches whatever the actors do, so that a seed gives the same training again. The
+    The order is that of the batches, whatever the actors do, so that a seed repeats the training. The
     actors run on this node; their CPUs are reserved with those of the worker (``resources_of_worker``).
 
     Args:
         load: called once in each actor.
-        batches: what to load.
-        loaders: actors.
-        config: its ``prefetch_mb`` bounds what is loaded or being loaded and not yet taken, down to a chunk.
+        batches: batches to load.
+        loaders: number of actors.
+        config: its ``prefetch_mb`` bounds what is loaded or loading and not yet taken, but allows one chunk.
         workers: training workers on this node.
 
     Raises:
-        GareError: of the loading; for a chunk whose loading ends actor after actor.
+        GareError: from loading, or if a chunk ends actor after actor.
     """
     import ray
 
@@ -78,7 +78,7 @@ def stream(
     )
     largest = max((min(batch.chunk, batch.rows) * batch.row_bytes for batch in batches), default=1)
     whole = max((batch.rows * batch.row_bytes for batch in batches), default=1)
-    # Enough for every loader to have the next one ready, and for a whole batch to come while a step computes.
+    # Enough for every loader to have its next chunk ready, and for a whole batch to arrive during a step.
     enough = loaders + max(loaders + 2, math.ceil(whole / max(largest, 1)))
     room = ahead_bytes(config, workers, whole, enough * largest)
     advice = (
@@ -92,12 +92,12 @@ def stream(
 
 
 def ahead_bytes(config: ClusterConfig, workers: int, batch_bytes: int, enough: float) -> float:
-    """Bytes of clips that may wait for a training worker: enough, if the setting and the node have the room.
+    """Returns the bytes of clips that may wait for a training worker: enough, if setting and node allow it.
 
     Args:
         config: its ``prefetch_mb``.
         workers: training workers on this node.
-        batch_bytes: of a worker's batch, which is held beside them while it is put together.
+        batch_bytes: size of a worker's batch, which is held as well while it is assembled.
         enough: bytes beyond which nothing is gained.
     """
     import ray

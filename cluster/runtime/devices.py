@@ -1,4 +1,4 @@
-"""The device of a training worker: that it can be used, and what to do where its memory does not suffice."""
+"""Device of a training worker: checks that it can be used, and advice if its memory does not suffice."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-#: Seconds in which a GPU must answer: a process starts, imports torch and opens it.
+#: Time limit for a GPU to answer, seconds: a process starts, imports torch and opens the GPU.
 ANSWER_S = 180.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One GPU as an actor found it that Ray had given it.
+    """One GPU as seen by the actor to which Ray assigned it.
 
     Attributes:
-        uuid: of the GPU; empty where it cannot be used.
-        error: why it cannot.
-        has_bf16: whether it computes bf16 in hardware.
+        uuid: id of the GPU; empty if it cannot be used.
+        error: reason why it cannot be used.
+        has_bf16: True if it computes bf16 in hardware.
     """
 
     uuid: str
@@ -41,7 +41,7 @@ class Answer:
 
 class _Probe:
     def look(self) -> Answer:
-        """Opens the GPU of this process and computes something."""
+        """Opens the GPU of this process and runs a small computation."""
         import torch
 
         build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -49,7 +49,7 @@ class _Probe:
         try:
             if not torch.cuda.is_available():
                 raise RuntimeError("torch sees none")
-            torch.ones(1, device="cuda").sum().item()  # fails for a GPU that this torch has no code for
+            torch.ones(1, device="cuda").sum().item()  # fails if this torch has no code for the GPU
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             return Answer(str(torch.cuda.get_device_properties(0).uuid), has_bf16=has_bf16)
         except (RuntimeError, AssertionError) as error:
@@ -58,18 +58,18 @@ class _Probe:
 
 
 def require_usable_gpus(config: ClusterConfig) -> bool | None:
-    """Makes sure, before training begins, that torch can use the free GPUs, and that all are different ones.
+    """Checks, before training begins, that torch can use the free GPUs and that all are different.
 
-    Ray hands out as many as it was told of, whether or not they are there.
+    Ray assigns as many GPUs as it was told to have, even if they do not exist.
 
     Args:
-        config: settled.
+        config: with resources resolved.
 
     Returns:
-        True if there are GPUs and all compute bf16 in hardware; None where that could not be looked at.
+        True if there are GPUs and all compute bf16 in hardware; None if this could not be checked.
 
     Raises:
-        ConfigError: for a GPU that torch cannot use, or one that two workers would share.
+        ConfigError: if torch cannot use a GPU, or two workers would share one.
     """
     if not config.use_gpu:
         return False
@@ -78,7 +78,7 @@ def require_usable_gpus(config: ClusterConfig) -> bool | None:
     count = min(config.train_workers, int(ray.available_resources().get("GPU", 0)))
     probes: list[Any] = [ray.remote(num_cpus=0, num_gpus=1)(_Probe).remote() for _ in range(count)]
     try:
-        # All at once, so that none gets the GPU of another.
+        # All at once, so that no two probes get the same GPU.
         answers = ray.get([probe.look.remote() for probe in probes], timeout=ANSWER_S)
     except ray.exceptions.RayError as error:
         logger.warning("the GPUs could not be looked at before the training: %s", str(error).splitlines()[-1])
@@ -91,10 +91,10 @@ def require_usable_gpus(config: ClusterConfig) -> bool | None:
 
 
 def refuse_unusable(answers: Sequence[Answer]) -> None:
-    """Raises the fault of GPUs, if they have one.
+    """Raises the error of GPUs that cannot be used.
 
     Raises:
-        ConfigError: for one that cannot be used, or that two processes have got.
+        ConfigError: if a GPU cannot be used, or two processes have got the same one.
     """
     failed = [answer.error for answer in answers if answer.error]
     if failed:
@@ -114,15 +114,15 @@ def refuse_unusable(answers: Sequence[Answer]) -> None:
 
 
 def device_of_worker(config: ClusterConfig) -> torch.device:
-    """The device that Ray gave this worker; sets torch's threads to the worker's own CPUs.
+    """Returns the device that Ray gave this worker; sets torch's threads to the worker's own CPUs.
 
     Raises:
-        ConfigError: where it is no GPU and one is asked for.
+        ConfigError: if there is no GPU and one is asked for.
     """
     import torch
     from ray.train.torch import get_device
 
-    # Ray sets the threads to the CPUs that it reserved, those of the loaders among them.
+    # Ray sets the threads to all reserved CPUs, which include those of the loaders.
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     device: torch.device = get_device()
     if config.use_gpu and device.type != "cuda":
@@ -136,11 +136,11 @@ def device_of_worker(config: ClusterConfig) -> torch.device:
 
 @contextmanager
 def explained_memory(pairs: int, share: int) -> Iterator[None]:
-    """Says where a GPU's memory does not suffice how much is needed and which setting to change.
+    """Explains an out-of-memory error of a GPU: how much is needed and which setting to change.
 
     Args:
-        pairs: of a worker, that its towers encode in one pass.
-        share: pairs of a worker.
+        pairs: number of a worker's pairs that its towers encode in one pass.
+        share: number of a worker's pairs.
 
     Raises:
         GareError: in place of torch's OutOfMemoryError.
@@ -161,7 +161,7 @@ def explained_memory(pairs: int, share: int) -> Iterator[None]:
 
 
 def memory_needed(message: str) -> str:
-    """Says in a few words what torch's message of an allocation that failed says of memory."""
+    """Summarises the memory figures in torch's message of a failed allocation."""
     asked = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", message)
     total = re.search(r"total capacity of ([\d.]+ [KMG]iB)", message)
     held = re.search(r"this process has ([\d.]+ [KMG]iB) memory in use", message)

@@ -1,8 +1,8 @@
-"""A stage of Ray Data whose actors do parts, with the rules of ``cluster.runtime.actors``.
+"""A Ray Data stage whose actors process parts, with the rules of ``cluster.runtime.actors``.
 
-For extraction, whose driver has nothing else to do: Ray Data schedules in the process that iterates, and
-there polls without a pause and holds Python's lock while results wait to be taken (2.60). Where the driver
-trains, or the order counts, ``ActorPool`` is the one to use.
+For extraction, whose driver has nothing else to do: Ray Data schedules in the iterating process, where it
+polls without a pause and holds the GIL while results wait to be taken (2.60). If the driver trains, or the
+order matters, use ``ActorPool``.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def run_parts(
     num_gpus: float = 0,
     memory_bytes: int = 0,
 ) -> Generator[Any, None, None]:
-    """Does parts on an actor pool of Ray Data and yields their results as they are done.
+    """Processes parts on a Ray Data actor pool and yields their results as they finish.
 
     Args:
-        load: called once in each actor; returns the work, which is called with each part.
-        parts: what to do.
-        workers: actors at most; one is enough to go on with, where a node is lost.
-        num_cpus: of an actor.
-        num_gpus: of an actor.
-        memory_bytes: heap of an actor and its children, which Ray does not see otherwise.
+        load: called once in each actor; returns the function that is called with each part.
+        parts: parts to process.
+        workers: maximum number of actors; one is enough to go on after a node is lost.
+        num_cpus: CPUs of an actor.
+        num_gpus: GPUs of an actor.
+        memory_bytes: heap of an actor and its children, which Ray cannot see.
 
     Raises:
-        GareError: raised by loading or by a part, or for a part that has ended too many actors.
+        GareError: from loading or from a part, or if a part has ended too many actors.
     """
     if not parts:
         return
@@ -53,7 +53,7 @@ def run_parts(
         fn_constructor_args=(load, attempts),
         batch_size=1,
         batch_format="pyarrow",
-        # All at once, instead of one by one as the work proves to be too much.
+        # All at once, instead of one by one as the load grows.
         compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
@@ -73,24 +73,24 @@ def run_parts(
 
 
 class _Attempts:
-    """Counts how often each part was begun, in a process that outlives those that do them.
+    """Counts the attempts at each part, in a process that outlives the workers.
 
-    Ray Data gives a part of a dead actor to another one without an end. Ray's own limit, max_task_retries,
-    does not serve: it also counts calls to an actor whose node is lost while nobody knows that yet, and is
-    used up by these alone (2.60).
+    Ray Data gives a dead actor's part to another actor without limit. Ray's own limit, max_task_retries, does
+    not help: it also counts calls to an actor whose node is lost before the loss is known, and these alone
+    use it up (2.60).
     """
 
     def __init__(self) -> None:
         self._begun: Counter[int] = Counter()
 
     def begin(self, number: int) -> int:
-        """Counts one more attempt at a part and returns the number of them."""
+        """Counts one more attempt at a part and returns their number."""
         self._begun[number] += 1
         return self._begun[number]
 
 
 class _PartWorker:
-    """Does a part a batch; errors travel as values, since Ray Data hands on the text of exceptions alone."""
+    """Processes one part per batch; returns errors as values, as Ray Data keeps only an exception's text."""
 
     def __init__(self, load: Callable[[], Work], attempts: Any) -> None:
         self._worker, self._attempts = Worker(load), attempts

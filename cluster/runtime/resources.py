@@ -1,4 +1,4 @@
-"""Resources of the cluster: what there is, what each step takes, and requests that can never be met."""
+"""Resources of the cluster: what exists, what each step needs, and requests that can never be met."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gare.errors import ConfigError, GareError
 
 logger = logging.getLogger(__name__)
 
-#: CPUs reserved for an actor that loads a training worker's data: it has nothing to do while batches wait.
+#: CPUs reserved for an actor that loads a training worker's data; it is idle while batches wait.
 LOADER_CPUS = 0.25
-#: Loaders that an automatic number comes to at most, more than any step needs; and bytes of a worker's batch
-#: for each of them at least, since a process takes memory and time to start.
+#: Maximum of an automatic number of loaders, more than any step needs; and minimum bytes of a worker's batch
+#: for each loader, since a process takes memory and time to start.
 MAX_LOADERS, LOADER_BYTES = 16, 4 * 10**6
-#: CPUs that an automatic training worker with a GPU takes at most: it starts kernels and copies.
+#: Maximum CPUs of an automatic training worker with a GPU: it only starts kernels and copies.
 GPU_WORKER_CPUS = 4
 _MEGABYTE = 10**6
 _SLACK = 1e-6
@@ -30,14 +30,14 @@ _SLACK = 1e-6
 
 @dataclass(frozen=True)
 class Node:
-    """CPUs and GPUs of a node, whoever uses them now."""
+    """CPUs and GPUs of a node, both free and in use."""
 
     cpus: float
     gpus: float
 
 
 def nodes() -> list[Node]:
-    """The nodes that are alive."""
+    """Returns the nodes that are alive."""
     import ray
 
     return [
@@ -48,26 +48,26 @@ def nodes() -> list[Node]:
 
 
 def num_cpus() -> int:
-    """CPUs that the cluster has, whoever uses them now."""
+    """Returns the number of the cluster's CPUs, both free and in use."""
     import ray
 
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def num_gpus() -> int:
-    """GPUs that the cluster has."""
+    """Returns the number of the cluster's GPUs."""
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def wants_gpus(config: ClusterConfig) -> bool:
-    """Returns True if GPUs are to be used; needs Ray only where that is automatic."""
+    """Returns True if GPUs are to be used; needs Ray only if that is automatic."""
     return config.use_gpu is True or (config.use_gpu == "auto" and num_gpus() > 0)
 
 
 def usable_gpus(config: ClusterConfig) -> int:
-    """GPUs for extraction and evaluation: those that are free, one where training holds all; else none."""
+    """Returns the number of GPUs for extraction and evaluation: the free ones, at least 1; 0 without GPUs."""
     import ray
 
     if not wants_gpus(config):
@@ -76,12 +76,12 @@ def usable_gpus(config: ClusterConfig) -> int:
 
 
 def joins_cluster(config: ClusterConfig) -> str:
-    """The address of the cluster that is joined; empty where a Ray is started for this command."""
+    """Returns the address of the cluster to join; empty if a local Ray is started for this command."""
     return config.address or os.environ.get("RAY_ADDRESS", "")
 
 
 def extraction_cpus(config: ClusterConfig) -> int:
-    """CPUs that extraction takes: all but what it leaves for training."""
+    """Returns the CPUs for extraction: all but those that it leaves for training."""
     total = num_cpus()
     leave = config.leave_cpus
     if leave < 0:
@@ -93,21 +93,21 @@ def extraction_cpus(config: ClusterConfig) -> int:
 
 
 def cpus_of_worker(config: ClusterConfig) -> float:
-    """CPUs that are reserved for a training worker, with those of the actors that load for it on its node.
+    """Returns the CPUs reserved for a training worker and for the actors that load its data on its node.
 
-    Ray counts workers by dividing floats: the share of one has to be exact in binary.
+    Ray counts workers by dividing floats, so the share of one must be exact in binary.
     """
     cpus = config.cpus_per_worker + max(config.loaders_per_worker, 1) * LOADER_CPUS
     return math.ceil((cpus - _SLACK) * 4) / 4
 
 
 def resources_of_worker(config: ClusterConfig) -> dict[str, float]:
-    """Resources that Ray reserves for a training worker."""
+    """Returns the resources that Ray reserves for a training worker."""
     return {"CPU": cpus_of_worker(config)} | ({"GPU": 1.0} if config.use_gpu else {})
 
 
 def object_store_bytes(config: ClusterConfig) -> int:
-    """Object store of a local Ray; frames are small, and a laptop's memory is not ours alone."""
+    """Returns the object store size of a local Ray; frames are small, and a laptop runs other programs."""
     import psutil
 
     if config.object_store_mb:
@@ -116,11 +116,11 @@ def object_store_bytes(config: ClusterConfig) -> int:
 
 
 def settle_resources(config: Config, batch_bytes: int) -> Config:
-    """Settles what is automatic in ``cluster`` for the cluster that is joined.
+    """Resolves the automatic values in ``cluster`` for the cluster that this process has joined.
 
     Args:
-        config: what is asked for.
-        batch_bytes: of the global batch as it is loaded, about.
+        config: the requested configuration.
+        batch_bytes: approximate size of the global batch as it is loaded.
     """
     settled = resolve(config.cluster, config.train.batch_size, nodes(), batch_bytes)
     if settled == config.cluster:
@@ -143,13 +143,13 @@ def settle_resources(config: Config, batch_bytes: int) -> Config:
 def resolve(
     config: ClusterConfig, batch_size: int, there: Sequence[Node], batch_bytes: float = math.inf
 ) -> ClusterConfig:
-    """``config`` without anything automatic that training asks for.
+    """Returns ``config`` with all automatic values of training resolved.
 
     Args:
-        config: what is asked for.
-        batch_size: pairs that the workers share, each one or more; 0: any number.
+        config: the requested configuration.
+        batch_size: pairs that the workers share, at least one each; 0 for any number.
         there: nodes of the cluster.
-        batch_bytes: of the global batch, which a loader must have some of to be worth its process.
+        batch_bytes: size of the global batch; a loader needs a minimum share of it to be worth its process.
     """
     on_gpus = config.use_gpu is True or (config.use_gpu == "auto" and any(node.gpus >= 1 for node in there))
     able = [node for node in there if (node.gpus if on_gpus else node.cpus) >= 1] or [Node(1, 0)]
@@ -181,10 +181,10 @@ def resolve(
 
 
 def _loaders_that_fit(config: ClusterConfig, able: Sequence[Node]) -> int:
-    """Loaders for which a node has CPUs left when it is full of training workers, on the node with least.
+    """Returns the number of loaders for which the tightest node has CPUs when full of training workers.
 
     Args:
-        config: settled but for them.
+        config: with everything but the loaders resolved.
         able: nodes that can hold a training worker.
     """
     spread = config.placement.endswith("spread")
@@ -198,14 +198,14 @@ def _loaders_that_fit(config: ClusterConfig, able: Sequence[Node]) -> int:
 
 
 def require_train_resources(config: ClusterConfig) -> None:
-    """Makes sure that the training workers fit, each with the actors that load its data.
+    """Checks that the training workers fit, each with the actors that load its data.
 
     Args:
-        config: settled.
+        config: with resources resolved.
 
     Raises:
-        ConfigError: for more than the cluster has at all, or can grow to.
-        GareError: where other jobs still hold it after ``cluster.wait_s``.
+        ConfigError: for more than the cluster has in total, or can grow to.
+        GareError: if other jobs still hold the resources after ``cluster.wait_s``.
     """
     workers = config.min_workers or config.train_workers
     needed = {"CPU": workers * cpus_of_worker(config)}
@@ -237,7 +237,7 @@ def require_train_resources(config: ClusterConfig) -> None:
 
 
 def num_that_fit(config: ClusterConfig, there: Sequence[Node]) -> int:
-    """Training workers that these nodes can hold when nobody else uses them, at most as many as asked for."""
+    """Returns how many training workers these nodes can hold when idle, at most as many as asked for."""
     each = cpus_of_worker(config)
     rooms = [
         int(min((node.cpus + _SLACK) / each, node.gpus if config.use_gpu else math.inf)) for node in there
@@ -252,14 +252,14 @@ def num_that_fit(config: ClusterConfig, there: Sequence[Node]) -> int:
 
 
 def _can_grow_to(config: ClusterConfig) -> dict[str, float]:
-    """CPUs and GPUs that an autoscaling cluster can have in the end; empty for others."""
+    """Returns the most CPUs and GPUs of an autoscaling cluster; empty for other clusters."""
     told = {"CPU": float(config.max_cpus), "GPU": float(config.max_gpus)}
     said = resources_after_growth()
     return {kind: amount or float(said.get(kind, 0)) for kind, amount in told.items()}
 
 
 def _wait_for(config: ClusterConfig, needed: dict[str, float], *, is_growing: bool) -> None:
-    """Waits until nobody else holds what is needed, and asks the autoscaler for it meanwhile.
+    """Waits until the needed resources are free, and asks the autoscaler for them meanwhile.
 
     Raises:
         GareError: after ``cluster.wait_s``.
@@ -276,7 +276,7 @@ def _wait_for(config: ClusterConfig, needed: dict[str, float], *, is_growing: bo
     try:
         _wait(config, needed, "the autoscaler has not added", "to be added", "look at its log")
     finally:
-        # It stands until it is taken back, and would keep the nodes after the training.
+        # The request stands until it is withdrawn, and would keep the nodes after the training.
         request_resources(bundles=[])
 
 
@@ -311,11 +311,11 @@ LOOK_EVERY_S = 30.0
 
 @contextmanager
 def warn_while_short_of_nodes(config: ClusterConfig, every_s: float = LOOK_EVERY_S) -> Iterator[None]:
-    """While it lasts, warns where the nodes that are left cannot hold the workers that training needs.
+    """Warns, inside the context, if the remaining nodes cannot hold the workers that training needs.
 
     Args:
-        config: settled.
-        every_s: seconds between looks.
+        config: with resources resolved.
+        every_s: seconds between checks.
     """
     ended = threading.Event()
     fewest = config.min_workers or config.train_workers
@@ -324,7 +324,7 @@ def warn_while_short_of_nodes(config: ClusterConfig, every_s: float = LOOK_EVERY
         while not ended.wait(every_s):
             try:
                 there = nodes()
-            except Exception:  # of Ray, whose head may be gone, which the training itself says
+            except Exception:  # from Ray, whose head may be gone; the training itself reports that
                 continue
             held = num_that_fit(config, there)
             if held < fewest:

@@ -1,4 +1,4 @@
-"""Starting or joining Ray, and what comes out of it as faults of ours."""
+"""Starts or joins Ray, and unwraps our errors from Ray's."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from cluster.runtime.signals import handlers_kept, shielded
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, GareError
 
-#: Ray's own switch for machines that are no cluster; off it takes 127.0.0.1 for this node's address, as it
-#: does by itself on macOS and Windows. Ray reads it when it is imported.
+#: Ray's switch for machines that are no cluster. If off, Ray uses 127.0.0.1 as this node's address, as it
+#: does by default on macOS and Windows. Ray reads it when it is imported.
 _SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def listen_here_alone() -> None:
-    """Makes a Ray that this process will start listen on this machine alone; to be called before its import.
+    """Makes a local Ray listen on this machine only; call it before Ray is imported.
 
     By default all of its processes (GCS, raylet, object manager, workers, driver, agents) listen on all
-    addresses, held by the token alone, which travels unencrypted. A person's own setting wins.
+    addresses, protected only by the token, which travels unencrypted. A user's own setting wins.
 
-    What this cannot do: the rendezvous of ``torch.distributed`` and gloo's connections between training
-    workers listen on addresses of PyTorch's choice, without a password, for as long as a training runs.
+    This does not cover the rendezvous of ``torch.distributed`` and gloo's connections between training
+    workers: they listen on addresses of PyTorch's choice, without a password, while a training runs.
     """
     os.environ.setdefault(_SWITCH, "0")
 
@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
-    """Joins the cluster that the configuration or RAY_ADDRESS names, else starts a local Ray; ends it after.
+    """Joins the cluster in the configuration or RAY_ADDRESS, else starts a local Ray; ends it on exit.
 
     A session that is open already is used and left open, so that the demo's steps share one.
 
-    A fault of ours that comes back from Ray inside its own exceptions leaves the session as itself.
+    A ``GareError`` that comes back wrapped in Ray's exceptions is raised unwrapped.
 
     Raises:
-        GareError: where a named cluster cannot be joined.
+        GareError: if a named cluster cannot be joined.
     """
     address = joins_cluster(config)
     _set_environment(local=not address)
@@ -60,7 +60,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
             yield
         return
     try:
-        # Half of a local Ray could not be ended; a cluster that does not answer is left at once.
+        # A half-started local Ray could not be ended; a cluster that does not answer is left at once.
         with nullcontext() if address else shielded(), handlers_kept(below_python=True):
             _begin(config, address)
         quiet_data()
@@ -87,11 +87,11 @@ def _begin(config: ClusterConfig, address: str) -> None:
                 logger.warning("cluster.num_cpus, object_store_mb and spill_dir are of a local Ray alone")
             ray.init(address=address, **quiet)
         else:
-            # "local" never joins a cluster that happens to run on this machine.
+            # "local" never joins another cluster that happens to run on this machine.
             ray.init(
                 address="local",
                 num_cpus=config.num_cpus or max(2, os.cpu_count() or 2),
-                # Ray Train asks the dashboard's state service whether its controller lives.
+                # Ray Train asks the dashboard's state service if its controller is alive.
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 dashboard_port=0,
@@ -101,7 +101,7 @@ def _begin(config: ClusterConfig, address: str) -> None:
             )
     except GareError:
         raise
-    except Exception as error:  # Ray raises Exception itself where a process of its own does not start
+    except Exception as error:  # Ray raises plain Exception if one of its processes does not start
         raise GareError(
             f"Ray cannot be {'reached' if address else 'started'}: {error}",
             where=address or "cluster.address is empty",
@@ -112,10 +112,10 @@ def _begin(config: ClusterConfig, address: str) -> None:
 
 
 def _spilling(config: ClusterConfig) -> dict[str, Any]:
-    """Chooses where a local Ray puts objects for which its store has no room.
+    """Chooses where a local Ray spills objects for which its store has no room.
 
     Raises:
-        ConfigError: where nothing can be written there.
+        ConfigError: if that folder cannot be written.
     """
     if not config.spill_dir:
         return {}
@@ -138,12 +138,12 @@ def _own_faults() -> Iterator[None]:
         fault = fault_of(error)
         if fault is None or fault is error:
             raise
-        # Not chained: Ray's message holds the worker's trace, and the fault says what a person needs.
+        # Not chained: Ray's message holds the worker's trace, and our error says what a user needs.
         raise fault from None
 
 
 def fault_of(error: BaseException) -> GareError | None:
-    """The fault of ours at the bottom of an exception from Ray, which wraps what its workers raise."""
+    """Returns the ``GareError`` inside an exception from Ray, which wraps the errors of its workers."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     wrapped: GareError | None = None
@@ -152,7 +152,7 @@ def fault_of(error: BaseException) -> GareError | None:
         if inner is None or id(inner) in seen:
             continue
         seen.add(id(inner))
-        # Ray makes classes that derive from the cause's and whose text is a trace: the cause itself is meant.
+        # Ray makes classes derived from the cause's class whose text is a trace: unwrap the cause itself.
         cause = getattr(inner, "cause", None)
         if isinstance(inner, GareError) and not isinstance(cause, BaseException):
             return inner
@@ -163,11 +163,11 @@ def fault_of(error: BaseException) -> GareError | None:
 
 
 def _set_environment(*, local: bool) -> None:
-    """Sets variables that Ray reads when it is imported; nothing that the person has set is replaced."""
+    """Sets variables that Ray reads when it is imported; keeps those that the user has set."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    # Ray has read its mode when it was imported; one that its children then read elsewhere locks it out.
+    # Ray read its mode when it was imported; if its children read another one, they are locked out.
     if not local or "ray" in sys.modules:
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -175,23 +175,23 @@ def _set_environment(*, local: bool) -> None:
     listen_here_alone()
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if not has_token and not (Path.home() / ".ray" / "auth_token").exists():
-        # A token of this session alone; Ray would otherwise write one to the home folder, readable by all.
+        # A token for this session only; Ray would otherwise write one to the home folder, readable by all.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def watches_preemption() -> bool:
-    """Returns True if Ray Train looks for nodes that are about to be taken away; not on a local Ray."""
+    """Returns True if Ray Train watches for nodes that are about to be preempted; not on a local Ray."""
     return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") not in ("0", "false", "False")
 
 
 def quiet_data() -> None:
-    """Leaves of Ray Data's reports only its warnings; the pipelines print one line of their own."""
+    """Silences Ray Data's log below warnings; the pipelines print one line of their own."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Its import set these up anew. The file in Ray's session folder still gets everything.
+    # Importing Ray Data set these up again. The file in Ray's session folder still gets everything.
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.WARNING)

@@ -1,14 +1,14 @@
-"""Ending a command on SIGTERM or Ctrl-C: at any moment, in one way, with what there is to keep kept.
+"""Handling of SIGTERM and Ctrl-C: ends a command in order at any moment, keeping what can be kept.
 
-The first signal raises ``Interrupted`` in the main thread, so that all that is open is closed. It waits while
-something goes on that must not be cut in two (``shielded``), and workers that have something to keep are
-asked to end by themselves (``asking``), which a second signal does not wait for any longer. A third ends the
-process without closing anything.
+The first signal raises ``Interrupted`` in the main thread, so that everything open is closed. It is delayed
+during work that must not be interrupted (``shielded``). Workers that have something to save are asked to end
+by themselves (``asking``); a second signal stops waiting for them. A third ends the process without closing
+anything.
 
-Not within an import: what is half imported stays so for the rest of the process, and an extension written in
-C++ may abort at an exception while it sets itself up, as Triton does. The signal waits for the import's end.
+A signal during an import waits for the import's end: a half-imported module stays so for the rest of the
+process, and a C++ extension may abort at an exception during its set-up, as Triton does.
 
-This module imports nothing that takes time, so that a command can take signals before it imports the rest.
+This module imports nothing slow, so that a command can take signals before it imports the rest.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ from gare.errors import StoppedError
 
 logger = logging.getLogger(__name__)
 
-#: The signals, by the name that messages give them.
+#: The signals, with their names in messages.
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 STATUS = 4
-#: Seconds that workers get to write a checkpoint before the driver ends all the same; Kubernetes waits 30.
+#: Seconds that workers get to write a checkpoint before the driver ends anyway; Kubernetes waits 30.
 GRACE_S = 25.0
-#: Seconds after which an exception that nobody has seen is raised again: libraries swallow one that is raised
-#: within a destructor or a callback.
+#: Seconds after which an exception that no code has noticed is raised again: libraries swallow exceptions
+#: raised within a destructor or a callback.
 UNSEEN_S = 10.0
-#: The same for one that Python itself says it has swallowed, and between two looks at an import under way.
+#: The same if Python itself reports the swallowed exception; also the pause between two checks of an import.
 SOON_S = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
-    """The end of a command by a signal, whose name is its text."""
+    """End of a command by a signal, whose name is the exception's text."""
 
 
 def message(name: str) -> str:
-    """The words by which a command says that a signal ended it."""
+    """Returns the message with which a command says that a signal ended it."""
     return f"interrupted by {name}; the same command continues where this one stopped"
 
 
 class _Signals:
-    """State of this process's signals, and their handlers; there is one.
+    """State and handlers of this process's signals; there is one instance.
 
     Attributes:
-        is_taken: True while the handlers are ours.
+        is_taken: True while our handlers are installed.
         is_running: False before the command has begun, when there is nothing to close.
-        is_over: True once the command has ended, and its status is fixed.
-        name: of the first signal; empty: none has come.
+        is_over: True once the command has ended and its status is fixed.
+        name: name of the first signal; empty if none has come.
     """
 
     def __init__(self) -> None:
         self._unraisable: Callable[[Any], Any] = sys.unraisablehook
-        self._hook = self._hear_unraisable  # one object, by which it is known again
+        self._hook = self._hear_unraisable  # one object, so that it can be recognised
         self._hears = False
         self._forget()
 
@@ -77,12 +77,12 @@ class _Signals:
         self._timer: threading.Timer | None = None
 
     def take(self) -> dict[int, Any]:
-        """Installs the handlers; returns those before. What is ignored stays so, as below ``nohup``."""
+        """Installs the handlers and returns the old ones. Ignored ones stay ignored, as under ``nohup``."""
         before: dict[int, Any] = {number: signal.getsignal(number) for number in NAMES}
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
-        if not self._hears:  # once: a library may have put one before ours since, which calls it
+        if not self._hears:  # only once: a library may since have installed a hook that calls ours
             self._unraisable, sys.unraisablehook = sys.unraisablehook, self._hook
             self._hears = True
         self.is_taken = True
@@ -94,7 +94,7 @@ class _Signals:
             signal.signal(number, signal.SIG_IGN)
 
     def give_back(self, before: dict[int, Any]) -> None:
-        """Installs the handlers that ``take`` has found."""
+        """Restores the handlers that ``take`` returned."""
         for number, handler in before.items():
             signal.signal(number, handler)
         if sys.unraisablehook is self._hook:
@@ -103,7 +103,7 @@ class _Signals:
         self._forget()
 
     def _hear_unraisable(self, unraisable: Any) -> None:
-        """Raises again what a destructor or a callback had to swallow, instead of printing it."""
+        """Raises again an exception that a destructor or a callback swallowed, instead of printing it."""
         if not isinstance(unraisable.exc_value, Interrupted):
             self._unraisable(unraisable)
         elif not self.is_over:
@@ -159,7 +159,7 @@ class _Signals:
             self._raise()
 
     def _wake_after(self, seconds: float) -> None:
-        """Has the main thread look again later, whatever it waits for then."""
+        """Makes the main thread check again later, even if it is blocked then."""
         self.stop_timer()
         self._timer = threading.Timer(seconds, self._wake)
         self._timer.daemon = True
@@ -167,7 +167,7 @@ class _Signals:
 
     def _wake(self) -> None:
         self._is_woken = True
-        # Sent to the thread, so that what it waits for in the system is ended as by a signal from outside.
+        # Sent to the thread, so that a blocking system call is interrupted as by a signal from outside.
         signal.pthread_kill(_main_ident(), self._number)
 
     def _look_again(self, frame: FrameType | None) -> None:
@@ -179,59 +179,59 @@ class _Signals:
             self._raise_outside_imports(frame)
 
     def stop_timer(self) -> None:
-        """Forgets what was to be looked at again."""
+        """Cancels the pending check."""
         if self._timer:
             self._timer.cancel()
 
     def see(self) -> None:
-        """Notes that the exception has reached code of ours, where that is what closes something for it."""
+        """Notes that the exception has reached our code, if our code is closing something because of it."""
         if self._is_raised and _is_unwinding(sys.exc_info()[1]):
             self._is_seen = True
 
     def enter(self) -> None:
-        """Begins what must not be cut in two."""
+        """Begins a section that must not be interrupted."""
         self._depth += 1
         self.see()
 
     def leave(self) -> None:
-        """Ends it, and raises what came meanwhile."""
+        """Ends the section and raises the signal that came meanwhile."""
         self._depth -= 1
         if not self.name or self._depth or self._ask or self._is_asked or self.is_over:
             return
-        # One that was raised before this began, and is not on its way, has been swallowed.
+        # An exception that was raised before the section and is not propagating now has been swallowed.
         if not self._is_raised or not (self._is_seen or _is_unwinding(sys.exc_info()[1])):
             self._raise()
 
     def ask_with(self, ask: Callable[[str], None] | None) -> None:
-        """Has the first signal ask, in place of raising; None: no longer."""
+        """Makes the first signal call ``ask`` in place of raising; None ends that."""
         self._ask = ask
         if ask is None and self.name and not self._is_raised:
-            # Who was asked has ended by himself, or was done: what is to be done with that may still be done.
+            # The asked workers ended by themselves or were done; their results may still be processed.
             self._is_asked = True
             self.stop_timer()
 
     def raise_if_asked(self) -> None:
-        """Raises what came while somebody could be asked, and has been waiting since."""
+        """Raises a signal that came while workers could be asked and has been waiting since."""
         if self.name and not self._is_raised and not self.is_over:
             self._raise()
 
 
 _signals = _Signals()
-#: Locks of lines that are being logged; each is free once its line is out.
+#: Locks of lines that are being logged; each is released once its line is out.
 _being_told: list[Any] = []
 
 
 def take_signals() -> None:
-    """Ends this process in our way from here on, where a signal says so; for commands, in the main thread."""
+    """Installs our signal handlers in this process; for commands, in the main thread."""
     _signals.take()
-    # Registered first, called last. Python then goes back to the system's handlers, by which a signal in the
+    # Registered first, so called last. Python then restores the system's handlers, with which a signal at the
     # last moment would end the process with another status than its own.
     atexit.register(_signals.ignore)
 
 
 @contextmanager
 def command_running() -> Iterator[None]:
-    """Says that a command is open; a signal before it ends the process, one after it changes nothing."""
+    """Marks a command as open; a signal before it ends the process, one after it changes nothing."""
     _signals.is_running = True
     try:
         yield
@@ -241,34 +241,34 @@ def command_running() -> Iterator[None]:
 
 
 def wait_until_told() -> None:
-    """Waits a moment for what handlers have logged, so that nothing comes after the command's last line."""
+    """Waits a moment for lines logged by handlers, so that nothing comes after the command's last line."""
     while _being_told:
         _being_told.pop().acquire(timeout=1.0)
 
 
 def end_command() -> None:
-    """Says that the command is done: its result counts, and a signal changes nothing any more."""
+    """Marks the command as done: its result counts, and later signals change nothing."""
     _signals.is_over = _signals.is_taken
 
 
 def raise_if_asked() -> None:
-    """Ends a command of several steps between two of them, where a signal came at the end of the first.
+    """Ends a command between two of its steps if a signal came at the end of the first.
 
     Raises:
-        Interrupted: where one did.
+        Interrupted: if a signal came.
     """
     _signals.raise_if_asked()
 
 
 def asked_by() -> str:
-    """Name of the signal that has ended the command; empty: none has."""
+    """Returns the name of the signal that has ended the command; empty if none has."""
     _signals.see()
     return _signals.name
 
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Lets nothing be raised while it lasts: for short work that would leave something half open."""
+    """Delays signals inside the context, for short work that must not be left half done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -281,15 +281,15 @@ def shielded() -> Iterator[None]:
 
 @contextmanager
 def handlers_kept(*, below_python: bool = False) -> Iterator[None]:
-    """Keeps the handlers of a command while a library would put its own in their place.
+    """Keeps a command's handlers while a library would install its own.
 
-    Ray does so when it starts (its own ends Ray first, after which nothing can be closed in order), and Ray
-    Train when it trains, for good.
+    Ray does so when it starts (its handler ends Ray first, after which nothing can be closed in order), and
+    Ray Train does so for good when it trains.
 
     Args:
-        below_python: whether handlers are also kept that C++ puts below Python's: Ray's prints a trace of
-            addresses first, and when Ray ends it leaves the system's there, which ends the process without
-            a word. A thread looks every 2 ms, so this is for what is short.
+        below_python: True to also keep handlers from being replaced in C++, below Python's. Ray's prints a
+            trace of addresses first, and when Ray ends it leaves the system's handler, which ends the process
+            without a message. A thread checks every 2 ms, so use this only for short work.
     """
     if not _signals.is_taken:
         yield
@@ -310,15 +310,15 @@ def handlers_kept(*, below_python: bool = False) -> Iterator[None]:
 
 @contextmanager
 def asking(ask: Callable[[str], None]) -> Iterator[None]:
-    """Asks workers to end at the first signal; ends without them at a second one, or after the grace.
+    """Asks workers to end at the first signal; ends without them at a second one or after the grace time.
 
-    Outside the main thread, which alone gets signals, nothing changes.
+    Outside the main thread, which alone receives signals, this changes nothing.
 
     Args:
-        ask: tells the workers, with the signal's name; they then end what is inside by themselves.
+        ask: called with the signal's name to tell the workers, which then end by themselves.
 
     Raises:
-        StoppedError: where they did not.
+        StoppedError: if they did not end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -330,7 +330,7 @@ def asking(ask: Callable[[str], None]) -> Iterator[None]:
     try:
         with handlers_kept():
             yield
-    except KeyboardInterrupt as error:  # Ray makes one of its own of ours
+    except KeyboardInterrupt as error:  # Ray turns ours into one of its own
         _signals.see()
         raise StoppedError(
             f"stopped by {_signals.name or error} before the workers had written a checkpoint",
@@ -343,7 +343,7 @@ def asking(ask: Callable[[str], None]) -> Iterator[None]:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """True where the code that a signal interrupted runs within an import, however far below."""
+    """Returns True if the interrupted code runs within an import, at any depth."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -352,7 +352,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _is_unwinding(error: BaseException | None) -> bool:
-    """True where a block is left because of an interrupt, or of a fault that came of one."""
+    """Returns True if a block is being left because of an interrupt, or of an error caused by one."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -377,7 +377,7 @@ def _tell(text: str) -> None:
 
 def _end_at_once(text: str) -> None:
     try:
-        # Not by sys.stderr, in the midst of whose write the signal may have come.
+        # Not through sys.stderr, which the signal may have interrupted in the middle of a write.
         os.write(2, f"error: {text}\n".encode())
     finally:
         os._exit(STATUS)
@@ -389,16 +389,16 @@ def _main_ident() -> int:
     return ident
 
 
-#: At least what the system's description of a handler takes (152 on 64-bit Linux).
+#: At least the size of the system's description of a handler (152 bytes on 64-bit Linux).
 _SIGACTION_BYTES = 512
 
 
 @contextmanager
 def kept_below_python(numbers: Iterable[int]) -> Iterator[None]:
-    """Puts the handlers that the system calls now in place again and again; on Linux alone.
+    """Reinstalls the system's current handlers again and again inside the context; on Linux only.
 
     Args:
-        numbers: of the signals.
+        numbers: numbers of the signals.
     """
     if sys.platform != "linux":
         yield

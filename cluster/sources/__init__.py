@@ -1,1 +1,1 @@
-"""Fetching videos from other machines: S3 and what speaks its protocol, and web servers."""
+"""Fetching of videos from other machines: S3-compatible stores and web servers."""

@@ -1,4 +1,4 @@
-"""Addresses that a URI from somebody's manifest may lead to."""
+"""Checks of the network addresses that a URI from a manifest may lead to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 from gare.errors import FetchError
 
-#: Where clouds hand out credentials outside the link-local range: AWS on IPv6, Azure, Alibaba.
+#: Addresses outside the link-local range at which clouds hand out credentials: AWS (IPv6), Azure, Alibaba.
 _METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "168.63.129.16", "100.100.100.200")))
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
@@ -21,19 +21,19 @@ def is_address(host: str) -> bool:
 
 
 def check_address(address: str, *, private: bool, where: str) -> None:
-    """Refuses addresses that a video cannot be meant to come from.
+    """Refuses addresses that a video cannot legitimately come from.
 
     Args:
-        address: of the server that is about to be connected to: a name would be free to lead elsewhere.
-        private: whether this machine and private networks are allowed.
-        where: what is fetched, as it may be shown.
+        address: address of the server that is about to be connected to, not a name, which could resolve anew.
+        private: True to allow this machine and private networks.
+        where: the fetched URI in the form that may be shown.
 
     Raises:
-        FetchError: for link-local, metadata, multicast, unspecified and IPv6's reserved addresses, and
-            without ``private`` for all that are not public.
+        FetchError: for link-local, metadata, multicast, unspecified and reserved IPv6 addresses, and without
+            ``private`` for all that are not public.
     """
     ip = _reached(ipaddress.ip_address(address.partition("%")[0]))
-    # Of IPv6 the reserved ranges hold ::127.0.0.1, an old notation of IPv4's, and nothing that is assigned.
+    # IPv6's reserved ranges hold ::127.0.0.1, an old notation of IPv4's, and nothing that is assigned.
     is_reserved = ip.version == 6 and ip.is_reserved and not ip.is_loopback
     if ip.is_link_local or ip in _METADATA or ip.is_multicast or ip.is_unspecified or is_reserved:
         raise FetchError(
@@ -52,7 +52,7 @@ def check_address(address: str, *, private: bool, where: str) -> None:
 def _reached(
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address that some IPv6 addresses stand for."""
+    """Returns the IPv4 address that is embedded in some IPv6 addresses."""
     if isinstance(ip, ipaddress.IPv6Address):
         if ip in _NAT64:
             return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)

@@ -1,8 +1,8 @@
-"""New tries after disturbances: which faults are one, how long to wait, when to give up.
+"""Retries after transient errors: which errors are transient, how long to wait, when to give up.
 
-A fetch that is given up after tries raises an error that may pass, as the error of a refusal does: the next
-run tries the video again. Final is what says something of the video or of what is allowed: 404 and 410, a
-scheme, an address, a size.
+A fetch that is given up after its retries raises a passing error, and so does a refusal: the next run tries
+the video again. Errors about the video itself or about what is allowed are final: 404 and 410, a scheme, an
+address, a size.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from gare.config import SourcesConfig
 from gare.errors import FetchError
 
 _LONGEST_PAUSE_S = 30.0
-#: HTTP answers that ask for a new try, beside those of 500 and above.
+#: HTTP statuses that call for a retry, besides those of 500 and above.
 _TRANSIENT_STATUS = frozenset({408, 425, 429})
-#: Of those, the ones that say that no try will ever do.
+#: Statuses of 500 and above for which no retry will help.
 _FINAL_STATUS = frozenset({501, 505})
-#: Answers that another try at once does not change, another night may: signatures end (S3 answers 400 to an
-#: expired token) and are renewed, and rights are given, without any change of the video that would call for a
-#: new try.
+#: Statuses that an immediate retry does not change, but a later run may: expired signatures (S3 answers 400
+#: to an expired token) are renewed, rights are granted. The video does not change then, so that nothing
+#: else would call for a new try.
 _REFUSED_STATUS = frozenset({400, 401, 403, 407, 409, 412})
 
 T = TypeVar("T")
 
 
 class TransientError(Exception):
-    """A disturbance that may be over at the next try.
+    """An error that may be gone at the next try.
 
     Attributes:
         reason: what happened, in one line and without the URI.
-        pause_s: seconds that the server asks to wait; 0 where it asks nothing.
-        anew: whether what has come so far is worth nothing.
+        pause_s: seconds that the server asks to wait; 0 if it asks for none.
+        anew: True if what has come so far is worthless.
     """
 
     def __init__(self, reason: str, *, pause_s: float = 0.0, anew: bool = False) -> None:
@@ -51,16 +51,16 @@ def is_transient(status: int) -> bool:
 
 
 def is_refused(status: int) -> bool:
-    """True for an HTTP status that refuses who asks or how, such as 401 and 403."""
+    """Returns True if an HTTP status refuses the client or its request, such as 401 and 403."""
     return status in _REFUSED_STATUS
 
 
 class Attempts:
-    """The tries of one fetch, over which its time runs.
+    """The tries of one fetch, within its time limit.
 
     Args:
-        sources: number of tries, pauses and time.
-        where: what is fetched, as it may be shown.
+        sources: settings of tries, pauses and time.
+        where: the fetched URI in the form that may be shown.
     """
 
     def __init__(self, sources: SourcesConfig, where: str) -> None:
@@ -71,10 +71,10 @@ class Attempts:
         self._random = random.Random()
 
     def timeout_s(self) -> float:
-        """Seconds that the next answer or byte may take.
+        """Returns the seconds that the next answer or byte may take.
 
         Raises:
-            FetchError: when there is no time left.
+            FetchError: if no time is left.
         """
         left_s = self._until - time.monotonic()
         if left_s <= 0:
@@ -85,11 +85,11 @@ class Attempts:
         """Pauses before the next try.
 
         Args:
-            fault: what ended the last one.
-            progressed: whether it brought something, so that counting starts anew.
+            fault: error that ended the last try.
+            progressed: True if that try brought data, so that counting starts again.
 
         Raises:
-            FetchError: when there have been enough, or no time is left.
+            FetchError: after too many tries, or if no time is left.
         """
         self._failed = 1 if progressed else self._failed + 1
         if self._failed > self._sources.retries:
@@ -100,14 +100,14 @@ class Attempts:
                 accepted="a server that answers, or larger sources.retries",
             ).passing() from fault
         most_s = min(self._sources.backoff_s * 2 ** min(self._failed - 1, 30), _LONGEST_PAUSE_S)
-        # A random share of it: workers that were thrown out together must not come back together.
+        # Random, so that workers that were disconnected together do not come back together.
         pause_s = max(fault.pause_s, self._random.uniform(0, most_s))
         if time.monotonic() + pause_s >= self._until:
             raise self._too_late(f"; last: {fault.reason}") from fault
         time.sleep(pause_s)
 
     def call(self, function: Callable[[float], T]) -> T:
-        """Calls the function until nothing disturbs it; its argument is ``timeout_s``.
+        """Calls the function until no transient error ends it; its argument is ``timeout_s``.
 
         Raises:
             FetchError: from the function, or as in ``wait``.
@@ -127,9 +127,9 @@ class Attempts:
 
 
 def of_the_disk(error: OSError) -> TransientError:
-    """The disturbance behind an error of the disk of temporary files, which is never the video's.
+    """Returns a transient error for an error of the disk of temporary files, which is not the video's fault.
 
-    Others may make room or close their files; another node may have a disk that works.
+    Others may free space or close their files; another node may have a disk that works.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return TransientError("there is no room on the disk for temporary files (TMPDIR)")

@@ -1,4 +1,4 @@
-"""The contract of each kind of server that videos are fetched from, and the plain values of its answers."""
+"""Interface of the servers that videos are fetched from, and plain classes for their answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-#: Bytes asked of a connection at once; the time is looked at after each.
+#: Bytes read from a connection at once; the time limit is checked after each read.
 CHUNK_BYTES = 64 * 1024
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -33,14 +33,14 @@ class FetchedVideo:
 
 @dataclass(frozen=True)
 class Answer:
-    """A body on its way.
+    """Answer of a server whose body is being received.
 
     Attributes:
-        start: position in the whole body of the first byte that comes.
-        size_bytes: length of the whole body; None where it says itself where it ends.
+        start: position in the whole body of the first byte received.
+        size_bytes: length of the whole body; None if unknown until its end.
         version: see ``RemoteVersion``.
-        md5: of the whole body, hexadecimal; empty where it is not known.
-        chunks: the bytes; raises TransientError where they break off.
+        md5: MD5 of the whole body, hexadecimal; empty if unknown.
+        chunks: the bytes; raises TransientError if they break off.
     """
 
     start: int
@@ -51,14 +51,14 @@ class Answer:
 
 
 class Server(Protocol):
-    """One kind of server. Every method may raise TransientError, and FetchError for what stays a fault."""
+    """One kind of server. Every method may raise TransientError, or FetchError for a lasting error."""
 
     def stat(self, uri: str, timeout_s: float) -> RemoteVersion:
-        """Size and version without the content."""
+        """Returns size and version without the content."""
         ...
 
     def get(self, uri: str, start: int, version: str, timeout_s: float) -> AbstractContextManager[Answer]:
-        """The body from ``start``, if it is still that version; else, or where that cannot be had, all."""
+        """Returns the body from ``start`` if that version can still be had in part, else the whole body."""
         ...
 
 
@@ -66,26 +66,26 @@ class LocalSource(Protocol):
     """Reads files of this machine, as ``gare.data.videos.LocalVideos`` does."""
 
     def open(self, uri: str) -> AbstractContextManager[Any]:
-        """The file where it is."""
+        """Opens the file in place."""
         ...
 
     def stat(self, uris: Sequence[str]) -> dict[str, Any]:
-        """Size and version, or a fault, of each."""
+        """Returns size and version of each file, or its error."""
         ...
 
 
 def md5_in(etag: str, encryption: str) -> str:
-    """The MD5 that an ETag of S3 is, of an object uploaded at once, with no key of its own; else empty."""
+    """Returns an S3 ETag that is an MD5 (uploaded in one piece, without a KMS key); else an empty string."""
     return etag if _MD5.fullmatch(etag) and encryption in ("", "AES256") else ""
 
 
 def total_in(content_range: str) -> int | None:
-    """The length of the whole body in ``bytes 0-0/1234``; None for ``*``."""
+    """Returns the length of the whole body in ``bytes 0-0/1234``; None for ``*``."""
     total = content_range.rpartition("/")[2].strip()
     return int(total) if total.isascii() and total.isdigit() else None
 
 
 def start_in(content_range: str) -> int | None:
-    """The first position in ``bytes 5-9/10``; None where there is none."""
+    """Returns the first position in ``bytes 5-9/10``; None if there is none."""
     found = re.match(r"bytes (\d+)-", content_range)
     return int(found[1]) if found else None

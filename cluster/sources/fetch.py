@@ -1,4 +1,4 @@
-"""Videos wherever they are: local files in place, those on S3 and web servers as temporary files."""
+"""Source of local and remote videos: local files in place, S3 and web videos as temporary files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gare.errors import DataError, FetchError, shown
 
 logger = logging.getLogger(__name__)
 
-#: Requests at once that ask for size and version alone.
+#: Number of concurrent requests for size and version.
 STAT_THREADS = 16
-#: Room that a fetch leaves on the disk of temporary files, where others write too.
+#: Bytes that a fetch leaves free on the disk of temporary files, which others use too.
 SPARE_BYTES = 256 * 10**6
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -33,12 +33,12 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 class RemoteVideos:
     """A ``gare.data.videos.VideoSource`` for all schemes that the configuration allows.
 
-    A remote video is fetched whole into a temporary file before it is decoded, and removed after that: a
-    worker holds one at a time. What was disturbed goes on from where it was, if the video is still the same.
+    A remote video is fetched whole into a temporary file before it is decoded, and deleted afterwards: a
+    worker holds one at a time. An interrupted fetch is resumed if the video is still the same.
 
     Args:
-        sources: schemes, tries, limits.
-        local: reads files of this machine.
+        sources: settings of schemes, tries and limits.
+        local: source of this machine's files.
     """
 
     def __init__(self, sources: SourcesConfig, local: LocalSource) -> None:
@@ -50,10 +50,10 @@ class RemoteVideos:
 
     @contextmanager
     def open(self, uri: str) -> Iterator[Any]:
-        """The video as a file of this machine, until the context ends.
+        """Yields the video as a file of this machine, which is there until the context ends.
 
         Raises:
-            FetchError: where it cannot be had, with the reason in one line that shows no secret of the URI.
+            FetchError: if it cannot be fetched, with a one-line reason that shows no secret of the URI.
         """
         scheme = self._scheme(uri)
         if scheme == "file":
@@ -68,7 +68,7 @@ class RemoteVideos:
             yield FetchedVideo(stream.name, version.size_bytes, version.version)
 
     def stat(self, uris: Sequence[str]) -> dict[str, Any]:
-        """Size and version of each, or its fault, asked for by a few threads."""
+        """Returns size and version of each video, or its error; a few threads do the requests."""
 
         def one(uri: str) -> RemoteVersion | DataError:
             try:
@@ -86,10 +86,10 @@ class RemoteVideos:
             return dict(zip(distinct, threads.map(one, distinct), strict=True))
 
     def list(self, folder: str) -> list[str]:
-        """The names of all files below an ``s3://`` folder, relative to it, sorted.
+        """Returns the names of all files below an ``s3://`` folder, relative to it, sorted.
 
         Raises:
-            FetchError: for a scheme that cannot be listed or is not allowed, and where S3 refuses.
+            FetchError: for a scheme that cannot be listed or is not allowed, or if S3 refuses.
         """
         if self._scheme(folder) != "s3":
             raise FetchError(
@@ -115,7 +115,7 @@ class RemoteVideos:
         while not partial.is_whole:
             before = partial.position
             try:
-                if not partial.has_all:  # all but the end of the answer may have come
+                if not partial.has_all:  # everything but the end of the answer may have come
                     with server.get(uri, before, partial.version, attempts.timeout_s()) as answer:
                         partial.begin(answer)
                         for chunk in answer.chunks:
@@ -142,26 +142,26 @@ class _Partial:
 
     @property
     def has_all(self) -> bool:
-        """True if as many bytes have come as there should be."""
+        """True if all expected bytes have come."""
         return self.position == self._size_bytes
 
     def restart(self) -> None:
-        """Forgets all of it."""
+        """Discards everything received."""
         self.is_whole = False
         self.position = 0
         self.version = ""
-        self._size_bytes: int | None = None  # until an answer says it
+        self._size_bytes: int | None = None  # until an answer states it
         self._md5 = ""
         self._digest = hashlib.md5(usedforsecurity=False)
         self._stream.seek(0)
         self._stream.truncate()
 
     def begin(self, answer: Answer) -> None:
-        """Makes ready for a body; one that does not go on from here starts anew."""
+        """Prepares for a body; starts again unless it continues what has been received."""
         goes_on = answer.start == self.position and answer.version == self.version
         if not (self.position and goes_on):
             try:
-                self.restart()  # also where nothing has come: what a full disk refused may still be there
+                self.restart()  # even if nothing has come: a full disk may have left bytes in the buffer
             except OSError as error:
                 raise of_the_disk(error) from error
         if answer.start != self.position:
@@ -176,22 +176,22 @@ class _Partial:
             raise TransientError("there is no room on the disk for temporary files (TMPDIR)")
 
     def add(self, chunk: bytes) -> None:
-        """Keeps the next bytes."""
+        """Writes the next bytes."""
         self._check_size(self.position + len(chunk))
         try:
             self._stream.write(chunk)
         except OSError as error:
-            with suppress(OSError):  # the next try starts anew all the same
+            with suppress(OSError):  # the next try starts again anyway
                 self.restart()
             raise of_the_disk(error) from error
         self._digest.update(chunk)
         self.position += len(chunk)
 
     def finish(self) -> None:
-        """Makes sure that all is there and nothing else.
+        """Checks that everything is there and nothing else.
 
         Raises:
-            TransientError: where it is not.
+            TransientError: if it is not.
         """
         if self._size_bytes is not None and self.position != self._size_bytes:
             if self.position > self._size_bytes:
@@ -203,7 +203,7 @@ class _Partial:
         try:
             self._stream.flush()
         except OSError as error:
-            with suppress(OSError):  # the next try starts anew all the same
+            with suppress(OSError):  # the next try starts again anyway
                 self.restart()
             raise of_the_disk(error) from error
         self.is_whole = True

@@ -1,6 +1,6 @@
-"""Videos in S3 or what speaks its protocol.
+"""Server class for videos in S3 and S3-compatible stores.
 
-Credentials, region and endpoint come from where boto3 has them: environment (AWS_ENDPOINT_URL among them),
+Credentials, region and endpoint are found as boto3 does: environment (with AWS_ENDPOINT_URL),
 profile, instance or pod role.
 """
 
@@ -18,11 +18,11 @@ from gare.config import SourcesConfig
 from gare.errors import FetchError, GoneError, shown
 from gare.storage.s3_client import s3_client
 
-#: Codes of S3 that mean a new try whatever their HTTP status.
+#: S3 error codes that call for a retry, whatever their HTTP status.
 _TRANSIENT_CODES = frozenset(
     {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException"}
 )
-#: Codes that refuse who asks, beside 401 and 403.
+#: S3 error codes that refuse the client, besides the statuses 401 and 403.
 _REFUSED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"})
 _REASONS = {
     403: ("access is denied", "credentials that may read it, or sources.anonymous=true for a public bucket"),
@@ -31,11 +31,11 @@ _REASONS = {
 
 
 class S3Server:
-    """Objects by ``s3://bucket/key``, with '?' and '%' in keys percent-encoded.
+    """Objects named ``s3://bucket/key``, with '?' and '%' in keys percent-encoded.
 
     Args:
-        sources: time limits, and whether to go without credentials.
-        connections: requests at once.
+        sources: settings of time limits and anonymous access.
+        connections: maximum number of concurrent requests.
     """
 
     def __init__(self, sources: SourcesConfig, connections: int) -> None:
@@ -56,7 +56,7 @@ class S3Server:
         )
 
     def stat(self, uri: str, timeout_s: float) -> RemoteVersion:
-        """Size and ETag, by a HEAD request."""
+        """Returns size and ETag, by a HEAD request."""
         del timeout_s  # a setting of the client
         bucket, key = split(uri)
         with _faults(uri):
@@ -65,7 +65,7 @@ class S3Server:
 
     @contextmanager
     def get(self, uri: str, start: int, version: str, timeout_s: float) -> Iterator[Answer]:
-        """The object from ``start``, if its ETag is still ``version``."""
+        """Yields the object from ``start``, if its ETag is still ``version``."""
         del timeout_s
         bucket, key = split(uri)
         condition = {"Range": f"bytes={start}-", "IfMatch": version} if start else {}
@@ -82,26 +82,26 @@ class S3Server:
             )
 
     def list(self, uri: str) -> list[str]:
-        """The keys of all objects below a folder, relative to it, sorted.
+        """Returns the keys of all objects below a folder, relative to it, sorted.
 
         Raises:
-            TransientError: where the listing was disturbed.
-            FetchError: where it is refused.
+            TransientError: if the listing was disturbed.
+            FetchError: if it is refused.
         """
         bucket, folder = split(uri)
         prefix = folder.rstrip("/") + "/" if folder else ""
         with _faults(uri):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-        # Some tools make empty objects that stand for folders.
+        # Some tools create empty objects as placeholders of folders.
         return sorted(key.removeprefix(prefix) for key in keys if not key.endswith("/"))
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Bucket and key of a URI.
+    """Returns bucket and key of a URI.
 
     Raises:
-        FetchError: for one without a bucket, with credentials or with a query.
+        FetchError: for a URI without a bucket, with credentials or with a query.
     """
     rest, mark, _ = uri.partition("://")[2].partition("?")
     bucket, _, key = rest.partition("/")
@@ -133,7 +133,7 @@ def _md5(found: dict[str, Any]) -> str:
 
 @contextmanager
 def _faults(uri: str) -> Iterator[None]:
-    """Turns what boto3 raises into a disturbance or a fault with one line of reason."""
+    """Turns boto3's exceptions into a TransientError or a FetchError with a one-line reason."""
     import urllib3
     from botocore import exceptions
 
@@ -166,7 +166,7 @@ def _faults(uri: str) -> Iterator[None]:
     ) as error:
         raise TransientError("the connection was lost") from error
     except exceptions.BotoCoreError as error:
-        # Such as a name that can be no bucket's; it comes before any request, so without anything secret.
+        # For example an invalid bucket name; raised before any request, so it contains no secret.
         words = " ".join(str(error).split())[:300]
         raise FetchError(f"S3 cannot be asked: {words}", where=shown(uri)) from error
 

@@ -1,4 +1,4 @@
-"""Videos on web servers, by http and https, with urllib3: redirects and addresses are checked one by one."""
+"""Server class for http and https, on urllib3: checks each redirect and each address."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _LONGEST_ASKED_PAUSE_S = 60.0
 
 
 class WebServer:
-    """Videos by their URL. Sends no credentials; a presigned URL brings its own in its query.
+    """Videos named by their URL. Sends no credentials; a presigned URL has its own in its query.
 
     Args:
-        sources: schemes, time limits and allowed addresses.
-        connections: requests at once to one host.
+        sources: settings of schemes, time limits and allowed addresses.
+        connections: maximum number of concurrent requests to one host.
     """
 
     def __init__(self, sources: SourcesConfig, connections: int) -> None:
@@ -47,7 +47,7 @@ class WebServer:
         return pools
 
     def stat(self, uri: str, timeout_s: float) -> RemoteVersion:
-        """Size and version, from a request for one byte: URLs presigned for GET refuse HEAD."""
+        """Returns size and version, from a request for one byte: URLs presigned for GET refuse HEAD."""
         with self._answer(uri, {"Range": "bytes=0-0"}, timeout_s) as response:
             content_range = response.headers.get("Content-Range", "")
             size_bytes = total_in(content_range) if content_range else _length(response)
@@ -57,7 +57,7 @@ class WebServer:
 
     @contextmanager
     def get(self, uri: str, start: int, version: str, timeout_s: float) -> Iterator[Answer]:
-        """The body from ``start`` where the server can and it is still the same, else all of it."""
+        """Yields the body from ``start`` if the server can and it is unchanged, else the whole body."""
         # A weak ETag, W/"…", does not promise the same bytes.
         ask = (
             {"Range": f"bytes={start}-", "If-Range": version}
@@ -105,7 +105,7 @@ class WebServer:
                 with _faults(uri):
                     url = urllib.parse.urljoin(url, response.headers.get("Location", ""))
             finally:
-                response.close()  # not read to its end, so the connection cannot serve again
+                response.close()  # it was not read to its end, so the connection cannot be reused
         raise FetchError(f"is redirected more than {_MAX_REDIRECTS} times", where=shown(uri))
 
     def _check_url(self, url: str, uri: str) -> None:
@@ -121,7 +121,7 @@ class WebServer:
         elif not parts.hostname:
             fault = "names no host"
         else:
-            # Names are looked at when they have been resolved; an address needs no connection for that.
+            # Names are checked once they are resolved; an address can be checked without a connection.
             if is_address(parts.hostname):
                 private = self._sources.private_addresses
                 check_address(parts.hostname, private=private, where=shown(uri))
@@ -134,7 +134,7 @@ class WebServer:
 
 
 def _checked_pools(*, private: bool) -> dict[str, type[HTTPConnectionPool]]:
-    """urllib3's pools, whose connections go to no address that has not been looked at."""
+    """Returns urllib3's pools with connections that go only to checked addresses."""
 
     class Plain(HTTPConnection):
         def _new_conn(self) -> socket.socket:
@@ -156,10 +156,10 @@ def _checked_pools(*, private: bool) -> dict[str, type[HTTPConnectionPool]]:
 def _connect(
     connection: HTTPConnection, connect: Callable[[], socket.socket], *, private: bool
 ) -> socket.socket:
-    """Connects to an address that the host's name has now and that is allowed.
+    """Connects to an allowed address of the host.
 
-    The name is resolved once: what is looked at is what is connected to, so no name can lead elsewhere in
-    between. Not one packet goes to an address that is refused, so that nobody learns what answers there.
+    The name is resolved once and the checked address is the one connected to, so that no name can lead
+    elsewhere in between. No packet goes to a refused address, so that nobody learns what answers there.
     """
     name = connection._dns_host
     allowed, refused = [], None
@@ -174,19 +174,19 @@ def _connect(
     try:
         for address in allowed[:-1]:
             connection.host = address
-            with suppress(urllib3.exceptions.HTTPError):  # such as no route to that family of addresses
+            with suppress(urllib3.exceptions.HTTPError):  # for example no route to that address family
                 return connect()
         connection.host = allowed[-1]
         return connect()
     finally:
-        connection.host = name  # which the request and the server's certificate are for
+        connection.host = name  # the request and the server's certificate are for the name
 
 
 def _addresses(connection: HTTPConnection, name: str) -> list[str]:
-    """All addresses of a name; numbers in any notation that the system knows are addresses too."""
+    """Returns all addresses of a name; numbers in any notation that the system knows are addresses too."""
     try:
         found = socket.getaddrinfo(name.strip("[]"), connection.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:  # the latter: what can be no name, such as 300 letters
+    except (OSError, UnicodeError) as error:  # UnicodeError: an impossible name, such as 300 letters
         fault = socket.gaierror(str(error))
         raise urllib3.exceptions.NameResolutionError(name, connection, fault) from error
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -218,39 +218,39 @@ def _version(headers: Mapping[str, str]) -> str:
 
 
 def _md5(headers: Mapping[str, str]) -> str:
-    """Only S3 says how its ETags are made; it answers here where URLs are public or presigned."""
+    """Returns the MD5 from S3's ETag; other servers do not say how they make theirs."""
     if "x-amz-request-id" not in headers or "x-amz-server-side-encryption-customer-algorithm" in headers:
         return ""
     return md5_in((headers.get("ETag") or "").strip('"'), headers.get("x-amz-server-side-encryption") or "")
 
 
 def _chunks(response: urllib3.BaseHTTPResponse, uri: str) -> Iterator[bytes]:
-    # read1 gives what has come: a server that drips keeps nobody from looking at the clock.
+    # read1 returns what has come, so that the clock is checked even if a server sends byte by byte.
     with _faults(uri):
         while chunk := response.read1(CHUNK_BYTES):
             yield chunk
 
 
 def _beside_proxy() -> str:
-    """Says what a person behind a proxy has to know."""
-    # A proxy resolves names itself: which address one leads to could not be looked at here.
+    """Returns a hint for users behind a proxy."""
+    # A proxy resolves names itself, so the address could not be checked here.
     return "; videos are fetched directly, without the proxy of the environment" if getproxies() else ""
 
 
 @contextmanager
 def _faults(uri: str) -> Iterator[None]:
-    """Turns what urllib3 raises into a disturbance or a fault, in words without the URL and its query."""
+    """Turns urllib3's exceptions into a TransientError or a FetchError, in words without URL and query."""
     errors = urllib3.exceptions
     try:
         yield
-    except FetchError as error:  # of the address
+    except FetchError as error:  # from the check of an address
         raise FetchError(error.what, where=shown(uri), accepted=error.accepted) from error
     except ValueError as error:  # LocationValueError among them
         raise FetchError("is not a URL", where=shown(uri)) from error
     except errors.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             fault = FetchError("the certificate of the server is not trusted", where=shown(uri))
-            raise fault.passing() from error  # it is renewed, or the machine is told of its issuer
+            raise fault.passing() from error  # the certificate may be renewed, or its issuer installed here
         raise TransientError("the connection was lost") from error
     except errors.NameResolutionError as error:
         raise TransientError(f"the name of the server cannot be resolved{_beside_proxy()}") from error

@@ -1,4 +1,4 @@
-"""The memory that a command and all processes below it hold at once."""
+"""Peak memory of a command and all its child processes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SAMPLE_EVERY_S = 2.0
 
 
 class PeakMemory:
-    """Samples the sum over the process tree while it is open; a local Ray is part of the tree.
+    """Samples the memory of the process tree while open; a local Ray is part of the tree.
 
-    Shared pages count once (proportional set size), where the system tells it.
+    Shared pages count once (proportional set size) if the system reports it.
 
     Attributes:
-        peak_bytes: the largest sum seen.
+        peak_bytes: the largest sum sampled.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The one line that a person watches while a job works through videos."""
+"""The progress line of a job that works through videos."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 EVERY_S = 5.0
-#: So many videos of a run are named with their seconds.
+#: Number of videos of a run that are reported as the slowest, with their seconds.
 SLOWEST = 10
 
 
 class Progress:
-    """Adds up what parts return and shows it every few seconds: done, failed, left, rates, time left.
+    """Sums the results of parts and logs them every few seconds: done, failed, left, rates, time left.
 
     Args:
-        total: videos to do.
-        verb: what is done to them, as ``extracted``.
+        total: number of videos to process.
+        verb: past participle of the work, such as ``extracted``.
     """
 
     def __init__(self, total: int, verb: str) -> None:
@@ -36,11 +36,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the first part began."""
+        """Seconds since the first part began."""
         return max(time.monotonic() - self.started, 1e-3)
 
     def add(self, done: Mapping[str, Any]) -> None:
-        """Takes what a part returned, as ``gare.extract.frame_writer.Extractor.write`` describes it."""
+        """Adds a part's result, as ``gare.extract.frame_writer.Extractor.write`` describes it."""
         self.counts.update({name: done.get(name, 0) for name in ("written", "failed", "frames", "bytes")})
         self._began_at = min(self._began_at, done.get("began", math.inf))
         self.stages.update(done.get("seconds", {}))
@@ -50,7 +50,7 @@ class Progress:
             self.show()
 
     def rates(self) -> dict[str, float]:
-        """Videos, frames and MB read a second."""
+        """Returns videos, frames and MB read per second."""
         finished = self.counts["written"] + self.counts["failed"]
         return {
             "videos_per_s": finished / self.seconds,
@@ -59,7 +59,7 @@ class Progress:
         }
 
     def report(self) -> dict[str, Any]:
-        """Rates, GB read, seconds of the workers by stage and as a whole, and the slowest videos."""
+        """Returns rates, GB read, seconds of the workers by stage and in total, and the slowest videos."""
         return {
             **{name: round(rate, 3) for name, rate in self.rates().items()},
             "gb_read": round(self.counts["bytes"] / 1e9, 6),
@@ -67,7 +67,7 @@ class Progress:
             "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "timing": {
                 "pool_s": round(self.seconds, 3),
-                # Of another machine's clock, so not quite to be trusted.
+                # From another machine's clock, so not fully reliable.
                 "actors_start_s": round(max(0.0, min(self._began_at - self._started_at, self.seconds)), 3),
             },
             "slowest": {name: round(seconds, 3) for name, seconds in self.slowest},
@@ -92,7 +92,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 12 s, 3:05 min, 2:03:05 h."""
+    """Formats seconds for a reader: 12 s, 3:05 min, 2:03:05 h."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

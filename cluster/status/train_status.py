@@ -1,4 +1,4 @@
-"""The one line that a person watches while a run trains, and what it says where data is what it waits for."""
+"""The progress line of a training run, with advice if the run waits for data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from cluster.status.progress import duration
 
 EVERY_S = 10.0
-#: Share of the time that a worker may wait for data before the line calls the run slow because of it.
+#: Share of the time spent waiting for data above which the line calls the run slow because of it.
 SLOW_SHARE = 0.2
-#: Terms in the order and by the names that the line has for them.
+#: Loss terms in the order of the line, with their names in it.
 _TERMS = {
     "loss/nce_t2v": "t2v",
     "loss/nce_v2t": "v2t",
@@ -20,7 +20,7 @@ _TERMS = {
     "loss/radii": "radii",
     "loss/direction": "direction",
 }
-#: Parts of what a batch takes to load: the metric's name, and what the line calls it.
+#: Parts of loading a batch: the metric's name, and its name in the line.
 PARTS = {
     "fetch": "fetching from the store",
     "jpeg": "decoding JPEG",
@@ -32,15 +32,15 @@ _SCORES = {"val/t2v/R1": "t2v", "val/v2t/R1": "v2t"}
 
 @dataclass(frozen=True)
 class RunShape:
-    """Size of the run.
+    """Size of a training run.
 
     Attributes:
         run: its name.
         epoch_ends: steps done at the end of each epoch.
         batch_size: global batch.
-        rank: of this worker; those above 0 speak only where they wait for data.
-        advice: what to do about that, given the part of the loading that takes longest.
-        on_device: parts of the loading that are done on the way to the device; the others are the loaders'.
+        rank: rank of this worker; ranks above 0 log only if they wait for data.
+        advice: returns advice for the part of the loading that takes longest.
+        on_device: parts of the loading that happen on the way to the device; the loaders do the others.
     """
 
     run: str
@@ -56,18 +56,18 @@ class RunShape:
         return self.epoch_ends[-1]
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 1, of the step after which so many are done."""
+        """Returns the epoch, counted from 1, of the step that was the given number of steps into the run."""
         return min(bisect_left(self.epoch_ends, step) + 1, len(self.epoch_ends))
 
 
 class TrainStatus:
-    """Adds up steps and says now and then how the run goes; rates are of the steps since the last line.
+    """Sums up steps and returns a status line now and then; rates are of the steps since the last line.
 
     Args:
-        whole: what the run is.
+        whole: size of the run.
         step: steps done before.
-        memory: what this worker holds now, as the line is to say it.
-        clock: seconds, of any beginning.
+        memory: returns the memory held by this worker, as text for the line.
+        clock: returns seconds from any starting point.
     """
 
     def __init__(
@@ -87,21 +87,21 @@ class TrainStatus:
         self._best = 0.0
 
     def validated(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a validation; ``epoch`` epochs are done."""
+        """Stores the metrics of a validation after ``epoch`` epochs."""
         for name, value in metrics.items():
             if name in _SCORES:
                 self._scores[_SCORES[name]] = (epoch, value)
         self._best = max(self._best, metrics.get("val/t2v/R1", 0.0))
 
     def step(self, step: int, values: Mapping[str, float]) -> str:
-        """Takes a step; returns the line where it is time for one, else nothing.
+        """Adds a step and returns the line if it is time for one, else an empty string.
 
-        The first step has a line, and the last.
+        The first and the last step always have a line.
 
         Args:
             step: steps done.
-            values: the step's, by metric name; ``time/step_s`` and ``time/data_wait_s`` among them, and
-                where it is known ``time/data_PART_s`` of each of ``PARTS``.
+            values: the step's metrics by name, with ``time/step_s`` and ``time/data_wait_s``, and if known
+                ``time/data_PART_s`` for each of ``PARTS``.
         """
         self._waited += values["time/data_wait_s"]
         self._worked += values["time/step_s"]
@@ -111,7 +111,7 @@ class TrainStatus:
         if self._spoke and now - self._said < EVERY_S and step != self.whole.steps:
             return ""
         line = self._line(step, values, now)
-        # The first batch is waited for while actors start: no sign of slow data.
+        # The first batch is waited for while actors start, which is no sign of slow data.
         is_slow = self._spoke and self._share() > SLOW_SHARE
         self._spoke, self._said, self._said_step = True, now, step
         self._waited = self._worked = 0.0
@@ -145,9 +145,9 @@ class TrainStatus:
         return line
 
     def _slow(self, steps: int) -> str:
-        """The part of the loading that holds the others up, and what to do about it.
+        """Returns the slowest part of the loading and what to do about it.
 
-        Loaders work side by side with the way to the device: the slower of the two is what a step waits for.
+        Loaders and the copy to the device overlap: a step waits for the slower of the two.
         """
         seconds = {part: spent / max(steps, 1) for part, spent in self._parts.items()}
         lines = [self.whole.on_device, [part for part in PARTS if part not in self.whole.on_device]]
@@ -170,14 +170,14 @@ def _bracketed(values: Mapping[str, float]) -> str:
 
 
 def advice(part: str, *, from_features: bool, can_be_raw: bool, loaders: int, on_gpu: bool = False) -> str:
-    """Advice on making data arrive faster.
+    """Returns advice on making data arrive faster.
 
     Args:
-        part: of ``PARTS``, which takes longest.
-        from_features: the run learns from a feature store.
-        can_be_raw: the frame store holds JPEGs that could be raw frames.
-        loaders: actors that load for each worker.
-        on_gpu: clips are augmented on a GPU.
+        part: the part of ``PARTS`` that takes longest.
+        from_features: True if the run learns from a feature store.
+        can_be_raw: True if the frame store holds JPEGs that could be raw frames.
+        loaders: number of loading actors for each worker.
+        on_gpu: True if clips are augmented on a GPU.
     """
     more = f"raise cluster.loaders_per_worker (now {loaders}) where CPUs are free"
     features = "learn from features (train.input=features)"

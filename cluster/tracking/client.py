@@ -1,4 +1,4 @@
-"""The only file that imports mlflow: one function for each thing the project asks of it.
+"""The only file that imports mlflow: one function for each operation that the project needs.
 
 MLflow takes seconds to import, so it is imported at first use. Nothing here sets its global tracking URI or
 active run.
@@ -22,7 +22,7 @@ from gare.errors import GareError
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to wait for a server's answer where something else waits for it: the start, a training step.
+#: Seconds to wait for a server's answer while other work waits: at the start, in a training step.
 ANSWER_S = 5
 
 #: MLflow's tag that makes a run the child of another.
@@ -31,23 +31,23 @@ PARENT_TAG = "mlflow.parentRunId"
 
 #: Steps at which a run has a metric, by tracking URI, run id and key.
 _Steps = dict[tuple[str, str, str], set[int]]
-# Asked for once a process: it alone writes them from then on.
+# Fetched once per process, which alone adds steps from then on.
 _known: _Steps = {}
 
 
 class RefusedError(Exception):
-    """The store answered that it does not take this, and never will."""
+    """The store answered that it rejects this for good."""
 
 
 @functools.cache
 def mlflow_module() -> Any:
-    """The mlflow package, for the files beside this one."""
-    # No usage reports from clusters that are cut off or confidential; a person's own setting wins.
+    """Returns the mlflow package, for the other files of this package."""
+    # No telemetry from clusters that are cut off or confidential; a user's own setting wins.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with warnings.catch_warnings():
-        # What it warns of while it is imported is about its own modules.
+        # Warnings during its import are about its own modules.
         warnings.simplefilter("ignore")
         import mlflow
         import mlflow.pyfunc
@@ -60,35 +60,35 @@ def mlflow_module() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def client(uri: str) -> Any:
-    """The MlflowClient of a tracking URI; one a process."""
+    """Returns the MlflowClient of a tracking URI; one per process."""
     return mlflow_module().MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def is_server(uri: str) -> bool:
-    """True if the store is behind an MLflow server, as opposed to a database used directly."""
+    """Returns True if the store is behind an MLflow server, False for a database used directly."""
     return scheme_of(uri) in ("http", "https")
 
 
 def check_answers(uri: str) -> None:
-    """Asks an MLflow server for something small, once and briefly; databases are not asked.
+    """Sends a small request to an MLflow server, once, with a short time limit; does not ask databases.
 
     Raises:
-        Exception: any, where there is no good answer.
+        Exception: any, if there is no valid answer.
     """
     if is_server(uri):
         _post(uri, "experiments/search", {"max_results": 1})
 
 
 def prepare_database(uri: str, artifacts: str) -> None:
-    """Reaches a database and makes MLflow's tables in it where there are none.
+    """Connects to a database and creates MLflow's tables if they are missing.
 
     Raises:
-        Exception: any, where it cannot be reached within seconds or is not MLflow's.
+        Exception: any, if it cannot be reached within seconds or is not MLflow's.
     """
     if scheme_of(uri) == "sqlite":
         path = sqlite_file(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Two first starts at once would both run the migrations.
+        # Two first starts at the same time would both run the migrations.
         with path.with_name(f"{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _open_database(uri, artifacts)
@@ -103,7 +103,7 @@ def _open_database(uri: str, artifacts: str) -> None:
     import sqlalchemy.orm
 
     with warnings.catch_warnings():
-        # MLflow 3.17's tables use what SQLAlchemy 2.1 deprecates.
+        # MLflow 3.17's tables use features that SQLAlchemy 2.1 deprecates.
         warnings.simplefilter("ignore")
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -114,16 +114,16 @@ def _open_database(uri: str, artifacts: str) -> None:
         sqlalchemy.inspect(engine).get_table_names()
     finally:
         engine.dispose()
-    # The first to open a database also makes the experiment "Default", with files below what it is told.
+    # The first one to open a database also creates the experiment "Default", with files below this folder.
     SqlAlchemyStore(uri, artifacts)
 
 
 def find_or_create_experiment(uri: str, name: str, artifacts: str | None) -> str:
-    """The id of the experiment of that name, new where there is none.
+    """Returns the id of the experiment of that name, which is created if missing.
 
     Raises:
-        GareError: where it has been deleted.
-        Exception: MLflow's.
+        GareError: if it has been deleted.
+        Exception: from MLflow.
     """
     mlflow = mlflow_module()
     found = client(uri).get_experiment_by_name(name)
@@ -132,7 +132,7 @@ def find_or_create_experiment(uri: str, name: str, artifacts: str | None) -> str
             tags = experiment_tags()
             return str(client(uri).create_experiment(name, artifact_location=artifacts, tags=tags))
         except mlflow.MlflowException as error:
-            # Another process may have made it in between.
+            # Another process may have created it in between.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client(uri).get_experiment_by_name(name)
@@ -146,14 +146,14 @@ def find_or_create_experiment(uri: str, name: str, artifacts: str | None) -> str
         try:
             client(uri).set_experiment_tag(found.experiment_id, key, value)
         except mlflow.MlflowException as error:
-            # A server may let people add runs and no more; its pages then show what they show by default.
+            # Some servers let users only add runs; their pages then show the default view.
             logger.info("MLflow takes no views of the experiment: %s", error.error_code)
             break
     return str(found.experiment_id)
 
 
 def open_run(uri: str, experiment_id: str, name: str, run_id: str | None) -> tuple[str, str]:
-    """Sets an earlier run back to running, or makes one; returns its (experiment id, run id)."""
+    """Reopens an earlier run, or creates one; returns its (experiment id, run id)."""
     mlflow = mlflow_module()
     if run_id:
         try:
@@ -170,7 +170,7 @@ def open_run(uri: str, experiment_id: str, name: str, run_id: str | None) -> tup
 
 
 def tags_of(uri: str, run_id: str) -> dict[str, str]:
-    """Tags of a run."""
+    """Returns the tags of a run."""
     return dict(client(uri).get_run(run_id).data.tags)
 
 
@@ -187,11 +187,11 @@ def add_params(uri: str, run_id: str, params: Mapping[str, str]) -> dict[str, st
 
 
 def send(uri: str, entry: outbox.Entry) -> None:
-    """Delivers metrics, tags and the status of one entry; a server gets one short chance to answer.
+    """Sends metrics, tags and status of one entry; a server gets one short chance to answer.
 
     Raises:
-        RefusedError: where the store will never take it.
-        Exception: any other, where it could not be reached.
+        RefusedError: if the store will never take it.
+        Exception: any other, if the store could not be reached.
     """
     mlflow = mlflow_module()
     run_id, metrics, tags = entry["run_id"], entry.get("metrics", []), entry.get("tags", {})
@@ -227,7 +227,7 @@ def send(uri: str, entry: outbox.Entry) -> None:
 
 
 def _without_known(uri: str, run_id: str, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], _Steps]:
-    """Rows of steps that the run does not have, and what it has once they are there.
+    """Returns the rows of steps that the run does not have, and its steps once they are added.
 
     Rows that were logged together arrive together, so the first of them stands for all.
     """
@@ -246,7 +246,7 @@ def _without_known(uri: str, run_id: str, rows: list[dict[str, Any]]) -> tuple[l
 
 
 def _steps_of(uri: str, run_id: str, key: str) -> set[int]:
-    """Steps at which the run has a metric."""
+    """Returns the steps at which the run has a metric."""
     if not is_server(uri):
         return {int(point.step) for point in client(uri).get_metric_history(run_id, key)}
     steps: set[int] = set()
@@ -264,8 +264,8 @@ def _post(uri: str, endpoint: str, body: Mapping[str, Any]) -> None:
 
 
 def _request(uri: str, endpoint: str, method: str, **content: Any) -> dict[str, Any]:
-    # MlflowClient waits and retries as its environment variables say, by default for minutes, and changing
-    # those would change them for everything else in this process.
+    # MlflowClient waits and retries as its environment variables say, for minutes by default, and changing
+    # them would affect everything else in this process.
     mlflow_module()
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -280,7 +280,7 @@ def _request(uri: str, endpoint: str, method: str, **content: Any) -> dict[str, 
         **content,
     )
     if answer.status_code == 200:
-        return dict(answer.json())  # fails for a page of something that is no MLflow server
+        return dict(answer.json())  # fails for a page that is not from an MLflow server
     message = f"HTTP {answer.status_code} from {endpoint}: {answer.text[:300]}"
     if answer.status_code in (400, 404, 422) and "error_code" in answer.text:
         raise RefusedError(message)
@@ -307,15 +307,15 @@ def link_dataset(
 
 
 def system_monitor(uri: str, run_id: str, node: str) -> Any:
-    """Builds the monitor of this machine: it numbers its samples on from those that the run has."""
+    """Builds the monitor of this machine, which continues the numbering of the run's samples."""
     mlflow_module()
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     level = logging.getLogger(SystemMetricsMonitor.__module__)
-    level.setLevel(logging.WARNING)  # it tells each time that there is no GPU to measure
+    level.setLevel(logging.WARNING)  # it logs each time that there is no GPU to measure
     return SystemMetricsMonitor(run_id, resume_logging=True, node_id=node, tracking_uri=uri)
 
 
 def measured_on(name: str, digest: str) -> dict[str, str]:
-    """A data set as a metric names it, within MLflow's limits."""
+    """Returns a data set's name and digest for a metric, within MLflow's limits."""
     return {"dataset_name": name[:500], "dataset_digest": digest[:36]}

@@ -17,16 +17,16 @@ _COLUMNS = ("video_id", "uri", "stage", "error_type", "message", "attempts", "tr
 
 
 class ExtractionRun:
-    """A run that is open while the context lasts, and ends as failed or killed with it.
+    """MLflow run that is open inside the context, and ends as failed or killed after an error.
 
     Args:
-        config: what is extracted; its sections ``extract`` and ``upkeep`` become parameters.
-        step: the command, which names the run.
-        root: the storage root, as for ``connect``.
-        pending: where what MLflow has not taken waits; see ``Tracker.start_run``.
+        config: configuration of the extraction; its sections ``extract`` and ``upkeep`` become parameters.
+        step: name of the command, which names the run.
+        root: storage root, as for ``connect``.
+        pending: storage of entries that MLflow has not accepted yet; see ``Tracker.start_run``.
 
     Raises:
-        GareError: on entering, where MLflow cannot be reached.
+        GareError: on entering, if MLflow cannot be reached.
     """
 
     def __init__(self, config: Config, step: str, root: str, pending: str | Outbox) -> None:
@@ -51,17 +51,17 @@ class ExtractionRun:
         self._handle.finish(status_after(error))
 
     def system_metrics(self) -> AbstractContextManager[None]:
-        """Logs what the cluster's nodes do meanwhile; needs Ray."""
+        """Logs the system metrics of the cluster's nodes inside the context; needs Ray."""
         return system_metrics(self._handle, self._config.tracking)
 
     def log(
         self, counts: Mapping[str, int], done: Mapping[str, Any], failures: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Logs what the collection was, how fast it went, and a table of the videos that are failed now.
+        """Logs the counts of the collection, the rates, and a table of the videos that currently fail.
 
         Args:
             counts: by name, such as ``new``.
-            done: ``cluster.status.progress.Progress.report``; empty where there was nothing to extract.
+            done: from ``cluster.status.progress.Progress.report``; empty if there was nothing to extract.
             failures: rows of the store's failures by id.
         """
         numbers = {name: value for name, value in done.items() if isinstance(value, int | float)}
@@ -72,7 +72,7 @@ class ExtractionRun:
             self._handle.log_table("failures.json", {key: [row[key] for row in rows] for key in _COLUMNS})
 
     def log_result(self, result: Mapping[str, Any]) -> dict[str, str]:
-        """Uploads the result; its fingerprint is a tag. Returns the id of the run by its name in results."""
+        """Uploads the result and tags its fingerprint. Returns the run's id as an entry for the result."""
         self._handle.set_tags({"fingerprint": result["fingerprint"], "store": result["store"]})
         self._handle.log_json("result.json", result)
         return {"mlflow_run_id": self._handle.run_id}

@@ -1,4 +1,4 @@
-"""Locations of MLflow's records and files: tracking URIs, with and without what must not be shown."""
+"""Locations of MLflow's records and files: tracking URIs, with credentials and masked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from gare.errors import ConfigError, masked
 
-#: Databases that MLflow can use without a server in between.
+#: Databases that MLflow can use without a server.
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _ACCEPTED = (
     "sqlite:///FILE.db, http(s)://HOST:PORT of an MLflow server, or postgresql+psycopg2://USER@HOST/DB"
@@ -17,7 +17,7 @@ _ACCEPTED = (
 
 
 def resolve_tracking_uri(uri: str, root: str) -> str:
-    """Makes a relative SQLite path absolute, below the storage root; leaves everything else as it is.
+    """Makes a relative SQLite path absolute, below the storage root; returns other URIs unchanged.
 
     Args:
         uri: the configured tracking URI, such as ``sqlite:///mlflow.db``.
@@ -52,30 +52,30 @@ def resolve_tracking_uri(uri: str, root: str) -> str:
 
 
 def scheme_of(uri: str) -> str:
-    """``postgresql`` for ``postgresql+psycopg2://…``; empty where there is none."""
+    """Returns the scheme, ``postgresql`` for ``postgresql+psycopg2://…``; empty if there is none."""
     return uri.partition(":")[0].partition("+")[0].lower() if ":" in uri else ""
 
 
 def sqlite_file(uri: str) -> Path:
-    """The file of a resolved ``sqlite:///`` URI."""
+    """Returns the file of a resolved ``sqlite:///`` URI."""
     return Path(uri.partition(":///")[2].partition("?")[0])
 
 
 def local_folder(root: str) -> Path | None:
-    """The storage root as an absolute folder of this machine; None for a remote one."""
+    """Returns the storage root as an absolute folder of this machine; None for a remote one."""
     if root.startswith("file://"):
         root = urlsplit(root).path
     return None if "://" in root else Path(root).expanduser().absolute()
 
 
 def artifact_root(root: str) -> str:
-    """The URI below which MLflow keeps its files where no server decides that."""
+    """Returns the URI below which MLflow keeps its files if no server decides that."""
     folder = local_folder(root)
     return f"{root.rstrip('/')}/mlartifacts" if folder is None else (folder / "mlartifacts").as_uri()
 
 
 def check_port(uri: str, timeout_s: float) -> None:
-    """Raises OSError where nothing listens at a database's address."""
+    """Raises OSError if nothing listens at a database's address."""
     parts = urlsplit(uri)
     default = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}[scheme_of(uri)]
     with socket.create_connection((parts.hostname or "localhost", parts.port or default), timeout_s):
@@ -83,7 +83,7 @@ def check_port(uri: str, timeout_s: float) -> None:
 
 
 def json_number(value: float) -> float | str:
-    """JSON has no infinities and no NaN; protocol buffers spell them as strings."""
+    """Returns a value that JSON can hold: infinities and NaN as strings, as protocol buffers spell them."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")

@@ -1,7 +1,7 @@
-"""Entries that could not be delivered to the tracking server yet, kept in a JSON-lines file.
+"""Entries that the tracking server has not accepted yet, kept in a JSON-lines file.
 
-Entries are idempotent for the receiver: a metric carries its own time, a tag its value. So the file is
-emptied only once everything in it has been delivered, and sending some of it twice does no harm.
+Entries are idempotent: a metric carries its own time, a tag its value, so sending one twice does no harm.
+The file is therefore emptied only once everything in it has been delivered.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
-#: MLflow's limits of one batch.
+#: MLflow's limits for one batch.
 MAX_METRICS = 1000
 MAX_TAGS = 100
 
-#: Ends the name of what holds lines or objects that are no entries.
+#: Suffix of files with lines or objects that are not entries.
 DAMAGED = ".damaged"
 
-# Lines that are no entries, of which this process has told.
+# Lines that are not entries and that this process has reported.
 _named: set[tuple[str, bytes]] = set()
 
 #: ``run_id``, and any of ``metrics`` (key, value, timestamp in ms, step), ``tags`` (key, value), ``status``;
-#: ``once`` where metrics of a step that the run has already are left out.
+#: ``once`` to leave out metrics of a step that the run has already.
 Entry = dict[str, Any]
 
 
 class Outbox(Protocol):
-    """Keeps entries until they can be delivered; it can be pickled, and ``str`` says where it is."""
+    """Keeps entries until they can be delivered; can be pickled, and ``str`` gives its location."""
 
     def add(self, entry: Entry) -> None:
-        """Keeps one entry.
+        """Stores one entry.
 
         Raises:
-            Exception: where it cannot be kept.
+            Exception: if it cannot be stored.
         """
 
     def deliver(self, send: Callable[[Entry], None]) -> int:
-        """Sends all that is kept, as ``deliver``."""
+        """Sends all stored entries, as the function ``deliver``."""
 
 
 @dataclass(frozen=True)
 class FileOutbox:
-    """Entries in a local file."""
+    """Outbox in a local file."""
 
     path: str
 
@@ -56,7 +56,7 @@ class FileOutbox:
         return self.path
 
     def add(self, entry: Entry) -> None:
-        """Adds entries to it."""
+        """Appends an entry."""
         add(self.path, entry)
 
     def deliver(self, send: Callable[[Entry], None]) -> int:
@@ -68,23 +68,23 @@ def add(path: str | Path, entry: Entry) -> None:
     """Appends one entry; safe with other processes of this machine.
 
     Raises:
-        OSError: where the file cannot be written.
+        OSError: if the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        # A line that a killed process left in the middle stays by itself.
+        # An incomplete line, left by a killed process, stays on a line of its own.
         torn = bool(file.seek(0, os.SEEK_END)) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
         file.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
 
 
 def deliver(path: str | Path, send: Callable[[Entry], None]) -> int:
-    """Sends all that is in the file and empties it.
+    """Sends all entries of the file and empties it.
 
     Args:
-        path: the file; nothing happens where there is none.
-        send: delivers one entry. Whatever it raises ends the delivery, and the file stays as it was.
+        path: the file; if it is missing, nothing happens.
+        send: delivers one entry. Any exception from it ends the delivery, and the file stays as it was.
 
     Returns:
         The number of lines delivered.
@@ -112,10 +112,10 @@ def deliver(path: str | Path, send: Callable[[Entry], None]) -> int:
 
 
 def parse(text: bytes) -> Entry:
-    """The entry that the bytes are.
+    """Parses the bytes of an entry.
 
     Raises:
-        ValueError: where they are none, such as those of a process that was killed while it wrote.
+        ValueError: if they are no entry, for example because the writing process was killed.
     """
     entry = json.loads(text)
     if not isinstance(entry, dict) or not isinstance(entry.get("run_id"), str):
@@ -152,7 +152,7 @@ def merge(entries: Iterable[Entry]) -> Iterator[Entry]:
 
 
 def _warn_once(path: Path, number: int, line: bytes) -> None:
-    """Names a line that is no entry; a lost store is tried again every few seconds, with the same lines."""
+    """Logs a line that is no entry, once: a lost store is retried every few seconds, with the same lines."""
     if (str(path), line) not in _named:
         _named.add((str(path), line))
         logger.warning("%s:%d: not a whole entry, left out; kept in %s%s", path, number, path.name, DAMAGED)

@@ -10,31 +10,31 @@ from cluster.tracking.client import client, mlflow_module
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
-#: Tags of a version: the score on val that it was chosen by, and which val that was.
+#: Tags of a version: the val score that it was selected by, and the hash of that val split.
 SCORE, VAL = "val.score", "val.split_hash"
 
 
 def register(
     uri: str, name: str, model_uri: str, run_id: str, *, val_score: float | None, val_hash: str
 ) -> str:
-    """Makes a logged model a version of a registered one; it becomes champion where it is best on val.
+    """Registers a logged model as a new version; makes it the champion if its val score is the best.
 
-    There is no argument for a score on test, so that none can choose. A model without val, or with another
-    val than the champion's, is registered and never champion.
+    There is no argument for a test score, so that none can be used to select. A model without a val score,
+    or scored on another val split than the champion, is registered and never becomes champion.
 
     Args:
         uri: tracking URI.
-        name: of the registered model.
-        model_uri: ``models:/ID`` of the logged one.
-        run_id: that it is of.
-        val_score: what it reached on val, higher is better.
+        name: name of the registered model.
+        model_uri: ``models:/ID`` of the logged model.
+        run_id: run that logged it.
+        val_score: its val score, higher is better; None if it has none.
         val_hash: hash of the val split.
 
     Returns:
         The version's number.
 
     Raises:
-        Exception: MLflow's.
+        Exception: from MLflow.
     """
     mlflow = mlflow_module()
     stored = client(uri)
@@ -53,7 +53,7 @@ def register(
 
 
 def champion_of(uri: str, name: str) -> Any:
-    """The version that the alias is at; None where there is none."""
+    """Returns the version with the champion alias; None if there is none."""
     mlflow = mlflow_module()
     try:
         return client(uri).get_model_version_by_alias(name, CHAMPION)
@@ -71,6 +71,6 @@ def _beats(champion: Any, val_score: float, val_hash: str) -> bool:
 
 
 def versions_of_run(uri: str, name: str, run_id: str) -> list[str]:
-    """Numbers of the versions that a run has made."""
+    """Returns the numbers of the versions that a run has registered."""
     found = client(uri).search_model_versions(f"name = '{name}'")
     return [str(version.version) for version in found if version.run_id == run_id]

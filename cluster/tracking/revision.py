@@ -1,4 +1,4 @@
-"""The version of the code that ran."""
+"""Version of the running code."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def git_revision(folder: str | Path) -> str:
-    """The commit of a working copy, with ``-dirty`` where tracked files differ from it.
+    """Returns the commit of a working copy, with ``-dirty`` if tracked files differ from it.
 
-    ``GARE_GIT_REVISION`` overrides it, for jobs whose copy of the code comes without its history.
+    ``GARE_GIT_REVISION`` overrides it, for jobs whose copy of the code has no git history.
 
     Args:
         folder: any folder of the working copy.
 
     Returns:
-        40 hexadecimal digits, maybe with ``-dirty``; ``unknown`` where there is no git or no commit.
+        40 hexadecimal digits, maybe with ``-dirty``; ``unknown`` without git or a commit.
     """
     override = os.environ.get("GARE_GIT_REVISION", "").strip()
     if override:
@@ -36,7 +36,7 @@ def _git(folder: str | Path, *arguments: str) -> str:
             text=True,
             timeout=20,
             check=False,
-            # Status would otherwise refresh the index, and wait for whoever is writing it.
+            # Otherwise status would refresh the index, and wait for a process that is writing it.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""A run in MLflow, written to from any process, whatever happens to the server."""
+"""An MLflow run that any process can write to, even while the server is down."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from gare.errors import GareError, LockLostError, StoppedError, masked
 
 logger = logging.getLogger(__name__)
 
-#: MLflow's tag of a run's description, ours for the hash of the one that we wrote (its pages show no tags of
-#: that prefix), and what a tag holds.
+#: MLflow's tag for a run's description, our tag for the hash of the description that we wrote (MLflow's pages
+#: hide tags with that prefix), and the maximum length of a tag.
 NOTE, WRITTEN_NOTE, NOTE_LENGTH = "mlflow.note.content", "mlflow.note.written", 8000
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 T = TypeVar("T")
 
-#: Seconds that a lost store is left alone before it is tried again: a training step must not wait for it.
+#: Seconds before a lost store is tried again: a training step must not wait for it.
 RETRY_AFTER_S = 20.0
 
-# Per process, by tracking URI: when the store was last found lost. And which warnings each run has had.
+# Per process: time at which each store was last found lost, by tracking URI; warnings given for each run.
 _lost_at: dict[str, float] = {}
 _warned: set[tuple[str, str]] = set()
-# Runs that this process has started and not finished, and the status with which an interrupt finishes each.
+# Runs that this process has started and not finished, with the status that an interrupt gives each.
 _open: dict[str, tuple[RunHandle, Status]] = {}
 
 
 @dataclass(frozen=True)
 class RunHandle:
-    """One run, to be written to from any process; small, and it can be pickled."""
+    """Handle of one run, which any process can write to; small and picklable."""
 
     tracking_uri: str = field(repr=False)  # may hold a password
     experiment_id: str
@@ -58,11 +58,11 @@ class RunHandle:
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Logs parameters; nested mappings become dotted keys, long values are cut.
 
-        MLflow never changes a parameter: where a resumed run has another value, the first one stays and the
-        new one becomes the tag ``resumed.KEY``.
+        MLflow never changes a parameter: if a resumed run has another value, the first one stays and the new
+        one becomes the tag ``resumed.KEY``.
 
         Raises:
-            Exception: MLflow's, where the store does not take them.
+            Exception: from MLflow, if the store does not take them.
         """
         flat = {key: str(value)[:6000] for key, value in _flatten(params)}
         changed = client.add_params(self.tracking_uri, self.run_id, flat)
@@ -79,15 +79,15 @@ class RunHandle:
         model: str = "",
         once: bool = False,
     ) -> None:
-        """Logs metrics of a step. Where the store is lost it warns once, keeps them in ``pending``, goes on.
+        """Logs metrics of a step. If the store is lost, warns once, keeps them in ``pending`` and goes on.
 
         Args:
             metrics: values by name.
-            step: of them.
+            step: step that they belong to.
             dataset: name and digest of the data set that they were measured on, as given to ``log_dataset``.
-            model: URI of the logged model that they are of, as ``log_model`` returned it.
-            once: leave them out where the run has the first of them at that step already, as a run that is
-                continued from before that step does.
+            model: URI of the logged model that they belong to, as returned by ``log_model``.
+            once: leave them all out if the run already has the first of them at that step, as happens after
+                resuming from an earlier step.
 
         Raises:
             GareError: for a metric name that MLflow does not allow.
@@ -105,14 +105,14 @@ class RunHandle:
             self._deliver({"metrics": chunk} | ({"once": True} if once else {}))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Sets tags; a lost store is survived as in ``log_metrics``."""
+        """Sets tags; handles a lost store like ``log_metrics``."""
         for chunk in _chunks([(key, str(value)[:8000]) for key, value in tags.items()], outbox.MAX_TAGS):
             self._deliver({"tags": dict(chunk)})
 
     def describe(self, markdown: str) -> None:
-        """Sets the description on the run's page, but for one that a person has written there.
+        """Sets the description on the run's page, unless a person has written one there.
 
-        Where the store is lost it warns, and the description is not there.
+        If the store is lost, warns and sets none.
         """
         text = markdown[:NOTE_LENGTH]
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -126,20 +126,20 @@ class RunHandle:
         self._attempt("the description", write)
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Ends the run; a lost store is survived as in ``log_metrics``."""
+        """Ends the run; handles a lost store like ``log_metrics``."""
         with shielded():
             _lost_at.pop(self.tracking_uri, None)  # the last chance, so try at once
             self._deliver({"status": status, "end_time": time.time_ns() // 1_000_000})
             _open.pop(self.run_id, None)
 
     def deliver_pending(self, seen: Callable[[outbox.Entry], None] = lambda entry: None) -> int:
-        """Delivers what waits in ``pending``, of this and other runs; returns the number of entries.
+        """Delivers the entries in ``pending``, of this and other runs; returns their number.
 
         Args:
-            seen: called with each entry, or those joined to one, once it is delivered.
+            seen: called with each entry, or with the entry that several were joined to, once it is delivered.
 
         Raises:
-            Exception: whatever keeps the store from answering; the file stays as it was.
+            Exception: any that keeps the store from answering; the file stays as it was.
         """
 
         def send(entry: outbox.Entry) -> None:
@@ -149,12 +149,12 @@ class RunHandle:
         return self._outbox.deliver(send) if self._outbox else 0
 
     def log_artifact_file(self, path: str | Path, folder: str = "") -> None:
-        """Uploads a local file. Where the store is lost it warns, and the file is not there."""
+        """Uploads a local file. If the store is lost, warns and uploads nothing."""
         name = Path(path).name
         self._attempt(name, lambda mlflow: mlflow.log_artifact(self.run_id, str(path), folder or None))
 
     def log_figure_bytes(self, name: str, png: bytes) -> None:
-        """Uploads a picture as ``figures/NAME``. Where the store is lost it warns, and it is not there."""
+        """Uploads a picture as ``figures/NAME``. If the store is lost, warns and uploads nothing."""
         target = Path("figures") / name
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / target.name
@@ -162,23 +162,23 @@ class RunHandle:
             self.log_artifact_file(path, target.parent.as_posix())
 
     def log_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Uploads a mapping as a JSON file. Where the store is lost it warns, and it is not there."""
+        """Uploads a mapping as a JSON file. If the store is lost, warns and uploads nothing."""
         self._attempt(name, lambda mlflow: mlflow.log_dict(self.run_id, dict(content), name))
 
     def log_text(self, name: str, text: str) -> None:
-        """Uploads a text file. Where the store is lost it warns, and it is not there."""
+        """Uploads a text file. If the store is lost, warns and uploads nothing."""
         self._attempt(name, lambda mlflow: mlflow.log_text(self.run_id, text, name))
 
     def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Uploads a table that MLflow's pages show. Where the store is lost it warns, and it is not there.
+        """Uploads a table that MLflow's pages show. If the store is lost, warns and uploads nothing.
 
         Args:
             name: file name, ending in ``.json``.
-            columns: values by column, as many in each.
+            columns: values by column, the same number in each.
         """
         table = {key: list(values) for key, values in columns.items()}
         with warnings.catch_warnings():
-            # MLflow 3.17 asks pandas in a way that pandas 3 deprecates.
+            # MLflow 3.17 calls pandas in a way that pandas 3 deprecates.
             warnings.simplefilter("ignore")
             self._attempt(name, lambda mlflow: mlflow.log_table(self.run_id, table, name))
 
@@ -189,10 +189,10 @@ class RunHandle:
 
         Args:
             name: its name.
-            digest: its fingerprint; MLflow keeps 36 characters, the tag ``data.NAME.CONTEXT`` all of it.
-            source: where it is.
-            context: what it was used for, such as ``train``.
-            counts: sizes to show beside it.
+            digest: its fingerprint; MLflow keeps 36 characters, the tag ``data.NAME.CONTEXT`` keeps all.
+            source: its location.
+            context: its use, such as ``train``.
+            counts: sizes to show with it.
         """
         self._attempt(
             f"data set {name}",
@@ -221,24 +221,24 @@ class RunHandle:
         leave_out: Sequence[str] = ("trainer.pt",),
         step: int = 0,
     ) -> str:
-        """Logs a checkpoint as a model that ``mlflow.pyfunc.load_model`` loads; nothing of it is pickled.
+        """Logs a checkpoint as a model for ``mlflow.pyfunc.load_model``; nothing in it is pickled.
 
         Args:
             checkpoint: local checkpoint folder.
             code: the Python file that calls ``serve_model``.
-            ranked: whether it answers with ranked ``video_ids`` and ``scores`` in place of embeddings.
+            ranked: True if it answers with ranked ``video_ids`` and ``scores`` in place of embeddings.
             embed_dim: D of the (captions, D) float32 embeddings that it returns.
-            requirements: pip requirements; given, so that MLflow does not try to find them out.
+            requirements: pip requirements; given, so that MLflow does not try to infer them.
             code_paths: packages to copy into the model, for places where they are not installed.
-            example: captions that show what it takes.
+            example: captions as an input example.
             leave_out: file patterns of the checkpoint that serving does not need.
             step: training step of the checkpoint.
 
         Returns:
-            The model's URI, ``models:/…``; empty where the store was lost.
+            The model's URI, ``models:/…``; empty if the store was lost.
 
         Raises:
-            GareError: where code and checkpoint make no model.
+            GareError: if code and checkpoint make no valid model.
         """
         with tempfile.TemporaryDirectory() as folder:
             staged, packed = Path(folder) / "checkpoint", Path(folder) / "model"
@@ -269,7 +269,7 @@ class RunHandle:
             )
 
     def register(self, name: str, model: str, *, val_score: float | None, val_hash: str) -> str:
-        """``registry.register`` of a model of this run; empty where the store is lost, which it warns of."""
+        """Registers a model of this run; if the store is lost, warns and returns an empty string."""
         return (
             self._attempt(
                 f"version of {name}",
@@ -281,7 +281,7 @@ class RunHandle:
         )
 
     def versions(self, name: str) -> list[str]:
-        """Versions of a registered model that are of this run."""
+        """Returns the versions of a registered model that come from this run."""
         return (
             self._attempt(
                 f"question for {name}",
@@ -294,7 +294,7 @@ class RunHandle:
         try:
             client.send(self.tracking_uri, entry)
         except client.RefusedError as error:
-            # It would be refused again and again, and keep what comes after it from being delivered.
+            # It would be refused again and again, and block the entries after it.
             self._warn_once("refused", f"MLflow refuses something of run {entry['run_id']}", error)
 
     def _deliver(self, entry: outbox.Entry) -> None:
@@ -340,26 +340,26 @@ class RunHandle:
 
 
 def whole_transactions(tracking_uri: str) -> AbstractContextManager[None]:
-    """Keeps interrupts out of a database's transactions, which one would leave locked, for this process too.
+    """Delays interrupts during a database's transactions, which would stay locked, even for this process.
 
-    What is asked of a server is interrupted: it may hang, uploads take long, and nothing is left locked here.
+    Requests to a server can be interrupted: it may hang, uploads take long, and no lock stays here.
     """
     return nullcontext() if client.is_server(tracking_uri) else shielded()
 
 
 def note_open(run: RunHandle, when_interrupted: Status) -> None:
-    """Has ``finish_open_runs`` finish a run that this process has started."""
+    """Marks a run as started by this process, so that ``finish_open_runs`` finishes it."""
     _open[run.run_id] = (run, when_interrupted)
 
 
 def finish_open_runs(error: BaseException) -> None:
-    """Finishes the runs that the end of a command has left open, wherever it came from."""
+    """Finishes the runs that are still open at the end of a command, whatever ended it."""
     for run, when_interrupted in list(_open.values()):
         run.finish(when_interrupted if when_interrupted == "FINISHED" else status_after(error))
 
 
 def status_after(error: BaseException | None) -> Status:
-    """The status of a run that ends with this error: killed where somebody ended it, else failed."""
+    """Returns the status of a run that ends with this error: killed if somebody stopped it, else failed."""
     if error is None:
         return "FINISHED"
     if asked_by() or isinstance(error, StoppedError | LockLostError | KeyboardInterrupt):
@@ -392,6 +392,6 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def brief(error: Exception) -> str:
-    """The error on one line, without credentials."""
+    """Returns the error on one line, without credentials."""
     text = " ".join(masked(str(error)).split())
     return f"{type(error).__name__}: {text[:400]}"

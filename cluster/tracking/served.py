@@ -10,7 +10,7 @@ from typing import Any
 from cluster.tracking.client import client, mlflow_module
 from gare.errors import GareError
 
-#: How MLflow names models whose code is a file; what others are loaded from may be pickles.
+#: MLflow's loader for models whose code is a file; models with other loaders may contain pickles.
 _CODE_LOADER = "mlflow.pyfunc.loaders.code_model"
 
 
@@ -76,16 +76,16 @@ def upload_model(uri: str, experiment_id: str, run_id: str, model: Any, folder: 
 
 
 def serve_model(load: Callable[[str], Any], predict: Callable[[Any, list[str]], Any]) -> None:
-    """Makes a Python file a model: called at the end of the file that ``RunHandle.log_model`` is given.
+    """Turns a Python file into a model; call it at the end of the file given to ``RunHandle.log_model``.
 
     Args:
-        load: gets the checkpoint folder, returns whatever ``predict`` needs.
-        predict: gets that and the captions, returns a float32 array (captions, D), or a
-            mapping for each caption.
+        load: called with the checkpoint folder; returns any value that ``predict`` needs.
+        predict: called with that value and the captions; returns a float32 array (captions, D), or a mapping
+            for each caption.
     """
     mlflow = mlflow_module()
 
-    # No type hint on the input: MLflow would make the signature from it and drop the one given.
+    # No type hint on the input: MLflow would derive the signature from it and drop the one given.
     def answer(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         rows = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
         return predict(self.loaded, [str(row) for row in rows])
@@ -93,23 +93,23 @@ def serve_model(load: Callable[[str], Any], predict: Callable[[Any, list[str]], 
     def load_context(self: Any, context: Any) -> None:
         self.loaded = load(context.artifacts["checkpoint"])
 
-    # The flag keeps MLflow from wrapping predict, and from asking for that hint each time on stderr.
+    # The flag keeps MLflow from wrapping predict, and from asking for a type hint on stderr each time.
     methods = {"predict": answer, "load_context": load_context, "_skip_type_hint_validation": True}
     served = type("Served", (mlflow.pyfunc.PythonModel,), methods)
     mlflow.models.set_model(served())
 
 
 def use_served_model(tracking_uri: str, model_uri: str) -> Any:
-    """Loads a logged model, with ``predict(["a man plays guitar"])``.
+    """Loads a logged model, for use as ``predict(["a man plays guitar"])``.
 
-    Its code is run, as that of every model in a registry; nothing is unpickled.
+    Its code is executed, like that of every model in a registry; nothing is unpickled.
 
     Args:
-        tracking_uri: the store it is in.
-        model_uri: what ``RunHandle.log_model`` returned, or ``models:/NAME@ALIAS`` of the registry.
+        tracking_uri: the store that it is in.
+        model_uri: URI returned by ``RunHandle.log_model``, or ``models:/NAME@ALIAS`` of the registry.
 
     Raises:
-        GareError: for a model that is a pickle or of another library.
+        GareError: for a model that is a pickle or belongs to another library.
     """
     name, _, alias = model_uri.removeprefix("models:/").partition("@")
     if alias:
@@ -117,7 +117,7 @@ def use_served_model(tracking_uri: str, model_uri: str) -> Any:
     else:
         folder = client(tracking_uri).get_logged_model(name).artifact_location
     mlflow = mlflow_module()
-    # Fetched first: load_model knows no tracking URI but the global one.
+    # Downloaded first: load_model knows only the global tracking URI.
     local = mlflow.artifacts.download_artifacts(artifact_uri=folder, tracking_uri=tracking_uri)
     flavour = mlflow.models.Model.load(local).flavors.get("python_function", {})
     if flavour.get("loader_module") != _CODE_LOADER or not flavour.get("model_code_path"):

@@ -1,7 +1,7 @@
-"""System metrics of every node of the cluster while a run lasts, as MLflow's ``system/NODE/…``.
+"""System metrics of every node of the cluster during a run, as MLflow's ``system/NODE/…``.
 
-A small Ray actor on each node samples it, those included that only decode. Whatever happens to one of them,
-or to MLflow, the run knows nothing of it.
+A small Ray actor on each node samples it, including nodes that only decode. Failures of these actors or of
+MLflow do not affect the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gare.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between looks for nodes that have come or gone.
+#: Seconds between checks for nodes that have joined or left.
 LOOK_EVERY_S = 30.0
 #: Seconds that the end of a run waits for the last samples.
 PATIENCE_S = 5.0
@@ -30,7 +30,7 @@ class NodeSampler:
     """Samples this machine in a thread until it is told to stop.
 
     Args:
-        handle: the run that gets the samples.
+        handle: run that gets the samples.
         node: name of the machine, part of the metrics' names.
         every_s: seconds between samples.
     """
@@ -42,11 +42,11 @@ class NodeSampler:
         self._thread.start()
 
     def is_up(self) -> bool:
-        """Answers."""
+        """Returns once the actor has started."""
         return True
 
     def stop(self) -> None:
-        """Samples no more; what is being sent is waited for, a little."""
+        """Stops sampling; waits a little for samples that are being sent."""
         self._done.set()
         self._thread.join(PATIENCE_S)
 
@@ -59,8 +59,8 @@ class NodeSampler:
     def _sample(self) -> None:
         import psutil
 
-        psutil.cpu_percent()  # the next call tells of the time since this one
-        # A short run never imports MLflow here.
+        psutil.cpu_percent()  # starts the interval that the next call measures
+        # A short run ends here without ever importing MLflow.
         if self._done.wait(self._every_s):
             return
         monitor = client.system_monitor(self._handle.tracking_uri, self._handle.run_id, self._node)
@@ -82,17 +82,17 @@ def _means(monitor: Any) -> dict[str, float]:
 
 
 def node_key(name: str) -> str:
-    """A node's name as part of a metric's."""
+    """Returns a node's name in the form that metric names allow."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:100].strip(".") or "node"
 
 
 @contextlib.contextmanager
 def system_metrics(handle: RunHandle, config: TrackingConfig) -> Iterator[None]:
-    """Logs the system metrics of every node to the run meanwhile; needs Ray. Nothing in it ever raises.
+    """Logs the system metrics of every node to the run inside the context; needs Ray. Never raises.
 
     Args:
-        handle: the run.
-        config: whether at all, and how often.
+        handle: run that gets the metrics.
+        config: switch and interval of the samples.
     """
     if not config.system_metrics:
         yield
@@ -105,7 +105,7 @@ def system_metrics(handle: RunHandle, config: TrackingConfig) -> Iterator[None]:
 
 
 class _Samplers:
-    """An actor on each node, kept up with the nodes that there are."""
+    """An actor on each node; follows nodes that join or leave."""
 
     def __init__(self, handle: RunHandle, every_s: float) -> None:
         self._handle, self._every_s = handle, every_s
@@ -142,7 +142,7 @@ class _Samplers:
             self._thread.join(PATIENCE_S)
             import ray
 
-            # One that is still being started has nothing to send.
+            # An actor that is still starting has nothing to send.
             started = [actor for actor, is_up in self._actors.values() if ray.wait([is_up], timeout=0)[0]]
             if started:
                 stopping = [actor.stop.remote() for actor in started]
@@ -154,10 +154,10 @@ class _Samplers:
 
 
 def node_name(about: dict[str, Any]) -> str:
-    """The name that a node was given (``ray start --node-name``), else its host's.
+    """Returns the node's given name (``ray start --node-name``), else its host name.
 
     Args:
-        about: the node as ``ray.nodes()`` has it.
+        about: the node's entry of ``ray.nodes()``.
     """
     name, host = str(about.get("NodeName") or ""), str(about.get("NodeManagerHostname") or "")
     given = name and name != about.get("NodeManagerAddress")

@@ -1,4 +1,4 @@
-"""The tracking store, reached at the start or not at all, and the runs in it."""
+"""Connection to the tracking store, checked at the start, and the runs in it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gare.errors import GareError, masked
 
 
 def connect(tracking: TrackingConfig, root: str) -> Tracker:
-    """Reaches the tracking store and finds or makes the experiment.
+    """Connects to the tracking store and finds or creates the experiment.
 
     Args:
         tracking: the store's URI and the experiment's name.
-        root: the storage root: an SQLite file and, without a server, the files of runs lie below it.
+        root: the storage root; an SQLite file and, without a server, the files of runs lie below it.
 
     Raises:
         ConfigError: for a URI that is no MLflow store.
-        GareError: where the store does not answer within seconds, or refuses. Credentials are masked.
+        GareError: if the store does not answer within seconds, or refuses. Credentials are masked.
     """
     uri = resolve_tracking_uri(tracking.uri, root)
     artifacts = None if client.is_server(uri) else artifact_root(root)
@@ -34,7 +34,7 @@ def connect(tracking: TrackingConfig, root: str) -> Tracker:
     except GareError:
         raise
     except Exception as error:
-        # Not chained: a library's message may hold the password that this one masks.
+        # Not chained: a library's message may contain the password that is masked here.
         raise GareError(
             f"MLflow cannot be used there: {brief(error)}",
             where=f"tracking.uri {masked(uri)}",
@@ -45,7 +45,7 @@ def connect(tracking: TrackingConfig, root: str) -> Tracker:
 
 @dataclass(frozen=True)
 class Tracker:
-    """A store that has answered, and an experiment in it."""
+    """A reachable store and an experiment in it."""
 
     tracking_uri: str = field(repr=False)  # may hold a password
     experiment_id: str
@@ -60,23 +60,23 @@ class Tracker:
         pending: str | outbox.Outbox = "",
         when_interrupted: Status = "KILLED",
     ) -> RunHandle:
-        """Continues the run of an earlier start where it still exists, else makes a new one.
+        """Resumes the run of an earlier start if it still exists, else creates a new one.
 
         Args:
             name: the run's name.
             run_id: id of the run to continue.
             params: see ``RunHandle.log_params``.
             tags: tags.
-            pending: local file, or another outbox, for what cannot be delivered later on; without one it
-                is dropped.
-            when_interrupted: its status where the command is interrupted before anybody finishes it.
+            pending: local file, or another outbox, for entries that cannot be delivered later on; without
+                one they are dropped.
+            when_interrupted: its status if the command is interrupted before the run is finished.
 
         Raises:
-            GareError: where the store refuses.
+            GareError: if the store refuses.
         """
         try:
             if run_id and pending:
-                # First what an earlier start left, its end among it: else that would end this one.
+                # First deliver entries of an earlier start: its end, if delivered later, would end this run.
                 RunHandle(self.tracking_uri, self.experiment_id, run_id, pending).deliver_pending()
             with whole_transactions(self.tracking_uri):
                 experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
@@ -92,10 +92,10 @@ class Tracker:
         return run
 
     def deliver(self, pending: str | outbox.Outbox) -> dict[str, Any]:
-        """Delivers what runs could not: numbers of ``metrics`` and ``tags``, and the ids of the ``runs``.
+        """Delivers entries that runs could not: numbers of ``metrics`` and ``tags``, and ids of the ``runs``.
 
         Raises:
-            GareError: where the store cannot take it now; all stays where it is.
+            GareError: if the store cannot take them now; all entries stay.
         """
         handle = RunHandle(self.tracking_uri, self.experiment_id, "", pending)
         counts: dict[str, int] = {"metrics": 0, "tags": 0}
@@ -117,10 +117,10 @@ class Tracker:
         return {**counts, "runs": sorted(runs)}
 
     def tags_of(self, run_id: str) -> dict[str, str]:
-        """Tags of a run.
+        """Returns the tags of a run.
 
         Raises:
-            GareError: where there is no such run.
+            GareError: if there is no such run.
         """
         try:
             return client.tags_of(self.tracking_uri, run_id)

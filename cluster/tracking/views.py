@@ -1,7 +1,7 @@
-"""Saved views of an experiment on MLflow's pages: runs with their scores, in three views.
+"""Saved views of an experiment on MLflow's pages: three views that show runs with their scores.
 
-By default the table of runs shows times and sources, and no score. Views are tags of the experiment, in the
-form in which MLflow 3.17's pages save a person's own; pages that do not know it show their default.
+MLflow's default table of runs shows times and sources, and no score. Views are tags of the experiment, in the
+format of MLflow 3.17's pages for views saved by users; other versions show their default.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 from collections.abc import Container, Mapping
 from typing import Any
 
-#: Says that the experiment has had its views, so that a person who deletes one is not given it again.
+#: Tag of an experiment that has been given its views, so that a view deleted by a user stays deleted.
 MARK = "gare.views"
 VERSION = "1"
-#: Prefix of the tags that are views.
+#: Prefix of the tags that hold views.
 VIEW = "mlflow.sharedViewState."
 #: Keys of the views, as in a link to one: ``…/#/experiments/ID/runs?viewStateShareKey=scores``.
 SCORES, MEANS, CHARTS = "scores", "means", "charts"
@@ -30,16 +30,16 @@ _MEASURED_ON = {"tags.`N_text`": 80, "tags.`N_video`": 85, "tags.`protocol`": 33
 
 
 def experiment_tags(known: Container[str] = ()) -> dict[str, str]:
-    """Tags that an experiment gets once.
+    """Returns the tags that an experiment gets once.
 
     Args:
-        known: keys of the tags that it has.
+        known: keys of the tags that it already has.
     """
     if MARK in known:
         return {}
     tags = {
         MARK: VERSION,
-        # Else the pages open among those for language models, and hide the model's metrics.
+        # Otherwise the pages open in the mode for language models, which hides the model's metrics.
         "mlflow.experimentKind": "custom_model_development",
         VIEW + SCORES: _view("Scores on test, run by run", _scores()),
         VIEW + MEANS: _view("Mean over seeds", _means()),

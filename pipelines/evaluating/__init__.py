@@ -1,1 +1,1 @@
-"""Pieces of the step evaluate."""
+"""Modules of the step evaluate."""

@@ -1,4 +1,4 @@
-"""Part of evaluate: runs that were scored, compared or collected in one table; not a step of its own."""
+"""Part of evaluate: compares scored runs, or collects them in one table; not a step of its own."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from gare.storage.files import exists, join, read_json, write_atomically, write_
 from gare.storage.run_folder import RESULT, RunFolder
 from gare.train.checkpoint.files import read_config
 
-#: Tag of an MLflow run that says where the evaluation of a split is.
+#: Prefix of an MLflow run's tags that name the folder of the evaluation of each split.
 FOLDER_TAG = "evaluation.folder."
 
 
 def compare(config: Config) -> dict[str, Any]:
-    """Compares two runs, in all data sets that have both where they are named by RUN alone.
+    """Compares two runs; runs named by RUN alone are compared in all data sets that have both.
 
     Raises:
         DataError: for runs that were not evaluated.
-        GareError: where MLflow cannot be reached.
+        GareError: if MLflow cannot be reached.
     """
     places, chosen = layout(config), config.evaluate
     tracker = connect(config.tracking, places.root)
@@ -50,11 +50,11 @@ def compare(config: Config) -> dict[str, Any]:
 
 
 def _folder_of(config: Config, tracker: Tracker, run: str) -> str:
-    """The run's name as it is, or for an MLflow run id the folder of its evaluation.
+    """Returns the run's name unchanged, or for an MLflow run id the folder of its evaluation.
 
     Raises:
         DataError: for an MLflow run without an evaluation of the split, or whose results were replaced.
-        GareError: where MLflow has no such run.
+        GareError: if MLflow has no such run.
     """
     if not re.fullmatch(r"[0-9a-f]{32}", run):
         return run
@@ -64,7 +64,7 @@ def _folder_of(config: Config, tracker: Tracker, run: str) -> str:
         raise DataError(f"the run has no evaluation of {split}", where=f"MLflow run {run}")
     location = join(folder, RESULT)
     now = read_json(location).get("mlflow_run_id", run) if exists(location) else ""
-    # The folder of a training is evaluated again; of zero-shot results one has the towers that came last.
+    # A training's folder may be evaluated again; one of zero-shot results holds those of the latest towers.
     if now == run or not (now or folder.rsplit("/", 2)[1] == ZERO_SHOT):
         return folder
     raise DataError(
@@ -76,15 +76,15 @@ def _folder_of(config: Config, tracker: Tracker, run: str) -> str:
 
 
 def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]:
-    """Collects ``evaluate.runs`` under one MLflow run; those not evaluated yet are, as they were trained.
+    """Collects ``evaluate.runs`` under one MLflow run; evaluates the others first, as they were trained.
 
     Args:
-        config: of the suite.
-        evaluate: scores a run.
+        config: configuration of the suite.
+        evaluate: function that scores a run.
 
     Raises:
-        DataError: where there is no run.
-        GareError: where MLflow cannot be reached.
+        DataError: if there is no run.
+        GareError: if MLflow cannot be reached.
     """
     places, chosen = layout(config), config.evaluate
     tracker = connect(config.tracking, places.root)
@@ -119,7 +119,7 @@ def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]
 def _log_table(
     table: ScoreTable, tracker: Tracker, config: Config, name: str, folder: str, children: Sequence[Evaluated]
 ) -> dict[str, Any]:
-    """Prints the table, writes and logs it as Markdown and picture; a suite goes on with its earlier run."""
+    """Prints the table, writes and logs it as Markdown and picture; a suite resumes its MLflow run."""
     markdown, picture = table.markdown(), table_picture(table)
     write_atomically(join(folder, "table.md"), markdown.encode())
     write_atomically(join(folder, "table.png"), picture)
@@ -135,7 +135,7 @@ def _log_table(
         if child.mlflow_run_id:
             tracker.nest(child.mlflow_run_id, handle)
     handle.finish()
-    # stdout is for the result; what a person reads goes where the logs go.
+    # stdout is for the result; text for people goes where the logs go.
     sys.stderr.write(markdown)
     result = {
         "table": join(folder, "table.md"),

@@ -1,4 +1,4 @@
-"""Part of evaluate: the model with the clips it was scored on, searchable, in MLflow's registry."""
+"""Part of evaluate: registers the model in MLflow, with the scored clips as its searchable gallery."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gare.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-#: What a champion is best at; of the training's result, and so never of test.
+#: Metric that selects the champion; from the training's result, so never from test.
 SELECTION = "val/t2v/R1"
 REQUIREMENTS = ("torch", "transformers", "safetensors", "instant-clip-tokenizer", "ftfy", "pyarrow")
 
@@ -33,18 +33,18 @@ def write_and_register(
     val: Sequence[ManifestRow],
     features: Mapping[str, np.ndarray],
 ) -> str:
-    """Writes the gallery and registers the trained model with it, once a run, as ``gare-NAME``.
+    """Writes the gallery and registers the trained model with it as ``gare-NAME``, once per run.
 
     Args:
         config: of the evaluation.
-        places: of the data set.
+        places: locations of the data set.
         handle: the training's MLflow run.
-        rows: the gallery.
-        val: the split that chose the checkpoint.
+        rows: rows of the gallery.
+        val: rows of the split that selected the checkpoint.
         features: ``video/frames`` and ``video/mask`` of the gallery.
 
     Returns:
-        NAME/VERSION; empty where the training has no result or MLflow was lost.
+        NAME/VERSION; empty if the training has no result or MLflow was lost.
     """
     from gare.train.checkpoint.files import TRAINER, copy_checkpoint
     from gare.train.checkpoint.sums import add_file

@@ -1,4 +1,4 @@
-"""Part of evaluate: features of a split and the ranks of its queries, by actors where there is much to do."""
+"""Part of evaluate: features of a split and ranks of its queries, by actors for large splits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.evaluating.subject import Subject
 if TYPE_CHECKING:
     from gare.retrieval.ranking.ranks import Ranks
 
-#: Pairs below which actors would take longer to load than to score.
+#: Number of pairs below which actors would take longer to load than to score.
 PAIRS_ALONE = 1_000_000
 
 
@@ -27,16 +27,16 @@ def encode(
     """Encodes a split.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         subject: the model, and the store of the clips.
-        rows: the split.
-        train: the training split, of whose captions the query bank is.
+        rows: rows of the split.
+        train: rows of the training split, whose captions make the query bank.
 
     Returns:
         ``video/…`` of the clips, ``text/…`` of all their captions in the order of the rows, ``bank/…``.
 
     Raises:
-        DataError: for a query bank without captions, or clips that cannot be read.
+        DataError: for a query bank without captions, or if clips cannot be read.
     """
     bank = _bank(config, train)
     if subject.settings is not None:
@@ -45,7 +45,7 @@ def encode(
 
 
 def _bank(config: Config, train: Sequence[ManifestRow]) -> list[str]:
-    """Captions of the training split for query-bank normalisation; none where it is off."""
+    """Returns training captions for query-bank normalisation; an empty list if it is off."""
     if not config.evaluate.qbnorm:
         return []
     captions = [caption for row in train for caption in row.captions]
@@ -63,7 +63,7 @@ def _bank(config: Config, train: Sequence[ManifestRow]) -> list[str]:
 def _encode_stored(
     config: Config, subject: Subject, rows: Sequence[ManifestRow], bank: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Encodes from stored features; what follows the towers is too little work to be spread."""
+    """Encodes from stored features, here: the work after the towers is too small to distribute."""
     from gare.data.store.feature_reader import FeatureReader
     from gare.retrieval.ranking.encode import CAPTIONS, Encoder, encode_stored, encoding_tasks, join_encoded
 
@@ -96,16 +96,16 @@ def _encode_frames(
 
 
 def device_of(config: Config) -> str:
-    """The device on which actors compute."""
+    """Returns the device on which actors compute."""
     return "cuda" if wants_gpus(config.cluster) else "cpu"
 
 
 def pool_of(config: Config, load: Callable[[], Any]) -> ActorPool:
-    """Actors on all GPUs that are free, else on all CPUs.
+    """Returns a pool of actors on all free GPUs, else on all CPUs.
 
     Args:
-        config: of the evaluation.
-        load: makes the object whose methods tasks name, each with its arguments.
+        config: configuration of the evaluation.
+        load: makes the object whose methods the tasks call, by name and arguments.
     """
 
     def load_methods() -> Callable[..., Any]:
@@ -119,13 +119,13 @@ def pool_of(config: Config, load: Callable[[], Any]) -> ActorPool:
 def rank(
     config: Config, subject: Subject, rows: Sequence[ManifestRow], features: dict[str, np.ndarray]
 ) -> dict[str, Ranks]:
-    """Ranks by variant: shares of the pairs go to actors, or where they are few are done here.
+    """Ranks the queries for each variant; actors share the pairs, or for few pairs it is done here.
 
     Args:
-        config: of the evaluation.
+        config: configuration of the evaluation.
         subject: the model.
-        rows: the split.
-        features: from ``encode``.
+        rows: rows of the split.
+        features: result of ``encode``.
 
     Raises:
         DataError: for a score that is not finite.

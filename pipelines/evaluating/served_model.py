@@ -1,6 +1,6 @@
-"""The model as MLflow serves it: captions in, ranked videos of its gallery with their scores out.
+"""The model as served by MLflow: takes captions, returns ranked videos of its gallery with scores.
 
-A model without a gallery gives text embeddings (captions, D) float32.
+A model without a gallery returns text embeddings (captions, D) float32.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from gare.retrieval.gallery import FILE, gallery_of, search
 from gare.storage.files import exists, join
 from gare.train.checkpoint.sums import SummedFolder
 
-#: Videos that are named for a caption.
+#: Number of videos returned for a caption.
 TOP = 10
 
 
 def load(folder: str) -> tuple[Any, Any]:
-    """The model and the gallery beside it, or None; both compared with their SHA-256."""
+    """Returns the model and its gallery, or None without one; checks both against their SHA-256."""
     model, gallery = load_checkpoint(folder).eval(), join(folder, FILE)
     if not exists(gallery):
         return model, None
@@ -26,7 +26,7 @@ def load(folder: str) -> tuple[Any, Any]:
 
 
 def predict(loaded: tuple[Any, Any], captions: list[str]) -> Any:
-    """``video_ids`` and ``scores`` of each caption, the best first; embeddings where there is no gallery."""
+    """Returns ``video_ids`` and ``scores`` per caption, best first; embeddings without a gallery."""
     import torch
 
     model, gallery = loaded

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: The picture of an evaluation, in its folder.
+#: File name of an evaluation's picture.
 PICTURE = "retrieval.png"
 
 
@@ -37,14 +37,14 @@ class Subject:
         run: name of the folder of its results, below the data set's runs.
         checkpoint: location of its weights.
         model: the model, on the CPU.
-        load: makes the same model in another process.
-        store: the store that it is scored from.
-        settings: what a feature store must have been made with; None: the store is one of frames.
+        load: builds the same model in another process.
+        store: store that it is scored from.
+        settings: settings that a feature store must have been made with; None for a frame store.
         record: JSON file that names its MLflow run; empty for a checkpoint from elsewhere.
-        trained: the configuration that the checkpoint was trained with; None for towers as they are.
-        is_zero_shot: True if it is towers as they are, without a run.
-        towers_sha256: of a zero-shot evaluation, for its record; else empty.
-        note: what a reader of a zero-shot score must know of the weights; else empty.
+        trained: configuration that the checkpoint was trained with; None for zero-shot.
+        is_zero_shot: True for pretrained towers as they are, without a run.
+        towers_sha256: hash for the record of a zero-shot evaluation; else empty.
+        note: caveat about the weights for readers of a zero-shot score; else empty.
     """
 
     run: str
@@ -66,10 +66,10 @@ class Subject:
 
 
 def require_name_of_a_run(config: Config) -> None:
-    """Refuses the name under which evaluations without a run are found.
+    """Refuses a run with the name that is reserved for evaluations without a run.
 
     Raises:
-        ConfigError: for ``train.run`` of that name.
+        ConfigError: if ``train.run`` has that name.
     """
     if config.train.run == ZERO_SHOT:
         raise ConfigError(
@@ -78,12 +78,12 @@ def require_name_of_a_run(config: Config) -> None:
 
 
 def checkpoint_subject(config: Config, places: Layout) -> Subject:
-    """The checkpoint of ``evaluate.checkpoint``, or the best of ``train.run``.
+    """Returns the checkpoint of ``evaluate.checkpoint``, or the best one of ``train.run``.
 
     Raises:
-        CheckpointError: for a checkpoint that is missing or of another model.
-        DamagedError: for one with a file that is not as it was written.
-        ConfigError: for a run of a name that none can have.
+        CheckpointError: for a checkpoint that is missing or belongs to another model.
+        DamagedError: for a checkpoint with a damaged file.
+        ConfigError: for a run name that is not allowed.
     """
     from gare.train.checkpoint.files import load_checkpoint, read_config
 
@@ -130,14 +130,14 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
 
 
 def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
-    """The towers of ``features.weights``, by default of ``train.clip_weights``, as they are.
+    """Returns the towers of ``features.weights`` as they are, by default of ``train.clip_weights``.
 
     Returns:
-        The configuration with the model that is scored, and the subject.
+        The configuration with the scored model, and the subject.
 
     Raises:
         CheckpointError: for weights that cannot be used.
-        ConfigError: where no weights are named, or ``model.clip`` has other sizes than they.
+        ConfigError: if no weights are named, or ``model.clip`` has other sizes than they have.
     """
     from gare.model.encoders.clip import towers_sha256
     from gare.train.checkpoint.initial_model import fault_of_zero_shot, zero_shot_model
@@ -166,7 +166,7 @@ def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
 
 
 def settings_of(config: Config, model: GARE) -> dict[str, Any]:
-    """Settings that a feature store must have been made with to hold features of the model's towers."""
+    """Returns the settings that a feature store must have to hold features of this model's towers."""
     from gare.data.store.feature_schema import feature_settings
     from gare.model.encoders.clip import towers_sha256
 
@@ -174,7 +174,7 @@ def settings_of(config: Config, model: GARE) -> dict[str, Any]:
 
 
 def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle:
-    """The MLflow run of the training or of these towers, or a new one for a checkpoint from elsewhere."""
+    """Opens the MLflow run of the training or of these towers, or a new one for an outside checkpoint."""
     tracker, pending = connect(config.tracking, places.root), pending_of(places)
     if subject.is_trained_run:
         run_id = read_json(subject.record)["mlflow_run_id"]
@@ -184,7 +184,7 @@ def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle
     if not subject.is_zero_shot:
         tags = {"checkpoint": subject.checkpoint}
         return tracker.start_run(f"{config.name}/evaluate", tags=tags, pending=pending)
-    # One run for all splits of the same towers.
+    # One MLflow run for all splits of the same towers.
     known = _known(subject)
     same = known.get("towers_sha256") == subject.towers_sha256
     return tracker.start_run(
@@ -196,12 +196,12 @@ def open_tracking(config: Config, places: Layout, subject: Subject) -> RunHandle
 
 
 def take_folder(places: Layout, subject: Subject, run_id: str) -> None:
-    """Makes the folder of zero-shot results that of these towers; results of others go, those of all splits.
+    """Claims the folder of zero-shot results for these towers; deletes other towers' results, all splits.
 
     Args:
-        places: of the data set.
-        subject: whose results come next.
-        run_id: its MLflow run.
+        places: locations of the data set.
+        subject: subject whose results come next.
+        run_id: id of its MLflow run.
     """
     if not subject.is_zero_shot:
         return
@@ -218,6 +218,6 @@ def take_folder(places: Layout, subject: Subject, run_id: str) -> None:
 
 
 def _known(subject: Subject) -> dict[str, str]:
-    """The record of the towers whose results the folder holds; empty where there is none."""
+    """Returns the record of the towers whose results the folder holds; empty if there is none."""
     known: dict[str, str] = read_json(subject.record) if exists(subject.record) else {}
     return known

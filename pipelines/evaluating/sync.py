@@ -1,4 +1,4 @@
-"""Part of evaluate: what MLflow missed while it was lost is delivered; not a step of its own."""
+"""Part of evaluate: sends MLflow what it missed while it was lost; not a step of its own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def sync(config: Config) -> dict[str, Any]:
-    """Delivers what waits for MLflow of all runs of the data set, and pictures and model of ``train.run``.
+    """Delivers the entries of all the data set's runs, and pictures and model of ``train.run``, to MLflow.
 
     Raises:
-        GareError: where MLflow cannot be reached; what waits stays.
+        GareError: if MLflow cannot be reached; the entries stay.
     """
     places = layout(config)
     tracker = connect(config.tracking, places.root)

@@ -1,4 +1,4 @@
-"""Part of evaluate: the test curve, the scores of a run's kept checkpoints on test; nothing reads it."""
+"""Part of evaluate: the test curve, the test scores of a run's kept checkpoints; never used to select."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What the curve's metrics begin with in MLflow, and its tag. Evaluation's begin with ``test/``.
+#: The curve's tag in MLflow and the prefix of its metrics. Those of an evaluation begin with ``test/``.
 PREFIX = "test_curve"
 
 
 def score_curve(config: Config) -> dict[str, Any]:
-    """Scores every kept checkpoint of ``train.run`` on test, from the kind of store that it learned from.
+    """Scores every kept checkpoint of ``train.run`` on test, from the kind of store that it was trained on.
 
-    It writes ``curve.json``, ``curve.png`` and ``result.json`` into a folder of their own, and metrics below
-    ``test_curve/`` to the run in MLflow. Selection, comparison and registration know nothing of them.
+    Writes ``curve.json``, ``curve.png`` and ``result.json`` into a folder of their own, and metrics below
+    ``test_curve/`` to the run in MLflow. Selection, comparison and registration never read them.
 
     Raises:
-        CheckpointError: for a run whose training has not ended, or without a checkpoint that can be read.
-        ConfigError: for a store of another kind than the run learned from, or a name that no run can have.
-        DataError: for a run that does not exist or keeps no checkpoint, a store that does not fit, or where
+        CheckpointError: for a run whose training has not ended, or without a readable checkpoint.
+        ConfigError: for a store of another kind than the run was trained on, or a run name not allowed.
+        DataError: for a run that does not exist or keeps no checkpoint, a store that does not fit, or if
             another job does the same and ``upkeep.when_locked`` is refuse.
-        GareError: where MLflow cannot be reached.
+        GareError: if MLflow cannot be reached.
     """
     from gare.train.curve import Curve
 
@@ -70,17 +70,17 @@ def score_curve(config: Config) -> dict[str, Any]:
             result = _write(config, places, splits, curve, picture, handle, started)
             _log(handle, curve, picture)
         finally:
-            # The training itself has not failed.
+            # The training itself did not fail.
             handle.finish()
     logger.info("%s: %s", run, curve.note)
     return result
 
 
 def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bool]:
-    """The kept checkpoints, one a step, the one that training chose, and True if val chose it.
+    """Returns the kept checkpoints, one per step; the selected one; and True if it was selected on val.
 
     Raises:
-        DataError: where there is no run, or no checkpoint.
+        DataError: if there is no run, or no checkpoint.
     """
     from gare.train.curve import one_of_each_step
 
@@ -103,7 +103,7 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
 
 
 def _require_its_own_input(config: Config, subject: Subject) -> None:
-    """Refuses a store of the other kind: towers change over a run on frames, and one on features has none."""
+    """Refuses a store of the other kind: a run on frames changes its towers, a run on features has none."""
     from gare.train.checkpoint.files import read_config
 
     asked = "frames" if subject.settings is None else "features"
@@ -128,7 +128,7 @@ def _looks(
     checkpoints: Checkpoints,
     entries: Sequence[Entry],
 ) -> list[Look]:
-    """The scores of the checkpoints, in their order."""
+    """Returns the scores of the checkpoints, in their order."""
     from gare.train.curve import CheckpointScorer
 
     store, from_features = subject.store, subject.settings is not None
@@ -144,15 +144,15 @@ def _looks(
 
     locations = list(sums)
     if from_features:
-        # What follows the towers is too little work to be spread.
+        # The work after the towers is too small to distribute.
         return _reported(subject.run, entries, map(load().score, locations))
-    # Each checkpoint whole by one actor: actors need not be started for each, nor features be sent.
+    # One actor scores a whole checkpoint: no new actors for each one, and no features to send.
     with ray_session(config.cluster), pool_of(config, load) as pool:
         return _reported(subject.run, entries, pool.map(("score", location) for location in locations))
 
 
 def _reported(run: str, entries: Sequence[Entry], looks: Iterable[Look]) -> list[Look]:
-    """Says each look as it comes."""
+    """Logs each look as it comes."""
     found = []
     for number, (entry, look) in enumerate(zip(entries, looks, strict=True), 1):
         about = f"{run}: checkpoint {number} of {len(entries)}, step {entry.step}"
@@ -185,7 +185,7 @@ def _write(
     handle: RunHandle,
     started: float,
 ) -> dict[str, Any]:
-    """Writes the files; the result."""
+    """Writes the files and returns the result."""
     folder, rows = places.test_curve(config.train.run), splits.test
     files = {name: join(folder, f"curve.{name}") for name in ("json", "png")}
     result = {
@@ -206,7 +206,7 @@ def _write(
         "picture": files["png"],
         "mlflow_run_id": handle.run_id,
     }
-    # Without a result there is no curve: an end in between leaves none of two runs' parts.
+    # A curve counts only with its result file: an interruption here leaves no mix of two runs.
     delete_file(join(folder, RESULT))
     about = {key: result[key] for key in ("run", "note", "split_hash", "left_out")}
     write_json(files["json"], about | {"checkpoints": list(curve.rows)})

@@ -1,1 +1,1 @@
-"""Pieces of the step extract."""
+"""Modules of the step extract."""

@@ -1,4 +1,4 @@
-"""Extraction on Ray: clips are decoded into a frame store, and encoded into a feature store."""
+"""Extraction on Ray: decodes clips into a frame store and encodes them into a feature store."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from gare.storage.lock import StoreLock
 
 logger = logging.getLogger(__name__)
 
-#: Heap of a decoding actor and its child process; Ray does not see it otherwise.
+#: Heap of a decoding actor and its child process, which Ray cannot see.
 ACTOR_MEMORY_BYTES = 600 * 1024**2
-#: Seconds after which clips that were decoded meanwhile are handed to the encoders.
+#: Seconds after which newly decoded clips are handed to the encoders.
 TAKE_EVERY_S = 5.0
 
 
 def videos_of(config: Config) -> RemoteVideos:
-    """The videos, wherever they are."""
+    """Returns the source of the videos, local or remote."""
     return RemoteVideos(config.sources, LocalVideos())
 
 
 def frame_update(config: Config, manifest: Manifest, store: str) -> FrameStoreUpdate:
-    """The pass that brings a frame store up to the videos."""
+    """Returns the update that brings a frame store up to date with the videos."""
     return FrameStoreUpdate(config, manifest, store, videos_of(config).stat, __version__)
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
-    """Counts as a person reads them; what was tried again only where there is some."""
+    """Formats counts for the log; names retried videos only if there are some."""
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count or name != "retried")
 
 
@@ -64,12 +64,11 @@ def decode_rows(
     """Decodes pending rows of a comparison into a frame store.
 
     Args:
-        config: of the run.
-        store: the frame store.
-        rows: what to decode.
-        progress: is shown what each part came to.
-        held: the lock by which it is written; its check is called after each part, and raises to end the
-            work.
+        config: configuration of the run.
+        store: location of the frame store.
+        rows: rows to decode.
+        progress: gets the result of each part.
+        held: held lock of the store; its check is called after each part, and raises to end the work.
     """
     extract, sources, name = config.extract, config.sources, uuid.uuid4().hex
     generation = held.generation
@@ -88,10 +87,10 @@ def decode_rows(
 
 
 def find_mended(config: Config, job: StoreUpdate) -> dict[str, str]:
-    """Names clips of a store that an earlier version may have read wrongly, and that are as they were then.
+    """Finds unchanged clips that an earlier version may have decoded wrongly.
 
     Returns:
-        The trait of each file that tells it, by the id of the clip.
+        The trait of each file that gave it away, by clip id.
     """
     rows = job.decoded_before()
     if not rows:
@@ -120,7 +119,7 @@ def find_mended(config: Config, job: StoreUpdate) -> dict[str, str]:
 
 
 def log_and_report(progress: Progress) -> dict[str, Any]:
-    """Counts, rates, seconds by stage and the slowest videos."""
+    """Logs progress and the slowest videos; returns these with counts, rates and seconds by stage."""
     progress.show()
     for video_id, seconds in progress.slowest:
         logger.info("slowest: %6.2f s %s", seconds, video_id)
@@ -128,14 +127,14 @@ def log_and_report(progress: Progress) -> dict[str, Any]:
 
 
 class Encoding:
-    """Brings the feature store up to a frame store, also while that grows, or to frames that are not kept.
+    """Update of a feature store from a frame store, which may be growing, or from frames that are not kept.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         manifest: what the store should hold.
-        places: where the stores are.
-        is_kept: whether there is a frame store; else the frames pass through one that is emptied as it goes.
-        is_beside: whether other frames are decoded at the same time.
+        places: locations of the stores.
+        is_kept: True if there is a frame store; else frames pass through one that is emptied on the way.
+        is_beside: True if other frames are decoded at the same time.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class Encoding:
         self.taken = time.monotonic()
 
     def _start(self) -> Progress:
-        """The pool, with the first clips."""
+        """Starts the pool with the first clips."""
         if self.progress:
             return self.progress
         from gare.extract.feature_writer import FeatureMaker
@@ -177,7 +176,7 @@ class Encoding:
                 ).write
             ),
             count=self.workers,
-            # Beside decoding, which has all CPUs, an encoder without GPU takes what is over.
+            # During decoding, which uses all CPUs, an encoder without GPU takes what is left.
             num_cpus=0 if self.shares_cpus or gpus else 1,
             num_gpus=min(1.0, gpus / self.workers),
         )
@@ -185,7 +184,7 @@ class Encoding:
         return self.progress
 
     def submit_ready(self) -> None:
-        """Hands whole parts of what the frame store holds by now to the encoders, every now and then."""
+        """Submits full parts of the frame store's current clips to the encoders, at intervals."""
         if time.monotonic() - self.taken > TAKE_EVERY_S:
             self._submit(whole=True)
             self.taken = time.monotonic()
@@ -198,7 +197,7 @@ class Encoding:
         return progress
 
     def take(self, check: Callable[[], None]) -> Progress:
-        """Encodes all that the frame store holds, and waits for it."""
+        """Encodes all clips of the frame store and waits for the results."""
         progress = self._submit()
         for done in self.pool.finish():
             progress.add(done)
@@ -207,7 +206,7 @@ class Encoding:
         return progress
 
     def work(self, comparison: Comparison, lock: StoreLock, tracked: ExtractionRun) -> dict[str, Any]:
-        """Encodes what is left."""
+        """Encodes the remaining clips."""
         logger.info(
             "%s: %s, %d to do", self.job.uri, format_counts(comparison.counts), len(comparison.pending)
         )
@@ -229,7 +228,7 @@ class Encoding:
         frames = frame_settings(self.config.extract)
         if exists(join(passing, META)) and read_meta(passing).fingerprint != fingerprint(frames):
             delete_tree(passing)
-        encode()  # captions that have changed, and what an interrupted run has left there
+        encode()  # changed captions, and clips that an interrupted run left there
         pending = [
             row for row in self.job.compare_with_collection().pending if not has_frames_or_features(row)
         ]
@@ -242,6 +241,6 @@ class Encoding:
         return log_and_report(progress)
 
     def close(self) -> None:
-        """Ends the encoders."""
+        """Ends the encoding actors."""
         if self.progress:
             self.pool.close()

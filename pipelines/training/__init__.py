@@ -1,1 +1,1 @@
-"""Pieces of the step train."""
+"""Modules of the step train."""

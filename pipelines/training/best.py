@@ -19,20 +19,20 @@ MEND = "the run's train command makes best/ again from its checkpoint; or evalua
 
 
 def copy_best(checkpoints: Checkpoints, best: str, source: TrainInput) -> Entry:
-    """Copies the run's best checkpoint that is as it was written; one that is not is named and left out.
+    """Copies the run's best undamaged checkpoint; logs and skips damaged ones.
 
     Args:
-        checkpoints: of the run.
-        best: where to.
+        checkpoints: checkpoints of the run.
+        best: destination.
         source: input of the run.
 
     Returns:
-        The checkpoint.
+        The entry of the copied checkpoint.
 
     Raises:
-        CheckpointError: where none can be used.
-        DataError: where the storage does not answer.
-        GareError: where there is none.
+        CheckpointError: if none can be used.
+        DataError: if the storage does not answer.
+        GareError: if there is none.
     """
     faults: list[CheckpointError] = []
     for entry in checkpoints.ranked():
@@ -55,17 +55,17 @@ def copy_best(checkpoints: Checkpoints, best: str, source: TrainInput) -> Entry:
 
 
 def mend_best(checkpoints: Checkpoints, best: str, source: TrainInput, result: Mapping[str, Any]) -> None:
-    """Makes ``best`` of a finished run again where a file of it is not as it was written.
+    """Copies ``best`` of a finished run again if one of its files is damaged.
 
     Args:
-        checkpoints: of the run.
-        best: the copy; a folder that is missing stays so.
+        checkpoints: checkpoints of the run.
+        best: the copy; a missing folder stays missing.
         source: input of the run.
-        result: of the run, which names the checkpoint that it was copied from.
+        result: result of the run, which names the checkpoint that was copied.
 
     Raises:
-        DamagedError: where that checkpoint is missing or damaged as well.
-        DataError: where the storage does not answer.
+        DamagedError: if that checkpoint is missing or damaged as well.
+        DataError: if the storage does not answer.
     """
     from gare.train.checkpoint.files import check_checkpoint
 
@@ -85,7 +85,7 @@ def mend_best(checkpoints: Checkpoints, best: str, source: TrainInput, result: M
         )
     location = checkpoints.location(entry)
     try:
-        check_checkpoint(location)  # else both would be lost, of which each may lack another bit
+        check_checkpoint(location)  # else both copies would be lost, although their damage may differ
         source.copy_best(location, best, entry.sha256)
     except CheckpointError as error:
         raise DamagedError(f"{fault.what}; and {error}", where=fault.where, accepted=accepted) from error
@@ -94,10 +94,10 @@ def mend_best(checkpoints: Checkpoints, best: str, source: TrainInput, result: M
 
 @contextmanager
 def tells_how_to_mend(is_best: bool) -> Iterator[None]:
-    """Has the fault of a damaged ``best`` say what to do.
+    """Adds advice to the error of a damaged ``best``.
 
     Args:
-        is_best: True if the checkpoint that is read is the run's best.
+        is_best: True if the checkpoint being read is the run's best.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""When a training worker writes a checkpoint, when it stops, and where it continues.
+"""Checkpoints of a training worker: when to write one, when to stop, and where to resume.
 
-Rank 0 writes: after an epoch, every ``train.checkpoint_every_steps``, every ``train.checkpoint_every_s``, and
-at once where a node is about to be taken away or the run is asked to stop. All workers end together: one that
-left alone would keep the others waiting in their next collective, and Ray would start them again in vain.
+Rank 0 writes after an epoch, every ``train.checkpoint_every_steps``, every ``train.checkpoint_every_s``, and
+at once if a node is about to be preempted or the run is asked to stop. All workers end together: if one left
+alone, the others would wait in their next collective, and Ray would restart them in vain.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from gare.train.checkpoint.index import Checkpoints, CheckpointWriter, Entry
 
 logger = logging.getLogger(__name__)
 
-#: What the best checkpoint is best at; always on val.
+#: Metric that selects the best checkpoint; always on val.
 SELECTION = "val/t2v/R1"
-#: Seconds between looks for a request to stop, and between questions to Ray whether a node is drained.
+#: Seconds between checks for a request to stop, and between questions to Ray about draining nodes.
 LOOK_EVERY_S = 1.0
-#: Seconds between looks whether another job has taken the run over.
+#: Seconds between checks for another job that has taken the run over.
 LOCK_EVERY_S = 5.0
 ASK_EVERY_S = 0.5
 
 
 def checkpoints_of(config: Config, places: Layout, *, validated: bool) -> Checkpoints:
-    """The checkpoints of the configured run."""
+    """Returns the checkpoints of the configured run."""
     folder = join(places.run(config.train.run), "checkpoints")
     keep = config.train.keep_checkpoints
     return Checkpoints(
@@ -44,10 +44,10 @@ def checkpoints_of(config: Config, places: Layout, *, validated: bool) -> Checkp
 
 
 def _seconds_between(config: Config) -> float:
-    """Between checkpoints within an epoch; 0: none for the time alone.
+    """Returns the seconds between checkpoints within an epoch; 0 for no checkpoints by time.
 
-    Ray ends workers without a word to make them more: each of its looks for nodes must find a newer
-    checkpoint, or the run would do the same steps for ever.
+    Ray ends workers without warning in order to add more: each of its checks for nodes must find a newer
+    checkpoint, or the run would repeat the same steps for ever.
     """
     every, resize = config.train.checkpoint_every_s, config.cluster.resize_every_s
     if not config.cluster.min_workers:
@@ -56,17 +56,17 @@ def _seconds_between(config: Config) -> float:
 
 
 class StopRequest:
-    """A file of the run by which the driver asks its workers, on whatever machine, to stop."""
+    """File of the run with which the driver asks its workers, on any machine, to stop."""
 
     def __init__(self, folder: str) -> None:
         self.uri = RunFolder(folder).stop
 
     def make(self, reason: str) -> None:
-        """Asks; the first reason stays."""
+        """Writes the request with its reason; workers keep the first reason that they see."""
         write_json(self.uri, {"reason": reason})
 
     def withdraw(self) -> None:
-        """Forgets it."""
+        """Deletes the request."""
         delete_file(self.uri)
 
     def reason(self) -> str:
@@ -75,17 +75,17 @@ class StopRequest:
 
 
 class Saver:
-    """Checkpoints of one worker's run. All workers must call ``restore``, ``step``, ``epoch`` and ``close``.
+    """Checkpointing of one worker. All workers must call ``restore``, ``step``, ``epoch`` and ``close``.
 
     Args:
-        config: of the run.
-        places: where its outputs are.
-        learner: what is saved.
-        rank: of this worker; only 0 writes.
-        device: of the learner.
-        validated: whether epochs end with metrics on val.
-        watch: whether Ray is asked for nodes that are about to be taken away.
-        owned: the lock of the run; None: nobody else is there.
+        config: configuration of the run.
+        places: locations of its outputs.
+        learner: learner to save.
+        rank: rank of this worker; only rank 0 writes.
+        device: device of the learner.
+        validated: True if epochs end with metrics on val.
+        watch: True to ask Ray for nodes that are about to be preempted.
+        owned: lock of the run; None if no other job can exist.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class Saver:
             threading.Thread(target=self._look, name="stop request", daemon=True).start()
 
     def restore(self) -> int:
-        """Brings the learner to the last checkpoint that can be read, the same on all; returns epochs done.
+        """Restores the last readable checkpoint, the same on all workers; returns the number of epochs done.
 
         Raises:
-            CheckpointError: where there are checkpoints and none can be used.
-            LockLostError: where another job has taken the run over; nothing is changed.
+            CheckpointError: if there are checkpoints and none can be used.
+            LockLostError: if another job has taken the run over; nothing is changed.
         """
         import torch
 
@@ -128,7 +128,7 @@ class Saver:
         chosen = self._newest_usable() if not (self.rank or lost) else None
         if not (self.rank or lost):
             self.checkpoints.rewind(chosen)
-        # Rank 0's word and not the index, which a cache of another machine may still show as it was.
+        # From rank 0 and not from the index, which another machine's cache may still show in an old state.
         mine = [chosen.step, chosen.epoch] if chosen else [-1, -1]
         step, epoch = map(int, max_over_workers(torch.tensor(mine, device=self.device)))
         if self._agree(lost)[0] and self.owned:
@@ -137,7 +137,7 @@ class Saver:
             return 0
         if self.rank:
             location = self.checkpoints.location(Entry(step, epoch))
-            # Rank 0 has said it where an earlier version's have no checksums.
+            # Quiet: rank 0 has already warned if an earlier version's checkpoints have no checksums.
             restore = partial(restore_learner, location, self.learner, quiet=True)
             patiently(restore, f"{location} cannot be read")
         else:
@@ -145,7 +145,7 @@ class Saver:
         return epoch
 
     def _newest_usable(self) -> Entry | None:
-        """Restores the learner from the last checkpoint that can be read; None: there is none."""
+        """Restores the learner from the last readable checkpoint; returns None if there is none."""
         from gare.train.checkpoint.files import restore_learner
 
         faults: list[CheckpointError] = []
@@ -154,7 +154,7 @@ class Saver:
             location = self.checkpoints.location(entry)
             restore = partial(restore_learner, location, self.learner, sums=entry.sha256)
             try:
-                # A storage that does not answer says nothing of the checkpoint.
+                # A storage that does not answer says nothing about the checkpoint.
                 patiently(restore, f"the checkpoint of step {entry.step} cannot be read")
             except CheckpointError as fault:
                 logger.warning("a checkpoint is left out: %s", fault)
@@ -166,10 +166,10 @@ class Saver:
         return None
 
     def step(self, epoch: int, history: History) -> None:
-        """After an optimiser step.
+        """Writes a checkpoint or stops the run, if due; call after each optimiser step.
 
         Raises:
-            GareError: where a checkpoint could not be written, or the run is to stop; on all workers.
+            GareError: if a checkpoint could not be written, or the run is to stop; on all workers.
         """
         now = time.monotonic()
         train, step = self.train, self.learner.step
@@ -184,21 +184,21 @@ class Saver:
             raise self._stop(epoch, history)
         if ask:
             self._ask_ray(now)
-        # Who keeps all wants each of these steps, and waits for the storage rather than miss one.
+        # A user who keeps all wants each of these steps, so wait for the storage rather than miss one.
         waits = asked_for and train.keep_checkpoints == "all"
         if not self.rank and self.due and (waits or not self.writer.busy):
             self._write(Entry(step, epoch), history)
 
     def epoch(self, epoch: int, metrics: dict[str, float], history: History) -> None:
-        """After an epoch and its validation."""
+        """Writes a checkpoint; call after an epoch and its validation."""
         if not self.rank:
             self._write(Entry(self.learner.step, epoch, metrics), history)
 
     def close(self) -> None:
-        """After the last epoch: waits for what is being written.
+        """Waits for the last checkpoint to be written; call after the last epoch.
 
         Raises:
-            GareError: where it could not be written; on all workers.
+            GareError: if it could not be written; on all workers.
         """
         self.writer.wait()
         self.over.set()
@@ -209,8 +209,8 @@ class Saver:
         from gare.train.checkpoint.files import capture
 
         if self._is_lost():
-            return  # what is there is another job's now
-        # Before the copy: each is as large as the model and its optimiser.
+            return  # the files now belong to another job
+        # Before making the copy, since each one is as large as the model and its optimiser.
         self.writer.wait()
         self.writer.write(capture(self.learner, entry.epoch), entry, history.copy())
         self.due, self.saved = False, time.monotonic()
@@ -227,7 +227,7 @@ class Saver:
         return self.writer.fault or StoppedError("another worker could not write the checkpoint")
 
     def _is_lost(self) -> bool:
-        """Returns True if another job has taken the run over, as far as can be found out."""
+        """Returns True if another job is known to have taken the run over."""
         if self.owned and not self.lost:
             try:
                 self.lost = self.owned.is_lost()
@@ -238,7 +238,7 @@ class Saver:
         return self.lost
 
     def _stop(self, epoch: int, history: History) -> GareError:
-        """Writes what there is; the fault that ends the run."""
+        """Writes a last checkpoint; returns the error that ends the run."""
         self.over.set()
         if self.rank:
             return StoppedError("the run was asked to stop")
@@ -278,6 +278,6 @@ class Saver:
             try:
                 self.reason = self.request.reason()
             except GareError:
-                continue  # a storage that fails just now
+                continue  # the storage fails at the moment
             if self.reason:
                 return

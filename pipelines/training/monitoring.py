@@ -18,19 +18,19 @@ from gare.train.input.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-#: Folder of the profile among a run's artifacts.
+#: Folder of the profile in a run's artifacts.
 FOLDER = "profile"
 
 
 class Watch:
-    """Watches the steps of one worker.
+    """Monitor of one worker's steps.
 
     Args:
-        config: of the run.
-        learner: that trains, where its run begins or goes on.
-        plan: of the worker.
-        rank: of the worker.
-        device: where it trains.
+        config: configuration of the run.
+        learner: the learner, at the step where this start begins.
+        plan: plan of the worker.
+        rank: rank of the worker.
+        device: device that it trains on.
     """
 
     def __init__(self, config: Config, learner: Any, plan: Plan, rank: int, device: Any) -> None:
@@ -48,20 +48,20 @@ class Watch:
             self._profile = Profile(learner, device, trace)
 
     def validated_before(self, epochs: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-        """Takes the validations of the run's earlier starts."""
+        """Adds the validations of the run's earlier starts."""
         for name, points in epochs.items():
             for epoch, value in points:
                 self.status.validated(epoch, {name: value})
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """After an optimiser step."""
+        """Adds a step's values; call after each optimiser step."""
         if line := self.status.step(step, values):
             logger.info("%s", line)
         if self._profile is not None:
             self._profile.step(values)
 
     def finish(self, handle: RunHandle) -> None:
-        """After the last step: the profile goes to the log and to MLflow. All workers must call it."""
+        """Sends the profile to the log and to MLflow, after the last step. All workers must call it."""
         if self._profile is None or self._folder is None:
             return
         from gare.train.profile import picture, table
@@ -95,10 +95,10 @@ def _whole(config: Config, plan: Plan, rank: int, *, on_gpu: bool) -> RunShape:
 
 
 def memory_of(device: Any) -> str:
-    """The most that this worker has held of the machine's memory and of its GPU's."""
+    """Returns this worker's peak memory, of the machine and of its GPU, as text."""
     import torch
 
-    # Kilobytes on Linux.
+    # ru_maxrss is in kilobytes on Linux.
     held = f"memory peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
     if device.type != "cuda":
         return held

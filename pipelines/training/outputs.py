@@ -1,4 +1,4 @@
-"""Outputs of a finished training in MLflow beside its metrics: pictures, configuration, model."""
+"""Outputs of a finished training for MLflow besides its metrics: pictures, configuration, model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gare.train.checkpoint.history import History
 
 
 def log_outputs(config: Config, places: Layout, handle: RunHandle) -> str:
-    """Uploads curves, configuration and the best checkpoint as a model.
+    """Uploads the curves, the configuration and the best checkpoint as a model.
 
     Returns:
-        The model's URI, ``models:/…``; empty where MLflow was lost.
+        The model's URI, ``models:/…``; empty if MLflow was lost.
     """
     from gare.report.figures import increments_picture
     from gare.report.pictures import curves_picture

@@ -1,4 +1,4 @@
-"""The precision of a training run, settled by its driver before the run begins."""
+"""Precision of a training run, resolved by its driver before the run begins."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from gare.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-#: The released rate of the towers, meant for weights and moments in fp16.
+#: Released learning rate of the towers, meant for weights and moments in fp16.
 RELEASED_CLIP_LR = 1e-7
 
 
 def with_saved_precision(config: Config, folder: RunFolder) -> Config:
-    """Takes the precision that the run in a folder began with, in place of auto."""
+    """Replaces auto by the precision that the run in a folder began with."""
     saved = folder.read_record().get("settings", {}).get("train", {}).get("precision")
     return _changed(config, precision=saved) if saved and config.train.precision == "auto" else config
 
 
 def with_precision(config: Config, *, have_bf16: bool | None) -> Config:
-    """Takes the precision that the devices of a new run compute in, in place of auto.
+    """Replaces auto by the precision that suits the devices of a new run.
 
     Args:
-        config: of the run, its cluster settled.
-        have_bf16: whether all its GPUs compute bf16 in hardware; None where that is not known.
+        config: configuration of the run, with its cluster resolved.
+        have_bf16: True if all its GPUs compute bf16 in hardware; None if unknown.
 
     Raises:
-        ConfigError: for one that they do not have, or auto where it is not known what they have.
+        ConfigError: for a precision that the devices lack, or for auto if it is unknown what they have.
     """
     from gare.train.optim.precision import resolve_precision
 
     asked, on_gpus = config.train.precision, bool(config.cluster.use_gpu)
     if on_gpus and have_bf16 is None:
         if asked == "auto":
-            # It would be settled for the whole run by chance.
+            # It would be chosen for the whole run by chance.
             raise ConfigError(
                 "is auto, and the GPUs could not be looked at",
                 where="train.precision",
                 accepted="bf16 for GPUs that have it in hardware, float32 for others",
             )
-        return config  # each worker looks at its own
+        return config  # each worker checks its own device
     precision = resolve_precision(asked, on_gpus=on_gpus, have_bf16=bool(have_bf16))
     if asked == "auto":
         logger.info("train.precision auto: %s", precision)
@@ -52,11 +52,11 @@ def with_precision(config: Config, *, have_bf16: bool | None) -> Config:
 
 
 def warn_of_towers_that_stay(config: Config, num_steps: int) -> None:
-    """Warns of a rate of the towers that fits fp16_released alone, and there of one that does not.
+    """Warns if the towers' learning rate is too small, or with fp16_released too large, for the precision.
 
     Args:
-        config: of the run, its precision settled.
-        num_steps: of the run.
+        config: configuration of the run, with its precision resolved.
+        num_steps: number of steps of the run.
     """
     from gare.train.optim.optimizer import EPS, reach_of_towers
 

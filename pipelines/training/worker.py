@@ -33,35 +33,35 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Steps whose metrics go to MLflow together.
+#: Number of steps whose metrics are sent to MLflow together.
 LOG_EVERY = 10
 
 
 def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None = None) -> TrainInput:
-    """The input of the run, from its own stores."""
-    from gare.train.input.inputs import input_of  # here: --help needs no torch, which takes seconds
+    """Returns the input of the run, from its own stores."""
+    from gare.train.input.inputs import input_of  # here, because --help must not import torch, which is slow
 
     return input_of(config, places.frames, places.features, settings)
 
 
 def splits_of(config: Config, places: Layout, source: TrainInput, *, begun: bool) -> StoredSplits:
-    """Reads the clips that the store holds; where the run has begun, those of them that it began with."""
+    """Reads the store's clips; if the run has begun, only those that it began with."""
     splits = read_splits(places.manifest, source.store, config.extract, source.store_settings)
     clips = RunFolder(places.run(config.train.run)).clips
     return splits.restricted_to(read_json(clips)) if begun and exists(clips) else splits
 
 
 def plan_of(config: Config, splits: StoredSplits, *, rank: int = 0, world_size: int = 1) -> Plan:
-    """Plans a worker's batches; the same for every worker but for its share."""
+    """Plans a worker's batches; the plan is the same for all workers except for the share."""
     captions = [len(row.captions) for row in splits.train]
     return plan_run(captions, len(splits.val), config.train, rank=rank, world_size=world_size)
 
 
 def within_memory(config: Config, world_size: int) -> Config:
-    """The configuration with which the towers hold no more pairs at once than where all workers are there.
+    """Limits the micro-batch so that the towers hold no more pairs than with all workers present.
 
-    The same pairs are shared by fewer where nodes are lost: their towers run in as many micro-batches more.
-    Frames, scores and validation are a larger share as well, and small beside what the towers keep.
+    After nodes are lost, fewer workers share the same pairs, so their towers run more micro-batches. Frames,
+    scores and validation also grow, but are small compared with the towers' activations.
     """
     most, train = config.cluster.train_workers, config.train
     if world_size >= most:
@@ -72,18 +72,18 @@ def within_memory(config: Config, world_size: int) -> Config:
 
 
 def _pairs_at_once(config: Config, world_size: int) -> tuple[int, int]:
-    """Pairs of a worker that its towers encode in one pass, and all of its pairs."""
+    """Returns the pairs that a worker's towers encode in one pass, and all of its pairs."""
     share = -(-config.train.batch_size // world_size)
     return within_memory(config, world_size).train.micro_batch or share, share
 
 
 def train_worker(task: dict[str, Any]) -> GareError | None:
-    """One Ray Train worker: builds its learner, restores it, runs its share of the plan.
+    """Runs one Ray Train worker: builds its learner, restores it, runs its share of the plan.
 
     Returns:
-        What ended training on all workers together: that it diverged, was stopped, could not be saved, or
-        that another job has taken the run over.
-        Raised, it would have Ray try again in vain.
+        The error that ended training on all workers together: it diverged, was stopped, could not be saved,
+        or another job has taken the run over. It is returned because Ray would retry in vain if it were
+        raised.
     """
     import ray.train
 
@@ -136,14 +136,14 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
 def _listed(
     config: Config, places: Layout, source: TrainInput, clips: dict[str, str], rank: int, world_size: int
 ) -> Listed:
-    """This worker's batches of the clips that the training began with.
+    """Returns this worker's batches of the clips that the training began with.
 
     Raises:
-        DataError: where the store lacks some of them, or has other captions of them.
+        DataError: if the store lacks some of them, or has other captions for them.
     """
     splits = splits_of(config, places, source, begun=True)
     if splits.hashes() != clips:
-        # Another order of samples, perhaps another number of steps than the other workers'.
+        # The order of samples, perhaps even the number of steps, would differ between workers.
         raise DataError(
             "lacks clips that this training began with, or has other captions of them",
             where=source.store,
@@ -162,7 +162,7 @@ def _feed(
     device: torch.device,
     model: GARE,
 ) -> Feed:
-    """Batches of the plan from the first on, on the device."""
+    """Returns the feed of the plan's batches, from ``first`` on, on the device."""
     import ray.train
 
     from gare.train.input.feed import Feed
@@ -196,7 +196,7 @@ def _feed(
 
 
 class Reporter:
-    """Writes what the loop reports: progress, MLflow, the record; and has the saver write checkpoints."""
+    """Reports the loop's results to the log, MLflow and the record, and triggers checkpoints."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class Reporter:
             )
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """After an optimiser step; all workers must call it."""
+        """Reports an optimiser step; all workers must call it."""
         if self.config.cluster.min_workers:
             values |= {"train/workers": float(self.world_size)}
         self.watch.step(step, values)
@@ -238,7 +238,7 @@ class Reporter:
         self.saver.step(self.epochs, self.history)
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        """After an epoch; all workers must call it."""
+        """Reports an epoch; all workers must call it."""
         named = {f"val/{name}": value for name, value in metrics.items()}
         self.epochs = epoch
         self.watch.status.validated(epoch, named)

@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 
 def scores_frames(count: int = 1000) -> Table:
-    """Scores with frames as context; the direct form is timed over a few of its blocks."""
+    """Measures scores with frames as context; the direct form is timed over a few of its blocks."""
     model = head().eval()
     text, video = features(count, count)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def scores_frames(count: int = 1000) -> Table:
 
 
 def scores_words(num_frames: int, num_words: int, count: int = 1000) -> Table:
-    """Scores with words as context and the video corrected."""
+    """Measures scores with words as context and the video corrected."""
     model = head(context="words", corrected_side="video").eval()
     text, video = features(count, count, num_frames=num_frames, num_words=num_words)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def scores_words(num_frames: int, num_words: int, count: int = 1000) -> Table:
 
 
 def steps(sizes: tuple[int, ...], direct_up_to: int) -> list[Table]:
-    """Training steps of the head."""
+    """Measures training steps of the head."""
     say(f"training step of the head, D = {D}, F = {F}; seconds and peak MB above the inputs")
     line = "{:>6} {:>16} {:>16} {:>16} {:>13} {:>13} {:>9}"
     say(line.format("pairs", "direct", "all texts", "64 texts", "speed", "memory", "pairs/s"))
@@ -145,7 +145,7 @@ def steps(sizes: tuple[int, ...], direct_up_to: int) -> list[Table]:
 
 
 def diagnostics(size: int = 256) -> Table:
-    """What measures cost in the steps that have them."""
+    """Measures the cost of diagnostics in the steps that compute them."""
     seconds = interleaved(
         {
             "plain": step_call(size, "factorised", "sample"),
@@ -159,14 +159,14 @@ def diagnostics(size: int = 256) -> Table:
 
 
 def workers(size: int = 256) -> Table:
-    """One and two workers of one thread each."""
+    """Measures one and two workers with one thread each."""
     seconds = {world: workers_seconds(world, size) for world in (1, 2)}
     say(f"workers of one thread, step of {size}: 1: {seconds[1]:.2f} s, 2: {seconds[2]:.2f} s")
     return {"seconds": seconds, "speedup": seconds[1] / seconds[2]}
 
 
 def main() -> None:
-    """Runs all of it."""
+    """Runs all benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="batches of at most 1,024")
     parser.add_argument("--picture", type=Path, help="PNG of the training steps")

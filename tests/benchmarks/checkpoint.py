@@ -25,7 +25,7 @@ from tests.benchmarks.measure import interleaved
 
 
 def trained_learner() -> Learner:
-    """A learner with the moments of its optimiser, as after a step."""
+    """Returns a learner with optimiser moments, as after a step."""
     config = Config()
     learner = build_learner(GARE(config.model), config, 10, torch.device("cpu"))
     for group in learner.optimizer.param_groups:
@@ -37,7 +37,7 @@ def trained_learner() -> Learner:
 
 
 def measure(folder: Path, rounds: int) -> dict[str, float]:
-    """Median seconds of each part."""
+    """Returns the median seconds of each part."""
     learner = trained_learner()
     captured = capture(learner, 1)
     summed, plain = folder / "summed", folder / "plain"
@@ -69,7 +69,7 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

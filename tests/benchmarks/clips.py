@@ -14,7 +14,7 @@ WIDTH, HEIGHT, FPS = 320, 240, 25
 
 
 def write_clips(folder: Path, count: int, seed: int, processes: int) -> list[Path]:
-    """Makes the clips that are not there yet; the same seed makes the same clips."""
+    """Writes the missing clips; the same seed gives the same clips."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"seed{seed}-{index:04}.mp4" for index in range(count)]
     missing = [(path, seed, index) for index, path in enumerate(paths) if not path.exists()]
@@ -24,7 +24,7 @@ def write_clips(folder: Path, count: int, seed: int, processes: int) -> list[Pat
 
 
 def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A picture with structure at all scales, as photographs have it."""
+    """Draws a picture with structure at all scales, like a photograph."""
     picture = np.zeros((height, width, 3))
     for cells in (3, 8, 24, 64):
         coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
@@ -35,7 +35,7 @@ def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def _write_clip(path: Path, seed: int, index: int) -> None:
-    """A camera that drifts over a texture, with an object that moves across it and noise of a sensor."""
+    """Writes a clip: a camera drifts over a texture, an object moves across it, with sensor noise."""
     rng = np.random.default_rng([seed, index])
     scene = _texture(rng, WIDTH + 160, HEIGHT + 120)
     thing = _texture(rng, 72, 72)

@@ -1,10 +1,10 @@
-"""What a training step costs on 8 to 512 GPUs: bytes that move, seconds that pass; a model, no measurement.
+"""Cost model of a training step on 8 to 512 GPUs: bytes sent and seconds; computed, not measured.
 
 The bytes are those of the program: ``tests/train/test_stages.py`` counts them in a real step. The seconds
-come from measured parts of a step and published speeds; ``ASSUMPTIONS`` lists what is assumed.
+come from measured parts of a step and published speeds; ``ASSUMPTIONS`` lists the assumptions.
 
 R GPUs, b pairs on each, N = R·b pairs of the global batch, F frames, W words, D width, L = F·H + 3 numbers
-that an increment of the video's basis has, P parameters that learn.
+per increment of the video's basis, P trainable parameters.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a step."""
+    """Sizes of a training step."""
 
     pairs_per_gpu: int = 32
     frames: int = 12
     words: int = 32
     width: int = 512
     heads: int = 1
-    #: CLIP ViT-B/32, the temporal transformer and ψ.
+    #: Parameters of CLIP ViT-B/32, the temporal transformer and ψ.
     parameters: int = 165_000_000
 
 
@@ -37,9 +37,9 @@ class Parts:
     """Measured seconds of the parts of a step on one device.
 
     Attributes:
-        towers_s: forward and backward of a pair's clip and caption.
-        head_s: forward and backward of scores and losses, of one pair of text and video.
-        optimizer_s: of a step.
+        towers_s: forward and backward for the clip and caption of one pair.
+        head_s: forward and backward of scores and losses for one text and one video.
+        optimizer_s: one optimiser step.
     """
 
     towers_s: float
@@ -47,7 +47,7 @@ class Parts:
     optimizer_s: float
 
     def on_gpu(self, matmul_flops: float) -> Parts:
-        """These parts on a GPU, where they were measured on a CPU that multiplies matrices this fast."""
+        """Scales these parts from a CPU with this speed of matrix products to a GPU."""
         return Parts(
             self.towers_s * matmul_flops / (H100_BF16_FLOPS * TOWERS_SHARE),
             self.head_s * matmul_flops / (H100_FP32_FLOPS * HEAD_SHARE),
@@ -55,17 +55,17 @@ class Parts:
         )
 
 
-#: Published: H100 SXM, dense; bytes a second of its memory; NVLink 4 in one direction.
+#: Published speeds: H100 SXM, dense; its memory, bytes/s; NVLink 4 in one direction.
 H100_BF16_FLOPS, H100_FP32_FLOPS = 989e12, 67e12
 H100_MEMORY_BYTES_PER_S, NVLINK_BYTES_PER_S = 3.35e12, 450e9
-#: Published: links of a node in one direction.
+#: Published speeds of a node's links in one direction.
 NETWORKS = {"400 Gb/s InfiniBand": 50e9, "100 Gb/s Ethernet": 12.5e9}
-#: Assumed.
+#: Assumed shares of the published speeds.
 TOWERS_SHARE, HEAD_SHARE, LINK_SHARE = 0.4, 0.25, 0.8
 LATENCY_S = 10e-6
-#: Bytes that AdamW reads and writes for each parameter: weight, gradient, two moments; three come back.
+#: Bytes that AdamW moves per parameter: reads weight, gradient and two moments, writes three of them.
 OPTIMIZER_BYTES = 28
-#: Share of the backward beside which gradients travel.
+#: Share of the backward during which gradients are sent.
 HIDDEN_SHARE = 0.8
 
 ASSUMPTIONS = f"""
@@ -87,35 +87,35 @@ ASSUMPTIONS = f"""
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of a step: bytes of what is gathered or reduced as a whole, and how many calls."""
+    """Collectives of a step: total bytes gathered or reduced, and number of calls."""
 
     gathered: int
     reduced: int
     calls: int
 
     def sent_bytes(self, gpus: int) -> float:
-        """That each GPU sends."""
+        """Returns the bytes that each GPU sends."""
         return (gpus - 1) / gpus * (self.gathered + 2 * self.reduced)
 
 
 def loss_traffic(form: Form, num_pairs: int, shape: Shape) -> Traffic:
-    """Of the loss: forward and backward of the gather, and what the rows share.
+    """Returns the traffic of the loss: forward and backward of the gather, and values that rows share.
 
     Args:
-        form: sharded: each worker its own rows, as ``gare.train.loss.sharded`` does; everything: every worker
-            has all captions and clips and computes the whole loss; with or without words.
+        form: sharded: each worker computes its own rows, as in ``gare.train.loss.sharded``; everything: every
+            worker has all captions and clips and computes the whole loss; with or without words.
         num_pairs: N.
-        shape: of the step.
+        shape: sizes of the step.
     """
     frames = num_pairs * shape.frames * shape.width * FLOAT
     masks = num_pairs * shape.frames
     equal_rows = 16
     if form == "sharded":
         vectors = shape.frames * shape.heads + 3
-        columns = 3 * num_pairs * FLOAT  # the largest, the sums, and those back
+        columns = 3 * num_pairs * FLOAT  # the maxima and the sums, forward; one more, backward
         moments = 2 * num_pairs * (vectors + vectors**2) * FLOAT
-        scalars = (2 + 6) * FLOAT  # the radii there and back; six terms for the log
-        ends = 2 * shape.width * FLOAT  # of the texts, whether they are all alike
+        scalars = (2 + 6) * FLOAT  # the radii, forward and backward; six terms for the log
+        ends = 2 * shape.width * FLOAT  # of the texts, to see if all are equal
         shared = columns + moments + scalars + ends
         return Traffic(frames + masks, frames + shared + equal_rows, 15)
     texts = num_pairs * shape.width * FLOAT * (1 + (shape.words if form.endswith("words") else 0))
@@ -127,14 +127,14 @@ def loss_traffic(form: Form, num_pairs: int, shape: Shape) -> Traffic:
 
 
 def seconds_of(traffic: Traffic, gpus: int, network_bytes_per_s: float) -> float:
-    """Of collectives that nothing hides."""
+    """Returns the seconds of collectives that do not overlap with computation."""
     link = NVLINK_BYTES_PER_S if gpus <= GPUS_PER_NODE else min(NVLINK_BYTES_PER_S, network_bytes_per_s)
     return traffic.sent_bytes(gpus) / (link * LINK_SHARE) + traffic.calls * 2 * math.log2(gpus) * LATENCY_S
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step as the model has it, in seconds."""
+    """Modelled times of a step, in seconds."""
 
     towers: float
     head: float
@@ -144,12 +144,12 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """The whole."""
+        """Total seconds."""
         return self.towers + self.head + self.loss_traffic + self.gradients + self.optimizer
 
 
 def step_of(form: Form, gpus: int, network_bytes_per_s: float, parts: Parts, shape: Shape) -> Step:
-    """A step on so many GPUs; ``parts`` are of a GPU."""
+    """Models a step on a number of GPUs; ``parts`` are measured on, or scaled to, one GPU."""
     num_pairs = gpus * shape.pairs_per_gpu
     towers = parts.towers_s * shape.pairs_per_gpu
     rows = shape.pairs_per_gpu if form == "sharded" else num_pairs
@@ -165,7 +165,7 @@ def step_of(form: Form, gpus: int, network_bytes_per_s: float, parts: Parts, sha
 
 
 def table(parts: Parts, shape: Shape, all_gpus: Iterable[int] = (8, 16, 32, 64, 128, 256, 512)) -> str:
-    """The model as Markdown; ``parts`` are of a GPU."""
+    """Formats the model as a Markdown table; ``parts`` are measured on, or scaled to, one GPU."""
     lines = [
         "| GPUs | batch | MB sent by a GPU for the loss: sharded / everything / with words | for gradients "
         "| pairs scored by a GPU: sharded / everything | step, InfiniBand: sharded / everything "

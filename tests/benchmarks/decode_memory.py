@@ -21,7 +21,7 @@ from gare.data.decode.process import DecodeProcess
 
 
 def main() -> int:
-    """Runs it."""
+    """Runs the benchmark and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--renew", type=int, default=500, help="videos of one child; 0: one child for all")
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def held_mb(pid: int) -> float:
-    """Resident memory of a process, MB."""
+    """Returns the resident memory of a process, MB."""
     return psutil.Process(pid).memory_info().rss / 1e6
 
 

@@ -23,7 +23,7 @@ from gare.data.images import encode_jpeg, prepare_frame
 
 
 def generate(path: Path, seconds: float = 15.0) -> None:
-    """A moving picture of 320×240 at 25 frames per second, H.264 with keyframes every 250 frames."""
+    """Writes a moving picture of 320×240 at 25 frames per second, H.264 with keyframes every 250 frames."""
     rng = np.random.default_rng(0)
     scene = rng.integers(0, 256, (60, 200, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
@@ -37,7 +37,7 @@ def generate(path: Path, seconds: float = 15.0) -> None:
 
 
 def main() -> None:
-    """Runs it."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("clip", type=Path, help="a video; one is generated there if there is none")
     parser.add_argument("--rounds", type=int, default=5)

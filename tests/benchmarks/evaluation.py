@@ -25,7 +25,7 @@ BAR_MB = 2000
 
 
 def main() -> int:
-    """Measures and prints."""
+    """Measures, prints the results and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--videos", type=int, default=10_000)
@@ -34,7 +34,7 @@ def main() -> int:
     options = parser.parse_args()
     model = head().eval()
     warm = ModelBlocks(model, *features(64, 64))
-    rank_blocks(warm, warm.grid(torch.arange(64)))  # libraries load their kernels
+    rank_blocks(warm, warm.grid(torch.arange(64)))  # warm-up, in which libraries load their kernels
     text, video = features(options.texts, options.videos)
     owners = torch.arange(options.texts) % options.videos
     before = reset_peak()

@@ -32,7 +32,7 @@ from pipelines import extract
 from tests.benchmarks.clips import write_clips
 
 Table = dict[str, Any]
-#: Real clips that are too long or too large for the others to keep all processes busy to the end.
+#: Real clips so long or large that the other processes would be idle at the end.
 LEFT_OUT = ("slides_talk.mp4",)
 
 
@@ -41,7 +41,7 @@ def say(text: str) -> None:
 
 
 def plain_clip(path: str) -> dict[str, float]:
-    """Seconds by stage of what the decoder alone would do with a clip, with the defaults of the store."""
+    """Returns the seconds by stage of the decoder alone for a clip, with the default store settings."""
     settings = Config().extract
     seconds = Counter[str]()
 
@@ -61,14 +61,14 @@ def plain_clip(path: str) -> dict[str, float]:
 
 
 def plain_probe(path: str) -> float:
-    """Seconds of the probe, which the decoder's time above contains."""
+    """Returns the seconds of the probe, which are part of the decoder's time above."""
     started = time.perf_counter()
     probe(path)
     return time.perf_counter() - started
 
 
 def plain(paths: Sequence[str], processes: int) -> Table:
-    """The decoder's own rate: a pool of processes that have started and imported before the clock does."""
+    """Measures the decoder alone, in a pool of processes that have already started and imported."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(plain_clip, paths[: 4 * processes], chunksize=1)
         started = time.perf_counter()
@@ -85,7 +85,7 @@ def plain(paths: Sequence[str], processes: int) -> Table:
 
 
 def whole(paths: Sequence[str], processes: int, root: str) -> Table:
-    """The step as a person runs it, in a Ray that runs already; the start of its actors is told apart."""
+    """Measures the step as a user runs it, in a running Ray; the start of its actors is listed apart."""
     name = f"bench{time.monotonic_ns()}"
     config = parse_config({"name": name, "storage": {"root": root}, "cluster": {"num_cpus": processes}})
     rows = tuple(
@@ -112,7 +112,7 @@ def whole(paths: Sequence[str], processes: int, root: str) -> Table:
 
 
 def compare(name: str, paths: Sequence[str], processes: int, rounds: int, root: str) -> Table:
-    """Both sides in turns; medians."""
+    """Measures both sides in turns and returns medians."""
     sides: dict[str, list[Table]] = {"plain": [], "whole": []}
     for number in range(rounds):
         sides["plain"].append(plain(paths, processes))
@@ -165,7 +165,7 @@ def _print(name: str, plain: Table, whole: Table, count: int, processes: int) ->
 
 
 def main() -> None:
-    """Runs all of it."""
+    """Runs all benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=400, help="generated clips")
     parser.add_argument("--rounds", type=int, default=3, help="turns of both sides")

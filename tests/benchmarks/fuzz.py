@@ -36,16 +36,16 @@ from tests.films.kinds import KINDS, folder_of, generator, make_film
 from tests.helpers.fuzz import damaged_file, outcome, real_clips
 
 REAL = "real"
-#: Outcomes of damaged real clips that need a look.
+#: Outcomes of damaged real clips that must be investigated.
 BAD = ("DecoderCrashError", "DecodeTimeoutError", "empty picture")
-#: Outcomes of them that are clips.
+#: Outcomes of damaged real clips that are clips, with their ending.
 _CLIPS: dict[str, Ending] = {"whole": "right", "damaged": "said"}
-#: Wrong files of a kind that are named on stderr; all are in the JSON line.
+#: Number of wrong files of a kind listed on stderr; the JSON line has all.
 _NAMED = 5
 
 
 def one_file(process: DecodeProcess, kind: str, seed: int, number: int, folder: Path) -> tuple[str, Verdict]:
-    """Makes one file, decodes it, and says what it was and how it ended."""
+    """Makes and decodes one file; returns its description and its verdict."""
     rng = generator(seed, kind, number)
     if kind != REAL:
         film = make_film(kind, rng, folder, number)
@@ -60,7 +60,7 @@ def one_file(process: DecodeProcess, kind: str, seed: int, number: int, folder: 
 
 
 def table(rows: dict[str, Counter[str]]) -> str:
-    """One line for each kind."""
+    """Formats one line for each kind."""
     columns = (*ENDINGS, "needless")
     lines = [f"{'':12s}" + "".join(f"{name:>9s}" for name in columns)]
     for kind, counts in rows.items():
@@ -69,7 +69,7 @@ def table(rows: dict[str, Counter[str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs it."""
+    """Runs the fuzzer and returns the exit status."""
     known = [REAL, *KINDS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kinds", default=",".join(known), help=f"some of: {', '.join(known)}")
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults: list[str] = []
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, DecodeProcess() as process:
-        # Made where it is kept, because a file that names others may name them by their whole path.
+        # Made in its final folder, because a file may refer to others by absolute path.
         folder = options.keep.absolute() if options.keep else Path(temporary)
         for kind in kinds:
             counts = rows[kind] = Counter[str]()

@@ -1,4 +1,4 @@
-"""Heads of full width on next to no towers, and features of a batch."""
+"""Heads of full width with tiny towers, and features of a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ D, F, W = 512, 12, 32
 
 
 def head(**settings: Any) -> GARE:
-    """A model whose head is that of ViT-B/32."""
+    """Builds a model whose head has the size of ViT-B/32's."""
     torch.manual_seed(0)
     clip = ClipConfig(
         image_size=32,
@@ -34,7 +34,7 @@ def head(**settings: Any) -> GARE:
 def features(
     num_texts: int, num_videos: int, *, num_frames: int = F, num_words: int = 0
 ) -> tuple[TextFeatures, VideoFeatures]:
-    """Random features, nothing padded; words only where asked for."""
+    """Draws features without padding; words only if asked for."""
     words = torch.randn(num_texts, num_words, D) if num_words else None
     text_mask = torch.ones(num_texts, max(num_words, 1), dtype=torch.bool)
     text = TextFeatures(torch.randn(num_texts, D), words, text_mask)

@@ -31,7 +31,7 @@ from tests.benchmarks.gpu.feed import finish_of, ms_of_a_clip
 from tests.benchmarks.reads import frame_store, generate, say
 from tests.helpers.plans import listed
 
-#: What the issue asks for: clips a second of one core at least, milliseconds a clip at most.
+#: Limits of the issue: minimum clips per second of one core, maximum milliseconds per clip.
 BARS = {
     "squares, with augmentation, clips/s": 40,
     "squares, without, clips/s": 200,
@@ -44,7 +44,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf" / "msrvtt.yaml"
 
 
 def median_s(work: Callable[[], object]) -> float:
-    """Median seconds of a few rounds, after one that warms up."""
+    """Returns the median seconds of a few rounds, after a warm-up."""
     work()
     taken = []
     for _ in range(ROUNDS):
@@ -57,7 +57,7 @@ def median_s(work: Callable[[], object]) -> float:
 def loaders(
     config: Config, kind: str, store: str, plan: Listed, tokens: dict[str, CaptionTokens]
 ) -> dict[str, float]:
-    """Clips a second of one loader, with and without augmentation, and its seconds by part."""
+    """Measures clips/s of one loader, with and without augmentation, and its seconds by part."""
     numbers = range(len(plan.plan.batches))
     count = sum(len(batch.videos) for batch in plan.plan.batches)
     found = {}
@@ -81,7 +81,7 @@ def loaders(
 
 
 def process_without_gpu(chunk: Arrays) -> float:
-    """Milliseconds a clip that the training process spends on a batch that has been loaded."""
+    """Measures ms per clip that the training process spends on a loaded batch."""
     size = len(chunk["frame_mask"])
     feed = Feed(itertools.repeat(chunk), [size] * (ROUNDS + 1), torch.device("cpu"))
 
@@ -92,7 +92,7 @@ def process_without_gpu(chunk: Arrays) -> float:
 
 
 def main() -> None:
-    """Runs all of it."""
+    """Runs all benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=64, help="clips to generate")
     options = parser.parse_args()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, after one round that is not counted."""
+    """Returns the median seconds of each call; they take turns, after one uncounted round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -22,7 +22,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[
 
 
 def in_fresh_process(call: str) -> dict[str, float]:
-    """What ``tests.benchmarks.tasks.CALL`` returns in a process of its own."""
+    """Returns the result of ``tests.benchmarks.tasks.CALL``, run in a process of its own."""
     code = f"import json; from tests.benchmarks import tasks; print(json.dumps(tasks.{call}))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

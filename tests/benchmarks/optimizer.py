@@ -23,7 +23,7 @@ from tests.benchmarks.measure import interleaved
 
 
 class _Loop:
-    """BertAdam as its formula."""
+    """BertAdam as in its formula, parameter by parameter."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         self.held = [(one, torch.zeros_like(one), torch.zeros_like(one)) for one in parameters]
@@ -42,9 +42,9 @@ class _Loop:
 
 
 def measure(shapes: list[torch.Size], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of one step by optimiser."""
+    """Returns the median seconds of one step by optimiser."""
     generator = torch.Generator().manual_seed(0)
-    # One set for all, which each moves on: four sets with their moments would take 10 GB.
+    # One set of parameters for all: four sets with their moments would take 10 GB.
     held = [nn.Parameter(0.02 * torch.randn(shape, generator=generator).to(device)) for shape in shapes]
     for parameter in held:
         parameter.grad = torch.full_like(parameter, 1e-6)
@@ -70,7 +70,7 @@ def measure(shapes: list[torch.Size], device: torch.device, rounds: int) -> dict
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

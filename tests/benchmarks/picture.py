@@ -1,4 +1,4 @@
-"""The training step of the head by batch size, as a picture."""
+"""Figure of the head's training step by batch size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = {
 
 
 def draw(steps: list[dict[str, Any]], file: Path) -> None:
-    """Seconds and peak memory against the batch, both axes logarithmic."""
+    """Draws seconds and peak memory against the batch size, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")

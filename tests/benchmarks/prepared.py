@@ -25,12 +25,12 @@ from tests.helpers.heads import held_bytes
 
 TEXTS = (1, 8, 64, 1000)
 FORMS = {"with basis": False, "lean": True}
-#: Of the noise around a clip's first frame, for cosines of 0.999.
+#: Noise around a clip's first frame, for cosines of 0.999.
 ALIKE = 0.032
 
 
 def quarters(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each call: the first quartile and the median."""
+    """Returns the first quartile and the median of each call, milliseconds."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -44,7 +44,7 @@ def quarters(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, d
 
 
 def errors(model: GARE, count: int = 100) -> dict[str, float]:
-    """Largest differences of scores from the direct form in float64."""
+    """Returns the largest differences of scores from the direct form in float64."""
     text, video = features(count, count)
     first_M1D = video.frames[:, :1]
     video = VideoFeatures(first_M1D + ALIKE * torch.randn_like(video.frames), video.mask)
@@ -63,7 +63,7 @@ def errors(model: GARE, count: int = 100) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure(num_videos: int, heads: int) -> dict[str, Any]:
-    """Sizes, times and errors of both forms."""
+    """Measures sizes, times and errors of both forms."""
     model = head(increment_heads=heads).eval()
     text, video = features(max(TEXTS), num_videos)
     held: dict[str, PreparedVideo] = {
@@ -91,7 +91,7 @@ def measure(num_videos: int, heads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--videos", type=int, default=1000)
     options = parser.parse_args()

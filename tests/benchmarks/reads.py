@@ -43,7 +43,7 @@ from gare.train.input.loader import FeatureLoader, FrameLoader
 from gare.train.input.tokens import CaptionTokens
 from tests.helpers.plans import listed
 
-#: Least ratio to decoding on the fly.
+#: Minimum ratio to decoding on the fly.
 BARS = {"jpeg": 10, "raw": 40, "features": 200}
 BATCH, CAPTIONS, ROUNDS = 8, 20, 3
 SUFFIXES = {".mp4", ".webm", ".avi", ".mkv", ".mov"}
@@ -54,7 +54,7 @@ def say(text: str) -> None:
 
 
 def generate(folder: Path, count: int) -> list[Path]:
-    """Clips that move: a textured picture that shifts, with noise, at 25 frames a second."""
+    """Writes moving clips: a textured picture that shifts, with noise, at 25 frames a second."""
     rng = np.random.default_rng(0)
     paths = []
     for number in range(count):
@@ -77,7 +77,7 @@ def generate(folder: Path, count: int) -> list[Path]:
 
 
 def frame_store(folder: Path, config: Config, rows: list[dict[str, object]]) -> list[str]:
-    """A frame store as extraction writes it; the ids that it holds."""
+    """Writes a frame store as extraction does; returns its ids."""
     extractor = Extractor(str(folder), config.extract)
     try:
         for first in range(0, len(rows), config.extract.videos_per_part):
@@ -90,7 +90,7 @@ def frame_store(folder: Path, config: Config, rows: list[dict[str, object]]) -> 
 
 
 def feature_store(folder: Path, config: Config, ids: list[str]) -> None:
-    """A feature store of the same clips; what the numbers are does not change how they are read."""
+    """Writes a feature store of the same clips; its values do not affect the reading speed."""
     rng = np.random.default_rng(0)
     num_frames, width = config.extract.num_frames, config.model.clip.embed_dim
     rows = [
@@ -115,7 +115,7 @@ def feature_store(folder: Path, config: Config, ids: list[str]) -> None:
 
 
 def on_the_fly(path: Path, num_frames: int, size_px: int) -> np.ndarray:
-    """A clip as the released loader makes it; what decord cannot decode goes the way of extraction."""
+    """Loads a clip like the released loader; falls back to extraction's decoder if decord cannot."""
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         candidates = np.arange(0, len(reader), max(1, round(reader.get_avg_fps())))
@@ -128,7 +128,7 @@ def on_the_fly(path: Path, num_frames: int, size_px: int) -> np.ndarray:
 
 
 def seconds_of(load: Callable[[int], object], numbers: range, least: float = 0.2) -> float:
-    """Seconds of one pass over the batches, of as many passes as take a while."""
+    """Returns the seconds of one pass over the batches, averaged over passes that take a while together."""
     passes, started = 0, time.perf_counter()
     while (taken := time.perf_counter() - started) < least or not passes:
         for number in numbers:
@@ -138,7 +138,7 @@ def seconds_of(load: Callable[[int], object], numbers: range, least: float = 0.2
 
 
 def measure(videos: list[Path], folder: Path) -> dict[str, object]:
-    """Clips a second of each way, medians of rounds in which they take turns."""
+    """Measures clips/s of each way, as medians of rounds in which they take turns."""
     rows: list[dict[str, object]] = [
         {"video_id": path.name, "uri": str(path), **dict.fromkeys(IDENTITY), "attempts": 0} for path in videos
     ]
@@ -173,7 +173,7 @@ def measure(videos: list[Path], folder: Path) -> dict[str, object]:
     rounds: dict[str, list[float]] = {name: [] for name in loaders}
     for name, load in loaders.items():
         if name != "on the fly":
-            seconds_of(load, numbers, 0)  # files are in the system's cache for all, footers are read
+            seconds_of(load, numbers, 0)  # warm-up: fills the system's cache, reads footers
     for _ in range(ROUNDS):
         for name, load in loaders.items():
             rounds[name].append(seconds_of(load, numbers))
@@ -187,7 +187,7 @@ def measure(videos: list[Path], folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    """Runs all of it."""
+    """Runs all benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=40, help="clips to generate")
     parser.add_argument("--videos", type=Path, help="a folder of real clips instead")

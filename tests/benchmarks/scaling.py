@@ -35,7 +35,7 @@ Found = dict[str, Any]
 
 
 def config_of(pairs: int, frames: int, image_size: int) -> Config:
-    """ViT-B/32 and GARE's defaults, over clips of so many frames."""
+    """Returns the configuration of ViT-B/32 and GARE's defaults, with these sizes."""
     return parse_config(
         {
             "extract": {"image_size": image_size, "num_frames": frames},
@@ -47,7 +47,7 @@ def config_of(pairs: int, frames: int, image_size: int) -> Config:
 
 
 def batch_of(config: Config, rows: slice) -> Batch:
-    """Rows of a random global batch."""
+    """Returns rows of a random global batch."""
     size, model = config.train.batch_size, config.model
     rng = np.random.default_rng(0)
     side = model.clip.image_size
@@ -59,7 +59,7 @@ def batch_of(config: Config, rows: slice) -> Batch:
 
 
 def worker(rank: int, world: int, folder: str, pairs: int, frames: int, image_size: int, steps: int) -> None:
-    """One of the workers, with one thread; rank 0 prints seconds a step, and by stage."""
+    """Runs one of the workers, with one thread; rank 0 prints seconds per step, in total and by stage."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
@@ -70,7 +70,7 @@ def worker(rank: int, world: int, folder: str, pairs: int, frames: int, image_si
     batch = batch_of(config, slice(rank * share, (rank + 1) * share))
     recorder = start_recording(torch.device("cpu"))
     watch_gradients(learner.objective, recorder)
-    train_step(learner, batch)  # memory is allocated there
+    train_step(learner, batch)  # warm-up: allocates memory
     recorder.take()
     seconds = []
     for _ in range(steps):
@@ -86,7 +86,7 @@ def worker(rank: int, world: int, folder: str, pairs: int, frames: int, image_si
 
 
 def training(world: int, pairs: int, frames: int, image_size: int, steps: int) -> Found:
-    """A step of one global batch by so many worker processes."""
+    """Measures a step of one global batch on a number of worker processes."""
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(world):
@@ -106,7 +106,7 @@ def training(world: int, pairs: int, frames: int, image_size: int, steps: int) -
 
 
 def matmul_flops() -> float:
-    """Floating-point operations a second of one thread in a matrix product."""
+    """Measures the floating-point operations per second of one thread in a matrix product."""
     size = 1024
     left, right = torch.randn(size, size), torch.randn(size, size)
     torch.set_num_threads(1)
@@ -119,9 +119,9 @@ def matmul_flops() -> float:
 
 
 def measured_parts(one: Found, pairs: int, frames: int, head_pairs: int) -> Parts:
-    """Parts of a step on one CPU thread, towers brought to the shape's frames."""
+    """Measures the parts of a step on one CPU thread; scales the towers to the shape's frames."""
     stages = one["stages"]
-    # What is in the backward is the towers', but for the head's, which is small beside it here.
+    # The backward is counted as the towers'; the head's share of it is small here.
     towers = (stages["towers"] + stages["backward"]) / pairs * Shape().frames / frames
     torch.set_num_threads(1)
     call = step_call(head_pairs, "factorized", "sample")
@@ -132,20 +132,20 @@ def measured_parts(one: Found, pairs: int, frames: int, head_pairs: int) -> Part
 
 
 def parts_of_profile(path: Path, pairs_per_gpu: int) -> Parts:
-    """Parts of a run on GPUs, from its artifact ``profile/profile.json``."""
+    """Reads the parts of a run on GPUs from its artifact ``profile/profile.json``."""
     found = json.loads(path.read_text())
     mean = {
         name: statistics.fmean(one.get(name, 0.0) for one in found["mean_s"]) for name in found["mean_s"][0]
     }
     head = mean["head"]
-    # A head's backward takes twice its forward, as that of all dense work.
+    # The head's backward takes twice its forward, as for all dense work.
     towers = mean["towers"] + mean.get("towers_again", 0.0) + mean["backward"] - 2 * head
     num_pairs = pairs_per_gpu * found["workers"]
     return Parts(towers / pairs_per_gpu, 3 * head / (pairs_per_gpu * num_pairs), mean["optimizer"])
 
 
 def main() -> None:
-    """Measures, models, prints."""
+    """Measures, models and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clips", type=int, default=200, help="generated clips to extract; 0: none")
     parser.add_argument("--pairs", type=int, default=8, help="global batch of the training step")

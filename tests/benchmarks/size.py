@@ -27,14 +27,14 @@ WORDS, FRAMES, BATCH = 32, 12, 8
 
 
 def multiply_adds(call: Callable[[], object]) -> int:
-    """Multiply-adds of a call."""
+    """Counts the multiply-adds of a call."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() // 2
 
 
 def parts(model: GARE) -> dict[str, dict[str, int]]:
-    """Parameters and multiply-adds by part."""
+    """Counts parameters and multiply-adds by part."""
     clip, temporal, psi = model.towers.clip, model.temporal, model.increment
     tokens, mask = torch.zeros(1, WORDS, dtype=torch.int64), torch.ones(1, WORDS)
     images, frame_mask = torch.zeros(FRAMES, 3, 224, 224), torch.ones(1, FRAMES, dtype=torch.bool)
@@ -67,7 +67,7 @@ def parts(model: GARE) -> dict[str, dict[str, int]]:
 
 
 def full_step(config: Config) -> dict[str, float]:
-    """Seconds and the process's peak GiB of one training step."""
+    """Measures seconds and the process's peak GiB of one training step."""
     learner = build_learner(GARE(config.model), config, 10, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     batch = Batch(

@@ -1,4 +1,4 @@
-"""What is measured: scores, training steps of the head, workers."""
+"""The measured tasks: scores, training steps of the head, workers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.helpers.memory import peak_mb, reset_peak
 
 
 def step_call(num_pairs: int, form: str, over: str = "all", *, watched: bool = False) -> Callable[[], None]:
-    """A training step of the head: scores, all losses, all gradients, with ψ's default dropout.
+    """Returns a training step of the head: scores, all losses, all gradients, with ψ's default dropout.
 
-    The direct form has dropout of each pair, as the paper's; its diversity is that of all texts.
+    The direct form has its own dropout for each pair, as in the paper; its diversity is over all texts.
     """
     model = head(increment_dropout_per="pair" if form == "direct" else "context").train()
     text, video = features(num_pairs, num_pairs)
@@ -48,8 +48,8 @@ def step_call(num_pairs: int, form: str, over: str = "all", *, watched: bool = F
 
 
 def step_peak(num_pairs: int, form: str, over: str = "all") -> dict[str, float]:
-    """Peak MB of a step above its inputs, and its seconds, in this process."""
-    step_call(4, form, over)()  # libraries load their kernels
+    """Measures peak MB of a step above its inputs, and its seconds, in this process."""
+    step_call(4, form, over)()  # warm-up: libraries load their kernels
     call = step_call(num_pairs, form, over)
     before = reset_peak()
     started = time.perf_counter()
@@ -58,7 +58,7 @@ def step_peak(num_pairs: int, form: str, over: str = "all") -> dict[str, float]:
 
 
 def scores_peak(num_texts: int, num_videos: int) -> dict[str, float]:
-    """Peak MB of scoring prepared videos above inputs and result, in this process."""
+    """Measures peak MB of scoring prepared videos, above inputs and result, in this process."""
     model = head().eval()
     with torch.no_grad():
         model.score(*features(40, 40))
@@ -70,7 +70,7 @@ def scores_peak(num_texts: int, num_videos: int) -> dict[str, float]:
 
 
 def worker(rank: int, world: int, folder: str, num_pairs: int) -> None:
-    """One of several workers with one thread each; rank 0 prints its seconds a step."""
+    """Runs one of several workers with one thread each; rank 0 prints its seconds per step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model: GARE = head().train()
@@ -95,7 +95,7 @@ def worker(rank: int, world: int, folder: str, num_pairs: int) -> None:
 
 
 def workers_seconds(world: int, num_pairs: int) -> float:
-    """Seconds of a step by so many worker processes of one thread each."""
+    """Measures seconds per step of a number of worker processes with one thread each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         processes = []

@@ -1,4 +1,4 @@
-"""Films whose clock is unusual: where it starts, how it runs, where it breaks."""
+"""Films with unusual clocks: unusual start, rate, jumps or wraps."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def made(
     options: Mapping[str, str] | None = None,
     is_sound: bool = True,
 ) -> Film:
-    """Writes the tracks; second 0 is where the first of them starts.
+    """Writes the tracks; second 0 is the start of the first one.
 
     Args:
         path: where to write, without the ending.
-        container: FFmpeg's name of it.
-        tracks: what to write.
-        what: what is unusual about it.
-        film: the track that players show; None: the first.
-        options: of the container.
+        container: FFmpeg's name of the container.
+        tracks: tracks to write.
+        what: description of what is unusual about the film.
+        film: track that players show; None for the first.
+        options: options of the container.
         is_sound: see ``Film``.
     """
     path = path.with_name(f"{path.name}.{FITS[container][1]}")
@@ -63,16 +63,16 @@ def made(
 
 
 def with_sound(rng: np.random.Generator, track: Track) -> list[Track]:
-    """The track, half the time beside sound that begins with it."""
+    """Returns the track, in half of the cases with sound that begins with it."""
     return (
         [track] if rng.random() < 0.5 else [track, Track(None, times_s=[track.times_s[0], track.times_s[-1]])]
     )
 
 
 def steady(rng: np.random.Generator, path: Path) -> Film:
-    """Starts at 0 and runs evenly: the kind that all others are held against."""
+    """Starts at 0 and runs evenly: the baseline for all other kinds."""
     container = one_of(rng, *FITS)
-    # AVI states no presentation times: those with B-frames are in ``order``.
+    # AVI stores no presentation times; AVI files with B-frames are in ``order``.
     track = draw_track(rng, container, two_way=False if container == "avi" else None)
     return made(path, container, with_sound(rng, track))
 
@@ -105,10 +105,10 @@ def negative(rng: np.random.Generator, path: Path) -> Film:
 
 
 def sparse(rng: np.random.Generator, path: Path) -> Film:
-    """Holds a picture for seconds, or all of them, as slides do."""
+    """Holds some pictures, or all of them, for seconds, as slides do."""
     container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
     is_slides = rng.random() < 0.3
-    # An MP4 states how long a picture lasts by the order of coding: no B-frames where the last ones are held.
+    # An MP4 derives a picture's duration from the coding order: no B-frames if the last ones are held.
     track = draw_track(rng, container, two_way=False if is_slides else None, length_s=(2.0, 5.0))
     count, frame_s = len(track.numbers), float(track.times_s[1])
     steps = np.full(count, frame_s)
@@ -122,7 +122,7 @@ def sparse(rng: np.random.Generator, path: Path) -> Film:
 
 
 def variable(rng: np.random.Generator, path: Path) -> Film:
-    """Shows each picture for another time, as phones and screen recorders do."""
+    """Shows each picture for a different time, as phones and screen recorders do."""
     container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
     track = draw_track(rng, container)
     steps = rng.uniform(0.4, 1.9, len(track.numbers)) * float(track.times_s[1])
@@ -148,7 +148,7 @@ def equal(rng: np.random.Generator, path: Path) -> Film:
 
 
 def order(rng: np.random.Generator, path: Path) -> Film:
-    """States the times of decoding for those of presentation, although pictures are coded out of order."""
+    """Stores decoding times as presentation times, although pictures are coded out of order."""
     container = one_of(rng, "avi", "avi", "mp4", "matroska", "mpegts", "flv")
     track = draw_track(rng, container, codecs=("libx264",), two_way=True)
     assert track.recipe is not None
@@ -163,7 +163,7 @@ def wrapped(rng: np.random.Generator, path: Path) -> Film:
     track = draw_track(rng, container)
     before_s = float(rng.uniform(0.1, 0.9)) * float(track.times_s[-1])
     if container == "flv":
-        num_bits = int(rng.choice([24, 32]))  # some writers fill no upper byte
+        num_bits = int(rng.choice([24, 32]))  # some writers leave the upper byte empty
         film = made(path, "flv", with_sound(rng, track), f"wraps {num_bits} bits after {before_s:.2f} s")
         wraps_ms, before_ms = 1 << num_bits, round(before_s * 1000)
         shift_flv(film.path, wraps_ms - before_ms, num_bits)
@@ -219,7 +219,7 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
         path,
         f"mpegts, {first.recipe}, {len(first.numbers)} and {count} pictures{', sound' if has_sound else ''}",
         (showing(whole, clock_s=starts_s[:1]),),
-        2 * first.recipe.frame_s,  # nothing says by how much the parts are apart
+        2 * first.recipe.frame_s,  # the time between the parts is unknown
         frozenset(first.keys | second.keys),
         is_sound=False,
     )
@@ -228,7 +228,7 @@ def joined(rng: np.random.Generator, path: Path) -> Film:
 def jump(rng: np.random.Generator, path: Path) -> Film:
     """Jumps far ahead in the middle. Players of a transport stream then go on at once."""
     container = one_of(rng, "mpegts", "mpegts", "matroska", "mp4", "flv")
-    # FLV cannot state that a picture is shown hours after it is decoded.
+    # FLV cannot say that a picture is shown hours after it is decoded.
     track = draw_track(rng, container, two_way=False if container == "flv" else None)
     assert track.recipe is not None
     place = int(rng.integers(2, len(track.numbers) - 2))
@@ -237,13 +237,13 @@ def jump(rng: np.random.Generator, path: Path) -> Film:
     track.times_s = steady_s + np.where(np.arange(len(steady_s)) >= place, by_s, 0)
     film = made(path, container, [track], f"{by_s:.0f} s ahead at picture {place}", is_sound=False)
     closed = replace(film.showings[0], times_s=steady_s[:-1], end_s=float(steady_s[-1]))
-    # Other containers may hold a picture for hours; players disagree. So may a stream, but it is to be said.
+    # Other containers may hold a picture for hours; players disagree. A stream may too, but it must be noted.
     held = (replace(one, must_be_said=container == "mpegts") for one in film.showings)
     return replace(film, showings=(closed, *held))
 
 
 def sound_first(rng: np.random.Generator, path: Path) -> Film:
-    """Has sound that begins before or after its pictures; second 0 is where the first of them starts."""
+    """Has sound that begins before or after its pictures; second 0 is the start of the earlier one."""
     container = one_of(rng, "mp4", "matroska", "mpegts", "flv", "webm")
     track = draw_track(rng, container)
     apart_s = float(rng.uniform(0.3, 3.0))
@@ -260,8 +260,8 @@ def sound_first(rng: np.random.Generator, path: Path) -> Film:
 def held_avi(rng: np.random.Generator, path: Path) -> Film:
     """Variable rate written into AVI, which then has empty chunks where a picture is held.
 
-    AVI states no times but the places of its chunks. FFmpeg guesses those of H.264 one chunk late, which
-    would hold the picture before the held one; players that count chunks, and this truth, do not.
+    AVI has no times except the positions of its chunks. FFmpeg guesses those of H.264 one chunk late, which
+    would hold the wrong picture, the one before; players that count chunks, and this truth, do not.
     """
     track = draw_track(rng, "avi", two_way=False, length_s=(2.0, 4.0))
     assert track.recipe is not None
@@ -277,11 +277,11 @@ def held_avi(rng: np.random.Generator, path: Path) -> Film:
 
 
 def held_mp4(rng: np.random.Generator, path: Path) -> Film:
-    """Few pictures of long durations in MP4, the first or the last among them."""
+    """Holds a few pictures in MP4: the first one, the last one unless there are B-frames, and another."""
     track = draw_track(rng, "mp4", length_s=(0.5, 2.0))
     assert track.recipe is not None
     steps = np.full(len(track.numbers), float(track.times_s[1]))
-    # As in ``sparse``: with B-frames the last picture's duration is not stated.
+    # As in ``sparse``: with B-frames the last picture's duration is not stored.
     last = len(steps) - 1 if not track.recipe.num_b else 1
     steps[[0, last, int(rng.integers(max(1, len(steps) - 6)))]] = rng.uniform(0.04, 5.0, 3)
     track.times_s = np.concatenate([[0.0], np.cumsum(steps)])
@@ -289,7 +289,7 @@ def held_mp4(rng: np.random.Generator, path: Path) -> Film:
 
 
 def open_start(rng: np.random.Generator, path: Path) -> Film:
-    """Begins in the middle of a group of pictures, the first of which cannot decode."""
+    """Begins in the middle of a group of pictures, so that the first pictures cannot be decoded."""
     container = one_of(rng, "mp4", "matroska", "mpegts", "flv")
     track = draw_track(rng, container, codecs=("libx264",), length_s=(4.0, 7.0))
     assert track.recipe is not None
@@ -299,7 +299,7 @@ def open_start(rng: np.random.Generator, path: Path) -> Film:
     track.drop = int(rng.integers(1, gop))
     film = made(path, container, [track], f"without its first {track.drop} packets", is_sound=False)
     times, key_s = np.array(track.times_s), float(track.times_s[min(track.keys) - track.numbers[0]])
-    start_s = float(times[track.drop])  # with B-frames a picture or two off, which frame_s covers
+    start_s = float(times[track.drop])  # with B-frames off by a picture or two, which frame_s covers
     kept = times[:-1] >= start_s - 1e-6
     shown = Showing(
         np.array(track.numbers)[kept],

@@ -1,4 +1,4 @@
-"""Films of which a piece was overwritten: what only FFmpeg's log, or the clock, may tell."""
+"""Films with overwritten bytes: the damage shows only in FFmpeg's log or in the clock, if at all."""
 
 from __future__ import annotations
 

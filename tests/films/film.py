@@ -1,4 +1,4 @@
-"""The truth about a film, which is what players show of it; and how a film is encoded and written."""
+"""The truth about a film, which is how players show it, and the encoder and writer of films."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "libvpx": {"deadline": "realtime", "cpu-used": "8", "b": "900000", "auto-alt-ref": "0"},
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "auto-alt-ref": "0"},
 }
-#: Codecs that each container takes, and its file's ending.
+#: Codecs that each container accepts, and its file name's suffix.
 FITS: dict[str, tuple[tuple[str, ...], str]] = {
     "mp4": (("libx264", "mpeg4", "mjpeg", "libvpx-vp9"), "mp4"),
     "matroska": (("libx264", "mpeg4", "mjpeg", "libvpx", "libvpx-vp9"), "mkv"),
@@ -34,14 +34,14 @@ FITS: dict[str, tuple[tuple[str, ...], str]] = {
     "webm": (("libvpx", "libvpx-vp9"), "webm"),
     "flv": (("libx264", "flv"), "flv"),
 }
-#: Codecs with pictures that are coded after one that is shown later.
+#: Codecs with B-frames: pictures coded after a picture that is shown later.
 TWO_WAY = frozenset({"libx264", "mpeg4"})
 _SOUNDS = {"mp4": "aac", "matroska": "aac", "avi": "mp2", "mpegts": "mp2", "webm": "libopus", "flv": "aac"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a video track is coded: FFmpeg's name of the encoder, pixels, pictures a second and apart."""
+    """Encoding of a video track: FFmpeg's encoder name, pixels, frame rate and keyframe interval."""
 
     codec: str
     width: int
@@ -53,7 +53,7 @@ class Recipe:
 
     @property
     def frame_s(self) -> float:
-        """Seconds that a picture is shown at the nominal rate."""
+        """Duration of a picture at the nominal rate, seconds."""
         return 1 / self.fps
 
     def __str__(self) -> str:
@@ -66,11 +66,11 @@ class Showing:
     """One way in which players show a film. Seconds count from the player's second 0.
 
     Attributes:
-        numbers: of the F pictures, in the order in which they are shown, (F,).
-        times_s: seconds at which each begins, increasing, (F,).
-        end_s: end of the last one.
-        clock_s: times that the file's own clock may state at second 0.
-        must_be_said: whether it is right only where the answer says that something is unclear.
+        numbers: numbers of the F pictures, in the order shown, (F,).
+        times_s: start time of each picture, increasing, (F,).
+        end_s: end of the last picture.
+        clock_s: times that the file's own clock may show at second 0.
+        must_be_said: True if an answer is right only with a note that something is unclear.
     """
 
     numbers: NDArray[np.int64]
@@ -82,17 +82,17 @@ class Showing:
 
 @dataclass(frozen=True, eq=False)
 class Film:
-    """A file that was made, and what is right about it.
+    """A generated file and the truth about it.
 
     Attributes:
         path: the file.
-        what: how it was made, for a person.
-        showings: ways of showing it, each of them right; none: the file must be refused.
+        what: how it was made, for the log.
+        showings: ways of showing it, all of them right; empty if the file must be refused.
         frame_s: seconds by which a picture may be off.
-        keys: numbers of the pictures that decode alone.
-        is_sound: True if nothing is wrong with the file, so that it should be given whole.
-        lost: seconds from and to which its pictures cannot be had.
-        is_damaged: True if bytes were overwritten, so that a picture may be beyond anyone's notice.
+        keys: numbers of the pictures that can be decoded alone.
+        is_sound: True if nothing is wrong with the file, so that it must be returned whole.
+        lost: seconds (start, end) of pictures that cannot be decoded.
+        is_damaged: True if bytes were overwritten, so that a wrong picture may be undetectable.
     """
 
     path: Path
@@ -107,18 +107,18 @@ class Film:
 
 @dataclass
 class Track:
-    """Packets of one stream to be written; places are positions among its pictures as shown.
+    """Packets of one stream to be written; positions count its pictures as shown.
 
     Attributes:
-        recipe: how it is coded; None for sound and subtitles.
-        numbers: of its pictures.
-        times_s: at which each begins, and the end of the last one: one more than ``numbers``.
+        recipe: its encoding; None for sound and subtitles.
+        numbers: numbers of its pictures.
+        times_s: start times of its pictures, then the end of the last one: one more than ``numbers``.
         default: True for the track that players choose.
-        cover: True for a picture that is no video.
-        is_text: True for subtitles, of which one is shown from each time to the next.
-        in_coding_order: True to state decoding times for presentation times.
-        coded_at_s: times from which decoding times are taken; empty for ``times_s``.
-        drop: packets to leave out at the start.
+        cover: True for a picture that is not video.
+        is_text: True for subtitles, one shown from each time to the next.
+        in_coding_order: True to store decoding times as presentation times.
+        coded_at_s: times to derive decoding times from; empty for ``times_s``.
+        drop: number of packets to leave out at the start.
         keys: numbers of its keyframes, once written.
     """
 
@@ -137,7 +137,7 @@ class Track:
 def draw_recipe(
     rng: np.random.Generator, codec: str, *, two_way: bool | None = None, open_gop: bool = False
 ) -> Recipe:
-    """A recipe of a codec; ``two_way`` says whether there are B-frames, None leaves it to chance."""
+    """Draws a recipe for a codec; ``two_way`` says if there are B-frames, None draws that too."""
     sizes = ((64, 64), (80, 64), (96, 64), (128, 96), (64, 96), (160, 120))
     width, height = sizes[int(rng.integers(len(sizes)))]
     num_b = 0
@@ -158,7 +158,7 @@ def draw_track(
     first: int = 0,
     length_s: tuple[float, float] = (2.0, 6.0),
 ) -> Track:
-    """A track of steady rate that fits into a container, of pictures numbered from ``first``."""
+    """Draws a track of constant rate for a container, with pictures numbered from ``first``."""
     fitting = [codec for codec in FITS[container][0] if not codecs or codec in codecs]
     recipe = draw_recipe(rng, fitting[int(rng.integers(len(fitting)))], two_way=two_way)
     count = max(8, round(rng.uniform(*length_s) * recipe.fps))
@@ -166,7 +166,7 @@ def draw_track(
 
 
 def showing(track: Track, *, start_s: float = 0.0, clock_s: Sequence[float] = ()) -> Showing:
-    """A track shown as it is written; ``start_s`` is the time of second 0 on the track's clock."""
+    """Returns the showing of a track as written; ``start_s`` is second 0 on the track's clock."""
     times = np.asarray(track.times_s, dtype=np.float64) - start_s
     return Showing(
         np.array(track.numbers, dtype=np.int64), times[:-1], float(times[-1]), (0.0, start_s, *clock_s)
@@ -174,7 +174,7 @@ def showing(track: Track, *, start_s: float = 0.0, clock_s: Sequence[float] = ()
 
 
 def encode(stream: av.VideoStream, track: Track) -> list[av.Packet[Any]]:
-    """Encodes a track; each packet's times are in ticks of 1/90000 s, as its times_s say."""
+    """Encodes a track; each packet's times follow its times_s, in ticks of 1/90000 s."""
     recipe = track.recipe
     assert recipe is not None
     stream.width, stream.height = recipe.width, recipe.height
@@ -252,7 +252,7 @@ def _texts(stream: av.stream.Stream, track: Track, container: str) -> list[av.Pa
 
 
 def jpeg(number: int, width: int, height: int) -> bytes:
-    """A picture of a number as a JPEG file."""
+    """Returns a picture of a number as a JPEG file."""
     context = av.CodecContext.create("mjpeg", "w")
     assert isinstance(context, av.VideoCodecContext)
     context.width, context.height, context.pix_fmt = width, height, "yuvj420p"
@@ -300,24 +300,24 @@ def write(
 
 
 def shift_flv(path: Path, by_ms: int, num_bits: int = 32) -> None:
-    """Moves all times of an FLV file, which start at 0 again after as many bits as its writer fills."""
+    """Shifts all times of an FLV file, which wrap to 0 after ``num_bits`` bits."""
     data = bytearray(path.read_bytes())
-    at = 13  # behind the header, and the size of a tag that is not there
+    at = 13  # after the header and the size field before the first tag
     while at < len(data):
         size, low = (int.from_bytes(data[first : first + 3], "big") for first in (at + 1, at + 4))
         time_ms = (by_ms + (data[at + 7] << 24 | low)) % (1 << num_bits)
-        if data[at] != 18:  # not the script of the header
+        if data[at] != 18:  # not a script tag
             data[at + 4 : at + 7], data[at + 7] = (time_ms & 0xFFFFFF).to_bytes(3, "big"), time_ms >> 24
         at += 11 + size + 4
     path.write_bytes(data)
 
 
 def started_at(path: Path) -> float:
-    """Seconds on the file's clock at which its first stream starts, by its packets."""
+    """Returns the seconds on the file's clock at which its first stream starts, from its packets."""
     with av.open(str(path)) as container:
         return (container.start_time or 0) / av.time_base
 
 
 def moved(track: Track, by_s: float) -> Track:
-    """The same track, later by some seconds."""
+    """Returns the track shifted by some seconds."""
     return replace(track, times_s=[time + by_s for time in track.times_s], keys=set())

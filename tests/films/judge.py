@@ -1,7 +1,7 @@
-"""Asks for clips of a film, and judges the answer by what players show.
+"""Requests for clips of a film, and the check of the answers against what players show.
 
-The pictures that a policy must choose are worked out here from the truth, so that half a film, a clip
-from elsewhere or a picture under another's time is seen whatever the answer says of itself.
+The pictures that a policy must choose are computed here from the truth, so that half a film, a clip from
+elsewhere or a picture under a wrong time is detected whatever the answer says about itself.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from gare.errors import DataError
 from tests.films.film import Film, Showing
 from tests.films.numbers import read
 
-#: right: whole and true. said: true as far as it goes, and marked. garbled: marked, with pictures that
-#: cannot be read. mistimed: marked, of overwritten bytes, with pictures under times that are not theirs.
-#: failed: an error with its reason. unseen: wrong, but neither FFmpeg's log nor the clock tells. wrong:
-#: silently, or marked without any damage that would excuse it.
+#: right: whole and true. said: true as far as it goes, and marked. garbled: marked, with unreadable pictures.
+#: mistimed: marked, from overwritten bytes, with pictures at wrong times. failed: an error with its reason.
+#: unseen: wrong, but undetectable in FFmpeg's log and the clock. wrong: silently wrong, or marked without any
+#: damage that would excuse it.
 Ending = Literal["right", "said", "garbled", "mistimed", "failed", "unseen", "wrong"]
 ENDINGS: tuple[Ending, ...] = get_args(Ending)
-#: Seconds to which containers round times.
+#: Rounding of times by containers, seconds.
 ROUNDING_S = 0.002
-#: Seconds that encoders of sound put before the first sound, by which second 0 may move.
+#: Padding that audio encoders put before the first sound, by which second 0 may move, seconds.
 PRIMING_S = 0.024
 SIZE_PX, DEADLINE_S, MEMORY_MB = 40, 60.0, 1000.0
-#: Notes that say what was asked for, not what is wrong with the file.
+#: Note that describes the request, not a fault of the file.
 _NEAREST = "no keyframe inside the clip, the nearest is taken"
 _BEYOND = re.compile(r"end_s \S+ lies beyond the video's \S+ s")
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked of a film: ``decode_clip``'s arguments."""
+    """A request for a clip: ``decode_clip``'s arguments."""
 
     start_s: float | None
     end_s: float | None
@@ -57,12 +57,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a film ended.
+    """Judgement of one answer.
 
     Attributes:
         ending: see ``Ending``.
-        why: what is wrong, or the reason that was given.
-        is_needless: True if a sound film was not given as right.
+        why: what is wrong, or the reason given in the answer.
+        is_needless: True if a sound film was not returned as right.
     """
 
     ending: Ending
@@ -71,7 +71,7 @@ class Verdict:
 
 
 def draw_ask(rng: np.random.Generator, film: Film) -> Ask:
-    """Draws what is asked; half of the clips are whole films."""
+    """Draws a request; half of the requests are for whole films."""
     start_s = end_s = None
     if film.showings and rng.random() < 0.5:
         last_s = film.showings[0].end_s
@@ -89,7 +89,7 @@ def draw_ask(rng: np.random.Generator, film: Film) -> Ask:
 
 
 def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
-    """Decodes what is asked in the decoding process, as extraction does, and judges it."""
+    """Decodes a request in the decoding process, as extraction does, and judges the answer."""
     try:
         clip = process.extract(
             str(film.path),
@@ -126,7 +126,7 @@ def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
 
 
 def _has_pictures(film: Film, ask: Ask) -> bool:
-    """True if there is a picture to give: an edit list can cut all keyframes, and sound can begin earlier."""
+    """Returns True if there is a picture to return: edit lists cut keyframes, sound may begin earlier."""
     if not film.showings:
         return False
     (shown, *_) = film.showings
@@ -138,7 +138,7 @@ def _has_pictures(film: Film, ask: Ask) -> bool:
 def _faults(
     film: Film, shown: Showing, ask: Ask, clip: ExtractedClip, numbers: list[int | None], *, is_said: bool
 ) -> str:
-    """What is wrong with an answer if players show the film in this way; empty if nothing is."""
+    """Returns what is wrong with an answer if players show the film in this way; empty if nothing."""
     if shown.must_be_said and not is_said:
         return "that it is unclear is not said"
     near_s = film.frame_s + ROUNDING_S
@@ -159,7 +159,7 @@ def _faults(
 
 
 def _away(shown: Showing, number: int, time_s: float) -> float:
-    """Seconds between a moment and the nearest one at which a picture is on screen."""
+    """Returns the seconds between a moment and the nearest one at which a picture is on screen."""
     place = int(np.searchsorted(shown.numbers, number))
     until_s = shown.times_s[place + 1] if place + 1 < len(shown.times_s) else shown.end_s
     return float(max(shown.times_s[place] - time_s, time_s - until_s, 0.0))
@@ -187,7 +187,7 @@ def _mistimed(shown: Showing, time_s: NDArray[np.float64], numbers: list[int | N
 
 
 def _outside(shown: Showing, ask: Ask, numbers: list[int | None], near_s: float, note: str) -> str:
-    """A picture that is not shown within the clip."""
+    """Returns a fault for a picture that is not shown within the clip, or an empty string."""
     if _NEAREST in note:
         return ""
     start_s = 0.0 if ask.start_s is None else ask.start_s
@@ -204,7 +204,7 @@ def _outside(shown: Showing, ask: Ask, numbers: list[int | None], near_s: float,
 
 
 def _not_chosen(film: Film, shown: Showing, ask: Ask, numbers: list[int], near_s: float) -> str:
-    """How the pictures differ from those that the policy must choose; the ends may be a picture off."""
+    """Returns how the pictures differ from those the policy must choose; the ends may be off by one."""
     wanted: list[list[float]] = []
     for start_s, end_s in _bounds(film, shown, ask):
         moments = _moments(film, shown, ask, start_s, end_s)
@@ -233,7 +233,7 @@ def _bounds(film: Film, shown: Showing, ask: Ask) -> Iterator[tuple[float, float
 
 
 def _moments(film: Film, shown: Showing, ask: Ask, start_s: float, end_s: float) -> NDArray[np.float64]:
-    """The moments whose pictures the policy keeps, or the times of its keyframes."""
+    """Returns the moments whose pictures the policy keeps, or the times of the keyframes."""
     end_s = max(start_s, end_s)
     if ask.sampling == "keyframes":
         keys = np.isin(shown.numbers, sorted(film.keys))
@@ -246,7 +246,7 @@ def _moments(film: Film, shown: Showing, ask: Ask, start_s: float, end_s: float)
 
 
 def signs(film: Film) -> list[str]:
-    """What tells that a file is damaged: FFmpeg's log, errors, marks of its decoder, gaps in the clock."""
+    """Returns the signs of damage in a film: FFmpeg's log, errors, decoder flags, gaps in the clock."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.WARNING)
     found: list[str] = []

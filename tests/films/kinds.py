@@ -26,12 +26,12 @@ KINDS: dict[str, Make] = {make.__name__: make for make in _MAKERS}
 
 
 def generator(seed: int, kind: str, number: int) -> np.random.Generator:
-    """The generator of one file, which is the same whatever else is made."""
+    """Returns the random generator of one file, independent of all other files."""
     return np.random.default_rng([seed, zlib.crc32(kind.encode()), number])
 
 
 def make_film(kind: str, rng: np.random.Generator, folder: Path, number: int) -> Film:
-    """Makes one film in a folder of its own, which also holds what the film names."""
+    """Makes one film in a folder of its own, together with the files that it refers to."""
     own = folder_of(folder, kind, number)
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
@@ -39,5 +39,5 @@ def make_film(kind: str, rng: np.random.Generator, folder: Path, number: int) ->
 
 
 def folder_of(folder: Path, kind: str, number: int) -> Path:
-    """The folder of one film."""
+    """Returns the folder of one film."""
     return folder / f"{kind}-{number}"

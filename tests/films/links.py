@@ -1,6 +1,6 @@
-"""Files that name other files, with a readable clip beside them: each must be refused.
+"""Files that refer to other files, with a readable clip next to them: each must be refused.
 
-A reader that follows one puts pictures of a file that nobody listed into a store.
+A reader that follows such a reference stores pictures of a file that nobody listed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ENDINGS = ("mp4", "ts", "mkv", "avi", "webm", "txt", "jpg", "")
 
 
 def hls(rng: np.random.Generator, path: Path) -> Film:
-    """A playlist of HLS, of segments or of other playlists."""
+    """An HLS playlist, of segments or of other playlists."""
     clip = _beside(rng, path, "mpegts" if rng.random() < 0.7 else "mp4")
     entry = f"#EXTINF:4.0,\n{_name(rng, clip)}\n"
     if clip.suffix == ".mp4":
@@ -51,7 +51,7 @@ def dash(rng: np.random.Generator, path: Path) -> Film:
 
 
 def sdp(rng: np.random.Generator, path: Path) -> Film:
-    """A description of a session, which names an address to listen at."""
+    """An SDP session description, which names an address to listen at."""
     port = int(rng.integers(20_000, 60_000)) * 2 % 65_536
     payload, codec = ("33", "MP2T/90000") if rng.random() < 0.5 else ("96", "H264/90000")
     text = (
@@ -62,7 +62,7 @@ def sdp(rng: np.random.Generator, path: Path) -> Film:
 
 
 def images(rng: np.random.Generator, path: Path) -> Film:
-    """A file whose name is FFmpeg's pattern of a series of pictures, beside such a series."""
+    """A file whose name is FFmpeg's pattern for a series of pictures, next to such a series."""
     pattern, ending = one_of(rng, "%d", "%03d", "frame%02d"), one_of(rng, "jpg", "jpeg")
     for number in range(int(rng.integers(2, 9))):
         path.with_name(f"{pattern % number}.{ending}").write_bytes(jpeg(number, 64, 64))
@@ -72,16 +72,16 @@ def images(rng: np.random.Generator, path: Path) -> Film:
 
 
 def _beside(rng: np.random.Generator, path: Path, container: str) -> Path:
-    """A clip in the same folder, which anyone can read."""
+    """Writes a clip into the same folder, which anyone can read."""
     clip = path.with_name(f"private.{FITS[container][1]}")
-    # FFmpeg's HLS takes fragments alone; whole MP4 files are for the others.
+    # FFmpeg's HLS demuxer accepts only fragmented MP4; whole files are for the others.
     options = {"movflags": "frag_keyframe+empty_moov"} if container == "mp4" else None
     write(clip, container, [draw_track(rng, container, two_way=False, length_s=(1.0, 2.0))], options)
     return clip
 
 
 def _name(rng: np.random.Generator, clip: Path) -> str:
-    """A name by which a list may refer to a clip."""
+    """Returns a name by which a list may refer to a clip."""
     return (clip.name, clip.name, str(clip.absolute()), clip.absolute().as_uri())[int(rng.integers(4))]
 
 

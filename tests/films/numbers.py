@@ -8,12 +8,12 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-#: Blocks along each side: 10 bits of number and 15 that check them.
+#: Blocks along each side: 10 bits of the number and 15 check bits.
 SIDE = 5
 _NUM_BITS, _CHECK_BITS = 10, 15
-#: Numbers below this can be drawn.
+#: Numbers must be below this.
 LIMIT = 1 << _NUM_BITS
-#: Luma below and above which a block is black or white; between them it cannot be read.
+#: Luma below which a block is black and above which it is white; between them it is unreadable.
 _BLACK, _WHITE = 100, 156
 
 
@@ -24,7 +24,7 @@ def _bits(number: int) -> NDArray[np.bool_]:
 
 
 def draw(number: int, width: int, height: int) -> NDArray[np.uint8]:
-    """Draws a number into the central square of a picture; the rest is grey.
+    """Draws a number into the central square of a grey picture.
 
     Args:
         number: from 0, below ``LIMIT``.
@@ -49,7 +49,7 @@ def read(rgb: NDArray[np.uint8]) -> int | None:
     top, left = (rgb.shape[0] - size) // 2, (rgb.shape[1] - size) // 2
     luma = rgb[top : top + size, left : left + size].mean(axis=2)
     edges = np.arange(SIDE + 1) * size / SIDE
-    rim = size / SIDE / 4  # the edges of a block are where its neighbours bleed into it
+    rim = size / SIDE / 4  # neighbouring blocks bleed into a block's edges
     inner = [slice(int(low + rim), int(high - rim) + 1) for low, high in itertools.pairwise(edges)]
     blocks = np.array([luma[rows, columns].mean() for rows in inner for columns in inner])
     if ((blocks >= _BLACK) & (blocks <= _WHITE)).any():

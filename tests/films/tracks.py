@@ -1,4 +1,4 @@
-"""Films with more than one track, or with none: which of them is the film."""
+"""Films with several tracks, or with none, where the right track must be chosen."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from tests.films.clocks import made, one_of
 from tests.films.film import FITS, Film, Recipe, Track, draw_track, write
 
-#: Pictures of tracks that are not the film have numbers from here on.
+#: First picture number of tracks that are not the film.
 _OTHER = 600
 
 
 def two_tracks(rng: np.random.Generator, path: Path) -> Film:
-    """Two tracks of video, the second of which is marked as the default one, or the first."""
+    """Two video tracks, with the first or the second marked as default."""
     container, is_second = one_of(rng, "mp4", "matroska"), rng.random() < 0.7
     film = draw_track(rng, container)
     other = replace(draw_track(rng, container, first=_OTHER), default=False)
@@ -24,7 +24,7 @@ def two_tracks(rng: np.random.Generator, path: Path) -> Film:
 
 
 def thumbnail(rng: np.random.Generator, path: Path) -> Film:
-    """A track of small pictures, one a second or one in all, before the film."""
+    """A track of small pictures before the film, one a second or a single one."""
     container = one_of(rng, "mp4", "matroska")
     film = draw_track(rng, container)
     count = 1 if rng.random() < 0.3 else max(1, int(film.times_s[-1]))
@@ -34,7 +34,7 @@ def thumbnail(rng: np.random.Generator, path: Path) -> Film:
 
 
 def cover(rng: np.random.Generator, path: Path) -> Film:
-    """A cover picture beside the film, in either order."""
+    """A cover picture next to the film, in either order."""
     container = one_of(rng, "mp4", "matroska")
     film = draw_track(rng, container)
     picture = _cover()
@@ -43,7 +43,7 @@ def cover(rng: np.random.Generator, path: Path) -> Film:
 
 
 def sound_only(rng: np.random.Generator, path: Path) -> Film:
-    """Sound alone, or with a cover picture: there is nothing to give."""
+    """Sound alone, or with a cover picture, so that there are no pictures to return."""
     container = one_of(rng, *FITS)
     tracks = [Track(None, times_s=[0.0, float(rng.uniform(1, 4))])]
     if container in ("mp4", "matroska") and rng.random() < 0.6:
@@ -54,7 +54,7 @@ def sound_only(rng: np.random.Generator, path: Path) -> Film:
 
 
 def subtitles(rng: np.random.Generator, path: Path) -> Film:
-    """Subtitles beside the film, the first of them at its start or later."""
+    """Subtitles next to the film, starting with it or later."""
     container = one_of(rng, "mp4", "matroska", "webm")
     film = draw_track(rng, container)
     first_s = 0.0 if rng.random() < 0.5 else float(rng.uniform(0.1, 1.5))

@@ -1,4 +1,4 @@
-"""Real annotation files, read the plain way, and copies of them in other forms that say the same."""
+"""Reader of real annotation files, and writer of equivalent copies in other formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gare.data.benchmarks.registry import Benchmark, read_benchmark
 
 
 def text_of(folder: Path, name: str) -> str:
-    """The content of an annotation file, unpacked."""
+    """Returns the content of an annotation file, decompressed."""
     path = folder / name
     data = path.read_bytes() if path.exists() else gzip.decompress((folder / f"{name}.gz").read_bytes())
     return data.decode("utf-8-sig")
@@ -36,7 +36,7 @@ def table_of(folder: Path, name: str) -> list[dict[str, str]]:
 def as_table(
     header: Sequence[str] | None, rows: Iterable[Sequence[str]], delimiter: str = ",", end: str = "\n"
 ) -> str:
-    """Rows as CSV with a delimiter and line ends of choice, quoted where needed."""
+    """Formats rows as CSV with the given delimiter and line ends, quoted if needed."""
     out = io.StringIO(newline="")
     writer = csv.writer(out, delimiter=delimiter, lineterminator=end)
     writer.writerows([header] if header else [])
@@ -45,7 +45,7 @@ def as_table(
 
 
 def as_lines(entries: Iterable[Any]) -> str:
-    """JSON Lines."""
+    """Formats entries as JSON Lines."""
     return "\n".join(json.dumps(entry) for entry in entries) + "\n"
 
 
@@ -60,7 +60,7 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
 
 
 def read(benchmark: str, annotations: Path, **keys: Any) -> Benchmark:
-    """The benchmark as ``prepare`` reads it; without videos unless they are given."""
+    """Reads the benchmark as ``prepare`` does; without videos unless they are given."""
     return read_benchmark(DataConfig(benchmark=benchmark, annotations=str(annotations), **keys))
 
 
@@ -73,6 +73,6 @@ def deviations_of(benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
 
 
 def counts_of(benchmark: Benchmark) -> dict[str, tuple[int, int]]:
-    """Videos and captions by split."""
+    """Returns the numbers of videos and captions by split."""
     counts = benchmark.manifest.counts
     return {split: (count["videos"], count["captions"]) for split, count in counts.items()}

@@ -14,7 +14,7 @@ from gare.data.store.parts import write_table
 
 
 def feature_row(config: Config, video_id: str, rng: np.random.Generator) -> dict[str, Any]:
-    """A row of a data part: one to F frames, one to three captions."""
+    """Returns a row of a data part, with one to F frames and one to three captions."""
     model, width = config.model, config.model.clip.embed_dim
     count, captions = int(rng.integers(1, model.max_frames + 1)), int(rng.integers(1, 4))
     frames = rng.standard_normal((model.max_frames, width)).astype(np.float16)
@@ -41,7 +41,7 @@ def feature_row(config: Config, video_id: str, rng: np.random.Generator) -> dict
 def write_feature_store(
     uri: str, config: Config, ids: Sequence[str], rng: np.random.Generator, *, part: int = 20
 ) -> dict[str, dict[str, Any]]:
-    """A whole store; returns its rows by id."""
+    """Writes a whole store and returns its rows by id."""
     rows = [feature_row(config, video_id, rng) for video_id in ids]
     words = config.model.max_words if config.features.words else 0
     schema = feature_schema(config.model.max_frames, config.model.clip.embed_dim, words)

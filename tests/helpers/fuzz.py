@@ -14,42 +14,42 @@ from gare.errors import DataError
 Bytes = bytearray
 Damage = Callable[[np.random.Generator, Bytes, Bytes], Bytes]
 
-#: Files made by the fuzzer decode with these.
+#: Settings with which the fuzzer decodes its files.
 SIZE_PX, DEADLINE_S, MEMORY_MB = 32, 60.0, 1000.0
 
 
 def place(rng: np.random.Generator, data: Bytes) -> int:
-    """A position, as often in the first 4 kB, where headers lie, as in all the rest."""
+    """Draws a position: half of the time in the first 4 kB, where headers lie, else in the rest."""
     return int(rng.integers(min(len(data), 4096) if rng.random() < 0.5 else len(data)))
 
 
 def cut(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """The file up to some byte."""
+    """Returns the file cut off at a random byte."""
     return data[: int(rng.integers(len(data)))]
 
 
 def cut_out(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """The file without a piece."""
+    """Returns the file without a piece."""
     first = place(rng, data)
     return data[:first] + data[first + int(rng.integers(1, 20_000)) :]
 
 
 def flip_few(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """One to eight flipped bits."""
+    """Flips one to eight bits."""
     for _ in range(int(rng.integers(1, 9))):
         data[place(rng, data)] ^= 1 << int(rng.integers(8))
     return data
 
 
 def flip_many(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """Flipped bits all over the file, one in ten thousand to one in a hundred bytes."""
+    """Flips bits all over the file, from one in ten thousand to one in a hundred bytes."""
     for _ in range(int(len(data) * 10 ** rng.uniform(-4, -2))):
         data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
     return data
 
 
 def zeros(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """A piece overwritten with zeros, as on a bad disk or an unfinished download."""
+    """Overwrites a piece with zeros, as on a bad disk or in an unfinished download."""
     first = place(rng, data)
     count = min(int(10 ** rng.uniform(0, 5.5)), len(data) - first)
     data[first : first + count] = bytes(count)
@@ -57,7 +57,7 @@ def zeros(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
 
 
 def noise(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """A piece overwritten with noise."""
+    """Overwrites a piece with noise."""
     first = place(rng, data)
     count = min(int(10 ** rng.uniform(0, 4.5)), len(data) - first)
     data[first : first + count] = rng.bytes(count)
@@ -65,19 +65,19 @@ def noise(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
 
 
 def swap_head(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """The first bytes of another clip before the rest of this one."""
+    """Replaces the first bytes by those of another clip."""
     count = int(10 ** rng.uniform(1, 4.5))
     return other[:count] + data[count:]
 
 
 def swap_tail(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """The last bytes of another clip after the rest of this one, where many containers have their index."""
+    """Replaces the last bytes by those of another clip; many containers have their index there."""
     count = int(10 ** rng.uniform(1, 4.5))
     return data[:-count] + other[-count:]
 
 
 def join_two(rng: np.random.Generator, data: Bytes, other: Bytes) -> Bytes:
-    """Two clips in one file, the first possibly cut."""
+    """Joins two clips in one file, the first possibly cut."""
     return data[: len(data) if rng.random() < 0.5 else int(rng.integers(1, len(data)))] + other
 
 
@@ -97,10 +97,10 @@ DAMAGES: tuple[Damage, ...] = (
 def damaged_files(
     rng: np.random.Generator, clips: Sequence[Path], count: int, folder: Path
 ) -> Iterator[tuple[str, Path]]:
-    """Writes one damaged file after the other; each kind of damage in turn.
+    """Writes damaged files one by one, with each kind of damage in turn.
 
     Yields:
-        What was done to which clip, and the file, which is gone when the next one comes.
+        What was done to which clip, and the file, which is deleted before the next one.
     """
     for number in range(count):
         what, path = damaged_file(rng, clips, number, folder)
@@ -111,7 +111,7 @@ def damaged_files(
 def damaged_file(
     rng: np.random.Generator, clips: Sequence[Path], number: int, folder: Path
 ) -> tuple[str, Path]:
-    """Writes a damaged file, whose number says which damage; what was done to which clip, and the file."""
+    """Writes a damaged file, with the damage given by its number; returns what was done, and the file."""
     damage = DAMAGES[number % len(DAMAGES)]
     one, two = (clips[int(rng.integers(len(clips)))] for _ in range(2))
     path = folder / f"{number}{one.suffix}"
@@ -120,7 +120,7 @@ def damaged_file(
 
 
 def outcome(process: DecodeProcess, path: Path) -> str:
-    """How a file ends: ``whole``, ``damaged``, ``empty picture``, or the reason of its failure."""
+    """Decodes a file; returns ``whole``, ``damaged``, ``empty picture``, or the reason of its failure."""
     try:
         clip = process.extract(
             str(path), image_size=SIZE_PX, encoding="raw", deadline_s=DEADLINE_S, memory_mb=MEMORY_MB
@@ -134,19 +134,19 @@ def outcome(process: DecodeProcess, path: Path) -> str:
 
 
 def is_empty(rgb: np.ndarray) -> bool:
-    """Zeros, the green of zeros of luma and chroma, or the grey of a picture whose reference is lost."""
+    """Returns True for zeros, the green of zero luma and chroma, or the grey of a lost reference picture."""
     red, green, blue = (int(value) for value in rgb[0])
     grey = red == green == blue and 124 <= red <= 132
     return bool((rgb == rgb[0]).all()) and (grey or (red, blue) == (0, 0))
 
 
 def real_clips(folder: Path, largest: float = np.inf) -> list[Path]:
-    """The clips to damage: those without a black picture of their own, up to a size in bytes."""
+    """Returns the clips to damage: those without a black picture of their own, up to a size in bytes."""
     own_black = {"big_buck_bunny_0_30.webm", "slides_talk.mp4"}
     files = (path for path in sorted(folder.iterdir()) if path.name not in own_black)
     return [path for path in files if path.stat().st_size <= largest]
 
 
 def table(outcomes: Counter[str]) -> str:
-    """Outcomes with their counts, the most frequent first."""
+    """Formats outcomes with their counts, the most frequent first."""
     return "\n".join(f"{count:6d}  {reason}" for reason, count in outcomes.most_common())

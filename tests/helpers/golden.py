@@ -1,4 +1,4 @@
-"""The rule that draws the inputs and weights of tests/golden, from its README."""
+"""Generator of the inputs and weights of tests/golden, by the rule in its README."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, scale: float) -> np.ndarr
 
 
 def draw_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """A weight of the released state dict by its name."""
+    """Draws a weight of the released state dict, by its name."""
     if not shape:
         return torch.tensor(math.log(1 / 0.07))
     noise = np.random.default_rng([zlib.crc32(name.encode()), seed]).standard_normal(shape)
@@ -36,7 +36,7 @@ def draw_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 def head_inputs(
     num_texts: int, num_videos: int, num_frames: int, width: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text (N, D) and frame features (M, F, D) of head_*.npz."""
+    """Draws text (N, D) and frame features (M, F, D) of head_*.npz."""
     text = draw("text", (num_texts, width), seed, 0.4) + draw("gap_t", (width,), seed, 0.3)
     video = draw("video", (num_videos, num_frames, width), seed, 0.4) + draw("gap_v", (width,), seed, 0.3)
     return torch.from_numpy(text), torch.from_numpy(video)

@@ -15,7 +15,7 @@ from gare.model.gare import GARE
 
 
 def head(width: int, *, spread: float = 0.2, dtype: torch.dtype = torch.float64, **settings: Any) -> GARE:
-    """A model with next to no towers; ``spread`` takes its head away from its start."""
+    """Builds a model with tiny towers; ``spread`` moves its head away from the initial weights."""
     clip = ClipConfig(
         image_size=16,
         patch_size=16,
@@ -40,7 +40,7 @@ def head(width: int, *, spread: float = 0.2, dtype: torch.dtype = torch.float64,
 def features(
     num_texts: int, num_videos: int, num_frames: int, num_words: int, width: int, dtype: torch.dtype
 ) -> tuple[TextFeatures, VideoFeatures]:
-    """Random features with padded frames and words."""
+    """Draws random features with padded frames and words."""
     word_mask = torch.arange(num_words) < torch.randint(1, num_words + 1, (num_texts, 1))
     frame_mask = torch.arange(num_frames) < torch.randint(1, num_frames + 1, (num_videos, 1))
     words = torch.randn(num_texts, num_words, width, dtype=dtype) * word_mask.unsqueeze(-1)
@@ -52,7 +52,7 @@ def features(
 def clip_like(
     num_pairs: int, num_frames: int, num_words: int, width: int, *, least_frames: int = 3
 ) -> tuple[TextFeatures, VideoFeatures]:
-    """Features as CLIP gives them: a gap between the modalities, items near their mean, frames much alike.
+    """Draws features like CLIP's: a modality gap, items near their mean, similar frames in a clip.
 
     Clips have at least ``least_frames`` frames.
     """
@@ -70,7 +70,7 @@ def clip_like(
 
 
 def held_bytes(value: object) -> int:
-    """Bytes of all tensors that an object holds, each storage once."""
+    """Returns the bytes of all tensors that an object holds, counting each storage once."""
     storages: dict[int, int] = {}
 
     def look(some: object) -> None:

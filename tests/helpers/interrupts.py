@@ -1,4 +1,4 @@
-"""A command that is interrupted at some moment of its life, and what must be true of it then."""
+"""Runs a command, interrupts it at a given moment, and checks how it ended."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ PATIENCE_S = 240
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command leaves behind.
+    """Result of a command that was run.
 
     Attributes:
-        status: of its exit.
-        stdout: all of it.
-        stderr: all of it.
-        seconds: from its start to its end.
-        signalled: True where the signal found it alive.
-        left: command lines of its processes that outlived it.
+        status: its exit status.
+        stdout: its whole stdout.
+        stderr: its whole stderr.
+        seconds: time from its start to its end.
+        signalled: True if it was still running when the signal was sent.
+        left: command lines of child processes that outlived it.
     """
 
     status: int
@@ -44,7 +44,7 @@ class Ended:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Its result; None: it has none."""
+        """The result that it printed; None if there is none."""
         lines = self.stdout.splitlines()
         return dict(json.loads(lines[-1])) if lines else None
 
@@ -60,10 +60,10 @@ def run_command(
     """Runs ``python pipelines/STEP.py`` and interrupts it.
 
     Args:
-        repository: where it runs.
+        repository: folder to run it in.
         step: name of the command.
-        arguments: of it.
-        interrupt: the signal, and after how many seconds; None: it runs to its end.
+        arguments: its arguments.
+        interrupt: signal, and seconds to wait before it; None to let the command finish.
         environment: variables to add.
     """
     started = time.monotonic()
@@ -74,7 +74,7 @@ def run_command(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job ignores Ctrl-C, and hands that on.
+        # A background job of a shell ignores Ctrl-C, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     family: dict[int, psutil.Process] = {}
@@ -106,7 +106,7 @@ def run_command(
 
 
 def assert_ended_in_order(ended: Ended, number: signal.Signals) -> None:
-    """Status 4 with one message that names the signal; or the command was done before it came."""
+    """Asserts status 4 with one message that names the signal, unless the command was done before it."""
     if ended.status == 0:
         assert ended.result is not None, ended.stderr
         return
@@ -116,7 +116,7 @@ def assert_ended_in_order(ended: Ended, number: signal.Signals) -> None:
     assert len(messages) == 1, ended.stderr
     assert NAMES[number] in messages[0], messages
     assert "the same command continues" in messages[0], messages
-    # Ray's own thread, where other Rays run on the machine.
+    # From a thread of Ray, if other Ray instances run on this machine.
     own = [line for line in ended.stderr.splitlines() if not line.startswith("(PlacementGroupCleaner ")]
     assert not any("Traceback" in line for line in own), ended.stderr
     assert not ended.left

@@ -1,4 +1,4 @@
-"""Rows of manifests whose videos exist in no folder."""
+"""Rows of manifests without video files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COLOURS = ("red", "green", "blue", "pink")
 
 
 def coloured(split: str, index: int, take: int) -> str:
-    """A caption that videos of one colour share but for its take."""
+    """Returns a caption that differs only in its take between videos of one colour."""
     del split
     return f"a {COLOURS[index % 4]} thing, take {take}"
 
@@ -18,11 +18,11 @@ def coloured(split: str, index: int, take: int) -> str:
 def rows_of_splits(
     counts: Mapping[str, int], caption: Callable[[str, int, int], str] = coloured
 ) -> tuple[ManifestRow, ...]:
-    """Videos ``SPLITn`` with one, two or three captions in turn.
+    """Returns rows for videos ``SPLITn``, with one, two or three captions in turn.
 
     Args:
-        counts: videos of each split.
-        caption: text of a caption, from split, number of the video and number of the caption.
+        counts: number of videos in each split.
+        caption: returns a caption for the split, the video's number and the caption's number.
     """
     return tuple(
         ManifestRow(

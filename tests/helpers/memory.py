@@ -1,4 +1,4 @@
-"""This process's memory now, and its peak since a moment of its own, as Linux keeps them."""
+"""Memory of this process, now and at its peak, as reported by Linux."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 def reset_peak() -> float:
-    """Forgets earlier peaks; returns what is held now, MB."""
+    """Resets the peak; returns the memory held now, MB."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_mb()
 
 
 def peak_mb() -> float:
-    """The largest memory since then, MB."""
+    """Returns the largest memory since ``reset_peak``, MB."""
     return _status_mb("VmHWM")
 
 
 def held_mb() -> float:
-    """What is held now, MB; earlier peaks stay."""
+    """Returns the memory held now, MB, without resetting the peak."""
     return _status_mb("VmRSS")
 
 

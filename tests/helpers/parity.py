@@ -1,7 +1,7 @@
-"""What one worker of test_parity does; run as a process: ``python -m tests.helpers.parity RANK SEED FOLDER``.
+"""One worker of test_parity; run as a process: ``python -m tests.helpers.parity RANK SEED FOLDER``.
 
-The test itself calls the same functions as the only worker, with the whole batch. With more arguments it is
-one of two workers that take these options alone, in float64.
+The test itself calls the same functions as a single worker with the whole batch. With more arguments, the
+process is one of two workers with these options, in float64.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gare.train.validation import Validation
 from tests.helpers.tiny import share, tiny_batch, tiny_config, tiny_feature_batch
 
 WORLDS = (2, 3)
-#: What has sums over the workers, or draws, of its own.
+#: Options that have their own sums over the workers, or their own random draws.
 OPTIONS = (
     "model.context=words",
     "model.context=words model.method=direct",
@@ -58,22 +58,22 @@ OPTIONS = (
     "model.padding=released train.micro_batch=1",
     "train.input=features model.adapters=true train.micro_batch=1",
 )
-#: Batches that neither two nor three workers share equally.
+#: Batches that neither two nor three workers can share equally.
 UNEVEN = tuple(f"train.batch_size=7 {option}" for option in ("train.micro_batch=2", *OPTIONS))
 STEPS = 2
 
 
 @dataclass
 class Outcome:
-    """What a worker found.
+    """Results of one worker.
 
     Attributes:
         terms: loss terms by name.
-        gradients: by parameter name, after ``compute_gradients``.
-        weights: by parameter name, after ``STEPS`` train steps from the start.
-        moved: weights minus those at the start.
+        gradients: gradients by parameter name, after ``compute_gradients``.
+        weights: weights by parameter name, after ``STEPS`` train steps from the start.
+        moved: weights minus the initial weights.
         losses: total loss of each train step.
-        strided: whether each tensor that went into a gather, and each gradient that came back, was so.
+        strided: True for each tensor that entered a gather, and each gradient returned, in transposed layout.
     """
 
     terms: dict[str, Tensor]
@@ -94,10 +94,10 @@ def run(
     gatherer: Callable[[Tensor, Rows], Tensor] = gather,
     *overrides: str,
 ) -> Outcome:
-    """Gradients of one batch, then weights after two steps, of this worker's share of the batches.
+    """Computes this worker's gradients of one batch, then its weights after two steps.
 
-    Features enter the gather transposed in memory, and their gradients come back so, as a fused kernel may
-    leave them.
+    Features enter the gather transposed in memory, and their gradients return so, as a fused kernel may leave
+    them.
     """
     rng = np.random.default_rng(seed)
     draw = tiny_batch if config(*overrides).train.input == "frames" else tiny_feature_batch
@@ -148,13 +148,13 @@ def run(
 
 
 def run_together(commands: Sequence[Sequence[str]], folder: Path, timeout_s: float, **options: Any) -> None:
-    """Runs the processes of some workers; one that fails ends all, with what it said.
+    """Runs the processes of several workers; if one fails, ends all and raises its output.
 
     Args:
-        commands: one a worker.
-        folder: for what they say.
-        timeout_s: that each may take.
-        options: of ``subprocess.Popen``.
+        commands: one command for each worker.
+        folder: folder for their output.
+        timeout_s: time limit for each, seconds.
+        options: options of ``subprocess.Popen``.
     """
     said = [folder / f"said-{rank}.txt" for rank in range(len(commands))]
     processes = []
@@ -171,7 +171,7 @@ def run_together(commands: Sequence[Sequence[str]], folder: Path, timeout_s: flo
 
 
 def nothing_to_do() -> str:
-    """What this worker is told where the first has no pair."""
+    """Returns the message to this worker if the first one has no pair."""
     try:
         rows_of(rank(), torch.device("cpu"))
     except GareError as error:
@@ -185,7 +185,7 @@ def _learner(seed: int, dtype: torch.dtype, *overrides: str) -> Learner:
     if config(*overrides).train.input == "features":
         model.drop_towers()
         assert model.adapters is not None
-        for parameter in model.adapters.parameters():  # at zero, their gradient would be that of the start
+        for parameter in model.adapters.parameters():  # with zeros their gradient would be that of the start
             torch.nn.init.normal_(parameter, std=0.1)
     model.to(dtype)
     _give_strided_features(model)
@@ -216,17 +216,17 @@ def _transposed(features: Tensor) -> Tensor:
 
 
 def torch_gather(local: Tensor, rows: Rows) -> Tensor:
-    """PyTorch's own differentiable gather, which permutes gradients that are not contiguous (2.13, gloo)."""
+    """Gathers with PyTorch's differentiable gather, which permutes non-contiguous gradients (2.13, gloo)."""
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(local, group=dist.group.WORLD))
 
 
 def shared_gradient() -> Tensor:
-    """Gradient of a tensor that is added to a gathered one, so that both get one gradient tensor."""
+    """Returns the gradient of a tensor added to a gathered one, so that both get one gradient tensor."""
     local = torch.ones(2, 3, requires_grad=True)
     other = torch.zeros(2 * world_size(), 3, requires_grad=True)
-    doubled = 2 * other  # made before the gather, so its backward runs after the gather's
+    doubled = 2 * other  # made before the gather, so that its backward runs after the gather's
     summed = gather(local, rows_of(2, torch.device("cpu"))) + doubled
     (summed * (1 + rank())).sum().backward()
     assert other.grad is not None
@@ -235,7 +235,7 @@ def shared_gradient() -> Tensor:
 
 
 def features_left() -> int:
-    """Gathered features of steps that are over and whose memory nobody has given back."""
+    """Counts gathered features of finished steps whose memory was not released."""
     alive: list[weakref.ref[Tensor]] = []
     gc.collect()
     gc.disable()
@@ -253,7 +253,7 @@ def features_left() -> int:
 
 
 def order_of_a_step(seed: int) -> list[str]:
-    """When frames travel in a step, and when texts are encoded, forward and backward."""
+    """Returns the order of events in a step: sending of frames and encoding of texts, both passes."""
     seen: list[str] = []
     learner = _learner(seed, torch.float32)
     encode_text = learner.model.encode_text
@@ -293,12 +293,12 @@ def order_of_a_step(seed: int) -> list[str]:
 
 
 def validate(seed: int, num_videos: int) -> dict[str, float]:
-    """Metrics of clips dealt out as the plan does; the model was training when the epoch ended."""
+    """Returns the metrics of clips shared out like the plan; the model was in training mode before."""
     torch.manual_seed(seed)
     model = GARE(tiny_config("model.clip.vocab_size=49408", "model.increment_dropout=0.9").model).train()
     assert model.increment is not None
     with torch.no_grad():
-        model.increment.mean.weight.mul_(50)  # so that dropout, were it on, would change the ranks
+        model.increment.mean.weight.mul_(50)  # so that active dropout would change the ranks
     validation = Validation(model, torch.device("cpu"))
     rng = np.random.default_rng(seed)
     frames = torch.from_numpy(rng.integers(0, 256, (num_videos, 4, 16, 16, 3), dtype=np.uint8))
@@ -310,7 +310,7 @@ def validate(seed: int, num_videos: int) -> dict[str, float]:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         clip = {"frames": frames[video : video + 1], "frame_mask": mask[video : video + 1]}
         validation.add([video], tensors | clip)
-    model.train()  # as it is on a worker that got no clip
+    model.train()  # as on a worker that got no clip
     return validation.metrics()
 
 

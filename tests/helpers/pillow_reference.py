@@ -1,4 +1,4 @@
-"""RandAugment's operations by Pillow, one picture and one operation at a time: the reference."""
+"""Reference implementation of RandAugment: one picture and one operation at a time, by Pillow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENHANCEMENTS = {
 
 
 def by_pillow(frames: np.ndarray, operations: Iterable[Operation]) -> np.ndarray:
-    """(F, H, W, 3) uint8 after the operations, each rounded to whole values as the released code does."""
+    """Applies the operations to (F, H, W, 3) uint8, rounding after each as the released code does."""
     out = []
     for frame in frames:
         image = Image.fromarray(frame)
@@ -43,7 +43,7 @@ def _changed(image: Image.Image, operation: Operation) -> Image.Image:
         case "Flip":
             return ImageOps.mirror(image)
         case "PosterizeIncreasing":
-            # No bit is kept at the highest level, which newer releases of Pillow refuse.
+            # The highest level keeps no bits, which newer releases of Pillow refuse.
             return ImageOps.posterize(image, arguments[0]) if arguments[0] else image.point(lambda _: 0)
         case "SolarizeIncreasing":
             return ImageOps.solarize(image, arguments[0])

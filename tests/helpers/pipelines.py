@@ -1,4 +1,4 @@
-"""The tiny benchmark and configuration of these tests, and commands run as a person runs them."""
+"""Tiny benchmark and configuration for pipeline tests, and functions that run commands like a user."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ TINY: dict[str, Any] = {
         "lr": 1e-3,
     },
     "cluster": {"num_cpus": 2, "train_workers": 2, "cpus_per_worker": 0.5},
-    # A process for each run that the tests pay for; test_watching has it on.
+    # They would start a process for each run; test_watching turns them on.
     "tracking": {"system_metrics": False},
 }
 STEPS = 24  # 8 epochs of 3
 
 
 def tiny(*overrides: str) -> Config:
-    """The tiny configuration with ``section.key=value`` overrides; outputs go below GARE_ROOT."""
+    """Returns the tiny configuration with ``section.key=value`` overrides; outputs go below GARE_ROOT."""
     return parse_config(TINY, overrides)
 
 
 def overrides_of(config: Config) -> list[str]:
-    """Every key of a configuration as an override, so that no file's values are left."""
+    """Returns every key of a configuration as an override, so that no value of a file remains."""
 
     def flatten(tree: Mapping[str, Any], prefix: str) -> list[str]:
         lines: list[str] = []
@@ -83,7 +83,7 @@ def overrides_of(config: Config) -> list[str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command leaves: exit status and both streams."""
+    """Result of a command: exit status and both streams."""
 
     status: int
     stdout: str
@@ -107,9 +107,9 @@ def in_process(
     *arguments: str,
     flags: Flags | None = None,
 ) -> Answer:
-    """A command as ``main`` runs it, in this process, which holds the tests' Ray."""
+    """Runs a command as ``main`` does, in this process, which shares the tests' Ray."""
     capsys.readouterr()
-    # pytest's handlers keep the command from adding its own.
+    # With pytest's handlers, the command would not add its own.
     handler = logging.StreamHandler(sys.stderr)
     logging.getLogger().addHandler(handler)
     try:
@@ -120,7 +120,7 @@ def in_process(
 
 
 def command(repository: Path, step: str, arguments: Sequence[str], **environment: str) -> Answer:
-    """``python pipelines/STEP.py`` as a process of its own."""
+    """Runs ``python pipelines/STEP.py`` as a process of its own."""
     done = subprocess.run(
         [sys.executable, f"pipelines/{step}.py", *arguments],
         cwd=repository,
@@ -134,13 +134,13 @@ def command(repository: Path, step: str, arguments: Sequence[str], **environment
 
 
 def losses(run_folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Points of every loss by name, from a run's record."""
+    """Returns the points of every loss by name, from a run's record."""
     steps = History.read(f"{run_folder}/history.json").steps
     return {name: points for name, points in steps.items() if not name.startswith("time/")}
 
 
 def snapshot(folder: str | Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of change of every file below a folder."""
+    """Returns content and modification time of every file below a folder."""
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(files)

@@ -13,12 +13,12 @@ from gare.model.encoders.temporal import TemporalTransformer
 
 
 def plain_temporal(temporal: TemporalTransformer, frames_FD: Tensor, mask_F: Tensor) -> Tensor:
-    """CLIP4Clip's: positions, pre-norm attention and MLP blocks, and the input added at the end.
+    """Computes CLIP4Clip's: positions, pre-norm attention and MLP blocks, and the input added at the end.
 
     Args:
-        temporal: whose weights are taken.
-        frames_FD: places of one clip.
-        mask_F: bool; a place without a frame is attended to by none, and has an output as any other.
+        temporal: module with the weights.
+        frames_FD: frame positions of one clip.
+        mask_F: bool; a position without a frame gets no attention, but has an output like any other.
     """
     x = frames_FD + temporal.positions.weight[: len(frames_FD)]
     for layer in temporal.blocks.layers:

@@ -1,4 +1,4 @@
-"""Plans of batches that a test names by their videos."""
+"""Training plans with batches given by their videos."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gare.train.input.plan import Plan, PlannedBatch
 
 
 def listed(batches: Sequence[Sequence[str]], captions: Sequence[Sequence[int]] | None = None) -> Listed:
-    """Training batches of videos, as a worker's plan lists them, with a caption of each or the first one."""
+    """Returns batches of videos as a worker's plan lists them, with the given captions or the first ones."""
     ids = sorted({video_id for batch in batches for video_id in batch})
     planned = tuple(
         PlannedBatch(

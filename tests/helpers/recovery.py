@@ -1,4 +1,4 @@
-"""Runs that are to be disturbed: where they are, who works on them, and what they must come to."""
+"""Helpers for training runs that are disturbed: their folders, their workers, and their expected result."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pipelines.training import worker as training
 from tests.helpers.pipelines import losses, tiny
 
 EPOCHS, STEPS = 16, 48
-#: Seconds from a fault until the run was beyond the step that it had reached, by fault; printed at the end.
+#: Seconds from a fault until the run passed the step reached before it, by fault; printed at the end.
 SECONDS: dict[str, list[float]] = {}
 PATIENCE_S = 600
 
 
 def recovering(run: str, *overrides: str) -> Config:
-    """A run of 48 steps, 3 an epoch, with a checkpoint whenever there is time for one."""
+    """Returns a run of 48 steps, 3 an epoch, that writes checkpoints as often as time allows."""
     return tiny(
         *(f"train.run={run}", f"train.epochs={EPOCHS}", "train.checkpoint_every_steps=1"),
         *("train.max_failures=3", *overrides),
@@ -42,24 +42,24 @@ def last_entry(folder: str | Path) -> Entry | None:
 
 
 def last_step(folder: str | Path) -> int:
-    """Of the last checkpoint; -1: there is none yet."""
+    """Returns the step of the last checkpoint; -1 if there is none yet."""
     entry = last_entry(folder)
     return entry.step if entry else -1
 
 
 def remember(measured: dict[str, list[float]]) -> None:
-    """Adds what another process of a test measured."""
+    """Adds measurements of another process of a test."""
     for fault, seconds in measured.items():
         SECONDS.setdefault(fault, []).extend(seconds)
 
 
 class Recovery(threading.Thread):
-    """Measures from now until a run is beyond a step.
+    """Thread that measures the time from now until a run passes a step.
 
     Args:
-        fault: by what name to report it.
-        folder: of the run.
-        step: of its last checkpoint.
+        fault: name of the fault in the report.
+        folder: folder of the run.
+        step: step of its last checkpoint.
     """
 
     def __init__(self, fault: str, folder: str | Path, step: int) -> None:
@@ -76,7 +76,7 @@ class Recovery(threading.Thread):
 
 
 def training_actors() -> list[dict[str, Any]]:
-    """Training workers that are alive, as the cluster that this process has joined knows them."""
+    """Returns the living training workers of the cluster that this process has joined."""
     import ray
 
     alive = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
@@ -84,7 +84,7 @@ def training_actors() -> list[dict[str, Any]]:
 
 
 def workers() -> list[psutil.Process]:
-    """Training workers of this process's own Ray; others may be at work on this machine."""
+    """Returns the training workers of this process's own Ray, not those of others on this machine."""
 
     def is_worker(process: psutil.Process) -> bool:
         try:
@@ -106,7 +106,7 @@ def send(processes: list[psutil.Process], what: str) -> None:
 def assert_as_undisturbed(
     result: dict[str, Any], calm: dict[str, Any], places: Layout, root: Path, folder: str
 ) -> None:
-    """Every loss of every step in the record, and every step that MLflow gets, once and with its value."""
+    """Asserts that every loss of every step is in the record and in MLflow, once and with its value."""
     assert losses(folder) == losses(places.run("calm"))
     for key in ("steps", "loss", "best_epoch", "val/t2v/R1"):
         assert result[key] == calm[key]

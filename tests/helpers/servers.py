@@ -1,4 +1,4 @@
-"""Servers of tests on this machine: S3 (moto), a web server that misbehaves, a proxy that drops."""
+"""Local test servers: S3 (moto), a web server with faults, a proxy that drops connections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CREDENTIALS = {
 
 @contextmanager
 def s3_server() -> Iterator[tuple[str, int]]:
-    """S3 by moto over real HTTP: host and port."""
+    """Yields host and port of an S3 server, moto over real HTTP."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -37,11 +37,11 @@ def s3_server() -> Iterator[tuple[str, int]]:
 
 
 class DroppingProxy:
-    """A TCP proxy that, when told, drops connections on connect and in the middle of bodies, both ways.
+    """TCP proxy that drops connections on request, on connect and in the middle of bodies, both ways.
 
     Args:
-        upstream: host and port.
-        seed: of what it drops, when.
+        upstream: host and port of the server.
+        seed: seed of the random drops.
     """
 
     def __init__(self, upstream: tuple[str, int], seed: int) -> None:
@@ -63,18 +63,18 @@ class DroppingProxy:
         return f"http://{self.address[0]}:{self.address[1]}"
 
     def disturb(self, drops: int, most_bytes: int = 100_000, share: float = 0.7) -> None:
-        """Drops that many connections, a share of all, at once or before ``most_bytes`` have passed."""
+        """Drops the given number of connections, a random share, at once or within ``most_bytes``."""
         with self._lock:
             self._drops_left, self._most_bytes, self._share = drops, most_bytes, share
             self.dropped = {"connect": 0, "body": 0}
 
     def refuse(self, word: str) -> None:
-        """Answers 503 to what is written to a path with this in it, as under load; empty: to nothing."""
+        """Answers 503 to writes to paths with this word, as under load; an empty word ends that."""
         self._refused_word = word.encode()
         self.refused = 0 if word else self.refused
 
     def when(self, request: str, action: Callable[[], None]) -> None:
-        """Calls this once, before the next request is passed on whose first line the pattern is found in."""
+        """Calls ``action`` once, before passing on the next request whose first line matches the pattern."""
         self._watched = (request, action)
 
     def _watch(self, data: bytes) -> None:
@@ -99,7 +99,7 @@ class DroppingProxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _plan(self) -> int | None:
-        """Bytes after which a new connection is dropped; None: never."""
+        """Returns the number of bytes after which a new connection is dropped; None for never."""
         with self._lock:
             if self._drops_left <= 0 or self._random.random() >= self._share:
                 return None
@@ -142,7 +142,7 @@ class DroppingProxy:
 def _answer_busy(client: socket.socket) -> None:
     client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
     client.shutdown(socket.SHUT_WR)
-    # Closed with the body unread, the answer would be lost in a reset.
+    # If the connection were closed with the body unread, a reset would discard the answer.
     client.settimeout(2)
     with contextlib.suppress(OSError):
         while client.recv(1 << 16):
@@ -151,24 +151,24 @@ def _answer_busy(client: socket.socket) -> None:
 
 
 def _reset(client: socket.socket) -> None:
-    # Closed with RST, as by a machine that went down, not by a server that was done.
+    # Closed with RST, as by a machine that went down, not by a server that has finished.
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
 
 
 @dataclass
 class Site:
-    """What a web server has and how it behaves.
+    """Content and behaviour of a web server.
 
     Attributes:
         files: content by path.
-        headers: more headers by path.
+        headers: additional headers by path.
         faults: answers given before the right one, in order: a status, or ``("cut", bytes)``.
-        ranges: whether it serves parts.
-        redirects: path → location.
+        ranges: True if it answers range requests.
+        redirects: location by path.
         asked: path with query and range of each request, in order.
         before: called before each answer.
-        drip_s: seconds between single bytes of a body; 0: sent at once.
+        drip_s: seconds between single bytes of a body; 0 to send it at once.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class Site:
 
 @contextmanager
 def web_server() -> Iterator[Site]:
-    """A web server on this machine."""
+    """Yields the site of a web server on this machine."""
     site, stopped = Site(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):

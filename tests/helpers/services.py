@@ -31,8 +31,8 @@ def free_port() -> int:
 
 
 def postgres_binaries() -> Path:
-    """The folder of ``initdb`` and ``postgres``: of the test dependency pgserver."""
-    # Not imported: its import makes folders in the home folder.
+    """Returns the folder of ``initdb`` and ``postgres``, from the test dependency pgserver."""
+    # Not imported, since its import creates folders in the home folder.
     from importlib.metadata import files
 
     [server] = [path for path in files("pgserver") or [] if str(path).endswith("bin/postgres")]
@@ -41,13 +41,13 @@ def postgres_binaries() -> Path:
 
 @contextmanager
 def postgres(password: str) -> Iterator[int]:
-    """A PostgreSQL with user and database ``mlflow`` behind a password; yields its port on 127.0.0.1."""
+    """Starts a PostgreSQL with password, user and database ``mlflow``; yields its port on 127.0.0.1."""
     binaries = postgres_binaries()
-    # A short path: it holds the socket.
+    # A short path, because it also holds the socket.
     folder = Path(tempfile.mkdtemp(prefix="gare-pg-", dir="/tmp"))
     port = free_port()
     (folder / "password").write_text(password)
-    # Nothing of the person's own settings, PGHOST or PGPASSWORD say.
+    # Without the user's own settings, such as PGHOST or PGPASSWORD.
     who = {"cwd": folder, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}}
     if os.geteuid() == 0:
         account = pwd.getpwnam(UNPRIVILEGED)
@@ -84,7 +84,7 @@ def postgres(password: str) -> Iterator[int]:
             _make_database(port, password, server, folder / "log")
             yield port
         finally:
-            # "Fast" shutdown: without waiting for those who are connected.
+            # "Fast" shutdown does not wait for connected clients.
             server.send_signal(signal.SIGINT)
             server.wait(60)
     finally:
@@ -113,7 +113,7 @@ def _make_database(port: int, password: str, server: subprocess.Popen[bytes], lo
 
 @contextmanager
 def s3() -> Iterator[str]:
-    """An S3 server, moto's, with the bucket ``gare``; yields its address."""
+    """Starts moto's S3 server with the bucket ``gare``; yields its address."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -152,7 +152,7 @@ class MlflowServer:
             "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
         }
         assert set(service["environment"]) == set(values)
-        # Its huey workers and uvicorn warn of their own doing.
+        # Its huey workers and uvicorn emit warnings of their own.
         self.environment = os.environ | values | {"MLFLOW_DISABLE_TELEMETRY": "true"}
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -176,7 +176,7 @@ class MlflowServer:
             time.sleep(0.2)
 
     def kill(self) -> None:
-        """What a machine that loses power does to it and to all that it started."""
+        """Kills the server and all its child processes, as a power failure would."""
         assert self.process
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

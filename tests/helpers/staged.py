@@ -1,4 +1,4 @@
-"""What one worker of test_stages does; run as a process: ``python -m tests.helpers.staged RANK FOLDER``."""
+"""One worker of test_stages; run as a process: ``python -m tests.helpers.staged RANK FOLDER``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gare.train.step import build_learner, train_step
 from tests.helpers.tiny import share, tiny_batch, tiny_config
 
 STEPS = 4
-#: Weights at which every term of the loss is on, as ``tests.helpers.tiny`` has them; diversity of all texts.
+#: Weights with every loss term on, as in ``tests.helpers.tiny``; diversity of all texts.
 FORMS = {
     "sharded": (),
     "everything": ("model.method=direct", "model.increment_dropout_per=pair"),
@@ -32,7 +32,7 @@ FORMS = {
 
 
 def train(*overrides: str, profiled: bool = False, trace: str = "") -> tuple[list[float], Any, list[float]]:
-    """Losses of a few steps, their profile, and their seconds."""
+    """Trains a few steps; returns their losses, their profile and their seconds."""
     from gare.model.gare import GARE
 
     config = tiny_config("train.batch_size=8", *overrides)
@@ -53,7 +53,7 @@ def train(*overrides: str, profiled: bool = False, trace: str = "") -> tuple[lis
 
 
 def traffic(*overrides: str) -> dict[str, int]:
-    """Bytes that a step gathers and reduces beside its gradients, and the calls."""
+    """Counts the bytes that a step gathers and reduces besides its gradients, and the calls."""
     counted: Counter[str] = Counter()
     gather, reduce = dist.all_gather, dist.all_reduce
 

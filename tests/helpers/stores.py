@@ -29,7 +29,7 @@ from gare.extract.comparison import compare
 
 
 def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dict[str, Any]:
-    """A row of a data part with these frames (at most F, H, W, 3) uint8."""
+    """Returns a row of a data part with these frames (at most F, H, W, 3) uint8."""
     count = len(frames)
     if extract.encoding == "jpeg":
         stored: Any = [encode_jpeg(frame, extract.jpeg_quality) for frame in frames]
@@ -62,7 +62,7 @@ def stored_row(extract: ExtractConfig, video_id: str, frames: np.ndarray) -> dic
 
 
 def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
-    """A row of a failures part; the file is at fault."""
+    """Returns a row of a failures part; the file is at fault."""
     return {
         "video_id": video_id,
         "uri": f"/videos/{video_id}.mp4",
@@ -80,7 +80,7 @@ def failure_row(video_id: str, attempts: int = 1) -> dict[str, Any]:
 
 
 def random_frames(extract: ExtractConfig, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Smooth random pictures, which JPEG keeps nearly; without a crop one side is longer by chance."""
+    """Draws smooth pictures, which JPEG nearly preserves; without a crop one side is randomly longer."""
     small = rng.integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
     height = width = size = extract.image_size
     if extract.crop == "none":
@@ -97,13 +97,13 @@ def describe_store(uri: str, extract: ExtractConfig, *, complete: bool = True) -
 def pending_rows(
     manifest: Manifest, store: str, *, retry_failed: bool, source: VideoSource | None = None
 ) -> list[dict[str, Any]]:
-    """What a run over these videos would do."""
+    """Returns the rows that a run over these videos would process."""
     versions = (source or LocalVideos()).stat([row.uri for row in manifest.rows])
     return list(compare(store, manifest.rows, versions, retry_failed=retry_failed).pending)
 
 
 def stored_values(uri: str) -> dict[str, dict[str, Any]]:
-    """Every value of every row that counts, by id."""
+    """Returns every value of every counting row, by id."""
     return {
         video_id: read_columns(part, None).slice(row, 1).to_pylist()[0]
         for video_id, (part, row) in ids_in_parts(uri, "data").items()
@@ -113,7 +113,7 @@ def stored_values(uri: str) -> dict[str, dict[str, Any]]:
 def write_store(
     uri: str, extract: ExtractConfig, ids: Sequence[str], rng: np.random.Generator, *, part: int = 3
 ) -> dict[str, np.ndarray]:
-    """A whole store; returns the frames of each clip."""
+    """Writes a whole store and returns the frames of each clip."""
     frames = {
         video_id: random_frames(extract, rng, int(rng.integers(1, extract.num_frames + 1)))
         for video_id in ids

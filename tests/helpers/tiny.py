@@ -1,4 +1,4 @@
-"""A model that is small enough for a test to train, and batches for it.
+"""A model small enough to train in a test, and batches for it.
 
 B pairs, F frames, W words.
 """
@@ -40,7 +40,7 @@ TREE: dict[str, Any] = {
         "temporal_heads": 2,
         "increment_heads": 2,
     },
-    # Weights at which no term drowns in another, and a bound that radii do not reach.
+    # Weights with which no term dominates, and a bound that radii do not reach.
     "loss": {
         "bottleneck_weight": 1e-2,
         "radii_weight": 0.5,
@@ -53,12 +53,12 @@ TREE: dict[str, Any] = {
 
 
 def tiny_config(*overrides: str) -> Config:
-    """The tiny configuration with ``section.key=value`` overrides."""
+    """Returns the tiny configuration with ``section.key=value`` overrides."""
     return parse_config(TREE, overrides)
 
 
 def moved_model(*overrides: str) -> GARE:
-    """The tiny model, in evaluation mode, away from its start, where much of ψ is too small to show."""
+    """Returns the tiny model in evaluation mode, moved away from its start, where much of ψ is near zero."""
     model = GARE(tiny_config(*overrides).model).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,7 +68,7 @@ def moved_model(*overrides: str) -> GARE:
 
 
 def tiny_batch(config: Config, rng: np.random.Generator) -> Batch:
-    """A random global batch: lengths of captions and clips vary, one clip has a single frame."""
+    """Draws a global batch: captions and clips vary in length, one clip has a single frame."""
     size, model = config.train.batch_size, config.model
     side = model.clip.image_size
     lengths = rng.integers(3, model.max_words + 1, size)
@@ -84,7 +84,7 @@ def tiny_batch(config: Config, rng: np.random.Generator) -> Batch:
 
 
 def tiny_feature_batch(config: Config, rng: np.random.Generator) -> FeatureBatch:
-    """As ``tiny_batch``, of stored features."""
+    """Draws a batch like ``tiny_batch``, of stored features."""
     batch, width = tiny_batch(config, rng), config.model.clip.embed_dim
     text, words, frames = (
         torch.from_numpy(rng.standard_normal((*shape, width), dtype=np.float32))
@@ -96,5 +96,5 @@ def tiny_feature_batch(config: Config, rng: np.random.Generator) -> FeatureBatch
 
 
 def share(batch: AnyBatch, rank: int, workers: int) -> AnyBatch:
-    """The rows of a global batch that a worker gets."""
+    """Returns a worker's rows of a global batch."""
     return batch[share_of(len(batch.frames), rank, workers)]

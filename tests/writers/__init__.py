@@ -1,1 +1,1 @@
-"""Jobs that write one store, stopped and woken between any two operations of its storage."""
+"""Model test of jobs that write one store and are stopped and resumed between any two storage operations."""

@@ -20,7 +20,7 @@ STORAGES = ("local", *S3Server.KINDS)
 
 
 def main() -> None:
-    """Reads the command line and runs it."""
+    """Parses the command line and runs the model test."""
     parser = argparse.ArgumentParser(prog="make model", description=__doc__)
     parser.add_argument("--where", choices=["all", "s3", *STORAGES], default="all", help="storages, in turn")
     parser.add_argument(
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=50, help="histories a round")
     parser.add_argument("--seed", type=int, default=secrets.randbits(31), help="of the first round; then + 1")
     words = parser.parse_args()
-    logging.disable(logging.CRITICAL)  # of what goes wrong in histories, by design
+    logging.disable(logging.CRITICAL)  # histories provoke errors on purpose
     storages = {"all": STORAGES, "s3": S3Server.KINDS}.get(words.where, (words.where,))
     started, histories = time.monotonic(), 0
     for number, storage in zip(itertools.count(words.seed), itertools.cycle(storages)):

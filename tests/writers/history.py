@@ -1,4 +1,4 @@
-"""A history of jobs on one store, with what must hold after each operation.
+"""A history of jobs on one store, with the invariants checked after each operation.
 
 The invariants are those of docs/design/store-writers.md.
 """
@@ -13,7 +13,7 @@ from tests.writers.scheduling import MOST_OPERATIONS, Actor, Machine, Process, S
 
 #: Operations that change something.
 CHANGES = ("rename", "link", "put", "conditional put", "delete")
-#: Longer than this a job has to be silent before another one takes its place.
+#: Seconds that a job must be silent before another one may take its place.
 _SILENT_S = 30.0
 
 
@@ -21,39 +21,39 @@ class History:
     """Runs jobs and checks the store after each operation that changes it.
 
     Args:
-        uri: the store, which is described already.
+        uri: the store, with its description written.
         storage: ``local``, or a kind of ``tests.writers.storage.S3Server``.
     """
 
     def __init__(self, uri: str, storage: str) -> None:
         self.uri = uri
-        #: Nobody who was taken over replaces a file that his successor has written.
+        #: True if a job that was taken over cannot replace a file written by its successor.
         self.is_conditional = storage == "kept"
-        #: Of several that create the same file one has done it.
+        #: True if only one of several jobs can create the same file.
         self.creates_once = storage in ("kept", "local")
         self.scheduler = Scheduler(self._after)
         self.runner = Runner(uri, self.scheduler)
         self.runner.on_entry, self.runner.on_finish = self._entered, self._finished
         self.readings: list[Reading] = []
         self.rows: dict[str, str] = {}
-        #: Notes of rows that ever counted, and of those that were written when their claim was gone.
+        #: Notes of rows that ever counted (``seen``), and of those written after their claim was gone.
         self.seen: set[str] = set()
         self.between: set[str] = set()
         #: Claims that were taken away by other jobs.
         self.taken: set[str] = set()
         self.newest = 0
-        #: What was written late where no condition can keep it off, and when; see the page.
+        #: File that was written late, where no condition can prevent it, and when; see the design page.
         self.late = ""
         self.late_at = 0
-        #: What happens to videos before the last run.
+        #: Changes of videos before the last run.
         self.at_last: dict[str, str] = {}
-        #: Of each video, whether its versions can be decoded.
+        #: For each video, if each of its versions can be decoded.
         self.kinds = {one: ["good"] for one in IDS}
 
-    # What happens.
+    # Events of a history.
 
     def change(self, video_id: str, kind: str) -> None:
-        """A video is replaced (by a good or a bad one) or removed."""
+        """Replaces a video (by a good or a bad one) or removes it."""
         version, _ = self.runner.collection[video_id]
         if kind != "gone":
             version = len(self.kinds[video_id])
@@ -61,7 +61,7 @@ class History:
         self.runner.collection[video_id] = (version, kind)
 
     def restore(self, video_id: str, back: int) -> None:
-        """A video comes back as it was so many versions ago."""
+        """Restores a video to its state some versions ago."""
         kinds = self.kinds[video_id]
         version = max(0, len(kinds) - 1 - back)
         self.runner.collection[video_id] = (version, kinds[version])
@@ -73,7 +73,7 @@ class History:
         return reading
 
     def finish(self, actor: Actor) -> None:
-        """Lets a thread go on to its end, with all that it waits for."""
+        """Runs a thread to its end, with all threads that it waits for."""
         for _ in range(MOST_OPERATIONS):
             if actor.is_over or not actor.process.runs:
                 return
@@ -81,14 +81,14 @@ class History:
         raise AssertionError(f"{actor.name} does not end: {actor.stop}")
 
     def through(self, kind: str, machine: Machine) -> Job:
-        """A command from its start to its end."""
+        """Runs a command from start to end."""
         job = self.runner.start(kind, self.runner.process(machine, 1))
         assert job.actor
         self.finish(job.actor)
         return job
 
     def until(self, job: Job, where: str) -> None:
-        """A command goes on until right before it changes such a file."""
+        """Runs a command until just before it changes a matching file."""
         assert job.actor
         for _ in range(MOST_OPERATIONS):
             assert not job.actor.is_over, f"{job.name} is through: {job.actor.error!r}"
@@ -98,12 +98,12 @@ class History:
         raise AssertionError(f"{job.name} does not come to {where}")
 
     def move(self, actor: Actor) -> int:
-        """A thread goes on by an operation, or those that it waits for do; how many went on."""
+        """Runs a thread, or those that it waits for, for one operation; returns how many operations ran."""
         workers = self.workers_of(actor)
         return self.scheduler.run(actor, 1) or sum(self.scheduler.run(one, 1) for one in workers)
 
     def workers_of(self, actor: Actor) -> list[Actor]:
-        """Threads that a thread may wait for."""
+        """Returns the threads that a thread may wait for."""
         job = self.runner.job_of(actor.process)
         processes = [*(job.workers if job else ()), actor.process]
         return [
@@ -113,7 +113,7 @@ class History:
         ]
 
     def end(self) -> None:
-        """Makes sure that one more run completes the store, and who wakes up after it changes nothing."""
+        """Checks that one more run completes the store, and that processes that wake later change nothing."""
         for one, kind in self.at_last.items():
             self.change(one, kind)
         sleepers = []
@@ -146,10 +146,10 @@ class History:
         assert found == good, f"{what} left versions {found} of {good}"
         assert read_meta(self.uri).complete, f"{what} left the store incomplete"
 
-    # What must hold.
+    # Invariants.
 
     def _entered(self, job: Job) -> None:
-        """Nobody has the number of another; who was awake all the time was not taken over."""
+        """Checks that no two jobs have the same number, and that no job was taken over while awake."""
         for other in self.runner.jobs:
             if other is job or not other.number:
                 continue
@@ -160,7 +160,7 @@ class History:
                 slept_s = other.process.longest_sleep_s
                 if other.process.asleep_since_s is not None:
                     slept_s = max(slept_s, self.scheduler.now_s - other.process.asleep_since_s)
-                # Else a sleeper may have written its generation over this one's, and taken it back.
+                # Otherwise a sleeper may have overwritten this job's generation, and taken that back.
                 assert slept_s > _SILENT_S or not self.creates_once, (
                     f"{job.name} took over from {other.name}, which was awake"
                 )
@@ -175,7 +175,7 @@ class History:
     def _after(self, actor: Actor, done: Stop) -> None:
         self.runner.operations += 1
         if done.what == "write" and actor.stop.what == "rename":
-            actor.stop.where = done.where  # where its file is to be
+            actor.stop.where = done.where  # the final location of its file
         if actor.is_over:
             self._ended(actor)
         job = self.runner.job_of(actor.process)
@@ -195,7 +195,7 @@ class History:
         self._look()
 
     def _changed_late(self, job: Job, where: str) -> None:
-        """It looks at the lock before each change, so that it makes one at most without knowing."""
+        """Checks that a job that lost the lock makes at most one change: it checks the lock before each."""
         job.late_changes += 1
         assert job.late_changes < 2 or job.process.faults, f"{job.name} has lost the lock and goes on"
         if not self.is_conditional and where.endswith(("/_META.json", "/_RETIRED.json")):
@@ -221,7 +221,7 @@ class History:
         raise AssertionError(f"{job.name} ended with {actor.error!r}") from actor.error
 
     def _look(self) -> None:
-        """Reads the store at once, as nobody does, and compares it with what was there before."""
+        """Reads the store in one step, as no reader can, and compares it with its state before."""
         self.newest = max(self.newest, newest_number(self.uri))
         try:
             found = rows_in_parts(self.uri, "data", ["note", "source_version"])
@@ -246,7 +246,7 @@ class History:
         self._complete_is_complete()
 
     def _nothing_vanishes(self, before: dict[str, str]) -> None:
-        """A row of the video as it is now goes on to count, unless the owner has seen another video."""
+        """Checks that rows of a video's current version keep counting, unless the owner saw another one."""
         owners = [job for job in self.runner.jobs if job.number == self.newest]
         for one, note in before.items():
             version, kind = self.runner.collection[one]
@@ -262,7 +262,7 @@ class History:
             assert self.runner.written[now].version == version, f"{now!r} counts in place of {note!r}"
 
     def _nothing_comes_back(self, before: dict[str, str], seen: set[str]) -> None:
-        """A row that counts anew is the owner's, or one of the video as it is again."""
+        """Checks that a row that starts to count is the owner's, or matches a video that came back."""
         owners = [job for job in self.runner.jobs if job.number == self.newest]
         for one, note in self.rows.items():
             if before.get(one) == note:
@@ -286,11 +286,11 @@ class History:
             if one not in self.rows:
                 assert one in failed, f"{one} is missing in a store that is complete"
             else:
-                # A file that is gone has no row, one that is bad may have had a good one before.
+                # A removed file has no row; a bad one may have had a good version before.
                 assert kind == "good", f"{one} counts, which is {kind}"
                 assert self.runner.written[self.rows[one]].version == version
 
 
 def _claim(job: Job) -> str:
-    """The name of a job's claim; one that nobody has where it has none."""
+    """Returns the name of a job's claim; if it has none, a name that no claim has."""
     return job.lock._location.rsplit("/", 1)[-1] if job.lock else "none"

@@ -33,24 +33,24 @@ STALE_S = 60.0
 PART_BYTES = 10**6
 _FRAMES = np.zeros((1, 8, 8, 3), np.uint8)
 
-#: Version of the file of each clip, and whether it can be decoded (good), not (bad), or is not there (gone).
+#: For each clip its file's version and state: decodable (good), not decodable (bad), missing (gone).
 Collection = dict[str, tuple[int, str]]
 
 
 @dataclass
 class Job:
-    """A command that somebody has started.
+    """A command that has been started.
 
     Attributes:
-        process: of its driver.
-        name: of the run.
+        process: process of its driver.
+        name: name of the run.
         kind: ``extract`` or ``compact``.
-        view: the collection as it looked last.
-        number: of its generation; 0: it has none.
-        began: operations of the history before it had the store.
+        view: the collection when the job last looked at it.
+        number: number of its generation; 0 if it has none.
+        began: number of the history's operations before it got the store.
         workers: processes that write its parts.
         actor: the driver's thread.
-        late_changes: what it changed after another job had begun a newer generation.
+        late_changes: number of changes made after another job had begun a newer generation.
     """
 
     process: Process
@@ -66,19 +66,19 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether its driver does nothing any more."""
+        """True if its driver does nothing any more."""
         return self.process.is_dead or (self.actor is not None and self.actor.is_over)
 
     @property
     def holds(self) -> bool:
-        """Whether it has got the lock and is not about to give it back."""
+        """True if it has the lock and is not about to release it."""
         ended: Any = self.lock._ended.is_set if self.lock else True
         return not self.is_over and not ended
 
 
 @dataclass
 class Row:
-    """A row of a data part, as it was written."""
+    """A written row of a data part."""
 
     video_id: str
     version: int
@@ -86,16 +86,16 @@ class Row:
 
 
 class Runner:
-    """Runs jobs on one store and keeps what they mean to have done.
+    """Runs jobs on one store and records what they intend to have done.
 
     Args:
         uri: the store.
-        scheduler: of the history.
+        scheduler: scheduler of the history.
 
     Attributes:
-        collection: the videos as they are now.
+        collection: current state of the videos.
         written: rows by their note.
-        completed: the collection as a run saw it that called the store complete, by its name.
+        completed: the collection as seen by a run that marked the store complete, by the run's name.
     """
 
     def __init__(self, uri: str, scheduler: Scheduler) -> None:
@@ -109,12 +109,12 @@ class Runner:
         self.on_finish: Callable[[Job], None] = lambda _: None
 
     def process(self, machine: Machine, pid: int) -> Process:
-        """A new process; it has the next free id if somebody has this one."""
+        """Creates a process, with the next free id if this one is taken."""
         taken = {one.pid for one in self.scheduler.processes if one.machine is machine and not one.is_dead}
         while pid in taken:
             pid += 1
         process = Process(machine, machine.boots, pid, start=int(self.scheduler.now_s * 100))
-        # Two that start in the same tick of one machine have different ids.
+        # Processes started in the same tick of one machine must have different ids.
         process.start += len(self.scheduler.processes)
         self.scheduler.processes.append(process)
         return process
@@ -128,14 +128,14 @@ class Runner:
         return job
 
     def job_of(self, process: Process) -> Job | None:
-        """The job whose driver this is."""
+        """Returns the job of a driver process."""
         return next((job for job in self.jobs if job.process is process), None)
 
     def _whole(self, job: Job, action: Callable[[Job], None]) -> None:
         try:
             action(job)
         finally:
-            # Its process id may be had by another one.
+            # Another process may have its process id by now.
             if not (job.actor and job.actor.is_doomed):
                 job.process.is_dead = True
 
@@ -177,7 +177,7 @@ class Runner:
             self.on_finish(job)
 
     def _decode(self, job: Job, comparison: Comparison, lock: StoreLock) -> None:
-        """Parts of two clips each, by workers on machines of their own, which die now and then."""
+        """Writes parts of two clips each, by workers on machines of their own, some of which die."""
         groups = [
             list(comparison.pending[first : first + 2]) for first in range(0, len(comparison.pending), 2)
         ]
@@ -187,7 +187,7 @@ class Runner:
             for place, actor in enumerate(actors):
                 if not _has_ended(actor):
                     continue
-                if not actor.is_over:  # died: tried again elsewhere
+                if not actor.is_over:  # died, so it is retried elsewhere
                     actors[place] = self._work(job, groups[place])
                     continue
                 del actors[place], groups[place]
@@ -232,19 +232,19 @@ def _has_ended(actor: Actor) -> bool:
 
 
 class Reading:
-    """A reader, as training is one: it looks once for all that counts.
+    """A reader, such as a training: it looks once for all rows that count.
 
     Args:
         uri: the store.
-        scheduler: of the history.
-        process: it runs in.
-        now: notes of the rows that count as it begins, by id.
+        scheduler: scheduler of the history.
+        process: process that it runs in.
+        now: notes of the rows that count when it begins, by id.
     """
 
     def __init__(self, uri: str, scheduler: Scheduler, process: Process, now: dict[str, str]) -> None:
         self.found: dict[str, str] | None = None
         self.compactions = 0
-        #: Of each id, notes of rows that counted at some moment since it began; empty: for a moment none did.
+        #: By id, notes of rows that have counted since it began; an empty note if none did for a while.
         self.seen: dict[str, set[str]] = {one: {now.get(one, "")} for one in IDS}
 
         def read() -> None:
@@ -254,16 +254,16 @@ class Reading:
         self.actor = scheduler.start(process, "reader", read)
 
     def note(self, now: dict[str, str]) -> None:
-        """Takes down what counts now."""
+        """Records the rows that count now."""
         for one in IDS:
             self.seen[one].add(now.get(one, ""))
 
     def check(self) -> None:
-        """Makes sure that what it has read was there."""
+        """Checks that the rows it has read were there."""
         if self.actor.error:
             if self.actor.process.faults:
                 return
-            # Three times in a row a part was merged between its listing and its reading.
+            # A part was merged between listing and reading three times in a row.
             assert isinstance(self.actor.error, DataError), repr(self.actor.error)
             assert self.compactions >= 3, f"a reader was stopped by {self.actor.error!r}"
             return

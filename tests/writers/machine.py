@@ -1,6 +1,6 @@
-"""The state machine of the store's writers, whose rules hypothesis draws and repeats.
+"""The state machine of the store's writers, whose rules hypothesis draws and replays.
 
-GARE_MODEL_STEPS is the most steps of a history.
+GARE_MODEL_STEPS is the maximum number of steps of a history.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.writers.storage import S3Server, install
 
 STEPS = int(os.environ.get("GARE_MODEL_STEPS", "25"))
 MOST_JOBS = 4
-#: More is made by nobody but who waits for a lock.
+#: Limit that only a job waiting for a lock can reach.
 MOST_OPERATIONS = 1500
 PLACES = ("/_META.json", "/_RETIRED.json", "/data/", "/failures/", "/generations/", "/lock/")
 KINDS = st.sampled_from(["good", "bad", "gone"])
@@ -40,7 +40,7 @@ _names = itertools.count()
 
 
 class Writers(RuleBasedStateMachine):
-    """Jobs on three machines, their workers on others, and readers."""
+    """State machine with jobs on three machines, their workers on others, and readers."""
 
     server: ClassVar[S3Server | None] = None
 
@@ -74,7 +74,7 @@ class Writers(RuleBasedStateMachine):
         if is_filled:
             self.history.through("extract", self.machines[0])
 
-    # Whom a rule is about.
+    # Threads and processes that a rule may pick.
 
     def _threads(self) -> list[Actor]:
         return [one for one in self.scheduler.actors if not one.is_over and one.process.runs]
@@ -110,7 +110,7 @@ class Writers(RuleBasedStateMachine):
         kind=JOBS, machine=st.integers(0, 2), changes=st.dictionaries(st.sampled_from(IDS), KINDS, max_size=2)
     )
     def job_comes_after_changes(self, kind: str, machine: int, changes: dict[str, str]) -> None:
-        """It and all others that are awake get as far as they can; of those asleep it takes the lock."""
+        """Starts a job that takes the lock from sleepers; all awake jobs run as far as they can."""
         for one, change in changes.items():
             self.history.change(one, change)
         job = self.runner.start(kind, self.runner.process(self.machines[machine], 1))
@@ -137,7 +137,7 @@ class Writers(RuleBasedStateMachine):
     @precondition(lambda self: self._threads())
     @rule(pick=PICK, where=st.sampled_from(PLACES), times=st.integers(1, 3))
     def process_falls_asleep_before_a_change(self, pick: int, where: str, times: int) -> None:
-        """Of such a file, after it has made sure that it may."""
+        """Stops a process just before it changes a matching file, after its check that it may."""
         self._fall_asleep_before(_one(self._threads(), pick), where, times)
 
     @precondition(lambda self: self._workers())
@@ -212,7 +212,7 @@ class Writers(RuleBasedStateMachine):
         for _ in range(MOST_OPERATIONS):
             if actor.is_over or not actor.process.runs:
                 return
-            # Its workers are elsewhere: they fall asleep with it where they write such a file.
+            # Its workers are on other machines: they fall asleep with it when they write a matching file.
             workers = self.history.workers_of(actor)
             ready = [one for one in (actor, *workers) if one.stop.what in CHANGES and where in one.stop.where]
             times -= bool(ready)
@@ -230,12 +230,12 @@ def _one(choices: list[Any], pick: int) -> Any:
 
 
 def run_machine(number: int, examples: int, server: S3Server | None = None) -> None:
-    """Runs so many histories, drawn from a seed.
+    """Runs a number of histories, drawn from a seed.
 
     Args:
         number: the seed.
-        examples: histories.
-        server: S3; None: local files.
+        examples: number of histories.
+        server: S3 server; None for local files.
     """
     options = settings(
         max_examples=examples,

@@ -1,7 +1,7 @@
-"""Processes whose threads stop at each operation of the storage, until somebody lets them go on.
+"""Processes whose threads stop at each storage operation until they are told to go on.
 
-Of all threads one runs at a time, so that a history is the same whenever it is repeated. A process that dies
-is never woken again: nothing of it is cleaned up, as after a loss of power.
+Only one thread runs at a time, so that a history is the same whenever it is repeated. A process that dies is
+never woken again: it cleans up nothing, as after a power failure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Operations after which a thread that does not come to its end hangs.
+#: Number of operations after which a thread that has not ended is taken to hang.
 MOST_OPERATIONS = 20_000
 
 
@@ -23,12 +23,12 @@ class HistoryOverError(BaseException):
 
 @dataclass
 class Machine:
-    """A computer with a clock of its own, which may be set.
+    """A computer with its own clock, which may be set.
 
     Attributes:
-        name: of the machine.
-        boots: times that it was started.
-        offset_s: of its clock of the day.
+        name: name of the machine.
+        boots: number of times that it was started.
+        offset_s: offset of its wall clock, seconds.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Process:
     """A process of a machine.
 
     Attributes:
-        machine: where it runs.
-        boot: of the machine.
-        pid: process id, which another one may get once it has ended.
+        machine: machine that it runs on.
+        boot: boot number of the machine.
+        pid: process id, which may be reused once the process has ended.
         start: ticks from the start of the machine to that of the process.
-        is_dead: whether it was killed or has ended.
-        asleep_since_s: since when it does not run; None: it runs.
-        lost_s: seconds that its steady clock lacks, since its machine was suspended.
-        longest_sleep_s: the longest time that it did not run.
-        faults: how many of its operations failed.
+        is_dead: True if it was killed or has ended.
+        asleep_since_s: time since which it has been asleep; None if it runs.
+        lost_s: seconds that its monotonic clock lags behind, because its machine was suspended.
+        longest_sleep_s: its longest sleep.
+        faults: number of its operations that failed.
     """
 
     machine: Machine
@@ -64,19 +64,19 @@ class Process:
 
     @property
     def runs(self) -> bool:
-        """Whether it is neither dead nor asleep."""
+        """True if it is neither dead nor asleep."""
         return not self.is_dead and self.asleep_since_s is None
 
 
 @dataclass
 class Stop:
-    """The operation before which a thread waits.
+    """The operation before which a thread is waiting.
 
     Attributes:
         what: name of the operation.
         where: the file, or empty.
-        due_s: time at which it goes on by itself.
-        is_ready: whether it goes on before that.
+        due_s: time at which it continues by itself.
+        is_ready: returns True if it may continue before that.
     """
 
     what: str
@@ -101,12 +101,12 @@ class Actor:
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for time or for another thread, not for the storage."""
+        """True if it waits for time or for another thread, not for the storage."""
         return self.stop.what in ("sleep", "wait", "join")
 
 
 class Scheduler:
-    """Lets threads go on one operation at a time, and counts the seconds that they wait."""
+    """Runs threads one operation at a time, and counts the seconds that they wait."""
 
     def __init__(self, after: Callable[[Actor, Stop], None]) -> None:
         self.now_s = 1000.0
@@ -121,7 +121,7 @@ class Scheduler:
     # Called by threads.
 
     def stop(self, what: str, where: str = "", due_s: float = math.inf, ready: Any = None) -> str:
-        """Waits until it may go on; the kind of fault that the operation is to have, mostly none."""
+        """Waits until the thread may go on; returns the operation's kind of fault, empty in most cases."""
         actor = self.current
         if actor is None or threading.current_thread() is not actor.thread:
             return ""
@@ -138,10 +138,10 @@ class Scheduler:
         return fault
 
     def operation(self, what: str, where: str) -> str:
-        """Waits before an operation of the storage, which may fail.
+        """Waits before a storage operation, which may fail.
 
         Raises:
-            OSError: where it is to fail.
+            OSError: if the operation is to fail.
         """
         fault = self.stop(what, where)
         if fault == "fails":
@@ -150,13 +150,13 @@ class Scheduler:
 
     @property
     def process(self) -> Process | None:
-        """The process that runs now; None outside of all."""
+        """The process that runs now; None if none does."""
         return self.current.process if self.current else None
 
-    # Called by who makes the history.
+    # Called by the history.
 
     def start(self, process: Process, name: str, action: Callable[[], None]) -> Actor:
-        """A new thread, which has not begun yet."""
+        """Creates a thread that has not begun yet."""
         actor = Actor(process, name)
 
         def run() -> None:
@@ -176,7 +176,7 @@ class Scheduler:
         return actor
 
     def run(self, actor: Actor, operations: int) -> int:
-        """Lets a thread go on for so many operations; how many it made before it ended or had to wait."""
+        """Runs a thread for some operations; returns how many it made before it ended or had to wait."""
         for done in range(operations):
             if actor.is_over or not actor.process.runs:
                 return done
@@ -188,7 +188,7 @@ class Scheduler:
         return operations
 
     def advance(self, until_s: float, but: Actor | None = None) -> None:
-        """Lets time pass, in which claims of processes that run are renewed, but for one."""
+        """Advances the time; running processes renew their claims, except for ``but``."""
         while True:
             others = [one for one in self.renewers if one is not but]
             late = [one for one in others if one.stop.due_s <= until_s or not one.waits]
@@ -211,7 +211,7 @@ class Scheduler:
         process.asleep_since_s = self.now_s
 
     def wake(self, process: Process, *, was_machine: bool) -> None:
-        """Wakes a process up; where its machine had slept too, its steady clock had stopped."""
+        """Wakes a process; if its machine slept too, its monotonic clock had stopped."""
         assert process.asleep_since_s is not None
         slept_s = self.now_s - process.asleep_since_s
         process.longest_sleep_s = max(process.longest_sleep_s, slept_s)
@@ -219,7 +219,7 @@ class Scheduler:
         process.asleep_since_s = None
 
     def kill(self, process: Process) -> None:
-        """Ends a process where it is."""
+        """Kills a process at its current operation."""
         process.is_dead = True
 
     def end(self) -> None:

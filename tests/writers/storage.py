@@ -1,7 +1,7 @@
-"""Puts stops before each operation of a storage, and clocks and processes that a history sets.
+"""Replaces storage, clocks and processes so that threads stop before each storage operation.
 
-What is not replaced is the code under test: all of gare.storage and gare.data. Parts are read one after the
-other, so that a history is the same whenever it is repeated.
+The code under test, all of gare.storage and gare.data, is not replaced. Parts are read one after the other,
+so that a history is the same whenever it is repeated.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ EPOCH_S = 1.7e9
 
 
 def install(patch: pytest.MonkeyPatch, scheduler: Scheduler, server: S3Server | None = None) -> None:
-    """Replaces what gare asks of the system.
+    """Replaces the system calls that gare uses.
 
     Args:
-        patch: undoes it.
-        scheduler: of the history.
-        server: S3; None: local files.
+        patch: undoes the replacements.
+        scheduler: scheduler of the history.
+        server: S3 server; None for local files.
     """
     _replace_clocks(patch, scheduler)
     _replace_processes(patch, scheduler)
     patch.setattr(parts, "ThreadPoolExecutor", _OneByOne)
-    # Fewer looks before a claim is void.
+    # Longer polling, so fewer checks before a claim expires.
     patch.setattr(lock, "_POLL_S", 5.0)
     if server:
         server.install(patch, scheduler)
@@ -51,7 +51,7 @@ def install(patch: pytest.MonkeyPatch, scheduler: Scheduler, server: S3Server | 
 
 
 class _OneByOne:
-    """Does in turn what a pool does at once."""
+    """Thread pool that runs its tasks one after the other."""
 
     def __init__(self, threads: int) -> None:
         del threads
@@ -213,10 +213,10 @@ def _replace_local_files(patch: pytest.MonkeyPatch, scheduler: Scheduler) -> Non
 
 
 class S3Server:
-    """A server of S3 that takes conditions, refuses them, or takes no notice of them.
+    """S3 server that honours, refuses or ignores conditional requests.
 
     Args:
-        host: with its port.
+        host: host with port.
         conditions: ``kept``, ``refused`` or ``unseen``.
     """
 
@@ -236,14 +236,14 @@ class S3Server:
                 self.client.delete_object(Bucket=bucket, Key=entry["Key"])
 
     def install(self, patch: pytest.MonkeyPatch, scheduler: Scheduler) -> None:
-        """See ``install`` of this module."""
+        """Installs the server, as the function ``install`` does."""
         client, written = self.client, dict[str, tuple[int, bytes]]()
 
         def note(path: str, data: bytes) -> None:
             written[path] = _storage_ns(scheduler), data
 
         class Stream:
-            """An upload, of which nothing is to be seen before its last request."""
+            """An upload that becomes visible only with its last request."""
 
             def __init__(self, path: str) -> None:
                 self._path, self._data = path, b""
@@ -254,12 +254,12 @@ class S3Server:
             def close(self) -> None:
                 scheduler.operation("put", self._path)
                 bucket, _, key = self._path.partition("/")
-                # One request in place of three, the first two of which nobody sees.
+                # One request instead of three, the first two of which are invisible to others.
                 client.put_object(Bucket=bucket, Key=key, Body=self._data)
                 note(self._path, self._data)
 
         class Objects(pafs.S3FileSystem):
-            """The server for jobs; between two operations of theirs all is told from what was written."""
+            """File system of jobs; between two of their operations it answers from what was written."""
 
             def get_file_info(self, what: Any) -> Any:
                 scheduler.operation("look", str(getattr(what, "base_dir", what)))
@@ -268,7 +268,7 @@ class S3Server:
                 found = super().get_file_info(what)
                 if isinstance(found, list) or found.type != pafs.FileType.File:
                     return found
-                # S3 counts in seconds.
+                # S3 has times in whole seconds.
                 second = written[found.path][0] // 10**9
                 return pafs.FileInfo(found.path, found.type, mtime_ns=second * 10**9, size=found.size)
 
@@ -283,7 +283,7 @@ class S3Server:
                     return pa.BufferReader(written[path][1])
                 scheduler.operation("read", path)
                 opened = super().open_input_file(path)
-                # What is open may be gone before it is read.
+                # An open object may be deleted before it is read.
                 scheduler.operation("read on", path)
                 return opened
 
@@ -304,7 +304,7 @@ class S3Server:
                 asked = {name: asked[name] for name in ("Bucket", "Key", "Body")}
             done = client.put_object(**asked)
             note(path, asked["Body"])
-            if fault == "answer lost":  # and the same request made again
+            if fault == "answer lost":  # so the client repeats the request
                 done = client.put_object(**asked)
             return done
 
@@ -318,7 +318,7 @@ class S3Server:
 
 @contextmanager
 def serve(conditions: str) -> Iterator[S3Server]:
-    """A server with the empty bucket ``videos``, to which the environment leads."""
+    """Yields a server with the empty bucket ``videos``; the environment points to it."""
     with s3_server() as (host, port), pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
             patch.delenv(name, raising=False)
@@ -329,13 +329,13 @@ def serve(conditions: str) -> Iterator[S3Server]:
         server = S3Server(f"{host}:{port}", conditions)
         server.client.create_bucket(Bucket="videos")
         yield server
-        # All servers of a process have the same objects.
+        # All moto servers of a process share their objects.
         server.empty("videos")
         server.client.delete_bucket(Bucket="videos")
 
 
 def _look_up(written: Mapping[str, tuple[int, bytes]], what: Any) -> Any:
-    """As an object store's ``get_file_info``, but for folders."""
+    """Answers like an object store's ``get_file_info``, except for folders."""
     if isinstance(what, str):
         kind = pafs.FileType.File if what in written else pafs.FileType.NotFound
         return pafs.FileInfo(what, kind, size=len(written[what][1]) if what in written else None)

@@ -23,14 +23,14 @@ from tests.benchmarks.gpu.parts import CONFIGURATION, PARTS, Part, is_there, lac
 
 LEAST_TORCH, LEAST_PYTHON = (2, 11), (3, 11)
 REPOSITORY = Path(__file__).resolve().parents[3]
-#: Share of the time that is kept for ends.
+#: Share of the time that is reserved for shutting down.
 RESERVE = 0.05
-#: Exit status: a part failed; the machine or the command line does not allow a run.
+#: Exit statuses: a part failed; the machine or the command line does not allow a run.
 FAILED, REFUSED = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the parts that are asked for; returns the exit status."""
+    """Runs the requested parts; returns the exit status."""
     options = _parser().parse_args(arguments)
     parts = [part for part in PARTS if part.name in options.parts]
     if reason := _refusal(options, parts):
@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace, parts: Sequence[Part], configuration: Any)
     if missing:
         costs = "; ".join(f"{package}: {', '.join(names)}" for package, names in missing.items())
         say(f"packages that are not installed, and the parts that they cost: {costs}")
-    # What is left of a part when its time is over, and the way out, take some of it, too.
+    # Work that a part has not finished at its deadline, and shutting down, need some of the time.
     deadline = began + 60 * options.minutes * (1 - RESERVE)
     runnable = [part for part in parts if not lacking(part, missing)]
     for part in parts:
@@ -151,7 +151,7 @@ def _run(options: argparse.Namespace, parts: Sequence[Part], configuration: Any)
         except OutOfTimeError as error:
             found = {"left_out": str(error)}
             say(f"  left out: {error}")
-        except Exception as error:  # the parts after it are measured all the same
+        except Exception as error:  # the following parts are measured anyway
             traceback.print_exc()
             found = {"error": f"{type(error).__name__}: {error}"}
         bench.found[part.name] = found | {"seconds": time.perf_counter() - started}
@@ -174,7 +174,7 @@ def _configuration(options: argparse.Namespace) -> Any:
         from gare.config import parse_config
         from tests.helpers.tiny import TREE
 
-        # What the parts measure beside it: augmented clips, the optimiser of the configuration.
+        # Settings that some parts need in addition: augmented clips, the configured optimiser.
         changes = ["augment.operations=4", "train.optimizer=bert_adam", *options.set]
         return parse_config(TREE, changes)
     from gare.config import load_config

@@ -1,4 +1,4 @@
-"""State and tools that all parts share: device, time that is left, timing, peaks of memory."""
+"""State and tools shared by all parts: device, remaining time, timing, peak memory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Bench:
     """A run of the benchmark.
 
     Attributes:
-        device: that is measured.
-        tiny: whether sizes are those of a test.
-        seed: that random data and weights are drawn from.
-        loaded: the configuration; None where no part reads it.
-        found: what the parts before found, by name.
-        ends_at: when the running part is to end, by ``time.perf_counter``.
+        device: device to measure.
+        tiny: True for the sizes of a test.
+        seed: seed of random data and weights.
+        loaded: the configuration; None if no part reads it.
+        found: results of earlier parts, by name.
+        ends_at: deadline of the running part, on ``time.perf_counter``.
     """
 
     device: torch.device
@@ -46,32 +46,32 @@ class Bench:
 
     @property
     def is_gpu(self) -> bool:
-        """True on a GPU."""
+        """True if the device is a GPU."""
         return self.device.type == "cuda"
 
     def left_s(self) -> float:
-        """Seconds that the part has left."""
+        """Returns the seconds that the part has left."""
         return max(self.ends_at - time.perf_counter(), 0.0)
 
     def generator(self) -> torch.Generator:
-        """Random numbers of the device, the same in every run with this seed."""
+        """Returns a random generator on the device, the same in every run with this seed."""
         return torch.Generator(self.device).manual_seed(self.seed)
 
     def memory_bytes(self) -> int:
-        """Memory that tensors can still be given."""
+        """Returns the memory that is available for tensors, bytes."""
         if not self.is_gpu:
-            return 2**62  # tiny sizes alone run on a CPU
+            return 2**62  # only tiny sizes run on a CPU
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def reset_peak(self) -> None:
-        """Gives back what nothing holds and forgets earlier peaks."""
+        """Releases unused memory and resets the peak."""
         if self.is_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_gb(self) -> float:
-        """The largest memory of tensors since then, GB; on a CPU the largest of the process so far."""
+        """Returns the peak memory of tensors since the reset, GB; on a CPU the peak of the process."""
         if self.is_gpu:
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -79,11 +79,11 @@ class Bench:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call.
+    """Median time of a call.
 
     Attributes:
         seconds: the median.
-        runs: that it is the median of.
+        runs: number of timed calls.
     """
 
     seconds: float
@@ -91,11 +91,11 @@ class Timing:
 
 
 class OutOfTimeError(Exception):
-    """The part's time is over before anything is measured."""
+    """The part's time ran out before anything was measured."""
 
 
 def once(bench: Bench, call: Callable[[], object]) -> float:
-    """Seconds of one call: by the device's own clock on a GPU."""
+    """Returns the seconds of one call, by the device's own clock on a GPU."""
     if not bench.is_gpu:
         started = time.perf_counter()
         call()
@@ -112,14 +112,14 @@ def once(bench: Bench, call: Callable[[], object]) -> float:
 def seconds_of(
     bench: Bench, call: Callable[[], object], *, budget_s: float = 1.0, most: int = 50, warm_up: int = 2
 ) -> Timing:
-    """Median seconds of a call, after calls that are not counted.
+    """Returns the median seconds of a call, after a warm-up.
 
     Args:
         bench: the run.
-        call: that is measured.
-        budget_s: seconds for all calls. One that alone takes longer is made once, and counts.
-        most: calls that are counted at most.
-        warm_up: calls that are not.
+        call: the call to measure.
+        budget_s: time limit for all calls, seconds. A call that takes longer is made once, and counts.
+        most: maximum number of timed calls.
+        warm_up: number of calls before them.
     """
     began = time.perf_counter()
     budget_s = min(budget_s, bench.left_s())
@@ -136,17 +136,17 @@ def seconds_of(
 
 
 def if_memory_suffices(bench: Bench, call: Callable[[], Any]) -> Any:
-    """The call's result, or None where the device has too little memory for it."""
+    """Returns the call's result, or None if the device has too little memory for it."""
     try:
         return call()
     except torch.OutOfMemoryError:
         pass
-    # Here, because the exception holds all that its frames hold.
+    # Outside the handler, because the exception keeps alive all that its frames hold.
     bench.reset_peak()
     return None
 
 
 def say(text: str) -> None:
-    """A line for a person."""
+    """Prints a line on stderr."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

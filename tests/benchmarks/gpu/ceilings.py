@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def measure(bench: Bench) -> Row:
-    """TFLOP/s of matrix products by kind of number, GB/s of copies."""
+    """Measures TFLOP/s of matrix products by precision, and GB/s of copies."""
     side = 256 if bench.tiny else 8192
     products, generator = {}, bench.generator()
     for name, dtype, precision in (
@@ -35,7 +35,7 @@ def measure(bench: Bench) -> Row:
 
 
 def _copies(bench: Bench) -> dict[str, float]:
-    """GB/s: on the device counted as read and written, from the host once."""
+    """Measures GB/s of copies: on the device counting reads and writes, from the host counting once."""
     size = 2**20 if bench.tiny else 2 * GIB
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""A frame store of generated clips with pictures that JPEG finds about as hard as those of real videos.
+"""A frame store of generated clips whose pictures are about as hard for JPEG as real videos.
 
 F frames, H×W pixels.
 """
@@ -15,12 +15,12 @@ from gare.data.images import encode_jpeg
 from gare.data.store.contents import frame_schema, write_part
 from tests.helpers.stores import describe_store, stored_row
 
-#: Pictures that are drawn; clips take theirs from these, since drawing and encoding take longest.
+#: Number of pictures drawn; clips share them, since drawing and encoding take longest.
 PICTURES = 48
 
 
 def write_clips(uri: str, extract: ExtractConfig, ids: Sequence[str], rng: np.random.Generator) -> None:
-    """A whole store of JPEG clips, each of as many frames as clips have at most."""
+    """Writes a complete store of JPEG clips, each with the maximum number of frames."""
     jpegs = [
         encode_jpeg(_picture(rng, extract.image_size), extract.jpeg_quality)
         for _ in range(min(PICTURES, len(ids) * extract.num_frames))
@@ -39,7 +39,7 @@ def write_clips(uri: str, extract: ExtractConfig, ids: Sequence[str], rng: np.ra
 
 
 def _picture(rng: np.random.Generator, size_px: int) -> np.ndarray:
-    """Random areas, edges between them and grain: some 25 kB at 224 px and quality 95."""
+    """Draws random areas with edges and grain: some 25 kB at 224 px and quality 95."""
     coarse = rng.integers(0, 256, (size_px // 8, size_px // 8, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((size_px, size_px), Image.Resampling.BICUBIC)
     grain = rng.normal(0, 3, (size_px, size_px, 1))

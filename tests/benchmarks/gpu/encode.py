@@ -16,14 +16,14 @@ from tests.benchmarks.gpu.step import build_model
 from tests.benchmarks.size import multiply_adds
 
 PRECISIONS = ("float32", "tf32", "bf16")
-#: Beside autocast, which casts the weights at each call and was all that feature stores had.
+#: Variants compared with autocast, which casts the weights at each call and was used for stores before.
 CAST, COMPILED = "weights cast once", "weights cast once, compiled"
 VARIANTS = (CAST, COMPILED)
 
 
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Matrix products in a precision: float32, tf32 or bf16 (autocast)."""
+    """Sets the precision of matrix products: float32, tf32 or bf16 (autocast)."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -33,7 +33,7 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def measure(bench: Bench) -> Row:
-    """Frames a second and TFLOP/s by precision, then in bf16 with weights cast once, and compiled as well."""
+    """Measures frames/s and TFLOP/s by precision, then in bf16 with weights cast once, and compiled too."""
     model = build_model(bench, bench.config).eval()
     towers, side = model.towers, bench.config.model.clip.image_size
     assert isinstance(towers, ClipTowers)
@@ -47,7 +47,7 @@ def measure(bench: Bench) -> Row:
         row: Row = {"precision": precision} | ({"variant": variant} if variant else {})
         try:
             ready, cold_start = _prepared(bench, towers, variant, frames)
-        except ConfigError as error:  # no compiler
+        except ConfigError as error:  # there is no compiler
             row["left_out"] = str(error)
         else:
             row |= cold_start | _row(bench, ready, precision, frames, operations, len(kinds) - len(rows))
@@ -64,7 +64,7 @@ def measure(bench: Bench) -> Row:
 def _prepared(
     bench: Bench, towers: ClipTowers, variant: str, frames: torch.Tensor
 ) -> tuple[ClipTowers, dict[str, float]]:
-    """The towers as a variant has them, and the seconds that compiling took."""
+    """Prepares the towers for a variant; returns them and the seconds of compiling."""
     if not variant:
         return towers, {}
     ready = cast_once(towers, torch.bfloat16)
@@ -83,7 +83,7 @@ def _prepared(
 def _row(
     bench: Bench, towers: ClipTowers, precision: str, frames: torch.Tensor, operations: float, left: int
 ) -> Row:
-    """Numbers of one row, with fewer frames where memory does not suffice; ``left`` rows share the time."""
+    """Measures one row, with fewer frames if memory does not suffice; ``left`` rows share the time."""
     bench.reset_peak()
     count, timing = len(frames), None
     while timing is None and count:

@@ -1,6 +1,6 @@
-"""Evaluation on the device: ranks of a gallery in both directions, best candidates and 95 % intervals.
+"""Evaluation on the device: ranks in both directions, best candidates and 95 % intervals.
 
-Features are given and lie on the device, as they do after an encoder there.
+Features are given on the device, as an encoder there leaves them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from gare.retrieval.results.files import intervals_of
 from tests.benchmarks.gpu.bench import Bench, Row, say
 from tests.benchmarks.gpu.head import build_head, features
 
-#: Texts and videos of the gallery, and of one that is ranked before, so that kernels are loaded.
+#: Numbers of texts and videos of the gallery, and of a smaller one that is ranked first as a warm-up.
 SIZE, WARM = 10_000, 256
 TINY_SIZE, TINY_WARM = 70, 16
 
 
 def measure(bench: Bench) -> Row:
-    """Seconds of ranking and of the intervals, and GB at the peak."""
+    """Measures seconds of ranking and of the intervals, and peak GB."""
     sizes = (TINY_WARM, TINY_SIZE) if bench.tiny else (WARM, SIZE)
     for size in sizes:
         row = _ranked(bench, size)

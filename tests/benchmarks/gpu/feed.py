@@ -1,4 +1,4 @@
-"""Loaded batches on their way to the device: what they cost the thread that copies and the one that steps."""
+"""Transfer of loaded batches to the device: cost for the copying thread and for the training thread."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gare.train.input.loader import Arrays
 from gare.train.input.plan import PlannedBatch
 from tests.benchmarks.gpu.bench import Bench, Row, say
 
-#: Batches that load kernels and take memory.
+#: Number of first batches that are not counted: they load kernels and allocate memory.
 LEFT_OUT = 3
 
 
 def measure(bench: Bench) -> Row:
-    """Milliseconds a clip of both threads and of the device, for squares and for whole frames."""
+    """Measures ms per clip of both threads and of the device, for squares and for whole frames."""
     clips, frames, side = (4, 2, 16) if bench.tiny else (128, 12, 224)
     step_s = 0.01 if bench.tiny else 0.3
     found: Row = {"clips": clips, "frames": frames, "image_px": side, "ms_per_clip": {}}
@@ -48,7 +48,7 @@ def measure(bench: Bench) -> Row:
 def random_chunk(
     rng: np.random.Generator, clips: int, frames: int, sizes: Sequence[tuple[int, int]], *, whole: bool
 ) -> Arrays:
-    """A batch as a loader hands it over, of clips that take these sizes in turn."""
+    """Draws a batch as a loader returns it, with clips that take these sizes in turn."""
     chunk: Arrays = {
         "frame_mask": np.ones((clips, frames), np.bool_),
         "token_ids": rng.integers(0, 49408, (clips, 32)).astype(np.int32),
@@ -65,7 +65,7 @@ def random_chunk(
 
 
 def finish_of(config: Config) -> Finish:
-    """Does on the device what training does there, on a CPU as well."""
+    """Returns the function that does on the device what training does there, also on a CPU."""
     source = FrameInput(config, "")
 
     def finish(place: int, tensors: Tensors) -> Tensors:
@@ -79,14 +79,14 @@ def finish_of(config: Config) -> Finish:
 def ms_of_a_clip(
     device: torch.device, chunk: Arrays, finish: Finish, step_s: float, batches: int = 10
 ) -> dict[str, float]:
-    """Medians over batches that are all the same chunk.
+    """Returns medians over a number of batches, all of which are the same chunk.
 
     Args:
-        device: where to; on a GPU the feed has a thread and a stream of its own, and here on a CPU a thread.
-        chunk: a whole batch, as a loader hands it over.
-        finish: what is done on the device.
-        step_s: that a step takes, in which the next batch is brought.
-        batches: that are brought.
+        device: destination; on a GPU the feed has its own thread and stream, on a CPU its own thread.
+        chunk: a whole batch, as a loader returns it.
+        finish: function for the work on the device.
+        step_s: seconds of a step, during which the next batch is transferred.
+        batches: number of batches.
     """
     size = len(chunk["frame_mask"])
     parts: dict[str, list[float]] = {"step_thread": [], "copying_thread": []}

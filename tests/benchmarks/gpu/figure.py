@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-#: Form, what the legend calls it, colour.
+#: Form, its name in the legend, its colour.
 FORMS = (
     ("direct", "direct form, dropout of each pair", "#b3462c"),
     ("plain", "factorised, plain operations", "#8fb4d3"),
@@ -24,11 +24,11 @@ STYLES = ("-", "--", ":")
 
 
 def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Milliseconds, and GB at the peak, against the batch; both axes logarithmic.
+    """Draws milliseconds, and peak GB, against the batch size; both axes logarithmic.
 
     Args:
-        results: of one device each, three at most.
-        file: PNG to write.
+        results: results of one device each, at most three.
+        file: PNG file to write.
     """
     import matplotlib
 
@@ -42,7 +42,7 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
             rows = result["parts"]["head"]["steps"]
             for form, label, colour in FORMS:
                 if "fused" in form and "gpu" not in result["machine"]:
-                    continue  # without kernels it is the plain form
+                    continue  # without kernels it is the same as the plain form
                 points = [(row["size"], row[key]) for row in rows if row["form"] == form and key in row]
                 if points:
                     name = label if len(results) == 1 else f"{label}, {_device(result)}"

@@ -1,8 +1,8 @@
 """The head by size and form: scores of all pairs, and steps from features to gradients.
 
-Forms are the direct one, the factorised one by plain operations and by fused kernels, and those with videos
-prepared beforehand and with cheaper products; of steps also the fused one as a CUDA graph, and dot products
-without increments, by which one sees what increments cost. Where there are no kernels, fused forms are plain
+The forms: the direct one, the factorised one by plain operations and by fused kernels, and variants with
+prepared videos and with cheaper products. Steps are also measured as a CUDA graph of the fused form, and as
+dot products without increments, which shows the cost of increments. Without kernels, fused forms are plain
 ones.
 
 N pairs, F frames, D embedding width.
@@ -26,16 +26,16 @@ from tests.benchmarks.gpu.launches import graphed_step, operations_of
 
 @dataclass(frozen=True)
 class Form:
-    """A way to compute pairs.
+    """A method to compute scores of pairs.
 
     Attributes:
-        name: in tables.
+        name: name in tables.
         method: direct or factorized.
-        kernel: of ``model.kernel``.
-        products: of ``model.products``.
-        prepared: whether videos are prepared beforehand.
-        graph: whether a step is one CUDA graph.
-        increments: False: the baseline of mean-pooled clips, one product and InfoNCE.
+        kernel: value of ``model.kernel``.
+        products: value of ``model.products``.
+        prepared: True if videos are prepared beforehand.
+        graph: True if a step is one CUDA graph.
+        increments: False for the baseline of mean-pooled clips, one product and InfoNCE.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Form:
 
     @property
     def most(self) -> int:
-        """Pairs of a step up to which it is measured."""
+        """Largest number of pairs for which a step is measured."""
         return GRAPHED_PAIRS if self.graph else 2**31
 
 
-#: Beyond so many pairs a step's work takes longer than its launches.
+#: Number of pairs above which a step's work takes longer than its launches.
 GRAPHED_PAIRS = 512
 DIRECT, PLAIN, FUSED = Form("direct", "direct"), Form("plain", kernel="plain"), Form("fused")
 TF32 = Form("fused, tf32", products="tf32", prepared=True)
@@ -62,12 +62,12 @@ DOT = Form("dot products", increments=False)
 STEP_FORMS = (DIRECT, PLAIN, FUSED, Form("fused, graph", graph=True), TF32, BF16, DOT)
 SCORES, STEPS = (1000, 10_000), (128, 256, 512, 1024, 4096, 16_384)
 TINY_SCORES, TINY_STEPS = (8, 16), (4, 8)
-#: Texts and videos whose scores are compared with those in float64.
+#: Number of texts and videos whose scores are compared with float64.
 COMPARED = 64
 
 
 def measure(bench: Bench) -> Row:
-    """Errors against float64, then operations, milliseconds and GB by size and form."""
+    """Measures errors against float64, then operations, milliseconds and GB by size and form."""
     found: Row = {"relative_error": _errors(bench), "gradient_error": _gradient_errors(bench)}
     for what, key in (("scores", "relative_error"), ("gradients of frames", "gradient_error")):
         text = ", ".join(f"{form} {error:.2g}" for form, error in found[key].items())
@@ -81,7 +81,7 @@ def measure(bench: Bench) -> Row:
     say(f"  operations of a step, forward and backward: {text}")
     few, many = (TINY_SCORES if bench.tiny else SCORES)[0], (TINY_SCORES if bench.tiny else SCORES)[1:]
     sizes = TINY_STEPS if bench.tiny else STEPS
-    # The largest scores last: they take longest in the direct form.
+    # The largest scores come last, since they take longest in the direct form.
     found["scores"] = _series(bench, "scores of", (few,), SCORE_FORMS, _scores)
     found["steps"] = _series(bench, "step of", sizes, STEP_FORMS, make_step)
     found["scores"] += _series(bench, "scores of", many, SCORE_FORMS, _scores, found["scores"])
@@ -89,14 +89,14 @@ def measure(bench: Bench) -> Row:
 
 
 def build_head(bench: Bench, config: ModelConfig) -> GARE:
-    """The model without towers, on the device."""
+    """Builds the model without towers, on the device."""
     torch.manual_seed(bench.seed)
     with bench.device:
         return GARE(config, towers=False)
 
 
 def features(bench: Bench, size: int) -> tuple[TextFeatures, VideoFeatures]:
-    """Random features of as many captions as clips, nothing padded."""
+    """Draws features of as many captions as clips, without padding."""
     model, generator = bench.config.model, bench.generator()
     width, frames = model.clip.embed_dim, model.max_frames
 
@@ -125,7 +125,7 @@ def _errors(bench: Bench) -> dict[str, float]:
 
 
 def _gradient_errors(bench: Bench) -> dict[str, float]:
-    """Of the frames' gradients; of the direct form dropout is of other masks, so that it is left out."""
+    """Returns errors of the frames' gradients, without the direct form, which has other dropout masks."""
     size = 8 if bench.tiny else COMPARED
     exact = _frame_gradients(bench, size, PLAIN, torch.float64)
     found = {}
@@ -168,10 +168,10 @@ def _scores(bench: Bench, size: int, form: Form) -> Callable[[], torch.Tensor]:
 
 
 def make_step(bench: Bench, size: int, form: Form) -> Callable[[], object]:
-    """A training step of the head with the losses of the configuration.
+    """Returns a training step of the head with the losses of the configuration.
 
-    The direct form has dropout of each pair, as the paper's. Which texts the diversity is of is what the
-    configuration says for this size, in both forms.
+    The direct form has its own dropout for each pair, as in the paper. In both forms, the configuration says
+    for this size which texts the diversity is computed over.
     """
     per = "pair" if form is DIRECT else "context"
     config = _configured(bench, form, increment_dropout_per=per)
@@ -193,7 +193,7 @@ def make_step(bench: Bench, size: int, form: Form) -> Callable[[], object]:
 
 @dataclass(frozen=True)
 class Before:
-    """The size before this one, from which its cost is told in advance: both grow with N² at most."""
+    """Cost of the previous size, to predict that of the next one: both grow with N² at most."""
 
     size: int
     seconds: float
@@ -206,7 +206,7 @@ class Before:
             return (
                 f"it might take {growth * self.seconds:.0f} s, and the part has {bench.left_s():.0f} s left"
             )
-        # Blocks hold the factorised form to a budget, and scores: only the direct step is sure to grow so.
+        # Blocks limit the memory of the factorised form and of scores; only the direct step surely grows so.
         if form == "direct step" and growth * self.peak_bytes > bench.memory_bytes():
             return f"it needs about {growth * self.peak_bytes / 1e9:.0f} GB"
         return ""
@@ -220,7 +220,7 @@ def _series(
     make: Callable[[Bench, int, Form], Callable[[], object]],
     earlier: list[Row] | None = None,
 ) -> list[Row]:
-    """One row for each size and form, in the order of the sizes."""
+    """Measures one row for each size and form, in the order of the sizes."""
     before: dict[str, Before] = {
         row["form"]: Before(row["size"], row["ms"] / 1e3, row["peak_gb"] * 1e9)
         for row in earlier or ()
@@ -263,6 +263,6 @@ def _series(
 
 def _timed(bench: Bench, call: Callable[[], object], *, is_first: bool) -> dict[str, float]:
     if is_first:
-        once(bench, call)  # kernels are loaded, which is no time to tell the next size's by
+        once(bench, call)  # loads kernels, so its time does not predict the next size
     timing = seconds_of(bench, call, budget_s=min(2.0, bench.left_s() / 8), most=20)
     return {"ms": timing.seconds * 1e3, "runs": timing.runs, "peak_gb": bench.peak_gb()}

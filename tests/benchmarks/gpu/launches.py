@@ -1,4 +1,4 @@
-"""The head of a step as a few launches: how many operations it is, and as one CUDA graph.
+"""Launches in the head of a step: the number of operations, and the same as one CUDA graph.
 
 b pairs, F frames, D embedding width.
 """
@@ -17,7 +17,7 @@ from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.loss.objective import StepRandomness, sharded_terms
 
-#: Operations that start nothing on a device.
+#: Operations that launch nothing on a device.
 FREE = ("empty", "empty_like", "new_empty", "detach", "set_", "alias", "_unsafe_view", "lift_fresh")
 
 
@@ -42,7 +42,7 @@ def operations_of(call: Callable[[], object]) -> int:
 
 
 class _Head(nn.Module):
-    """The factorised head as a module of tensors, which is what CUDA graphs are made of."""
+    """The factorised head as a module on tensors, as CUDA graphs require."""
 
     def __init__(self, model: GARE, loss: LossConfig, draws: StepRandomness) -> None:
         super().__init__()
@@ -56,17 +56,17 @@ class _Head(nn.Module):
 def graphed_step(
     model: GARE, text: TextFeatures, video: VideoFeatures, loss: LossConfig, draws: StepRandomness
 ) -> Callable[[], object]:
-    """A training step of the head as two CUDA graphs, forward and backward.
+    """Builds a training step of the head as two CUDA graphs, forward and backward.
 
     Args:
-        model: in training, without towers, on a GPU.
-        text: whose embedding takes gradients.
-        video: whose frames do.
-        loss: its configuration.
-        draws: the same in every step, which does not change what it costs.
+        model: model in training mode, without towers, on a GPU.
+        text: features whose embedding takes gradients.
+        video: features whose frames take gradients.
+        loss: configuration of the loss.
+        draws: random draws, the same in every step, which does not change its cost.
 
     Raises:
-        RuntimeError: where the head cannot be captured, or gives another loss or gradient as a graph.
+        RuntimeError: if the head cannot be captured, or the graph gives another loss or gradient.
     """
     arguments = (text.embedding, text.mask, video.frames, video.mask)
     head = _Head(model, loss, draws)
@@ -81,6 +81,6 @@ def graphed_step(
 
 
 def _gradients(objective: Tensor, frames: Tensor, model: GARE) -> list[Tensor]:
-    """The objective, and its gradient of the frames and of ψ's output."""
+    """Returns the objective, and its gradients for the frames and for ψ's output."""
     learning = [frames] if model.increment is None else [frames, model.increment.mean.weight]
     return [objective.detach().clone(), *(one.clone() for one in torch.autograd.grad(objective, learning))]

@@ -1,4 +1,4 @@
-"""Clips a second of the loader on this machine's CPUs: one process, and one for each CPU.
+"""Clips per second of the loader on this machine's CPUs: one process, and one process per CPU.
 
 As a command, ``python -m tests.benchmarks.gpu.loader STORE CONFIG``, it is a process that loads on request.
 """
@@ -23,7 +23,7 @@ from tests.benchmarks.gpu.clip_store import write_clips
 from tests.benchmarks.gpu.parts import is_there
 
 CLIPS, BATCH = 96, 8
-#: Packages that augmentation needs.
+#: Packages needed for augmentation.
 AUGMENTING = ("cv2",)
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -31,15 +31,15 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 def make_loader(
     store: str, config: Config, batches: Sequence[Sequence[str]], *, augmented: bool
 ) -> Callable[[int], int]:
-    """The way of clips from the store to the training step, of one process.
+    """Makes the loader from the store to the training step, in one process.
 
-    This is all that the benchmark knows of the loader.
+    No other function of the benchmark depends on the loader.
 
     Args:
-        store: the frame store.
-        config: of the run.
+        store: location of the frame store.
+        config: configuration of the run.
         batches: video ids of each batch.
-        augmented: whether clips are changed at random, as ``config.augment`` says.
+        augmented: True to augment clips as ``config.augment`` says.
 
     Returns:
         A function that loads a batch by its number and returns how many clips it has.
@@ -50,14 +50,14 @@ def make_loader(
 
     plan = listed(batches)
     num, width = len(plan.ids["train"]), config.model.max_words
-    # What the numbers of the tokens are does not matter here.
+    # The values of the tokens do not matter here.
     tokens = CaptionTokens(np.ones((num, width), np.uint16), np.full(num, 8, np.uint16), np.arange(num + 1))
     load = FrameLoader(store, plan, {"train": tokens}, augment=config.augment if augmented else None)
     return lambda number: len(load(number, 0, len(batches[number]))["frames"])
 
 
 def measure(bench: Bench) -> Row:
-    """Clips a second, plain and augmented, of one process and of one for each CPU."""
+    """Measures clips/s, plain and augmented, of one process and of one process per CPU."""
     cpus = 2 if bench.tiny else len(os.sched_getaffinity(0))
     seconds = 0.05 if bench.tiny else min(3.0, bench.left_s() / 10)
     found: Row = {"cpus": cpus, "image_px": bench.config.extract.image_size, "clips_per_s": {}}
@@ -103,16 +103,16 @@ def _line(rates: Row) -> str:
 
 
 class Processes:
-    """Processes that load on request, with one thread each; gone at the end.
+    """Processes with one thread each that load on request; ended on exit.
 
     Args:
-        count: how many.
-        folder: that has the store and the configuration.
-        limit_s: seconds after which they are ended whatever they do.
+        count: number of processes.
+        folder: folder with the store and the configuration.
+        limit_s: seconds after which they are killed.
     """
 
     def __init__(self, count: int, folder: Path, limit_s: float) -> None:
-        # Without the GPU: a process that only looks at it takes some of its memory.
+        # Without the GPU: a process that only queries it takes some of its memory.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         environment = os.environ | threads | {"CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "tests.benchmarks.gpu.loader"]
@@ -151,7 +151,7 @@ class Processes:
             process.kill()
 
     def clips_per_s(self, kind: str, count: int, seconds: float) -> float:
-        """Clips a second of the first ``count`` processes together, all warm before one begins."""
+        """Returns clips/s of the first ``count`` processes together, after all have warmed up."""
         self._ask(count, f"{kind} 0")
         answers = [answer.split() for answer in self._ask(count, f"{kind} {seconds}")]
         return sum(int(clips) / float(taken) for clips, taken in answers)
@@ -177,7 +177,7 @@ def main() -> None:
     from gare.data.store.contents import ids_in_parts
 
     ids = sorted(ids_in_parts(store, "data"))
-    np.random.default_rng(os.getpid()).shuffle(ids)  # processes read different clips at a time
+    np.random.default_rng(os.getpid()).shuffle(ids)  # processes read different clips at the same time
     batches = [ids[first : first + BATCH] for first in range(0, len(ids), BATCH)]
     loaders: dict[str, Callable[[int], int]] = {}
     for request in sys.stdin:

@@ -1,6 +1,6 @@
-"""The parts of the benchmark: what each measures, what it needs, and its share of the time.
+"""Parts of the benchmark: what each one measures, what it needs, and its share of the time.
 
-Importing this is light: it is what ``--help`` reads on a machine that lacks everything else.
+Importing this module is light: ``--help`` needs it on a machine that lacks everything else.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-#: Packages that the configuration is made of.
+#: Packages that the configuration needs.
 CONFIGURATION = ("pydantic", "yaml")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part.
+    """A part of the benchmark.
 
     Attributes:
-        name: for ``--parts``, and its key in the JSON.
+        name: name for ``--parts``, and key in the JSON.
         about: one line for ``--help``.
-        share: of the time; parts share it in these proportions, and what one leaves goes to those after it.
-        module: of this package; it has ``measure(bench)``, which returns what the JSON gets.
-        needs: packages without which the part is skipped, beside torch.
+        share: proportion of the time; unused time goes to the following parts.
+        module: module of this package with ``measure(bench)``, which returns the part's JSON.
+        needs: packages, besides torch, without which the part is skipped.
         partly: packages without which some of the part is left out.
     """
 
@@ -115,7 +115,7 @@ PARTS = (
 
 
 def is_there(package: str) -> bool:
-    """True if the package can be found; it is not imported."""
+    """Returns True if the package can be found; does not import it."""
     try:
         return find_spec(package) is not None
     except (ImportError, ValueError):
@@ -123,7 +123,7 @@ def is_there(package: str) -> bool:
 
 
 def missing_packages(parts: Sequence[Part]) -> dict[str, list[str]]:
-    """Packages that are not there, each with the parts that it costs, in part or as a whole."""
+    """Returns the missing packages, each with the parts that need it fully or partly."""
     missing: dict[str, list[str]] = {}
     for part in parts:
         for package in (*part.needs, *part.partly):
@@ -134,5 +134,5 @@ def missing_packages(parts: Sequence[Part]) -> dict[str, list[str]]:
 
 
 def lacking(part: Part, missing: Mapping[str, Sequence[str]]) -> list[str]:
-    """Packages for want of which a part is skipped."""
+    """Returns the missing packages because of which a part is skipped."""
     return [package for package in part.needs if package in missing]

@@ -1,4 +1,4 @@
-"""A training step by stage, baseline and GARE, in every precision that training has, and by ``VARIANTS``.
+"""A training step by stage: baseline and GARE in every training precision, and by ``VARIANTS``.
 
 B pairs, F frames, W words.
 """
@@ -24,14 +24,14 @@ from tests.benchmarks.gpu.bench import Bench, Row, if_memory_suffices, once, say
 from tests.benchmarks.gpu.variants import VARIANTS, LoopingBertAdam, Variant, ratios
 from tests.benchmarks.size import multiply_adds
 
-#: Steps whose stages are measured; every border of a stage waits for the device then.
+#: Number of steps with measured stages; each end of a stage then waits for the device.
 WATCHED = 5
-#: No learning rate of a benchmark is to reach its peak.
+#: Number of steps of a run, so large that no learning rate reaches its peak.
 STEPS_OF_A_RUN = 10**6
 
 
 def measure(bench: Bench) -> Row:
-    """One row for each model and precision, not compiled, then one for each variant."""
+    """Measures one row for each model and precision, not compiled, then one for each variant."""
     kinds = {"baseline": bench.config.model.baseline(), "gare": bench.config.model}
     precisions = [one for one in get_args(TrainConfig.model_fields["precision"].annotation) if one != "auto"]
     batch = random_batch(bench)
@@ -55,7 +55,7 @@ def measure(bench: Bench) -> Row:
 def _of_model(
     bench: Bench, kind: str, model_config: ModelConfig, precisions: Sequence[str], batch: Batch, left: int
 ) -> list[Row]:
-    """The rows of one model; ``left`` rows, these among them, share the time that the part has left."""
+    """Measures the rows of one model; ``left`` rows, including these, share the part's remaining time."""
     model = build_model(bench, bench.config.model_copy(update={"model": model_config}))
     operations = tower_operations(model, batch)
     rows = []
@@ -69,7 +69,7 @@ def _of_model(
 
 
 def _of_variants(bench: Bench, batch: Batch) -> list[Row]:
-    """The rows of GARE in bf16, each with a model of its own: what a variant compiles stays compiled."""
+    """Measures GARE in bf16, with a new model per row, because compiled code stays compiled."""
     rows = []
     for number, variant in enumerate(VARIANTS):
         model = build_model(bench, bench.config)
@@ -84,14 +84,14 @@ def _of_variants(bench: Bench, batch: Batch) -> list[Row]:
 
 
 def build_model(bench: Bench, config: Config) -> GARE:
-    """A model with random weights, on the device."""
+    """Builds a model with random weights, on the device."""
     torch.manual_seed(bench.seed)
     with bench.device:
         return GARE(config.model)
 
 
 def random_batch(bench: Bench) -> Batch:
-    """A batch of the configuration's size on the device: whole clips, captions of 8 words and more."""
+    """Draws a batch of the configured size on the device: whole clips, captions of 8 words and more."""
     config, generator = bench.config, bench.generator()
     size, model = config.train.batch_size, config.model
     side = model.clip.image_size
@@ -112,7 +112,7 @@ def random_batch(bench: Bench) -> Batch:
 
 
 def tower_operations(model: GARE, batch: Batch) -> float:
-    """Operations of the towers in a training step, of one pair: three times those of the forward."""
+    """Counts the operations of the towers per pair in a training step: three times the forward's."""
     few = batch[:2]
 
     def forward() -> None:
@@ -131,13 +131,13 @@ def _measured(
     budget_s: float,
     variant: Variant | None = None,
 ) -> Row:
-    """The row of one model in one precision, with fewer pairs where memory does not suffice."""
+    """Measures a model in one precision, with fewer pairs if memory does not suffice."""
     settings = variant.settings if variant else ("train.compile=off",)
-    if precision == "fp16_released":  # the only one that it goes with
+    if precision == "fp16_released":  # requires this optimiser
         settings = (*settings, "train.optimizer=bert_adam")
     config = parse_config(
         bench.config.model_dump(mode="json") | {"model": model.config.model_dump(mode="json")},
-        # What is frozen is what train.clip_weights freezes.
+        # Freezes the same parameters as train.clip_weights does.
         [f"train.precision={precision}", "train.diagnostics_every=0", "train.freeze=patch_conv", *settings],
     )
     size = len(batch.frames)
@@ -148,7 +148,7 @@ def _measured(
             steps = partial(steps, is_old=True)
         try:
             found = if_memory_suffices(bench, steps)
-        except ConfigError as error:  # no compiler
+        except ConfigError as error:  # there is no compiler
             return {"left_out": str(error)}
         model.zero_grad(set_to_none=True)
         if found is not None:
@@ -156,7 +156,7 @@ def _measured(
         size //= 2
     else:
         return {"left_out": "not even two pairs fit into the device's memory"}
-    torch.set_float32_matmul_precision("highest")  # whatever the precision set
+    torch.set_float32_matmul_precision("highest")  # resets the setting of the precision
     row: Row = {"pairs": size, **found}
     row["pairs_per_s"] = size / row["step_ms"] * 1e3
     row["tflops"] = operations * row["pairs_per_s"] / 1e12
@@ -178,9 +178,9 @@ def _steps(
     built_s = time.perf_counter() - began
     if is_old:
         learner.optimizer = LoopingBertAdam(learner.optimizer)
-    once(bench, lambda: train_step(learner, batch))  # kernels and libraries are loaded
+    once(bench, lambda: train_step(learner, batch))  # warm-up: loads kernels and libraries
     timing = seconds_of(bench, lambda: train_step(learner, batch), budget_s=budget_s / 2, most=20)
-    # Most of it is compiling, less where the same was compiled before, in this run or an earlier one.
+    # Most of it is compiling, less if the same code was compiled before, in this run or an earlier one.
     cold_start = {"cold_start_s": built_s} if config.train.compile == "towers" else {}
     return {
         **cold_start,
@@ -192,7 +192,7 @@ def _steps(
 
 
 def _stages(bench: Bench, learner: Learner, batch: Batch, budget_s: float) -> dict[str, float]:
-    """Median milliseconds of each stage; ``other`` is what no stage has."""
+    """Returns the median milliseconds of each stage; ``other`` is the time outside all stages."""
     recorder = start_recording(bench.device)
     steps: list[dict[str, float]] = []
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""``make bench-gpu`` on a CPU, in tiny sizes: no machine with a GPU is to be the first that runs it."""
+"""``make bench-gpu`` on a CPU, in tiny sizes, so that its first run is not on a lent GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers.tiny import tiny_config
 
 TINY = ("--tiny", "--device", "cpu", "--minutes", "10")
 MEASURED = [part.name for part in PARTS if part.name != "training"]
-#: Packages of the project that a machine made for torch is likely to lack.
+#: Packages of the project that a machine set up for torch is likely to lack.
 LIKELY_ABSENT = (
     *("av", "boto3", "decord", "ftfy", "instant_clip_tokenizer", "cv2", "mlflow", "ray", "simplejpeg"),
 )
@@ -58,7 +58,7 @@ sys.exit(main({arguments}))
 
 
 def bench(repository: Path, *arguments: str, absent: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """The benchmark as a command, on a machine that lacks some packages."""
+    """Runs the benchmark as a command, on a machine that lacks some packages."""
     code = WITHOUT.format(absent=set(absent), arguments=list(arguments))
     return subprocess.run(
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=500
@@ -72,7 +72,7 @@ def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def refused(arguments: Sequence[str]) -> int | str | None:
-    """The exit status of a command that measures nothing, in this process."""
+    """Returns the exit status of a command that measures nothing, run in this process."""
     try:
         return main(arguments)
     except SystemExit as end:
@@ -80,7 +80,7 @@ def refused(arguments: Sequence[str]) -> int | str | None:
 
 
 def numbers(tree: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of a JSON, with the last key on the way to each."""
+    """Yields all numbers of a JSON, each with its nearest key."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from numbers(value, key)
@@ -92,7 +92,7 @@ def numbers(tree: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def test_all_parts_measure_something(repository: Path, seed: int) -> None:
-    """A part that breaks costs a lent GPU's minutes, and its numbers."""
+    """A broken part wastes minutes of a lent GPU, and its numbers are missing."""
     done = bench(repository, *TINY, "--seed", str(seed), "--parts", ",".join(MEASURED))
     result = result_of(done)
     parts = result["parts"]
@@ -132,7 +132,7 @@ def test_all_parts_measure_something(repository: Path, seed: int) -> None:
 
 
 def test_missing_packages_cost_their_parts_alone(repository: Path) -> None:
-    """A machine that has torch and not Ray is to measure what it can, and to say what it could not."""
+    """A machine with torch and without Ray must measure what it can, and list what it could not."""
     done = bench(repository, *TINY, "--parts", "step,loader,training", absent=LIKELY_ABSENT)
     result = result_of(done)
     parts = result["parts"]
@@ -145,7 +145,7 @@ def test_missing_packages_cost_their_parts_alone(repository: Path) -> None:
 
 
 def test_without_pydantic_one_message_says_so(repository: Path) -> None:
-    """Else the first part that reads the configuration ends in a traceback from deep inside."""
+    """Otherwise the first part that reads the configuration ends in a traceback from deep inside."""
     done = bench(repository, *TINY, absent=["pydantic"])
     assert done.returncode == 2
     assert done.stderr.startswith(
@@ -167,7 +167,7 @@ def test_without_pydantic_one_message_says_so(repository: Path) -> None:
 def test_what_cannot_run_is_refused(
     arguments: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A word that is misspelt must not start minutes of measuring something else."""
+    """A misspelt word must not start minutes of measuring something else."""
     assert refused(arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -175,7 +175,7 @@ def test_what_cannot_run_is_refused(
 def test_a_step_that_does_not_fit_is_tried_with_fewer_pairs(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A smaller card would else give no number, or one that does not say what it is of."""
+    """Otherwise a smaller card gives no number, or one that does not say for how many pairs it is."""
     config = tiny_config("train.batch_size=8")
     run = Bench(torch.device("cpu"), True, seed, config)
     real = step._steps
@@ -195,7 +195,7 @@ def test_a_step_that_does_not_fit_is_tried_with_fewer_pairs(
 
 
 def test_the_old_steps_optimizer_is_bert_adam(seed: int) -> None:
-    """A ratio to something that is not the old step would say nothing about what was gained."""
+    """A speed-up over something else than the old step would say nothing about the gain."""
     config = tiny_config("train.optimizer=bert_adam", "train.lr=1e-2", "train.clip_lr=1e-2")
     torch.manual_seed(seed)
     models = [GARE(config.model) for _ in range(2)]
@@ -215,7 +215,7 @@ def test_the_old_steps_optimizer_is_bert_adam(seed: int) -> None:
 def test_sizes_of_the_head_that_cost_too_much_are_left_out_and_said(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One size that takes minutes would else cost all numbers after it."""
+    """Otherwise one size that takes minutes costs all numbers after it."""
     run = Bench(torch.device("cpu"), True, seed, tiny_config(), ends_at=time.perf_counter() + 1000)
     monkeypatch.setattr(head, "TINY_STEPS", (4, 10**9))
     rows = [row for row in head.measure(run)["steps"] if row["form"] != "fused, graph"]
@@ -233,7 +233,7 @@ def test_sizes_of_the_head_that_cost_too_much_are_left_out_and_said(
 def test_a_graph_that_computes_something_else_is_not_measured(
     seed: int, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
-    """What stands for the graph here is the head itself, with an error or without."""
+    """A wrong graph must not be measured; the stand-in for it is the head, with or without an error."""
 
     def stand_in(module: torch.nn.Module, sample: Any, **options: Any) -> Any:
         assert all(one.is_leaf for one in sample)
@@ -250,7 +250,7 @@ def test_a_graph_that_computes_something_else_is_not_measured(
 
 
 def test_the_heads_figure_has_a_line_for_each_form(tmp_path: Path) -> None:
-    """A form whose line is missing would pass for one that was not measured."""
+    """A missing line would look like a form that was not measured."""
     steps = [
         {"size": size, "form": form, "ms": size * (number + 1), "peak_gb": 1.0 + number}
         for size in (128, 256)
@@ -282,14 +282,14 @@ def test_without_a_gpu_one_message_says_so(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_help_lists_the_parts_without_torch(repository: Path) -> None:
-    """Whoever looks at a new machine first must be told what there is to measure."""
+    """A user who tries a new machine must first learn what can be measured."""
     done = bench(repository, "--help", absent=["torch", "pydantic", "numpy"])
     assert done.returncode == 0
     assert all(f"\n  {part.name} " in done.stdout for part in PARTS)
 
 
 def test_the_wait_for_data_is_part_of_a_training_step() -> None:
-    """A step that is told without its wait hides that the GPU is starved."""
+    """A step timed without its wait hides that the GPU is starved."""
     record = {
         "time/step_s": [(step, 9.0 if step < 6 else 1.0) for step in range(1, 11)],
         "time/data_wait_s": [(step, 3.0) for step in range(1, 11)],

@@ -1,7 +1,7 @@
-"""A real training through pipelines/train.py, on generated clips: what a step takes when its data must come.
+"""A real training run with pipelines/train.py on generated clips: time of a step including its data.
 
-No video is decoded: the frame store and the manifest are written directly. What is read is the run's own
-record of its steps.
+No video is decoded: the frame store and the manifest are written directly. The times are read from the run's
+own record of its steps.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tests.benchmarks.gpu.clip_store import write_clips
 from tests.benchmarks.gpu.variants import NEW
 
 STEPS, CLIPS, CAPTIONS = 30, 256, 20
-#: Steps that load kernels and fill queues.
+#: Number of first steps that are not counted: they load kernels and fill queues.
 LEFT_OUT = 5
-#: Seconds before the part's end at which the run is asked to stop: it then saves, which takes its time.
+#: Seconds before the part's end at which the run is asked to stop, since saving takes time.
 STOPPING_S = 20.0
-#: Seconds in which a run that was stopped must be gone.
+#: Seconds within which a stopped run must have ended.
 GONE_S = 10.0
 REPOSITORY = Path(__file__).resolve().parents[3]
 WORDS = ("a", "man", "woman", "dog", "red", "car", "is", "cooking", "runs", "on", "the", "street", "plays")
 
 
 def measure(bench: Bench) -> Row:
-    """Milliseconds a step with its wait for data, pairs a second, and the share of the wait."""
+    """Measures ms per step and its wait for data, pairs per second, and the share of the wait."""
     clips, steps = (16, 6) if bench.tiny else (CLIPS, STEPS)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         config = _config(bench, name, steps)
@@ -68,7 +68,7 @@ def measure(bench: Bench) -> Row:
 
 
 def _config(bench: Bench, root: str, steps: int) -> Config:
-    """The configuration with one worker, this device, and outputs below ``root``."""
+    """Returns the configuration with one worker, this device, and outputs below ``root``."""
     overrides = [
         f"storage.root={root}",
         "name=bench-gpu",
@@ -76,7 +76,7 @@ def _config(bench: Bench, root: str, steps: int) -> Config:
         "model.clip.vocab_size=49408",
         "train.run=bench",
         f"train.max_steps={steps}",
-        "train.epochs=1000",  # the limit of steps ends it
+        "train.epochs=1000",  # the run is ended by the number of steps
         "train.checkpoint_every_s=0",
         "train.clip_weights=",
         "train.diagnostics_every=0",
@@ -94,8 +94,8 @@ def _captions(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def _train(bench: Bench, file: Path, history: Path, steps: int) -> int | None:
-    """Runs the pipeline until its record has all steps, or the time is over; its exit status, if it ended."""
-    # PYTHONPATH, because Ray's workers import the project, too.
+    """Runs the pipeline until its record has all steps or time is up; returns its exit status, if ended."""
+    # PYTHONPATH, because Ray's workers import the project too.
     paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))))
     process = subprocess.Popen(
         [sys.executable, "pipelines/train.py", "--config", str(file)],
@@ -113,7 +113,7 @@ def _train(bench: Bench, file: Path, history: Path, steps: int) -> int | None:
                 time.sleep(0.2)
         return process.poll()
     finally:
-        # What is left to do by now, registering the model, is not asked for.
+        # The remaining work, registering the model, is not needed.
         if process.poll() is None:
             process.terminate()
             try:
@@ -124,7 +124,7 @@ def _train(bench: Bench, file: Path, history: Path, steps: int) -> int | None:
 
 
 def _has(history: Path, steps: int) -> bool:
-    """True if the record is there with all steps."""
+    """Returns True if the record exists and has all steps."""
     if not history.exists():
         return False
     return len(History.read(str(history)).steps.get("time/step_s", ())) >= steps
@@ -137,16 +137,16 @@ def _is_of(row: Row, config: Config, compiled: str) -> bool:
 
 
 def summary(record: Mapping[str, Sequence[Sequence[float]]], batch_size: int) -> dict[str, Any]:
-    """Medians of a run's recorded steps, without the first of them.
+    """Returns medians of a run's recorded steps, without the first ones.
 
     Args:
-        record: (step, value) by metric name, as ``history.json`` has them.
+        record: (step, value) by metric name, as in ``history.json``.
         batch_size: pairs of a step.
     """
     seconds = {
         name: [value for _, value in points] for name, points in record.items() if name.startswith("time/")
     }
-    # A run that was cut short keeps one step at least.
+    # A run that was cut short keeps at least one step.
     skip = min(LEFT_OUT, len(seconds["time/step_s"]) - 1)
     medians = {name: statistics.median(values[skip:]) for name, values in seconds.items() if values[skip:]}
     waits = seconds.get("time/data_wait_s", [0.0] * len(seconds["time/step_s"]))

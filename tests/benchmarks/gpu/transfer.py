@@ -1,4 +1,4 @@
-"""A batch of frames on its way to the device, as uint8 and as float32."""
+"""Transfer of a batch of frames to the device, as uint8 and as float32."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from gare.data.images import normalise
 from tests.benchmarks.gpu.bench import Bench, Row, say, seconds_of
 
-#: Clips that are normalised on the host to learn how long one takes.
+#: Number of clips normalised on the host, to time one.
 ON_HOST = 16
 
 
 def measure(bench: Bench) -> Row:
-    """Milliseconds a clip of each way."""
+    """Measures ms per clip of each way."""
     clips, frames, side = (4, 2, 16) if bench.tiny else (128, 12, 224)
     held = torch.randint(0, 256, (clips, frames, side, side, 3), dtype=torch.uint8)
     pinned = held.pin_memory() if bench.is_gpu else held

@@ -1,4 +1,4 @@
-"""The step before and after it was made faster: compiled or not, by optimiser, with activations kept or not.
+"""The training step before and after its speed-up: compiled or not, by optimiser, by kept activations.
 
 All rows are of GARE in bf16, measured in one run on one card, so that their ratios hold there.
 """
@@ -17,12 +17,12 @@ from tests.benchmarks.gpu.bench import Row
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings that a step is measured with.
+    """Settings with which a step is measured.
 
     Attributes:
-        name: of its row.
-        settings: beside those of the configuration.
-        is_old: True if the optimiser is the loop over parameters that BertAdam was.
+        name: name of its row.
+        settings: overrides of the configuration.
+        is_old: True for the old optimiser, BertAdam as a loop over parameters.
     """
 
     name: str
@@ -43,7 +43,7 @@ VARIANTS = (
 
 
 def ratios(rows: Iterable[Row]) -> dict[str, float]:
-    """What the rows come to; a ratio is left out where one of its rows is, or is of another batch."""
+    """Returns ratios of rows; leaves out a ratio if one of its rows is missing or has another batch size."""
     by_name = {row["variant"]: row for row in rows if "step_ms" in row}
     pairs = {
         "step_new_over_old": (NEW, OLD, "step_ms"),
@@ -59,10 +59,10 @@ def ratios(rows: Iterable[Row]) -> dict[str, float]:
 
 
 class LoopingBertAdam(Optimizer):
-    """BertAdam parameter by parameter, as it was before it had a fused kernel: the old step's optimiser.
+    """BertAdam as a loop over parameters, as it was before its fused kernel: the old step's optimiser.
 
     Args:
-        optimizer: whose parameters it takes over, with their rates and decay.
+        optimizer: optimiser whose parameters, learning rates and decay it takes over.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -71,7 +71,7 @@ class LoopingBertAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

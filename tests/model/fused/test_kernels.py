@@ -348,12 +348,13 @@ import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gare.model.fused import kernels
-from gare.model.factorized.pairs import Rule
+from gare.model.factorized.pairs import ScoringRule
 from gare.model.fused.blocks import Asked, constants_of
 for num_frames, heads in ((12, 1), (32, 1), (64, 1)):
     for kernel in (kernels.forward, kernels.backward):
         asked = Asked(norms=True, plain=True, sample="all", moments=True)
-        constants = constants_of(Rule("text", 3.0, None), asked, 512, num_frames, heads, torch.float32, True)
+        rule = ScoringRule("text", 3.0, None)
+        constants = constants_of(rule, asked, 512, num_frames, heads, torch.float32, True)
         warps = constants.pop("num_warps")
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         constants |= {"HAS_PLAIN": True} if "HAS_PLAIN" in kernel.arg_names else {}

@@ -101,9 +101,8 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     plan = plan_of(config, splits, rank=0)
     config = with_saved_precision(config, folder) if begun else config
     earlier = _earlier_run(config, folder, splits) if begun else {}
-    if earlier and folder.is_finished:
+    if finished := folder.read_result() if earlier else {}:
         logger.info("%s is done; train.overwrite=true trains it again", folder.uri)
-        finished = folder.read_result()
         checkpoints = checkpoints_of(config, places, validated=bool(splits.val))
         mend_best(checkpoints, places.checkpoint(config.train.run), source, finished)
         return finished

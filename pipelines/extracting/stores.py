@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from cluster.layout import Layout, absolute
-from cluster.runtime.actors import ActorPool
+from cluster.runtime.actors import ActorPool, Work
 from cluster.runtime.parts import run_parts
 from cluster.runtime.resources import extraction_cpus, usable_gpus, wants_gpus
 from cluster.runtime.session import ray_session
@@ -72,18 +71,31 @@ def decode_rows(
     """
     extract, sources, name = config.extract, config.sources, uuid.uuid4().hex
     generation = held.generation
-    workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
-    parts = cut_into_parts(rows, workers, extract.videos_per_part)
-    results = run_parts(
+    results = _run_decoders(
         lambda: Extractor(store, extract, RemoteVideos(sources, LocalVideos()), name, generation).write,
-        parts,
-        workers=workers,
-        memory_bytes=ACTOR_MEMORY_BYTES,
+        rows,
+        config,
     )
     with contextlib.closing(results):
         for done in results:
             progress.add(done)
             held.check()
+
+
+def _run_decoders(
+    load: Callable[[], Work], rows: Sequence[Mapping[str, Any]], config: Config
+) -> Generator[Any, None, None]:
+    """Runs work that reads videos on as many actors as there are CPUs, and yields the result of each part.
+
+    Args:
+        load: as of ``run_parts``.
+        rows: rows with ``source_bytes``, of which parts are cut.
+        config: configuration of the run.
+    """
+    extract = config.extract
+    workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
+    parts = cut_into_parts(rows, workers, extract.videos_per_part)
+    return run_parts(load, parts, workers=workers, memory_bytes=ACTOR_MEMORY_BYTES)
 
 
 def find_mended(config: Config, job: StoreUpdate) -> dict[str, str]:
@@ -96,17 +108,11 @@ def find_mended(config: Config, job: StoreUpdate) -> dict[str, str]:
     if not rows:
         return {}
     extract, sources = config.extract, config.sources
-    workers = min(extract.workers or extraction_cpus(config.cluster), len(rows))
-    size = min(extract.videos_per_part, math.ceil(len(rows) / (3 * workers)))
-    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
     logger.info("%s: %d of its clips were decoded by an earlier version", job.uri, len(rows))
     progress, traits = Progress(len(rows), "looked at"), dict[str, str]()
     with ray_session(config.cluster):
-        results = run_parts(
-            lambda: MendedFinder(extract, RemoteVideos(sources, LocalVideos())).find,
-            parts,
-            workers=workers,
-            memory_bytes=ACTOR_MEMORY_BYTES,
+        results = _run_decoders(
+            lambda: MendedFinder(extract, RemoteVideos(sources, LocalVideos())).find, rows, config
         )
         with contextlib.closing(results):
             for found in results:

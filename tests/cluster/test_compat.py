@@ -50,7 +50,7 @@ def test_a_connection_has_the_name_that_is_resolved() -> None:
 
 
 def test_ray_is_reached_privately_in_one_place(repository: Path) -> None:
-    """What is spread over the tree is forgotten by the next upgrade."""
+    """The next upgrade would forget uses that are spread over the tree."""
     users = [
         path.relative_to(repository).as_posix()
         for room in ("gare", "cluster", "pipelines")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,7 +64,7 @@ def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
     meta = read_meta(uri)
     # From here on, a job that lost the lock cannot replace it, if the storage has conditional writes.
     write_retired(uri, read_retired(uri), held)
-    stored = ids_in_parts(uri, "data")
+    stored = rows_in_parts(uri, "data", (), ["rules"])
     retired = read_retired(uri)
     parts, replaced = read_parts(uri, "data", ["video_id"])
     _delete(replaced, held.check)
@@ -124,7 +125,9 @@ def _joined(tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def _live_rows(
-    part: Part, retired: Mapping[str, Mapping[str, str]], stored: Mapping[str, tuple[str, int]]
+    part: Part,
+    retired: Mapping[str, Mapping[str, str]],
+    stored: Mapping[str, tuple[str, int, Mapping[str, Any]]],
 ) -> pa.Table:
     data = read_bytes(part.location)
     # A damaged part must not get a new checksum that hides the damage.
@@ -140,7 +143,9 @@ def _live_rows(
     live = [
         index
         for index, row in enumerate(part.rows)
-        if row["video_id"] not in dead and stored.get(row["video_id"]) == (part.location, index)
+        if row["video_id"] not in dead
+        and row["video_id"] in stored
+        and stored[row["video_id"]][:2] == (part.location, index)
     ]
     return pa.concat_tables([table.slice(index, 1) for index in live] or [table.slice(0, 0)])
 
@@ -151,19 +156,18 @@ def _delete(parts: Sequence[Part], check: Callable[[], None]) -> None:
         delete_file(part.location)
 
 
-def _compact_failures(uri: str, stored: Mapping[str, object], held: Held) -> None:
+def _compact_failures(uri: str, stored: Mapping[str, tuple[str, int, Mapping[str, Any]]], held: Held) -> None:
     """Merges failures: keeps the last one of each video that is still failed, in one part.
 
     Failures of earlier versions of its file and of other stages stay: the attempts are counted by them.
     """
     parts, replaced = read_parts(uri, "failures", ["video_id"])
     _delete(replaced, held.check)
-    rules = {key: rules_of(row) for key, (_, _, row) in rows_in_parts(uri, "data", (), ["rules"]).items()}
     last = {
         tuple(row[key] for key in ("video_id", "stage", *IDENTITY)): row
         for row in all_failures(uri)
         # A stored row may have been refused since by later rules, and not be retired yet.
-        if row["video_id"] not in stored or rules_of(row) > rules.get(row["video_id"], 0)
+        if row["video_id"] not in stored or rules_of(row) > rules_of(stored[row["video_id"]][2])
     }
     rows = list(last.values())
     if sum(len(part.rows) for part in parts) == len(rows) and len(parts) < 2:

@@ -94,7 +94,8 @@ def read_evaluated(folder: str) -> Evaluated:
     run = RunFolder.of_evaluation(folder)
     # Another checkpoint, without the run's settings, may have been scored under the run's name.
     own = run.is_its_best(str(result.get("checkpoint", "")))
-    settings = run.read_record()["settings"] if own and run.has_begun else {}
+    record = run.read_record() if own else {}
+    settings = record["settings"] if record else {}
     return Evaluated(
         run.name,
         folder,

@@ -220,7 +220,7 @@ def test_blocks_of_any_bytes_have_times_or_none(tmp_path: Path, rng: np.random.G
     ("first_s", "second_s"), [(5000, 200), (5000, 4930), (95300, 40), (95440, 90000), (500, 499)]
 )
 def test_joined_recordings_of_any_hours_are_one(tmp_path: Path, first_s: float, second_s: float) -> None:
-    """Of two broadcasts the one of the earlier hour was put a day after the other, and called damaged."""
+    """A broadcast of an earlier hour was put a day after the one before it, and called damaged."""
     joined = tmp_path / "joined.ts"
     parts = (ts_from(joined, range(20), first_s), ts_from(joined, range(20, 40), second_s))
     joined.write_bytes(b"".join(parts))

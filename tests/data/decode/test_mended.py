@@ -44,7 +44,7 @@ def test_files_that_were_read_wrongly_are_named(shared: Path, name: str, complet
 
 
 def test_pictures_that_share_times_were_wrong_by_keyframes_alone(shared: Path) -> None:
-    """Whoever sampled otherwise need not decode them again."""
+    """Other samplings gave the right frames and need no second decode."""
     path = shared / "data/videos" / "stream-of-water.webm"
     assert mended_trait(path, "keyframes", complete=True) == "its pictures share times"
     assert mended_trait(path, "released", complete=True) == ""

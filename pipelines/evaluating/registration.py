@@ -56,9 +56,9 @@ def write_and_register(
     name = f"gare-{config.name}"
     if earlier := handle.versions(name):
         return f"{name}/{earlier[0]}"
-    trained = run.read_result()
-    if not trained:
+    if not run.is_finished:
         return ""
+    trained = run.read_result()
     with tempfile.TemporaryDirectory() as folder:
         copy_checkpoint(places.checkpoint(config.train.run), folder, leave_out=(TRAINER,))
         add_file(folder, FILE, read_bytes(gallery))

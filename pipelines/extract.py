@@ -15,35 +15,32 @@ if __name__ == "__main__":  # before the imports, which take seconds
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.command import Flags, main
 from cluster.layout import Layout, layout
 from cluster.runtime.session import ray_session
-from cluster.status.progress import Progress
 from cluster.tracking.extraction import ExtractionRun
 from gare.config import Config
 from gare.data.manifest import Manifest, read_manifest
 from gare.data.store.compact import compact
-from gare.data.store.contents import META, read_meta
+from gare.data.store.contents import read_meta
 from gare.data.store.verify import verify_or_raise
 from gare.extract.comparison import Comparison
-from gare.extract.feature_update import without_frames
 from gare.extract.inventory import Inventory
 from gare.extract.update import StoreUpdate
-from gare.storage.files import exists, join, write_atomically, write_json
+from gare.storage.files import join, write_atomically, write_json
 from gare.storage.lock import StoreLock
 from gare.storage.run_folder import RESULT
-from pipelines.extracting.stores import (
-    Encoding,
-    decode_rows,
-    find_mended,
-    format_counts,
-    frame_update,
-    log_and_report,
+from pipelines.extracting.plans import (
+    FeaturePlan,
+    FramePlan,
+    StorePlan,
+    plan_stores,
+    warn_of_missing_frames,
 )
+from pipelines.extracting.pools import Decoders
 from pipelines.locks import store_lock
 from pipelines.sizes import sizes_of_weights
 from pipelines.stored_outbox import pending_of
@@ -65,8 +62,6 @@ FLAGS: Flags = {
     ),
     "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
 }
-#: Does the work of a comparison and reports on it; calls the lock's ``check`` after each part.
-Work = Callable[[Comparison, StoreLock, ExtractionRun], dict[str, Any]]
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -77,154 +72,133 @@ def run(config: Config) -> dict[str, Any]:
             failed or vanished videos than ``extract.max_failed_fraction``; extracted clips stay.
         GareError: if MLflow cannot be reached, before anything is extracted.
     """
-    places, kind = layout(config), config.extract.store
+    places, task = layout(config), config.upkeep.task
     manifest = read_manifest(places.manifest)
-    is_kept = kind != "features" or _is_complete(places.frames)
-    jobs: list[StoreUpdate] = []
-    if is_kept:
-        jobs = [frame_update(config, manifest, places.frames)]
-    if kind == "frames":
-        encoding = None
+    decoders = Decoders(config)
+    plans = plan_stores(config, manifest, places, decoders)
+    updates = [plan.update for plan in plans]
+    if task == "verify":
+        results = [_verify(update, decoders) for update in updates]
+    elif task == "compact":
+        results = [_compact(config, update.uri) for update in updates]
     else:
-        encoding = Encoding(config, manifest, places, is_kept=is_kept, is_beside=kind == "both")
-        jobs = [*(jobs if kind == "both" else []), encoding.job]
-    if config.extract.retry_traits and config.upkeep.task == "write":
-        for job in jobs:
-            job.again = find_mended(config, job).keys()
-    if config.upkeep.task != "write":
-        results = [_look_after(config, job) for job in jobs]
-    elif encoding is None:
-        results = [_write(config, places, jobs[0], "extract", _decoding(config, places.frames))]
-    elif kind == "both":
-        results = _write_both(config, places, jobs[0], encoding)
-    else:
-        _warn_of_missing_frames(places.frames, manifest, is_kept=is_kept)
-        results = [_write(config, places, encoding.job, "extract-features", encoding.work)]
+        if config.extract.retry_traits:
+            for update in updates:
+                update.again = decoders.find_outdated(update).keys()
+        if config.extract.store == "features":
+            warn_of_missing_frames(plans[0], places.frames)
+        results = _Writer(config, places).write(plans)
     result = results[0] | ({"features": results[1]} if len(results) > 1 else {})
-    if config.upkeep.preview and config.upkeep.task == "write":
+    if config.upkeep.preview and task == "write":
         result["preview"] = _preview(config, places.frames, manifest)
     return result
 
 
-def _is_complete(store: str) -> bool:
-    return exists(join(store, META)) and read_meta(store).complete
-
-
-def _warn_of_missing_frames(frames: str, manifest: Manifest, *, is_kept: bool) -> None:
-    """Logs what happens to clips that the frame store lacks."""
-    if not exists(join(frames, META)) or not (missing := without_frames(frames, manifest)):
-        return
-    effect = (
-        "no features are made of these; extract.store=both decodes them too"
-        if is_kept
-        else "its run did not go through, so all are decoded again for the features alone; "
-        "extract.store=both finishes it instead"
-    )
-    counts = len(missing), len(manifest.rows)
-    logger.warning("%s lacks %d of %d videos, %r the first of them: %s", frames, *counts, missing[0], effect)
-
-
-def _look_after(config: Config, job: StoreUpdate) -> dict[str, Any]:
-    """Checks or compacts a store."""
-    started, store = time.monotonic(), job.uri
-    read_meta(store)  # fails if there is no store
-    if config.upkeep.task == "verify":
-        found = verify_or_raise(store, job.schema, {row.video_id for row in job.manifest.rows})
-        return found | {"mended": _named(find_mended(config, job))}
-    with store_lock(config, store) as lock:
-        merged = compact(store, config.upkeep.part_mb * 10**6, lock.held)
-    return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
-
-
-def _named(traits: dict[str, str]) -> dict[str, str]:
-    """Logs the clips with their traits, and returns them."""
+def _verify(update: StoreUpdate, decoders: Decoders) -> dict[str, Any]:
+    """Checks a store, and lists the clips that an earlier version may have decoded wrongly."""
+    read_meta(update.uri)  # fails if there is no store
+    found = verify_or_raise(update.uri, update.schema, {row.video_id for row in update.manifest.rows})
+    traits = decoders.find_outdated(update)
     for video_id, trait in sorted(traits.items()):
         logger.warning("%s: an earlier version may have taken other frames: %s", video_id, trait)
     if traits:
         logger.warning(
             "%d such clips; --retry-traits (extract.retry_traits=true) makes them again", len(traits)
         )
-    return traits
+    return found | {"mended": traits}
 
 
-def _write_both(
-    config: Config, places: Layout, frames: StoreUpdate, encoding: Encoding
-) -> list[dict[str, Any]]:
-    """Brings both stores up to date; clips are encoded while others are decoded."""
-    jobs = (frames, encoding.job)
-    comparisons = [job.compare_with_collection() for job in jobs]
-    done = [job.inventory_if_done(comparison) for job, comparison in zip(jobs, comparisons, strict=True)]
-    whole = [inventory for inventory in done if inventory]
-    if len(whole) == len(jobs):
-        return [_unchanged(*one) for one in zip(jobs, comparisons, whole, strict=True)]
-    with (
-        store_lock(config, encoding.job.uri) as lock,
-        ray_session(config.cluster),
-        contextlib.closing(encoding),
-    ):
-        encoding.job.hold(lock.held)
-
-        def between_parts() -> None:
-            lock.check()
-            encoding.submit_ready()
-
-        decoding = _decoding(config, frames.uri, between_parts)
-        first = _write(config, places, frames, "extract", decoding)
-        return [first, _write(config, places, encoding.job, "extract-features", encoding.work, lock)]
-
-
-def _write(
-    config: Config, places: Layout, job: StoreUpdate, step: str, work: Work, held: StoreLock | None = None
-) -> dict[str, Any]:
-    """Brings a store up to date, under a lock that may be held already; writes nothing if nothing changed."""
+def _compact(config: Config, store: str) -> dict[str, Any]:
+    """Merges small parts of a store."""
     started = time.monotonic()
-    comparison = job.compare_with_collection()
-    inventory = job.inventory_if_done(comparison)
-    if inventory and not held:
-        return _unchanged(job, comparison, inventory)
-    with contextlib.nullcontext(held) if held else store_lock(config, job.uri) as lock:
-        job.hold(lock.held)
-        comparison = job.compare_with_collection()  # again: another job may have written during the wait
-        job.refuse_lost(comparison)
-        if job.has_nothing_left(comparison) and not held:
-            result = job.finish(comparison, job.count(), {})
-        else:
-            with ExtractionRun(config, step, places.root, pending_of(places)) as tracked:
-                job.mark_incomplete(comparison)
-                done = work(comparison, lock, tracked)
-                inventory = job.retire_and_count()
-                tracked.log(comparison.counts, done, inventory.failures)
-                result = job.finish(comparison, inventory, done)
-                result |= tracked.log_result(result)
-        result["seconds"] = round(time.monotonic() - started, 2)
-        write_json(join(job.uri, RESULT), result)
-    return result
+    read_meta(store)  # fails if there is no store
+    with store_lock(config, store) as lock:
+        merged = compact(store, config.upkeep.part_mb * 10**6, lock.held)
+    return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _unchanged(job: StoreUpdate, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
-    logger.info("%s: %s, nothing to do", job.uri, format_counts(comparison.counts))
+class _Writer:
+    """Carries out plans: each under its store's lock, on Ray, as a run in MLflow."""
+
+    def __init__(self, config: Config, places: Layout) -> None:
+        self._config, self._root, self._pending = config, places.root, pending_of(places)
+
+    def write(self, plans: Sequence[StorePlan]) -> list[dict[str, Any]]:
+        """Brings the stores of one plan or two up to date, and returns the result of each."""
+        match plans:
+            case [FramePlan() as frames, FeaturePlan() as features]:
+                return self._write_both(frames, features)
+            case _:
+                return [self._write(plan) for plan in plans]
+
+    def _write_both(self, frames: FramePlan, features: FeaturePlan) -> list[dict[str, Any]]:
+        """Brings both stores up to date; clips are encoded while others are decoded."""
+        updates = (frames.update, features.update)
+        found = [(update, update.compare_with_collection()) for update in updates]
+        done = [
+            (update, comparison, inventory)
+            for update, comparison in found
+            if (inventory := update.inventory_if_done(comparison))
+        ]
+        if len(done) == len(updates):
+            return [_unchanged(*one) for one in done]
+        with (
+            store_lock(self._config, features.update.uri) as lock,
+            ray_session(self._config.cluster),
+            features.encoders,
+        ):
+            features.update.hold(lock.held)
+
+            def between_parts() -> None:
+                lock.check()
+                features.submit_ready()
+
+            frames.after_part = between_parts
+            return [self._write(frames), self._write(features, lock)]
+
+    def _write(self, plan: StorePlan, held: StoreLock | None = None) -> dict[str, Any]:
+        """Brings a store up to date, under a lock that may be held already; writes nothing if it is."""
+        started, update = time.monotonic(), plan.update
+        comparison = update.compare_with_collection()
+        inventory = update.inventory_if_done(comparison)
+        if inventory and not held:
+            return _unchanged(update, comparison, inventory)
+        with contextlib.nullcontext(held) if held else store_lock(self._config, update.uri) as lock:
+            update.hold(lock.held)
+            comparison = update.compare_with_collection()  # another job may have written during the wait
+            update.refuse_lost(comparison)
+            if update.has_nothing_left(comparison) and not held:
+                result = update.finish(comparison, update.count(), {})
+            else:
+                with ExtractionRun(self._config, plan.step, self._root, self._pending) as tracked:
+                    update.mark_incomplete(comparison)
+                    done = self._work(plan, comparison, lock, tracked) if plan.has_work(comparison) else {}
+                    inventory = update.retire_and_count()
+                    tracked.log(comparison.counts, done, inventory.failures)
+                    result = update.finish(comparison, inventory, done)
+                    result |= tracked.log_result(result)
+            result["seconds"] = round(time.monotonic() - started, 2)
+            write_json(join(update.uri, RESULT), result)
+        return result
+
+    def _work(
+        self, plan: StorePlan, comparison: Comparison, lock: StoreLock, tracked: ExtractionRun
+    ) -> dict[str, Any]:
+        counts = format_counts(comparison.counts)
+        logger.info("%s: %s, %d to do", plan.update.uri, counts, len(comparison.pending))
+        with ray_session(self._config.cluster), tracked.system_metrics():
+            return plan.work(comparison, lock)
+
+
+def _unchanged(update: StoreUpdate, comparison: Comparison, inventory: Inventory) -> dict[str, Any]:
+    logger.info("%s: %s, nothing to do", update.uri, format_counts(comparison.counts))
     inventory.raise_if_too_many()
-    return job.result(comparison, inventory) | {"seconds": 0.0}
+    return update.result(comparison, inventory) | {"seconds": 0.0}
 
 
-def _decoding(config: Config, store: str, between_parts: Callable[[], None] = lambda: None) -> Work:
-    """Returns the work that extracts pending clips into a frame store."""
-
-    def work(comparison: Comparison, lock: StoreLock, tracked: ExtractionRun) -> dict[str, Any]:
-        if not comparison.pending:
-            return {}
-
-        def check() -> None:
-            lock.check()
-            between_parts()
-
-        logger.info("%s: %s, %d to do", store, format_counts(comparison.counts), len(comparison.pending))
-        with ray_session(config.cluster), tracked.system_metrics():
-            progress = Progress(len(comparison.pending), "extracted")
-            decode_rows(config, store, comparison.pending, progress, replace(lock.held, check=check))
-            return log_and_report(progress)
-
-    return work
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Formats counts for the log; names retried videos only if there are some."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count or name != "retried")
 
 
 def _preview(config: Config, store: str, manifest: Manifest) -> str:

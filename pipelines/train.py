@@ -36,7 +36,7 @@ from cluster.tracking import (
     system_metrics,
 )
 from gare.config import ClipConfig, Config, differences
-from gare.config.run_settings import completed_settings, settings_of_run
+from gare.config.run_settings import completed_settings
 from gare.data.splits import StoredSplits, split_hash_of
 from gare.errors import ConfigError, DivergedError, GareError
 from gare.retrieval.results.evaluation import model_label
@@ -111,8 +111,9 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         source.check_weights()
     tracker = connect(config.tracking, places.root)
     with ray_session(config.cluster):
-        config = settle_resources(config, config.train.batch_size * source.row_bytes())
-        require_train_resources(config.cluster)
+        cluster = settle_resources(config, config.train.batch_size * source.row_bytes())
+        require_train_resources(cluster)
+        config = config.model_copy(update={"cluster": cluster})
         config = with_precision(config, have_bf16=require_usable_gpus(config.cluster))
         warn_of_towers_that_stay(config, plan.num_steps)
         if lock:
@@ -146,7 +147,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
     """Returns the settings and data that identify a run."""
-    settings = settings_of_run(config)
+    settings = config.identity()
     # Sampling or not is part of the identity, whichever key decides it: in earlier versions auto depended on
     # a memory setting.
     sampled = config.loss.samples_texts(config.train.batch_size, config.model.clip.embed_dim)
@@ -189,7 +190,7 @@ def _start_run(
     handle = tracker.start_run(
         f"{config.name}/{train.run}",
         run_id=run_id,
-        params=config.model_dump(mode="json", exclude={"storage", "tracking", "demo", "evaluate"}),
+        params=config.logged(),
         tags={
             **run_tags(config, splits.benchmark, splits.protocol),
             "model": model_label(config.model.identity()),
@@ -222,7 +223,7 @@ def _fit(
 
     v2: Any = ray.train  # its type stubs are those of Ray Train V1
 
-    cluster, run_folder = config.cluster, places.run(config.train.run)
+    cluster, run_folder = config.cluster.resolved, places.run(config.train.run)
     # Ray would open the URI by itself, without our endpoint and retries.
     filesystem, folder = open_fs(run_folder)
     # Ray writes its own record of checkpoints in place: a kill or a full disk at that moment would lose the
@@ -244,7 +245,7 @@ def _fit(
             if cluster.min_workers
             else cluster.train_workers,
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
-            use_gpu=bool(cluster.use_gpu),
+            use_gpu=cluster.use_gpu,
             resources_per_worker=resources_of_worker(cluster),
             placement_strategy=cluster.placement.upper(),
         ),

@@ -75,7 +75,7 @@ def require_usable_gpus(config: ClusterConfig) -> bool | None:
         return False
     import ray
 
-    count = min(config.train_workers, int(ray.available_resources().get("GPU", 0)))
+    count = min(config.resolved.train_workers, int(ray.available_resources().get("GPU", 0)))
     probes: list[Any] = [ray.remote(num_cpus=0, num_gpus=1)(_Probe).remote() for _ in range(count)]
     try:
         # All at once, so that no two probes get the same GPU.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.runtime._compat import resources_after_growth
-from gare.config import ClusterConfig, Config
+from gare.config import ClusterConfig, Config, ResolvedCluster
 from gare.errors import ConfigError, GareError
 
 logger = logging.getLogger(__name__)
@@ -84,24 +84,24 @@ def extraction_cpus(config: ClusterConfig) -> int:
     """Returns the CPUs for extraction: all but those that it leaves for training."""
     total = num_cpus()
     leave = config.leave_cpus
-    if leave < 0:
+    if leave == "auto":
         leave = 0
         if joins_cluster(config):
-            settled = resolve(config, 0, nodes())
-            leave = int(min(settled.train_workers * cpus_of_worker(settled), total / 4))
+            resolved = resolve(config, 0, nodes())
+            leave = int(min(resolved.train_workers * cpus_of_worker(resolved), total / 4))
     return max(1, total - leave)
 
 
-def cpus_of_worker(config: ClusterConfig) -> float:
+def cpus_of_worker(config: ResolvedCluster) -> float:
     """Returns the CPUs reserved for a training worker and for the actors that load its data on its node.
 
     Ray counts workers by dividing floats, so the share of one must be exact in binary.
     """
-    cpus = config.cpus_per_worker + max(config.loaders_per_worker, 1) * LOADER_CPUS
+    cpus = config.cpus_per_worker + config.loaders_per_worker * LOADER_CPUS
     return math.ceil((cpus - _SLACK) * 4) / 4
 
 
-def resources_of_worker(config: ClusterConfig) -> dict[str, float]:
+def resources_of_worker(config: ResolvedCluster) -> dict[str, float]:
     """Returns the resources that Ray reserves for a training worker."""
     return {"CPU": cpus_of_worker(config)} | ({"GPU": 1.0} if config.use_gpu else {})
 
@@ -110,40 +110,40 @@ def object_store_bytes(config: ClusterConfig) -> int:
     """Returns the object store size of a local Ray; frames are small, and a laptop runs other programs."""
     import psutil
 
-    if config.object_store_mb:
+    if config.object_store_mb != "auto":
         return config.object_store_mb * _MEGABYTE
     return int(min(max(0.1 * psutil.virtual_memory().total, 512 * _MEGABYTE), 8192 * _MEGABYTE))
 
 
-def settle_resources(config: Config, batch_bytes: int) -> Config:
-    """Resolves the automatic values in ``cluster`` for the cluster that this process has joined.
+def settle_resources(config: Config, batch_bytes: int) -> ResolvedCluster:
+    """Resolves the automatic values of ``cluster`` for the cluster that this process has joined.
 
     Args:
         config: the requested configuration.
         batch_bytes: approximate size of the global batch as it is loaded.
     """
-    settled = resolve(config.cluster, config.train.batch_size, nodes(), batch_bytes)
-    if settled == config.cluster:
-        return config
+    resolved = resolve(config.cluster, config.train.batch_size, nodes(), batch_bytes)
+    if resolved.model_dump() == config.cluster.model_dump():
+        return resolved
     logger.info(
         "training workers: %d, each with %g CPU%s and %d loader%s; the cluster's nodes: %d with %d CPU and "
         "%d GPU",
-        settled.train_workers,
-        settled.cpus_per_worker,
-        " and 1 GPU" if settled.use_gpu else "",
-        settled.loaders_per_worker,
-        "s" * (settled.loaders_per_worker > 1),
+        resolved.train_workers,
+        resolved.cpus_per_worker,
+        " and 1 GPU" if resolved.use_gpu else "",
+        resolved.loaders_per_worker,
+        "s" * (resolved.loaders_per_worker > 1),
         len(nodes()),
         num_cpus(),
         num_gpus(),
     )
-    return config.model_copy(update={"cluster": settled})
+    return resolved
 
 
 def resolve(
     config: ClusterConfig, batch_size: int, there: Sequence[Node], batch_bytes: float = math.inf
-) -> ClusterConfig:
-    """Returns ``config`` with all automatic values of training resolved.
+) -> ResolvedCluster:
+    """Replaces all automatic values of training by numbers.
 
     Args:
         config: the requested configuration.
@@ -153,34 +153,48 @@ def resolve(
     """
     on_gpus = config.use_gpu is True or (config.use_gpu == "auto" and any(node.gpus >= 1 for node in there))
     able = [node for node in there if (node.gpus if on_gpus else node.cpus) >= 1] or [Node(1, 0)]
-    workers = config.train_workers
-    if not workers:
-        workers = int(sum(node.gpus for node in able)) if on_gpus else len(able)
-        workers = max(workers, config.min_workers, 1)
-        workers = min(workers, batch_size or workers)
-    cpus = config.cpus_per_worker
-    if not cpus:
-        if on_gpus:
-            share = min(node.cpus / max(node.gpus, 1) for node in able)
-        else:
-            share = sum(node.cpus for node in able) / workers
-            share = min(share, min(node.cpus for node in able))
-        cpus = share / 2
-        cpus = max(0.5, float(math.floor(cpus)) if cpus >= 1 else 0.5)
-        cpus = min(cpus, float(GPU_WORKER_CPUS)) if on_gpus else cpus
-    settled = config.model_copy(
-        update={"train_workers": workers, "cpus_per_worker": cpus, "use_gpu": on_gpus}
+    if config.train_workers == "auto":
+        most = int(sum(node.gpus for node in able)) if on_gpus else len(able)
+        most = max(most, config.min_workers, 1)
+        workers = min(most, batch_size or most)
+    else:
+        workers = config.train_workers
+    if config.cpus_per_worker == "auto":
+        cpus = _automatic_cpus(workers, able, on_gpus=on_gpus)
+    else:
+        cpus = config.cpus_per_worker
+    loaders = config.loaders_per_worker
+    resolved = ResolvedCluster.model_validate(
+        config.model_dump()
+        | {
+            "train_workers": workers,
+            "cpus_per_worker": cpus,
+            "loaders_per_worker": 1 if loaders == "auto" else loaders,
+            "use_gpu": on_gpus,
+        }
     )
-    if not config.train_workers and (room := num_that_fit(settled, there)):
-        settled = settled.model_copy(update={"train_workers": max(room, config.min_workers)})
-    loaders = config.loaders_per_worker or min(
-        _loaders_that_fit(settled, able),
-        math.ceil(min(batch_bytes / settled.train_workers / LOADER_BYTES, 99)),
-    )
-    return settled.model_copy(update={"loaders_per_worker": max(loaders, 1)})
+    if config.train_workers == "auto" and (room := num_that_fit(resolved, there)):
+        resolved = resolved.model_copy(update={"train_workers": max(room, config.min_workers)})
+    if loaders != "auto":
+        return resolved
+    useful = math.ceil(min(batch_bytes / resolved.train_workers / LOADER_BYTES, 99))
+    loaders = max(1, min(_loaders_that_fit(resolved, able), useful))
+    return resolved.model_copy(update={"loaders_per_worker": loaders})
 
 
-def _loaders_that_fit(config: ClusterConfig, able: Sequence[Node]) -> int:
+def _automatic_cpus(workers: int, able: Sequence[Node], *, on_gpus: bool) -> float:
+    """Returns half of a training worker's share of the CPUs of the nodes that can hold one."""
+    if on_gpus:
+        share = min(node.cpus / max(node.gpus, 1) for node in able)
+    else:
+        share = sum(node.cpus for node in able) / workers
+        share = min(share, min(node.cpus for node in able))
+    half = share / 2
+    cpus = max(0.5, float(math.floor(half)) if half >= 1 else 0.5)
+    return min(cpus, float(GPU_WORKER_CPUS)) if on_gpus else cpus
+
+
+def _loaders_that_fit(config: ResolvedCluster, able: Sequence[Node]) -> int:
     """Returns the number of loaders for which the tightest node has CPUs when full of training workers.
 
     Args:
@@ -197,11 +211,11 @@ def _loaders_that_fit(config: ClusterConfig, able: Sequence[Node]) -> int:
     return max(1, min(int(min(rooms) + _SLACK), MAX_LOADERS))
 
 
-def require_train_resources(config: ClusterConfig) -> None:
+def require_train_resources(config: ResolvedCluster) -> None:
     """Checks that the training workers fit, each with the actors that load its data.
 
     Args:
-        config: with resources resolved.
+        config: resources of the training.
 
     Raises:
         ConfigError: for more than the cluster has in total, or can grow to.
@@ -236,7 +250,7 @@ def require_train_resources(config: ClusterConfig) -> None:
     _wait_for(config, needed, is_growing=is_growing)
 
 
-def num_that_fit(config: ClusterConfig, there: Sequence[Node]) -> int:
+def num_that_fit(config: ResolvedCluster, there: Sequence[Node]) -> int:
     """Returns how many training workers these nodes can hold when idle, at most as many as asked for."""
     each = cpus_of_worker(config)
     rooms = [
@@ -253,12 +267,12 @@ def num_that_fit(config: ClusterConfig, there: Sequence[Node]) -> int:
 
 def _can_grow_to(config: ClusterConfig) -> dict[str, float]:
     """Returns the most CPUs and GPUs of an autoscaling cluster; empty for other clusters."""
-    told = {"CPU": float(config.max_cpus), "GPU": float(config.max_gpus)}
+    given = {"CPU": config.max_cpus, "GPU": config.max_gpus}
     said = resources_after_growth()
-    return {kind: amount or float(said.get(kind, 0)) for kind, amount in told.items()}
+    return {kind: float(said.get(kind, 0) if amount == "auto" else amount) for kind, amount in given.items()}
 
 
-def _wait_for(config: ClusterConfig, needed: dict[str, float], *, is_growing: bool) -> None:
+def _wait_for(config: ResolvedCluster, needed: dict[str, float], *, is_growing: bool) -> None:
     """Waits until the needed resources are free, and asks the autoscaler for them meanwhile.
 
     Raises:
@@ -310,11 +324,11 @@ LOOK_EVERY_S = 30.0
 
 
 @contextmanager
-def warn_while_short_of_nodes(config: ClusterConfig, every_s: float = LOOK_EVERY_S) -> Iterator[None]:
+def warn_while_short_of_nodes(config: ResolvedCluster, every_s: float = LOOK_EVERY_S) -> Iterator[None]:
     """Warns, inside the context, if the remaining nodes cannot hold the workers that training needs.
 
     Args:
-        config: with resources resolved.
+        config: resources of the training.
         every_s: seconds between checks.
     """
     ended = threading.Event()

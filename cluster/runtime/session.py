@@ -83,14 +83,14 @@ def _begin(config: ClusterConfig, address: str) -> None:
     quiet |= runtime_env()
     try:
         if address:
-            if config.changed("num_cpus", "object_store_mb", "spill_dir"):
+            if config.non_default("num_cpus", "object_store_mb", "spill_dir"):
                 logger.warning("cluster.num_cpus, object_store_mb and spill_dir are of a local Ray alone")
             ray.init(address=address, **quiet)
         else:
             # "local" never joins another cluster that happens to run on this machine.
             ray.init(
                 address="local",
-                num_cpus=config.num_cpus or max(2, os.cpu_count() or 2),
+                num_cpus=max(2, os.cpu_count() or 2) if config.num_cpus == "auto" else config.num_cpus,
                 # Ray Train asks the dashboard's state service if its controller is alive.
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",

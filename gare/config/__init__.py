@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gare.config.augment import AugmentConfig
-from gare.config.cluster import ClusterConfig
+from gare.config.cluster import ClusterConfig, ResolvedCluster
 from gare.config.data import DataConfig
 from gare.config.evaluate import EvaluateConfig
 from gare.config.extract import ExtractConfig
@@ -27,6 +27,7 @@ __all__ = [
     "FeaturesConfig",
     "LossConfig",
     "ModelConfig",
+    "ResolvedCluster",
     "Section",
     "SourcesConfig",
     "StorageConfig",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from gare.config.section import Fraction, NonNegative, Section
+from gare.config.section import Fraction, IdleIf, NonNegative, Section
+
+_NEEDS_OPERATIONS = IdleIf("operations", (0,))
 
 
 class AugmentConfig(Section):
@@ -15,11 +17,13 @@ class AugmentConfig(Section):
     operations: int = Field(
         0, ge=0, le=15, description="N: RandAugment operations on a clip; the paper's is 4"
     )
-    magnitude: Annotated[float, Field(gt=0, lt=10)] = Field(
+    magnitude: Annotated[float, Field(gt=0, lt=10), _NEEDS_OPERATIONS] = Field(
         7.0, description="RandAugment's magnitude, on timm's scale of 0 to 10"
     )
-    noise: NonNegative = Field(0.5, description="standard deviation of each operation's magnitude")
-    probability: Annotated[float, Field(gt=0, le=1)] = Field(
+    noise: Annotated[NonNegative, _NEEDS_OPERATIONS] = Field(
+        0.5, description="standard deviation of each operation's magnitude"
+    )
+    probability: Annotated[float, Field(gt=0, le=1), _NEEDS_OPERATIONS] = Field(
         0.5,
         description="share of the drawn operations that are carried out; the paper's code carries out half",
     )
@@ -34,9 +38,3 @@ class AugmentConfig(Section):
     def is_on(self) -> bool:
         """True if clips are changed at all."""
         return bool(self.operations or self.flip or self.crop_scale < 1)
-
-    @model_validator(mode="after")
-    def _every_key_has_an_effect(self) -> AugmentConfig:
-        if changed := [] if self.operations else self.changed("magnitude", "noise", "probability"):
-            raise ValueError(f"{', '.join(changed)} would change nothing: operations is 0")
-        return self

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from gare.config.section import NonNegative, Positive, Section
+from gare.config.section import Auto, Count, CountOrAuto, NonNegative, Positive, Section, number_or_auto
 
 
 class ClusterConfig(Section):
-    """Resources asked of Ray. Automatic ones are resolved and logged once the cluster is joined."""
+    """Resources asked of Ray. Automatic ones are resolved and logged once the cluster is joined.
+
+    See ``ResolvedCluster``.
+    """
 
     address: str = Field("", description="Ray cluster to join; empty: RAY_ADDRESS if set, else a local one")
-    num_cpus: int = Field(0, ge=0, description="CPUs of a local Ray; 0: all of this machine (at least 2)")
-    object_store_mb: int = Field(
-        0,
-        ge=0,
-        description="MB of a local Ray's object store; 0 or auto: a tenth of the memory, 512 to 8192",
+    num_cpus: CountOrAuto = Field(
+        "auto", description="CPUs of a local Ray; auto: all of this machine (at least 2)"
+    )
+    object_store_mb: CountOrAuto = Field(
+        "auto",
+        description="MB of a local Ray's object store; auto: a tenth of the memory, 512 to 8192",
     )
     spill_dir: str = Field(
         "",
         description="folder of this machine that a local Ray spills objects to; empty: Ray's, below /tmp/ray",
     )
-    train_workers: int = Field(
+    train_workers: CountOrAuto = Field(
         2,
-        ge=0,
         description="training workers, which share train.batch_size; the gradient is the same whatever their "
-        "number; 0 or auto: one for each GPU, without GPUs one for each node",
+        "number; auto: one for each GPU, without GPUs one for each node",
     )
     min_workers: int = Field(
         0,
@@ -41,16 +44,15 @@ class ClusterConfig(Section):
         description="with min_workers: seconds between looks for nodes that have come; a checkpoint is "
         "written at least twice as often, since the steps after the last one are then done again",
     )
-    cpus_per_worker: NonNegative = Field(
+    cpus_per_worker: Annotated[float | Auto, number_or_auto(0.001, whole=False, formerly=0)] = Field(
         0.5,
-        description="CPUs of a training worker; 0 or auto: half of its share of the CPUs, 4 at most with a "
+        description="CPUs of a training worker; auto: half of its share of the CPUs, 4 at most with a "
         "GPU; the rest decodes and loads",
     )
-    loaders_per_worker: int = Field(
-        0,
-        ge=0,
+    loaders_per_worker: CountOrAuto = Field(
+        "auto",
         description="actors on its node that load each training worker's clips and, without a GPU, augment "
-        "them; 0 or auto: as many as it has CPUs left for each worker, 16 at most, fewer for small batches",
+        "them; auto: as many as it has CPUs left for each worker, 16 at most, fewer for small batches",
     )
     prefetch_mb: Positive = Field(
         1024.0,
@@ -64,33 +66,40 @@ class ClusterConfig(Section):
         "pack",
         description="training workers on as few nodes as can be or on as many; strict_: on one, one on each",
     )
-    leave_cpus: int = Field(
-        -1,
-        ge=-1,
-        description="CPUs that extraction leaves free; -1 or auto: on a joined cluster what training with "
+    leave_cpus: Annotated[int | Auto, number_or_auto(0, whole=True, formerly=-1)] = Field(
+        "auto",
+        description="CPUs that extraction leaves free; auto: on a joined cluster what training with "
         "this configuration takes, a quarter of the CPUs at most; none in a local Ray",
     )
-    max_cpus: int = Field(
-        0, ge=0, description="CPUs that the cluster can grow to; 0: what its autoscaler says, if it has one"
+    max_cpus: CountOrAuto = Field(
+        "auto", description="CPUs that the cluster can grow to; auto: what its autoscaler says, if it has one"
     )
-    max_gpus: int = Field(0, ge=0, description="GPUs that it can grow to; 0 likewise")
+    max_gpus: CountOrAuto = Field("auto", description="GPUs that it can grow to; auto likewise")
     wait_s: NonNegative = Field(
         120.0, description="seconds to wait for CPUs or GPUs that other jobs hold or that are being added"
     )
-
-    @field_validator(
-        "object_store_mb", "train_workers", "cpus_per_worker", "loaders_per_worker", mode="before"
-    )
-    @classmethod
-    def _auto_is_zero(cls, value: Any) -> Any:
-        return 0 if value == "auto" else value
-
-    @field_validator("leave_cpus", mode="before")
-    @classmethod
-    def _auto_is_negative(cls, value: Any) -> Any:
-        return -1 if value == "auto" else value
 
     @field_validator("use_gpu", mode="before")
     @classmethod
     def _numbers_are_switches(cls, value: Any) -> Any:
         return bool(value) if value in (0, 1) else value
+
+    @property
+    def resolved(self) -> ResolvedCluster:
+        """This section with numbers alone.
+
+        Raises:
+            TypeError: if one that training needs is still automatic.
+        """
+        if not isinstance(self, ResolvedCluster):
+            raise TypeError("the cluster's automatic resources are not resolved yet")
+        return self
+
+
+class ResolvedCluster(ClusterConfig):
+    """Resources of a training on the cluster that was joined; none of them is automatic any more."""
+
+    train_workers: Count
+    cpus_per_worker: Positive
+    loaders_per_worker: Count
+    use_gpu: bool

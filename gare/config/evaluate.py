@@ -6,7 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gare.config.section import Count, Positive, Section, Seed
+from gare.config.section import Count, IdleIf, Positive, Section, Seed
+
+_NEEDS_QBNORM = IdleIf("qbnorm", (False,))
+_NOT_IN_CURVE = IdleIf("test_curve", (True,), "test_curve has the plain scores of the run's own checkpoints")
 
 #: RUN or NAME/RUN: parts of a path below the storage root.
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")]
@@ -21,7 +24,9 @@ class EvaluateConfig(Section):
         description="store to score from; auto: the kind that the checkpoint learned from, frames with "
         "zero_shot",
     )
-    checkpoint: str = Field("", description="checkpoint folder; empty: the best on val of train.run")
+    checkpoint: Annotated[str, _NOT_IN_CURVE, IdleIf("zero_shot", (True,), "zero_shot has none")] = Field(
+        "", description="checkpoint folder; empty: the best on val of train.run"
+    )
     zero_shot: bool = Field(
         False,
         description="score the towers of features.weights (train.clip_weights) as they are, without any run: "
@@ -33,20 +38,20 @@ class EvaluateConfig(Section):
         1000, ge=0, description="bootstrap resamples of the queries for 95 % intervals; 0: no intervals"
     )
     seed: Seed = Field(0, description="seed of the resamples and of the query bank")
-    dsl: bool = Field(
+    dsl: Annotated[bool, _NOT_IN_CURVE] = Field(
         False, description="also dual-softmax metrics, dsl/…: they use all queries of the split at once"
     )
-    dsl_scale: Positive = Field(
+    dsl_scale: Annotated[Positive, IdleIf("dsl", (False,)), _NOT_IN_CURVE] = Field(
         100.0, description="κ of dual softmax, s·softmax(κs): an inverse temperature, 100 as CLIP's logits"
     )
-    qbnorm: bool = Field(
+    qbnorm: Annotated[bool, _NOT_IN_CURVE] = Field(
         False,
         description="also query-bank normalised metrics, qbnorm/t2v/…, with a bank of training captions",
     )
-    qbnorm_scale: Positive = Field(
+    qbnorm_scale: Annotated[Positive, _NEEDS_QBNORM, _NOT_IN_CURVE] = Field(
         20.0, description="β of query-bank normalisation, exp(βs): an inverse temperature, the paper's is 20"
     )
-    qbnorm_bank: Count = Field(
+    qbnorm_bank: Annotated[Count, _NEEDS_QBNORM, _NOT_IN_CURVE] = Field(
         5000, description="training captions in the query bank, drawn by seed; all where there are fewer"
     )
 
@@ -59,7 +64,7 @@ class EvaluateConfig(Section):
     suite: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=100)] = Field(
         "", description="collect evaluate.runs under an MLflow run of this name, with mean ± deviation"
     )
-    runs: tuple[RunName, ...] = Field(
+    runs: Annotated[tuple[RunName, ...], IdleIf("suite", ("",))] = Field(
         (),
         description="runs of the suite, named as in compare; empty: all of this data set",
     )
@@ -77,28 +82,16 @@ class EvaluateConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _every_key_has_an_effect(self) -> EvaluateConfig:
-        for switch, keys in (("dsl", ["dsl_scale"]), ("qbnorm", ["qbnorm_scale", "qbnorm_bank"])):
-            if changed := [] if getattr(self, switch) else self.changed(*keys):
-                raise ValueError(f"{', '.join(changed)} would change nothing: {switch} is off")
+    def _tasks_exclude_each_other(self) -> EvaluateConfig:
         if len(self.compare) == 1:
             raise ValueError("compare takes two runs")
         tasks = (self.compare, self.suite, self.sync, self.test_curve, self.zero_shot)
         if sum(map(bool, tasks)) > 1:
             raise ValueError("compare, suite, sync, test_curve and zero_shot exclude each other")
-        if self.zero_shot and self.checkpoint:
-            raise ValueError("checkpoint would change nothing: zero_shot has none")
         if self.test_curve and self.split != "test":
             raise ValueError(
                 f"test_curve is of split test, and split is {self.split}: training has the curve of val"
             )
-        if changed := self.changed("checkpoint", "dsl", "qbnorm") if self.test_curve else []:
-            raise ValueError(
-                f"{', '.join(changed)} would change nothing: test_curve has the plain scores of the "
-                "run's own checkpoints"
-            )
-        if self.runs and not self.suite:
-            raise ValueError("runs would change nothing: suite is empty")
         if self.split == "train" and self.qbnorm:
             raise ValueError("qbnorm on split train would take its bank from the queries themselves")
         return self

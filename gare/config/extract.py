@@ -6,42 +6,48 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gare.config.section import Count, Fraction, Positive, Section
+from gare.config.section import Count, CountOrAuto, Fraction, IdleIf, Mark, Positive, Section
 
 
 class ExtractConfig(Section):
-    """Extraction of frames from videos. Keys that change the values are in the store's fingerprint."""
+    """Extraction of frames from videos."""
 
     store: Literal["frames", "features", "both"] = Field(
         "frames",
         description="what to keep: frames, features (see the section features), or both from one pass",
     )
-    num_frames: Count = Field(12, description="F: frames kept of each clip; shorter ones are padded")
-    sampling: Literal["released", "uniform", "keyframes"] = Field(
+    num_frames: Annotated[Count, Mark.STORED] = Field(
+        12, description="F: frames kept of each clip; shorter ones are padded"
+    )
+    sampling: Annotated[Literal["released", "uniform", "keyframes"], Mark.STORED] = Field(
         "released",
         description="released: sample_fps, then F of those at equal steps; uniform: the centres of F equal "
         "segments; keyframes: F of the clip's keyframes, fast and approximate",
     )
-    sample_fps: Positive = Field(
-        1.0, description="frames per second sampled before F of them are taken (sampling: released)"
-    )
-    decoder: Literal["auto", "pyav", "torchcodec"] = Field(
+    sample_fps: Annotated[
+        Positive, Mark.STORED, IdleIf("sampling", ("uniform", "keyframes"), "sampling {} has no rate")
+    ] = Field(1.0, description="frames per second sampled before F of them are taken (sampling: released)")
+    decoder: Annotated[Literal["auto", "pyav", "torchcodec"], Mark.STORED] = Field(
         "auto",
         description="auto: decord where it is right, else PyAV; torchcodec: an optional extra, PyAV where it "
         "is not right",
     )
-    image_size: Count = Field(
+    image_size: Annotated[Count, Mark.STORED] = Field(
         224,
         description="pixels: short side after resizing; crop center makes it both sides of the picture. With "
         "model.clip=auto that of the weights, whatever a file says, unless it is given on the command line",
     )
-    crop: Literal["center", "none"] = Field(
+    crop: Annotated[Literal["center", "none"], Mark.STORED] = Field(
         "center",
         description="center: the store keeps the centre square; none: the whole picture, for training that "
         "augments before it crops (needs encoding jpeg); whatever else reads it gets the centre square",
     )
-    encoding: Literal["jpeg", "raw"] = Field("jpeg", description="how frames are stored")
-    jpeg_quality: int = Field(95, ge=1, le=100, description="JPEG quality of stored frames")
+    encoding: Annotated[Literal["jpeg", "raw"], Mark.STORED] = Field(
+        "jpeg", description="how frames are stored"
+    )
+    jpeg_quality: Annotated[int, Mark.STORED] = Field(
+        95, ge=1, le=100, description="JPEG quality of stored frames"
+    )
     deadline_s: Positive = Field(60.0, description="seconds a video may take to decode before it is given up")
     memory_mb: Annotated[float, Field(ge=400, le=10**6)] = Field(
         2000.0,
@@ -66,12 +72,12 @@ class ExtractConfig(Section):
         "them; their frames count until others take their place",
     )
     videos_per_part: Count = Field(32, description="videos a Parquet part of the store holds at most")
-    workers: int = Field(0, ge=0, description="decoding actors; 0: one for each CPU that the cluster has")
+    workers: CountOrAuto = Field(
+        "auto", description="decoding actors; auto: one for each CPU that the cluster has"
+    )
 
     @model_validator(mode="after")
     def _sampling_makes_sense(self) -> ExtractConfig:
-        if self.sampling != "released" and self.changed("sample_fps"):
-            raise ValueError(f"sample_fps would change nothing: sampling {self.sampling} has no rate")
         if self.sampling == "keyframes" and self.decoder == "torchcodec":
             raise ValueError("decoder torchcodec would change nothing: keyframes alone are decoded by PyAV")
         return self

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from gare.config.augment import AugmentConfig
 from gare.config.evaluate import EvaluateConfig
 from gare.config.model import ModelConfig
-from gare.config.section import Count, Section
+from gare.config.section import Count, CountOrAuto, Mark, Section
 from gare.config.train import TrainConfig
 
 
 class FeaturesConfig(Section):
-    """Encoding of frames and captions; settings that change the values are in the store's fingerprint."""
+    """Encoding of frames and captions; the SHA-256 of the weights is in the store's fingerprint too."""
 
     weights: str = Field(
         "",
         description="towers that make features: as train.clip_weights, or a checkpoint folder; empty: "
         "train.clip_weights",
     )
-    words: bool = Field(False, description="store word features too, which model.context=words needs")
-    precision: Literal["float32", "bf16", "float16"] = Field(
+    words: Annotated[bool, Mark.STORED] = Field(
+        False, description="store word features too, which model.context=words needs"
+    )
+    precision: Annotated[Literal["float32", "bf16", "float16"], Mark.STORED] = Field(
         "float32", description="of the towers while they make features, which are stored in float16"
     )
     compile: Literal["auto", "off", "towers"] = Field(
@@ -31,8 +33,8 @@ class FeaturesConfig(Section):
     )
     batch: Count = Field(32, description="clips that go through the image tower at once")
     videos_per_part: Count = Field(256, description="videos that a Parquet part of the store holds at most")
-    workers: int = Field(
-        0, ge=0, description="encoding actors; 0: one for each GPU with cluster.use_gpu, else for each CPU"
+    workers: CountOrAuto = Field(
+        "auto", description="encoding actors; auto: one for each GPU with cluster.use_gpu, else for each CPU"
     )
     cache_mb: float = Field(
         4096.0,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
@@ -27,8 +27,8 @@ from gare.config.data import DataConfig
 from gare.config.evaluate import EvaluateConfig
 from gare.config.extract import ExtractConfig
 from gare.config.features import FeaturesConfig, feature_faults
-from gare.config.model import INCREMENT_KEYS, SIZES_READ, SIZES_UNKNOWN, ModelConfig
-from gare.config.section import DemoConfig, Name, Section, StorageConfig, TrackingConfig
+from gare.config.model import SIZES_READ, SIZES_UNKNOWN, ModelConfig
+from gare.config.section import DemoConfig, Mark, Name, Section, StorageConfig, TrackingConfig
 from gare.config.sources import SourcesConfig
 from gare.config.train import LossConfig, TrainConfig
 from gare.config.upkeep import UpkeepConfig
@@ -44,37 +44,29 @@ _PLACES = {
     "train": ("run", "clip_weights"),
     "evaluate": ("checkpoint", "compare", "suite", "sync", "zero_shot"),
 }
-_DSL_KEYS, _QBNORM_KEYS = ("dsl_scale",), ("qbnorm_scale", "qbnorm_bank")
-#: Section, switch, the values that turn a part off, and keys beside it that only affect this part and are
-#: refused while it is off.
-SHAPING: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
-    ("extract", "sampling", ("uniform", "keyframes"), ("sample_fps",)),
-    ("model", "increment", (False,), INCREMENT_KEYS),
-    ("model", "query", ("text",), ("gap_sign",)),
-    ("model", "temporal", ("none",), ("temporal_layers", "temporal_heads")),
-    ("model", "pooling", ("mean",), ("pool_temperature",)),
-    ("loss", "direction_form", ("orthogonality",), ("direction_alpha",)),
-    ("train", "optimizer", ("adamw",), ("schedule_epochs",)),
-    ("train", "precision", ("auto", "float32", "bf16"), ("encoder_gradient_divisor",)),
-    ("augment", "operations", (0,), ("magnitude", "noise", "probability")),
-    ("evaluate", "test_curve", (True,), ("checkpoint", "dsl", "qbnorm", *_DSL_KEYS, *_QBNORM_KEYS)),
-    ("evaluate", "zero_shot", (True,), ("checkpoint",)),
-    ("evaluate", "dsl", (False,), _DSL_KEYS),
-    ("evaluate", "qbnorm", (False,), _QBNORM_KEYS),
-    ("evaluate", "suite", ("",), ("runs",)),
-)
 
 
 class Config(Section):
     """The complete configuration of a pipeline, one field per section."""
 
     name: Name = Field("own", description="name of the data set: its outputs are below storage.root/name")
-    storage: StorageConfig = Field(default_factory=StorageConfig, description="where outputs go")
-    data: DataConfig = Field(default_factory=DataConfig, description="videos and captions")
-    sources: SourcesConfig = Field(default_factory=SourcesConfig, description="fetching videos")
-    extract: ExtractConfig = Field(default_factory=ExtractConfig, description="videos to frame store")
-    upkeep: UpkeepConfig = Field(default_factory=UpkeepConfig, description="care of the stores")
-    features: FeaturesConfig = Field(
+    storage: Annotated[StorageConfig, Mark.FREE, Mark.UNLOGGED] = Field(
+        default_factory=StorageConfig, description="where outputs go"
+    )
+    # What matters of data and extract is in the fingerprints of manifest and store.
+    data: Annotated[DataConfig, Mark.FREE] = Field(
+        default_factory=DataConfig, description="videos and captions"
+    )
+    sources: Annotated[SourcesConfig, Mark.FREE] = Field(
+        default_factory=SourcesConfig, description="fetching videos"
+    )
+    extract: Annotated[ExtractConfig, Mark.FREE] = Field(
+        default_factory=ExtractConfig, description="videos to frame store"
+    )
+    upkeep: Annotated[UpkeepConfig, Mark.FREE] = Field(
+        default_factory=UpkeepConfig, description="care of the stores"
+    )
+    features: Annotated[FeaturesConfig, Mark.FREE] = Field(
         default_factory=FeaturesConfig, description="frames and captions to feature store"
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
@@ -83,10 +75,16 @@ class Config(Section):
     augment: AugmentConfig = Field(
         default_factory=AugmentConfig, description="augmentation of training clips"
     )
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="evaluation")
-    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Ray")
-    demo: DemoConfig = Field(default_factory=DemoConfig, description="the demo")
+    evaluate: Annotated[EvaluateConfig, Mark.FREE, Mark.UNLOGGED] = Field(
+        default_factory=EvaluateConfig, description="evaluation"
+    )
+    tracking: Annotated[TrackingConfig, Mark.FREE, Mark.UNLOGGED] = Field(
+        default_factory=TrackingConfig, description="MLflow"
+    )
+    cluster: Annotated[ClusterConfig, Mark.FREE] = Field(default_factory=ClusterConfig, description="Ray")
+    demo: Annotated[DemoConfig, Mark.FREE, Mark.UNLOGGED] = Field(
+        default_factory=DemoConfig, description="the demo"
+    )
 
     @model_validator(mode="after")
     def _store_fits_model(self, info: ValidationInfo) -> Config:
@@ -109,20 +107,18 @@ class Config(Section):
                 f"extract.num_frames {self.extract.num_frames} differs from "
                 f"model.max_frames {self.model.max_frames}"
             )
-        if self.train.batch_size < self.cluster.train_workers:
+        workers = self.cluster.train_workers
+        if workers != "auto" and self.train.batch_size < workers:
             faults.append(
-                f"train.batch_size {self.train.batch_size} is less than "
-                f"cluster.train_workers {self.cluster.train_workers}"
+                f"train.batch_size {self.train.batch_size} is less than cluster.train_workers {workers}"
             )
-        if self.cluster.min_workers > (self.cluster.train_workers or self.train.batch_size):
-            faults.append(
-                f"cluster.min_workers {self.cluster.min_workers} is more than "
-                + (
-                    f"cluster.train_workers {self.cluster.train_workers}"
-                    if self.cluster.train_workers
-                    else f"train.batch_size {self.train.batch_size}"
-                )
-            )
+        key, most = (
+            ("train.batch_size", self.train.batch_size)
+            if workers == "auto"
+            else ("cluster.train_workers", workers)
+        )
+        if self.cluster.min_workers > most:
+            faults.append(f"cluster.min_workers {self.cluster.min_workers} is more than {key} {most}")
         if self.cluster.min_workers and self.cluster.placement.startswith("strict"):
             faults.append(
                 f"cluster.placement {self.cluster.placement} with cluster.min_workers: Ray would choose "
@@ -135,6 +131,35 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Returns the resolved configuration as YAML that ``load_config`` reads back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def logged(self) -> dict[str, Any]:
+        """Returns the settings that are parameters of an MLflow run, by section."""
+        return self.model_dump(mode="json", exclude=type(self).marked(Mark.UNLOGGED))
+
+
+def without_idle_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns saved settings without keys that only affect a part which is turned off.
+
+    Such a key was saved with its version's default. If the default has changed since, the key would be
+    refused as one that changes nothing, or be taken for a difference.
+    """
+    kept = dict(saved)
+    for name, section in _sections():
+        settings = kept.get(name)
+        if isinstance(settings, Mapping):
+            idle = {
+                key
+                for key, mark in section.idle_keys()
+                if mark.switch in settings and settings[mark.switch] in mark.values
+            }
+            kept[name] = {key: value for key, value in settings.items() if key not in idle}
+    return kept
+
+
+def _sections() -> Iterator[tuple[str, type[Section]]]:
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield name, field.annotation
 
 
 #: Function that reads ``model.clip`` from the weights named in a configuration that has only the name and
@@ -277,12 +302,12 @@ def _leave_out_idle_keys(tree: dict[str, Any], settings: Settings, given: Sequen
         origin = settings.origins.get(key)
         return 1 if origin is None else 2 + settings.extended.index(origin)
 
-    for name, switch, off, keys in SHAPING:
-        section = _mapping_in(tree, name)
-        if switch in section and section[switch] in off:
-            for key in keys:
-                if key in section and depth(f"{name}.{key}") > depth(f"{name}.{switch}"):
-                    del tree[name][key]
+    for name, section in _sections():
+        found = _mapping_in(tree, name)
+        for key, mark in section.idle_keys():
+            is_off = mark.switch in found and found[mark.switch] in mark.values
+            if is_off and key in found and depth(f"{name}.{key}") > depth(f"{name}.{mark.switch}"):
+                del tree[name][key]
 
 
 def _mapping_in(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:

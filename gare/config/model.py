@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from gare.config.section import Count, Positive, Section
+from gare.config.section import (
+    Auto,
+    Count,
+    CountOrAuto,
+    FreeAt,
+    IdleIf,
+    Mark,
+    Positive,
+    Section,
+    number_or_auto,
+)
 
-#: Keys that change nothing without increment. Padding then only shortens the pooled video, which cosines
-#: ignore.
-INCREMENT_KEYS = ("corrected_side", "context", "gap_sign", "query", "increment_layers", "padding")
+_NEEDS_INCREMENT = IdleIf("increment", (False,))
+_NEEDS_TEMPORAL = IdleIf("temporal", ("none",))
 #: Validation contexts for ``model.clip: auto``. If no weights were read, the sizes are meaningless defaults,
 #: and no other key has to fit them.
 SIZES_READ, SIZES_UNKNOWN = "sizes read from weights", "sizes unknown"
@@ -45,17 +53,7 @@ class ClipConfig(Section):
         return self
 
 
-def _megabytes_or_auto(value: Any) -> Any:
-    if value == "auto":
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf:
-        raise ValueError(f"got {value!r}; a number from 1 on, or the word auto")
-    return float(value)
-
-
-MegabytesOrAuto = Annotated[float | Literal["auto"], PlainValidator(_megabytes_or_auto)]
-#: Keys that decide how a model is computed, not which model it is.
-_HOW_COMPUTED = {"method", "kernel", "products", "memory_mb"}
+MegabytesOrAuto = Annotated[float | Auto, number_or_auto(1, whole=False)]
 
 
 class ModelConfig(Section):
@@ -69,13 +67,15 @@ class ModelConfig(Section):
         description="transformer over the frames of a clip; none: frame features stay as they are, as the "
         "released code has it for MSVD",
     )
-    temporal_layers: int = Field(4, ge=0, description="blocks of the temporal transformer")
-    temporal_heads: int = Field(
-        0,
-        ge=0,
-        description="attention heads of the temporal transformer; 0: 64 of embed_dim's numbers a head",
+    temporal_layers: Annotated[int, _NEEDS_TEMPORAL] = Field(
+        4, ge=0, description="blocks of the temporal transformer"
     )
-    padding: Literal["masked", "released"] = Field(
+    temporal_heads: Annotated[CountOrAuto, _NEEDS_TEMPORAL] = Field(
+        "auto",
+        description="attention heads of the temporal transformer; auto: 64 of embed_dim's numbers a head",
+    )
+    # Without increment it only shortens the pooled video, which cosines ignore.
+    padding: Annotated[Literal["masked", "released"], _NEEDS_INCREMENT] = Field(
         "masked",
         description="frames that a clip lacks: masked everywhere; or as the released code has them, which "
         "are grey pictures in CLIP, v̄ and ψ, and take weight from the pooling's real frames (direct form "
@@ -86,19 +86,27 @@ class ModelConfig(Section):
         description="how the frames of a clip become one vector: weighted for each text, or the mean of "
         "frames at length 1, without increment (CLIP4Clip: meanP with temporal none, else seqTransf)",
     )
-    pool_temperature: Positive = Field(3.0, description="τ_pool of the text-conditioned pooling")
+    pool_temperature: Annotated[Positive, IdleIf("pooling", ("mean",))] = Field(
+        3.0, description="τ_pool of the text-conditioned pooling"
+    )
     increment: bool = Field(True, description="learn Δ_ij; off is the baseline of the paper's Table 3")
-    corrected_side: Literal["text", "video"] = Field(
+    corrected_side: Annotated[Literal["text", "video"], _NEEDS_INCREMENT] = Field(
         "text", description="what Δ_ij is added to: the text embedding, or the pooled video"
     )
-    context: Literal["frames", "words"] = Field("frames", description="what ψ attends to")
-    gap_sign: Literal[1, -1] = Field(1, description="η of the semantic gap η(v̄_j − t_i)")
-    query: Literal["gap", "text"] = Field(
+    context: Annotated[Literal["frames", "words"], _NEEDS_INCREMENT] = Field(
+        "frames", description="what ψ attends to"
+    )
+    gap_sign: Annotated[
+        Literal[1, -1],
+        _NEEDS_INCREMENT,
+        IdleIf("query", ("text",), "query text does not ask with the gap"),
+    ] = Field(1, description="η of the semantic gap η(v̄_j − t_i)")
+    query: Annotated[Literal["gap", "text"], _NEEDS_INCREMENT] = Field(
         "gap",
         description="what ψ is asked with: the gap; or the text t_i, with Δ_ij = R_ij·unit(v̄_j − ψ(t_i))",
     )
     increment_heads: Count = Field(1, description="attention heads of ψ")
-    increment_layers: Count = Field(
+    increment_layers: Annotated[Count, _NEEDS_INCREMENT] = Field(
         1, description="layers of ψ; the paper's is 1, and more have only the direct form"
     )
     increment_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="dropout inside ψ")
@@ -110,23 +118,25 @@ class ModelConfig(Section):
         "σ_j is 0.0011 in place of 0.117, the KL 3,289 in place of 895",
     )
     adapters: bool = Field(False, description="linear adapters behind both towers, the identity at the start")
-    method: Literal["auto", "direct", "factorized"] = Field(
+    # The last four decide how the model is computed, not which model it is.
+    method: Annotated[Literal["auto", "direct", "factorized"], Mark.FREE] = Field(
         "auto",
         description="how pairs are computed; auto: factorised, which is exact, and direct where it has no "
         "such form, or where on a GPU it is faster (steps of 256 pairs or fewer without fused kernels)",
     )
-    kernel: Literal["auto", "triton", "plain"] = Field(
+    kernel: Annotated[Literal["auto", "triton", "plain"], Mark.FREE] = Field(
         "auto",
         description="what computes pairs in the factorised form; auto: on a GPU fused Triton kernels where "
         "the variant has them (frames as context, query gap), else plain PyTorch",
     )
-    products: Literal["exact", "tf32", "bf16"] = Field(
+    # The rounding errors of the others enter what is learned.
+    products: Annotated[Literal["exact", "tf32", "bf16"], FreeAt("exact")] = Field(
         "exact",
         description="precision of large products beside those kernels, and of the directional "
         "diversity's, on a GPU; exact: float32's, on tensor cores by operands split in two; tf32 and "
         "bf16: theirs. train.tf32 is about all others",
     )
-    memory_mb: MegabytesOrAuto = Field(
+    memory_mb: Annotated[MegabytesOrAuto, Mark.FREE] = Field(
         "auto",
         description="MB that scores and losses may take beyond inputs and results before they go by blocks; "
         "auto: 256 on a CPU, two fifths of what is free on a GPU",
@@ -134,14 +144,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _variant_makes_sense(self) -> ModelConfig:
-        if not self.increment and (changed := self.changed(*INCREMENT_KEYS)):
-            raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
-        if self.temporal == "none" and (changed := self.changed("temporal_layers", "temporal_heads")):
-            raise ValueError(f"{', '.join(changed)} would change nothing: temporal is none")
         if self.pooling == "mean" and self.increment:
             raise ValueError("pooling mean has no increment: set increment=false")
-        if self.pooling == "mean" and self.changed("pool_temperature"):
-            raise ValueError("pool_temperature would change nothing: pooling mean has none")
         if self.method == "factorized" and self.padding == "released":
             raise ValueError("method factorized has no form for padding released: take auto or direct")
         if self.method == "factorized" and self.increment_layers > 1:
@@ -155,8 +159,6 @@ class ModelConfig(Section):
             )
         if self.kernel == "triton" and self.method == "direct":
             raise ValueError("kernel triton computes the factorised form: take method auto or factorized")
-        if self.query == "text" and self.gap_sign != 1:
-            raise ValueError("gap_sign -1 would change nothing: query text does not ask with the gap")
         if self.query == "text" and self.context == "words":
             raise ValueError(
                 "query text with context words would not look at the frames: t*_ij would not depend on j"
@@ -170,24 +172,23 @@ class ModelConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that define the model, without those of how it is computed."""
-        settings = self.model_dump(mode="json", exclude=_HOW_COMPUTED)
-        if self.products != "exact":  # their rounding errors enter what is learned
-            settings["products"] = self.products
-        # 0 and the number that it stands for are the same model.
-        return settings | {"temporal_heads": self.num_temporal_heads}
+        # Auto and the number that it stands for are the same model.
+        return super().identity() | {"temporal_heads": self.num_temporal_heads}
 
     def baseline(self) -> ModelConfig:
         """Returns the model without increment, and without the switches that only shape it."""
-        shared = self.model_dump(exclude={"increment", "kernel", *INCREMENT_KEYS})
+        idle = {key for key, mark in type(self).idle_keys() if mark == _NEEDS_INCREMENT}
+        shared = self.model_dump(exclude={"increment", "kernel", *idle})
         return type(self).model_validate({**shared, "increment": False})
 
     def computed_as(self, other: ModelConfig) -> ModelConfig:
         """Returns this model with the computation settings of another one."""
-        return self.model_copy(update={key: getattr(other, key) for key in _HOW_COMPUTED})
+        return self.model_copy(update={key: getattr(other, key) for key in self._how_computed()})
 
     def zero_shot(self) -> ModelConfig:
         """Returns the towers alone: CLIP4Clip's zero-shot score, the mean of unit frames."""
-        shared = self.model_dump(include={"clip", "max_words", "max_frames", *_HOW_COMPUTED} - {"kernel"})
+        computed = self._how_computed() - {"kernel"}
+        shared = self.model_dump(include={"clip", "max_words", "max_frames", *computed})
         plain = {"pooling": "mean", "temporal": "none", "increment": False}
         return type(self).model_validate({**shared, **plain})
 
@@ -215,4 +216,9 @@ class ModelConfig(Section):
     @property
     def num_temporal_heads(self) -> int:
         """Attention heads of the temporal transformer."""
-        return self.temporal_heads or max(self.clip.embed_dim // 64, 1)
+        return max(self.clip.embed_dim // 64, 1) if self.temporal_heads == "auto" else self.temporal_heads
+
+    @classmethod
+    def _how_computed(cls) -> set[str]:
+        """Returns the keys that decide how a model is computed, not which model it is."""
+        return cls.marked(Mark.FREE) | cls.marked(FreeAt)

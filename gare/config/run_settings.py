@@ -8,26 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gare.config import Config, ModelConfig, parse_config
-from gare.config.loading import SHAPING
-
-#: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
-#: The settings of data and extract that matter are in the fingerprints.
-FREE_SECTIONS = {"storage", "cluster", "tracking", "evaluate", "demo", "data", "sources", "extract"}
-FREE_SECTIONS |= {"features", "upkeep"}
-FREE_TRAIN_KEYS = {"resume", "overwrite", "keep_checkpoints", "max_failures", "diagnostics_every"}
-FREE_TRAIN_KEYS |= {"checkpoint_every_steps", "checkpoint_every_s"}
-FREE_TRAIN_KEYS |= {"diagnostics_texts", "trust_region_radius", "micro_batch", "profile"}
-# They change the order of sums and when an activation is computed: only rounding, as another GPU does.
-FREE_TRAIN_KEYS |= {"compile", "activation_checkpointing"}
-
-
-def settings_of_run(config: Config) -> dict[str, Any]:
-    """Returns the settings that identify a configuration's run, by section."""
-    settings = config.model_dump(mode="json", exclude=FREE_SECTIONS)
-    settings["model"] = config.model.identity()
-    settings["train"] = {key: value for key, value in settings["train"].items() if key not in FREE_TRAIN_KEYS}
-    return settings
+from gare.config import Config, ModelConfig, TrainConfig, parse_config
+from gare.config.loading import without_idle_keys
+from gare.config.section import Mark
 
 
 def completed_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,12 +20,14 @@ def completed_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     Keys that no longer identify a run are left out.
 
     Args:
-        saved: the result of ``settings_of_run`` in some version.
+        saved: the result of ``Config.identity`` in some version.
     """
-    kept = {key: value for key, value in without_idle_keys(saved).items() if key not in FREE_SECTIONS}
+    free = Config.marked(Mark.FREE)
+    kept = {key: value for key, value in without_idle_keys(saved).items() if key not in free}
     if isinstance(train := kept.get("train"), Mapping):
-        kept["train"] = {key: value for key, value in train.items() if key not in FREE_TRAIN_KEYS}
-    completed = _filled(kept, settings_of_run(Config()))
+        free = TrainConfig.marked(Mark.FREE)
+        kept["train"] = {key: value for key, value in train.items() if key not in free}
+    completed = _filled(kept, Config().identity())
     with suppress(ValidationError):  # from a version with other keys; a comparison reports it
         completed["model"] = ModelConfig.model_validate(completed["model"]).identity()
     return completed
@@ -55,20 +40,6 @@ def saved_config(tree: Any, *, where: str) -> Config:
         ConfigError: with every fault in one message.
     """
     return parse_config(without_idle_keys(tree) if isinstance(tree, Mapping) else tree, where=where)
-
-
-def without_idle_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns saved settings without keys that only affect a part which is turned off.
-
-    Such a key was saved with its version's default. If the default has changed since, the key would be
-    refused as one that changes nothing, or be taken for a difference.
-    """
-    kept = dict(saved)
-    for name, switch, off, keys in SHAPING:
-        section = kept.get(name)
-        if isinstance(section, Mapping) and switch in section and section[switch] in off:
-            kept[name] = {key: value for key, value in section.items() if key not in keys}
-    return kept
 
 
 def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

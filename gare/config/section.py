@@ -1,11 +1,23 @@
-"""Base class of all configuration sections, and the small sections."""
+"""Base class of all configuration sections, the marks of their keys, and the small sections."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from gare.errors import masked, secret_in
 
@@ -15,6 +27,70 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Auto = Literal["auto"]
+
+
+class Mark(Enum):
+    """Marks of a key, or of a whole section, given in its ``Annotated`` type.
+
+    Attributes:
+        FREE: does not identify a training run: it may differ when the run continues, since it changes where
+            and how the run computes, not what.
+        UNLOGGED: is no parameter of an MLflow run.
+        STORED: changes the values of a store, and so is in the store's fingerprint.
+    """
+
+    FREE = "free"
+    UNLOGGED = "unlogged"
+    STORED = "stored"
+
+
+@dataclass(frozen=True)
+class FreeAt:
+    """Mark of a key that identifies a training run at any other value than this one."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class IdleIf:
+    """Mark of a key that changes nothing, and is refused, while a switch beside it has one of some values.
+
+    Attributes:
+        switch: key in the same section.
+        values: its values that turn off the part which the marked key shapes.
+        why: reason in the message, with {} for the switch's value; empty: the switch and its value.
+    """
+
+    switch: str
+    values: tuple[Any, ...]
+    why: str = ""
+
+
+def number_or_auto(least: float, *, whole: bool, formerly: float | None = None) -> PlainValidator:
+    """Returns a validator of a number or the word auto, with one message for the key.
+
+    A union of types would have a message for each of its members.
+
+    Args:
+        least: smallest number.
+        whole: True if it has to be an integer.
+        formerly: number that earlier versions wrote for auto; accepted.
+    """
+
+    def validate(value: Any) -> Any:
+        if value == "auto" or (value == formerly and not isinstance(value, bool)):
+            return "auto"
+        is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value < math.inf:
+            raise ValueError(f"got {value!r}; a number from {least:g} on, or the word auto")
+        return value if whole else float(value)
+
+    return PlainValidator(validate)
+
+
+#: A number from 1 on, or ``auto``, which earlier versions wrote as 0.
+CountOrAuto = Annotated[int | Auto, number_or_auto(1, whole=True, formerly=0)]
 
 
 class Section(BaseModel):
@@ -48,9 +124,50 @@ class Section(BaseModel):
                 )
         return value
 
-    def changed(self, *keys: str) -> list[str]:
+    @model_validator(mode="after")
+    def _refuse_idle_keys(self) -> Section:
+        refused: dict[IdleIf, list[str]] = {}
+        for key, mark in type(self).idle_keys():
+            if getattr(self, mark.switch) in mark.values and self.non_default(key):
+                refused.setdefault(mark, []).append(key)
+        for mark, keys in refused.items():
+            value = getattr(self, mark.switch)
+            shown = "empty" if value == "" else "off" if value is False else value
+            reason = mark.why.format(value) or f"{mark.switch} is {shown}"
+            raise ValueError(f"{', '.join(keys)} would change nothing: {reason}")
+        return self
+
+    def non_default(self, *keys: str) -> list[str]:
         """Returns the given keys that are not at their default."""
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
+    @classmethod
+    def marked(cls, mark: Mark | type[FreeAt]) -> set[str]:
+        """Returns the keys with a mark."""
+        return {
+            key
+            for key, field in cls.model_fields.items()
+            if any(one is mark or type(one) is mark for one in field.metadata)
+        }
+
+    @classmethod
+    def idle_keys(cls) -> Iterator[tuple[str, IdleIf]]:
+        """Yields the keys that change nothing while another key has some value, with their marks."""
+        for key, field in cls.model_fields.items():
+            for mark in field.metadata:
+                if isinstance(mark, IdleIf):
+                    yield key, mark
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings of this section that identify a training run."""
+        settings = self.model_dump(mode="json", exclude=type(self).marked(Mark.FREE))
+        for key, field in type(self).model_fields.items():
+            value = getattr(self, key)
+            if FreeAt(value) in field.metadata:
+                del settings[key]
+            elif key in settings and isinstance(value, Section):
+                settings[key] = value.identity()
+        return settings
 
 
 class StorageConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
-from gare.config.section import Count, Fraction, Name, NonNegative, Positive, Section, Seed
+from gare.config.section import Count, Fraction, IdleIf, Mark, Name, NonNegative, Positive, Section, Seed
 
 
 def _count_or_all(value: Any) -> int | str:
@@ -50,7 +50,9 @@ class LossConfig(Section):
     direction_form: Literal["log_mean_exp", "orthogonality"] = Field(
         "log_mean_exp", description="L_dir by a log-mean-exp of cosines, or the mean of cos² over j≠k"
     )
-    direction_alpha: Positive = Field(2.0, description="α of the directional diversity by log-mean-exp")
+    direction_alpha: Annotated[
+        Positive, IdleIf("direction_form", ("orthogonality",), "direction_form {} has no α")
+    ] = Field(2.0, description="α of the directional diversity by log-mean-exp")
     direction_over: Literal["auto", "all", "sample"] = Field(
         "auto",
         description="texts of the directional diversity; auto: all, or a sample where N·M·D numbers exceed "
@@ -77,14 +79,12 @@ class LossConfig(Section):
         return sampled and bool(self.direction_weight) and self.direction_texts < num_pairs
 
     @model_validator(mode="after")
-    def _every_key_has_an_effect(self) -> LossConfig:
+    def _radii_bound_leaves_the_term(self) -> LossConfig:
         # A weight of 0 beside a term's own keys is allowed: this is how one term is ablated.
         if self.radii_weight and self.radii_bound_form == "hard" and not self.radii_bound:
             raise ValueError(
                 "radii_bound 0 holds the radii term at 0, where it does nothing: set radii_weight=0"
             )
-        if self.direction_form == "orthogonality" and self.changed("direction_alpha"):
-            raise ValueError("direction_alpha would change nothing: direction_form orthogonality has no α")
         return self
 
 
@@ -99,27 +99,29 @@ class TrainConfig(Section):
     seed: Seed = Field(0, description="seed of the weights, the order of samples and dropout")
     epochs: Count = Field(5, description="passes over the training captions")
     batch_size: int = Field(128, ge=2, description="global batch: text-video pairs over all workers")
-    micro_batch: int = Field(
+    micro_batch: Annotated[int, Mark.FREE] = Field(
         0,
         ge=0,
         description="pairs of a worker that go through the towers at once, encoded again in the backward "
         "(GradCache); 0: all, without encoding twice",
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: Annotated[bool, Mark.FREE] = Field(
         False,
         description="keep of each block of the towers its input alone and compute the rest again in the "
         "backward: the same gradient in a fraction of the memory, for one more forward pass of the blocks",
     )
-    compile: Literal["auto", "off", "towers"] = Field(
+    compile: Annotated[Literal["auto", "off", "towers"], Mark.FREE] = Field(
         "auto",
         description="towers: compile a block of each tower at the start (seconds to a minute, less the next "
         "time), which changes rounding alone; auto: on a GPU with Triton, and without where that fails",
     )
-    diagnostics_every: int = Field(
+    diagnostics_every: Annotated[int, Mark.FREE] = Field(
         50, ge=0, description="steps between measures of tension, increments and modality gap; 0: never"
     )
-    diagnostics_texts: Count = Field(16, description="texts of a worker that such measures look at")
-    trust_region_radius: NonNegative = Field(
+    diagnostics_texts: Annotated[Count, Mark.FREE] = Field(
+        16, description="texts of a worker that such measures look at"
+    )
+    trust_region_radius: Annotated[NonNegative, Mark.FREE] = Field(
         0.0,
         description="ε of the analytic trust-region step, measured along with them on a few pairs; 0: not at "
         "all",
@@ -151,7 +153,9 @@ class TrainConfig(Section):
         "fp16_released: CLIP's weights and moments in fp16, as the released training has them, which moves "
         "them far more than clip_lr says (needs bert_adam)",
     )
-    encoder_gradient_divisor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+    encoder_gradient_divisor: Annotated[
+        float, Field(ge=1, allow_inf_nan=False), IdleIf("precision", ("auto", "float32", "bf16"))
+    ] = Field(
         4.0,
         description="with precision fp16_released the gradient at the encoders' features is divided by this: "
         "the released training divides it by its number of GPUs",
@@ -163,37 +167,44 @@ class TrainConfig(Section):
         "torch alone has convolutions in TF32",
     )
     warmup_fraction: Fraction = Field(0.1, description="share of the schedule's steps that warm up linearly")
-    schedule_epochs: int = Field(
+    schedule_epochs: Annotated[
+        int,
+        Field(ge=0),
+        IdleIf("optimizer", ("adamw",), "optimizer {} has its schedule over the whole run; set 0"),
+    ] = Field(
         0,
-        ge=0,
         description="epochs that the cosine of bert_adam's schedule is over; after them it rises again, as "
         "in the released training, which always has 5; 0: the run's own",
     )
     max_grad_norm: Positive = Field(1.0, description="global norm that gradients are clipped to")
     max_steps: int = Field(0, ge=0, description="stop after so many steps; 0: run all epochs")
-    keep_checkpoints: CountOrAll = Field(
+    keep_checkpoints: Annotated[CountOrAll, Mark.FREE] = Field(
         2,
         description="last checkpoints kept, beside the best on val; all: every one, each of three times the "
         "model's size, for evaluate.test_curve; training then waits for a slow storage rather than miss a "
         "step of checkpoint_every_steps",
     )
-    checkpoint_every_steps: int = Field(
+    checkpoint_every_steps: Annotated[int, Mark.FREE] = Field(
         0,
         ge=0,
         description="steps between checkpoints within an epoch, later or fewer where the storage is slow and "
         "keep_checkpoints is a number; each epoch ends with one; 0: none",
     )
-    checkpoint_every_s: NonNegative = Field(
+    checkpoint_every_s: Annotated[NonNegative, Mark.FREE] = Field(
         600.0, description="seconds between checkpoints within an epoch; 0: none for the time alone"
     )
-    max_failures: int = Field(
+    max_failures: Annotated[int, Mark.FREE] = Field(
         2, ge=0, description="worker failures survived by restarting from the last checkpoint"
     )
-    profile: bool = Field(
+    profile: Annotated[bool, Mark.FREE] = Field(
         False, description="measure the stages of every step; a table, a picture and a trace at the end"
     )
-    resume: bool = Field(True, description="continue an interrupted run of the same name")
-    overwrite: bool = Field(False, description="delete an earlier run of the same name first")
+    resume: Annotated[bool, Mark.FREE] = Field(
+        True, description="continue an interrupted run of the same name"
+    )
+    overwrite: Annotated[bool, Mark.FREE] = Field(
+        False, description="delete an earlier run of the same name first"
+    )
 
     @property
     def towers_learn(self) -> bool:
@@ -202,26 +213,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fp16_is_the_released_recipe(self) -> TrainConfig:
-        if self.precision != "fp16_released":
-            if self.changed("encoder_gradient_divisor"):
-                raise ValueError(
-                    f"encoder_gradient_divisor would change nothing: precision is {self.precision}"
-                )
-            return self
-        if self.optimizer != "bert_adam":
+        if self.precision == "fp16_released" and self.optimizer != "bert_adam":
             raise ValueError(
                 f"precision fp16_released needs optimizer bert_adam, not {self.optimizer}: the two are one "
                 "recipe, and others divide by moments that fp16 rounds to 0; for adamw set "
                 "train.precision=auto and train.clip_lr to 1e-6 or more"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_is_the_released_one(self) -> TrainConfig:
-        if self.schedule_epochs and self.optimizer != "bert_adam":
-            raise ValueError(
-                f"schedule_epochs would change nothing: optimizer {self.optimizer} has its schedule over the "
-                "whole run; set 0"
             )
         return self
 

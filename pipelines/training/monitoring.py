@@ -87,7 +87,7 @@ def _whole(config: Config, plan: Plan, rank: int, *, on_gpu: bool) -> RunShape:
         advice,
         from_features=train.input == "features",
         can_be_raw=config.extract.encoding == "jpeg" and config.extract.crop == "center",
-        loaders=config.cluster.loaders_per_worker,
+        loaders=config.cluster.resolved.loaders_per_worker,
         on_gpu=on_gpu,
     )
     on_device = ("augment", "transfer") if on_gpu else ("transfer",)

@@ -63,7 +63,7 @@ def within_memory(config: Config, world_size: int) -> Config:
     After nodes are lost, fewer workers share the same pairs, so their towers run more micro-batches. Frames,
     scores and validation also grow, but are small compared with the towers' activations.
     """
-    most, train = config.cluster.train_workers, config.train
+    most, train = config.cluster.resolved.train_workers, config.train
     if world_size >= most:
         return config
     share = -(-train.batch_size // most)
@@ -167,7 +167,7 @@ def _feed(
 
     from gare.train.input.feed import Feed
 
-    batches, loaders = listed.plan.batches, config.cluster.loaders_per_worker
+    batches, loaders = listed.plan.batches, config.cluster.resolved.loaders_per_worker
     sizes = [len(batch.videos) for batch in batches]
     make = source.loader(listed, shared, device, model)
     chunks: Iterator[Any]
@@ -223,7 +223,7 @@ class Reporter:
                 "%s: %d of %d workers share its batches",
                 config.train.run,
                 world_size,
-                config.cluster.train_workers,
+                config.cluster.resolved.train_workers,
             )
 
     def step(self, step: int, values: dict[str, float]) -> None:

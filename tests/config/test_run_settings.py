@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 import pytest
 
-from gare.config.loading import SHAPING, Config, differences
-from gare.config.run_settings import completed_settings, saved_config, settings_of_run
+from gare.config import ExtractConfig, FeaturesConfig, parse_config
+from gare.config.loading import Config, differences
+from gare.config.run_settings import completed_settings, saved_config
+from gare.config.section import Mark, Section
+from gare.data.store.feature_schema import feature_settings
 from gare.errors import ConfigError
 from gare.train.checkpoint.files import CONFIG, read_config
 
@@ -20,9 +25,9 @@ def test_defaults_of_idle_keys_may_change(tmp_path_factory: pytest.TempPathFacto
     (folder / CONFIG).write_text(Config().to_yaml().replace("probability: 0.5", "probability: 1.0"))
     assert read_config(str(folder)) == Config()
 
-    saved = settings_of_run(Config())
+    saved = Config().identity()
     saved["augment"]["probability"] = 1.0
-    assert not differences(completed_settings(saved), settings_of_run(Config()))
+    assert not differences(completed_settings(saved), Config().identity())
 
 
 def test_keys_that_have_an_effect_are_kept() -> None:
@@ -44,5 +49,56 @@ def test_keys_that_have_an_effect_are_kept() -> None:
 def test_idle_keys_are_keys() -> None:
     """A renamed key would silently be refused again in what earlier versions saved."""
     tree = Config().model_dump(mode="json")
-    for section, switch, _, keys in SHAPING:
-        assert {switch, *keys} <= tree[section].keys()
+    marked = 0
+    for name, section in Config().__iter__():
+        for key, mark in section.idle_keys() if isinstance(section, Section) else ():
+            marked += 1
+            assert {key, mark.switch} <= tree[name].keys()
+            accepted = get_args(type(section).model_fields[mark.switch].annotation)
+            assert not accepted or set(mark.values) <= set(accepted)
+    assert marked > 20
+
+
+def test_keys_of_a_store_say_so() -> None:
+    """A key that changes frames and is not in the fingerprint would mix two kinds of frames in one store."""
+    other: dict[str, Any] = {
+        "num_frames": 5,
+        "sampling": "uniform",
+        "sample_fps": 2.0,
+        "decoder": "pyav",
+        "image_size": 64,
+        "crop": "none",
+        "encoding": "raw",
+        "jpeg_quality": 50,
+        "words": True,
+        "precision": "bf16",
+    }
+    assert other.keys() == ExtractConfig.marked(Mark.STORED) | FeaturesConfig.marked(Mark.STORED)
+    plain = Config()
+    known = feature_settings(plain, "sha")
+    for section in ("extract", "features"):
+        config = getattr(plain, section)
+        for key in type(config).model_fields:
+            if key not in other and not isinstance(getattr(config, key), bool | int | float):
+                continue
+            changed = config.model_copy(update={key: other.get(key, 77)})
+            settings = feature_settings(plain.model_copy(update={section: changed}), "sha")
+            assert (settings != known) == (key in other), key
+
+
+def test_free_keys_do_not_identify_a_run() -> None:
+    """A run that moves to another cluster goes on there, and one with another loss is another run."""
+    assert Config.marked(Mark.FREE) == set(Config.model_fields) - {
+        "name",
+        "model",
+        "loss",
+        "train",
+        "augment",
+    }
+    assert Config.marked(Mark.UNLOGGED) == {"storage", "tracking", "demo", "evaluate"}
+    identity = Config().identity()
+    assert identity.keys() == {"name", "model", "loss", "train", "augment"}
+    assert {"method", "kernel", "products", "memory_mb"}.isdisjoint(identity["model"])
+    assert parse_config({"model": {"products": "tf32"}}).identity()["model"]["products"] == "tf32"
+    assert {"resume", "micro_batch", "compile", "profile"}.isdisjoint(identity["train"])
+    assert {"seed", "lr", "batch_size"} <= identity["train"].keys()

@@ -144,7 +144,7 @@ def test_words_are_asked_for_where_they_are_needed(seed: int) -> None:
     [
         (("model.increment=false", "model.context=words"), "context would change nothing: increment is off"),
         (("model.increment=false", "model.corrected_side=video"), "corrected_side would change nothing"),
-        (("model.query=text", "model.gap_sign=-1"), "gap_sign -1 would change nothing"),
+        (("model.query=text", "model.gap_sign=-1"), "gap_sign would change nothing: query text"),
         (("model.query=text", "model.context=words"), "would not look at the frames"),
         (
             ("loss.direction_form=orthogonality", "loss.direction_alpha=3"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gare.config.run_settings import FREE_TRAIN_KEYS
+from gare.config import TrainConfig
+from gare.config.section import Mark
 from gare.model.encoders.compiled import CompiledBlocks
 from gare.train.loss.gather import gather
 from gare.train.step import build_learner
@@ -68,4 +69,4 @@ def test_on_a_cpu_nothing_is_compiled_unless_asked_for(seed: int, monkeypatch: p
 
 def test_a_run_goes_on_with_other_settings_of_speed() -> None:
     """A run that moves to another card may need less memory there, or another compiler."""
-    assert {"compile", "activation_checkpointing", "micro_batch"} <= FREE_TRAIN_KEYS
+    assert {"compile", "activation_checkpointing", "micro_batch"} <= TrainConfig.marked(Mark.FREE)

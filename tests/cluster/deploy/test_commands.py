@@ -17,7 +17,7 @@ import yaml
 
 from cluster.runtime.resources import LOADER_CPUS
 from gare.config import Config, load_config
-from pipelines.extracting.stores import ACTOR_MEMORY_BYTES
+from pipelines.extracting.pools import ACTOR_MEMORY_BYTES
 from tests.cluster.deploy.support import (
     DEPLOY,
     IN_IMAGE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 
 import pytest
 
@@ -16,7 +16,7 @@ from cluster.runtime.resources import (
     resources_of_worker,
     warn_while_short_of_nodes,
 )
-from gare.config import ClusterConfig, parse_config
+from gare.config import ClusterConfig, ResolvedCluster, parse_config
 from gare.errors import ConfigError
 
 LAPTOP = [Node(8, 0)]
@@ -28,6 +28,16 @@ CPU_NODES = [Node(0, 0), Node(16, 0), Node(8, 0), Node(16, 0)]
 def automatic(**settings: object) -> ClusterConfig:
     asked = {"train_workers": "auto", "cpus_per_worker": "auto", "use_gpu": "auto"}
     return ClusterConfig.model_validate(asked | settings)
+
+
+def resolved(**settings: object) -> ResolvedCluster:
+    known: dict[str, object] = {
+        "train_workers": 2,
+        "cpus_per_worker": 0.5,
+        "loaders_per_worker": 1,
+        "use_gpu": False,
+    }
+    return ResolvedCluster.model_validate(known | settings)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +72,7 @@ def test_automatic_values(nodes: list[Node], batch: int, expected: tuple[int, fl
 def test_what_is_given_stays() -> None:
     """An automatic value that overrules a person's is a fault that nobody finds."""
     asked = ClusterConfig(train_workers=3, cpus_per_worker=2.5, loaders_per_worker=3, use_gpu=False)
-    assert resolve(asked, 128, CLUSTER) == asked
+    assert resolve(asked, 128, CLUSTER).model_dump() == asked.model_dump()
     settled = resolve(automatic(train_workers=3), 120, CLUSTER)
     assert (settled.train_workers, settled.use_gpu) == (3, True)
     assert resolve(automatic(use_gpu=False), 110, CLUSTER).train_workers == len(CLUSTER)
@@ -80,7 +90,7 @@ def test_fewest_workers() -> None:
 @pytest.mark.parametrize("cpus", [0.1, 0.5, 0.7, 1.4, 2.0])
 def test_workers_reserve_what_loads_for_them(cpus: float, loaders: int) -> None:
     """Ray divides what a node has by what a worker takes: it must come out whole, and leave nothing out."""
-    config = ClusterConfig(train_workers=3, cpus_per_worker=cpus, loaders_per_worker=loaders)
+    config = resolved(train_workers=3, cpus_per_worker=cpus, loaders_per_worker=loaders)
     each = resources_of_worker(config)["CPU"]
     assert each == cpus_of_worker(config)
     wanted = cpus + loaders * LOADER_CPUS
@@ -127,20 +137,25 @@ def test_nodes_that_are_too_few_are_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ray waits for them without a word, and a person believes that the training goes on."""
-    config = ClusterConfig(train_workers=2, cpus_per_worker=0.5)
+    config = resolved()
     assert num_that_fit(config, [Node(2, 0)]) == 2
     assert num_that_fit(config, [Node(1, 0)]) == 1  # the workers would fit, and what loads for them would not
-    there = [Node(1, 0)]
-    monkeypatch.setattr("cluster.runtime.resources.nodes", lambda: there)
-    with warn_while_short_of_nodes(config, every_s=0.01):
-        deadline = time.monotonic() + 30
-        while "training waits" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert "the 1 that are left hold 1 of the 2 workers" in caplog.text
-    caplog.clear()
-    with warn_while_short_of_nodes(config.model_copy(update={"min_workers": 1}), every_s=0.01):
-        time.sleep(0.2)
-    assert caplog.text == ""
+    looks = threading.Semaphore(0)
+
+    def one_node() -> list[Node]:
+        looks.release()
+        return [Node(1, 0)]
+
+    def watch(config: ResolvedCluster) -> str:
+        caplog.clear()
+        with warn_while_short_of_nodes(config, every_s=0.01):
+            for _ in range(2):  # when the second look begins, the first one has said what it found
+                assert looks.acquire(timeout=30)
+        return caplog.text
+
+    monkeypatch.setattr("cluster.runtime.resources.nodes", one_node)
+    assert "the 1 that are left hold 1 of the 2 workers" in watch(config)
+    assert watch(config.model_copy(update={"min_workers": 1})) == ""
 
 
 @pytest.mark.parametrize(
@@ -159,7 +174,7 @@ def test_nodes_that_are_too_few_are_told(
 )
 def test_workers_that_nodes_can_hold(settings: dict[str, object], nodes: list[Node], expected: int) -> None:
     """Sixteen CPUs on eight nodes are no room for a worker of four: Ray would wait for ever."""
-    assert num_that_fit(ClusterConfig.model_validate(settings), nodes) == expected
+    assert num_that_fit(resolved(**settings), nodes) == expected
 
 
 def test_the_object_store_is_a_part_of_the_memory() -> None:
@@ -174,7 +189,7 @@ def test_the_object_store_is_a_part_of_the_memory() -> None:
         ("cluster.train_workers=-1", "cluster.train_workers: got -1"),
         ("cluster.use_gpu=some", "input should be True, False or 'auto'"),
         ("cluster.placement=everywhere", "'pack', 'spread', 'strict_pack' or 'strict_spread'"),
-        ("cluster.leave_cpus=-2", "greater than or equal to -1"),
+        ("cluster.leave_cpus=-2", "got -2; a number from 0 on, or the word auto"),
         ("cluster.leave_cpus=true", "true and false are no value"),
     ],
 )
@@ -185,8 +200,19 @@ def test_what_is_no_value_is_refused(override: str, part: str) -> None:
 
 
 def test_words_and_numbers_mean_the_same() -> None:
-    """Both are in use: the other keys of the file have 0 for what is automatic."""
-    words = parse_config({}, ["cluster.train_workers=auto", "cluster.leave_cpus=auto", "cluster.use_gpu=1"])
-    numbers = parse_config({}, ["cluster.train_workers=0", "cluster.leave_cpus=-1", "cluster.use_gpu=true"])
+    """Earlier versions wrote 0 or -1 for what is automatic, and their files are read."""
+    keys = {
+        "train_workers": 0,
+        "cpus_per_worker": 0,
+        "loaders_per_worker": 0,
+        "leave_cpus": -1,
+        "num_cpus": 0,
+    }
+    keys |= {"object_store_mb": 0, "max_cpus": 0, "max_gpus": 0}
+    numbers = parse_config({"cluster": keys | {"use_gpu": True}, "extract": {"workers": 0}})
+    words = parse_config(
+        {"cluster": dict.fromkeys(keys, "auto") | {"use_gpu": 1}, "features": {"workers": 0}}
+    )
     assert words == numbers
+    assert {words.cluster.leave_cpus, words.extract.workers, words.features.workers} == {"auto"}
     assert parse_config(words.model_dump(mode="json")) == words

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gare.config import EvaluateConfig, parse_config
-from gare.config.run_settings import settings_of_run
 from gare.data.manifest import ManifestRow
 from gare.data.splits import split_hash_of
 from gare.errors import DataError
@@ -76,7 +75,7 @@ def test_a_checkpoint_from_elsewhere_has_not_the_runs_settings(
 
 def test_seeds_of_two_versions_are_seeds_of_one_model(rng: np.random.Generator, tmp_path: Path) -> None:
     """Else three seeds of before an update and two after it are two means, and no deviation is of all."""
-    now = settings_of_run(parse_config({"name": "own"}))
+    now = parse_config({"name": "own"}).identity()
     earlier, other = (json.loads(json.dumps(now)) for _ in range(2))
     for section, key in (("train", "tf32"), ("model", "pooling"), ("model", "increment_dropout_per")):
         del earlier[section][key]

@@ -1,0 +1,235 @@
+"""Plans of extraction: for each store that a run brings up to date, what is missing and how it is made."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from cluster.layout import Layout
+from cluster.status.progress import Progress
+from gare import __version__
+from gare.config import Config
+from gare.data.manifest import Manifest
+from gare.data.store.contents import META, fingerprint, frame_settings, read_meta
+from gare.extract.comparison import Comparison
+from gare.extract.feature_update import FeatureStoreUpdate, has_frames_or_features, without_frames
+from gare.extract.update import FrameStoreUpdate, StoreUpdate
+from gare.storage.files import delete_tree, exists, join
+from gare.storage.lock import StoreLock
+from pipelines.extracting.pools import Decoders, Encoders
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which newly decoded clips are handed to the encoders.
+TAKE_EVERY_S = 5.0
+
+
+class StorePlan(ABC):
+    """Plan that brings one store up to date.
+
+    Attributes:
+        step: name of the step in MLflow.
+        update: comparison of the store with its collection, and what is recorded in it.
+    """
+
+    step: str
+    update: StoreUpdate
+
+    @abstractmethod
+    def has_work(self, comparison: Comparison) -> bool:
+        """Returns True if there is something to do on Ray."""
+
+    @abstractmethod
+    def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+        """Makes what is missing, on Ray, and calls the lock's ``check`` after each part.
+
+        Returns:
+            Counts, rates and seconds by stage, and those of the slowest clips.
+        """
+
+
+class FramePlan(StorePlan):
+    """Plan of a frame store: videos are decoded into it.
+
+    Args:
+        update: of the store.
+        decoders: read the videos.
+    """
+
+    step = "extract"
+
+    def __init__(self, update: FrameStoreUpdate, decoders: Decoders) -> None:
+        self.update, self._decoders = update, decoders
+        #: Called after each part beside the lock's check.
+        self.after_part: Callable[[], None] = lambda: None
+
+    def has_work(self, comparison: Comparison) -> bool:
+        """Returns True if there are videos to decode."""
+        return bool(comparison.pending)
+
+    def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+        """Decodes the pending videos."""
+
+        def after_part() -> None:
+            lock.check()
+            self.after_part()
+
+        progress = Progress(len(comparison.pending), "extracted")
+        self._decoders.extract(self.update.uri, comparison.pending, progress, lock.held, after_part)
+        return _log_and_report(progress)
+
+
+class FeaturePlan(StorePlan):
+    """Plan of a feature store that is made from a frame store, which may be growing.
+
+    Args:
+        update: of the feature store.
+        encoders: encode the clips.
+    """
+
+    step = "extract-features"
+
+    def __init__(self, update: FeatureStoreUpdate, encoders: Encoders) -> None:
+        self.update: FeatureStoreUpdate = update
+        self.encoders = encoders
+        self.progress = Progress(0, "encoded")
+        self._submitted_at = time.monotonic()
+
+    def has_work(self, comparison: Comparison) -> bool:
+        """Returns True: clips that were submitted earlier are waited for."""
+        return True
+
+    def submit_ready(self) -> None:
+        """Submits full parts of the frame store's current clips to the encoders, at intervals."""
+        if time.monotonic() - self._submitted_at > TAKE_EVERY_S:
+            self._submit(whole=True)
+            self._submitted_at = time.monotonic()
+
+    def _submit(self, *, whole: bool) -> None:
+        parts = self.update.parts(self.encoders.count, whole=whole)
+        self.progress.total += sum(map(len, parts))
+        self.encoders.submit(parts, self.update.held.generation)
+
+    def encode_all(self, check: Callable[[], None]) -> None:
+        """Encodes all clips of the frame store and waits for the results."""
+        self._submit(whole=False)
+        for done in self.encoders.finish():
+            self.progress.add(done)
+            check()
+        self.update.mark_handed_out_done()
+
+    def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+        """Encodes the remaining clips."""
+        with self.encoders:
+            self.encode_all(lock.check)
+        return _log_and_report(self.progress) | {"attempted": self.progress.total}
+
+
+class PassingFramesPlan(FeaturePlan):
+    """Plan of a feature store whose frames are not kept: they pass through a frame store that is emptied.
+
+    Args:
+        update: of the feature store.
+        encoders: encode the clips.
+        decoders: read the videos.
+    """
+
+    def __init__(self, update: FeatureStoreUpdate, encoders: Encoders, decoders: Decoders) -> None:
+        super().__init__(update, encoders)
+        self._passing, self._decoders = update.frames_uri, decoders
+
+    def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
+        """Decodes and encodes the pending videos in turns, as many as the encoders take at once."""
+        update, passing = self.update, self._passing
+        if exists(join(passing, META)):
+            frames = frame_settings(update.config.extract)
+            if read_meta(passing).fingerprint != fingerprint(frames):
+                delete_tree(passing)
+        with self.encoders:
+            self._encode_and_empty(lock)  # changed captions, and clips that an interrupted run left there
+            found = update.compare_with_collection().pending
+            pending = [row for row in found if not has_frames_or_features(row)]
+            progress = Progress(len(pending), "extracted")
+            size = update.config.features.videos_per_part * self.encoders.count
+            for first in range(0, len(pending), size):
+                begun = FrameStoreUpdate(
+                    update.config, update.manifest, passing, self._decoders.videos.stat, __version__
+                )
+                begun.mark_incomplete(Comparison((), {}, {}, ()))
+                group = pending[first : first + size]
+                self._decoders.extract(passing, group, progress, lock.held, lock.check)
+                self._encode_and_empty(lock)
+        return _log_and_report(progress)
+
+    def _encode_and_empty(self, lock: StoreLock) -> None:
+        self.encode_all(lock.check)
+        self.update.take_failures()
+        lock.check()
+        delete_tree(self._passing)
+
+
+def plan_stores(config: Config, manifest: Manifest, places: Layout, decoders: Decoders) -> list[StorePlan]:
+    """Plans the stores of ``extract.store``, in the order in which they are made.
+
+    Raises:
+        DataError: for a store made with other settings.
+    """
+    kind, stat = config.extract.store, decoders.videos.stat
+    is_kept = kind != "features" or _is_complete(places.frames)
+    frames: FrameStoreUpdate | None = None
+    if is_kept:
+        frames = FrameStoreUpdate(config, manifest, places.frames, stat, __version__)
+    if kind == "frames" and frames:
+        return [FramePlan(frames, decoders)]
+    frames_uri = places.frames if is_kept else join(places.features, "passing")
+    encoders = Encoders(config, frames_uri, places.features, shares_cpus=kind == "both" or not is_kept)
+    features = FeatureStoreUpdate(
+        encoders.config,
+        manifest,
+        frames_uri,
+        places.features,
+        encoders.towers_sha256,
+        __version__,
+        None if is_kept else stat,
+    )
+    if kind == "both" and frames:
+        return [FramePlan(frames, decoders), FeaturePlan(features, encoders)]
+    if is_kept:
+        return [FeaturePlan(features, encoders)]
+    return [PassingFramesPlan(features, encoders, decoders)]
+
+
+def _is_complete(store: str) -> bool:
+    """Returns True if there is a store whose last run went through."""
+    return exists(join(store, META)) and read_meta(store).complete
+
+
+def warn_of_missing_frames(plan: StorePlan, frames: str) -> None:
+    """Logs what happens to clips that the frame store lacks, if only features are made.
+
+    Args:
+        plan: of the feature store.
+        frames: location of the frame store.
+    """
+    manifest = plan.update.manifest
+    if not exists(join(frames, META)) or not (missing := without_frames(frames, manifest)):
+        return
+    effect = (
+        "its run did not go through, so all are decoded again for the features alone; "
+        "extract.store=both finishes it instead"
+        if isinstance(plan, PassingFramesPlan)
+        else "no features are made of these; extract.store=both decodes them too"
+    )
+    counts = len(missing), len(manifest.rows)
+    logger.warning("%s lacks %d of %d videos, %r the first of them: %s", frames, *counts, missing[0], effect)
+
+
+def _log_and_report(progress: Progress) -> dict[str, Any]:
+    """Logs progress and the slowest videos; returns these with counts, rates and seconds by stage."""
+    progress.show()
+    for video_id, seconds in progress.slowest:
+        logger.info("slowest: %6.2f s %s", seconds, video_id)
+    return progress.report()

@@ -12,13 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.deploy.support import compose
+from tests.helpers.waiting import answers, wait_until
 
 #: PostgreSQL refuses to run as root.
 UNPRIVILEGED = "nobody"
@@ -94,17 +95,13 @@ def postgres(password: str) -> Iterator[int]:
 def _make_database(port: int, password: str, server: subprocess.Popen[bytes], log: Path) -> None:
     import psycopg2
 
-    deadline = time.monotonic() + 60
-    while True:
-        assert server.poll() is None, log.read_text()
-        try:
-            connection = psycopg2.connect(
+    def connect() -> Any:
+        with contextlib.suppress(psycopg2.OperationalError):
+            return psycopg2.connect(
                 host="127.0.0.1", port=port, user="mlflow", password=password, dbname="postgres"
             )
-            break
-        except psycopg2.OperationalError:
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+
+    connection = wait_until(connect, within_s=60, process=server, log=log)
     connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute("CREATE DATABASE mlflow")
@@ -167,13 +164,8 @@ class MlflowServer:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 240
-        while True:
-            assert self.process.poll() is None, self.log.read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                return
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.2)
+        health = f"{self.uri}/health"
+        wait_until(lambda: answers(health), within_s=240, process=self.process, log=self.log)
 
     def kill(self) -> None:
         """Kills the server and all its child processes, as a power failure would."""

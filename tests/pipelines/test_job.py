@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ import pytest
 from cluster.layout import Layout
 from tests.cluster.deploy.support import IN_IMAGE, crontab_lines
 from tests.helpers.pipelines import losses, overrides_of, tiny
+from tests.helpers.waiting import answers, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
 UPLOAD_LIMIT_BYTES = 2_000_000
@@ -92,18 +91,11 @@ def head(root: Path) -> Iterator[Head]:
 
 def wait_for(address: str, token: str, process: subprocess.Popen[bytes], log: Path) -> None:
     request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5):
-            return
-        time.sleep(0.2)
-    pytest.fail(f"the cluster does not answer: {log.read_text()}")
+    wait_until(lambda: answers(request), within_s=120, process=process, log=log)
 
 
 def submit(repository: Path, head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
-    deadline = time.monotonic() + 120
-    while True:
+    def try_once() -> subprocess.CompletedProcess[str] | None:
         done = subprocess.run(
             [RAY, "job", "submit", "--working-dir", ".", "--", "python", *arguments],
             cwd=repository,
@@ -114,9 +106,11 @@ def submit(repository: Path, head: Head, *arguments: str) -> subprocess.Complete
             check=False,
         )
         # The cluster answers some seconds before it takes jobs.
-        if "No available agent" not in done.stderr + done.stdout or time.monotonic() > deadline:
-            return done
-        time.sleep(1)
+        return None if "No available agent" in done.stderr + done.stdout else done
+
+    done = wait_until(try_once, within_s=120, every_s=1)
+    assert done is not None
+    return done
 
 
 def test_job_does_what_the_plain_command_does(

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from gare.storage.lock import StoreLock
 from gare.train.checkpoint.files import MODEL, check_checkpoint
 from pipelines import evaluate, train
 from tests.helpers.pipelines import in_process, losses, tiny
+from tests.helpers.waiting import wait_until
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
@@ -55,11 +55,10 @@ def test_killed_run_continues_as_if_undisturbed(
             stderr=stderr,
         )
         record = folder / "checkpoints" / "index.json"
-        deadline = time.monotonic() + 240
-        while not record.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        kill_tree(process)
-    assert record.exists(), log.read_text()
+        try:
+            wait_until(record.exists, within_s=240, every_s=0.01, process=process, log=log)
+        finally:
+            kill_tree(process)
     assert not (folder / "result.json").exists(), "it was done before it could be killed"
     assert not Path(places.checkpoint("killed")).exists()
     before = json.loads((folder / "run.json").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -22,6 +21,7 @@ from pipelines import evaluate, train
 from pipelines.training import worker as training
 from tests.helpers.pipelines import in_process, tiny
 from tests.helpers.services import MlflowServer, postgres, s3
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.faults
 
@@ -70,9 +70,8 @@ class Outage(threading.Thread):
             self.events.append("back")
 
     def _until(self, condition: Any) -> bool:
-        while not (happened := condition()) and not self.over.is_set():
-            time.sleep(0.1)
-        return bool(happened)
+        wait_until(lambda: condition() or self.over.is_set(), within_s=600)
+        return not self.over.is_set()
 
     def _has_metrics(self) -> bool:
         wanted = f"attributes.run_name = '{self.name_of_run}'"

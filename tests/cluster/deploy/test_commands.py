@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.cluster.deploy.support import (
     manifests,
     nodes,
 )
+from tests.helpers.waiting import wait_until
 
 COMMANDS = commands()
 #: Programs of the images that are not ours.
@@ -233,9 +233,7 @@ def test_nightly_job_that_is_ended_early_stops_what_it_submitted(tmp_path: Path)
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (tmp_path / "submitted").exists():
-        assert script.poll() is None
-        time.sleep(0.02)
+    wait_until((tmp_path / "submitted").exists, within_s=60, process=script)
     script.terminate()
     _, mail = script.communicate(timeout=60)
     # The client goes on until its pipe ends.

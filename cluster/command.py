@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,24 @@ file's keys that only shape it):
 """
 
 
-#: Options of one command beside ``--config``. A flag maps to (key that it sets, meaning) and takes a value.
-#: With a third entry it takes no value and sets the key to that string, or takes several names of that tuple.
-Flags = Mapping[str, tuple[str, str] | tuple[str, str, str] | tuple[str, str, tuple[str, ...]]]
+@dataclass(frozen=True)
+class Flag:
+    """An option of one command, beside ``--config``, that stands for a key of the configuration.
+
+    Attributes:
+        key: the key that it sets.
+        meaning: text for ``--help``.
+        value: value that it sets; empty: the value is given after it.
+        names: names of several values that it takes; empty: one.
+    """
+
+    key: str
+    meaning: str
+    value: str = ""
+    names: tuple[str, ...] = ()
+
+
+Flags = Mapping[str, Flag]
 
 
 def main(
@@ -162,16 +178,16 @@ def _overrides_of(options: argparse.Namespace, flags: Flags) -> list[str]:
         ConfigError: for two flags that set one key to different values.
     """
     given: dict[str, tuple[str, str]] = {}
-    for flag, (key, *_) in flags.items():
-        value = getattr(options, flag.lstrip("-").replace("-", "_"))
+    for name, flag in flags.items():
+        value = getattr(options, name.lstrip("-").replace("-", "_"))
         if value is None:
             continue
         if isinstance(value, list):
             value = json.dumps(value)
-        other, other_value = given.setdefault(key, (flag, value))
+        other, other_value = given.setdefault(flag.key, (name, value))
         if value != other_value:
             raise ConfigError(
-                f"{other} and {flag} exclude each other", where="arguments", accepted="one of them"
+                f"{other} and {name} exclude each other", where="arguments", accepted="one of them"
             )
     return [f"{key}={value}" for key, (_, value) in given.items()]
 
@@ -198,15 +214,14 @@ def _parser(description: str, flags: Flags) -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML file, such as conf/demo.yaml, or the name of one in conf/, such as demo",
     )
-    for flag, (key, meaning, *constant) in flags.items():
-        if constant and isinstance(constant[0], tuple):
-            names = constant[0]
-            parser.add_argument(flag, nargs=len(names), metavar=names, help=f"{meaning}; sets {key}")
-        elif constant:
-            text = f"{meaning}; sets {key}={constant[0]}"
-            parser.add_argument(flag, action="store_const", const=constant[0], help=text)
+    for name, flag in flags.items():
+        text = f"{flag.meaning}; sets {flag.key}"
+        if flag.names:
+            parser.add_argument(name, nargs=len(flag.names), metavar=flag.names, help=text)
+        elif flag.value:
+            parser.add_argument(name, action="store_const", const=flag.value, help=f"{text}={flag.value}")
         else:
-            parser.add_argument(flag, metavar="VALUE", help=f"{meaning}; sets {key}")
+            parser.add_argument(name, metavar="VALUE", help=text)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's"
     )

@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from cluster.command import main
+from cluster.command import Flag, main
 from cluster.layout import layout
 from cluster.runtime.session import ray_session
 from cluster.runtime.signals import raise_if_asked
@@ -137,5 +137,5 @@ def _table(
 
 
 if __name__ == "__main__":
-    flags = {"--seeds": ("demo.seeds", "training seeds for each model")}
+    flags = {"--seeds": Flag("demo.seeds", "training seeds for each model")}
     main(run, __doc__, flags, sizes_of_weights)

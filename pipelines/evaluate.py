@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.command import Flags, main
+from cluster.command import Flag, main
 from cluster.layout import Layout, layout
 from cluster.runtime.session import ray_session
 from cluster.tracking import (
@@ -59,12 +59,12 @@ logger = logging.getLogger(__name__)
 #: Tags that say how a run was trained.
 TRAINING_TAGS = ("world_size", "batch", "seed", "precision")
 #: The options of this command.
-FLAGS: Flags = {
-    "--compare": ("evaluate.compare", "compare two evaluated runs", ("RUN_A", "RUN_B")),
-    "--suite": ("evaluate.suite", "collect evaluate.runs under one MLflow run of this name"),
-    "--sync": ("evaluate.sync", "deliver to MLflow what it missed while it was lost", "true"),
-    "--zero-shot": ("evaluate.zero_shot", "score towers as they are, without a run", "true"),
-    "--test-curve": ("evaluate.test_curve", "score every kept checkpoint on test, to look at", "true"),
+FLAGS = {
+    "--compare": Flag("evaluate.compare", "compare two evaluated runs", names=("RUN_A", "RUN_B")),
+    "--suite": Flag("evaluate.suite", "collect evaluate.runs under one MLflow run of this name"),
+    "--sync": Flag("evaluate.sync", "deliver to MLflow what it missed while it was lost", "true"),
+    "--zero-shot": Flag("evaluate.zero_shot", "score towers as they are, without a run", "true"),
+    "--test-curve": Flag("evaluate.test_curve", "score every kept checkpoint on test, to look at", "true"),
 }
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.command import Flags, main
+from cluster.command import Flag, main
 from cluster.layout import Layout, layout
 from cluster.runtime.session import ray_session
 from cluster.tracking.extraction import ExtractionRun
@@ -47,20 +47,20 @@ from pipelines.stored_outbox import pending_of
 
 logger = logging.getLogger(__name__)
 
-FLAGS: Flags = {
-    "--verify": ("upkeep.task", "check all that is in the store", "verify"),
-    "--compact": ("upkeep.task", "merge small parts of the store", "compact"),
-    "--retry-failed": (
+FLAGS = {
+    "--verify": Flag("upkeep.task", "check all that is in the store", "verify"),
+    "--compact": Flag("upkeep.task", "merge small parts of the store", "compact"),
+    "--retry-failed": Flag(
         "extract.retry_failed",
         "try all failed videos again, also those whose file is at fault",
         "true",
     ),
-    "--retry-traits": (
+    "--retry-traits": Flag(
         "extract.retry_traits",
         "decode videos again that an earlier version may have read wrongly, see --verify",
         "true",
     ),
-    "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
+    "--preview": Flag("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
 }
 
 

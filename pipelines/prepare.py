@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.command import main
+from cluster.command import Flag, main
 from cluster.layout import Layout, layout
 from cluster.sources.fetch import RemoteVideos
 from gare.config import Config
@@ -157,7 +157,7 @@ if __name__ == "__main__":
         run,
         __doc__,
         flags={
-            "--verify": ("data.verify", "compare with the published counts and write no manifest", "true")
+            "--verify": Flag("data.verify", "compare with the published counts and write no manifest", "true")
         },
         sizes_of=sizes_of_weights,
     )

@@ -14,7 +14,7 @@ from gare.config import describe_keys
 
 COMMAND = """
 import logging, sys
-from cluster.command import main
+from cluster.command import Flag, main
 from gare.errors import CheckpointError, ConfigError, DataError, GareError
 
 def run(config):
@@ -40,7 +40,7 @@ FAULTS = {
 }
 FAULTS["told"] = DataError("has faults")
 FAULTS["told"].result = {"faults": ["é"]}
-flags = {"--seeds": ("demo.seeds", "how many"), "--two-seeds": ("demo.seeds", "two of them", "2")}
+flags = {"--seeds": Flag("demo.seeds", "how many"), "--two-seeds": Flag("demo.seeds", "two of them", "2")}
 main(run, "An example. 100 % of it.", flags)
 """
 

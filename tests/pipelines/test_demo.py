@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.command import Flag
 from cluster.layout import Layout
 from pipelines import demo
 from tests.helpers.pipelines import in_process
@@ -27,7 +28,7 @@ def test_demo_compares_both_models(
         "--seeds",
         "1",
         "train.epochs=1",
-        flags={"--seeds": ("demo.seeds", "")},
+        flags={"--seeds": Flag("demo.seeds", "")},
     )
     assert answer.status == 0, answer.stderr
     [line] = answer.stdout.splitlines()

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster.command import Flag
 from gare.data.manifest import read_manifest
 from pipelines import prepare
 from tests.helpers.annotation_copies import text_of
 from tests.helpers.pipelines import command, in_process
 
-FLAGS = {"--verify": ("data.verify", "compare", "true")}
+FLAGS = {"--verify": Flag("data.verify", "compare", "true")}
 
 
 @pytest.fixture

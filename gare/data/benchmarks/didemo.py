@@ -10,18 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.formats.paragraphs import gathered, paragraph_clips
-from gare.data.benchmarks.reading import (
-    BenchmarkClip,
-    Deviation,
-    Gathered,
-    Published,
-    Reading,
-    finish,
-    gather,
-    stem_of,
-)
+from gare.data.benchmarks.formats.paragraphs import paragraph_clips
+from gare.data.benchmarks.reader import BenchmarkReader, Published, VideoAnnotations, group_by_id, stem_of
 from gare.data.collected_errors import Faults
 
 CLIP_END_S = 31.0
@@ -38,61 +28,59 @@ PUBLISHED = {
 _WORDS = {"train": "train", "val": "(val|valid|validation)", "test": "test"}
 
 
-def read_didemo(location: str) -> Reading:
-    """Reads DiDeMo's annotation files.
+class DidemoReader(BenchmarkReader):
+    """Reader of DiDeMo's annotation files.
 
-    Args:
-        location: their folder, for each split: the sentences (train_data.json, or didemo_train_label.csv, or
-            a list such as [{"video": …, "caption": …}]) and the list of videos (train_list.txt); without a
-            list, all videos that have sentences.
-
-    Raises:
-        DataError: for files that are missing or cannot be read, and for another test split.
+    They are, for each split: the sentences (train_data.json, or didemo_train_label.csv, or a list such as
+    [{"video": …, "caption": …}]) and the list of videos (train_list.txt); without a list, all videos that
+    have sentences.
     """
-    folder = AnnotationFolder(location)
-    clips: list[BenchmarkClip] = []
-    deviations: list[Deviation] = []
-    for split, word in _WORDS.items():
-        lists = folder.find((rf"(^|[._-]){word}[._-]?list",))
-        listed = gathered(folder.read(lists, f"{split} list") if lists else [], _to_name, f"{split} list")
-        originals = folder.find((rf"(^|[._-]){word}[._-]data",))
-        others = folder.find(
+
+    benchmark = "didemo"
+    protocol = "paragraphs, lists of Collaborative Experts"
+    published = PUBLISHED
+    test_files = "test_list.txt of Collaborative Experts with its 1,004 videos, all of them with sentences"
+
+    def read_splits(self) -> None:
+        """Reads sentences and lists of all splits."""
+        for split, word in _WORDS.items():
+            listed, sources = self._read_split(split, word)
+            sources, strangers = _by_id(split, listed, sources)
+            listed = {stem_of(name): video for name, video in listed.items()}
+            found, odd = paragraph_clips(split, listed, sources, start_s=0.0, end_s=CLIP_END_S)
+            self.clips += found
+            self.deviations += odd
+            what = f"{split} videos with sentences that the list does not name, left out"
+            self.add_deviation(what, strangers)
+
+    def _read_split(
+        self, split: str, word: str
+    ) -> tuple[dict[str, VideoAnnotations], list[dict[str, VideoAnnotations]]]:
+        """Reads a split's list and its files of sentences, the most reliable first, both by file name."""
+        lists = self.folder.find((rf"(^|[._-]){word}[._-]?list",))
+        role = f"{split} list"
+        listed = group_by_id(self.folder.read(lists, role) if lists else [], _to_name, role)
+        originals = self.folder.find((rf"(^|[._-]){word}[._-]data",))
+        others = self.folder.find(
             (rf"{word}[._-]?label", rf"(^|[._-]){word}([._-]|$)"),
             besides=rf"{word}[._-]?list|{word}[._-]data",
         )
+        role = f"{split} sentences"
         sources = [
-            gather(folder.read(files, f"{split} sentences"), _to_name, f"{split} sentences")
+            group_by_id(self.folder.read(files, role), _to_name, role)
             for files in (originals, others)
             if files
         ]
         if not sources and not any(video.texts for video in listed.values()):
             role = f"sentences of {split}"
-            entries = folder.part(split, (), role, f"{split}_data.json or didemo_{split}_label.csv")
-            sources = [gather(entries, _to_name, role)]
-        sources, strangers = _by_id(split, listed, sources)
-        listed = {stem_of(name): video for name, video in listed.items()}
-        found, odd = paragraph_clips(split, listed, sources, start_s=0.0, end_s=CLIP_END_S)
-        clips += found
-        deviations += odd
-        if strangers:
-            what = f"{split} videos with sentences that the list does not name, left out"
-            deviations.append(Deviation(what, strangers))
-    return finish(
-        Reading(
-            benchmark="didemo",
-            protocol="paragraphs, lists of Collaborative Experts",
-            clips=tuple(clips),
-            published=PUBLISHED,
-            deviations=tuple(deviations),
-            annotation_sha256=folder.sha256,
-        ),
-        test_files="test_list.txt of Collaborative Experts with its 1,004 videos, all of them with sentences",
-    )
+            entries = self.folder.part(split, (), role, f"{split}_data.json or didemo_{split}_label.csv")
+            sources = [group_by_id(entries, _to_name, role)]
+        return listed, sources
 
 
 def _by_id(
-    split: str, listed: Mapping[str, Gathered], sources: Sequence[Mapping[str, Gathered]]
-) -> tuple[list[dict[str, Gathered]], tuple[str, ...]]:
+    split: str, listed: Mapping[str, VideoAnnotations], sources: Sequence[Mapping[str, VideoAnnotations]]
+) -> tuple[list[dict[str, VideoAnnotations]], tuple[str, ...]]:
     """Returns sentences by id instead of file name, and the names that are not listed.
 
     The annotations have some videos twice, under names that differ only in their ending, with different

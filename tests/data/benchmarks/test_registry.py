@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 
 from gare.config.data import DataConfig
-from gare.data.benchmarks.reading import names_of, stem_of
+from gare.data.benchmarks.reader import names_of, stem_of
 from gare.data.benchmarks.registry import read_benchmark, table
 from gare.data.manifest import read_manifest, write_manifest
 from gare.errors import ConfigError, DataError
 from tests.helpers.annotation_copies import captions_of, counts_of, lines_of, read, text_of
 
 LSMDC = "LSMDC16_challenge_1000_publictect.csv"
-
-
-@pytest.fixture(scope="module")
-def annotations(shared: Path) -> Path:
-    return shared / "data" / "annotations"
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from gare.storage.run_folder import RESULT
 from pipelines.extracting.stores import (
     Encoding,
     decode_rows,
-    find_mended,
+    find_outdated,
     format_counts,
     frame_update,
     log_and_report,
@@ -90,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
         jobs = [*(jobs if kind == "both" else []), encoding.job]
     if config.extract.retry_traits and config.upkeep.task == "write":
         for job in jobs:
-            job.again = find_mended(config, job).keys()
+            job.again = find_outdated(config, job).keys()
     if config.upkeep.task != "write":
         results = [_look_after(config, job) for job in jobs]
     elif encoding is None:
@@ -130,7 +130,7 @@ def _look_after(config: Config, job: StoreUpdate) -> dict[str, Any]:
     read_meta(store)  # fails if there is no store
     if config.upkeep.task == "verify":
         found = verify_or_raise(store, job.schema, {row.video_id for row in job.manifest.rows})
-        return found | {"mended": _named(find_mended(config, job))}
+        return found | {"mended": _named(find_outdated(config, job))}
     with store_lock(config, store) as lock:
         merged = compact(store, config.upkeep.part_mb * 10**6, lock.held)
     return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}

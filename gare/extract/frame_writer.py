@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gare.config import ExtractConfig
-from gare.data.decode.process import DecodeProcess, DecoderCrashError, ExtractedClip
+from gare.data.decode.clip_request import ClipRequest
+from gare.data.decode.decoded_clip import DecodedClip
+from gare.data.decode.process import DecodeProcess, DecoderCrashError
 from gare.data.store.contents import FAILURE_SCHEMA, IDENTITY, RULES, frame_schema
 from gare.data.store.parts import encode_part, name_of, put_part, table_of
 from gare.data.videos import LocalVideo, LocalVideos, VideoSource, check_readable
@@ -42,7 +44,7 @@ def cut_into_parts(
     return parts
 
 
-class MendedFinder:
+class OutdatedFrameFinder:
     """Finder of files from which an earlier version may have taken wrong frames, in a child process.
 
     Args:
@@ -68,7 +70,7 @@ class MendedFinder:
                 with self.source.open(row["uri"]) as video:
                     if (video.size_bytes, video.version) != (row["source_bytes"], row["source_version"]):
                         continue  # a changed file is made again in any case
-                    trait = self.process.look(
+                    trait = self.process.find_outdated_traits(
                         video.path,
                         sampling=self.extract.sampling,
                         complete=row["complete"],
@@ -197,7 +199,7 @@ class Extractor:
             "rules": RULES,
         }
 
-    def _checked(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
+    def _checked(self, row: Mapping[str, Any], video: LocalVideo) -> DecodedClip[bytes]:
         """Decodes a clip, and makes sure that a disk failure is not taken for a fault or end of the file."""
         try:
             clip = self._decode(row, video)
@@ -209,34 +211,34 @@ class Extractor:
             check_readable(video.path)
         return clip
 
-    def _decode(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
+    def _decode(self, row: Mapping[str, Any], video: LocalVideo) -> DecodedClip[bytes]:
         extract = self.extract
 
-        def once() -> ExtractedClip:
-            return self.process.extract(
-                video.path,
-                start_s=row["start_s"],
-                end_s=row["end_s"],
-                sampling=extract.sampling,
-                sample_fps=extract.sample_fps,
-                num_frames=extract.num_frames,
-                decoder=extract.decoder,
-                image_size=extract.image_size,
-                crop=extract.crop,
-                encoding=extract.encoding,
-                jpeg_quality=extract.jpeg_quality,
-                deadline_s=extract.deadline_s,
-                memory_mb=extract.memory_mb,
-            )
+        request = ClipRequest(
+            video.path,
+            start_s=row["start_s"],
+            end_s=row["end_s"],
+            sampling=extract.sampling,
+            sample_fps=extract.sample_fps,
+            num_frames=extract.num_frames,
+            decoder=extract.decoder,
+            image_size=extract.image_size,
+            crop=extract.crop,
+            encoding=extract.encoding,
+            jpeg_quality=extract.jpeg_quality,
+        )
+
+        def decode() -> DecodedClip[bytes]:
+            return self.process.extract(request, deadline_s=extract.deadline_s, memory_mb=extract.memory_mb)
 
         try:
-            return once()
+            return decode()
         except DecoderCrashError as error:
             # It may have been killed from outside, as when memory is short: not a fault of the file unless it
             # happens again.
             logger.warning("%s: %s; trying once more", row["video_id"], error.what)
             try:
-                return once()
+                return decode()
             except DecoderCrashError as second:
                 # The content is at fault only if the decoder crashed by itself both times.
                 raise second.passing() if error.may_pass else second from second.__cause__

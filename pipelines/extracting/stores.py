@@ -24,7 +24,7 @@ from gare.data.store.contents import META, fingerprint, frame_settings, read_met
 from gare.data.videos import LocalVideos
 from gare.extract.comparison import Comparison
 from gare.extract.feature_update import FeatureStoreUpdate, has_frames_or_features
-from gare.extract.frame_writer import Extractor, MendedFinder, cut_into_parts
+from gare.extract.frame_writer import Extractor, OutdatedFrameFinder, cut_into_parts
 from gare.extract.update import FrameStoreUpdate, StoreUpdate
 from gare.storage.files import delete_tree, exists, join
 from gare.storage.generations import Held
@@ -98,7 +98,7 @@ def _run_decoders(
     return run_parts(load, parts, workers=workers, memory_bytes=ACTOR_MEMORY_BYTES)
 
 
-def find_mended(config: Config, job: StoreUpdate) -> dict[str, str]:
+def find_outdated(config: Config, job: StoreUpdate) -> dict[str, str]:
     """Finds unchanged clips that an earlier version may have decoded wrongly.
 
     Returns:
@@ -112,7 +112,7 @@ def find_mended(config: Config, job: StoreUpdate) -> dict[str, str]:
     progress, traits = Progress(len(rows), "looked at"), dict[str, str]()
     with ray_session(config.cluster):
         results = _run_decoders(
-            lambda: MendedFinder(extract, RemoteVideos(sources, LocalVideos())).find, rows, config
+            lambda: OutdatedFrameFinder(extract, RemoteVideos(sources, LocalVideos())).find, rows, config
         )
         with contextlib.closing(results):
             for found in results:

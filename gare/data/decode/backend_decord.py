@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gare.data.decode.backend_pyav import Picture, decode_from_start
-from gare.data.decode.frame_request import Request, Selection, UnfitError
+from gare.data.decode.frame_request import FrameRequest, FrameSelection, UnfitError
 from gare.data.decode.packets import explain
 from gare.data.decode.probe import Probe
 from gare.errors import DataError
@@ -44,7 +44,7 @@ def unfit_for_decord(source: Probe) -> str:
     return "" if len(source.pts) else "no packets"
 
 
-def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]:
+def decode_with_decord(request: FrameRequest) -> tuple[FrameSelection, list[Picture], str]:
     """Returns the sampled frames, the prepared pictures in the same order, and decord's version.
 
     Raises:

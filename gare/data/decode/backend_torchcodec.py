@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gare.data.decode.backend_pyav import Picture
-from gare.data.decode.frame_request import Request, Selection, UnfitError
+from gare.data.decode.frame_request import FrameRequest, FrameSelection, UnfitError
 from gare.data.decode.packets import explain
 from gare.data.decode.probe import Probe
 from gare.errors import ConfigError
@@ -25,7 +25,7 @@ def unfit_for_torchcodec(source: Probe) -> str:
     return "" if len(source.pts) else "no packets"
 
 
-def decode_with_torchcodec(request: Request) -> tuple[Selection, list[Picture], str]:
+def decode_with_torchcodec(request: FrameRequest) -> tuple[FrameSelection, list[Picture], str]:
     """Returns the sampled frames, the prepared pictures in the same order, and torchcodec's version.
 
     Raises:

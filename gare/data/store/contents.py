@@ -58,7 +58,7 @@ SCHEMA_VERSION = 2
 META = "_META.json"
 NOBODY = Held()
 #: Version of the rules by which video files are read, in the column ``rules`` of all rows. It rises when some
-#: files give other frames; ``gare.data.decode.mended`` recognises them. Rows without it are of version 1.
+#: files give other frames; ``gare.data.decode.outdated`` recognises them. Rows without it are of version 1.
 RULES = 2
 
 #: Identity of a row's source: the same clip of the same file has the same four, wherever the file lies. The

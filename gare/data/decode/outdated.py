@@ -27,7 +27,7 @@ _TRAITS = {
 }
 
 
-def mended_trait(path: str | Path, sampling: Sampling, *, complete: bool | None = None) -> str:
+def outdated_traits(path: str | Path, sampling: Sampling, *, complete: bool | None = None) -> str:
     """Returns the traits of a file for which frames by version 1's rules may be wrong; empty without any.
 
     Args:

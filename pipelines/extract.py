@@ -65,7 +65,7 @@ FLAGS: Flags = {
     ),
     "--preview": ("upkeep.preview", "clips on a contact sheet, preview.png in the store"),
 }
-#: Does the work of a comparison and reports on it; calls the lock's ``check`` after each part.
+#: Does the work of a comparison and reports on it; calls the lock's ``raise_if_lost`` after each part.
 Work = Callable[[Comparison, StoreLock, ExtractionRun], dict[str, Any]]
 
 
@@ -165,7 +165,7 @@ def _write_both(
         encoding.job.hold(lock.held)
 
         def between_parts() -> None:
-            lock.check()
+            lock.raise_if_lost()
             encoding.submit_ready()
 
         decoding = _decoding(config, frames.uri, between_parts)
@@ -215,13 +215,13 @@ def _decoding(config: Config, store: str, between_parts: Callable[[], None] = la
             return {}
 
         def check() -> None:
-            lock.check()
+            lock.raise_if_lost()
             between_parts()
 
         logger.info("%s: %s, %d to do", store, format_counts(comparison.counts), len(comparison.pending))
         with ray_session(config.cluster), tracked.system_metrics():
             progress = Progress(len(comparison.pending), "extracted")
-            decode_rows(config, store, comparison.pending, progress, replace(lock.held, check=check))
+            decode_rows(config, store, comparison.pending, progress, replace(lock.held, raise_if_lost=check))
             return log_and_report(progress)
 
     return work

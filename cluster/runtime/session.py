@@ -83,7 +83,7 @@ def _begin(config: ClusterConfig, address: str) -> None:
     quiet |= runtime_env()
     try:
         if address:
-            if config.changed("num_cpus", "object_store_mb", "spill_dir"):
+            if config.non_default("num_cpus", "object_store_mb", "spill_dir"):
                 logger.warning("cluster.num_cpus, object_store_mb and spill_dir are of a local Ray alone")
             ray.init(address=address, **quiet)
         else:

@@ -37,6 +37,6 @@ class AugmentConfig(Section):
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> AugmentConfig:
-        if changed := [] if self.operations else self.changed("magnitude", "noise", "probability"):
+        if changed := [] if self.operations else self.non_default("magnitude", "noise", "probability"):
             raise ValueError(f"{', '.join(changed)} would change nothing: operations is 0")
         return self

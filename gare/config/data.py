@@ -66,9 +66,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> DataConfig:
         published = ("annotations", "train_list", "val_videos", "allow_missing", "verify")
-        idle = self.changed(*published) if not self.is_published else self.changed("captions")
+        idle = self.non_default(*published) if not self.is_published else self.non_default("captions")
         if self.is_published and self.benchmark != "msrvtt":
-            idle += self.changed("train_list")
+            idle += self.non_default("train_list")
         if idle:
             raise ValueError(f"{', '.join(idle)} would change nothing: benchmark is {self.benchmark}")
         if self.verify and self.allow_missing:

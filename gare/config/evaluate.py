@@ -79,7 +79,7 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> EvaluateConfig:
         for switch, keys in (("dsl", ["dsl_scale"]), ("qbnorm", ["qbnorm_scale", "qbnorm_bank"])):
-            if changed := [] if getattr(self, switch) else self.changed(*keys):
+            if changed := [] if getattr(self, switch) else self.non_default(*keys):
                 raise ValueError(f"{', '.join(changed)} would change nothing: {switch} is off")
         if len(self.compare) == 1:
             raise ValueError("compare takes two runs")
@@ -92,7 +92,7 @@ class EvaluateConfig(Section):
             raise ValueError(
                 f"test_curve is of split test, and split is {self.split}: training has the curve of val"
             )
-        if changed := self.changed("checkpoint", "dsl", "qbnorm") if self.test_curve else []:
+        if changed := self.non_default("checkpoint", "dsl", "qbnorm") if self.test_curve else []:
             raise ValueError(
                 f"{', '.join(changed)} would change nothing: test_curve has the plain scores of the "
                 "run's own checkpoints"

@@ -70,7 +70,7 @@ class ExtractConfig(Section):
 
     @model_validator(mode="after")
     def _sampling_makes_sense(self) -> ExtractConfig:
-        if self.sampling != "released" and self.changed("sample_fps"):
+        if self.sampling != "released" and self.non_default("sample_fps"):
             raise ValueError(f"sample_fps would change nothing: sampling {self.sampling} has no rate")
         if self.sampling == "keyframes" and self.decoder == "torchcodec":
             raise ValueError("decoder torchcodec would change nothing: keyframes alone are decoded by PyAV")

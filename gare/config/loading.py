@@ -33,7 +33,7 @@ from gare.config.sources import SourcesConfig
 from gare.config.train import LossConfig, TrainConfig
 from gare.config.upkeep import UpkeepConfig
 from gare.config.yaml_files import Settings, read_settings
-from gare.errors import ConfigError, GareError, masked
+from gare.errors import ConfigError, GareError, mask_secrets
 
 #: Value of ``model.clip`` for which the sizes are read from the weights.
 AUTO = "auto"
@@ -47,7 +47,7 @@ _PLACES = {
 _DSL_KEYS, _QBNORM_KEYS = ("dsl_scale",), ("qbnorm_scale", "qbnorm_bank")
 #: Section, switch, the values that turn a part off, and keys beside it that only affect this part and are
 #: refused while it is off.
-SHAPING: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
+DEPENDENT_KEYS: tuple[tuple[str, str, tuple[Any, ...], tuple[str, ...]], ...] = (
     ("extract", "sampling", ("uniform", "keyframes"), ("sample_fps",)),
     ("model", "increment", (False,), INCREMENT_KEYS),
     ("model", "query", ("text",), ("gap_sign",)),
@@ -277,7 +277,7 @@ def _leave_out_idle_keys(tree: dict[str, Any], settings: Settings, given: Sequen
         origin = settings.origins.get(key)
         return 1 if origin is None else 2 + settings.extended.index(origin)
 
-    for name, switch, off, keys in SHAPING:
+    for name, switch, off, keys in DEPENDENT_KEYS:
         section = _mapping_in(tree, name)
         if switch in section and section[switch] in off:
             for key in keys:
@@ -329,11 +329,11 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
     dotted, equals, text = item.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        return f"override {masked(item)!r} is not of the form section.key=value"
+        return f"override {mask_secrets(item)!r} is not of the form section.key=value"
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
-        return f"override {masked(item)!r}: the value is not YAML"
+        return f"override {mask_secrets(item)!r}: the value is not YAML"
     if keys[:2] == ["model", "clip"] and keys[2:] and _mapping_in(tree, "model").get("clip") == AUTO:
         return ""  # refused in _settle_clip
     for key in keys[:-1]:
@@ -357,8 +357,8 @@ def _explain(fault: dict[str, Any], origins: Mapping[str, str]) -> str:
         return f"{dotted}: unknown key ({hint}known here: {', '.join(known)}){origin}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{dotted}: {masked(message)}{origin}"
-    return f"{dotted}: got {masked(repr(fault['input']))}; {message[0].lower()}{message[1:]}{origin}"
+        return f"{dotted}: {mask_secrets(message)}{origin}"
+    return f"{dotted}: got {mask_secrets(repr(fault['input']))}; {message[0].lower()}{message[1:]}{origin}"
 
 
 def _keys_beside(location: Sequence[str]) -> list[str]:

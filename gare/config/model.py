@@ -134,13 +134,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _variant_makes_sense(self) -> ModelConfig:
-        if not self.increment and (changed := self.changed(*INCREMENT_KEYS)):
+        if not self.increment and (changed := self.non_default(*INCREMENT_KEYS)):
             raise ValueError(f"{', '.join(changed)} would change nothing: increment is off")
-        if self.temporal == "none" and (changed := self.changed("temporal_layers", "temporal_heads")):
+        if self.temporal == "none" and (changed := self.non_default("temporal_layers", "temporal_heads")):
             raise ValueError(f"{', '.join(changed)} would change nothing: temporal is none")
         if self.pooling == "mean" and self.increment:
             raise ValueError("pooling mean has no increment: set increment=false")
-        if self.pooling == "mean" and self.changed("pool_temperature"):
+        if self.pooling == "mean" and self.non_default("pool_temperature"):
             raise ValueError("pool_temperature would change nothing: pooling mean has none")
         if self.method == "factorized" and self.padding == "released":
             raise ValueError("method factorized has no form for padding released: take auto or direct")

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gare.config import Config, ModelConfig, parse_config
-from gare.config.loading import SHAPING
+from gare.config.loading import DEPENDENT_KEYS
 
 #: Settings that may differ when a run continues: they change where and how it runs, not what it computes.
 #: The settings of data and extract that matter are in the fingerprints.
@@ -64,7 +64,7 @@ def without_idle_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
     refused as one that changes nothing, or be taken for a difference.
     """
     kept = dict(saved)
-    for name, switch, off, keys in SHAPING:
+    for name, switch, off, keys in DEPENDENT_KEYS:
         section = kept.get(name)
         if isinstance(section, Mapping) and switch in section and section[switch] in off:
             kept[name] = {key: value for key, value in section.items() if key not in keys}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from gare.errors import masked, secret_in
+from gare.errors import mask_secrets, secret_in
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -42,13 +42,13 @@ class Section(BaseModel):
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and (secret := secret_in(text)):
                 raise ValueError(
-                    f"{masked(text)} holds {secret}, and the configuration is saved and logged; it belongs "
-                    "into the environment or a file of your own: MLFLOW_TRACKING_USERNAME and "
+                    f"{mask_secrets(text)} holds {secret}, and the configuration is saved and logged; it "
+                    "belongs into the environment or a file of your own: MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN, PGPASSWORD or ~/.pgpass, AWS_…"
                 )
         return value
 
-    def changed(self, *keys: str) -> list[str]:
+    def non_default(self, *keys: str) -> list[str]:
         """Returns the given keys that are not at their default."""
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
 

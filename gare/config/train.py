@@ -83,7 +83,7 @@ class LossConfig(Section):
             raise ValueError(
                 "radii_bound 0 holds the radii term at 0, where it does nothing: set radii_weight=0"
             )
-        if self.direction_form == "orthogonality" and self.changed("direction_alpha"):
+        if self.direction_form == "orthogonality" and self.non_default("direction_alpha"):
             raise ValueError("direction_alpha would change nothing: direction_form orthogonality has no α")
         return self
 
@@ -203,7 +203,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _fp16_is_the_released_recipe(self) -> TrainConfig:
         if self.precision != "fp16_released":
-            if self.changed("encoder_gradient_divisor"):
+            if self.non_default("encoder_gradient_divisor"):
                 raise ValueError(
                     f"encoder_gradient_divisor would change nothing: precision is {self.precision}"
                 )

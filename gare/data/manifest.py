@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.collected_errors import Faults
+from gare.data.collected_errors import CollectedErrors
 from gare.errors import DataError
 from gare.storage.files import exists, read_bytes, write_atomically
 from gare.storage.uris import is_uri
@@ -239,7 +239,7 @@ def _number(value: float | None) -> float | None:
 
 
 def _check(rows: tuple[ManifestRow, ...]) -> None:
-    faults = Faults()
+    faults = CollectedErrors()
     if not rows:
         raise DataError(
             "there is not one video with a caption", where="manifest", accepted="at least one row"
@@ -253,7 +253,7 @@ def _check(rows: tuple[ManifestRow, ...]) -> None:
     faults.raise_if_any("manifest")
 
 
-def _check_row(row: ManifestRow, name: str, faults: Faults) -> None:
+def _check_row(row: ManifestRow, name: str, faults: CollectedErrors) -> None:
     if not row.video_id:
         faults.add("empty video_id", name)
     if not row.uri:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from gare.errors import DataError, shown
+from gare.errors import DataError, without_secrets
 from gare.storage.object_store import CONNECT_TIMEOUT_S, S3Address, address_of
 from gare.storage.s3_client import s3_client
 from gare.storage.uris import scheme_of
@@ -135,7 +135,7 @@ def _faults_of(uri: str) -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError, OSError) as error:
-        raise DataError(f"S3 refuses or does not answer: {error}", where=shown(uri)) from error
+        raise DataError(f"S3 refuses or does not answer: {error}", where=without_secrets(uri)) from error
 
 
 def _client(address: S3Address) -> Any:

@@ -27,7 +27,7 @@ from gare.extract.feature_update import FeatureStoreUpdate, has_frames_or_featur
 from gare.extract.frame_writer import Extractor, OutdatedFrameFinder, cut_into_parts
 from gare.extract.update import FrameStoreUpdate, StoreUpdate
 from gare.storage.files import delete_tree, exists, join
-from gare.storage.generations import Held
+from gare.storage.generations import HeldStore
 from gare.storage.lock import StoreLock
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def decode_rows(
     store: str,
     rows: Sequence[Mapping[str, Any]],
     progress: Progress,
-    held: Held,
+    held: HeldStore,
 ) -> None:
     """Decodes pending rows of a comparison into a frame store.
 
@@ -67,7 +67,7 @@ def decode_rows(
         store: location of the frame store.
         rows: rows to decode.
         progress: gets the result of each part.
-        held: held lock of the store; its check is called after each part, and raises to end the work.
+        held: held lock of the store; its ``raise_if_lost`` is called after each part, and ends the work.
     """
     extract, sources, name = config.extract, config.sources, uuid.uuid4().hex
     generation = held.generation
@@ -79,7 +79,7 @@ def decode_rows(
     with contextlib.closing(results):
         for done in results:
             progress.add(done)
-            held.check()
+            held.raise_if_lost()
 
 
 def _run_decoders(
@@ -219,16 +219,16 @@ class Encoding:
         with ray_session(self.config.cluster), tracked.system_metrics(), contextlib.closing(self):
             if not self.is_kept:
                 return self._work_alone(lock)
-            progress = self.take(lock.check)
+            progress = self.take(lock.raise_if_lost)
             return log_and_report(progress) | {"attempted": progress.total}
 
     def _work_alone(self, lock: StoreLock) -> dict[str, Any]:
         passing = self.frames_uri
 
         def encode() -> None:
-            self.take(lock.check)
+            self.take(lock.raise_if_lost)
             self.job.take_failures()
-            lock.check()
+            lock.raise_if_lost()
             delete_tree(passing)
 
         frames = frame_settings(self.config.extract)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gare.config.loading import SHAPING, Config, differences
+from gare.config.loading import DEPENDENT_KEYS, Config, differences
 from gare.config.run_settings import completed_settings, saved_config, settings_of_run
 from gare.errors import ConfigError
 from gare.train.checkpoint.files import CONFIG, read_config
@@ -44,5 +44,5 @@ def test_keys_that_have_an_effect_are_kept() -> None:
 def test_idle_keys_are_keys() -> None:
     """A renamed key would silently be refused again in what earlier versions saved."""
     tree = Config().model_dump(mode="json")
-    for section, switch, _, keys in SHAPING:
+    for section, switch, _, keys in DEPENDENT_KEYS:
         assert {switch, *keys} <= tree[section].keys()

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from gare.data.decode.clip_request import ClipRequest
 from gare.data.decode.decoded_clip import DecodedClip
 from gare.data.decode.process import DecodeProcess, DecoderCrashError, DecodeTimeoutError
-from gare.data.decode.sampling import choose, keyframes_within, sample_times, shown_at, uniform_times
+from gare.data.decode.sampling import (
+    equally_spaced,
+    frames_on_screen,
+    keyframes_within,
+    sample_times,
+    uniform_times,
+)
 from gare.errors import DataError
 from tests.films.film import Film, Showing
 from tests.films.numbers import read
@@ -216,7 +222,7 @@ def _not_chosen(film: Film, shown: Showing, ask: Ask, numbers: list[int], near_s
             for number, moment in zip(numbers, moments.tolist(), strict=True)
         ):
             return ""
-    expected = [int(shown.numbers[place]) for place in shown_at(shown.times_s, np.array(wanted[0]))]
+    expected = [int(shown.numbers[place]) for place in frames_on_screen(shown.times_s, np.array(wanted[0]))]
     return f"pictures {expected} are to be chosen"
 
 
@@ -244,7 +250,7 @@ def _moments(film: Film, shown: Showing, ask: Ask, start_s: float, end_s: float)
     if ask.sampling == "uniform":
         return uniform_times(start_s, end_s, ask.num_frames)
     moments = sample_times(start_s, end_s, ask.sample_fps)
-    return moments[choose(len(moments), ask.num_frames)]
+    return moments[equally_spaced(len(moments), ask.num_frames)]
 
 
 def signs(film: Film) -> list[str]:

@@ -105,7 +105,7 @@ def test_a_renewal_does_not_bring_a_claim_back(monkeypatch: pytest.MonkeyPatch) 
         assert not exists(sleeper._location)
         assert not renew_object(sleeper._location, b"{}")
         with pytest.raises(LockLostError):
-            sleeper.check()
+            sleeper.raise_if_lost()
 
 
 @pytest.mark.usefixtures("s3")
@@ -162,8 +162,8 @@ def test_a_server_without_conditions_is_named_once(
     monkeypatch.setattr(client, "put_object", _refusing("NotImplemented", 501))
     for _ in range(2):
         with StoreLock(FOLDER) as lock:
-            lock.check()
-            replace_file(f"{FOLDER}/_META.json", b"{}", lock.check)
+            lock.raise_if_lost()
+            replace_file(f"{FOLDER}/_META.json", b"{}", lock.raise_if_lost)
             assert lock._renew()
     assert read_bytes(f"{FOLDER}/_META.json") == b"{}"
     assert generations.newest_number(FOLDER) == 2
@@ -183,7 +183,7 @@ def test_a_server_that_takes_no_notice_of_conditions_is_found_out(
 
     monkeypatch.setattr(client, "put_object", heedless)
     with StoreLock(FOLDER) as lock:
-        lock.check()
+        lock.raise_if_lost()
         assert etag_of(lock._location) == ""
     assert "takes no notice of conditions" in caplog.text
 

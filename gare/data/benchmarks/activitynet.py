@@ -11,11 +11,19 @@ import re
 from dataclasses import replace
 
 from gare.data.benchmarks.formats.paragraphs import odd_times, paragraph_clips
-from gare.data.benchmarks.reader import BenchmarkReader, Published, VideoAnnotations, group_by_id, stem_of
+from gare.data.benchmarks.reader import (
+    BenchmarkReader,
+    PublishedSplit,
+    VideoAnnotations,
+    group_by_id,
+    stem_of,
+)
 
 PUBLISHED = {
-    "train": Published(10_009, 10_009, "1742cdf0c50c460cff811f89f867c77559a6882b27f18d1c2bdc24d8c4b9f4b9"),
-    "test": Published(
+    "train": PublishedSplit(
+        10_009, 10_009, "1742cdf0c50c460cff811f89f867c77559a6882b27f18d1c2bdc24d8c4b9f4b9"
+    ),
+    "test": PublishedSplit(
         4_917,
         4_917,
         "9b39bfbdf6a256a62addb0c54eb1bd56f487300f02e10df6c4bf886dab720e9d",

@@ -11,14 +11,20 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gare.data.benchmarks.formats.paragraphs import paragraph_clips
-from gare.data.benchmarks.reader import BenchmarkReader, Published, VideoAnnotations, group_by_id, stem_of
-from gare.data.collected_errors import Faults
+from gare.data.benchmarks.reader import (
+    BenchmarkReader,
+    PublishedSplit,
+    VideoAnnotations,
+    group_by_id,
+    stem_of,
+)
+from gare.data.collected_errors import CollectedErrors
 
 CLIP_END_S = 31.0
 PUBLISHED = {
-    "train": Published(8392, 8392, "e84c95b48a3490d03315cf4050b6853549efa393df6cb50bbefde1e7baf56021"),
-    "val": Published(1065, 1065, "14e36577c02c7919c1a2e2a8f41aaa96fc63e826557b43465d1bd601bab22c0d"),
-    "test": Published(
+    "train": PublishedSplit(8392, 8392, "e84c95b48a3490d03315cf4050b6853549efa393df6cb50bbefde1e7baf56021"),
+    "val": PublishedSplit(1065, 1065, "14e36577c02c7919c1a2e2a8f41aaa96fc63e826557b43465d1bd601bab22c0d"),
+    "test": PublishedSplit(
         1004,
         1004,
         "9e98b69db2eed8341d77f2c8dd18e62a8207b79e19cd584b9c709c9431a3ea5e",
@@ -95,7 +101,7 @@ def _by_id(
     found = []
     for source in sources:
         names: dict[str, str] = {}
-        faults = Faults()
+        faults = CollectedErrors()
         for name in source:
             other = names.setdefault(stem_of(name), name)
             if other != name and name not in listed and other not in listed:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 
-from gare.data.benchmarks.reader import BenchmarkReader, Published, group_by_id, stem_of
+from gare.data.benchmarks.reader import BenchmarkReader, PublishedSplit, group_by_id, stem_of
 
 PUBLISHED = {
-    "train": Published(101_079, 101_079),
-    "val": Published(7_408, 7_408),
-    "test": Published(
+    "train": PublishedSplit(101_079, 101_079),
+    "val": PublishedSplit(7_408, 7_408),
+    "test": PublishedSplit(
         1000,
         1000,
         "a87544b8124ce4092c0d0b7f88201b3e555f310053cc90da73b8c86f22b0b0d1",

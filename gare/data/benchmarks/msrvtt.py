@@ -10,19 +10,25 @@ from __future__ import annotations
 import re
 
 from gare.config.data import DataConfig
-from gare.data.benchmarks.reader import BenchmarkReader, Published, VideoAnnotations, group_by_id, stem_of
-from gare.errors import DataError, shown
+from gare.data.benchmarks.reader import (
+    BenchmarkReader,
+    PublishedSplit,
+    VideoAnnotations,
+    group_by_id,
+    stem_of,
+)
+from gare.errors import DataError, without_secrets
 
 CAPTIONS_PER_VIDEO = 20
-TEST = Published(
+TEST = PublishedSplit(
     1000,
     1000,
     "64462f74c95235d602a0a231e7f2125640ebbf3de0e226fbdd5e64f621c46d83",
     "aedce8ee024c8c767642f062c355220a79c55557a3e892ca498d527fb945797c",
 )
 TRAIN = {
-    "9k": Published(9000, 180_000, "12e456ceab25905ffc585c4dfdf1d2972f563b63c317effdee7943bc84075ace"),
-    "7k": Published(7010, 140_200, "e63825a66cb7194c0502b86c4178dc1dc4b0e84bd47337b563d9f4cd58890596"),
+    "9k": PublishedSplit(9000, 180_000, "12e456ceab25905ffc585c4dfdf1d2972f563b63c317effdee7943bc84075ace"),
+    "7k": PublishedSplit(7010, 140_200, "e63825a66cb7194c0502b86c4178dc1dc4b0e84bd47337b563d9f4cd58890596"),
 }
 _TEST_FILES = (
     r"jsfusion.*test|test.*jsfusion",
@@ -76,7 +82,7 @@ class MsrvttReader(BenchmarkReader):
         if bare:
             raise DataError(
                 f"{len(bare)} test videos have other than one sentence: {', '.join(bare[:10])}",
-                where=shown(self.folder.location),
+                where=without_secrets(self.folder.location),
                 accepted="the one sentence that JSFusion chose for each: MSRVTT_JSFUSION_test.csv",
             )
         silent = self.add_captioned("train", train)

@@ -10,13 +10,19 @@ import re
 from collections.abc import Callable
 
 from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.reader import BenchmarkReader, Published, VideoAnnotations, group_by_id, stem_of
+from gare.data.benchmarks.reader import (
+    BenchmarkReader,
+    PublishedSplit,
+    VideoAnnotations,
+    group_by_id,
+    stem_of,
+)
 from gare.errors import DataError
 
 PUBLISHED = {
-    "train": Published(1200, 48_774, "abfb8ab5660b464cf547d63a37a369920ff92c5f547af80f07aedd709df335d3"),
-    "val": Published(100, 4_290, "9527cf1ef6c8fe2fb1ecfda0e1856acc563fecef5ff0a409b5d908b65c1e6ed4"),
-    "test": Published(
+    "train": PublishedSplit(1200, 48_774, "abfb8ab5660b464cf547d63a37a369920ff92c5f547af80f07aedd709df335d3"),
+    "val": PublishedSplit(100, 4_290, "9527cf1ef6c8fe2fb1ecfda0e1856acc563fecef5ff0a409b5d908b65c1e6ed4"),
+    "test": PublishedSplit(
         670,
         27_763,
         "95eacd1fddb1d88cd7144267913ef02d0ecb8cc94a88bc484035433a2d8f9c7a",

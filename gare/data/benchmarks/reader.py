@@ -12,13 +12,13 @@ from gare.config.data import DataConfig
 from gare.data.benchmarks.annotation_folder import AnnotationFolder
 from gare.data.benchmarks.formats.annotations import Annotation
 from gare.data.benchmarks.video_folder import without_ending
-from gare.data.collected_errors import Faults, first_of
+from gare.data.collected_errors import CollectedErrors, join_first
 from gare.data.manifest import SPLITS
 from gare.errors import DataError
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedSplit:
     """Published counts and checksums of a split.
 
     Attributes:
@@ -91,7 +91,7 @@ class BenchmarkAnnotations:
     benchmark: str
     protocol: str
     clips: tuple[BenchmarkClip, ...]
-    published: Mapping[str, Published]
+    published: Mapping[str, PublishedSplit]
     deviations: tuple[Deviation, ...] = ()
     annotation_sha256: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,7 +107,7 @@ class BenchmarkAnnotations:
         """Lists differences from the published counts, ids and texts, one line for each split."""
         lines = []
         for split, count in self.counts().items():
-            published = self.published.get(split, Published(0, 0))
+            published = self.published.get(split, PublishedSplit(0, 0))
             if published.videos and not count["videos"]:
                 lines.append(f"no {split}")
                 continue
@@ -136,7 +136,9 @@ class BenchmarkAnnotations:
         if count == published.videos and published.ids_sha256 in ("", sha256_of_ids(ids)):
             return self
         what = f"{count} videos for {published.videos}" if count != published.videos else "other videos"
-        known = "; ".join(f"{item.what} ({len(item.ids)}): {first_of(item.ids)}" for item in self.deviations)
+        known = "; ".join(
+            f"{item.what} ({len(item.ids)}): {join_first(item.ids)}" for item in self.deviations
+        )
         raise DataError(
             f"its {split} split is not that of {self.protocol}: {what}" + (f". {known}" if known else ""),
             where=self.benchmark,
@@ -187,7 +189,7 @@ def group_by_id(
     Raises:
         DataError: with all names that do not belong to the benchmark.
     """
-    faults = Faults()
+    faults = CollectedErrors()
     videos: dict[str, VideoAnnotations] = {}
     for entry in annotations:
         name = to_id(entry.video)
@@ -229,7 +231,7 @@ def check_disjoint(clips: Sequence[BenchmarkClip], benchmark: str) -> None:
     Raises:
         DataError: with the ids.
     """
-    faults = Faults()
+    faults = CollectedErrors()
     split_of: dict[str, str] = {}
     for clip in clips:
         other = split_of.setdefault(clip.clip_id, clip.split)
@@ -264,7 +266,7 @@ class BenchmarkReader(ABC):
     test_files: ClassVar[str]
     needs_train: ClassVar[bool] = True
     protocol: str
-    published: Mapping[str, Published]
+    published: Mapping[str, PublishedSplit]
 
     def __init__(self, data: DataConfig) -> None:
         self.folder = AnnotationFolder(data.annotations)

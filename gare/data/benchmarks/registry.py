@@ -19,14 +19,14 @@ from gare.data.benchmarks.reader import (
     BenchmarkClip,
     BenchmarkReader,
     Deviation,
-    Published,
+    PublishedSplit,
 )
 from gare.data.benchmarks.split import order_by_hash
 from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder
 from gare.data.benchmarks.youcook2 import YouCook2Reader
-from gare.data.collected_errors import Faults
+from gare.data.collected_errors import CollectedErrors
 from gare.data.manifest import SPLITS, Manifest, ManifestRow
-from gare.errors import ConfigError, DataError, shown
+from gare.errors import ConfigError, DataError, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _row(clip: BenchmarkClip, uri: str) -> ManifestRow:
 def _find_videos(
     annotations: BenchmarkAnnotations, data: DataConfig, list_remote: Callable[[str], list[str]] | None
 ) -> tuple[list[ManifestRow], tuple[str, ...]]:
-    faults = Faults()
+    faults = CollectedErrors()
     folder = open_folder(data.videos, faults, list_remote)
     faults.raise_if_any("data.videos")
     assert folder is not None  # otherwise a fault was raised
@@ -147,27 +147,27 @@ def _find_videos(
             missing.append(clip)
         else:
             rows.append(_row(clip, folder.path(file)))
-    faults.raise_if_any(shown(data.videos), accepted="one file for each video")
+    faults.raise_if_any(without_secrets(data.videos), accepted="one file for each video")
     if missing and not (data.allow_missing or data.verify):
         for split in SPLITS:
             for clip in missing:
                 if clip.split == split:
                     faults.add(f"{split} clips without video file", clip.clip_id)
         faults.raise_if_any(
-            shown(data.videos),
+            without_secrets(data.videos),
             accepted="all videos; data.allow_missing=true leaves these out, and the protocol then says so; "
             "--verify lists all of them",
         )
     if not rows and not data.verify:
         raise DataError(
             f"holds no video of {annotations.benchmark}",
-            where=shown(data.videos),
+            where=without_secrets(data.videos),
             accepted=f"files such as {annotations.clips[0].names[0]}.mp4",
         )
     return rows or _rows_without_places(annotations), tuple(clip.clip_id for clip in missing)
 
 
-def _find(folder: VideoFolder, names: Sequence[str], faults: Faults) -> str | None:
+def _find(folder: VideoFolder, names: Sequence[str], faults: CollectedErrors) -> str | None:
     """Finds the file of a video by any of its names; several files of one name are a fault."""
     for name in names:
         try:
@@ -212,7 +212,7 @@ def table(benchmark: Benchmark) -> str:
     annotated, used = annotations.counts(), benchmark.manifest.counts
     lines.append(f"{'split':8}{'':10}{'published':>10}{'annotated':>10}{'used':>10}")
     for split in SPLITS:
-        published = annotations.published.get(split, Published(0, 0))
+        published = annotations.published.get(split, PublishedSplit(0, 0))
         for what, number in (("videos", published.videos), ("captions", published.captions)):
             lines.append(f"{split:8}{what:10}{number:10,}{annotated[split][what]:10,}{used[split][what]:10,}")
     for deviation in annotations.deviations:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder, without_ending
-from gare.errors import shown
+from gare.errors import without_secrets
 from gare.storage.uris import is_uri, local_path, scheme_of
 
 
@@ -98,7 +98,7 @@ def _names(uri: str) -> list[str]:
     """Lists ids that a URI may get, the shortest first; the last is unique to the URI."""
     if not is_uri(uri):
         return [without_ending(uri.lstrip("/")), uri.lstrip("/"), uri]
-    scheme, _, rest = shown(uri).partition("://")
+    scheme, _, rest = without_secrets(uri).partition("://")
     name = unicodedata.normalize("NFC", urllib.parse.unquote(rest))
     secret = hashlib.sha256(uri.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     return [without_ending(name), name, f"{scheme}://{name}", f"{scheme}://{name}?{secret}"]

@@ -14,15 +14,17 @@ from gare.data.benchmarks.formats.paragraphs import odd_times
 from gare.data.benchmarks.reader import (
     BenchmarkClip,
     BenchmarkReader,
-    Published,
+    PublishedSplit,
     VideoAnnotations,
     group_by_id,
     names_of,
 )
 
 PUBLISHED = {
-    "train": Published(10_337, 10_337, "5bc9e34476977169f974ad533c751a66b8507a756bd624dc4504195d3efb0806"),
-    "test": Published(
+    "train": PublishedSplit(
+        10_337, 10_337, "5bc9e34476977169f974ad533c751a66b8507a756bd624dc4504195d3efb0806"
+    ),
+    "test": PublishedSplit(
         3_492,
         3_492,
         "5f0b5052e9e8f27bd6b5f8bb8ea0301842c7407e11d74edd95c118994670b735",

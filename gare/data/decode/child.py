@@ -21,7 +21,7 @@ from gare.data.decode.outdated import outdated_traits
 from gare.data.decode.pipe import LENGTH_BYTES
 from gare.data.images import encode_jpeg, fit_frame, prepare_frame
 from gare.errors import GareError
-from gare.storage.patience import is_of_the_machine
+from gare.storage.patience import is_machine_fault
 from gare.storage.uris import local_path
 
 
@@ -36,7 +36,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except GareError as error:
             kind = type(error).__name__
             fault = {"error": error.what, "kind": kind, "where": error.where, "accepted": error.accepted}
-            _answer(answers, {**fault, "may_pass": error.may_pass or is_of_the_machine(error)})
+            _answer(answers, {**fault, "is_transient": error.is_transient or is_machine_fault(error)})
         except (MemoryError, BlockingIOError):  # the latter: no memory for a thread's stack
             _answer(answers, {"error": "", "kind": "MemoryError"})
         except Exception as error:  # no fault of one video may end the process
@@ -47,7 +47,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
                 "where": request["arguments"]["path"],
                 "accepted": "",
             }
-            _answer(answers, {**fault, "may_pass": is_of_the_machine(error)})
+            _answer(answers, {**fault, "is_transient": is_machine_fault(error)})
         else:
             _answer(answers, header, frames)
 

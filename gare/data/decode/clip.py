@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.decode.backend_decord import decode_with_decord, unfit_for_decord
-from gare.data.decode.backend_pyav import Found, Picture, decode_from_start, least_effort
+from gare.data.decode.backend_pyav import DecodeResult, Picture, decode_from_start, least_effort
 from gare.data.decode.backend_torchcodec import decode_with_torchcodec, unfit_for_torchcodec
 from gare.data.decode.clip_request import Decoder
 from gare.data.decode.decoded_clip import DecodedClip
@@ -98,7 +98,7 @@ def _check_unchanged(
             "changed while it was read",
             where=str(Path(path).absolute()),
             accepted="a file that nobody is writing; the next run tries it again",
-        ).passing() from cause
+        ).as_transient() from cause
 
 
 def _decode(request: FrameRequest, decoder: Decoder) -> DecodedClip[Picture]:
@@ -153,7 +153,7 @@ def _clip(
 def _decode_with_pyav(request: FrameRequest) -> DecodedClip[Picture]:
     """Decodes the frames named by the packets; if these are wrong, a first pass finds what decodes."""
     source = request.source
-    seen: Found | None = None
+    seen: DecodeResult | None = None
     if len(source.pts) and not source.fault and "no timestamps" not in source.traits:
         late = _LateStart(request)
         selection = request.select(source.pts, source.key_pts, source.end_pts)
@@ -177,7 +177,7 @@ def _decode_with_pyav(request: FrameRequest) -> DecodedClip[Picture]:
     return _decode_what_decodes(request, seen)
 
 
-def _decode_what_decodes(request: FrameRequest, seen: Found | None) -> DecodedClip[Picture]:
+def _decode_what_decodes(request: FrameRequest, seen: DecodeResult | None) -> DecodedClip[Picture]:
     """Samples a clip over the frames that really decode.
 
     Args:
@@ -265,7 +265,7 @@ class _LateStart:
 
 
 def _places(
-    source: Probe, found: Found, selection: FrameSelection, *, alone: bool = False
+    source: Probe, found: DecodeResult, selection: FrameSelection, *, alone: bool = False
 ) -> NDArray[np.int64]:
     """Returns positions among the video's pictures: by its packets if each is a picture, else as decoded.
 
@@ -280,7 +280,7 @@ def _places(
 def _pyav_clip(
     request: FrameRequest,
     selection: FrameSelection,
-    found: Found,
+    found: DecodeResult,
     frame_idx: NDArray[np.int64],
     *,
     complete: bool = True,

@@ -12,10 +12,10 @@ from gare.data.decode.backend_pyav import Picture
 from gare.data.decode.probe import Probe
 from gare.data.decode.sampling import (
     Sampling,
-    choose,
+    equally_spaced,
+    frames_on_screen,
     keyframes_within,
     sample_times,
-    shown_at,
     uniform_times,
 )
 from gare.errors import DataError
@@ -98,10 +98,10 @@ class FrameRequest:
             if not start_s - 1e-3 <= times_s[idx[0]] <= end_s:
                 notes.append("no keyframe inside the clip, the nearest is taken")
         else:
-            idx = shown_at(times_s, self._moments(start_s, end_s))
+            idx = frames_on_screen(times_s, self._moments(start_s, end_s))
             if damage:  # otherwise one frame would replace the lost ones after it
                 idx = np.unique(idx)
-            idx = idx[choose(len(idx), self.num_frames)]
+            idx = idx[equally_spaced(len(idx), self.num_frames)]
         duration_s = video_end_s - self.source.origin_s
         if self.end_s is not None and self.source.origin_s + self.end_s > video_end_s + 1e-3:
             notes.append(f"end_s {self.end_s:g} lies beyond the video's {duration_s:.2f} s")

@@ -41,7 +41,7 @@ def outdated_traits(path: str | Path, sampling: Sampling, *, complete: bool | No
     try:
         source = probe(path)
     except DataError as error:
-        if error.may_pass:
+        if error.is_transient:
             raise
         return f"it is not decoded any more: {error.what}"
     return "; ".join(_traits(source, sampling, complete=complete))

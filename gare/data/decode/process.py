@@ -15,7 +15,7 @@ from gare.data.decode.clip_request import ClipRequest
 from gare.data.decode.decoded_clip import DecodedClip
 from gare.data.decode.pipe import Child
 from gare.data.decode.sampling import Sampling
-from gare.errors import ConfigError, DataError, shown
+from gare.errors import ConfigError, DataError, without_secrets
 from gare.storage.uris import scheme_of
 
 #: FFmpeg's messages of damage within decord, which conceals it and goes on. swscale only reports formats.
@@ -29,7 +29,7 @@ class DecodeTimeoutError(DataError):
 
     # The cause may be an overloaded node or a hanging mount. A file that never ends costs its deadline once a
     # run, up to extract.max_attempts.
-    may_pass = True
+    is_transient = True
 
 
 class DecoderCrashError(DataError):
@@ -109,7 +109,7 @@ class DecodeProcess:
         """
         until = time.monotonic() + deadline_s
         facts, frames = self._ask("clip", asdict(request), deadline_s, memory_mb)
-        if facts["decoder"] == "decord" and self._child and self._child.has_said(_DAMAGE):
+        if facts["decoder"] == "decord" and self._child and self._child.has_printed(_DAMAGE):
             request = replace(request, decoder="pyav")
             left_s = max(until - time.monotonic(), 0.1)
             facts, frames = self._ask("clip", asdict(request), left_s, memory_mb)
@@ -156,12 +156,12 @@ class DecodeProcess:
                 accepted="a larger extract.deadline_s",
             ) from error
         except (EOFError, BrokenPipeError) as error:
-            how, by_others = child.how_it_ended(), child.was_ended_by_others()
+            how, by_others = child.describe_end(), child.was_killed_from_outside()
             self.close()
             if re.search("bad_alloc|cannot allocate memory", how, re.IGNORECASE):  # as C++ reports it
                 raise _beyond(memory_mb, path) from error
             crash = DecoderCrashError(f"the decoder crashed: {how}", where=path)
-            raise crash.passing() if by_others else crash from error
+            raise crash.as_transient() if by_others else crash from error
         except BaseException:
             self.close()  # a late answer must not be taken for the next video's
             raise
@@ -171,7 +171,7 @@ class DecodeProcess:
         if "error" in header:
             kind = _KINDS.get(header["kind"], DataError)
             fault = kind(header["error"], where=header["where"], accepted=header["accepted"])
-            raise fault.passing() if header["may_pass"] else fault
+            raise fault.as_transient() if header["is_transient"] else fault
         header.pop("sizes")
         return header, frames
 
@@ -183,7 +183,7 @@ class DecodeProcess:
             try:
                 self._child.receive(time.monotonic() + _START_DEADLINE_S)
             except (TimeoutError, EOFError) as error:
-                how = self._child.how_it_ended()
+                how = self._child.describe_end()
                 self.close()
                 # Not a fault of the video: without a decoder every video would fail.
                 raise RuntimeError(f"the decoding process does not start: {how}") from error
@@ -196,7 +196,9 @@ class DecodeProcess:
 
 def _checked(uri: str) -> str:
     if scheme_of(uri) != "file":
-        raise DataError("is not on this machine", where=shown(uri), accepted="a local path or a file:// URI")
+        raise DataError(
+            "is not on this machine", where=without_secrets(uri), accepted="a local path or a file:// URI"
+        )
     return uri
 
 

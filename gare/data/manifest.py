@@ -241,9 +241,7 @@ def _number(value: float | None) -> float | None:
 def _check(rows: tuple[ManifestRow, ...]) -> None:
     faults = CollectedErrors()
     if not rows:
-        raise DataError(
-            "there is not one video with a caption", where="manifest", accepted="at least one row"
-        )
+        raise DataError("no video has a caption", where="manifest", accepted="at least one row")
     times = Counter(row.video_id for row in rows)
     for video_id, count in times.items():
         if count > 1:
@@ -262,13 +260,13 @@ def _check_row(row: ManifestRow, name: str, faults: CollectedErrors) -> None:
     if is_uri(row.uri or "") and "@" in re.split(r"[/?#]", row.uri.partition("://")[2])[0]:
         faults.add("name or password in the uri; credentials belong into the environment", name)
     if row.split not in SPLITS:
-        faults.add(f"split is none of {', '.join(SPLITS)}", f"{name}: {row.split!r}")
+        faults.add(f"split is not one of {', '.join(SPLITS)}", f"{name}: {row.split!r}")
     if not row.captions:
         faults.add("no caption", name)
     if any(not caption or not caption.strip() for caption in row.captions):
         faults.add("blank caption", name)
     if not all(_is_text(text) for text in (row.video_id, row.uri, *row.captions)):
-        faults.add("text that UTF-8 cannot hold", name)
+        faults.add("text that cannot be written in UTF-8", name)
     clip = f"{name}: start {row.start_s}, end {row.end_s}"
     given = [value for value in (row.start_s, row.end_s) if value is not None]
     if any(not math.isfinite(value) or value < 0 for value in given):

@@ -145,7 +145,7 @@ class FeatureMaker:
                 kind = type(found.__cause__ or found).__name__
                 bad.append(_failure(row, kind, found.what, transient=True))
             elif found is None:
-                logger.warning("%s: the frame store has it no more; it is left out", video_id)
+                logger.warning("%s: the frame store no longer holds it; it is left out", video_id)
             else:
                 clips[video_id] = found
         if not clips:

@@ -114,8 +114,8 @@ def _refuse(server: tuple[str, str], why: str) -> None:
         _refusing.add(server)
     if is_new:
         logger.warning(
-            "s3://%s: the server knows no conditional writes (it %s): two jobs that take over the same store "
-            "at the same moment are kept apart by looking alone, as on earlier versions",
+            "s3://%s: the server does not support conditional writes (it %s): if two jobs take over the same "
+            "store at once, only a check before each write keeps them apart, as in earlier versions",
             server[1],
             why,
         )

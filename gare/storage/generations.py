@@ -92,7 +92,7 @@ class OwnedFolder:
         return LockLostError(
             "the lock was lost: another job has taken it over",
             where=self.uri,
-            accepted="look at that job; once it has ended, the same command continues where it stopped",
+            accepted="check that job; once it has ended, the same command continues where this one stopped",
         )
 
 
@@ -223,7 +223,7 @@ def _read(location: str) -> Generation:
     try:
         return Generation(**read_json(location))
     except TypeError as error:
-        raise DataError(f"is no generation of a store: {error}", where=location) from error
+        raise DataError(f"is not the file of a generation: {error}", where=location) from error
 
 
 def _name(number: int) -> str:

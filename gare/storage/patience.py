@@ -51,7 +51,7 @@ def retry_until_answered(action: Callable[[], T], fault: str, patience_s: float 
             if is_lasting(error) or time.monotonic() + pause > deadline:
                 raise
             if tries == 1:
-                logger.warning("%s, it is tried again for %.0f s: %s", fault, patience_s, error)
+                logger.warning("%s; retrying for %.0f s: %s", fault, patience_s, error)
             threading.Event().wait(pause)
             pause, tries = min(2 * pause, MAX_PAUSE_S), tries + 1
         else:

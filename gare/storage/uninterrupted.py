@@ -77,7 +77,7 @@ class _Task(Generic[T]):
             try:
                 if not told:
                     told = True
-                    logger.warning("interrupted: %s is ended first", what)
+                    logger.warning("interrupted: %s is completed first", what)
                 self.ended.acquire()
             except BaseException:  # waits again
                 continue

@@ -109,7 +109,7 @@ def find_outdated(config: Config, job: StoreUpdate) -> dict[str, str]:
         return {}
     extract, sources = config.extract, config.sources
     logger.info("%s: %d of its clips were decoded by an earlier version", job.uri, len(rows))
-    progress, traits = Progress(len(rows), "looked at"), dict[str, str]()
+    progress, traits = Progress(len(rows), "checked"), dict[str, str]()
     with ray_session(config.cluster):
         results = _run_decoders(
             lambda: OutdatedFrameFinder(extract, RemoteVideos(sources, LocalVideos())).find, rows, config
@@ -119,7 +119,7 @@ def find_outdated(config: Config, job: StoreUpdate) -> dict[str, str]:
                 progress.add(found)
                 traits |= found["traits"]
                 for video_id, reason in found["unknown"].items():
-                    logger.warning("%s: its file cannot be looked at: %s", video_id, reason)
+                    logger.warning("%s: cannot check its file: %s", video_id, reason)
     progress.show()
     return traits
 

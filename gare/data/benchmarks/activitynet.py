@@ -60,7 +60,7 @@ class ActivityNetReader(BenchmarkReader):
     def read_splits(self) -> None:
         """Reads train, and val_1 as test."""
         for split, name in (("train", "train"), ("test", "val_1")):
-            entries = self.folder.part(
+            entries = self.folder.read_split(
                 "train" if split == "train" else "val",
                 _SENTENCE_FILES[split],
                 f"sentences of {name}",

@@ -80,7 +80,7 @@ class AnnotationFolder:
                 return found
         return []
 
-    def need(
+    def read_required(
         self,
         patterns: Sequence[str],
         role: str,
@@ -117,15 +117,15 @@ class AnnotationFolder:
             accepted=accepted,
         )
 
-    def part(
+    def read_split(
         self, split: str, patterns: Sequence[str], role: str, accepted: str, *, besides: str = ""
     ) -> list[Annotation]:
-        """Finds a split's file as ``need`` does, or one that holds all splits and names them.
+        """Finds a split's file as ``read_required`` does, or one that holds all splits and names them.
 
         Val may be missing, since neither training nor test depends on it: then it is empty.
 
         Raises:
-            DataError: as ``need``.
+            DataError: as ``read_required``.
         """
         if not self.find(patterns, besides=besides):
             for name in self.find(_ALL_SPLITS):
@@ -134,7 +134,7 @@ class AnnotationFolder:
                     return found
             if split == "val":
                 return []
-        return self.need(patterns, role, accepted, besides=besides)
+        return self.read_required(patterns, role, accepted, besides=besides)
 
     def read(self, names: Sequence[str], role: str, *, may_be_many: bool = False) -> list[Annotation]:
         """Reads the annotations of a file, or of several files together.

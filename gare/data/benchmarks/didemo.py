@@ -79,7 +79,9 @@ class DidemoReader(BenchmarkReader):
         ]
         if not sources and not any(video.texts for video in listed.values()):
             role = f"sentences of {split}"
-            entries = self.folder.part(split, (), role, f"{split}_data.json or didemo_{split}_label.csv")
+            entries = self.folder.read_split(
+                split, (), role, f"{split}_data.json or didemo_{split}_label.csv"
+            )
             sources = [group_by_id(entries, _to_name, role)]
         return listed, sources
 
@@ -105,7 +107,7 @@ def _by_id(
         for name in source:
             other = names.setdefault(stem_of(name), name)
             if other != name and name not in listed and other not in listed:
-                faults.add("one video under two names, and no list that says which", f"{other}, {name}")
+                faults.add("one video under two names, and no list says which", f"{other}, {name}")
         faults.raise_if_any("didemo", accepted=f"{split}_list.txt of Collaborative Experts")
         names |= {stem_of(name): name for name in source if not listed or name in listed}
         wanted = {stem_of(name) for name in listed} or names.keys()

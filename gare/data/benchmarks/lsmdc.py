@@ -43,7 +43,7 @@ class LsmdcReader(BenchmarkReader):
 
     def read_splits(self) -> None:
         """Reads test, and train and val where they are."""
-        test = self.folder.need(_FILES["test"], "test file", "LSMDC16_challenge_1000_publictect.csv")
+        test = self.folder.read_required(_FILES["test"], "test file", "LSMDC16_challenge_1000_publictect.csv")
         files = {split: self.folder.find(_FILES[split]) for split in ("train", "val")}
         entries = {
             "test": test,

@@ -95,16 +95,18 @@ class MsrvttReader(BenchmarkReader):
 
     def _read_test(self) -> dict[str, VideoAnnotations]:
         role = "1k-A test file"
-        return group_by_id(self.folder.need(_TEST_FILES, role, "MSRVTT_JSFUSION_test.csv"), _to_id, role)
+        return group_by_id(
+            self.folder.read_required(_TEST_FILES, role, "MSRVTT_JSFUSION_test.csv"), _to_id, role
+        )
 
     def _read_train(self) -> dict[str, VideoAnnotations]:
         files, role = _TRAIN_FILES[self.train_list], f"{self.train_list} train list"
         train = group_by_id(
-            self.folder.need(files, role, f"MSRVTT_train.{self.train_list}.csv"), _to_id, role
+            self.folder.read_required(files, role, f"MSRVTT_train.{self.train_list}.csv"), _to_id, role
         )
         if any(video.texts for video in train.values()):
             return train
-        captions = self.folder.need(
+        captions = self.folder.read_required(
             _CAPTION_FILES,
             "file with the captions of train",
             "MSRVTT_data.json, or train_val_videodatainfo.json and test_videodatainfo.json",

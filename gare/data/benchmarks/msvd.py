@@ -63,11 +63,11 @@ class MsvdReader(BenchmarkReader):
         for split, word in _SPLIT_NAMES.items():
             patterns = (rf"(^|[._-]){word}[._-]?list", rf"(^|[._-])(ret[._-])?{word}([._-]|$)")
             role = f"{split} list"
-            entries = self.folder.part(split, patterns, role, f"{split}_list.txt", besides=r"^sents_")
+            entries = self.folder.read_split(split, patterns, role, f"{split}_list.txt", besides=r"^sents_")
             members[split] = group_by_id(entries, to_id, role)
         captions: dict[str, VideoAnnotations] = {}
         if not all(video.texts for videos in members.values() for video in videos.values()):
-            entries = self.folder.need(
+            entries = self.folder.read_required(
                 _CAPTION_FILES,
                 "captions",
                 'captions_msvd.json, AvailableCorpus.txt or any JSON of {"id": [captions]}; a pickle can '
@@ -100,7 +100,7 @@ def _youtube_ids(folder: AnnotationFolder, files: list[str]) -> dict[str, str]:
         name = next((part for part in pair if part != number), None)
         if number is None or name is None:
             raise DataError(
-                f"{entry.where} is no pair of ids: {pair}",
+                f"{entry.where} is not a pair of ids: {pair}",
                 where=files[0],
                 accepted="lines such as -4wsuPCjDBc_5_15 vid1",
             )

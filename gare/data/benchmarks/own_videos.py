@@ -145,7 +145,7 @@ def _open_captions(captions: str, faults: CollectedErrors) -> tuple[list[Caption
         faults.add("captions", error.what + (f" ({error.accepted})" if error.accepted else ""))
         return [], {}
     if not rows and len(faults) == before:
-        faults.add("captions", "there is not one row")
+        faults.add("captions", "has no rows")
     return rows, {name: hashlib.sha256(data).hexdigest()}
 
 

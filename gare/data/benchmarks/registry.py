@@ -205,7 +205,7 @@ def _hold_out(rows: Sequence[ManifestRow], data: DataConfig) -> list[ManifestRow
     ]
 
 
-def table(benchmark: Benchmark) -> str:
+def format_table(benchmark: Benchmark) -> str:
     """Formats counts beside the published ones, deviations and missing videos as readable text."""
     annotations = benchmark.annotations
     lines = [f"{annotations.benchmark}, {benchmark.manifest.protocol}"]

@@ -48,7 +48,7 @@ class VideoLocations:
             if scheme not in self._schemes:
                 raise NoSuchVideoError(f"scheme not in sources.schemes, which has {', '.join(self._schemes)}")
             if any(sign in location for sign in "\0\r\n"):
-                raise NoSuchVideoError("URI that is none")
+                raise NoSuchVideoError("malformed URI")
             return location
         is_whole = is_uri(location) or location.startswith("/")
         if self.folder and not (self.folder.is_remote and is_whole):
@@ -57,7 +57,7 @@ class VideoLocations:
         if not os.path.isabs(path):  # noqa: PTH117 - of a text
             raise NoSuchVideoError("neither a URI nor an absolute path, and data.videos names no folder")
         if "file" not in self._schemes:
-            raise NoSuchVideoError("local path, without file in sources.schemes")
+            raise NoSuchVideoError("local path, but sources.schemes does not list file")
         if not os.path.exists(path):  # noqa: PTH110
             raise NoSuchVideoError("caption without video file")
         return os.path.normpath(path)

@@ -60,7 +60,7 @@ class YouCook2Reader(BenchmarkReader):
             }
         else:
             parts = {
-                split: self.folder.part(name, _FILES[split], f"file of {name}", f"yc2_{name}.json")
+                split: self.folder.read_split(name, _FILES[split], f"file of {name}", f"yc2_{name}.json")
                 for split, name in (("train", "train"), ("test", "val"))
             }
         for split, listed in parts.items():

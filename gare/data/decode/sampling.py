@@ -60,7 +60,9 @@ def uniform_times(start_s: float, end_s: float, num_frames: int) -> NDArray[np.f
         ValueError: if F is below 1 or the clip ends before it starts.
     """
     if num_frames < 1 or not end_s >= start_s:
-        raise ValueError(f"{num_frames} frames from {start_s} s to {end_s} s; accepted: 1 or more, forwards")
+        raise ValueError(
+            f"{num_frames} frames from {start_s} s to {end_s} s; accepted: 1 or more, with start before end"
+        )
     centres = np.arange(num_frames, dtype=np.float64) + 0.5
     return start_s + centres * ((end_s - start_s) / num_frames)
 

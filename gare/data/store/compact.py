@@ -80,7 +80,7 @@ def compact(uri: str, part_bytes: int, held: HeldStore = NO_LOCK) -> dict[str, i
             data = encode_part("data", name, table, checksums)
             held.raise_if_lost()
             merged = put_part(uri, "data", name, data)
-            logger.info("%d parts are %s now, with %d clips", len(group), merged, len(ids))
+            logger.info("merged %d parts into %s, with %d clips", len(group), merged, len(ids))
         left_out += sum(len(part.rows) for part in group) - len(ids)
         _delete(group, held.raise_if_lost)
         gone.update(part.checksum for part in group)

@@ -362,7 +362,9 @@ def _parts_and_retired(
         # A compaction that ends meanwhile deletes a part before its retired rows.
         if {part.location for part in parts} <= set(part_files(uri, folder)):
             return parts, retired
-    raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
+    raise DataError(
+        "other jobs keep merging its parts while it is read", where=uri, accepted="try again later"
+    )
 
 
 def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]:

@@ -267,7 +267,9 @@ def _listed(uri: str, folder: str) -> tuple[list[str], list[str]]:
         # looks void; a part that is still there was void when the fence was made.
         if len(locations) == len(there) or not set(there).difference(locations, part_files(uri, folder)):
             return there, locations
-    raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
+    raise DataError(
+        "other jobs keep merging its parts while it is read", where=uri, accepted="try again later"
+    )
 
 
 def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> Part:

@@ -102,7 +102,7 @@ def _find_columns(columns: Iterable[str], where: str, faults: CollectedErrors) -
         if role is None:
             others.append(column)
         elif role in found:
-            faults.add("two columns for one thing", f"{found[role]!r} and {column!r} ({where})")
+            faults.add("two columns of one meaning", f"{found[role]!r} and {column!r} ({where})")
         else:
             found[role] = column
     empty = [name for role, names in ROLES.items() if role not in found for name in names]
@@ -138,7 +138,7 @@ def _to_row(
     if "split" in columns and not _is_blank(value := record[columns["split"]]):
         split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
         if is_bad_split := split is None:
-            faults.add("split is none of train, val, test", f"{value!r} ({where})")
+            faults.add("split is not one of train, val, test", f"{value!r} ({where})")
     times = [_to_time(record, columns.get(role), where, faults) for role in ("start_s", "end_s")]
     start_s, end_s = times
     if end_s is not None and end_s <= (start_s or 0.0):

@@ -22,7 +22,7 @@ class GareError(Exception):
     #: Process exit status of a pipeline that ends with this error.
     exit_code = 4
     #: True if a retry may succeed: a server, disk or node was at fault, not the data.
-    may_pass = False
+    is_transient = False
 
     def __init__(self, what: str, *, where: str = "", accepted: str = "") -> None:
         self.what = what
@@ -36,17 +36,17 @@ class GareError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Exception pickles its positional arguments only, which would lose where and accepted on the
         # way from a worker to the driver.
-        return _rebuild, (type(self), self.what, self.where, self.accepted, self.may_pass)
+        return _rebuild, (type(self), self.what, self.where, self.accepted, self.is_transient)
 
-    def passing(self) -> Self:
+    def as_transient(self) -> Self:
         """Marks the error as one that may pass, and returns it."""
-        self.may_pass = True
+        self.is_transient = True
         return self
 
 
-def _rebuild(kind: type[GareError], what: str, where: str, accepted: str, may_pass: bool) -> GareError:
+def _rebuild(kind: type[GareError], what: str, where: str, accepted: str, is_transient: bool) -> GareError:
     error = kind(what, where=where, accepted=accepted)
-    return error.passing() if may_pass else error
+    return error.as_transient() if is_transient else error
 
 
 class DivergedError(GareError):
@@ -100,7 +100,7 @@ class DamagedError(CheckpointError):
     """A checkpoint with a file that was changed, is missing, or does not belong to it."""
 
 
-def shown(uri: str) -> str:
+def without_secrets(uri: str) -> str:
     """Returns a location without secrets, fit for messages, logs and stores.
 
     A URI loses what may be a secret: the name and password before its host, its query (the signature of a
@@ -124,7 +124,7 @@ _SECRET_KEYS = (
 _SECRET_QUERY = rf"(?i)([?&;](?:{_SECRET_KEYS})=)[^&\s'\"]+"
 
 
-def masked(text: str) -> str:
+def mask_secrets(text: str) -> str:
     """Replaces the name, password and query secrets of every URI in a text by ``***``."""
     text = re.sub(_DATABASE_USER, r"\1://***@", text)
     return re.sub(_SECRET_QUERY, r"\1***", re.sub(_USER, "://***@", text))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gare.errors import masked
+from gare.errors import mask_secrets
 
 if __name__ == "__main__":  # before the imports, which take seconds
     from cluster.runtime.signals import take_signals
@@ -124,7 +124,7 @@ def _table(
     verdict = "above" if gain > 0 else "below" if gain < 0 else "level with"
     within = seeds > 1 and abs(gain) <= max(result["deviation"][model]["t2v/R1"] for model in MODELS)
     places = layout(config)
-    uri = masked(resolve_tracking_uri(config.tracking.uri, places.root))
+    uri = mask_secrets(resolve_tracking_uri(config.tracking.uri, places.root))
     lines += [
         f"GARE is {abs(gain):.1f} points of t2v R@1 {verdict} the baseline here"
         f"{', within one deviation' if within else ''}.",

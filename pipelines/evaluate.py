@@ -28,7 +28,7 @@ from cluster.tracking import (
 from gare.config import Config
 from gare.data.manifest import SPLITS, ManifestRow
 from gare.data.splits import StoredSplits, read_splits, split_hash_of
-from gare.data.store.frame_reader import FrameReader, NoPictures, open_pictures
+from gare.data.store.frame_reader import FrameReader, GreyPictures, open_pictures
 from gare.errors import DataError
 from gare.retrieval.results.evaluation import ZERO_SHOT
 from gare.retrieval.results.notes import evaluation_note
@@ -164,7 +164,7 @@ def _score_and_write(
         count=config.evaluate.num_examples,
         title=f"{title} on {split}",
     )
-    lock.check()
+    lock.raise_if_lost()
     take_folder(places, subject, handle.run_id)
     written = _write(config, places, subject, splits, ranks, picture)
     metrics = written["metrics"]
@@ -194,7 +194,7 @@ def _score_and_write(
         "registered": registered,
         "seconds": round(time.monotonic() - started, 2),
     }
-    lock.check()
+    lock.raise_if_lost()
     write_json(join(places.evaluation(subject.run, split), RESULT), result)
     handle.describe(_note(places, subject.run, result))
     return result
@@ -263,7 +263,7 @@ def _write(
 
 
 def _picture(
-    config: Config, title: str, reader: FrameReader | NoPictures, rows: Sequence[ManifestRow], ranks: Ranks
+    config: Config, title: str, reader: FrameReader | GreyPictures, rows: Sequence[ManifestRow], ranks: Ranks
 ) -> bytes:
     from gare.report.examples import choose_examples
     from gare.report.pictures import retrieval_picture

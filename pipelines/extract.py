@@ -150,7 +150,7 @@ class _Writer:
             features.update.hold(lock.held)
 
             def between_parts() -> None:
-                lock.check()
+                lock.raise_if_lost()
                 features.submit_ready()
 
             frames.after_part = between_parts

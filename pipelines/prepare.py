@@ -17,7 +17,7 @@ from cluster.layout import Layout, layout
 from cluster.sources.fetch import RemoteVideos
 from gare.config import Config
 from gare.data.benchmarks.own_videos import read_folder
-from gare.data.benchmarks.registry import READERS, Benchmark, read_benchmark, table
+from gare.data.benchmarks.registry import READERS, Benchmark, format_table, read_benchmark
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
 from gare.data.synthetic import generate_benchmark
 from gare.data.videos import LocalVideos
@@ -130,7 +130,7 @@ def _published(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]
 
 def _read_published(config: Config) -> Benchmark:
     benchmark = read_benchmark(config.data, RemoteVideos(config.sources, LocalVideos()).list)
-    for line in table(benchmark).splitlines():
+    for line in format_table(benchmark).splitlines():
         logger.info("%s", line)
     return benchmark
 

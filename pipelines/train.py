@@ -117,7 +117,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         config = with_precision(config, have_bf16=require_usable_gpus(config.cluster))
         warn_of_towers_that_stay(config, plan.num_steps)
         if lock:
-            lock.check()
+            lock.raise_if_lost()
         if config.train.overwrite:
             delete_tree(folder.uri)
         source.begin(folder.uri)
@@ -128,7 +128,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
             with system_metrics(handle, config.tracking):
                 checkpoints = _fit(config, places, handle, source, splits, lock)
             if lock:
-                lock.check()
+                lock.raise_if_lost()
             best = copy_best(checkpoints, places.checkpoint(config.train.run), source)
             result = _finish(config, places, handle, best, started)
             folder.write_result(result)

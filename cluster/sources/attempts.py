@@ -98,7 +98,7 @@ class Attempts:
                 f"{fault.reason}, after {tries}",
                 where=self._where,
                 accepted="a server that answers, or larger sources.retries",
-            ).passing() from fault
+            ).as_transient() from fault
         most_s = min(self._sources.backoff_s * 2 ** min(self._failed - 1, 30), _LONGEST_PAUSE_S)
         # Random, so that workers that were disconnected together do not come back together.
         pause_s = max(fault.pause_s, self._random.uniform(0, most_s))
@@ -123,7 +123,7 @@ class Attempts:
             f"was not fetched within its deadline of {self._sources.deadline_s:g} s{last}",
             where=self._where,
             accepted="a larger sources.deadline_s",
-        ).passing()
+        ).as_transient()
 
 
 def of_the_disk(error: OSError) -> TransientError:

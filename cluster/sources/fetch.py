@@ -18,7 +18,7 @@ from cluster.sources.s3 import S3Server
 from cluster.sources.temporary import temporary_video
 from cluster.sources.web import WebServer
 from gare.config import SourcesConfig
-from gare.errors import DataError, FetchError, shown
+from gare.errors import DataError, FetchError, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class RemoteVideos:
                 yield video
             return
         with ExitStack() as stack:
-            stream = Attempts(self._sources, shown(uri)).call(
+            stream = Attempts(self._sources, without_secrets(uri)).call(
                 lambda _: stack.enter_context(temporary_video(uri.partition("?")[0]))
             )
             version = self._fetch(self._servers[scheme], uri, stream)
@@ -77,7 +77,9 @@ class RemoteVideos:
                     found: RemoteVersion | DataError = self._local.stat([uri])[uri]
                     return found
                 server = self._servers[scheme]
-                return Attempts(self._sources, shown(uri)).call(lambda timeout_s: server.stat(uri, timeout_s))
+                return Attempts(self._sources, without_secrets(uri)).call(
+                    lambda timeout_s: server.stat(uri, timeout_s)
+                )
             except FetchError as error:
                 return error
 
@@ -93,9 +95,11 @@ class RemoteVideos:
         """
         if self._scheme(folder) != "s3":
             raise FetchError(
-                "cannot be listed", where=shown(folder), accepted="a local folder or s3://bucket/folder"
+                "cannot be listed",
+                where=without_secrets(folder),
+                accepted="a local folder or s3://bucket/folder",
             )
-        return Attempts(self._sources, shown(folder)).call(lambda _: self._s3.list(folder))
+        return Attempts(self._sources, without_secrets(folder)).call(lambda _: self._s3.list(folder))
 
     def _scheme(self, uri: str) -> str:
         found = _SCHEME.match(uri)
@@ -103,13 +107,13 @@ class RemoteVideos:
         if scheme not in self._sources.schemes:
             raise FetchError(
                 f"its scheme {scheme!r} is not allowed",
-                where=shown(uri),
+                where=without_secrets(uri),
                 accepted=f"one of sources.schemes: {', '.join(self._sources.schemes)}",
             )
         return scheme
 
     def _fetch(self, server: Server, uri: str, stream: IO[bytes]) -> RemoteVersion:
-        where = shown(uri)
+        where = without_secrets(uri)
         attempts = Attempts(self._sources, where)
         partial = _Partial(stream, where, self._sources.max_video_mb)
         while not partial.is_whole:

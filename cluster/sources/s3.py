@@ -15,7 +15,7 @@ from typing import Any
 from cluster.sources.attempts import TransientError, is_refused, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
-from gare.errors import FetchError, GoneError, shown
+from gare.errors import FetchError, GoneError, without_secrets
 from gare.storage.s3_client import s3_client
 
 #: S3 error codes that call for a retry, whatever their HTTP status.
@@ -109,7 +109,7 @@ def split(uri: str) -> tuple[str, str]:
         fault = "has a query" if mark else "holds a name or password"
         raise FetchError(
             fault if bucket else "names no bucket",
-            where=shown(uri),
+            where=without_secrets(uri),
             accepted="s3://bucket/key, '?' in a key written %3F; credentials, AWS_REGION and "
             "AWS_ENDPOINT_URL belong into the environment",
         )
@@ -144,13 +144,15 @@ def _faults(uri: str) -> Iterator[None]:
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
         raise FetchError(
             "there are no credentials for S3",
-            where=shown(uri),
+            where=without_secrets(uri),
             accepted="AWS_ACCESS_KEY_ID with its secret, a profile, a role, or sources.anonymous=true",
-        ).passing() from error
+        ).as_transient() from error
     except exceptions.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            fault = FetchError("the certificate of the S3 endpoint is not trusted", where=shown(uri))
-            raise fault.passing() from error
+            fault = FetchError(
+                "the certificate of the S3 endpoint is not trusted", where=without_secrets(uri)
+            )
+            raise fault.as_transient() from error
         raise TransientError("the connection was lost") from error
     except (exceptions.ConnectTimeoutError, exceptions.ReadTimeoutError) as error:
         raise TransientError("there was no answer in time") from error
@@ -168,7 +170,7 @@ def _faults(uri: str) -> Iterator[None]:
     except exceptions.BotoCoreError as error:
         # For example an invalid bucket name; raised before any request, so it contains no secret.
         words = " ".join(str(error).split())[:300]
-        raise FetchError(f"S3 cannot be asked: {words}", where=shown(uri)) from error
+        raise FetchError(f"S3 cannot be asked: {words}", where=without_secrets(uri)) from error
 
 
 def _answered(error: Any, uri: str) -> TransientError | FetchError:
@@ -182,7 +184,7 @@ def _answered(error: Any, uri: str) -> TransientError | FetchError:
     kind = GoneError if status == 404 else FetchError
     fault = kind(
         f"{reason} (S3 answers {code})" if reason else f"S3 answers {code}",
-        where=shown(uri),
+        where=without_secrets(uri),
         accepted=accepted,
     )
-    return fault.passing() if is_refused(status) or code in _REFUSED_CODES else fault
+    return fault.as_transient() if is_refused(status) or code in _REFUSED_CODES else fault

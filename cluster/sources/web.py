@@ -18,7 +18,7 @@ from cluster.sources.addresses import check_address, is_address
 from cluster.sources.attempts import TransientError, is_refused, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
 from gare.config import SourcesConfig
-from gare.errors import FetchError, GoneError, shown
+from gare.errors import FetchError, GoneError, without_secrets
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -52,7 +52,7 @@ class WebServer:
             content_range = response.headers.get("Content-Range", "")
             size_bytes = total_in(content_range) if content_range else _length(response)
             if size_bytes is None:
-                raise FetchError("the server does not say how long it is", where=shown(uri))
+                raise FetchError("the server does not say how long it is", where=without_secrets(uri))
             return RemoteVersion(size_bytes, _version(response.headers))
 
     @contextmanager
@@ -67,11 +67,11 @@ class WebServer:
         with self._answer(uri, ask, timeout_s) as response:
             headers = response.headers
             if headers.get("Content-Encoding", "identity") != "identity":
-                raise FetchError("is sent compressed, unasked", where=shown(uri))
+                raise FetchError("is sent compressed, unasked", where=without_secrets(uri))
             content_range = headers.get("Content-Range", "") if response.status == 206 else ""
             size_bytes = total_in(content_range) if content_range else _length(response)
             if size_bytes is None and not response.chunked:
-                raise FetchError("the server does not say how long it is", where=shown(uri))
+                raise FetchError("the server does not say how long it is", where=without_secrets(uri))
             yield Answer(
                 start=(start_in(content_range) or 0) if content_range else 0,
                 size_bytes=size_bytes,
@@ -106,12 +106,12 @@ class WebServer:
                     url = urllib.parse.urljoin(url, response.headers.get("Location", ""))
             finally:
                 response.close()  # it was not read to its end, so the connection cannot be reused
-        raise FetchError(f"is redirected more than {_MAX_REDIRECTS} times", where=shown(uri))
+        raise FetchError(f"is redirected more than {_MAX_REDIRECTS} times", where=without_secrets(uri))
 
     def _check_url(self, url: str, uri: str) -> None:
         with _faults(uri):
             parts = urllib.parse.urlsplit(url)
-        redirected = f"is redirected to {shown(url)}, which " if url != uri else ""
+        redirected = f"is redirected to {without_secrets(url)}, which " if url != uri else ""
         if parts.scheme not in self._sources.schemes or parts.scheme not in ("http", "https"):
             fault = f"has the scheme {parts.scheme!r}"
         elif redirected and parts.scheme == "http" and urllib.parse.urlsplit(uri).scheme == "https":
@@ -124,11 +124,11 @@ class WebServer:
             # Names are checked once they are resolved; an address can be checked without a connection.
             if is_address(parts.hostname):
                 private = self._sources.private_addresses
-                check_address(parts.hostname, private=private, where=shown(uri))
+                check_address(parts.hostname, private=private, where=without_secrets(uri))
             return
         raise FetchError(
             redirected + fault,
-            where=shown(uri),
+            where=without_secrets(uri),
             accepted="an http or https URL of sources.schemes, without credentials",
         )
 
@@ -204,8 +204,8 @@ def _check_status(response: urllib3.BaseHTTPResponse, uri: str) -> None:
         pause_s = float(asked) if asked.isascii() and asked.isdigit() else 0.0
         raise TransientError(words, pause_s=min(pause_s, _LONGEST_ASKED_PAUSE_S))
     kind = GoneError if response.status in (404, 410) else FetchError
-    error = kind(words, where=shown(uri), accepted="a URL that can be read without a login")
-    raise error.passing() if is_refused(response.status) else error
+    error = kind(words, where=without_secrets(uri), accepted="a URL that can be read without a login")
+    raise error.as_transient() if is_refused(response.status) else error
 
 
 def _length(response: urllib3.BaseHTTPResponse) -> int | None:
@@ -244,13 +244,14 @@ def _faults(uri: str) -> Iterator[None]:
     try:
         yield
     except FetchError as error:  # from the check of an address
-        raise FetchError(error.what, where=shown(uri), accepted=error.accepted) from error
+        raise FetchError(error.what, where=without_secrets(uri), accepted=error.accepted) from error
     except ValueError as error:  # LocationValueError among them
-        raise FetchError("is not a URL", where=shown(uri)) from error
+        raise FetchError("is not a URL", where=without_secrets(uri)) from error
     except errors.SSLError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            fault = FetchError("the certificate of the server is not trusted", where=shown(uri))
-            raise fault.passing() from error  # the certificate may be renewed, or its issuer installed here
+            fault = FetchError("the certificate of the server is not trusted", where=without_secrets(uri))
+            # The certificate may be renewed, or its issuer installed here.
+            raise fault.as_transient() from error
         raise TransientError("the connection was lost") from error
     except errors.NameResolutionError as error:
         raise TransientError(f"the name of the server cannot be resolved{_beside_proxy()}") from error

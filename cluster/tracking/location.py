@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gare.errors import ConfigError, masked
+from gare.errors import ConfigError, mask_secrets
 
 #: Databases that MLflow can use without a server.
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -29,10 +29,14 @@ def resolve_tracking_uri(uri: str, root: str) -> str:
     scheme = scheme_of(uri)
     if scheme in ("http", "https"):
         if not urlsplit(uri).hostname:
-            raise ConfigError(f"{masked(uri)!r} names no host", where="tracking.uri", accepted=_ACCEPTED)
+            raise ConfigError(
+                f"{mask_secrets(uri)!r} names no host", where="tracking.uri", accepted=_ACCEPTED
+            )
         return uri
     if scheme not in DATABASES:
-        raise ConfigError(f"{masked(uri)!r} is no MLflow store", where="tracking.uri", accepted=_ACCEPTED)
+        raise ConfigError(
+            f"{mask_secrets(uri)!r} is no MLflow store", where="tracking.uri", accepted=_ACCEPTED
+        )
     if scheme != "sqlite":
         return uri
     prefix, separator, path = uri.partition(":///")

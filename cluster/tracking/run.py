@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from cluster.runtime.signals import asked_by, shielded
 from cluster.tracking import client, outbox, registry, served
-from gare.errors import GareError, LockLostError, StoppedError, masked
+from gare.errors import GareError, LockLostError, StoppedError, mask_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class RunHandle:
                 self.run_id,
                 name=name,
                 digest=digest,
-                source=masked(source),
+                source=mask_secrets(source),
                 context=context,
                 profile=counts or {},
             ),
@@ -393,5 +393,5 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def brief(error: Exception) -> str:
     """Returns the error on one line, without credentials."""
-    text = " ".join(masked(str(error)).split())
+    text = " ".join(mask_secrets(str(error)).split())
     return f"{type(error).__name__}: {text[:400]}"

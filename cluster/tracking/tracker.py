@@ -10,7 +10,7 @@ from cluster.tracking import client, outbox
 from cluster.tracking.location import artifact_root, resolve_tracking_uri
 from cluster.tracking.run import RunHandle, Status, brief, note_open, whole_transactions
 from gare.config import TrackingConfig
-from gare.errors import GareError, masked
+from gare.errors import GareError, mask_secrets
 
 
 def connect(tracking: TrackingConfig, root: str) -> Tracker:
@@ -37,7 +37,7 @@ def connect(tracking: TrackingConfig, root: str) -> Tracker:
         # Not chained: a library's message may contain the password that is masked here.
         raise GareError(
             f"MLflow cannot be used there: {brief(error)}",
-            where=f"tracking.uri {masked(uri)}",
+            where=f"tracking.uri {mask_secrets(uri)}",
             accepted="start the server, or check the address, its credentials and the network; "
             "tracking.uri=sqlite:///mlflow.db needs no server",
         ) from None
@@ -86,7 +86,7 @@ class Tracker:
         except Exception as error:
             raise GareError(
                 f"the MLflow run {name!r} cannot be started: {brief(error)}",
-                where=f"tracking.uri {masked(self.tracking_uri)}",
+                where=f"tracking.uri {mask_secrets(self.tracking_uri)}",
             ) from None
         run.set_tags(tags or {})
         return run
@@ -127,7 +127,7 @@ class Tracker:
         except Exception as error:
             raise GareError(
                 f"there is no MLflow run {run_id}: {brief(error)}",
-                where=f"tracking.uri {masked(self.tracking_uri)}",
+                where=f"tracking.uri {mask_secrets(self.tracking_uri)}",
             ) from None
 
     def nest(self, run_id: str, parent: RunHandle) -> None:

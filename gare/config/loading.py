@@ -33,7 +33,7 @@ from gare.config.sources import SourcesConfig
 from gare.config.train import LossConfig, TrainConfig
 from gare.config.upkeep import UpkeepConfig
 from gare.config.yaml_files import Settings, read_settings
-from gare.errors import ConfigError, GareError, masked
+from gare.errors import ConfigError, GareError, mask_secrets
 
 #: Value of ``model.clip`` for which the sizes are read from the weights.
 AUTO = "auto"
@@ -354,11 +354,11 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
     dotted, equals, text = item.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        return f"override {masked(item)!r} is not of the form section.key=value"
+        return f"override {mask_secrets(item)!r} is not of the form section.key=value"
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
-        return f"override {masked(item)!r}: the value is not YAML"
+        return f"override {mask_secrets(item)!r}: the value is not YAML"
     if keys[:2] == ["model", "clip"] and keys[2:] and _mapping_in(tree, "model").get("clip") == AUTO:
         return ""  # refused in _settle_clip
     for key in keys[:-1]:
@@ -382,8 +382,8 @@ def _explain(fault: dict[str, Any], origins: Mapping[str, str]) -> str:
         return f"{dotted}: unknown key ({hint}known here: {', '.join(known)}){origin}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{dotted}: {masked(message)}{origin}"
-    return f"{dotted}: got {masked(repr(fault['input']))}; {message[0].lower()}{message[1:]}{origin}"
+        return f"{dotted}: {mask_secrets(message)}{origin}"
+    return f"{dotted}: got {mask_secrets(repr(fault['input']))}; {message[0].lower()}{message[1:]}{origin}"
 
 
 def _keys_beside(location: Sequence[str]) -> list[str]:

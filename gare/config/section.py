@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from gare.errors import masked, secret_in
+from gare.errors import mask_secrets, secret_in
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -118,8 +118,8 @@ class Section(BaseModel):
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and (secret := secret_in(text)):
                 raise ValueError(
-                    f"{masked(text)} holds {secret}, and the configuration is saved and logged; it belongs "
-                    "into the environment or a file of your own: MLFLOW_TRACKING_USERNAME and "
+                    f"{mask_secrets(text)} holds {secret}, and the configuration is saved and logged; it "
+                    "belongs into the environment or a file of your own: MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN, PGPASSWORD or ~/.pgpass, AWS_…"
                 )
         return value

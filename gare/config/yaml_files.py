@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from gare.config.strict_yaml import load_yaml
-from gare.errors import ConfigError, masked
+from gare.errors import ConfigError, mask_secrets
 
 #: The settings that come with this repository.
 SHIPPED = Path(__file__).resolve().parents[2] / "conf"
@@ -96,7 +96,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Settings:
     base = tree.pop(EXTENDS)
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{EXTENDS}: got {masked(repr(base))}",
+            f"{EXTENDS}: got {mask_secrets(repr(base))}",
             where=where,
             accepted="a path, seen from this file, or the name of a shipped file such as msrvtt",
         )
@@ -138,7 +138,7 @@ def _yaml_of(path: Path) -> Any:
         return load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(
-            f"is not YAML: {masked(str(error))}", where=str(path), accepted="key: value lines"
+            f"is not YAML: {mask_secrets(str(error))}", where=str(path), accepted="key: value lines"
         ) from error
 
 

@@ -10,14 +10,14 @@ from gare.errors import DataError
 SHOWN = 10
 
 
-def first_of(items: Iterable[str]) -> str:
+def join_first(items: Iterable[str]) -> str:
     """Joins the first ten items, and the number of further ones, into one line."""
     items = list(items)
     more = f" … and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return "; ".join(items[:SHOWN]) + more
 
 
-class Faults:
+class CollectedErrors:
     """A collection of faults by kind, in the order in which kinds first occur."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Faults:
         """Adds one fault: its kind, and the row, id or file, as a person would look it up."""
         self._by_kind.setdefault(kind, []).append(item)
 
-    def update(self, other: Faults) -> None:
+    def update(self, other: CollectedErrors) -> None:
         """Takes over all faults of another collection."""
         for kind, items in other._by_kind.items():
             self._by_kind.setdefault(kind, []).extend(items)
@@ -43,7 +43,7 @@ class Faults:
         """
         if not self._by_kind:
             return
-        lines = [f"{kind} ({len(items)}): {first_of(items)}" for kind, items in self._by_kind.items()]
+        lines = [f"{kind} ({len(items)}): {join_first(items)}" for kind, items in self._by_kind.items()]
         what = (
             lines[0] if len(lines) == 1 else "several faults:\n" + "\n".join(f"  - {line}" for line in lines)
         )

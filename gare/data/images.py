@@ -149,7 +149,7 @@ def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > MAX_PIXELS:
-            raise ValueError(f"it says that it has {width} × {height} pixels")
+            raise ValueError(f"it claims {width} × {height} pixels")
         # Its faster transform and upsampling give other numbers.
         picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)
     except (ValueError, MemoryError) as error:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.collected_errors import Faults
+from gare.data.collected_errors import CollectedErrors
 from gare.errors import DataError
 from gare.storage.files import exists, read_bytes, write_atomically
 from gare.storage.uris import is_uri
@@ -239,11 +239,9 @@ def _number(value: float | None) -> float | None:
 
 
 def _check(rows: tuple[ManifestRow, ...]) -> None:
-    faults = Faults()
+    faults = CollectedErrors()
     if not rows:
-        raise DataError(
-            "there is not one video with a caption", where="manifest", accepted="at least one row"
-        )
+        raise DataError("no video has a caption", where="manifest", accepted="at least one row")
     times = Counter(row.video_id for row in rows)
     for video_id, count in times.items():
         if count > 1:
@@ -253,7 +251,7 @@ def _check(rows: tuple[ManifestRow, ...]) -> None:
     faults.raise_if_any("manifest")
 
 
-def _check_row(row: ManifestRow, name: str, faults: Faults) -> None:
+def _check_row(row: ManifestRow, name: str, faults: CollectedErrors) -> None:
     if not row.video_id:
         faults.add("empty video_id", name)
     if not row.uri:
@@ -262,13 +260,13 @@ def _check_row(row: ManifestRow, name: str, faults: Faults) -> None:
     if is_uri(row.uri or "") and "@" in re.split(r"[/?#]", row.uri.partition("://")[2])[0]:
         faults.add("name or password in the uri; credentials belong into the environment", name)
     if row.split not in SPLITS:
-        faults.add(f"split is none of {', '.join(SPLITS)}", f"{name}: {row.split!r}")
+        faults.add(f"split is not one of {', '.join(SPLITS)}", f"{name}: {row.split!r}")
     if not row.captions:
         faults.add("no caption", name)
     if any(not caption or not caption.strip() for caption in row.captions):
         faults.add("blank caption", name)
     if not all(_is_text(text) for text in (row.video_id, row.uri, *row.captions)):
-        faults.add("text that UTF-8 cannot hold", name)
+        faults.add("text that cannot be written in UTF-8", name)
     clip = f"{name}: start {row.start_s}, end {row.end_s}"
     given = [value for value in (row.start_s, row.end_s) if value is not None]
     if any(not math.isfinite(value) or value < 0 for value in given):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gare.data.decode.file_kind import broken_link
-from gare.errors import DataError, FetchError, GoneError, shown
+from gare.errors import DataError, FetchError, GoneError, without_secrets
 from gare.storage.uris import local_path, scheme_of
 
 _CHUNK_BYTES = 1 << 20
@@ -99,7 +99,9 @@ class LocalVideos:
 
 def _version(uri: str) -> FileVersion:
     if scheme_of(uri) != "file":
-        raise FetchError("is not on this machine", where=shown(uri), accepted="a local path or a file:// URI")
+        raise FetchError(
+            "is not on this machine", where=without_secrets(uri), accepted="a local path or a file:// URI"
+        )
     try:
         status = os.stat(local_path(uri))  # noqa: PTH116 - also of what is no ordinary path, such as one with NUL
     except (OSError, ValueError, RuntimeError) as error:
@@ -108,9 +110,9 @@ def _version(uri: str) -> FileVersion:
         if isinstance(error, FileNotFoundError):
             kind, link = GoneError, broken_link(local_path(uri))
             reason = f"is {link}" if link else reason
-        fault = kind(reason, where=shown(uri), accepted="a file that exists and may be read")
+        fault = kind(reason, where=without_secrets(uri), accepted="a file that exists and may be read")
         is_final = not isinstance(error, OSError) or error.errno in _OF_THE_NAME
-        raise fault if is_final else fault.passing() from error
+        raise fault if is_final else fault.as_transient() from error
     return FileVersion(status.st_size, str(status.st_mtime_ns))
 
 
@@ -121,8 +123,8 @@ def _check_unchanged(uri: str, before: FileVersion, cause: DataError | None) -> 
         same = False
     if not same:
         raise FetchError(
-            "changed while it was read", where=shown(uri), accepted="a file that is complete"
-        ).passing() from cause
+            "changed while it was read", where=without_secrets(uri), accepted="a file that is complete"
+        ).as_transient() from cause
 
 
 def check_readable(path: str) -> None:
@@ -143,4 +145,4 @@ def check_readable(path: str) -> None:
             f"cannot be read to its end: {error.strerror or error}",
             where=path,
             accepted="a disk or mount that gives the file",
-        ).passing() from error
+        ).as_transient() from error

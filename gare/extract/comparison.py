@@ -99,7 +99,7 @@ def compare(
         versions: result of the source's ``stat`` for each uri of the rows. A file that cannot be checked, but
             is not gone, counts as unchanged.
         retry_failed: True to retry clips that failed on the same file, whatever the reason.
-        max_attempts: attempts at a clip in its present state if its failures may pass; see ``may_pass``.
+        max_attempts: attempts at a clip in its present state if its failures may pass; see ``is_transient``.
         again: ids of clips to be made again although their file has not changed, if they were made by rules
             before ``gare.data.store.contents.RULES``. Their rows count until others replace them.
     """
@@ -203,14 +203,14 @@ def _of_the_clip(
 def _is_refusal(failure: Mapping[str, Any]) -> bool:
     """Returns True if a file failed for what it is, not for the decoder, its limits or what may pass."""
     of_the_file = failure["stage"] == "decode" and failure["error_type"] not in _OF_THE_DECODER
-    return of_the_file and not may_pass(failure)
+    return of_the_file and not is_transient(failure)
 
 
 def _identity_of(row: Mapping[str, Any]) -> Identity:
     return tuple(row[key] for key in IDENTITY)
 
 
-def may_pass(failure: Mapping[str, Any]) -> bool:
+def is_transient(failure: Mapping[str, Any]) -> bool:
     """Returns True if another attempt at a clip may succeed; a guess for a row of an earlier version.
 
     Earlier versions did not record it. Of their failures, those to fetch are tried again, those to decode are
@@ -241,7 +241,7 @@ def _is_tried_again(
         max_attempts: attempts at its present state.
     """
     last = known[-1]
-    if clip.is_gone or not may_pass(last):
+    if clip.is_gone or not is_transient(last):
         return False
     # Attempts are counted across the versions of a file; those at this one came after the last at another.
     before = [one["attempts"] for one in failed if one not in known and one["attempts"] < last["attempts"]]

@@ -182,7 +182,7 @@ class FeatureStoreUpdate(StoreUpdate):
             DataError: if they cannot be read or written.
         """
         if rows := self._new_failures():
-            self.held.check()
+            self.held.raise_if_lost()
             write_part(self.uri, "failures", rows, FAILURE_SCHEMA, generation=self.held.generation)
 
     def _new_failures(self) -> list[dict[str, Any]]:

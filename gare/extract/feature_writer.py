@@ -22,14 +22,14 @@ from gare.data.images import normalise
 from gare.data.store.contents import FAILURE_SCHEMA, IDENTITY, write_part
 from gare.data.store.feature_schema import feature_schema, feature_table, stored_frames
 from gare.data.store.frame_reader import FrameReader
-from gare.data.store.parts import is_of_content, write_table
-from gare.errors import ConfigError, DataError, shown
+from gare.data.store.parts import is_content_fault, write_table
+from gare.errors import ConfigError, DataError, without_secrets
 from gare.extract.feature_update import Part
 from gare.model.encoders.clip import ClipTowers, tower_text
 from gare.model.encoders.compiled import cast_once, compile_towers
 from gare.model.encoders.tokenizer import tokenize
 from gare.model.gare import GARE
-from gare.storage.patience import PATIENCE_S, patiently
+from gare.storage.patience import PATIENCE_S, retry_until_answered
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class FeatureMaker:
                 kind = type(found.__cause__ or found).__name__
                 bad.append(_failure(row, kind, found.what, transient=True))
             elif found is None:
-                logger.warning("%s: the frame store has it no more; it is left out", video_id)
+                logger.warning("%s: the frame store no longer holds it; it is left out", video_id)
             else:
                 clips[video_id] = found
         if not clips:
@@ -192,7 +192,7 @@ class FeatureMaker:
         try:
             found: Clip | DataError = reader.read([video_id])
         except DataError as error:
-            if not is_of_content(error):
+            if not is_content_fault(error):
                 raise  # and forget the reader, with the files that it holds open
             found = error
         self.reader = reader
@@ -208,14 +208,14 @@ class FeatureMaker:
         return known
 
     def _patiently(self, action: Callable[[], T], fault: str) -> T:
-        return patiently(action, fault, self.patience_s)
+        return retry_until_answered(action, fault, self.patience_s)
 
     @torch.inference_mode()
     def _with_texts(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         texts = self._texts([text for row in rows for text in row["captions"]])
         ends = np.cumsum([len(row["captions"]) for row in rows])
         return [
-            {**row, "uri": shown(row["uri"])}
+            {**row, "uri": without_secrets(row["uri"])}
             | {name: values[end - len(row["captions"]) : end] for name, values in texts.items()}
             for row, end in zip(rows, ends, strict=True)
         ]
@@ -249,7 +249,7 @@ def _sound_frames(location: str) -> dict[str, dict[str, Any]]:
     try:
         return stored_frames(location)
     except DataError as error:
-        if not is_of_content(error):
+        if not is_content_fault(error):
             raise
         logger.warning("%s is damaged, its frames are encoded again: %s", location, error.what)
         return {}
@@ -269,7 +269,7 @@ def _unfit(made: Mapping[str, Any]) -> str:
 def _failure(row: Mapping[str, Any], kind: str, message: str, *, transient: bool) -> dict[str, Any]:
     return {
         "video_id": row["video_id"],
-        "uri": shown(row["uri"]),
+        "uri": without_secrets(row["uri"]),
         **{key: row[key] for key in IDENTITY},
         "stage": "encode",
         "error_type": kind,

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gare.config import ExtractConfig
-from gare.data.decode.process import DecodeProcess, DecoderCrashError, ExtractedClip
+from gare.data.decode.clip_request import ClipRequest
+from gare.data.decode.decoded_clip import DecodedClip
+from gare.data.decode.process import DecodeProcess, DecoderCrashError
 from gare.data.store.contents import FAILURE_SCHEMA, IDENTITY, RULES, frame_schema
-from gare.data.store.parts import encode_part, name_of, put_part, table_of
+from gare.data.store.parts import encode_part, part_name_of_group, put_part, table_of
 from gare.data.videos import LocalVideo, LocalVideos, VideoSource, check_readable
-from gare.errors import DataError, FetchError, GoneError, shown
+from gare.errors import DataError, FetchError, GoneError, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def cut_into_parts(
     return parts
 
 
-class MendedFinder:
+class OutdatedFrameFinder:
     """Finder of files from which an earlier version may have taken wrong frames, in a child process.
 
     Args:
@@ -68,7 +70,7 @@ class MendedFinder:
                 with self.source.open(row["uri"]) as video:
                     if (video.size_bytes, video.version) != (row["source_bytes"], row["source_version"]):
                         continue  # a changed file is made again in any case
-                    trait = self.process.look(
+                    trait = self.process.find_outdated_traits(
                         video.path,
                         sampling=self.extract.sampling,
                         complete=row["complete"],
@@ -140,7 +142,7 @@ class Extractor:
                 logger.warning("%s: %s", row["video_id"], bad[-1]["message"])
             took.append((row["video_id"], time.perf_counter() - started))
         # Failures first: a kill between the two writes leaves the good videos pending, and loses none.
-        name = name_of([self.run, *(row["video_id"] for row in rows)], self.generation)
+        name = part_name_of_group([self.run, *(row["video_id"] for row in rows)], self.generation)
         for folder, ended, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, self.schema)):
             if ended:
                 started = time.perf_counter()
@@ -173,7 +175,7 @@ class Extractor:
             frames = b"".join(clip.frames) + bytes(missing * extract.image_size**2 * 3)
         return {
             "video_id": row["video_id"],
-            "uri": shown(row["uri"]),
+            "uri": without_secrets(row["uri"]),
             "start_s": row["start_s"],
             "end_s": row["end_s"],
             # Of the file as it was opened: if it changes meanwhile, the next run sees another version.
@@ -197,49 +199,49 @@ class Extractor:
             "rules": RULES,
         }
 
-    def _checked(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
+    def _checked(self, row: Mapping[str, Any], video: LocalVideo) -> DecodedClip[bytes]:
         """Decodes a clip, and makes sure that a disk failure is not taken for a fault or end of the file."""
         try:
             clip = self._decode(row, video)
         except DataError as error:
-            if not error.may_pass:
+            if not error.is_transient:
                 check_readable(video.path)
             raise
         if not clip.complete:
             check_readable(video.path)
         return clip
 
-    def _decode(self, row: Mapping[str, Any], video: LocalVideo) -> ExtractedClip:
+    def _decode(self, row: Mapping[str, Any], video: LocalVideo) -> DecodedClip[bytes]:
         extract = self.extract
 
-        def once() -> ExtractedClip:
-            return self.process.extract(
-                video.path,
-                start_s=row["start_s"],
-                end_s=row["end_s"],
-                sampling=extract.sampling,
-                sample_fps=extract.sample_fps,
-                num_frames=extract.num_frames,
-                decoder=extract.decoder,
-                image_size=extract.image_size,
-                crop=extract.crop,
-                encoding=extract.encoding,
-                jpeg_quality=extract.jpeg_quality,
-                deadline_s=extract.deadline_s,
-                memory_mb=extract.memory_mb,
-            )
+        request = ClipRequest(
+            video.path,
+            start_s=row["start_s"],
+            end_s=row["end_s"],
+            sampling=extract.sampling,
+            sample_fps=extract.sample_fps,
+            num_frames=extract.num_frames,
+            decoder=extract.decoder,
+            image_size=extract.image_size,
+            crop=extract.crop,
+            encoding=extract.encoding,
+            jpeg_quality=extract.jpeg_quality,
+        )
+
+        def decode() -> DecodedClip[bytes]:
+            return self.process.extract(request, deadline_s=extract.deadline_s, memory_mb=extract.memory_mb)
 
         try:
-            return once()
+            return decode()
         except DecoderCrashError as error:
             # It may have been killed from outside, as when memory is short: not a fault of the file unless it
             # happens again.
             logger.warning("%s: %s; trying once more", row["video_id"], error.what)
             try:
-                return once()
+                return decode()
             except DecoderCrashError as second:
                 # The content is at fault only if the decoder crashed by itself both times.
-                raise second.passing() if error.may_pass else second from second.__cause__
+                raise second.as_transient() if error.is_transient else second from second.__cause__
 
     def close(self) -> None:
         """Ends the child process."""
@@ -249,7 +251,7 @@ class Extractor:
 def _failure(row: Mapping[str, Any], error: DataError) -> dict[str, Any]:
     return {
         "video_id": row["video_id"],
-        "uri": shown(row["uri"]),
+        "uri": without_secrets(row["uri"]),
         **{key: row[key] for key in IDENTITY},
         "stage": "fetch" if isinstance(error, FetchError) else "decode",
         "error_type": type(error.__cause__ or error).__name__,
@@ -258,5 +260,6 @@ def _failure(row: Mapping[str, Any], error: DataError) -> dict[str, Any]:
         "rules": RULES,
         # A file that vanished during the run may come back, such as one on a disk that was unmounted for an
         # hour.
-        "transient": error.may_pass or (isinstance(error, GoneError) and row["source_version"] is not None),
+        "transient": error.is_transient
+        or (isinstance(error, GoneError) and row["source_version"] is not None),
     }

@@ -60,8 +60,8 @@ class Inventory:
         raise DataError(
             f"{len(self.failures)} of {self.num_wanted} videos failed:{table}\n",
             where=join(self.uri, "failures"),
-            accepted=f"at most extract.max_failed_fraction={self.max_failed_fraction:g} of them; "
-            "the next run tries again what may pass, --retry-failed (extract.retry_failed=true) all of them",
+            accepted=f"at most extract.max_failed_fraction={self.max_failed_fraction:g} of them; the next "
+            "run retries those that may be temporary, --retry-failed (extract.retry_failed=true) all of them",
         )
 
 

@@ -17,7 +17,7 @@ from gare.data.manifest import Manifest
 from gare.data.store.contents import (
     IDENTITY,
     META,
-    NOBODY,
+    NO_LOCK,
     RULES,
     StoreMeta,
     check_settings,
@@ -36,7 +36,7 @@ from gare.errors import DataError
 from gare.extract.comparison import Comparison, compare
 from gare.extract.inventory import Inventory, take_inventory
 from gare.storage.files import exists, join
-from gare.storage.generations import Held
+from gare.storage.generations import HeldStore
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ class StoreUpdate(ABC):
     ) -> None:
         self.config, self.manifest, self.uri, self.settings = config, manifest, uri, settings
         self.code_version = code_version
-        self.held = NOBODY
+        self.held = NO_LOCK
         self.again: Container[str] = ()
         if exists(join(uri, META)):
             check_settings(uri, read_meta(uri), settings)
 
-    def hold(self, held: Held) -> None:
+    def hold(self, held: HeldStore) -> None:
         """Takes over the lock of the store, which all writes check from here on."""
         self.held = held
         # From here on, no earlier job can replace the record, if the storage has conditional writes.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gare.data.manifest import ManifestRow
-from gare.data.store.frame_reader import FrameReader, NoPictures
+from gare.data.store.frame_reader import FrameReader, GreyPictures
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.report.examples import choose_examples
@@ -24,7 +24,7 @@ def figures_of(
     features: Mapping[str, np.ndarray],
     rows: Sequence[ManifestRow],
     ranks: Ranks,
-    reader: FrameReader | NoPictures,
+    reader: FrameReader | GreyPictures,
     *,
     count: int,
     title: str,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gare.data.manifest import ManifestRow
-from gare.data.store.frame_reader import FrameReader, NoPictures
+from gare.data.store.frame_reader import FrameReader, GreyPictures
 from gare.report.pictures import Candidate, Example
 from gare.retrieval.ranking.ranks import Ranking
 
@@ -27,7 +27,7 @@ def choose_examples(
     video_of_text: Tensor,
     texts: Sequence[str],
     rows: Sequence[ManifestRow],
-    reader: FrameReader | NoPictures,
+    reader: FrameReader | GreyPictures,
     count: int,
     order: Literal["spread", "best and worst"] = "spread",
 ) -> list[Example]:

@@ -16,5 +16,5 @@ them, the log says so once, and the code looks before it writes instead.
 writes after it has lost the lock unnoticed. docs/design/store-writers.md has the model and its invariants.
 
 *Faults*: ``DataError`` with the location, never an exception of pyarrow or boto3; ``FullDiskError`` for lack
-of room. ``patience.patiently`` waits for a storage that does not answer.
+of room. ``patience.retry_until_answered`` waits for a storage that does not answer.
 """

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from gare.errors import DataError, shown
+from gare.errors import DataError, without_secrets
 from gare.storage.object_store import CONNECT_TIMEOUT_S, S3Address, address_of
 from gare.storage.s3_client import s3_client
 from gare.storage.uris import scheme_of
@@ -114,8 +114,8 @@ def _refuse(server: tuple[str, str], why: str) -> None:
         _refusing.add(server)
     if is_new:
         logger.warning(
-            "s3://%s: the server knows no conditional writes (it %s): two jobs that take over the same store "
-            "at the same moment are kept apart by looking alone, as on earlier versions",
+            "s3://%s: the server does not support conditional writes (it %s): if two jobs take over the same "
+            "store at once, only a check before each write keeps them apart, as in earlier versions",
             server[1],
             why,
         )
@@ -135,7 +135,7 @@ def _faults_of(uri: str) -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError, OSError) as error:
-        raise DataError(f"S3 refuses or does not answer: {error}", where=shown(uri)) from error
+        raise DataError(f"S3 refuses or does not answer: {error}", where=without_secrets(uri)) from error
 
 
 def _client(address: S3Address) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
-from gare.errors import DataError, shown
+from gare.errors import DataError, without_secrets
 from gare.storage.conditional import create_object, etag_of, replace_object
 from gare.storage.files import delete_file, exists, join, open_fs, write_atomically
 
@@ -88,7 +88,7 @@ def replace_file(uri: str, data: bytes, check: Callable[[], None]) -> None:
             write_atomically(uri, data)
         if done is not False:
             return
-    raise DataError("is written by others at the same time", where=shown(uri))
+    raise DataError("is written by others at the same time", where=without_secrets(uri))
 
 
 def renew_object(uri: str, data: bytes) -> bool:

@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from gare.errors import DataError, FullDiskError, shown
+from gare.errors import DataError, FullDiskError, without_secrets
 from gare.storage.object_store import open_s3
-from gare.storage.uninterrupted import run_whole
+from gare.storage.uninterrupted import run_uninterrupted
 from gare.storage.uris import is_uri, scheme_of
 
 ACCEPTED = "a local path, file:///… or an object store's URI such as s3://bucket/key"
@@ -108,9 +108,9 @@ def write_atomically(uri: str, data: bytes | memoryview) -> None:
     filesystem, path = open_fs(uri)
     with _faults_of(uri, "cannot be written"):
         if isinstance(filesystem, pafs.LocalFileSystem):
-            run_whole(partial(_replace_local, Path(path), data), f"writing {shown(uri)}")
+            run_uninterrupted(partial(_replace_local, Path(path), data), f"writing {without_secrets(uri)}")
         else:
-            run_whole(partial(_put_object, filesystem, path, data), f"writing {shown(uri)}")
+            run_uninterrupted(partial(_put_object, filesystem, path, data), f"writing {without_secrets(uri)}")
 
 
 def list_files(uri: str, suffix: str = "", *, recursive: bool = False) -> list[str]:
@@ -263,7 +263,9 @@ def _faults_of(uri: str, what: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, ValueError) as error:
         kind = FullDiskError if getattr(error, "errno", None) in _NO_ROOM else DataError
-        raise kind(f"{what}: {_reason(error)}", where=shown(uri), accepted=_next_step(error)) from error
+        raise kind(
+            f"{what}: {_reason(error)}", where=without_secrets(uri), accepted=_next_step(error)
+        ) from error
 
 
 def _reason(error: Exception) -> str:

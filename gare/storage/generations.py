@@ -44,7 +44,7 @@ class Generation:
     released: bool = False
     fences: Mapping[str, Iterable[str]] = field(default_factory=dict)
 
-    def counting(self, folder: str, locations: Iterable[str]) -> list[str]:
+    def parts_that_count(self, folder: str, locations: Iterable[str]) -> list[str]:
         """Returns the parts that count: not those that a job wrote after another took its place."""
         fences = {int(number): set(names) for number, names in self.fences.items()}
         return [one for one in locations if not fences or _counts(folder, one, fences)]
@@ -55,20 +55,20 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldStore:
     """A store that is held by the lock, or by a caller that guarantees this itself.
 
     Attributes:
         generation: number of the holder.
-        check: raises a GareError if the holder has lost the store.
+        raise_if_lost: raises a GareError if the holder has lost the store.
     """
 
     generation: int = 0
-    check: Callable[[], None] = _nothing
+    raise_if_lost: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True)
-class Owned:
+class OwnedFolder:
     """A folder that a job has locked, as the job's workers on other machines see it.
 
     Attributes:
@@ -87,12 +87,12 @@ class Owned:
         """
         return newest_number(self.uri) > self.generation
 
-    def fault(self) -> LockLostError:
+    def lost_error(self) -> LockLostError:
         """Returns the error that ends the work of a job that has lost the lock."""
         return LockLostError(
             "the lock was lost: another job has taken it over",
             where=self.uri,
-            accepted="look at that job; once it has ended, the same command continues where it stopped",
+            accepted="check that job; once it has ended, the same command continues where this one stopped",
         )
 
 
@@ -116,7 +116,7 @@ def newest_number(uri: str) -> int:
     return max(map(_number, list_files(join(uri, FOLDER), ".json")), default=0)
 
 
-def newest(uri: str) -> Generation:
+def newest_generation(uri: str) -> Generation:
     """Reads the newest generation of a store.
 
     Raises:
@@ -135,7 +135,7 @@ def newest(uri: str) -> Generation:
     return Generation()
 
 
-def begin(uri: str, job: str, may: Callable[[], bool] = lambda: True) -> Generation | None:
+def begin_generation(uri: str, job: str, may: Callable[[], bool] = lambda: True) -> Generation | None:
     """Begins a generation for the job that has the lock, and fences late writes of predecessors.
 
     Args:
@@ -152,7 +152,7 @@ def begin(uri: str, job: str, may: Callable[[], bool] = lambda: True) -> Generat
         DataError: if the store cannot be listed or written.
     """
     while True:
-        before, parts = newest(uri), _parts(uri)
+        before, parts = newest_generation(uri), _parts(uri)
         # Above the parts, too: without conditional writes a generation's file may be lost, see
         # docs/design/store-writers.md.
         number = max(before.number, *parts, 0) + 1
@@ -164,7 +164,7 @@ def begin(uri: str, job: str, may: Callable[[], bool] = lambda: True) -> Generat
             return ours
 
 
-def release(uri: str, ours: Generation) -> None:
+def release_generation(uri: str, ours: Generation) -> None:
     """Records that a generation's job completed, so that its successor need not fence it.
 
     Raises:
@@ -173,7 +173,7 @@ def release(uri: str, ours: Generation) -> None:
     write_json(_location(uri, ours.number), asdict(replace(ours, released=True)))
 
 
-def withdraw(uri: str, ours: Generation) -> None:
+def withdraw_generation(uri: str, ours: Generation) -> None:
     """Takes back a generation that was begun without the lock.
 
     Raises:
@@ -182,7 +182,7 @@ def withdraw(uri: str, ours: Generation) -> None:
     delete_file(_location(uri, ours.number))
 
 
-def forget_before(uri: str, ours: Generation) -> None:
+def forget_generations_before(uri: str, ours: Generation) -> None:
     """Deletes the files of earlier generations; the newest one holds all that matters of them.
 
     Raises:
@@ -223,7 +223,7 @@ def _read(location: str) -> Generation:
     try:
         return Generation(**read_json(location))
     except TypeError as error:
-        raise DataError(f"is no generation of a store: {error}", where=location) from error
+        raise DataError(f"is not the file of a generation: {error}", where=location) from error
 
 
 def _name(number: int) -> str:

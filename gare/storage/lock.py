@@ -38,15 +38,15 @@ from gare.storage.files import (
 )
 from gare.storage.generations import (
     Generation,
-    Held,
-    Owned,
-    begin,
-    forget_before,
+    HeldStore,
+    OwnedFolder,
+    begin_generation,
+    forget_generations_before,
     newest_number,
-    release,
-    withdraw,
+    release_generation,
+    withdraw_generation,
 )
-from gare.storage.uninterrupted import run_whole
+from gare.storage.uninterrupted import run_uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class StoreLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        run_whole(partial(self._leave, went_through=kind is None), f"freeing {self.uri}")
+        run_uninterrupted(partial(self._leave, went_through=kind is None), f"freeing {self.uri}")
 
     def _leave(self, *, went_through: bool) -> None:
         self._ended.set()
@@ -146,24 +146,24 @@ class StoreLock:
         try:
             # After a fault, workers may still be about to write.
             if went_through and not self._lost and self._is_ours():
-                release(self.uri, self._generation)
+                release_generation(self.uri, self._generation)
         except DataError as error:  # harmless: the next job then fences a job that writes no more
             logger.warning("%s", error)
         finally:
             delete_file(self._location)
 
     @property
-    def held(self) -> Held:
+    def held(self) -> HeldStore:
         """Generation number and check of the lock, for what the holder writes."""
-        return Held(self._generation.number, self.check)
+        return HeldStore(self._generation.number, self.raise_if_lost)
 
     @property
-    def owned(self) -> Owned:
+    def owned(self) -> OwnedFolder:
         """Proof of ownership for workers on other machines."""
-        return Owned(self.uri, self._generation.number)
+        return OwnedFolder(self.uri, self._generation.number)
 
-    def check(self) -> None:
-        """Checks in the storage that this job still holds the store.
+    def raise_if_lost(self) -> None:
+        """Raises an error unless the storage says that this job still holds the store.
 
         Raises:
             LockLostError: if another job has taken it over, since this one showed no sign of life for too
@@ -178,21 +178,21 @@ class StoreLock:
                 if _steady_s() - self._confirmed_s > self._stale_s / 2:
                     raise
         if self._lost:
-            raise self.owned.fault()
+            raise self.owned.lost_error()
 
     def _begin(self) -> None:
         """Acquires the store and begins a generation; starts again if another job got the store meanwhile."""
         while True:
             self._acquire()
-            begun = begin(self.uri, self._claim.job, lambda: exists(self._location))
+            begun = begin_generation(self.uri, self._claim.job, lambda: exists(self._location))
             if begun is None:
                 continue
             self._generation = begun
             if self._is_ours():
-                forget_before(self.uri, begun)
+                forget_generations_before(self.uri, begun)
                 return
             # Suspended for long between the two: another job has the store.
-            withdraw(self.uri, begun)
+            withdraw_generation(self.uri, begun)
 
     def _is_ours(self) -> bool:
         looked_s = _steady_s()

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from pyarrow import fs as pafs
 
-from gare.errors import DataError, shown
+from gare.errors import DataError, without_secrets
 
 #: Times that a request is tried again, with growing pauses of 51 s in all, before a lost connection or 5xx is
 #: an error.
@@ -80,13 +80,13 @@ def address_of(uri: str) -> S3Address:
     if "@" in bucket:
         raise DataError(
             "holds a name or password",
-            where=shown(uri),
+            where=without_secrets(uri),
             accepted="s3://bucket/key; credentials belong into the environment or ~/.aws/credentials",
         )
     if not bucket or " " in bucket or set(query) - set(_QUERY_KEYS):
         raise DataError(
             "names no bucket" if not bucket or " " in bucket else "has a query with other keys",
-            where=shown(uri),
+            where=without_secrets(uri),
             accepted=f"s3://bucket/key, with no query or one of {', '.join(_QUERY_KEYS)}",
         )
     endpoint = query.get("endpoint_override") or _environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -94,7 +94,7 @@ def address_of(uri: str) -> S3Address:
     scheme = query.get("scheme") or (scheme if separator else "https")
     if scheme not in ("http", "https"):
         raise DataError(
-            f"the endpoint's scheme is {scheme!r}", where=shown(endpoint), accepted="http or https"
+            f"the endpoint's scheme is {scheme!r}", where=without_secrets(endpoint), accepted="http or https"
         )
     region = query.get("region") or _environment("AWS_REGION", "AWS_DEFAULT_REGION")
     if not region:

@@ -32,7 +32,7 @@ _OF_THE_MACHINE = frozenset(
 )
 
 
-def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_S) -> T:
+def retry_until_answered(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_S) -> T:
     """Repeats an action until the storage answers, a fault is lasting, or ``patience_s`` is over.
 
     Args:
@@ -51,7 +51,7 @@ def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_
             if is_lasting(error) or time.monotonic() + pause > deadline:
                 raise
             if tries == 1:
-                logger.warning("%s, it is tried again for %.0f s: %s", fault, patience_s, error)
+                logger.warning("%s; retrying for %.0f s: %s", fault, patience_s, error)
             threading.Event().wait(pause)
             pause, tries = min(2 * pause, MAX_PAUSE_S), tries + 1
         else:
@@ -62,15 +62,15 @@ def patiently(action: Callable[[], T], fault: str, patience_s: float = PATIENCE_
 
 def is_lasting(error: BaseException) -> bool:
     """Returns True if waiting cannot cure a fault: it is in the content, or lasting such as a full disk."""
-    return not is_of_a_file(error) or _has_errno(error, LASTING)
+    return not has_os_error(error) or _has_errno(error, LASTING)
 
 
-def is_of_the_machine(error: BaseException) -> bool:
+def is_machine_fault(error: BaseException) -> bool:
     """True if a fault of reading a file comes from the machine or its mounts, whatever the file holds."""
     return _has_errno(error, _OF_THE_MACHINE)
 
 
-def is_of_a_file(error: BaseException) -> bool:
+def has_os_error(error: BaseException) -> bool:
     """True if an OSError is among the causes of an error, as when a storage does not answer."""
     return any(isinstance(one, OSError) for one in _causes(error))
 

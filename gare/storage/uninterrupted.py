@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def run_whole(action: Callable[[], T], what: str) -> T:
+def run_uninterrupted(action: Callable[[], T], what: str) -> T:
     """Runs an action to its end; an interrupt that comes meanwhile is raised after it.
 
     Args:
@@ -77,7 +77,7 @@ class _Task(Generic[T]):
             try:
                 if not told:
                     told = True
-                    logger.warning("interrupted: %s is ended first", what)
+                    logger.warning("interrupted: %s is completed first", what)
                 self.ended.acquire()
             except BaseException:  # waits again
                 continue

@@ -66,7 +66,7 @@ def score_curve(config: Config) -> dict[str, Any]:
                 name, reason = next(iter(curve.left_out.items()))
                 raise CheckpointError(f"none of {len(entries)} has scores; {name}: {reason}", where=run)
             picture = _picture(curve, f"{config.name}/{run}: its kept checkpoints on test")
-            lock.check()
+            lock.raise_if_lost()
             result = _write(config, places, splits, curve, picture, handle, started)
             _log(handle, curve, picture)
         finally:

@@ -44,7 +44,7 @@ class StorePlan(ABC):
 
     @abstractmethod
     def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
-        """Makes what is missing, on Ray, and calls the lock's ``check`` after each part.
+        """Makes what is missing, on Ray, and calls the lock's ``raise_if_lost`` after each part.
 
         Returns:
             Counts, rates and seconds by stage, and those of the slowest clips.
@@ -74,7 +74,7 @@ class FramePlan(StorePlan):
         """Decodes the pending videos."""
 
         def after_part() -> None:
-            lock.check()
+            lock.raise_if_lost()
             self.after_part()
 
         progress = Progress(len(comparison.pending), "extracted")
@@ -124,7 +124,7 @@ class FeaturePlan(StorePlan):
     def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
         """Encodes the remaining clips."""
         with self.encoders:
-            self.encode_all(lock.check)
+            self.encode_all(lock.raise_if_lost)
         return _log_and_report(self.progress) | {"attempted": self.progress.total}
 
 
@@ -160,14 +160,14 @@ class PassingFramesPlan(FeaturePlan):
                 )
                 begun.mark_incomplete(Comparison((), {}, {}, ()))
                 group = pending[first : first + size]
-                self._decoders.extract(passing, group, progress, lock.held, lock.check)
+                self._decoders.extract(passing, group, progress, lock.held, lock.raise_if_lost)
                 self._encode_and_empty(lock)
         return _log_and_report(progress)
 
     def _encode_and_empty(self, lock: StoreLock) -> None:
-        self.encode_all(lock.check)
+        self.encode_all(lock.raise_if_lost)
         self.update.take_failures()
-        lock.check()
+        lock.raise_if_lost()
         delete_tree(self._passing)
 
 

@@ -19,9 +19,9 @@ from cluster.status.progress import Progress
 from gare.config import Config
 from gare.data.videos import LocalVideos
 from gare.extract.feature_update import Part
-from gare.extract.frame_writer import Extractor, MendedFinder, cut_into_parts
+from gare.extract.frame_writer import Extractor, OutdatedFrameFinder, cut_into_parts
 from gare.extract.update import StoreUpdate
-from gare.storage.generations import Held
+from gare.storage.generations import HeldStore
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Decoders:
         store: str,
         rows: Sequence[Mapping[str, Any]],
         progress: Progress,
-        held: Held,
+        held: HeldStore,
         after_part: Callable[[], None],
     ) -> None:
         """Decodes pending rows of a comparison into a frame store.
@@ -79,17 +79,17 @@ class Decoders:
             return {}
         extract, sources = self._extract, self._sources
         logger.info("%s: %d of its clips were decoded by an earlier version", update.uri, len(rows))
-        progress, traits = Progress(len(rows), "looked at"), dict[str, str]()
+        progress, traits = Progress(len(rows), "checked"), dict[str, str]()
         with ray_session(self._cluster):
             results = self._run(
-                lambda: MendedFinder(extract, RemoteVideos(sources, LocalVideos())).find, rows
+                lambda: OutdatedFrameFinder(extract, RemoteVideos(sources, LocalVideos())).find, rows
             )
             with contextlib.closing(results):
                 for found in results:
                     progress.add(found)
                     traits |= found["traits"]
                     for video_id, reason in found["unknown"].items():
-                        logger.warning("%s: its file cannot be looked at: %s", video_id, reason)
+                        logger.warning("%s: cannot check its file: %s", video_id, reason)
         progress.show()
         return traits
 

@@ -17,8 +17,8 @@ from cluster.layout import Layout
 from gare.config import Config
 from gare.errors import CheckpointError, GareError, StoppedError
 from gare.storage.files import delete_file, exists, join, read_json, write_json
-from gare.storage.generations import Owned
-from gare.storage.patience import patiently
+from gare.storage.generations import OwnedFolder
+from gare.storage.patience import retry_until_answered
 from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import Checkpoints, CheckpointWriter, Entry
@@ -98,7 +98,7 @@ class Saver:
         *,
         validated: bool,
         watch: bool,
-        owned: Owned | None = None,
+        owned: OwnedFolder | None = None,
     ) -> None:
         self.train, self.learner, self.rank, self.device = config.train, learner, rank, device
         self.every_s = _seconds_between(config)
@@ -132,14 +132,14 @@ class Saver:
         mine = [chosen.step, chosen.epoch] if chosen else [-1, -1]
         step, epoch = map(int, max_over_workers(torch.tensor(mine, device=self.device)))
         if self._agree(lost)[0] and self.owned:
-            raise self.owned.fault()
+            raise self.owned.lost_error()
         if step < 0:
             return 0
         if self.rank:
             location = self.checkpoints.location(Entry(step, epoch))
             # Quiet: rank 0 has already warned if an earlier version's checkpoints have no checksums.
             restore = partial(restore_learner, location, self.learner, quiet=True)
-            patiently(restore, f"{location} cannot be read")
+            retry_until_answered(restore, f"{location} cannot be read")
         else:
             logger.info("%s: continues after step %d of %d", self.train.run, step, self.learner.num_steps)
         return epoch
@@ -149,13 +149,13 @@ class Saver:
         from gare.train.checkpoint.files import restore_learner
 
         faults: list[CheckpointError] = []
-        entries = patiently(self.checkpoints.entries, f"{self.checkpoints.uri} cannot be read")
+        entries = retry_until_answered(self.checkpoints.entries, f"{self.checkpoints.uri} cannot be read")
         for entry in reversed(entries):
             location = self.checkpoints.location(entry)
             restore = partial(restore_learner, location, self.learner, sums=entry.sha256)
             try:
                 # A storage that does not answer says nothing about the checkpoint.
-                patiently(restore, f"the checkpoint of step {entry.step} cannot be read")
+                retry_until_answered(restore, f"the checkpoint of step {entry.step} cannot be read")
             except CheckpointError as fault:
                 logger.warning("a checkpoint is left out: %s", fault)
                 faults.append(fault)
@@ -223,7 +223,7 @@ class Saver:
     def _fault(self) -> GareError:
         self.over.set()
         if self.lost and self.owned:
-            return self.owned.fault()
+            return self.owned.lost_error()
         return self.writer.fault or StoppedError("another worker could not write the checkpoint")
 
     def _is_lost(self) -> bool:

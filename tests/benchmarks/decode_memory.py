@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from gare.data.decode.clip_request import ClipRequest
 from gare.data.decode.process import DecodeProcess
 
 
@@ -39,7 +40,7 @@ def main() -> int:
     started = time.perf_counter()
     with DecodeProcess(max_videos=options.renew or sys.maxsize) as process:
         for number, clip in enumerate(islice(cycle(clips), options.count), 1):
-            process.extract(clip)
+            process.extract(ClipRequest(clip))
             now = {"parent": held_mb(os.getpid()), "child": held_mb(process.pid or 0)}
             most = {name: max(most[name], mb) for name, mb in now.items()}
             if number % 100 == 0:

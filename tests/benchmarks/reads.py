@@ -25,7 +25,7 @@ import numpy as np
 
 from gare.config import Config, parse_config
 from gare.data.decode.clip import decode_clip
-from gare.data.decode.sampling import choose
+from gare.data.decode.sampling import equally_spaced
 from gare.data.images import prepare_frame
 from gare.data.store.contents import (
     IDENTITY,
@@ -119,7 +119,7 @@ def on_the_fly(path: Path, num_frames: int, size_px: int) -> np.ndarray:
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         candidates = np.arange(0, len(reader), max(1, round(reader.get_avg_fps())))
-        frames = reader.get_batch(candidates[choose(len(candidates), num_frames)]).asnumpy()
+        frames = reader.get_batch(candidates[equally_spaced(len(candidates), num_frames)]).asnumpy()
     except decord.DECORDError:
         return np.stack(
             decode_clip(path, num_frames=num_frames, prepare=partial(prepare_frame, size_px=size_px)).frames

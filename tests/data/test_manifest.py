@@ -99,7 +99,7 @@ def test_fingerprint_knows_what_matters(manifest: Manifest) -> None:
         ({"uri": ""}, "no uri"),
         ({"uri": "https://me:hush@host/a.mp4"}, r"^(?!.*hush).*credentials belong into the environment"),
         ({"uri": "S3://key@bucket/a.mp4"}, "credentials belong into the environment"),
-        ({"split": "validate"}, "split is none of train, val, test"),
+        ({"split": "validate"}, "split is not one of train, val, test"),
         ({"captions": ()}, "no caption"),
         ({"captions": ("fine", " \n")}, "blank caption"),
         ({"captions": ("\ud800",)}, "UTF-8"),
@@ -132,12 +132,12 @@ def test_all_faults_come_at_once_with_their_ids() -> None:
     assert "'v09' … and 5 more" in message
     assert "'v10'" not in message
     assert "video_id used more than once (1): 'a' (2 times)" in message
-    assert "split is none of train, val, test (1): 'b#1-2.5': ''" in message
+    assert "split is not one of train, val, test (1): 'b#1-2.5': ''" in message
 
 
 def test_empty_manifest_is_refused() -> None:
     """Nothing to do is a fault of the input, not a success."""
-    with pytest.raises(DataError, match="not one video"):
+    with pytest.raises(DataError, match="no video has a caption"):
         Manifest((), "folder", "own split")
 
 
@@ -202,5 +202,5 @@ def test_broken_rows_in_a_file_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="several faults") as caught:
         read_manifest(location)
     assert caught.value.where == location
-    for part in ("empty video_id (1): row 1", "no caption (1): 'a'", "blank caption", "split is none"):
+    for part in ("empty video_id (1): row 1", "no caption (1): 'a'", "blank caption", "split is not one of"):
         assert part in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 
 from gare.data.decode.probe import probe
 from gare.data.videos import FileVersion, LocalVideos
-from gare.errors import DataError, FetchError, GoneError, shown
+from gare.errors import DataError, FetchError, GoneError, without_secrets
 
 
 def test_files_are_read_in_place(tmp_path: Path) -> None:
@@ -82,12 +82,15 @@ def test_a_file_that_grows_while_it_is_read_is_a_fault(tmp_path: Path, decoded: 
 )
 def test_locations_are_shown_without_secrets(uri: str, expected: str) -> None:
     """Messages and stores are passed on; a signature in them is a key passed on."""
-    assert shown(uri) == expected
+    assert without_secrets(uri) == expected
 
 
 def test_that_a_fault_may_pass_is_known_everywhere() -> None:
     """It is found out in a worker and recorded elsewhere; lost on the way, a clip is given up for good."""
-    for error in (FetchError("is away", where="/a.mp4", accepted="more").passing(), GoneError("is gone")):
+    for error in (
+        FetchError("is away", where="/a.mp4", accepted="more").as_transient(),
+        GoneError("is gone"),
+    ):
         copy = pickle.loads(pickle.dumps(error))
-        assert (type(copy), str(copy), copy.may_pass) == (type(error), str(error), error.may_pass)
-    assert not FetchError.may_pass
+        assert (type(copy), str(copy), copy.is_transient) == (type(error), str(error), error.is_transient)
+    assert not FetchError.is_transient

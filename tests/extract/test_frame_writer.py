@@ -19,7 +19,9 @@ import pytest
 from PIL import Image
 
 from gare.config import ExtractConfig
-from gare.data.decode.process import DecodeProcess, ExtractedClip
+from gare.data.decode.clip_request import ClipRequest
+from gare.data.decode.decoded_clip import DecodedClip
+from gare.data.decode.process import DecodeProcess
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.store.contents import frame_schema, ids_in_parts, part_files, read_columns, read_failures
 from gare.data.store.frame_reader import FrameReader
@@ -304,18 +306,18 @@ def test_a_killed_decoder_is_no_fault_of_the_file(
     killed: list[str] = []
 
     def kill(times: int) -> None:
-        def dying(process: DecodeProcess, path: str, **settings: Any) -> ExtractedClip:
-            if killed.count(path) < times and path == manifest.rows[0].uri:
-                killed.append(path)
+        def dying(process: DecodeProcess, request: ClipRequest, **limits: Any) -> DecodedClip[bytes]:
+            if killed.count(request.path) < times and request.path == manifest.rows[0].uri:
+                killed.append(request.path)
                 child = process._ready_child()
                 os.kill(child.process.pid, signal.SIGKILL)
                 child.process.wait()
                 monkeypatch.setattr(process, "_ready_child", lambda: child)
                 try:
-                    return extract(process, path, **settings)
+                    return extract(process, request, **limits)
                 finally:
                     monkeypatch.delattr(process, "_ready_child")
-            return extract(process, path, **settings)
+            return extract(process, request, **limits)
 
         monkeypatch.setattr(DecodeProcess, "extract", dying)
 

@@ -16,8 +16,16 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from gare.data.decode.process import DecodeProcess, DecoderCrashError, DecodeTimeoutError, ExtractedClip
-from gare.data.decode.sampling import choose, keyframes_within, sample_times, shown_at, uniform_times
+from gare.data.decode.clip_request import ClipRequest
+from gare.data.decode.decoded_clip import DecodedClip
+from gare.data.decode.process import DecodeProcess, DecoderCrashError, DecodeTimeoutError
+from gare.data.decode.sampling import (
+    equally_spaced,
+    frames_on_screen,
+    keyframes_within,
+    sample_times,
+    uniform_times,
+)
 from gare.errors import DataError
 from tests.films.film import Film, Showing
 from tests.films.numbers import read
@@ -91,14 +99,8 @@ def draw_ask(rng: np.random.Generator, film: Film) -> Ask:
 def judge(process: DecodeProcess, film: Film, ask: Ask) -> Verdict:
     """Decodes a request in the decoding process, as extraction does, and judges the answer."""
     try:
-        clip = process.extract(
-            str(film.path),
-            **vars(ask),
-            image_size=SIZE_PX,
-            encoding="raw",
-            deadline_s=DEADLINE_S,
-            memory_mb=MEMORY_MB,
-        )
+        request = ClipRequest(str(film.path), **vars(ask), image_size=SIZE_PX, encoding="raw")
+        clip = process.extract(request, deadline_s=DEADLINE_S, memory_mb=MEMORY_MB)
     except (DecoderCrashError, DecodeTimeoutError) as error:
         return Verdict("wrong", error.what)
     except DataError as error:
@@ -136,7 +138,13 @@ def _has_pictures(film: Film, ask: Ask) -> bool:
 
 
 def _faults(
-    film: Film, shown: Showing, ask: Ask, clip: ExtractedClip, numbers: list[int | None], *, is_said: bool
+    film: Film,
+    shown: Showing,
+    ask: Ask,
+    clip: DecodedClip[bytes],
+    numbers: list[int | None],
+    *,
+    is_said: bool,
 ) -> str:
     """Returns what is wrong with an answer if players show the film in this way; empty if nothing."""
     if shown.must_be_said and not is_said:
@@ -214,7 +222,7 @@ def _not_chosen(film: Film, shown: Showing, ask: Ask, numbers: list[int], near_s
             for number, moment in zip(numbers, moments.tolist(), strict=True)
         ):
             return ""
-    expected = [int(shown.numbers[place]) for place in shown_at(shown.times_s, np.array(wanted[0]))]
+    expected = [int(shown.numbers[place]) for place in frames_on_screen(shown.times_s, np.array(wanted[0]))]
     return f"pictures {expected} are to be chosen"
 
 
@@ -242,7 +250,7 @@ def _moments(film: Film, shown: Showing, ask: Ask, start_s: float, end_s: float)
     if ask.sampling == "uniform":
         return uniform_times(start_s, end_s, ask.num_frames)
     moments = sample_times(start_s, end_s, ask.sample_fps)
-    return moments[choose(len(moments), ask.num_frames)]
+    return moments[equally_spaced(len(moments), ask.num_frames)]
 
 
 def signs(film: Film) -> list[str]:

@@ -6,12 +6,17 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gare.config.data import DataConfig
 from gare.data.benchmarks.registry import Benchmark, read_benchmark
+
+#: Writer of a copy: from content that was read the plain way to files by name.
+Copy = Callable[[Any, np.random.Generator], dict[str, Any]]
 
 
 def text_of(folder: Path, name: str) -> str:
@@ -31,6 +36,15 @@ def lines_of(folder: Path, name: str) -> list[str]:
 
 def table_of(folder: Path, name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text_of(folder, name), newline="")))
+
+
+def with_single_blanks(text: str) -> str:
+    return " ".join(text.split())
+
+
+def without_ending(name: str) -> str:
+    """Returns a file's name without what follows its last dot."""
+    return name.rsplit(".", 1)[0]
 
 
 def as_table(
@@ -64,12 +78,19 @@ def read(benchmark: str, annotations: Path, **keys: Any) -> Benchmark:
     return read_benchmark(DataConfig(benchmark=benchmark, annotations=str(annotations), **keys))
 
 
+def assert_same_benchmark(original: Benchmark, copy: Path) -> None:
+    """Reads a copy of the annotation files, and compares the benchmark with the one of the real files."""
+    found = read(original.manifest.benchmark, copy)
+    assert found.manifest.fingerprint == original.manifest.fingerprint
+    assert found.manifest.protocol == original.manifest.protocol
+
+
 def captions_of(benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
     return {row.video_id: row.captions for row in benchmark.manifest.rows}
 
 
 def deviations_of(benchmark: Benchmark) -> dict[str, tuple[str, ...]]:
-    return {item.what: item.ids for item in benchmark.reading.deviations}
+    return {item.what: item.ids for item in benchmark.annotations.deviations}
 
 
 def counts_of(benchmark: Benchmark) -> dict[str, tuple[int, int]]:

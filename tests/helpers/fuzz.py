@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gare.data.decode.clip_request import ClipRequest
 from gare.data.decode.process import DecodeProcess
 from gare.errors import DataError
 
@@ -122,9 +123,8 @@ def damaged_file(
 def outcome(process: DecodeProcess, path: Path) -> str:
     """Decodes a file; returns ``whole``, ``damaged``, ``empty picture``, or the reason of its failure."""
     try:
-        clip = process.extract(
-            str(path), image_size=SIZE_PX, encoding="raw", deadline_s=DEADLINE_S, memory_mb=MEMORY_MB
-        )
+        request = ClipRequest(str(path), image_size=SIZE_PX, encoding="raw")
+        clip = process.extract(request, deadline_s=DEADLINE_S, memory_mb=MEMORY_MB)
     except DataError as error:
         return f"{type(error).__name__}: {error.what.split(':')[0].split('(')[0].strip()}"
     pictures = [np.frombuffer(data, np.uint8).reshape(-1, 3) for data in clip.frames]

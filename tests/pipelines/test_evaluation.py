@@ -103,7 +103,7 @@ def test_an_evaluation_that_lost_its_lock_writes_nothing(
     rank = evaluate.rank
 
     def taken_over(*arguments: Any) -> Any:
-        monkeypatch.setattr(StoreLock, "check", _lost)
+        monkeypatch.setattr(StoreLock, "raise_if_lost", _lost)
         return rank(*arguments)
 
     monkeypatch.setattr(evaluate, "rank", taken_over)

@@ -14,7 +14,7 @@ from cluster.layout import layout
 from gare.errors import DamagedError, LockLostError, StoppedError
 from gare.model.gare import GARE
 from gare.storage import generations
-from gare.storage.generations import Owned
+from gare.storage.generations import OwnedFolder
 from gare.train.checkpoint import files as state
 from gare.train.checkpoint.files import MODEL
 from gare.train.checkpoint.history import History
@@ -37,7 +37,7 @@ def savers() -> Iterator[list[Saver]]:
         saver.over.set()
 
 
-def new_saver(savers: list[Saver], folder: Path, *overrides: str, owned: Owned | None = None) -> Saver:
+def new_saver(savers: list[Saver], folder: Path, *overrides: str, owned: OwnedFolder | None = None) -> Saver:
     config = tiny_config(f"storage.root={folder}", "train.keep_checkpoints=20", *overrides)
     cpu = torch.device("cpu")
     learner = build_learner(GARE(config.model), config, STEPS, cpu)
@@ -153,10 +153,10 @@ def test_a_run_that_was_taken_over_writes_no_more(
     monkeypatch.setattr(saving, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(saving, "LOCK_EVERY_S", 0.01)
     lock_uri = str(tmp_path / "run-locks")
-    owned = Owned(lock_uri, generations.begin(lock_uri, "first").number)
+    owned = OwnedFolder(lock_uri, generations.begin_generation(lock_uri, "first").number)
     saver = new_saver(savers, tmp_path, "train.checkpoint_every_steps=1", owned=owned)
     kept = run(saver, tmp_path, upto=3)
-    generations.begin(lock_uri, "second")
+    generations.begin_generation(lock_uri, "second")
     with pytest.raises(LockLostError, match="another job has taken it over"):
         run(saver, tmp_path, upto=6)
     assert [(entry.step, entry.epoch) for entry in saver.checkpoints.entries()] == kept

@@ -19,7 +19,7 @@ from gare.errors import DataError, LockLostError
 from gare.storage import conditional, exclusive, generations
 from gare.storage.conditional import create_object, etag_of, replace_object
 from gare.storage.exclusive import create_file, renew_object, replace_file
-from gare.storage.files import delete_file, exists, read_bytes, write_atomically
+from gare.storage.files import delete_file, exists, list_files, read_bytes, write_atomically
 from gare.storage.lock import StoreLock
 from gare.storage.object_store import address_of
 from tests.helpers.servers import DroppingProxy
@@ -94,18 +94,19 @@ def test_a_renewal_does_not_bring_a_claim_back(monkeypatch: pytest.MonkeyPatch) 
     """Paused inside a renewal, an owner would come back beside its successor, and neither would learn it."""
     with StoreLock(FOLDER, stale_s=1000.0) as sleeper:
         real = conditional._put
+        (claim,) = list_files(f"{FOLDER}/lock")
 
         def pause(uri: str, data: bytes, **condition: str) -> bool | None:
-            delete_file(sleeper._location)  # a successor takes it over meanwhile
+            delete_file(claim)  # a successor takes it over meanwhile
             return real(uri, data, **condition)
 
         with monkeypatch.context() as patch:
             patch.setattr(conditional, "_put", pause)
             assert not sleeper._renew()
-        assert not exists(sleeper._location)
-        assert not renew_object(sleeper._location, b"{}")
+        assert not exists(claim)
+        assert not renew_object(claim, b"{}")
         with pytest.raises(LockLostError):
-            sleeper.check()
+            sleeper.raise_if_lost()
 
 
 @pytest.mark.usefixtures("s3")
@@ -162,12 +163,12 @@ def test_a_server_without_conditions_is_named_once(
     monkeypatch.setattr(client, "put_object", _refusing("NotImplemented", 501))
     for _ in range(2):
         with StoreLock(FOLDER) as lock:
-            lock.check()
-            replace_file(f"{FOLDER}/_META.json", b"{}", lock.check)
+            lock.raise_if_lost()
+            replace_file(f"{FOLDER}/_META.json", b"{}", lock.raise_if_lost)
             assert lock._renew()
     assert read_bytes(f"{FOLDER}/_META.json") == b"{}"
     assert generations.newest_number(FOLDER) == 2
-    assert caplog.text.count("knows no conditional writes") == 1
+    assert caplog.text.count("does not support conditional writes") == 1
 
 
 @pytest.mark.usefixtures("s3")
@@ -183,8 +184,9 @@ def test_a_server_that_takes_no_notice_of_conditions_is_found_out(
 
     monkeypatch.setattr(client, "put_object", heedless)
     with StoreLock(FOLDER) as lock:
-        lock.check()
-        assert etag_of(lock._location) == ""
+        lock.raise_if_lost()
+        (claim,) = list_files(f"{FOLDER}/lock")
+        assert etag_of(claim) == ""
     assert "takes no notice of conditions" in caplog.text
 
 

@@ -25,7 +25,7 @@ from gare.data.store.contents import (
 from gare.data.store.parts import read_columns, read_parts, write_part
 from gare.errors import DataError, LockLostError
 from gare.storage import generations
-from gare.storage.generations import Held, Owned
+from gare.storage.generations import HeldStore, OwnedFolder
 from tests.helpers.stores import describe_store, failure_row, random_frames, stored_row, stored_values
 
 RAW = ExtractConfig(num_frames=2, image_size=16, encoding="raw")
@@ -36,7 +36,7 @@ class Job:
 
     def __init__(self, uri: str, name: str, rng: np.random.Generator) -> None:
         self.uri, self.rng, self.name = uri, rng, name
-        self.generation = generations.begin(uri, name)
+        self.generation = generations.begin_generation(uri, name)
 
     def write(self, *ids: str, group: str = "") -> str:
         rows = [stored_row(RAW, one, random_frames(RAW, self.rng, 2)) for one in ids]
@@ -48,43 +48,43 @@ class Job:
         checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
         retired = read_retired(self.uri)
         retired.setdefault(checksum, {})[video_id] = "gone"
-        write_retired(self.uri, retired, Held(self.generation.number))
+        write_retired(self.uri, retired, HeldStore(self.generation.number))
 
 
 def test_each_generation_has_one_job(tmp_path: Path) -> None:
     """Two owners of one number could not be told apart by anyone."""
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda job: generations.begin(str(tmp_path), str(job)), range(24)))
+        made = list(pool.map(lambda job: generations.begin_generation(str(tmp_path), str(job)), range(24)))
     assert sorted(one.number for one in made) == list(range(1, 25))
-    newest = generations.newest(str(tmp_path))
+    newest = generations.newest_generation(str(tmp_path))
     assert newest.number == generations.newest_number(str(tmp_path)) == 24
-    generations.forget_before(str(tmp_path), newest)
+    generations.forget_generations_before(str(tmp_path), newest)
     assert [path.name for path in (tmp_path / "generations").iterdir()] == ["00000024.json"]
-    assert generations.begin(str(tmp_path), "next").number == 25
+    assert generations.begin_generation(str(tmp_path), "next").number == 25
 
 
 def test_a_job_without_its_claim_begins_no_generation(tmp_path: Path) -> None:
     """Its number would be above its successor's, who would end though nothing was wrong with him."""
     uri = str(tmp_path)
-    first = generations.begin(uri, "first")
+    first = generations.begin_generation(uri, "first")
     assert first is not None
-    assert generations.begin(uri, "late", lambda: False) is None
+    assert generations.begin_generation(uri, "late", lambda: False) is None
     assert generations.newest_number(uri) == first.number == 1
 
 
 def test_workers_learn_of_a_newer_generation(tmp_path: Path) -> None:
     """Two training runs would write checkpoints of the same steps into one folder."""
     uri = str(tmp_path)
-    first = Owned(uri, generations.begin(uri, "first").number)
+    first = OwnedFolder(uri, generations.begin_generation(uri, "first").number)
     assert not first.is_lost()
-    second = generations.begin(uri, "second")
+    second = generations.begin_generation(uri, "second")
     assert first.is_lost()
-    assert not Owned(uri, second.number).is_lost()
+    assert not OwnedFolder(uri, second.number).is_lost()
     # Its successor took its generation back: it is the owner again.
-    generations.withdraw(uri, second)
+    generations.withdraw_generation(uri, second)
     assert not first.is_lost()
-    assert isinstance(first.fault(), LockLostError)
-    assert uri in str(first.fault())
+    assert isinstance(first.lost_error(), LockLostError)
+    assert uri in str(first.lost_error())
 
 
 def test_a_generation_whose_file_is_lost_is_fenced(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -92,7 +92,7 @@ def test_a_generation_whose_file_is_lost_is_fenced(tmp_path: Path, rng: np.rando
     uri = str(tmp_path)
     lost = Job(uri, "lost", rng)
     lost.write("a")
-    generations.withdraw(uri, lost.generation)
+    generations.withdraw_generation(uri, lost.generation)
     successor = Job(uri, "successor", rng)
     assert successor.generation.number == 2
     lost.write("late")
@@ -113,11 +113,11 @@ def test_late_parts_do_not_count(tmp_path: Path, rng: np.random.Generator) -> No
     assert ids_in_parts(uri, "data")["c"] == (mine, 0)
     # Not after further jobs either, whose files replace those of earlier ones.
     third = Job(uri, "third", rng)
-    generations.forget_before(uri, third.generation)
+    generations.forget_generations_before(uri, third.generation)
     assert ids_in_parts(uri, "data").keys() == {"a", "b", "c"}
     assert [part.location for part in read_parts(uri, "data", ["video_id"])[1]] == [late]
     describe_store(uri, RAW)
-    compact(uri, 10**6, Held(third.generation.number))
+    compact(uri, 10**6, HeldStore(third.generation.number))
     assert not Path(late).exists()
     assert not Path(late_failure).exists()
     assert ids_in_parts(uri, "data").keys() == {"a", "b", "c"}
@@ -128,7 +128,7 @@ def test_a_job_that_went_through_is_not_fenced(tmp_path: Path, rng: np.random.Ge
     uri = str(tmp_path)
     first = Job(uri, "first", rng)
     first.write("a")
-    generations.release(uri, first.generation)
+    generations.release_generation(uri, first.generation)
     second = Job(uri, "second", rng)
     assert second.generation.fences == {}
     assert ids_in_parts(uri, "data").keys() == {"a"}
@@ -143,13 +143,13 @@ def test_the_newer_of_two_rows_counts(tmp_path: Path, rng: np.random.Generator) 
     assert ids_in_parts(uri, "data") == {"a": (new, 0)}
     describe_store(uri, RAW)
     value = stored_values(uri)
-    compact(uri, 10**6, Held(1))
+    compact(uri, 10**6, HeldStore(1))
     assert stored_values(uri) == value
     assert not Path(old).exists()
     for group in ("one", "other"):
         Job(uri, "doubles", rng).write("b", group=group)
-        generation = generations.newest(uri)
-        generations.release(uri, generation)
+        generation = generations.newest_generation(uri)
+        generations.release_generation(uri, generation)
     # Within one generation two rows are a fault that somebody has to look at.
     doubled = Job(uri, "last", rng)
     doubled.write("c", group="one")
@@ -162,17 +162,17 @@ def test_nothing_is_described_without_the_lock(tmp_path: Path) -> None:
     """A description or a list of retired rows from before would hide what the successor made."""
     uri = str(tmp_path)
     describe_store(uri, RAW)
-    write_retired(uri, {"part": {"a": "gone"}}, Held(3))
+    write_retired(uri, {"part": {"a": "gone"}}, HeldStore(3))
 
     def lost() -> None:
         raise LockLostError("lost")
 
     with pytest.raises(LockLostError):
-        write_meta(uri, read_meta(uri), Held(1, lost))
+        write_meta(uri, read_meta(uri), HeldStore(1, lost))
     with pytest.raises(LockLostError):
-        write_retired(uri, {}, Held(1, lost))
+        write_retired(uri, {}, HeldStore(1, lost))
     assert read_retired(uri) == {"part": {"a": "gone"}}
-    write_meta(uri, read_meta(uri), Held(4))
+    write_meta(uri, read_meta(uri), HeldStore(4))
     assert read_meta(uri).generation == 4
     assert json.loads((tmp_path / "_RETIRED.json").read_text())["generation"] == 3
 
@@ -189,7 +189,7 @@ def test_a_compaction_that_sleeps_anywhere_loses_and_doubles_nothing(
             writer.write(f"clip {first}", f"clip {first + 1}")
         describe_store(uri, RAW)
         writer.retire("clip 1")
-        generations.release(uri, writer.generation)
+        generations.release_generation(uri, writer.generation)
         sleeper, left, expected = Job(uri, "sleeper", rng), moment, dict[str, object]()
 
         def sleep(uri: str = uri, expected: dict[str, object] = expected) -> None:
@@ -200,12 +200,12 @@ def test_a_compaction_that_sleeps_anywhere_loses_and_doubles_nothing(
             if left == -1:  # looks, finds all well, sleeps, and writes when it wakes up
                 successor = Job(uri, "successor", rng)
                 successor.retire("clip 4")
-                compact(uri, 10**6, Held(successor.generation.number))
+                compact(uri, 10**6, HeldStore(successor.generation.number))
                 successor.write("clip new")
                 expected |= stored_values(uri)
 
         try:
-            compact(uri, 10**6, Held(sleeper.generation.number, sleep))
+            compact(uri, 10**6, HeldStore(sleeper.generation.number, sleep))
         except LockLostError:
             moments += 1
         if not expected:
@@ -213,7 +213,7 @@ def test_a_compaction_that_sleeps_anywhere_loses_and_doubles_nothing(
         assert expected.keys() == {*(f"clip {one}" for one in (0, 2, 3, 5, 6, 7)), "clip new"}
         assert stored_values(uri) == expected
         last = Job(uri, "last", rng)
-        compact(uri, 10**6, Held(last.generation.number))
+        compact(uri, 10**6, HeldStore(last.generation.number))
         assert stored_values(uri) == expected
         assert len(part_files(uri, "data")) == 1
     assert moments >= 4

@@ -12,7 +12,7 @@ from gare.config import Config, ExtractConfig
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.store.compact import compact
 from gare.data.store.contents import FAILURE_SCHEMA, frame_schema, read_meta, rows_in_parts
-from gare.data.store.parts import encode_part, name_of, put_part, table_of
+from gare.data.store.parts import encode_part, part_name_of_group, put_part, table_of
 from gare.data.videos import FileVersion
 from gare.errors import DataError, GoneError
 from gare.extract.comparison import Comparison
@@ -193,7 +193,7 @@ class Runner:
                 del actors[place], groups[place]
                 if actor.error:
                     raise actor.error
-                lock.check()
+                lock.raise_if_lost()
                 break
 
     def _work(self, job: Job, group: list[dict[str, Any]]) -> Actor:
@@ -214,7 +214,7 @@ class Runner:
                 good.append(stored_row(RAW, video_id, _FRAMES) | identity | {"note": note})
             else:
                 bad.append(failure_row(video_id, asked["attempts"] + 1) | identity)
-        name = name_of([job.name, *(asked["video_id"] for asked in group)], job.number)
+        name = part_name_of_group([job.name, *(asked["video_id"] for asked in group)], job.number)
         for folder, rows, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, frame_schema(RAW))):
             if rows:
                 put_part(self.uri, folder, name, encode_part(folder, name, table_of(rows, schema)))

@@ -10,22 +10,20 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.formats.paragraphs import gathered, odd_times, paragraph_clips
-from gare.data.benchmarks.reading import (
-    BenchmarkClip,
-    Deviation,
-    Gathered,
-    Published,
-    Reading,
-    finish,
-    gather,
+from gare.data.benchmarks.formats.paragraphs import odd_times, paragraph_clips
+from gare.data.benchmarks.reader import (
+    BenchmarkReader,
+    PublishedSplit,
+    VideoAnnotations,
+    group_by_id,
     stem_of,
 )
 
 PUBLISHED = {
-    "train": Published(10_009, 10_009, "1742cdf0c50c460cff811f89f867c77559a6882b27f18d1c2bdc24d8c4b9f4b9"),
-    "test": Published(
+    "train": PublishedSplit(
+        10_009, 10_009, "1742cdf0c50c460cff811f89f867c77559a6882b27f18d1c2bdc24d8c4b9f4b9"
+    ),
+    "test": PublishedSplit(
         4_917,
         4_917,
         "9b39bfbdf6a256a62addb0c54eb1bd56f487300f02e10df6c4bf886dab720e9d",
@@ -47,52 +45,42 @@ _LIST_FILES = {
 _LISTS = r"[._-]?(list|ids)"
 
 
-def read_activitynet(location: str) -> Reading:
-    """Reads ActivityNet Captions' annotation files.
+class ActivityNetReader(BenchmarkReader):
+    """Reader of ActivityNet Captions' annotation files.
 
-    Args:
-        location: their folder: train.json and val_1.json, or lists such as [{"video": …, "caption": …}].
-            Lists of videos (train_ids.json, val_ids.json, train_list.txt, val_1_list.txt) are compared with
-            them if they are there.
-
-    Raises:
-        DataError: for files that are missing or cannot be read, and for another test split.
+    They are train.json and val_1.json, or lists such as [{"video": …, "caption": …}]. Lists of videos
+    (train_ids.json, val_ids.json, train_list.txt, val_1_list.txt) are compared with them if they are there.
     """
-    folder = AnnotationFolder(location)
-    clips: list[BenchmarkClip] = []
-    deviations: list[Deviation] = []
-    for split, name in (("train", "train"), ("test", "val_1")):
-        entries = folder.part(
-            "train" if split == "train" else "val",
-            _SENTENCE_FILES[split],
-            f"sentences of {name}",
-            f"{name}.json",
-            besides=_LISTS,
-        )
-        source = gather(entries, _to_id, f"sentences of {name}")
-        listed: dict[str, Gathered] = {}
-        for pattern in _LIST_FILES[split]:
-            files = folder.find((pattern,))
-            # The union of the lists: a video that only one list names has no sentences, which is reported
-            # below.
-            listed |= gathered(
-                folder.read(files, f"list of {name}") if files else [], _to_id, f"list of {name}"
+
+    benchmark = "activitynet"
+    protocol = "paragraphs, test on val_1"
+    published = PUBLISHED
+    test_files = "val_1.json with its 4,917 videos"
+
+    def read_splits(self) -> None:
+        """Reads train, and val_1 as test."""
+        for split, name in (("train", "train"), ("test", "val_1")):
+            entries = self.folder.read_split(
+                "train" if split == "train" else "val",
+                _SENTENCE_FILES[split],
+                f"sentences of {name}",
+                f"{name}.json",
+                besides=_LISTS,
             )
-        found, odd = paragraph_clips(split, listed, [source])
-        # On disk the videos are v_….mp4 or, as downloaders leave them, YouTube's id alone.
-        clips += [replace(clip, names=(*clip.names, clip.clip_id.removeprefix("v_"))) for clip in found]
-        deviations += [*odd, *odd_times(split, source, ("which a paragraph does not use",) * 2)]
-    return finish(
-        Reading(
-            benchmark="activitynet",
-            protocol="paragraphs, test on val_1",
-            clips=tuple(clips),
-            published=PUBLISHED,
-            deviations=tuple(deviations),
-            annotation_sha256=folder.sha256,
-        ),
-        test_files="val_1.json with its 4,917 videos",
-    )
+            source = group_by_id(entries, youtube_name, f"sentences of {name}")
+            listed: dict[str, VideoAnnotations] = {}
+            for pattern in _LIST_FILES[split]:
+                files = self.folder.find((pattern,))
+                # The union of the lists: a video that only one list names has no sentences, which is reported
+                # below.
+                role = f"list of {name}"
+                listed |= group_by_id(self.folder.read(files, role) if files else [], youtube_name, role)
+            found, odd = paragraph_clips(split, listed, [source])
+            # On disk the videos are v_….mp4 or, as downloaders leave them, YouTube's id alone.
+            self.clips += [
+                replace(clip, names=(*clip.names, clip.clip_id.removeprefix("v_"))) for clip in found
+            ]
+            self.deviations += [*odd, *odd_times(split, source, ("which a paragraph does not use",) * 2)]
 
 
 def youtube_name(name: str) -> str | None:
@@ -101,6 +89,3 @@ def youtube_name(name: str) -> str | None:
     if re.fullmatch(r"[\w-]{11}", stem, re.ASCII):
         return f"v_{stem}"
     return stem if re.fullmatch(r"v_[\w-]{11}", stem, re.ASCII) else None
-
-
-_to_id = youtube_name

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pyarrow import fs as pafs
 
 from gare.data.benchmarks.formats.annotations import Annotation, read_annotations
-from gare.errors import DataError, shown
+from gare.errors import DataError, without_secrets
 from gare.storage.files import list_files, open_fs, read_bytes
 from gare.storage.uris import is_uri
 
@@ -45,7 +45,9 @@ class AnnotationFolder:
         filesystem, path = open_fs(location)
         kind = filesystem.get_file_info(path).type
         if kind == pafs.FileType.NotFound:
-            raise DataError("is missing", where=shown(location), accepted="a folder of annotation files")
+            raise DataError(
+                "is missing", where=without_secrets(location), accepted="a folder of annotation files"
+            )
         found = [location] if kind == pafs.FileType.File else list_files(location, recursive=True)
         self._files = {_relative(file, location): file for file in found}
         self._names = {
@@ -57,7 +59,7 @@ class AnnotationFolder:
         if not self._names and not self.pickles:
             raise DataError(
                 "holds no annotation file",
-                where=shown(location),
+                where=without_secrets(location),
                 accepted=f"names that end in {', '.join(_TEXT_ENDINGS)}, also with .gz",
             )
 
@@ -78,7 +80,7 @@ class AnnotationFolder:
                 return found
         return []
 
-    def need(
+    def read_required(
         self,
         patterns: Sequence[str],
         role: str,
@@ -110,18 +112,20 @@ class AnnotationFolder:
             else ""
         )
         raise DataError(
-            f"has no {role}{pickles} (it holds {have})", where=shown(self.location), accepted=accepted
+            f"has no {role}{pickles} (it holds {have})",
+            where=without_secrets(self.location),
+            accepted=accepted,
         )
 
-    def part(
+    def read_split(
         self, split: str, patterns: Sequence[str], role: str, accepted: str, *, besides: str = ""
     ) -> list[Annotation]:
-        """Finds a split's file as ``need`` does, or one that holds all splits and names them.
+        """Finds a split's file as ``read_required`` does, or one that holds all splits and names them.
 
         Val may be missing, since neither training nor test depends on it: then it is empty.
 
         Raises:
-            DataError: as ``need``.
+            DataError: as ``read_required``.
         """
         if not self.find(patterns, besides=besides):
             for name in self.find(_ALL_SPLITS):
@@ -130,7 +134,7 @@ class AnnotationFolder:
                     return found
             if split == "val":
                 return []
-        return self.need(patterns, role, accepted, besides=besides)
+        return self.read_required(patterns, role, accepted, besides=besides)
 
     def read(self, names: Sequence[str], role: str, *, may_be_many: bool = False) -> list[Annotation]:
         """Reads the annotations of a file, or of several files together.
@@ -151,7 +155,7 @@ class AnnotationFolder:
             if _meaning(contents[other]) != _meaning(contents[first]):
                 raise DataError(
                     f"several files could be {role} and differ: {first}, {other}",
-                    where=shown(self.location),
+                    where=without_secrets(self.location),
                     accepted="one of them; move the others elsewhere",
                 )
         return contents[first]
@@ -164,7 +168,9 @@ class AnnotationFolder:
         try:
             self._contents[name] = read_annotations(name, data)
         except DataError as error:
-            raise DataError(error.what, where=shown(self._files[name]), accepted=error.accepted) from error
+            raise DataError(
+                error.what, where=without_secrets(self._files[name]), accepted=error.accepted
+            ) from error
         return self._contents[name]
 
 

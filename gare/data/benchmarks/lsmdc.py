@@ -9,22 +9,12 @@ from __future__ import annotations
 
 import re
 
-from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.reading import (
-    BenchmarkClip,
-    Deviation,
-    Published,
-    Reading,
-    finish,
-    gather,
-    names_of,
-    stem_of,
-)
+from gare.data.benchmarks.reader import BenchmarkReader, PublishedSplit, group_by_id, stem_of
 
 PUBLISHED = {
-    "train": Published(101_079, 101_079),
-    "val": Published(7_408, 7_408),
-    "test": Published(
+    "train": PublishedSplit(101_079, 101_079),
+    "val": PublishedSplit(7_408, 7_408),
+    "test": PublishedSplit(
         1000,
         1000,
         "a87544b8124ce4092c0d0b7f88201b3e555f310053cc90da73b8c86f22b0b0d1",
@@ -38,46 +28,31 @@ _FILES = {
 }
 
 
-def read_lsmdc(location: str) -> Reading:
-    """Reads LSMDC's annotation files.
+class LsmdcReader(BenchmarkReader):
+    """Reader of LSMDC's annotation files.
 
-    Args:
-        location: their folder: LSMDC16_challenge_1000_publictect.csv (tabs or commas, with or without a
-            header) or JSON of {id: {"text": …}}; also LSMDC16_annos_training.csv and LSMDC16_annos_val.csv
-            where they are.
-
-    Raises:
-        DataError: for files that are missing or cannot be read, and for another test split.
+    They are LSMDC16_challenge_1000_publictect.csv (tabs or commas, with or without a header) or JSON of
+    {id: {"text": …}}; also LSMDC16_annos_training.csv and LSMDC16_annos_val.csv where they are.
     """
-    folder = AnnotationFolder(location)
-    test = folder.need(_FILES["test"], "test file", "LSMDC16_challenge_1000_publictect.csv")
-    files = {split: folder.find(_FILES[split]) for split in ("train", "val")}
-    entries = {
-        "test": test,
-        **{split: folder.read(found, f"{split} file") for split, found in files.items() if found},
-    }
-    clips, silent = [], []
-    for split, listed in entries.items():
-        for name, video in gather(listed, _to_id, f"{split} file").items():
-            if video.texts:
-                clips.append(
-                    BenchmarkClip(name, names_of(name, *video.names), split, tuple(sorted(video.texts)))
-                )
-            else:
-                silent.append(name)
-    found_odd = (("clips without a caption, left out", tuple(sorted(silent))),)
-    return finish(
-        Reading(
-            benchmark="lsmdc",
-            protocol="1,000 clips of the public test",
-            clips=tuple(clips),
-            published=PUBLISHED,
-            deviations=tuple(Deviation(what, ids) for what, ids in found_odd if ids),
-            annotation_sha256=folder.sha256,
-        ),
-        test_files="LSMDC16_challenge_1000_publictect.csv with its 1,000 clips",
-        needs_train=False,
-    )
+
+    benchmark = "lsmdc"
+    protocol = "1,000 clips of the public test"
+    published = PUBLISHED
+    test_files = "LSMDC16_challenge_1000_publictect.csv with its 1,000 clips"
+    needs_train = False
+
+    def read_splits(self) -> None:
+        """Reads test, and train and val where they are."""
+        test = self.folder.read_required(_FILES["test"], "test file", "LSMDC16_challenge_1000_publictect.csv")
+        files = {split: self.folder.find(_FILES[split]) for split in ("train", "val")}
+        entries = {
+            "test": test,
+            **{split: self.folder.read(found, f"{split} file") for split, found in files.items() if found},
+        }
+        silent = []
+        for split, listed in entries.items():
+            silent += self.add_captioned(split, group_by_id(listed, _to_id, f"{split} file"))
+        self.add_deviation("clips without a caption, left out", silent)
 
 
 def _to_id(name: str) -> str | None:

@@ -10,23 +10,19 @@ import re
 from collections.abc import Callable
 
 from gare.data.benchmarks.annotation_folder import AnnotationFolder
-from gare.data.benchmarks.reading import (
-    BenchmarkClip,
-    Deviation,
-    Gathered,
-    Published,
-    Reading,
-    finish,
-    gather,
-    names_of,
+from gare.data.benchmarks.reader import (
+    BenchmarkReader,
+    PublishedSplit,
+    VideoAnnotations,
+    group_by_id,
     stem_of,
 )
 from gare.errors import DataError
 
 PUBLISHED = {
-    "train": Published(1200, 48_774, "abfb8ab5660b464cf547d63a37a369920ff92c5f547af80f07aedd709df335d3"),
-    "val": Published(100, 4_290, "9527cf1ef6c8fe2fb1ecfda0e1856acc563fecef5ff0a409b5d908b65c1e6ed4"),
-    "test": Published(
+    "train": PublishedSplit(1200, 48_774, "abfb8ab5660b464cf547d63a37a369920ff92c5f547af80f07aedd709df335d3"),
+    "val": PublishedSplit(100, 4_290, "9527cf1ef6c8fe2fb1ecfda0e1856acc563fecef5ff0a409b5d908b65c1e6ed4"),
+    "test": PublishedSplit(
         670,
         27_763,
         "95eacd1fddb1d88cd7144267913ef02d0ecb8cc94a88bc484035433a2d8f9c7a",
@@ -45,68 +41,54 @@ _MAPPING_FILES = (r"youtube.*mapping|mapping.*youtube|^mapping",)
 _SPLIT_NAMES = {"train": "train", "val": "(val|valid|validation)", "test": "test"}
 
 
-def read_msvd(location: str) -> Reading:
-    """Reads MSVD's annotation files.
+class MsvdReader(BenchmarkReader):
+    """Reader of MSVD's annotation files.
 
-    Args:
-        location: their folder: train_list.txt, val_list.txt and test_list.txt with captions_msvd.json,
-            AvailableCorpus.txt or MSVD's own table; or a list such as [{"video": "….avi", "caption": …}] for
-            each split.
-
-    Raises:
-        DataError: for files that are missing or cannot be read, and for another test split.
+    They are train_list.txt, val_list.txt and test_list.txt with captions_msvd.json, AvailableCorpus.txt or
+    MSVD's own table; or a list such as [{"video": "….avi", "caption": …}] for each split.
     """
-    folder = AnnotationFolder(location)
-    mapping = folder.find(_MAPPING_FILES)
-    youtube_id = _youtube_ids(folder, mapping) if mapping else {}
-    number_of = {name: number for number, name in youtube_id.items()}
-    to_id = _id_by(youtube_id)
-    members = {}
-    for split, word in _SPLIT_NAMES.items():
-        patterns = (rf"(^|[._-]){word}[._-]?list", rf"(^|[._-])(ret[._-])?{word}([._-]|$)")
-        role = f"{split} list"
-        members[split] = gather(
-            folder.part(split, patterns, role, f"{split}_list.txt", besides=r"^sents_"), to_id, role
-        )
-    captions: dict[str, Gathered] = {}
-    if not all(video.texts for videos in members.values() for video in videos.values()):
-        entries = folder.need(
-            _CAPTION_FILES,
-            "captions",
-            'captions_msvd.json, AvailableCorpus.txt or any JSON of {"id": [captions]}; a pickle can '
-            "be written out as such JSON by who trusts it",
-            besides=r"(^|[._-])(train|val|test)_list",
-            may_be_many=True,
-        )
-        captions = gather(entries, to_id, "captions")
-    clips = []
-    silent = []
-    for split, videos in members.items():
-        for name, video in videos.items():
-            texts = video.texts or captions.get(name, Gathered()).texts
-            if not texts:
-                silent.append(name)
-                continue
-            # Copies number and order the captions differently; sorted, all copies train alike.
-            names = names_of(name, *video.names, *filter(None, [number_of.get(name)]))
-            clips.append(BenchmarkClip(name, names, split, tuple(sorted(texts))))
-    used = {clip.clip_id for clip in clips} | set(silent)
-    unlisted = tuple(sorted(captions.keys() - used))
-    found = (
-        ("listed videos without captions, left out", tuple(sorted(silent))),
-        ("videos with captions that no list names, left out", unlisted),
-    )
-    return finish(
-        Reading(
-            benchmark="msvd",
-            protocol="1,200/100/670 videos, all captions",
-            clips=tuple(clips),
-            published=PUBLISHED,
-            deviations=tuple(Deviation(what, ids) for what, ids in found if ids),
-            annotation_sha256=folder.sha256,
-        ),
-        test_files="test_list.txt with its 670 videos, all of them with captions",
-    )
+
+    benchmark = "msvd"
+    protocol = "1,200/100/670 videos, all captions"
+    published = PUBLISHED
+    test_files = "test_list.txt with its 670 videos, all of them with captions"
+
+    def read_splits(self) -> None:
+        """Reads the lists, and the captions where the lists have none."""
+        mapping = self.folder.find(_MAPPING_FILES)
+        youtube_id = _youtube_ids(self.folder, mapping) if mapping else {}
+        number_of = {name: number for number, name in youtube_id.items()}
+        to_id = _id_by(youtube_id)
+        members = {}
+        for split, word in _SPLIT_NAMES.items():
+            patterns = (rf"(^|[._-]){word}[._-]?list", rf"(^|[._-])(ret[._-])?{word}([._-]|$)")
+            role = f"{split} list"
+            entries = self.folder.read_split(split, patterns, role, f"{split}_list.txt", besides=r"^sents_")
+            members[split] = group_by_id(entries, to_id, role)
+        captions: dict[str, VideoAnnotations] = {}
+        if not all(video.texts for videos in members.values() for video in videos.values()):
+            entries = self.folder.read_required(
+                _CAPTION_FILES,
+                "captions",
+                'captions_msvd.json, AvailableCorpus.txt or any JSON of {"id": [captions]}; a pickle can '
+                "be written out as such JSON by who trusts it",
+                besides=r"(^|[._-])(train|val|test)_list",
+                may_be_many=True,
+            )
+            captions = group_by_id(entries, to_id, "captions")
+        silent = []
+        for split, videos in members.items():
+            captioned = {
+                name: VideoAnnotations(
+                    names=[*video.names, *filter(None, [number_of.get(name)])],
+                    texts=video.texts or captions.get(name, VideoAnnotations()).texts,
+                )
+                for name, video in videos.items()
+            }
+            silent += self.add_captioned(split, captioned)
+        listed = {name for videos in members.values() for name in videos}
+        self.add_deviation("listed videos without captions, left out", silent)
+        self.add_deviation("videos with captions that no list names, left out", captions.keys() - listed)
 
 
 def _youtube_ids(folder: AnnotationFolder, files: list[str]) -> dict[str, str]:
@@ -118,7 +100,7 @@ def _youtube_ids(folder: AnnotationFolder, files: list[str]) -> dict[str, str]:
         name = next((part for part in pair if part != number), None)
         if number is None or name is None:
             raise DataError(
-                f"{entry.where} is no pair of ids: {pair}",
+                f"{entry.where} is not a pair of ids: {pair}",
                 where=files[0],
                 accepted="lines such as -4wsuPCjDBc_5_15 vid1",
             )

@@ -13,9 +13,9 @@ from gare.data.benchmarks.formats.captions_file import CaptionRow, parse_caption
 from gare.data.benchmarks.split import split_by_video
 from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder
 from gare.data.benchmarks.video_locations import VideoLocations
-from gare.data.collected_errors import SHOWN, Faults, first_of
+from gare.data.collected_errors import SHOWN, CollectedErrors, join_first
 from gare.data.manifest import Manifest, ManifestRow
-from gare.errors import DataError, shown
+from gare.errors import DataError, without_secrets
 from gare.storage.files import open_fs, read_bytes
 from gare.storage.uris import scheme_of
 
@@ -63,7 +63,7 @@ def read_folder(
         DataError: with all faults of folder and captions, each kind with its first ten and their count.
         ConfigError: for fractions that leave no videos to train.
     """
-    faults = Faults()
+    faults = CollectedErrors()
     folder = open_folder(str(videos), faults, list_remote) if str(videos) else None
     places = VideoLocations(folder, schemes) if folder or not str(videos) else None
     rows, annotation_sha256 = _open_captions(str(captions), faults)
@@ -107,7 +107,7 @@ def read_folder(
 
 
 def open_folder(
-    videos: str, faults: Faults, list_remote: Callable[[str], list[str]] | None = None
+    videos: str, faults: CollectedErrors, list_remote: Callable[[str], list[str]] | None = None
 ) -> VideoFolder | None:
     """Opens the folder of videos; returns None, and adds the reason to the faults, if it is unusable."""
     kind = "folder of videos"
@@ -115,14 +115,16 @@ def open_folder(
         if scheme_of(videos) != "file" and list_remote:
             folder = VideoFolder(videos, list_remote(videos))
             if not folder.files:
-                faults.add(kind, f"{shown(videos)!r} is missing or empty")
+                faults.add(kind, f"{without_secrets(videos)!r} is missing or empty")
             return folder if folder.files else None
         filesystem, path = open_fs(videos)
     except DataError as error:
         faults.add(kind, str(error))
         return None
     if not isinstance(filesystem, pafs.LocalFileSystem):
-        faults.add(kind, f"{shown(videos)!r} is not on this machine; a local or mounted folder is accepted")
+        faults.add(
+            kind, f"{without_secrets(videos)!r} is not on this machine; a local or mounted folder is accepted"
+        )
     elif not Path(path).is_dir():
         faults.add(kind, f"{videos!r} is {'not a folder' if Path(path).exists() else 'missing'}")
     else:
@@ -133,7 +135,7 @@ def open_folder(
     return None
 
 
-def _open_captions(captions: str, faults: Faults) -> tuple[list[CaptionRow], dict[str, str]]:
+def _open_captions(captions: str, faults: CollectedErrors) -> tuple[list[CaptionRow], dict[str, str]]:
     try:
         data = read_bytes(captions)
         name = captions.partition("?")[0].rpartition("/")[2] if "://" in captions else Path(captions).name
@@ -143,11 +145,11 @@ def _open_captions(captions: str, faults: Faults) -> tuple[list[CaptionRow], dic
         faults.add("captions", error.what + (f" ({error.accepted})" if error.accepted else ""))
         return [], {}
     if not rows and len(faults) == before:
-        faults.add("captions", "there is not one row")
+        faults.add("captions", "has no rows")
     return rows, {name: hashlib.sha256(data).hexdigest()}
 
 
-def _find_files(rows: list[CaptionRow], places: VideoLocations, faults: Faults) -> dict[str, str]:
+def _find_files(rows: list[CaptionRow], places: VideoLocations, faults: CollectedErrors) -> dict[str, str]:
     """Maps each video name in the rows to its file's key; a name without a file is one fault."""
     files: dict[str, str] = {}
     lost: dict[str, tuple[NoSuchVideoError, list[str]]] = {}
@@ -169,11 +171,11 @@ def _find_files(rows: list[CaptionRow], places: VideoLocations, faults: Faults) 
             near = places.nearest(name)
             hint = f"nearest: {near!r}" if near else ""
         place = rows_of_it[0] + (f" and {len(rows_of_it) - 1} more" if len(rows_of_it) > 1 else "")
-        faults.add(fault.kind, f"{shown(name)!r} ({'; '.join(filter(None, (place, hint)))})")
+        faults.add(fault.kind, f"{without_secrets(name)!r} ({'; '.join(filter(None, (place, hint)))})")
     return files
 
 
-def _own_split(rows: list[CaptionRow], files: dict[str, str], faults: Faults) -> dict[str, str]:
+def _own_split(rows: list[CaptionRow], files: dict[str, str], faults: CollectedErrors) -> dict[str, str]:
     """Returns the split of each file as given in the rows; empty if no row gives one."""
     if all(row.split is None for row in rows):
         return {}
@@ -188,7 +190,8 @@ def _own_split(rows: list[CaptionRow], files: dict[str, str], faults: Faults) ->
                 conflicts.add((row.video, row.split))
                 faults.add(
                     "one video in two splits",
-                    f"{shown(row.video)!r}: {other.split} ({other.where}), {row.split} ({row.where})",
+                    f"{without_secrets(row.video)!r}: {other.split} ({other.where}), "
+                    f"{row.split} ({row.where})",
                 )
     return {file: row.split for file, row in first.items() if row.split is not None}
 
@@ -212,6 +215,6 @@ def _report_left_out(folder: VideoFolder, used: set[str]) -> tuple[str, ...]:
             len(left_out),
             len(folder.videos),
             folder.root,
-            first_of(left_out),
+            join_first(left_out),
         )
     return left_out

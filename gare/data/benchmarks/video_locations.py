@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder, without_ending
-from gare.errors import shown
+from gare.errors import without_secrets
 from gare.storage.uris import is_uri, local_path, scheme_of
 
 
@@ -48,7 +48,7 @@ class VideoLocations:
             if scheme not in self._schemes:
                 raise NoSuchVideoError(f"scheme not in sources.schemes, which has {', '.join(self._schemes)}")
             if any(sign in location for sign in "\0\r\n"):
-                raise NoSuchVideoError("URI that is none")
+                raise NoSuchVideoError("malformed URI")
             return location
         is_whole = is_uri(location) or location.startswith("/")
         if self.folder and not (self.folder.is_remote and is_whole):
@@ -57,7 +57,7 @@ class VideoLocations:
         if not os.path.isabs(path):  # noqa: PTH117 - of a text
             raise NoSuchVideoError("neither a URI nor an absolute path, and data.videos names no folder")
         if "file" not in self._schemes:
-            raise NoSuchVideoError("local path, without file in sources.schemes")
+            raise NoSuchVideoError("local path, but sources.schemes does not list file")
         if not os.path.exists(path):  # noqa: PTH110
             raise NoSuchVideoError("caption without video file")
         return os.path.normpath(path)
@@ -98,7 +98,7 @@ def _names(uri: str) -> list[str]:
     """Lists ids that a URI may get, the shortest first; the last is unique to the URI."""
     if not is_uri(uri):
         return [without_ending(uri.lstrip("/")), uri.lstrip("/"), uri]
-    scheme, _, rest = shown(uri).partition("://")
+    scheme, _, rest = without_secrets(uri).partition("://")
     name = unicodedata.normalize("NFC", urllib.parse.unquote(rest))
     secret = hashlib.sha256(uri.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     return [without_ending(name), name, f"{scheme}://{name}", f"{scheme}://{name}?{secret}"]

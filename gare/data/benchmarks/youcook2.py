@@ -10,22 +10,21 @@ from __future__ import annotations
 from collections import Counter
 
 from gare.data.benchmarks.activitynet import youtube_name
-from gare.data.benchmarks.annotation_folder import AnnotationFolder
 from gare.data.benchmarks.formats.paragraphs import odd_times
-from gare.data.benchmarks.reading import (
+from gare.data.benchmarks.reader import (
     BenchmarkClip,
-    Deviation,
-    Gathered,
-    Published,
-    Reading,
-    finish,
-    gather,
+    BenchmarkReader,
+    PublishedSplit,
+    VideoAnnotations,
+    group_by_id,
     names_of,
 )
 
 PUBLISHED = {
-    "train": Published(10_337, 10_337, "5bc9e34476977169f974ad533c751a66b8507a756bd624dc4504195d3efb0806"),
-    "test": Published(
+    "train": PublishedSplit(
+        10_337, 10_337, "5bc9e34476977169f974ad533c751a66b8507a756bd624dc4504195d3efb0806"
+    ),
+    "test": PublishedSplit(
         3_492,
         3_492,
         "5f0b5052e9e8f27bd6b5f8bb8ea0301842c7407e11d74edd95c118994670b735",
@@ -39,60 +38,47 @@ _FILES = {
 _BOTH = (r"annotations_trainval", r"trainval")
 
 
-def read_youcook2(location: str) -> Reading:
-    """Reads YouCook2's annotation files.
+class YouCook2Reader(BenchmarkReader):
+    """Reader of YouCook2's annotation files.
 
-    Args:
-        location: their folder: yc2_train.json and yc2_val.json in ActivityNet's layout, or the data set's own
-            youcookii_annotations_trainval.json.
-
-    Raises:
-        DataError: for files that are missing or cannot be read, and for another test split.
+    They are yc2_train.json and yc2_val.json in ActivityNet's layout, or the data set's own
+    youcookii_annotations_trainval.json.
     """
-    folder = AnnotationFolder(location)
-    if both := folder.find(_BOTH):
-        entries = folder.read(both, "annotations")
-        parts = {
-            "train": [entry for entry in entries if entry.split == "train"],
-            "test": [entry for entry in entries if entry.split == "val"],
-        }
-    else:
-        parts = {
-            split: folder.part(name, _FILES[split], f"file of {name}", f"yc2_{name}.json")
-            for split, name in (("train", "train"), ("test", "val"))
-        }
-    clips: list[BenchmarkClip] = []
-    deviations: list[Deviation] = []
-    for split, listed in parts.items():
-        videos = gather(listed, youtube_name, f"annotations of {split}")
-        untimed, repeated = [], []
-        for name, video in videos.items():
-            if len(video.times) != len(video.texts):
-                untimed.append(name)
-                continue
-            found = _clips(name, video, split)
-            clips += found
-            repeated += [clip.clip_id for clip in found if "~" in clip.clip_id]
-        odd = (
-            (f"{split} videos without a time for each sentence, left out", untimed),
-            (f"{split} clips with the start and end of another", repeated),
-        )
-        deviations += [Deviation(what, tuple(sorted(ids))) for what, ids in odd if ids]
-        deviations += odd_times(split, videos, ("turned round", "where its clip ends"))
-    return finish(
-        Reading(
-            benchmark="youcook2",
-            protocol="segments, test on val",
-            clips=tuple(clips),
-            published=PUBLISHED,
-            deviations=tuple(deviations),
-            annotation_sha256=folder.sha256,
-        ),
-        test_files="yc2_val.json with its 457 videos and 3,492 segments",
-    )
+
+    benchmark = "youcook2"
+    protocol = "segments, test on val"
+    published = PUBLISHED
+    test_files = "yc2_val.json with its 457 videos and 3,492 segments"
+
+    def read_splits(self) -> None:
+        """Reads train, and val as test."""
+        if both := self.folder.find(_BOTH):
+            entries = self.folder.read(both, "annotations")
+            parts = {
+                "train": [entry for entry in entries if entry.split == "train"],
+                "test": [entry for entry in entries if entry.split == "val"],
+            }
+        else:
+            parts = {
+                split: self.folder.read_split(name, _FILES[split], f"file of {name}", f"yc2_{name}.json")
+                for split, name in (("train", "train"), ("test", "val"))
+            }
+        for split, listed in parts.items():
+            videos = group_by_id(listed, youtube_name, f"annotations of {split}")
+            untimed, repeated = [], []
+            for name, video in videos.items():
+                if len(video.times) != len(video.texts):
+                    untimed.append(name)
+                    continue
+                found = _clips(name, video, split)
+                self.clips += found
+                repeated += [clip.clip_id for clip in found if "~" in clip.clip_id]
+            self.add_deviation(f"{split} videos without a time for each sentence, left out", untimed)
+            self.add_deviation(f"{split} clips with the start and end of another", repeated)
+            self.deviations += odd_times(split, videos, ("turned round", "where its clip ends"))
 
 
-def _clips(name: str, video: Gathered, split: str) -> list[BenchmarkClip]:
+def _clips(name: str, video: VideoAnnotations, split: str) -> list[BenchmarkClip]:
     """Builds a clip for each segment; the id holds start and end, and a count if two segments share both."""
     clips = []
     seen: Counter[tuple[float, float]] = Counter()

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from gare.data.decode.backend_pyav import Picture, decode_from_start
-from gare.data.decode.frame_request import Request, Selection, UnfitError
-from gare.data.decode.packets import explain
+from gare.data.decode.frame_request import FrameRequest, FrameSelection, UnfitError
+from gare.data.decode.packets import explain_error
 from gare.data.decode.probe import Probe
 from gare.errors import DataError
 
@@ -44,7 +44,7 @@ def unfit_for_decord(source: Probe) -> str:
     return "" if len(source.pts) else "no packets"
 
 
-def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]:
+def decode_with_decord(request: FrameRequest) -> tuple[FrameSelection, list[Picture], str]:
     """Returns the sampled frames, the prepared pictures in the same order, and decord's version.
 
     Raises:
@@ -74,7 +74,7 @@ def decode_with_decord(request: Request) -> tuple[Selection, list[Picture], str]
     except (UnfitError, DataError, MemoryError, BlockingIOError):
         raise
     except Exception as error:  # decord's errors have no common base class
-        raise UnfitError(f"decord: {explain(error)}") from error
+        raise UnfitError(f"decord: {explain_error(error)}") from error
     finally:
         del reader  # an idle reader keeps decoding and holds memory
     if flat:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.decode.clock import Clock
-from gare.data.decode.packets import DECODING_ORDER, DECODING_TIMES, ErrorLog, explain
+from gare.data.decode.packets import DECODING_ORDER, DECODING_TIMES, ErrorLog, explain_error
 from gare.data.decode.probe import Probe, open_container
 
 Picture = NDArray[np.uint8]
@@ -45,7 +45,7 @@ def least_effort(source: Probe, *, keyframes: bool) -> Effort:
 
 
 @dataclass
-class Found:
+class DecodeResult:
     """Pictures and faults of one decode from the start. Ticks are presentation times.
 
     Attributes:
@@ -93,7 +93,7 @@ def decode_from_start(
     by_packets: bool = False,
     choose_again: Callable[[int, Set[int]], Set[int] | None] | None = None,
     heeds_log: bool = True,
-) -> Found:
+) -> DecodeResult:
     """Decodes until all wanted pictures are there; with none wanted, the whole video, keeping no picture.
 
     Args:
@@ -109,14 +109,14 @@ def decode_from_start(
         heeds_log: True to leave out pictures for which the decoder of an intra-only codec logs an error.
 
     Pictures come in the order in which they are shown. If their own times run backwards (see
-    ``Found.runs_backwards``), the times are in another order: the n-th picture is shown at the n-th smallest
-    time.
+    ``DecodeResult.runs_backwards``), the times are in another order: the n-th picture is shown at the n-th
+    smallest time.
 
     Raises:
         DataError: if the file cannot be opened.
         MemoryError: if a picture does not fit into this process's memory.
     """
-    found, wanted = Found(), set(wanted)
+    found, wanted = DecodeResult(), set(wanted)
     ticks_per_frame = 1 / ((source.fps or 25.0) * source.time_base_s)
     with ExitStack() as stack:
         # If no picture refers to another one, an error damages only its own picture.
@@ -186,7 +186,7 @@ def _packets(
     source: Probe,
     wanted: Set[int],
     effort: Effort,
-    found: Found,
+    found: DecodeResult,
 ) -> Iterator[av.Packet[Any]]:
     """Yields the packets to decode, on one clock; tells the decoder before each if it may skip it.
 
@@ -213,7 +213,9 @@ def _packets(
         yield packet
 
 
-def _frames(packets: Iterator[av.Packet[Any]], found: Found, log: ErrorLog | None) -> Iterator[av.VideoFrame]:
+def _frames(
+    packets: Iterator[av.Packet[Any]], found: DecodeResult, log: ErrorLog | None
+) -> Iterator[av.VideoFrame]:
     """Yields all frames, skips packets that do not decode, and records the errors.
 
     With a log, frames for which the decoder reports an error are left out, too.
@@ -226,7 +228,7 @@ def _frames(packets: Iterator[av.Packet[Any]], found: Found, log: ErrorLog | Non
         except MemoryError:
             raise
         except (av.error.FFmpegError, OSError) as error:
-            found.error = explain(error)
+            found.error = explain_error(error)
             return
         before = log.num_said if log else 0
         try:
@@ -234,9 +236,9 @@ def _frames(packets: Iterator[av.Packet[Any]], found: Found, log: ErrorLog | Non
         except MemoryError:
             raise
         except av.error.FFmpegError as error:
-            found.error, found.num_bad = explain(error), found.num_bad + 1
+            found.error, found.num_bad = explain_error(error), found.num_bad + 1
             continue
-        if log and log.speaks_of_damage(before):
+        if log and log.reports_damage(before):
             found.num_bad += max(1, len(frames))
             continue
         yield from frames

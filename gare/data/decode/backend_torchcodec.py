@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gare.data.decode.backend_pyav import Picture
-from gare.data.decode.frame_request import Request, Selection, UnfitError
-from gare.data.decode.packets import explain
+from gare.data.decode.frame_request import FrameRequest, FrameSelection, UnfitError
+from gare.data.decode.packets import explain_error
 from gare.data.decode.probe import Probe
 from gare.errors import ConfigError
 
@@ -25,7 +25,7 @@ def unfit_for_torchcodec(source: Probe) -> str:
     return "" if len(source.pts) else "no packets"
 
 
-def decode_with_torchcodec(request: Request) -> tuple[Selection, list[Picture], str]:
+def decode_with_torchcodec(request: FrameRequest) -> tuple[FrameSelection, list[Picture], str]:
     """Returns the sampled frames, the prepared pictures in the same order, and torchcodec's version.
 
     Raises:
@@ -37,7 +37,7 @@ def decode_with_torchcodec(request: Request) -> tuple[Selection, list[Picture], 
         from torchcodec.decoders import VideoDecoder
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
-            f"torchcodec cannot be loaded: {explain(error)}",
+            f"torchcodec cannot be loaded: {explain_error(error)}",
             where="extract.decoder",
             accepted="pip install 'gare[torchcodec]' and FFmpeg's shared libraries, or decoder auto or pyav",
         ) from error
@@ -58,7 +58,7 @@ def decode_with_torchcodec(request: Request) -> tuple[Selection, list[Picture], 
             _check_times(batch.pts_seconds.numpy(), source.pts[wanted] * source.time_base_s)
             kept += [request.prepare(rgb) for rgb in batch.data.numpy()]
     except (RuntimeError, ValueError, IndexError) as error:
-        raise UnfitError(f"torchcodec: {explain(error)}") from error
+        raise UnfitError(f"torchcodec: {explain_error(error)}") from error
     return selection, [kept[place] for place in inverse], torchcodec.__version__
 
 

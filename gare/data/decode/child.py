@@ -14,12 +14,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
-from gare.data.decode.clip import DecodedClip, decode_clip
-from gare.data.decode.mended import mended_trait
+from gare.data.decode.clip import decode_clip
+from gare.data.decode.clip_request import ClipRequest
+from gare.data.decode.decoded_clip import DecodedClip
+from gare.data.decode.outdated import outdated_traits
 from gare.data.decode.pipe import LENGTH_BYTES
 from gare.data.images import encode_jpeg, fit_frame, prepare_frame
 from gare.errors import GareError
-from gare.storage.patience import is_of_the_machine
+from gare.storage.patience import is_machine_fault
 from gare.storage.uris import local_path
 
 
@@ -34,13 +36,18 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except GareError as error:
             kind = type(error).__name__
             fault = {"error": error.what, "kind": kind, "where": error.where, "accepted": error.accepted}
-            _answer(answers, {**fault, "may_pass": error.may_pass or is_of_the_machine(error)})
+            _answer(answers, {**fault, "is_transient": error.is_transient or is_machine_fault(error)})
         except (MemoryError, BlockingIOError):  # the latter: no memory for a thread's stack
             _answer(answers, {"error": "", "kind": "MemoryError"})
         except Exception as error:  # no fault of one video may end the process
             text = f"{type(error).__name__}: {error}"[:500]
-            fault = {"error": text, "kind": "Unforeseen", "where": request["path"], "accepted": ""}
-            _answer(answers, {**fault, "may_pass": is_of_the_machine(error)})
+            fault = {
+                "error": text,
+                "kind": "Unforeseen",
+                "where": request["arguments"]["path"],
+                "accepted": "",
+            }
+            _answer(answers, {**fault, "is_transient": is_machine_fault(error)})
         else:
             _answer(answers, header, frames)
 
@@ -59,22 +66,31 @@ def _limit_memory(memory_mb: float) -> None:
 
 
 def _do(request: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
-    """Carries out a request: a trait for a request with ``look``, else a clip."""
-    if "look" in request:
-        return {"trait": mended_trait(local_path(request["path"]), **request["look"])}, []
-    clip, frames = _extract(request)
-    header = {name: value for name, value in vars(clip).items() if name != "frames"}
-    return {**header, "frame_idx": clip.frame_idx.tolist(), "time_s": clip.time_s.tolist()}, frames
+    """Carries out a request: decodes a clip, or names the outdated traits of a file."""
+    if request["task"] == "outdated_traits":
+        arguments = dict(request["arguments"])
+        return {"traits": outdated_traits(local_path(arguments.pop("path")), **arguments)}, []
+    clip = _extract(ClipRequest(**request["arguments"]))
+    return clip.facts(), clip.frames
 
 
-def _extract(request: dict[str, Any]) -> tuple[DecodedClip, list[bytes]]:
-    size, crop, quality = request["image_size"], request["crop"], request["jpeg_quality"]
-    path = local_path(request["path"])
-    clip = decode_clip(path, prepare=lambda rgb: prepare_frame(rgb, size, crop), **request["clip"])
-    if request["encoding"] == "raw":
-        return clip, [rgb.tobytes() for rgb in clip.frames]
-    first = clip.frames[0]
-    return clip, [encode_jpeg(fit_frame(rgb, first, size), quality) for rgb in clip.frames]
+def _extract(request: ClipRequest) -> DecodedClip[bytes]:
+    clip = decode_clip(
+        local_path(request.path),
+        start_s=request.start_s,
+        end_s=request.end_s,
+        sampling=request.sampling,
+        sample_fps=request.sample_fps,
+        num_frames=request.num_frames,
+        decoder=request.decoder,
+        prepare=lambda rgb: prepare_frame(rgb, request.image_size, request.crop),
+    )
+    if request.encoding == "raw":
+        frames = [rgb.tobytes() for rgb in clip.frames]
+    else:
+        fitting = (fit_frame(rgb, clip.frames[0], request.image_size) for rgb in clip.frames)
+        frames = [encode_jpeg(rgb, request.jpeg_quality) for rgb in fitting]
+    return DecodedClip(**{**vars(clip), "frames": frames})
 
 
 def _answer(answers: BinaryIO, header: dict[str, Any], payload: Sequence[bytes] = ()) -> None:

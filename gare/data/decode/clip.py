@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Set
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 from gare.data.decode.backend_decord import decode_with_decord, unfit_for_decord
-from gare.data.decode.backend_pyav import Found, Picture, decode_from_start, least_effort
+from gare.data.decode.backend_pyav import DecodeResult, Picture, decode_from_start, least_effort
 from gare.data.decode.backend_torchcodec import decode_with_torchcodec, unfit_for_torchcodec
+from gare.data.decode.clip_request import Decoder
+from gare.data.decode.decoded_clip import DecodedClip
 from gare.data.decode.file_kind import file_kind, read_head
-from gare.data.decode.frame_request import Request, Selection, UnfitError
+from gare.data.decode.frame_request import FrameRequest, FrameSelection, UnfitError
 from gare.data.decode.packets import DECODING_ORDER
 from gare.data.decode.probe import Probe, probe
 from gare.data.decode.sampling import Sampling
@@ -27,48 +27,8 @@ from gare.errors import DataError
 
 log = logging.getLogger(__name__)
 
-#: Names of decoders; auto: decord if it is right for the file, else PyAV. Keyframes are always decoded by
-#: PyAV.
-Decoder = Literal["auto", "pyav", "torchcodec"]
 #: Seconds at the start that may fail to decode without a fault: many cameras begin with an open GOP.
 LATE_START_S = 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedClip:
-    """The sampled frames of a clip, in order of time.
-
-    Attributes:
-        frames: upright RGB pictures (H, W, 3), uint8, or what ``prepare`` made of them.
-        frame_idx: position of each frame among the video's pictures, from 0.
-        time_s: presentation time of each frame: pts × time base, as the file states it.
-        sampling: policy by which the frames were chosen.
-        container: short name of the file's container: mov, matroska, avi, …
-        codec: FFmpeg's name of the codec.
-        decoder: ``decord``, ``pyav`` or ``torchcodec``.
-        decoder_version: version of it.
-        width: pixels of the upright source picture.
-        height: pixels of the upright source picture.
-        fps: average frames per second by the header, 0 if unknown.
-        duration_s: seconds from the file's zero to the end of the last picture (not of the clip).
-        complete: False if the file is damaged, so that some sampled frames may be missing.
-        note: remark about the clip for a person; empty if there is none.
-    """
-
-    frames: list[Picture]
-    frame_idx: NDArray[np.int64]
-    time_s: NDArray[np.float64]
-    sampling: str
-    container: str
-    codec: str
-    decoder: str
-    decoder_version: str
-    width: int
-    height: int
-    fps: float
-    duration_s: float
-    complete: bool = True
-    note: str = ""
 
 
 def decode_clip(
@@ -81,7 +41,7 @@ def decode_clip(
     num_frames: int = 12,
     decoder: Decoder = "auto",
     prepare: Callable[[Picture], Picture] | None = None,
-) -> DecodedClip:
+) -> DecodedClip[Picture]:
     """Samples a clip and keeps at most ``num_frames`` frames, see ``gare.data.decode.sampling``.
 
     Frames are taken by presentation time. Seconds count from the file's zero, as in a player; the clip ends
@@ -109,7 +69,9 @@ def decode_clip(
     before = _state(path)
     try:
         clip = _decode(
-            Request(probe(path), start_s, end_s, sampling, sample_fps, num_frames, prepare or np.asarray),
+            FrameRequest(
+                probe(path), start_s, end_s, sampling, sample_fps, num_frames, prepare or np.asarray
+            ),
             decoder,
         )
     except DataError as error:
@@ -136,10 +98,10 @@ def _check_unchanged(
             "changed while it was read",
             where=str(Path(path).absolute()),
             accepted="a file that nobody is writing; the next run tries it again",
-        ).passing() from cause
+        ).as_transient() from cause
 
 
-def _decode(request: Request, decoder: Decoder) -> DecodedClip:
+def _decode(request: FrameRequest, decoder: Decoder) -> DecodedClip[Picture]:
     source = request.source
     reason, decode = "", decode_with_decord
     if decoder == "pyav" or request.sampling == "keyframes":
@@ -160,15 +122,15 @@ def _decode(request: Request, decoder: Decoder) -> DecodedClip:
 
 
 def _clip(
-    request: Request,
-    selection: Selection,
+    request: FrameRequest,
+    selection: FrameSelection,
     frames: list[Picture],
     frame_idx: NDArray[np.int64],
     decoder: str,
     version: str,
     *,
     complete: bool = True,
-) -> DecodedClip:
+) -> DecodedClip[Picture]:
     source = request.source
     return DecodedClip(
         frames=frames,
@@ -188,10 +150,10 @@ def _clip(
     )
 
 
-def _decode_with_pyav(request: Request) -> DecodedClip:
+def _decode_with_pyav(request: FrameRequest) -> DecodedClip[Picture]:
     """Decodes the frames named by the packets; if these are wrong, a first pass finds what decodes."""
     source = request.source
-    seen: Found | None = None
+    seen: DecodeResult | None = None
     if len(source.pts) and not source.fault and "no timestamps" not in source.traits:
         late = _LateStart(request)
         selection = request.select(source.pts, source.key_pts, source.end_pts)
@@ -215,7 +177,7 @@ def _decode_with_pyav(request: Request) -> DecodedClip:
     return _decode_what_decodes(request, seen)
 
 
-def _decode_what_decodes(request: Request, seen: Found | None) -> DecodedClip:
+def _decode_what_decodes(request: FrameRequest, seen: DecodeResult | None) -> DecodedClip[Picture]:
     """Samples a clip over the frames that really decode.
 
     Args:
@@ -271,9 +233,9 @@ class _LateStart:
         is_long: True if so much is missing that a person should know.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: FrameRequest) -> None:
         self.request = request
-        self.selection: Selection | None = None
+        self.selection: FrameSelection | None = None
         self.is_long = False
 
     def select(self, first: int, wanted: Set[int]) -> set[int] | None:
@@ -302,7 +264,9 @@ class _LateStart:
         return request.sampling != "keyframes" and starts_s < first * source.time_base_s
 
 
-def _places(source: Probe, found: Found, selection: Selection, *, alone: bool = False) -> NDArray[np.int64]:
+def _places(
+    source: Probe, found: DecodeResult, selection: FrameSelection, *, alone: bool = False
+) -> NDArray[np.int64]:
     """Returns positions among the video's pictures: by its packets if each is a picture, else as decoded.
 
     Pictures that were decoded alone have no position in decoding order.
@@ -314,12 +278,12 @@ def _places(source: Probe, found: Found, selection: Selection, *, alone: bool = 
 
 
 def _pyav_clip(
-    request: Request,
-    selection: Selection,
-    found: Found,
+    request: FrameRequest,
+    selection: FrameSelection,
+    found: DecodeResult,
     frame_idx: NDArray[np.int64],
     *,
     complete: bool = True,
-) -> DecodedClip:
+) -> DecodedClip[Picture]:
     frames = [found.kept[tick] for tick in selection.pts.tolist()]
     return _clip(request, selection, frames, frame_idx, "pyav", av.__version__, complete=complete)

@@ -12,10 +12,10 @@ from gare.data.decode.backend_pyav import Picture
 from gare.data.decode.probe import Probe
 from gare.data.decode.sampling import (
     Sampling,
-    choose,
+    equally_spaced,
+    frames_on_screen,
     keyframes_within,
     sample_times,
-    shown_at,
     uniform_times,
 )
 from gare.errors import DataError
@@ -26,7 +26,7 @@ class UnfitError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class FrameSelection:
     """The frames to keep, as positions in a list of frames and as ticks, each possibly more than once.
 
     Attributes:
@@ -48,7 +48,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Request:
+class FrameRequest:
     """A clip to be decoded; the fields are ``decode_clip``'s arguments.
 
     Attributes:
@@ -76,7 +76,7 @@ class Request:
         end_pts: int,
         damage: str = "",
         remark: str = "",
-    ) -> Selection:
+    ) -> FrameSelection:
         """Chooses the clip's frames among a video's pictures.
 
         Args:
@@ -98,14 +98,14 @@ class Request:
             if not start_s - 1e-3 <= times_s[idx[0]] <= end_s:
                 notes.append("no keyframe inside the clip, the nearest is taken")
         else:
-            idx = shown_at(times_s, self._moments(start_s, end_s))
+            idx = frames_on_screen(times_s, self._moments(start_s, end_s))
             if damage:  # otherwise one frame would replace the lost ones after it
                 idx = np.unique(idx)
-            idx = idx[choose(len(idx), self.num_frames)]
+            idx = idx[equally_spaced(len(idx), self.num_frames)]
         duration_s = video_end_s - self.source.origin_s
         if self.end_s is not None and self.source.origin_s + self.end_s > video_end_s + 1e-3:
             notes.append(f"end_s {self.end_s:g} lies beyond the video's {duration_s:.2f} s")
-        return Selection(idx, pts[idx], duration_s, "; ".join(filter(None, notes)))
+        return FrameSelection(idx, pts[idx], duration_s, "; ".join(filter(None, notes)))
 
     def _moments(self, start_s: float, end_s: float) -> NDArray[np.float64]:
         if self.sampling == "uniform":

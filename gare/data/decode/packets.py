@@ -135,7 +135,7 @@ class ErrorLog:
         """Number of messages up to now, of any part of FFmpeg."""
         return len(self._said)
 
-    def speaks_of_damage(self, first: int) -> bool:
+    def reports_damage(self, first: int) -> bool:
         """Returns True if a message from ``first`` on is about pictures, not about metadata."""
         return any(not _ABOUT_METADATA.search(message) for _, _, message in self._said[first:])
 
@@ -212,7 +212,7 @@ class _PacketReader:
         except MemoryError:
             raise
         except (av.error.FFmpegError, OSError) as error:
-            self.scan.stopped_early = f"reading stops early: {explain(error)}"
+            self.scan.stopped_early = f"reading stops early: {explain_error(error)}"
         self._note_ends_and_gaps()
         self._note_clock()
         self._note_order()
@@ -401,7 +401,7 @@ def hold_last(scan: Packets, path: str, stream: av.VideoStream) -> None:
     scan.end_s = max(scan.end_s, scan.end_pts * time_base_of(stream))
 
 
-def explain(error: BaseException) -> str:
+def explain_error(error: BaseException) -> str:
     """Formats a decoder's error as one short line, without the path that the caller adds."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     log = getattr(error, "log", None)

@@ -98,7 +98,7 @@ class Child:
             header = json.loads(take(int.from_bytes(take(LENGTH_BYTES), "big")))
             return header, [take(size) for size in header["sizes"]]
 
-    def has_said(self, pattern: re.Pattern[bytes]) -> bool:
+    def has_printed(self, pattern: re.Pattern[bytes]) -> bool:
         """True if a line that decoders wrote since the last request matches (within the last 64 kB)."""
         self._read_stderr()
         return bool(pattern.search(self._tail))
@@ -112,7 +112,7 @@ class Child:
         self._tail = (self._tail + data)[-_STDERR_BYTES:]
         return bool(data)
 
-    def was_ended_by_others(self) -> bool:
+    def was_killed_from_outside(self) -> bool:
         """True if the process was ended from outside: by a signal that no decoder causes.
 
         Such signals are SIGKILL (the system kills processes when memory is short), SIGTERM or SIGHUP (a node
@@ -122,7 +122,7 @@ class Child:
         status = self.process.poll()
         return status is not None and -status in _OF_OTHERS
 
-    def how_it_ended(self) -> str:
+    def describe_end(self) -> str:
         """Describes the end for a message: the signal or status, and the last line of stderr."""
         try:
             status = self.process.wait(timeout=5)

@@ -30,7 +30,7 @@ from gare.data.decode.mov_tracks import mov_tracks
 from gare.data.decode.orientation import Orientation
 from gare.data.decode.packets import (
     ErrorLog,
-    explain,
+    explain_error,
     hold_last,
     missing_end,
     scan_packets,
@@ -184,7 +184,7 @@ def _check_kind(path: str) -> None:
         fault = "" if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) else f"it is {kind}"
     except (OSError, ValueError) as error:
         link = broken_link(path)
-        fault = f"it is {link}" if link else explain(error)
+        fault = f"it is {link}" if link else explain_error(error)
     if fault:
         raise DataError(f"cannot be opened as a video: {fault}", where=path, accepted=ACCEPTED)
 
@@ -216,15 +216,15 @@ def open_container(path: str) -> av.container.InputContainer:
 def _reason(error: Exception, head: bytes | None) -> str:
     """Explains why a file cannot be opened, by its first bytes if they tell more than FFmpeg's error."""
     if head is None:
-        return explain(error)
+        return explain_error(error)
     kind, container = file_kind(head), begins_as(head)
     if kind:
         return f"it is {kind}"
     if container:
-        return f"it begins as {container}, but is cut off, not finished or damaged ({explain(error)})"
+        return f"it begins as {container}, but is cut off, not finished or damaged ({explain_error(error)})"
     if isinstance(error, av.error.ArgumentError):  # FFmpeg's error for formats that are not in its list
         return "it is of a kind that is not read"
-    return explain(error)
+    return explain_error(error)
 
 
 def _main_stream(container: av.container.InputContainer, path: str) -> tuple[av.VideoStream, int]:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
+from gare.data.decode.clip_request import ClipRequest
+from gare.data.decode.decoded_clip import DecodedClip
 from gare.data.decode.pipe import Child
 from gare.data.decode.sampling import Sampling
-from gare.data.images import Crop
-from gare.errors import ConfigError, DataError, shown
+from gare.errors import ConfigError, DataError, without_secrets
 from gare.storage.uris import scheme_of
 
 #: FFmpeg's messages of damage within decord, which conceals it and goes on. swscale only reports formats.
@@ -31,7 +29,7 @@ class DecodeTimeoutError(DataError):
 
     # The cause may be an overloaded node or a hanging mount. A file that never ends costs its deadline once a
     # run, up to extract.max_attempts.
-    may_pass = True
+    is_transient = True
 
 
 class DecoderCrashError(DataError):
@@ -51,31 +49,6 @@ class DecoderFaultError(DataError):
 
 #: Kinds of errors as the child names them, but for those that are of the file.
 _KINDS = {"ConfigError": ConfigError, "Unforeseen": DecoderFaultError}
-
-
-@dataclass(frozen=True, eq=False)
-class ExtractedClip:
-    """A decoded clip in the form of the frame store.
-
-    Attributes:
-        frames: JPEGs of one size, or size × size × 3 raw RGB bytes each.
-        frame_idx: as in ``DecodedClip``, like all further attributes.
-    """
-
-    frames: list[bytes]
-    frame_idx: NDArray[np.int64]
-    time_s: NDArray[np.float64]
-    sampling: str
-    container: str
-    codec: str
-    decoder: str
-    decoder_version: str
-    width: int
-    height: int
-    fps: float
-    duration_s: float
-    complete: bool
-    note: str
 
 
 class DecodeProcess:
@@ -118,36 +91,12 @@ class DecodeProcess:
         self._child = None
 
     def extract(
-        self,
-        path: str,
-        *,
-        start_s: float | None = None,
-        end_s: float | None = None,
-        sampling: Sampling = "released",
-        sample_fps: float = 1.0,
-        num_frames: int = 12,
-        decoder: Literal["auto", "pyav", "torchcodec"] = "auto",
-        image_size: int = 224,
-        crop: Crop = "center",
-        encoding: Literal["jpeg", "raw"] = "jpeg",
-        jpeg_quality: int = 95,
-        deadline_s: float = 60.0,
-        memory_mb: float = 2000.0,
-    ) -> ExtractedClip:
+        self, request: ClipRequest, *, deadline_s: float = 60.0, memory_mb: float = 2000.0
+    ) -> DecodedClip[bytes]:
         """Decodes, resizes, crops and encodes a clip in the child.
 
         Args:
-            path: local path or ``file://`` URI.
-            start_s: see ``decode_clip`` for this and all up to ``decoder``.
-            end_s: end of the clip, seconds.
-            sampling: policy.
-            sample_fps: samples per second.
-            num_frames: F.
-            decoder: decoder to use.
-            image_size: pixels of the short side.
-            crop: center, or none for whole pictures (JPEG only).
-            encoding: of the frames.
-            jpeg_quality: 1 to 100.
+            request: the clip, and the form of its frames.
             deadline_s: seconds after which the child is killed.
             memory_mb: MB of private memory that the child may use, on Linux.
 
@@ -158,33 +107,15 @@ class DecodeProcess:
             DataError: if the video is bad, with the child's message.
             ConfigError: if the decoder is not installed.
         """
-        request: dict[str, Any] = {
-            "path": _checked(path),
-            "clip": {
-                "start_s": start_s,
-                "end_s": end_s,
-                "sampling": sampling,
-                "sample_fps": sample_fps,
-                "num_frames": num_frames,
-                "decoder": decoder,
-            },
-            "memory_mb": memory_mb,
-            "image_size": image_size,
-            "crop": crop,
-            "encoding": encoding,
-            "jpeg_quality": jpeg_quality,
-        }
         until = time.monotonic() + deadline_s
-        header, frames = self._ask(request, path, deadline_s, memory_mb)
-        if header["decoder"] == "decord" and self._child and self._child.has_said(_DAMAGE):
-            request["clip"] |= {"decoder": "pyav"}
+        facts, frames = self._ask("clip", asdict(request), deadline_s, memory_mb)
+        if facts["decoder"] == "decord" and self._child and self._child.has_printed(_DAMAGE):
+            request = replace(request, decoder="pyav")
             left_s = max(until - time.monotonic(), 0.1)
-            header, frames = self._ask(request, path, left_s, memory_mb)
-        header["frame_idx"] = np.array(header["frame_idx"], dtype=np.int64)
-        header["time_s"] = np.array(header["time_s"], dtype=np.float64)
-        return ExtractedClip(frames=frames, **header)
+            facts, frames = self._ask("clip", asdict(request), left_s, memory_mb)
+        return DecodedClip.from_facts(facts, frames)
 
-    def look(
+    def find_outdated_traits(
         self,
         path: str,
         *,
@@ -193,11 +124,11 @@ class DecodeProcess:
         deadline_s: float = 60.0,
         memory_mb: float = 2000.0,
     ) -> str:
-        """Calls ``gare.data.decode.mended.mended_trait`` in the child.
+        """Calls ``gare.data.decode.outdated.outdated_traits`` in the child.
 
         Args:
             path: local path or ``file://`` URI.
-            sampling: see ``mended_trait``, also for ``complete``.
+            sampling: see ``outdated_traits``, also for ``complete``.
             complete: True if the file was taken to be whole.
             deadline_s: see ``extract``, also for ``memory_mb``.
             memory_mb: MB of private memory that the child may use.
@@ -205,17 +136,17 @@ class DecodeProcess:
         Raises:
             DataError: as ``extract``, except for a bad video.
         """
-        look = {"sampling": sampling, "complete": complete}
-        request = {"path": _checked(path), "look": look, "memory_mb": memory_mb}
-        return str(self._ask(request, path, deadline_s, memory_mb)[0]["trait"])
+        arguments = {"path": path, "sampling": sampling, "complete": complete}
+        return str(self._ask("outdated_traits", arguments, deadline_s, memory_mb)[0]["traits"])
 
     def _ask(
-        self, request: dict[str, Any], path: str, deadline_s: float, memory_mb: float
+        self, task: str, arguments: dict[str, Any], deadline_s: float, memory_mb: float
     ) -> tuple[dict[str, Any], list[bytes]]:
         """Sends a request about a file to the child and returns its answer."""
+        path = _checked(arguments["path"])
         child = self._ready_child()
         try:
-            child.send(request)
+            child.send({"task": task, "arguments": arguments, "memory_mb": memory_mb})
             header, frames = child.receive(time.monotonic() + deadline_s)
         except TimeoutError as error:
             self.close()
@@ -225,12 +156,12 @@ class DecodeProcess:
                 accepted="a larger extract.deadline_s",
             ) from error
         except (EOFError, BrokenPipeError) as error:
-            how, by_others = child.how_it_ended(), child.was_ended_by_others()
+            how, by_others = child.describe_end(), child.was_killed_from_outside()
             self.close()
             if re.search("bad_alloc|cannot allocate memory", how, re.IGNORECASE):  # as C++ reports it
                 raise _beyond(memory_mb, path) from error
             crash = DecoderCrashError(f"the decoder crashed: {how}", where=path)
-            raise crash.passing() if by_others else crash from error
+            raise crash.as_transient() if by_others else crash from error
         except BaseException:
             self.close()  # a late answer must not be taken for the next video's
             raise
@@ -240,7 +171,7 @@ class DecodeProcess:
         if "error" in header:
             kind = _KINDS.get(header["kind"], DataError)
             fault = kind(header["error"], where=header["where"], accepted=header["accepted"])
-            raise fault.passing() if header["may_pass"] else fault
+            raise fault.as_transient() if header["is_transient"] else fault
         header.pop("sizes")
         return header, frames
 
@@ -252,7 +183,7 @@ class DecodeProcess:
             try:
                 self._child.receive(time.monotonic() + _START_DEADLINE_S)
             except (TimeoutError, EOFError) as error:
-                how = self._child.how_it_ended()
+                how = self._child.describe_end()
                 self.close()
                 # Not a fault of the video: without a decoder every video would fail.
                 raise RuntimeError(f"the decoding process does not start: {how}") from error
@@ -265,7 +196,9 @@ class DecodeProcess:
 
 def _checked(uri: str) -> str:
     if scheme_of(uri) != "file":
-        raise DataError("is not on this machine", where=shown(uri), accepted="a local path or a file:// URI")
+        raise DataError(
+            "is not on this machine", where=without_secrets(uri), accepted="a local path or a file:// URI"
+        )
     return uri
 
 

@@ -60,7 +60,9 @@ def uniform_times(start_s: float, end_s: float, num_frames: int) -> NDArray[np.f
         ValueError: if F is below 1 or the clip ends before it starts.
     """
     if num_frames < 1 or not end_s >= start_s:
-        raise ValueError(f"{num_frames} frames from {start_s} s to {end_s} s; accepted: 1 or more, forwards")
+        raise ValueError(
+            f"{num_frames} frames from {start_s} s to {end_s} s; accepted: 1 or more, with start before end"
+        )
     centres = np.arange(num_frames, dtype=np.float64) + 0.5
     return start_s + centres * ((end_s - start_s) / num_frames)
 
@@ -68,7 +70,7 @@ def uniform_times(start_s: float, end_s: float, num_frames: int) -> NDArray[np.f
 def keyframes_within(
     key_times_s: NDArray[np.float64], start_s: float, end_s: float, num_frames: int
 ) -> NDArray[np.int64]:
-    """Returns positions of F of the keyframes in [``start_s``, ``end_s``), at the steps of ``choose``.
+    """Returns positions of F of the keyframes in [``start_s``, ``end_s``), by ``equally_spaced``.
 
     Args:
         key_times_s: presentation times of the keyframes, increasing, at least one.
@@ -82,10 +84,10 @@ def keyframes_within(
     inside = np.flatnonzero((key_times_s >= start_s - TOLERANCE_S) & (key_times_s < end_s - TOLERANCE_S))
     if not len(inside):
         return np.array([np.abs(key_times_s - (start_s + end_s) / 2).argmin()], dtype=np.int64)
-    return inside[choose(len(inside), num_frames)]
+    return inside[equally_spaced(len(inside), num_frames)]
 
 
-def choose(num_candidates: int, num_frames: int) -> NDArray[np.int64]:
+def equally_spaced(num_candidates: int, num_frames: int) -> NDArray[np.int64]:
     """Returns positions of the candidates to keep: all, or ``num_frames`` of them at equal steps.
 
     With more than ``num_frames`` candidates: ``linspace(0, num_candidates - 1, num_frames)`` truncated to
@@ -103,7 +105,7 @@ def choose(num_candidates: int, num_frames: int) -> NDArray[np.int64]:
     return np.linspace(0, num_candidates - 1, num_frames).astype(np.int64)
 
 
-def shown_at(frame_times_s: NDArray[np.float64], times_s: NDArray[np.float64]) -> NDArray[np.int64]:
+def frames_on_screen(frame_times_s: NDArray[np.float64], times_s: NDArray[np.float64]) -> NDArray[np.int64]:
     """Returns the frame on screen at each time: the last frame with a presentation time not after it.
 
     A frame is on screen from its presentation time until the next one's. Times before the first frame give

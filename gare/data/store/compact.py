@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from gare.data.store.contents import (
     FAILURE_SCHEMA,
     IDENTITY,
-    NOBODY,
+    NO_LOCK,
     all_failures,
     ids_in_parts,
     read_meta,
@@ -33,19 +33,19 @@ from gare.data.store.parts import (
     Part,
     checksum_fault,
     encode_part,
-    name_of,
+    part_name_of_group,
     put_part,
     read_parts,
     write_table,
 )
 from gare.errors import DataError
 from gare.storage.files import delete_file, read_bytes, stat_file
-from gare.storage.generations import Held
+from gare.storage.generations import HeldStore
 
 logger = logging.getLogger(__name__)
 
 
-def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
+def compact(uri: str, part_bytes: int, held: HeldStore = NO_LOCK) -> dict[str, int]:
     """Merges parts until each is of about ``part_bytes``.
 
     Args:
@@ -67,7 +67,7 @@ def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
     stored = rows_in_parts(uri, "data", (), ["rules"])
     retired = read_retired(uri)
     parts, replaced = read_parts(uri, "data", ["video_id"])
-    _delete(replaced, held.check)
+    _delete(replaced, held.raise_if_lost)
     left_out, gone = 0, set[str]()
     for group in _groups(parts, retired, part_bytes):
         table = _joined([_live_rows(part, retired, stored) for part in group])
@@ -76,13 +76,13 @@ def compact(uri: str, part_bytes: int, held: Held = NOBODY) -> dict[str, int]:
         # successor counts.
         if any(part.rows for part in group):
             checksums = [part.checksum for part in group]
-            name = name_of([*ids, *checksums], held.generation)
+            name = part_name_of_group([*ids, *checksums], held.generation)
             data = encode_part("data", name, table, checksums)
-            held.check()
+            held.raise_if_lost()
             merged = put_part(uri, "data", name, data)
-            logger.info("%d parts are %s now, with %d clips", len(group), merged, len(ids))
+            logger.info("merged %d parts into %s, with %d clips", len(group), merged, len(ids))
         left_out += sum(len(part.rows) for part in group) - len(ids)
-        _delete(group, held.check)
+        _delete(group, held.raise_if_lost)
         gone.update(part.checksum for part in group)
     write_retired(uri, {key: rows for key, rows in retired.items() if key not in gone}, held)
     _compact_failures(uri, stored, held)
@@ -156,13 +156,15 @@ def _delete(parts: Sequence[Part], check: Callable[[], None]) -> None:
         delete_file(part.location)
 
 
-def _compact_failures(uri: str, stored: Mapping[str, tuple[str, int, Mapping[str, Any]]], held: Held) -> None:
+def _compact_failures(
+    uri: str, stored: Mapping[str, tuple[str, int, Mapping[str, Any]]], held: HeldStore
+) -> None:
     """Merges failures: keeps the last one of each video that is still failed, in one part.
 
     Failures of earlier versions of its file and of other stages stay: the attempts are counted by them.
     """
     parts, replaced = read_parts(uri, "failures", ["video_id"])
-    _delete(replaced, held.check)
+    _delete(replaced, held.raise_if_lost)
     last = {
         tuple(row[key] for key in ("video_id", "stage", *IDENTITY)): row
         for row in all_failures(uri)
@@ -176,6 +178,6 @@ def _compact_failures(uri: str, stored: Mapping[str, tuple[str, int, Mapping[str
         checksums = [part.checksum for part in parts]
         table = pa.Table.from_pylist(rows, FAILURE_SCHEMA)
         group = [*(row["video_id"] for row in rows), *checksums]
-        held.check()
+        held.raise_if_lost()
         write_table(uri, "failures", table, group, checksums, held.generation)
-    _delete(parts, held.check)
+    _delete(parts, held.raise_if_lost)

@@ -21,7 +21,7 @@ from gare.data.store.parts import Part, part_files, read_columns, read_parts, wr
 from gare.errors import DataError
 from gare.storage.exclusive import replace_file
 from gare.storage.files import exists, join, json_bytes, read_json
-from gare.storage.generations import Held, generation_of
+from gare.storage.generations import HeldStore, generation_of
 
 __all__ = [
     "ADDED_COLUMNS",
@@ -29,7 +29,7 @@ __all__ = [
     "FAILURE_SCHEMA",
     "IDENTITY",
     "META",
-    "NOBODY",
+    "NO_LOCK",
     "RETIRED",
     "RULES",
     "StoreMeta",
@@ -56,9 +56,9 @@ __all__ = [
 
 SCHEMA_VERSION = 2
 META = "_META.json"
-NOBODY = Held()
+NO_LOCK = HeldStore()
 #: Version of the rules by which video files are read, in the column ``rules`` of all rows. It rises when some
-#: files give other frames; ``gare.data.decode.mended`` recognises them. Rows without it are of version 1.
+#: files give other frames; ``gare.data.decode.outdated`` recognises them. Rows without it are of version 1.
 RULES = 2
 
 #: Identity of a row's source: the same clip of the same file has the same four, wherever the file lies. The
@@ -214,7 +214,7 @@ class StoreMeta:
     generation: int = 0
 
 
-def write_meta(uri: str, meta: StoreMeta, held: Held = NOBODY) -> None:
+def write_meta(uri: str, meta: StoreMeta, held: HeldStore = NO_LOCK) -> None:
     """Replaces the description of a store.
 
     Raises:
@@ -222,7 +222,7 @@ def write_meta(uri: str, meta: StoreMeta, held: Held = NOBODY) -> None:
     """
     meta = dataclasses.replace(meta, generation=held.generation)
     text = json.dumps(dataclasses.asdict(meta), indent=2, ensure_ascii=False)
-    replace_file(join(uri, META), text.encode(), held.check)
+    replace_file(join(uri, META), text.encode(), held.raise_if_lost)
 
 
 def read_meta(uri: str) -> StoreMeta:
@@ -286,7 +286,7 @@ def read_retired(uri: str) -> dict[str, dict[str, str]]:
     return rows
 
 
-def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: Held = NOBODY) -> None:
+def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: HeldStore = NO_LOCK) -> None:
     """Replaces the record of ``read_retired`` in one step.
 
     Nothing is written if it is the same and of this generation. The first write of a generation always
@@ -300,7 +300,7 @@ def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: Held = 
     found: dict[str, Any] = read_json(location) if exists(location) else {}
     if found.get("rows", {}) != rows or found.get("generation", 0) != held.generation:
         content = json_bytes({"rows": rows, "generation": held.generation})
-        replace_file(location, content, held.check)
+        replace_file(location, content, held.raise_if_lost)
 
 
 def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
@@ -362,7 +362,9 @@ def _parts_and_retired(
         # A compaction that ends meanwhile deletes a part before its retired rows.
         if {part.location for part in parts} <= set(part_files(uri, folder)):
             return parts, retired
-    raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
+    raise DataError(
+        "other jobs keep merging its parts while it is read", where=uri, accepted="try again later"
+    )
 
 
 def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]:

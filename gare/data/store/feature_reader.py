@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.store.contents import ids_in_parts, read_meta
-from gare.data.store.parts import FEATURES_PER_GROUP, is_gone
+from gare.data.store.parts import FEATURES_PER_GROUP, is_part_gone
 from gare.errors import DataError
 from gare.storage.files import open_fs
 
@@ -141,7 +141,7 @@ class FeatureReader:
         try:
             return read()
         except DataError as error:
-            if not is_gone(error):
+            if not is_part_gone(error):
                 raise
             self.places = ids_in_parts(self.uri, "data")
             return read()

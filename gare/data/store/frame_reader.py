@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from gare.data.images import crop_centre, decode_jpeg, size_fault
 from gare.data.store.contents import META, ids_in_parts, read_meta
-from gare.data.store.parts import is_gone
+from gare.data.store.parts import is_part_gone
 from gare.data.store.tensor_pages import UnknownPageError, low_bytes
 from gare.errors import DataError
 from gare.storage.files import exists, join, open_fs
@@ -91,7 +91,7 @@ class FrameReader:
             return self._read(video_id, *place, out)
         except DataError as error:
             # Parts are merged while they are read.
-            self.places = ids_in_parts(self.uri, "data") if is_gone(error) else self.places
+            self.places = ids_in_parts(self.uri, "data") if is_part_gone(error) else self.places
             if self.places.get(video_id) in (None, place):
                 raise
             return self._read(video_id, *self.places[video_id], out)
@@ -188,7 +188,7 @@ class _OpenPart:
             place += len(page)
 
 
-class NoPictures:
+class GreyPictures:
     """Grey pictures in place of a frame store that was not kept, for pictures shown only to people."""
 
     def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
@@ -197,10 +197,10 @@ class NoPictures:
         return frames, np.ones((len(video_ids), 1), dtype=np.bool_)
 
 
-def open_pictures(uri: str) -> FrameReader | NoPictures:
+def open_pictures(uri: str) -> FrameReader | GreyPictures:
     """Opens the frame store, or returns grey pictures if there is no store.
 
     Raises:
         DataError: for a store that cannot be read.
     """
-    return FrameReader(uri) if exists(join(uri, META)) else NoPictures()
+    return FrameReader(uri) if exists(join(uri, META)) else GreyPictures()

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from gare.data.store.tensor_pages import ENCODING, LEVEL
 from gare.errors import DataError
 from gare.storage.files import exists, join, list_files, open_fs, read_bytes, write_atomically
-from gare.storage.generations import generation_of, newest, part_name
-from gare.storage.patience import is_of_a_file
+from gare.storage.generations import generation_of, newest_generation, part_name
+from gare.storage.patience import has_os_error
 
 CHECKSUM, NAME, REPLACES = "gare.sha256", "gare.part", "gare.replaces"
 #: Files that are opened at once: most of the time is spent waiting, above all for an object store.
@@ -115,11 +115,11 @@ def write_table(
     Returns:
         The location of the part.
     """
-    name = name_of(group, generation)
+    name = part_name_of_group(group, generation)
     return put_part(uri, folder, name, encode_part(folder, name, table, replaces))
 
 
-def name_of(group: Sequence[str], generation: int = 0) -> str:
+def part_name_of_group(group: Sequence[str], generation: int = 0) -> str:
     """Returns the file name of a part; see ``write_part`` for the arguments."""
     return part_name(generation, hashlib.sha256("\n".join(sorted(group)).encode()).hexdigest()[:20])
 
@@ -181,7 +181,7 @@ def checksum_fault(data: bytes) -> str:
     return "" if digest.hexdigest().encode() == stated else "its bytes have changed since it was written"
 
 
-def is_gone(error: DataError) -> bool:
+def is_part_gone(error: DataError) -> bool:
     """True if a part cannot be read because it is gone: it has been merged into another meanwhile.
 
     An object store does not report this for an open part, so the part is looked up after any read error; a
@@ -197,7 +197,7 @@ def is_gone(error: DataError) -> bool:
         return False
 
 
-def is_of_content(error: DataError) -> bool:
+def is_content_fault(error: DataError) -> bool:
     """True if a part cannot be read because of its content, not because of the storage.
 
     pyarrow raises OSError both for changed bytes of a page and for a storage that does not answer, so the
@@ -209,7 +209,7 @@ def is_of_content(error: DataError) -> bool:
     Raises:
         DataError: if the storage does not answer, or the part is gone.
     """
-    return not is_of_a_file(error) or bool(checksum_fault(read_bytes(error.where)))
+    return not has_os_error(error) or bool(checksum_fault(read_bytes(error.where)))
 
 
 def part_files(uri: str, folder: str) -> list[str]:
@@ -242,7 +242,7 @@ def read_parts(
             break
         except DataError as error:
             # Merged into another and deleted since they were listed.
-            if attempt == 2 or not is_gone(error):
+            if attempt == 2 or not is_part_gone(error):
                 raise
     replaced = {checksum for part in parts for checksum in part.replaces}
     void = [Part(location, "", frozenset(), ()) for location in there if location not in set(locations)]
@@ -262,12 +262,14 @@ def _listed(uri: str, folder: str) -> tuple[list[str], list[str]]:
         there = part_files(uri, folder)
         # Read after the listing: a part that appeared before a fence was written may count, and one that was
         # listed after that is recognised as void.
-        locations = newest(uri).counting(folder, there) if there else []
+        locations = newest_generation(uri).parts_that_count(folder, there) if there else []
         # A fence does not name parts that are gone. So a part that was merged into another after the listing
         # looks void; a part that is still there was void when the fence was made.
         if len(locations) == len(there) or not set(there).difference(locations, part_files(uri, folder)):
             return there, locations
-    raise DataError("is merged again and again while it is read", where=uri, accepted="try again later")
+    raise DataError(
+        "other jobs keep merging its parts while it is read", where=uri, accepted="try again later"
+    )
 
 
 def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> Part:

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from gare.errors import CheckpointError, DataError, FullDiskError, GareError, shown
+from gare.errors import CheckpointError, DataError, FullDiskError, GareError, without_secrets
 from gare.storage.files import delete_leftovers, delete_tree, exists, join, list_files, read_json, write_json
-from gare.storage.patience import PATIENCE_S, patiently
+from gare.storage.patience import PATIENCE_S, retry_until_answered
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.sums import sha256_of
 
@@ -89,7 +89,9 @@ class Checkpoints:
             raise CheckpointError("is not as it was written", where=index, accepted=_ANOTHER_INDEX)
         for number in damaged:
             logger.warning(
-                "%s: row %d is not as it was written, its checkpoint is left out", shown(index), number
+                "%s: row %d is not as it was written, its checkpoint is left out",
+                without_secrets(index),
+                number,
             )
         return sorted(filter(None, found), key=lambda entry: entry.name), bool(damaged)
 
@@ -232,7 +234,9 @@ class CheckpointWriter:
             self.checkpoints.add(replace(entry, sha256=sums))
 
         try:
-            patiently(attempt, f"the checkpoint of step {entry.step} cannot be written", self.patience_s)
+            retry_until_answered(
+                attempt, f"the checkpoint of step {entry.step} cannot be written", self.patience_s
+            )
         except GareError as error:
             self._give_up(entry, location, error)
         except Exception as error:

@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from gare.errors import CheckpointError, DamagedError, DataError, shown
+from gare.errors import CheckpointError, DamagedError, DataError, without_secrets
 from gare.storage.files import delete_file, exists, join, list_files, read_bytes, write_atomically
 from gare.storage.uris import is_uri
 
@@ -184,7 +184,7 @@ def note_without_sums(folder: SummedFolder) -> None:
         _noted.add(folder.uri)
         logger.warning(
             "%s has no %s, as an earlier version wrote it: a changed bit in its files would not be seen",
-            shown(folder.uri),
+            without_secrets(folder.uri),
             SUMS,
         )
 

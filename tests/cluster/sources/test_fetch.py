@@ -223,7 +223,7 @@ def test_what_stays_refused_is_asked_once(site: Site, status: int) -> None:
     assert str(status) in error.what
     assert len(site.asked) == 1
     # Another night may have another signature or right, for the same video.
-    assert error.may_pass == (status in (401, 403))
+    assert error.is_transient == (status in (401, 403))
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])

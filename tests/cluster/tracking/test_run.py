@@ -28,7 +28,7 @@ from cluster.tracking import client as client_module
 from cluster.tracking import run as run_module
 from cluster.tracking.outbox import FileOutbox
 from gare.config import TrackingConfig
-from gare.errors import ConfigError, GareError, masked
+from gare.errors import ConfigError, GareError, mask_secrets
 
 SERVED = """
 from pathlib import Path
@@ -132,8 +132,8 @@ def test_a_uri_that_cannot_work_is_refused_with_what_can(uri: str, root: str, me
 
 def test_passwords_are_masked() -> None:
     # Else the server's password is in every log file.
-    assert masked("at http://me:se%20cret@h:1/x and") == "at http://***@h:1/x and"
-    assert masked("postgresql://h/db?password=x&a=1") == "postgresql://h/db?password=***&a=1"
+    assert mask_secrets("at http://me:se%20cret@h:1/x and") == "at http://***@h:1/x and"
+    assert mask_secrets("postgresql://h/db?password=x&a=1") == "postgresql://h/db?password=***&a=1"
     assert "secret" not in repr(RunHandle("http://u:secret@h", "1", "2"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,25 @@ from gare.data.benchmarks.activitynet import youtube_name
 from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
 from tests.helpers.annotation_copies import (
+    Copy,
     as_lines,
     as_table,
+    assert_same_benchmark,
     captions_of,
     counts_of,
     deviations_of,
     json_of,
     read,
+    with_single_blanks,
     write,
 )
 
-
-@pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "data" / "annotations" / "activitynet"
+BENCHMARK = "activitynet"
 
 
-@pytest.fixture(scope="module")
-def original(folder: Path) -> Benchmark:
-    return read("activitynet", folder)
-
-
-@pytest.fixture(scope="module")
-def content(folder: Path) -> dict[str, Any]:
+def plain_content(folder: Path) -> dict[str, Any]:
     """The two files of sentences, read the plain way."""
     return {name: json_of(folder, f"{name}.json") for name in ("train", "val_1")}
-
-
-def normalise_spaces(text: str) -> str:
-    return " ".join(text.split())
 
 
 def test_counts_and_samples(original: Benchmark, content: dict[str, Any]) -> None:
@@ -60,7 +49,7 @@ def test_counts_and_samples(original: Benchmark, content: dict[str, Any]) -> Non
     assert "a man holds a piñata high above her head" in captions["v_M_LSDRzVN38"][0]
     assert "The monkey driving the speed boat is shown again." in captions["v_mIi5fkvHDAo"][0]
     assert captions == {
-        name: (normalise_spaces(" ".join(video["sentences"])),)
+        name: (with_single_blanks(" ".join(video["sentences"])),)
         for part in content.values()
         for name, video in part.items()
     }
@@ -129,23 +118,17 @@ def _rows(content: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
 
 @pytest.mark.parametrize("copy", [_windows, _bare_ids, _lists, _rows])
 def test_copies_in_other_forms_are_the_same_benchmark(
-    copy: Callable[[dict[str, Any], np.random.Generator], dict[str, Any]],
-    content: dict[str, Any],
-    original: Benchmark,
-    rng: np.random.Generator,
-    tmp_path: Path,
+    copy: Copy, content: dict[str, Any], original: Benchmark, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     """Who has the files from elsewhere must train on and be scored on the very same data."""
-    found = read("activitynet", write(tmp_path / "annotations", copy(content, rng)))
-    assert found.manifest.fingerprint == original.manifest.fingerprint
-    assert found.manifest.protocol == original.manifest.protocol
+    assert_same_benchmark(original, write(tmp_path, copy(content, rng)))
 
 
 def test_val_2_is_not_val_1(folder: Path, content: dict[str, Any], tmp_path: Path) -> None:
     """val_2 has other sentences for fewer of the same videos: its scores are another benchmark's."""
     files = {"train.json": content["train"], "val_1.json": json_of(folder, "val_2.json")}
     with pytest.raises(DataError, match="4885 videos for 4917"):
-        read("activitynet", write(tmp_path, files))
+        read(BENCHMARK, write(tmp_path, files))
 
 
 def test_other_texts_under_the_same_ids_are_said(content: dict[str, Any], tmp_path: Path) -> None:
@@ -155,5 +138,5 @@ def test_other_texts_under_the_same_ids_are_said(content: dict[str, Any], tmp_pa
         **changed["v_uqiMw7tQ1Cc"],
         "sentences": ["A man lifts weights.", "He rests."],
     }
-    found = read("activitynet", write(tmp_path, {"train.json": content["train"], "val_1.json": changed}))
+    found = read(BENCHMARK, write(tmp_path, {"train.json": content["train"], "val_1.json": changed}))
     assert found.manifest.protocol == "paragraphs, test on val_1; not as published: test other texts"

@@ -107,4 +107,4 @@ def test_which_file_is_taken(tmp_path: Path) -> None:
     write(tmp_path, {"train_list.csv": "video\na\n"})
     folder = AnnotationFolder(str(tmp_path))
     with pytest.raises(DataError, match=r"several files could be train list and differ: sub/Train_List.TXT"):
-        folder.need((r"^train_list",), "train list", "train_list.txt")
+        folder.read_required((r"^train_list",), "train list", "train_list.txt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import pytest
 from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
 from tests.helpers.annotation_copies import (
+    Copy,
     as_lines,
     as_table,
+    assert_same_benchmark,
     captions_of,
     counts_of,
     deviations_of,
@@ -23,20 +24,13 @@ from tests.helpers.annotation_copies import (
     read,
     table_of,
     text_of,
+    with_single_blanks,
+    without_ending,
     write,
 )
 
+BENCHMARK = "didemo"
 SPLITS = ("train", "val", "test")
-
-
-@pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "data" / "annotations" / "didemo"
-
-
-@pytest.fixture(scope="module")
-def original(folder: Path) -> Benchmark:
-    return read("didemo", folder)
 
 
 class Content:
@@ -60,17 +54,7 @@ class Content:
                     self.paragraphs[split].setdefault(entry["video"], []).append(entry["description"])
 
 
-@pytest.fixture(scope="module")
-def content(folder: Path) -> Content:
-    return Content(folder)
-
-
-def stem(name: str) -> str:
-    return name.rsplit(".", 1)[0]
-
-
-def normalise_spaces(text: str) -> str:
-    return " ".join(text.split())
+plain_content = Content
 
 
 def test_counts_and_samples(original: Benchmark, content: Content) -> None:
@@ -83,7 +67,7 @@ def test_counts_and_samples(original: Benchmark, content: Content) -> None:
         "turn around.",
     )
     assert captions == {
-        stem(name): (normalise_spaces(" ".join(texts)),)
+        without_ending(name): (with_single_blanks(" ".join(texts)),)
         for videos in content.paragraphs.values()
         for name, texts in videos.items()
     }
@@ -99,7 +83,7 @@ def test_what_is_not_as_published_is_said(original: Benchmark, content: Content)
     )
     found = deviations_of(original)
     labelled = {row["video_path"].rsplit("/", 1)[1] for row in content.labels["train"]}
-    silent = {stem(name) for name in content.lists["train"] if name not in labelled}
+    silent = {without_ending(name) for name in content.lists["train"] if name not in labelled}
     assert len(silent) == 30
     assert set(found["train videos without sentences, left out"]) == silent
     for split, number in (("val", 29), ("test", 33)):
@@ -119,9 +103,9 @@ def test_a_video_under_two_names_keeps_the_listed_one(original: Benchmark) -> No
 def test_both_forms_of_the_annotations_agree(content: Content, folder: Path, tmp_path: Path) -> None:
     """Test from the label table and test from the original sentences are the same benchmark."""
     labels = {**content.texts, **content.label_texts}
-    found = read("didemo", write(tmp_path, labels))
+    found = read(BENCHMARK, write(tmp_path, labels))
     assert counts_of(found) == {"train": (8362, 8362), "val": (1062, 1062), "test": (1004, 1004)}
-    whole = captions_of(read("didemo", folder))
+    whole = captions_of(read(BENCHMARK, folder))
     assert captions_of(found).items() <= whole.items()
 
 
@@ -154,14 +138,16 @@ def _converted(content: Content, rng: np.random.Generator) -> dict[str, Any]:
     # All videos made mp4, sentences as a list: one file a split, in the order of nobody.
     files = {}
     for split, videos in content.paragraphs.items():
-        entries = [{"caption": texts, "video": f"{stem(name)}.mp4"} for name, texts in videos.items()]
+        entries = [
+            {"caption": texts, "video": f"{without_ending(name)}.mp4"} for name, texts in videos.items()
+        ]
         files[f"didemo_ret_{split}.json"] = [entries[i] for i in rng.permutation(len(entries))]
     return files
 
 
 def _converted_beside_lists(content: Content, rng: np.random.Generator) -> dict[str, Any]:
     rows = {
-        split: [(stem(name), normalise_spaces(" ".join(texts))) for name, texts in videos.items()]
+        split: [(without_ending(name), with_single_blanks(" ".join(texts))) for name, texts in videos.items()]
         for split, videos in content.paragraphs.items()
     }
     tables = {f"DiDeMo_{split}.tsv": as_table(["video_id", "caption"], rows[split], "\t") for split in SPLITS}
@@ -170,16 +156,10 @@ def _converted_beside_lists(content: Content, rng: np.random.Generator) -> dict[
 
 @pytest.mark.parametrize("copy", [_windows, _tabs, _converted, _converted_beside_lists])
 def test_copies_in_other_forms_are_the_same_benchmark(
-    copy: Callable[[Content, np.random.Generator], dict[str, Any]],
-    content: Content,
-    original: Benchmark,
-    rng: np.random.Generator,
-    tmp_path: Path,
+    copy: Copy, content: Content, original: Benchmark, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     """Who has the files from elsewhere must train on and be scored on the very same data."""
-    found = read("didemo", write(tmp_path / "annotations", copy(content, rng)))
-    assert found.manifest.fingerprint == original.manifest.fingerprint
-    assert found.manifest.protocol == original.manifest.protocol
+    assert_same_benchmark(original, write(tmp_path, copy(content, rng)))
 
 
 def test_annotations_without_their_list_are_refused(content: Content, tmp_path: Path) -> None:
@@ -187,7 +167,7 @@ def test_annotations_without_their_list_are_refused(content: Content, tmp_path: 
     files = _windows(content, np.random.default_rng(0))
     del files["test_list.txt"]
     with pytest.raises(DataError, match=r"under two names, and no list .* \(33\).*test_list.txt"):
-        read("didemo", write(tmp_path, files))
+        read(BENCHMARK, write(tmp_path, files))
 
 
 def test_one_file_with_all_splits(content: Content, original: Benchmark, tmp_path: Path) -> None:
@@ -196,11 +176,11 @@ def test_one_file_with_all_splits(content: Content, original: Benchmark, tmp_pat
         split: [{"video": name, "caption": texts} for name, texts in videos.items()]
         for split, videos in content.paragraphs.items()
     }
-    found = read("didemo", write(tmp_path, {"didemo.json": tree}))
+    found = read(BENCHMARK, write(tmp_path, {"didemo.json": tree}))
     assert found.manifest.fingerprint == original.manifest.fingerprint
 
 
 def test_a_split_without_sentences_is_refused(content: Content, tmp_path: Path) -> None:
     """A list alone has nothing to search with."""
     with pytest.raises(DataError, match=r"no sentences of train.*train_data.json"):
-        read("didemo", write(tmp_path, dict(content.texts)))
+        read(BENCHMARK, write(tmp_path, dict(content.texts)))

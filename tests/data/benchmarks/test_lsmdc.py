@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
 from tests.helpers.annotation_copies import (
+    Copy,
     as_lines,
     as_table,
+    assert_same_benchmark,
     captions_of,
     counts_of,
     deviations_of,
@@ -23,27 +25,23 @@ from tests.helpers.annotation_copies import (
     write,
 )
 
+BENCHMARK = "lsmdc"
 NAME = "LSMDC16_challenge_1000_publictect.csv"
-Rows = list[list[str]]
 
 
-@pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "data" / "annotations" / "lsmdc"
+class Content:
+    """The benchmark's two test files, read the plain way: no header, six fields, tabs; and JSON."""
+
+    def __init__(self, folder: Path) -> None:
+        self.text = text_of(folder, NAME)
+        self.rows = [line.split("\t") for line in self.text.split("\n") if line]
+        self.second_layout = json_of(folder, "lsmdc_mdata_test.json")
 
 
-@pytest.fixture(scope="module")
-def original(folder: Path) -> Benchmark:
-    return read("lsmdc", folder)
+plain_content = Content
 
 
-@pytest.fixture(scope="module")
-def rows(folder: Path) -> Rows:
-    """The test file, read the plain way: no header, six fields, tabs."""
-    return [line.split("\t") for line in text_of(folder, NAME).split("\n") if line]
-
-
-def test_counts_and_samples(original: Benchmark, rows: Rows) -> None:
+def test_counts_and_samples(original: Benchmark, content: Content) -> None:
     """The ids hold dots: cut at the last one, clips of a second would share a name."""
     assert counts_of(original) == {"train": (0, 0), "val": (0, 0), "test": (1000, 1000)}
     assert original.manifest.protocol == (
@@ -56,51 +54,46 @@ def test_counts_and_samples(original: Benchmark, rows: Rows) -> None:
     assert captions["3064_SPARKLE_2012_01.10.49.683-01.10.52.477"] == (
         "throws one last punch in the direction of the club.",
     )
-    assert captions == {row[0]: (" ".join(row[5].split()),) for row in rows}
+    assert captions == {row[0]: (" ".join(row[5].split()),) for row in content.rows}
     repeated = Counter(text for texts in captions.values() for text in texts)
     assert sum(count > 1 for count in repeated.values()) == 5
     assert all(row.start_s is None and row.end_s is None for row in original.manifest.rows)
 
 
-def _second_layout(rows: Rows, folder: Path) -> dict[str, Any]:
-    return {"lsmdc_mdata_test.json": json_of(folder, "lsmdc_mdata_test.json")}
+def _second_layout(content: Content, rng: np.random.Generator) -> dict[str, Any]:
+    return {"lsmdc_mdata_test.json": content.second_layout}
 
 
-def _unquoted_commas(rows: Rows, folder: Path) -> dict[str, Any]:
-    return {NAME: "\ufeff" + "\r\n".join(",".join(row) for row in rows)}
+def _unquoted_commas(content: Content, rng: np.random.Generator) -> dict[str, Any]:
+    return {NAME: "\ufeff" + "\r\n".join(",".join(row) for row in content.rows)}
 
 
-def _quoted(rows: Rows, folder: Path) -> dict[str, Any]:
-    return {f"{NAME}.gz": as_table(None, rows, ";", "\r\n")}
+def _quoted(content: Content, rng: np.random.Generator) -> dict[str, Any]:
+    return {f"{NAME}.gz": as_table(None, content.rows, ";", "\r\n")}
 
 
-def _header(rows: Rows, folder: Path) -> dict[str, Any]:
+def _header(content: Content, rng: np.random.Generator) -> dict[str, Any]:
     header = ["sentence", "clip_id", "start_aligned"]
-    return {"lsmdc_test.tsv": as_table(header, [(row[5], row[0], row[1]) for row in rows], "\t")}
+    return {"lsmdc_test.tsv": as_table(header, [(row[5], row[0], row[1]) for row in content.rows], "\t")}
 
 
-def _lines(rows: Rows, folder: Path) -> dict[str, Any]:
+def _lines(content: Content, rng: np.random.Generator) -> dict[str, Any]:
     entries = (
-        {"video": f"{row[0].rsplit('_', 1)[0]}/{row[0]}.avi", "caption": row[5]} for row in reversed(rows)
+        {"video": f"{row[0].rsplit('_', 1)[0]}/{row[0]}.avi", "caption": row[5]}
+        for row in reversed(content.rows)
     )
     return {"lsmdc_ret_test_1000.json": as_lines(entries)}
 
 
 @pytest.mark.parametrize("copy", [_second_layout, _unquoted_commas, _quoted, _header, _lines])
 def test_copies_in_other_forms_are_the_same_benchmark(
-    copy: Callable[[Rows, Path], dict[str, Any]],
-    rows: Rows,
-    folder: Path,
-    original: Benchmark,
-    tmp_path: Path,
+    copy: Copy, content: Content, original: Benchmark, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     """Who has the files from elsewhere must be scored on the very same data."""
-    found = read("lsmdc", write(tmp_path / "annotations", copy(rows, folder)))
-    assert found.manifest.fingerprint == original.manifest.fingerprint
-    assert found.manifest.protocol == original.manifest.protocol
+    assert_same_benchmark(original, write(tmp_path, copy(content, rng)))
 
 
-def test_train_and_val_where_people_have_them(rows: Rows, folder: Path, tmp_path: Path) -> None:
+def test_train_and_val_where_people_have_them(content: Content, tmp_path: Path) -> None:
     """The lists of train repeat a clip for each of its sentences; quotes belong to the text there."""
     clip = "0001_American_Beauty_00.00.51.926-00.00.54.129"
     lines = [
@@ -109,19 +102,19 @@ def test_train_and_val_where_people_have_them(rows: Rows, folder: Path, tmp_path
     ]
     other = clip.replace("0001", "0002")
     files = {
-        NAME: text_of(folder, NAME),
+        NAME: content.text,
         "LSMDC16_annos_training.csv": "\n".join(lines),
         "LSMDC16_annos_val.csv": "\t".join((other, *["00.00.51.926", "00.00.54.129"] * 2, "")),
     }
-    found = read("lsmdc", write(tmp_path, files))
+    found = read(BENCHMARK, write(tmp_path, files))
     assert captions_of(found)[clip] == ('"No," SOMEONE says.', "He runs.")
     assert deviations_of(found) == {"clips without a caption, left out": (other,)}
     assert "train 1 videos for 101079, 2 captions for 101079; no val" in found.manifest.protocol
 
 
-def test_a_damaged_list_is_refused(rows: Rows, tmp_path: Path) -> None:
+def test_a_damaged_list_is_refused(content: Content, tmp_path: Path) -> None:
     """A list cut by a full disk must not become a smaller gallery."""
     with pytest.raises(DataError, match="999 videos for 1000"):
-        read("lsmdc", write(tmp_path / "a", {NAME: "\n".join("\t".join(row) for row in rows[1:])}))
+        read(BENCHMARK, write(tmp_path / "a", {NAME: "\n".join("\t".join(row) for row in content.rows[1:])}))
     with pytest.raises(DataError, match=r"not a video of the benchmark.*3086_UGLY"):
-        read("lsmdc", write(tmp_path / "b", {NAME: f"{rows[0][0][:-4]}\tx\n"}))
+        read(BENCHMARK, write(tmp_path / "b", {NAME: f"{content.rows[0][0][:-4]}\tx\n"}))

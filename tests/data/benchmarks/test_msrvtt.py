@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import pytest
 from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
 from tests.helpers.annotation_copies import (
+    Copy,
     as_lines,
     as_table,
+    assert_same_benchmark,
     captions_of,
     counts_of,
     deviations_of,
@@ -26,17 +27,8 @@ from tests.helpers.annotation_copies import (
     write,
 )
 
+BENCHMARK = "msrvtt"
 DATA, TRAIN, TEST = "MSRVTT_data.assembled-en.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv"
-
-
-@pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "data" / "annotations" / "msrvtt"
-
-
-@pytest.fixture(scope="module")
-def original(folder: Path) -> Benchmark:
-    return read("msrvtt", folder)
 
 
 class Content:
@@ -52,9 +44,7 @@ class Content:
             self.captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
 
 
-@pytest.fixture(scope="module")
-def content(folder: Path) -> Content:
-    return Content(folder)
+plain_content = Content
 
 
 def test_counts_and_samples(original: Benchmark, folder: Path) -> None:
@@ -101,7 +91,7 @@ def test_what_is_not_as_published_is_said(original: Benchmark, content: Content)
 
 def test_train_list_of_7k(folder: Path, original: Benchmark) -> None:
     """The two train lists give scores that differ by points, so they must not be mixed up."""
-    smaller = read("msrvtt", folder, train_list="7k")
+    smaller = read(BENCHMARK, folder, train_list="7k")
     assert counts_of(smaller)["train"][0] == 7010
     assert smaller.manifest.protocol.startswith("1k-A, 7k train list")
     assert captions_of(smaller).items() <= captions_of(original).items()
@@ -175,16 +165,10 @@ def _official_pair(content: Content, rng: np.random.Generator) -> dict[str, Any]
 
 @pytest.mark.parametrize("copy", [_windows, _other_tables, _lists, _lines, _mappings, _official_pair])
 def test_copies_in_other_forms_are_the_same_benchmark(
-    copy: Callable[[Content, np.random.Generator], dict[str, Any]],
-    content: Content,
-    original: Benchmark,
-    rng: np.random.Generator,
-    tmp_path: Path,
+    copy: Copy, content: Content, original: Benchmark, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     """Who has the files from elsewhere must train on and be scored on the very same data."""
-    found = read("msrvtt", write(tmp_path / "annotations", copy(content, rng)))
-    assert found.manifest.fingerprint == original.manifest.fingerprint
-    assert found.manifest.protocol == original.manifest.protocol
+    assert_same_benchmark(original, write(tmp_path, copy(content, rng)))
 
 
 def test_another_test_split_is_refused(content: Content, tmp_path: Path) -> None:
@@ -193,14 +177,14 @@ def test_another_test_split_is_refused(content: Content, tmp_path: Path) -> None
     test = files["test_JSFUSION.json"]
     short = dict(list(test.items())[1:])
     with pytest.raises(DataError, match="999 videos for 1000"):
-        read("msrvtt", write(tmp_path / "short", {**files, "test_JSFUSION.json": short}))
+        read(BENCHMARK, write(tmp_path / "short", {**files, "test_JSFUSION.json": short}))
     other = {**short, "video6999": ["a dog runs"]}
     files["train_9k.json"].pop("video6999")
     with pytest.raises(DataError, match="other videos"):
-        read("msrvtt", write(tmp_path / "other", {**files, "test_JSFUSION.json": other}))
+        read(BENCHMARK, write(tmp_path / "other", {**files, "test_JSFUSION.json": other}))
     both = {**test, "video7020": ["a dog runs", "a cat sleeps"]}
     with pytest.raises(DataError, match="other than one sentence: video7020"):
-        read("msrvtt", write(tmp_path / "both", {**files, "test_JSFUSION.json": both}))
+        read(BENCHMARK, write(tmp_path / "both", {**files, "test_JSFUSION.json": both}))
 
 
 def test_a_test_video_in_train_is_refused(content: Content, tmp_path: Path) -> None:
@@ -208,7 +192,7 @@ def test_a_test_video_in_train_is_refused(content: Content, tmp_path: Path) -> N
     files = _mappings(content, np.random.default_rng(0))
     files["train_9k.json"]["video7020"] = ["a woman makes a cake"]
     with pytest.raises(DataError, match=r"one video in two splits.*'video7020': train, test"):
-        read("msrvtt", write(tmp_path / "leak", files))
+        read(BENCHMARK, write(tmp_path / "leak", files))
 
 
 def test_missing_files_are_named(folder: Path, tmp_path: Path, content: Content) -> None:
@@ -218,12 +202,12 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path, content: Content)
     italian = next(folder.glob("*ITALIANO*"))
     (tmp_path / "a" / italian.name).symlink_to(italian)
     with pytest.raises(DataError, match=r"no file with the captions of train.*MSRVTT_data.json"):
-        read("msrvtt", tmp_path / "a")
+        read(BENCHMARK, tmp_path / "a")
     with pytest.raises(DataError, match="no 1k-A test file"):
-        read("msrvtt", write(tmp_path / "b", {TRAIN: files[TRAIN]}))
+        read(BENCHMARK, write(tmp_path / "b", {TRAIN: files[TRAIN]}))
     strange = {"sentences": [{"video_id": "video7020", "caption": "x"}], "videos": []}
     with pytest.raises(DataError, match=r"no train video has a text.*left out \(9000\)"):
-        read("msrvtt", write(tmp_path / "d", {**files, "MSRVTT_data.json": strange}))
+        read(BENCHMARK, write(tmp_path / "d", {**files, "MSRVTT_data.json": strange}))
     bad = {**files, "MSRVTT_data.json": {"sentences": [{"video_id": "clip7", "caption": "x"}], "videos": []}}
     with pytest.raises(DataError, match=r"not a video of the benchmark.*'clip7'"):
-        read("msrvtt", write(tmp_path / "c", bad))
+        read(BENCHMARK, write(tmp_path / "c", bad))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import pytest
 from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
 from tests.helpers.annotation_copies import (
+    Copy,
     as_lines,
     as_table,
+    assert_same_benchmark,
     captions_of,
     counts_of,
     deviations_of,
@@ -24,17 +25,8 @@ from tests.helpers.annotation_copies import (
     write,
 )
 
+BENCHMARK = "msvd"
 SPLITS = ("train", "val", "test")
-
-
-@pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "data" / "annotations" / "msvd"
-
-
-@pytest.fixture(scope="module")
-def original(folder: Path) -> Benchmark:
-    return read("msvd", folder)
 
 
 class Content:
@@ -51,9 +43,7 @@ class Content:
         return [(name, text) for name, texts in self.captions.items() for text in texts]
 
 
-@pytest.fixture(scope="module")
-def content(folder: Path) -> Content:
-    return Content(folder)
+plain_content = Content
 
 
 def test_counts_and_samples(original: Benchmark, content: Content) -> None:
@@ -61,7 +51,7 @@ def test_counts_and_samples(original: Benchmark, content: Content) -> None:
     assert counts_of(original) == {"train": (1200, 48_774), "val": (100, 4_290), "test": (670, 27_763)}
     assert original.manifest.protocol == "1,200/100/670 videos, all captions"
     assert original.summary()["as_published"] is True
-    assert original.reading.deviations == ()
+    assert original.annotations.deviations == ()
     captions = captions_of(original)
     assert "a squirrel is eating a peanut in it s shell" in captions["-4wsuPCjDBc_5_15"]
     assert len(captions["-4wsuPCjDBc_5_15"]) == 29
@@ -142,16 +132,10 @@ def _one_table(content: Content, rng: np.random.Generator) -> dict[str, Any]:
 
 @pytest.mark.parametrize("copy", [_one_table, _windows, _corpus, _words, _split_files, _numbers, _table])
 def test_copies_in_other_forms_are_the_same_benchmark(
-    copy: Callable[[Content, np.random.Generator], dict[str, Any]],
-    content: Content,
-    original: Benchmark,
-    rng: np.random.Generator,
-    tmp_path: Path,
+    copy: Copy, content: Content, original: Benchmark, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     """Who has the files from elsewhere must train on and be scored on the very same data."""
-    found = read("msvd", write(tmp_path / "annotations", copy(content, rng)))
-    assert found.manifest.fingerprint == original.manifest.fingerprint
-    assert found.manifest.protocol == original.manifest.protocol
+    assert_same_benchmark(original, write(tmp_path, copy(content, rng)))
 
 
 def test_a_pickle_is_not_opened(content: Content, tmp_path: Path) -> None:
@@ -159,7 +143,7 @@ def test_a_pickle_is_not_opened(content: Content, tmp_path: Path) -> None:
     planted = b"cos\nsystem\n(S'touch %s'\ntR." % str(tmp_path / "ran").encode()
     files = {**content.texts, "raw-captions.pkl": planted}
     with pytest.raises(DataError, match=r"raw-captions.pkl is not opened.*captions_msvd.json"):
-        read("msvd", write(tmp_path / "annotations", files))
+        read(BENCHMARK, write(tmp_path / "annotations", files))
     assert not (tmp_path / "ran").exists()
 
 
@@ -168,7 +152,7 @@ def test_videos_without_captions_and_without_list(content: Content, tmp_path: Pa
     lost, kept = content.lists["train"][0], dict(content.captions)
     del kept[lost]
     kept["abcdefghijk_1_2"] = ["a dog runs"]
-    found = read("msvd", write(tmp_path / "train", {**content.texts, "captions_msvd.json": kept}))
+    found = read(BENCHMARK, write(tmp_path / "train", {**content.texts, "captions_msvd.json": kept}))
     assert deviations_of(found) == {
         "listed videos without captions, left out": (lost,),
         "videos with captions that no list names, left out": ("abcdefghijk_1_2",),
@@ -176,14 +160,14 @@ def test_videos_without_captions_and_without_list(content: Content, tmp_path: Pa
     assert "not as published: train 1199 videos for 1200" in found.manifest.protocol
     del kept[content.lists["test"][0]]
     with pytest.raises(DataError, match=f"669 videos for 670.*{content.lists['test'][0]}"):
-        read("msvd", write(tmp_path / "test", {**content.texts, "captions_msvd.json": kept}))
+        read(BENCHMARK, write(tmp_path / "test", {**content.texts, "captions_msvd.json": kept}))
 
 
 def test_without_val(content: Content, tmp_path: Path) -> None:
     """Copies with train and test alone can be trained and tested on; that there is no val is said."""
     files = _split_files(content, np.random.default_rng(0))
     del files["msvd_ret_val.json"]
-    found = read("msvd", write(tmp_path, files))
+    found = read(BENCHMARK, write(tmp_path, files))
     assert found.manifest.protocol == "1,200/100/670 videos, all captions; not as published: no val"
 
 
@@ -192,4 +176,4 @@ def test_numbers_without_their_mapping(content: Content, tmp_path: Path) -> None
     files = _numbers(content, np.random.default_rng(0))
     del files["youtube_mapping.txt"]
     with pytest.raises(DataError, match=r"not a video of the benchmark \(1200\): 'vid"):
-        read("msvd", write(tmp_path, files))
+        read(BENCHMARK, write(tmp_path, files))

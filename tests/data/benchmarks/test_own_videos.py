@@ -280,7 +280,7 @@ def test_bad_splits(case: Case) -> None:
     fault = case.fault("c.csv", "video,split,caption\na,train,x\na.mp4,test,y\nb,,z\nc,holdout,q\n")
     assert "one video in two splits (1): 'a.mp4': train (line 2), test (line 3)" in fault
     assert "rows without a split where others have one (1): line 4" in fault
-    assert "split is none of train, val, test (1): 'holdout' (line 5)" in fault
+    assert "split is not one of train, val, test (1): 'holdout' (line 5)" in fault
 
 
 def test_seeded_split_ignores_the_order_of_rows(case: Case, rng: np.random.Generator) -> None:
@@ -369,7 +369,7 @@ def test_all_faults_come_at_once(case: Case) -> None:
         "unknown column (1): 'captoin' (nearest: 'caption'; entry 7)",
         "not a time in seconds, such as 12.5 (2): start '0:12' (entry 8); end True (entry 8)",
         "start is not before end (1): 5.0 to 5.0 (entry 9)",
-        "two columns for one thing (1): 'video' and 'file' (entry 10)",
+        "two columns of one meaning (1): 'video' and 'file' (entry 10)",
         "no caption column",
         "not a JSON object (1): entry 12",
         "caption without video file (13)",
@@ -383,7 +383,7 @@ def test_all_faults_come_at_once(case: Case) -> None:
     ("name", "content", "message"),
     [
         ("c.csv", "", "is empty"),
-        ("c.csv", "video,caption\n", "not one row"),
+        ("c.csv", "video,caption\n", "has no rows"),
         ("c.csv", "a.mp4,a dog\na.mp4,a cat\n", "no video column"),
         ("c.csv", "video,caption\na,a dog, brown\n", "line 2 has 3"),
         ("c.csv", "video,caption\na\n", "line 2 has 1"),
@@ -400,7 +400,7 @@ def test_all_faults_come_at_once(case: Case) -> None:
         ("c.json", "[" * 100_000, "is not JSON"),
         ("c.json", '"a"', "holds a str"),
         ("c.json", '{"a": "x", "a": "y"}', "key used more than once in one object (1): 'a'"),
-        ("c.json", [], "not one row"),
+        ("c.json", [], "has no rows"),
         ("c.json", {"a": None}, "blank caption"),
         ("c.json", {"a": "\ud800"}, "UTF-8"),
         ("c.jsonl", '{"video": "a", "caption": "x"}\n{"video": "a"', "not JSON (1): line 2"),

@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 
 from gare.config.data import DataConfig
-from gare.data.benchmarks.reading import names_of, stem_of
-from gare.data.benchmarks.registry import read_benchmark, table
+from gare.data.benchmarks.reader import names_of, stem_of
+from gare.data.benchmarks.registry import format_table, read_benchmark
 from gare.data.manifest import read_manifest, write_manifest
 from gare.errors import ConfigError, DataError
 from tests.helpers.annotation_copies import captions_of, counts_of, lines_of, read, text_of
 
 LSMDC = "LSMDC16_challenge_1000_publictect.csv"
-
-
-@pytest.fixture(scope="module")
-def annotations(shared: Path) -> Path:
-    return shared / "data" / "annotations"
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def test_missing_videos_are_named(annotations: Path, lsmdc: Path, rng: np.random
     assert all(name in said for name in gone)
     verified = read("lsmdc", folder, videos=str(lsmdc), verify=True)
     assert verified.summary()["missing"]["test"] == {"count": 3, "ids": sorted(gone)}
-    assert "videos missing on disk: 3" in table(verified)
+    assert "videos missing on disk: 3" in format_table(verified)
 
 
 def test_two_files_of_one_video_are_refused(annotations: Path, lsmdc: Path) -> None:

@@ -89,7 +89,7 @@ def test_what_captions_may_not_name(tmp_path: Path) -> None:
     assert uris(read(tmp_path, {secret.as_uri(): "x"}, "s3://b/v")).keys() == {
         str(secret)[1:].removesuffix(".mp4")
     }
-    assert "without file in sources.schemes" in fault(tmp_path, {str(secret): "x"}, schemes=["s3"])
+    assert "sources.schemes does not list file" in fault(tmp_path, {str(secret): "x"}, schemes=["s3"])
     assert "scheme not in sources.schemes" in fault(tmp_path, {"gs://b/a.mp4": "x"})
     assert "scheme not in sources.schemes" in fault(tmp_path, {"http://h/a.mp4?s=hush": "x"}, schemes=["s3"])
     assert "hush" not in fault(tmp_path, {"http://h/a.mp4?s=hush": "x"}, schemes=["s3"])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gare.data.benchmarks.registry import Benchmark
 from gare.errors import DataError
 from tests.helpers.annotation_copies import (
+    Copy,
     as_lines,
     as_table,
+    assert_same_benchmark,
     captions_of,
     counts_of,
     deviations_of,
@@ -21,19 +23,10 @@ from tests.helpers.annotation_copies import (
     write,
 )
 
-
-@pytest.fixture(scope="module")
-def folder(shared: Path) -> Path:
-    return shared / "data" / "annotations" / "youcook2"
+BENCHMARK = "youcook2"
 
 
-@pytest.fixture(scope="module")
-def original(folder: Path) -> Benchmark:
-    return read("youcook2", folder)
-
-
-@pytest.fixture(scope="module")
-def content(folder: Path) -> dict[str, Any]:
+def plain_content(folder: Path) -> dict[str, Any]:
     return {name: json_of(folder, f"yc2_{name}.json") for name in ("train", "val")}
 
 
@@ -61,7 +54,7 @@ def test_counts_and_samples(original: Benchmark, content: dict[str, Any]) -> Non
     assert sorted((row.captions[0], row.start_s, row.end_s) for row in original.manifest.rows) == expected
 
 
-def _official(content: dict[str, Any]) -> dict[str, Any]:
+def _official(content: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     database = {}
     for subset, part in (("training", content["train"]), ("validation", content["val"])):
         for name, video in part.items():
@@ -79,7 +72,7 @@ def _official(content: dict[str, Any]) -> dict[str, Any]:
     return {"youcookii_annotations_trainval.json": {"database": database}}
 
 
-def _rows(content: dict[str, Any]) -> dict[str, Any]:
+def _rows(content: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     return {
         f"youcook_{name}.csv": as_table(
             ["video_id", "start", "end", "text"],
@@ -95,7 +88,7 @@ def _rows(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _lines(content: dict[str, Any]) -> dict[str, Any]:
+def _lines(content: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     return {
         f"yc2_{name}.jsonl.gz": as_lines(
             {"end": end, "caption": text, "start": start, "video": key[2:]}
@@ -108,15 +101,10 @@ def _lines(content: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("copy", [_official, _rows, _lines])
 def test_copies_in_other_forms_are_the_same_benchmark(
-    copy: Callable[[dict[str, Any]], dict[str, Any]],
-    content: dict[str, Any],
-    original: Benchmark,
-    tmp_path: Path,
+    copy: Copy, content: dict[str, Any], original: Benchmark, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     """Who has the files from elsewhere must train on and be scored on the very same data."""
-    found = read("youcook2", write(tmp_path / "annotations", copy(content)))
-    assert found.manifest.fingerprint == original.manifest.fingerprint
-    assert found.manifest.protocol == original.manifest.protocol
+    assert_same_benchmark(original, write(tmp_path, copy(content, rng)))
 
 
 def test_times_that_run_backwards_are_turned_round(content: dict[str, Any], tmp_path: Path) -> None:
@@ -130,7 +118,7 @@ def test_times_that_run_backwards_are_turned_round(content: dict[str, Any], tmp_
         (late, "train videos with a time after the end of the video, where its clip ends"),
     ):
         files = {"yc2_train.json": {**content["train"], name: changed}, "yc2_val.json": content["val"]}
-        found = read("youcook2", write(tmp_path / what[:30], files))
+        found = read(BENCHMARK, write(tmp_path / what[:30], files))
         assert deviations_of(found)[what] == (name,)
         assert f"{name}#90-102" in captions_of(found)
 
@@ -140,4 +128,4 @@ def test_times_that_are_none_are_refused(content: dict[str, Any], tmp_path: Path
     video = {**content["train"]["v_GLd3aX16zBg"], "timestamps": [[90, "later"]]}
     files = {"yc2_train.json": {"v_GLd3aX16zBg": video}, "yc2_val.json": content["val"]}
     with pytest.raises(DataError, match="not a start and an end in seconds"):
-        read("youcook2", write(tmp_path, files))
+        read(BENCHMARK, write(tmp_path, files))

@@ -18,7 +18,8 @@ from gare.data.decode import backend_pyav as from_start
 from gare.data.decode.backend_decord import unfit_for_decord
 from gare.data.decode.backend_pyav import decode_from_start, least_effort
 from gare.data.decode.backend_torchcodec import unfit_for_torchcodec
-from gare.data.decode.clip import DecodedClip, decode_clip
+from gare.data.decode.clip import decode_clip
+from gare.data.decode.decoded_clip import DecodedClip
 from gare.data.decode.probe import probe
 from gare.data.images import prepare_frame
 from gare.errors import DataError

@@ -14,8 +14,9 @@ import pytest
 
 from gare.data.decode import backend_pyav as from_start
 from gare.data.decode import clip as decode
-from gare.data.decode.clip import DecodedClip, decode_clip
+from gare.data.decode.clip import decode_clip
 from gare.data.decode.clock import WRAP_TICKS, Clock
+from gare.data.decode.decoded_clip import DecodedClip
 from gare.data.decode.mkv_blocks import times_below_zero
 from gare.data.decode.packets import DECODING_ORDER
 from gare.data.decode.probe import probe

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gare.data.decode.clip import decode_clip
+from gare.data.decode.clip_request import ClipRequest
 from gare.data.decode.probe import probe
 from gare.data.decode.process import DecodeProcess
 from tests.films.clocks import made
@@ -33,12 +34,12 @@ def test_what_decord_conceals_is_said(process: DecodeProcess, tmp_path: Path) ->
     """It gives the picture before once more: a clip that stands still would be learned from."""
     film = hurt(7, 82, tmp_path)  # H.264 with 51 bytes of noise
     assert decode_clip(film.path).decoder == "decord"
-    clip = process.extract(str(film.path), image_size=64, encoding="raw")
+    clip = process.extract(ClipRequest(str(film.path), image_size=64, encoding="raw"))
     assert (clip.decoder, clip.complete) == ("pyav", False)
     assert "damaged packets or frames are left out" in clip.note
     # The next file is judged by itself.
     whole = make_film("steady", generator(7, "steady", 0), tmp_path, 0)
-    assert process.extract(str(whole.path), image_size=64).complete
+    assert process.extract(ClipRequest(str(whole.path), image_size=64)).complete
 
 
 def test_a_damaged_picture_that_looks_like_a_keyframe(tmp_path: Path) -> None:

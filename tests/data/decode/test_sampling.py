@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gare.data.decode.sampling import choose, keyframes_within, sample_times, shown_at, uniform_times
+from gare.data.decode.sampling import (
+    equally_spaced,
+    frames_on_screen,
+    keyframes_within,
+    sample_times,
+    uniform_times,
+)
 
 
 def test_one_frame_per_second_from_the_start() -> None:
@@ -38,12 +44,12 @@ def test_impossible_requests_are_refused(start_s: float, end_s: float, fps: floa
 
 def test_choose_is_the_released_rule(rng: np.random.Generator) -> None:
     """Lost otherwise: first or last frame, or positions rounded where the released code truncates."""
-    assert choose(5, 12).tolist() == [0, 1, 2, 3, 4]
-    assert choose(12, 12).tolist() == list(range(12))
-    assert choose(20, 12).tolist() == [0, 1, 3, 5, 6, 8, 10, 12, 13, 15, 17, 19]
-    assert choose(7, 1).tolist() == [0]
+    assert equally_spaced(5, 12).tolist() == [0, 1, 2, 3, 4]
+    assert equally_spaced(12, 12).tolist() == list(range(12))
+    assert equally_spaced(20, 12).tolist() == [0, 1, 3, 5, 6, 8, 10, 12, 13, 15, 17, 19]
+    assert equally_spaced(7, 1).tolist() == [0]
     for num_candidates, num_frames in rng.integers(1, 200, (200, 2)):
-        kept = choose(int(num_candidates), int(num_frames))
+        kept = equally_spaced(int(num_candidates), int(num_frames))
         assert len(kept) == min(num_candidates, num_frames)
         assert kept[0] == 0
         assert kept[-1] == num_candidates - 1 or num_frames == 1
@@ -54,7 +60,7 @@ def test_choose_is_the_released_rule(rng: np.random.Generator) -> None:
 def test_choose_from_nothing_is_refused(num_candidates: int, num_frames: int) -> None:
     """Lost otherwise: an empty clip."""
     with pytest.raises(ValueError):
-        choose(num_candidates, num_frames)
+        equally_spaced(num_candidates, num_frames)
 
 
 def test_uniform_moments_are_the_centres_of_equal_segments() -> None:
@@ -81,8 +87,8 @@ def test_the_frame_on_screen(rng: np.random.Generator) -> None:
     """Lost otherwise: at a variable frame rate, the picture after the moment, not the one shown then."""
     frames_s = np.array([0.5, 1.0, 4.0, 4.1])
     times_s = np.array([0, 0.5, 0.99, 1, 3.99, 4, 9])
-    assert shown_at(frames_s, times_s).tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert frames_on_screen(frames_s, times_s).tolist() == [0, 0, 0, 1, 1, 2, 3]
     frames_s = np.unique(rng.uniform(0, 10, 50))
     times_s = rng.uniform(-1, 11, 200)
     slow = [max([i for i, t in enumerate(frames_s) if t <= time + 1e-6], default=0) for time in times_s]
-    assert shown_at(frames_s, times_s).tolist() == slow
+    assert frames_on_screen(frames_s, times_s).tolist() == slow

@@ -23,10 +23,10 @@ from gare.data.store.contents import (
 )
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.frame_reader import FrameReader
-from gare.data.store.parts import is_gone, read_columns
+from gare.data.store.parts import is_part_gone, read_columns
 from gare.data.store.verify import verify
 from gare.errors import DataError
-from gare.storage.generations import Held
+from gare.storage.generations import HeldStore
 from tests.helpers.features import write_feature_store
 from tests.helpers.servers import DroppingProxy
 from tests.helpers.stores import failure_row, stored_row, stored_values, write_store
@@ -114,7 +114,7 @@ def test_a_crash_at_any_moment_leaves_each_row_once(store: str) -> None:
                 raise Killed
 
         try:
-            compact(store, 10**6, Held(check=die))
+            compact(store, 10**6, HeldStore(raise_if_lost=die))
             break
         except Killed:
             crashes += 1
@@ -176,18 +176,18 @@ def test_an_outage_is_not_taken_for_a_merged_part(
     """Places that were looked up anew during an outage would hide what the storage said."""
     fault = DataError("cannot be read", where="s3://videos/part")
     fault.__cause__ = OSError("AWS Error NETWORK_CONNECTION")
-    assert is_gone(fault)
+    assert is_part_gone(fault)
     s3.put_object(Bucket="videos", Key="part", Body=b"x")
-    assert not is_gone(fault)
+    assert not is_part_gone(fault)
     s3.delete_object(Bucket="videos", Key="part")
 
     def lost(uri: str) -> bool:
         raise DataError("cannot be looked up", where=uri)
 
     monkeypatch.setattr(parts, "exists", lost)
-    assert not is_gone(fault)
+    assert not is_part_gone(fault)
     fault.__cause__ = ValueError("3 pictures of 4 frames")
-    assert not is_gone(fault)
+    assert not is_part_gone(fault)
 
 
 def test_a_clip_that_comes_back_as_it_was_counts(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -199,7 +199,7 @@ def test_a_clip_that_comes_back_as_it_was_counts(tmp_path: Path, rng: np.random.
         part, _ = ids_in_parts(uri, "data")[IDS[0]]
         checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
         write_retired(uri, {checksum: {IDS[0]: "gone"}})
-        compact(uri, 10**6, Held(2 * generation))
+        compact(uri, 10**6, HeldStore(2 * generation))
         assert ids_in_parts(uri, "data").keys() == {IDS[1]}
         write_part(uri, "data", rows, frame_schema(RAW), [f"run {generation}", IDS[0]], 2 * generation + 1)
         assert ids_in_parts(uri, "data").keys() == set(IDS[:2])

@@ -29,7 +29,7 @@ from gare.data.benchmarks.formats.words import (
     roles_of,
     texts_of_cell,
 )
-from gare.data.collected_errors import Faults
+from gare.data.collected_errors import CollectedErrors
 from gare.errors import DataError
 
 _BODIES = ("database", "annotations", "data", "videos", "metadata", "captions", "items")
@@ -69,7 +69,7 @@ def read_annotations(name: str, data: bytes) -> list[Annotation]:
     text = decode_text(name, data, may_be_utf16=True).replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise DataError("is empty", where=name, accepted="an annotation file")
-    faults = Faults()
+    faults = CollectedErrors()
     if text.lstrip()[0] in "[{":
         found = list(_Tree(faults).walk(_parse(name, text, faults)))
     else:
@@ -80,8 +80,8 @@ def read_annotations(name: str, data: bytes) -> list[Annotation]:
     return found
 
 
-def _parse(name: str, text: str, faults: Faults) -> Any:
-    own = Faults()
+def _parse(name: str, text: str, faults: CollectedErrors) -> Any:
+    own = CollectedErrors()
     try:
         tree = parse_json(text, "file", own)
     except (ValueError, RecursionError) as error:
@@ -115,7 +115,7 @@ def _of_row(row: RowRecord) -> Annotation:
 class _Tree:
     """Walks through parsed JSON."""
 
-    def __init__(self, faults: Faults) -> None:
+    def __init__(self, faults: CollectedErrors) -> None:
         self.faults = faults
 
     def walk(self, tree: Any, split: str | None = None) -> Iterator[Annotation]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gare.data.benchmarks.formats.records import read_records
-from gare.data.collected_errors import Faults
+from gare.data.collected_errors import CollectedErrors
 
 ROLES = {
     "video": ("video", "video_id", "file", "filename", "file_name", "path"),
@@ -61,7 +61,7 @@ class CaptionRow:
     end_s: float | None
 
 
-def parse_captions(name: str, data: bytes, faults: Faults) -> list[CaptionRow]:
+def parse_captions(name: str, data: bytes, faults: CollectedErrors) -> list[CaptionRow]:
     """Reads the content of a captions file.
 
     Args:
@@ -93,7 +93,7 @@ def _plain(column: str) -> str:
     return column.strip().lower().replace(" ", "_")
 
 
-def _find_columns(columns: Iterable[str], where: str, faults: Faults) -> dict[str, str]:
+def _find_columns(columns: Iterable[str], where: str, faults: CollectedErrors) -> dict[str, str]:
     """Finds the column of each role; records repeated, misspelt and missing columns at their first row."""
     found: dict[str, str] = {}
     others = []
@@ -102,7 +102,7 @@ def _find_columns(columns: Iterable[str], where: str, faults: Faults) -> dict[st
         if role is None:
             others.append(column)
         elif role in found:
-            faults.add("two columns for one thing", f"{found[role]!r} and {column!r} ({where})")
+            faults.add("two columns of one meaning", f"{found[role]!r} and {column!r} ({where})")
         else:
             found[role] = column
     empty = [name for role, names in ROLES.items() if role not in found for name in names]
@@ -121,7 +121,9 @@ def _find_columns(columns: Iterable[str], where: str, faults: Faults) -> dict[st
     return found
 
 
-def _to_row(where: str, record: dict[str, Any], columns: dict[str, str], faults: Faults) -> CaptionRow | None:
+def _to_row(
+    where: str, record: dict[str, Any], columns: dict[str, str], faults: CollectedErrors
+) -> CaptionRow | None:
     if not all(role in columns for role in REQUIRED):
         return None
     video = _to_name(record[columns["video"]])
@@ -136,7 +138,7 @@ def _to_row(where: str, record: dict[str, Any], columns: dict[str, str], faults:
     if "split" in columns and not _is_blank(value := record[columns["split"]]):
         split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
         if is_bad_split := split is None:
-            faults.add("split is none of train, val, test", f"{value!r} ({where})")
+            faults.add("split is not one of train, val, test", f"{value!r} ({where})")
     times = [_to_time(record, columns.get(role), where, faults) for role in ("start_s", "end_s")]
     start_s, end_s = times
     if end_s is not None and end_s <= (start_s or 0.0):
@@ -176,7 +178,7 @@ def _to_captions(value: Any, may_be_list: bool) -> tuple[str, ...] | None:
     return tuple(text.strip() for text in texts)
 
 
-def _to_time(record: dict[str, Any], column: str | None, where: str, faults: Faults) -> float | None:
+def _to_time(record: dict[str, Any], column: str | None, where: str, faults: CollectedErrors) -> float | None:
     if column is None or _is_blank(value := record[column]):
         return None
     try:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from gare.data.benchmarks.formats.annotations import Annotation
-from gare.data.benchmarks.reading import BenchmarkClip, Deviation, Gathered, gather, names_of
+from gare.data.benchmarks.reader import BenchmarkClip, Deviation, VideoAnnotations, names_of
 
 
 def paragraph_clips(
     split: str,
-    listed: Mapping[str, Gathered],
-    sources: Sequence[Mapping[str, Gathered]],
+    listed: Mapping[str, VideoAnnotations],
+    sources: Sequence[Mapping[str, VideoAnnotations]],
     *,
     start_s: float | None = None,
     end_s: float | None = None,
@@ -48,7 +47,9 @@ def paragraph_clips(
     return clips, [Deviation(what, tuple(sorted(ids))) for what, ids in found_odd if ids]
 
 
-def odd_times(split: str, videos: Mapping[str, Gathered], remedies: tuple[str, str]) -> list[Deviation]:
+def odd_times(
+    split: str, videos: Mapping[str, VideoAnnotations], remedies: tuple[str, str]
+) -> list[Deviation]:
     """Lists videos whose times run backwards or end after the video.
 
     Args:
@@ -67,10 +68,3 @@ def odd_times(split: str, videos: Mapping[str, Gathered], remedies: tuple[str, s
         (f"{split} videos with a time after the end of the video, {remedies[1]}", late),
     )
     return [Deviation(what, tuple(ids)) for what, ids in found if ids]
-
-
-def gathered(
-    entries: Sequence[Annotation], to_id: Callable[[str], str | None], what: str
-) -> dict[str, Gathered]:
-    """Returns the result of ``gather``, or an empty mapping without entries."""
-    return gather(entries, to_id, what) if entries else {}

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from gare.data.collected_errors import Faults
-from gare.errors import DataError, shown
+from gare.data.collected_errors import CollectedErrors
+from gare.errors import DataError, without_secrets
 
 #: Place of a record in its file, as a person looks it up, and its keys and values.
 Record = tuple[str, dict[str, Any]]
@@ -28,7 +28,7 @@ FORMATS = {
 
 
 def read_records(
-    name: str, data: bytes, faults: Faults, *, is_header: Callable[[list[str]], bool]
+    name: str, data: bytes, faults: CollectedErrors, *, is_header: Callable[[list[str]], bool]
 ) -> list[Record]:
     """Parses a captions file.
 
@@ -90,7 +90,7 @@ def decode_text(name: str, data: bytes, *, may_be_utf16: bool = False) -> str:
 
 
 def _csv_records(
-    name: str, text: str, faults: Faults, is_header: Callable[[list[str]], bool]
+    name: str, text: str, faults: CollectedErrors, is_header: Callable[[list[str]], bool]
 ) -> list[Record]:
     delimiter = _sniff(name, text, is_header)
     # newline="": line breaks inside quotes stay as they are.
@@ -145,7 +145,7 @@ def _sniff(name: str, text: str, is_header: Callable[[list[str]], bool]) -> str:
     return most
 
 
-def _json_lines_records(text: str, faults: Faults) -> list[Record]:
+def _json_lines_records(text: str, faults: CollectedErrors) -> list[Record]:
     records = []
     # Not splitlines(): JSON texts may hold other characters that it takes for line breaks.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -164,8 +164,8 @@ def _json_lines_records(text: str, faults: Faults) -> list[Record]:
     return records
 
 
-def _json_records(name: str, text: str, faults: Faults) -> list[Record]:
-    own = Faults()
+def _json_records(name: str, text: str, faults: CollectedErrors) -> list[Record]:
+    own = CollectedErrors()
     try:
         tree = parse_json(text, "file", own)
     except (ValueError, RecursionError) as error:
@@ -197,10 +197,10 @@ def _json_records(name: str, text: str, faults: Faults) -> list[Record]:
 
 def _record_of_pair(video: str, value: Any) -> Record:
     fields = value if isinstance(value, dict) else {"captions": value}
-    return f"entry {shown(video)!r}", {"video": video, **fields}
+    return f"entry {without_secrets(video)!r}", {"video": video, **fields}
 
 
-def parse_json(text: str, where: str, faults: Faults) -> Any:
+def parse_json(text: str, where: str, faults: CollectedErrors) -> Any:
     """Parses a JSON text; records a key that is used twice in one object as a fault.
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gare.data.benchmarks.formats.words import TEXTS, VIDEOS, find_key, normalise_key
-from gare.data.collected_errors import Faults
+from gare.data.collected_errors import CollectedErrors
 from gare.errors import DataError
 
 _DELIMITERS = ("\t", ",", ";", "|")
@@ -31,7 +31,7 @@ class RowRecord:
     fields: Mapping[str, str]
 
 
-def read_rows(name: str, text: str, faults: Faults) -> list[RowRecord]:
+def read_rows(name: str, text: str, faults: CollectedErrors) -> list[RowRecord]:
     """Parses rows of text; line ends have to be single line feeds.
 
     A table has a header that names the video column, or no header. Without one, the first column is the video
@@ -66,7 +66,7 @@ def _is_list(header: list[str]) -> bool:
     return len(header) > 1 and all(re.fullmatch(r"[\w :.]*", column) for column in header)
 
 
-def _with_header(name: str, text: str, delimiter: str, faults: Faults) -> list[RowRecord]:
+def _with_header(name: str, text: str, delimiter: str, faults: CollectedErrors) -> list[RowRecord]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     records = []
@@ -118,7 +118,7 @@ def _of_corpus(row: dict[str, str], keys: list[str]) -> tuple[str, dict[str, str
     return f"{video}_{start}_{end}", {"caption": description}
 
 
-def _without_header(lines: list[tuple[int, str]], faults: Faults) -> list[RowRecord]:
+def _without_header(lines: list[tuple[int, str]], faults: CollectedErrors) -> list[RowRecord]:
     # An id has no blanks, so text before a comma is not taken for an id.
     delimiter = next(
         (

@@ -1,21 +1,24 @@
-"""The result of reading a published benchmark: its clips, and their deviations from the published ones."""
+"""Base of the readers of published benchmarks, and their result: the clips, and how they deviate."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from gare.config.data import DataConfig
+from gare.data.benchmarks.annotation_folder import AnnotationFolder
 from gare.data.benchmarks.formats.annotations import Annotation
 from gare.data.benchmarks.video_folder import without_ending
-from gare.data.collected_errors import Faults, first_of
+from gare.data.collected_errors import CollectedErrors, join_first
 from gare.data.manifest import SPLITS
 from gare.errors import DataError
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedSplit:
     """Published counts and checksums of a split.
 
     Attributes:
@@ -73,8 +76,8 @@ class BenchmarkClip:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A benchmark as read from its annotation files.
+class BenchmarkAnnotations:
+    """All annotations of a benchmark, as read from its files.
 
     Attributes:
         benchmark: its name.
@@ -88,7 +91,7 @@ class Reading:
     benchmark: str
     protocol: str
     clips: tuple[BenchmarkClip, ...]
-    published: Mapping[str, Published]
+    published: Mapping[str, PublishedSplit]
     deviations: tuple[Deviation, ...] = ()
     annotation_sha256: Mapping[str, str] = field(default_factory=dict)
 
@@ -104,7 +107,7 @@ class Reading:
         """Lists differences from the published counts, ids and texts, one line for each split."""
         lines = []
         for split, count in self.counts().items():
-            published = self.published.get(split, Published(0, 0))
+            published = self.published.get(split, PublishedSplit(0, 0))
             if published.videos and not count["videos"]:
                 lines.append(f"no {split}")
                 continue
@@ -121,7 +124,7 @@ class Reading:
             lines += [f"{split} {', '.join(parts)}"] if parts else []
         return lines
 
-    def require(self, split: str, accepted: str) -> Reading:
+    def require(self, split: str, accepted: str) -> BenchmarkAnnotations:
         """Returns itself if a split has the published videos.
 
         Raises:
@@ -133,7 +136,9 @@ class Reading:
         if count == published.videos and published.ids_sha256 in ("", sha256_of_ids(ids)):
             return self
         what = f"{count} videos for {published.videos}" if count != published.videos else "other videos"
-        known = "; ".join(f"{item.what} ({len(item.ids)}): {first_of(item.ids)}" for item in self.deviations)
+        known = "; ".join(
+            f"{item.what} ({len(item.ids)}): {join_first(item.ids)}" for item in self.deviations
+        )
         raise DataError(
             f"its {split} split is not that of {self.protocol}: {what}" + (f". {known}" if known else ""),
             where=self.benchmark,
@@ -155,7 +160,7 @@ def sha256_of_texts(clips: Iterable[BenchmarkClip]) -> str:
 
 
 @dataclass
-class Gathered:
+class VideoAnnotations:
     """All annotations of one video, in the order of the files.
 
     Attributes:
@@ -171,9 +176,9 @@ class Gathered:
     duration_s: float | None = None
 
 
-def gather(
+def group_by_id(
     annotations: Iterable[Annotation], to_id: Callable[[str], str | None], what: str
-) -> dict[str, Gathered]:
+) -> dict[str, VideoAnnotations]:
     """Groups annotations by id, in the order of the files.
 
     Args:
@@ -184,14 +189,14 @@ def gather(
     Raises:
         DataError: with all names that do not belong to the benchmark.
     """
-    faults = Faults()
-    videos: dict[str, Gathered] = {}
+    faults = CollectedErrors()
+    videos: dict[str, VideoAnnotations] = {}
     for entry in annotations:
         name = to_id(entry.video)
         if name is None:
             faults.add("not a video of the benchmark", f"{entry.video!r} ({entry.where})")
             continue
-        video = videos.setdefault(name, Gathered())
+        video = videos.setdefault(name, VideoAnnotations())
         if entry.video not in video.names:
             video.names.append(entry.video)
         timed = entry.times if len(entry.times) == len(entry.texts) else ()
@@ -226,7 +231,7 @@ def check_disjoint(clips: Sequence[BenchmarkClip], benchmark: str) -> None:
     Raises:
         DataError: with the ids.
     """
-    faults = Faults()
+    faults = CollectedErrors()
     split_of: dict[str, str] = {}
     for clip in clips:
         other = split_of.setdefault(clip.clip_id, clip.split)
@@ -235,25 +240,87 @@ def check_disjoint(clips: Sequence[BenchmarkClip], benchmark: str) -> None:
     faults.raise_if_any(benchmark)
 
 
-def finish(reading: Reading, *, test_files: str, needs_train: bool = True) -> Reading:
-    """Sorts the clips of a reading, checks its splits, and requires the published test split.
+class BenchmarkReader(ABC):
+    """Reader of a published benchmark's annotation files.
+
+    A benchmark says what it is by these attributes, and adds its clips and deviations in ``read_splits``.
 
     Args:
-        reading: clips in any order.
-        test_files: the files that list the test videos, for the message.
+        data: location of the annotation files, and choices between protocols.
+
+    Attributes:
+        benchmark: its name.
+        protocol: the evaluation protocol, as a person would cite it.
+        published: the published counts of each split; a missing split has no clips.
+        test_files: the files that list the test videos, for messages.
         needs_train: True if a train split without any text is a fault.
+        folder: the annotation files.
+        clips: the clips that were read, in any order.
+        deviations: clips that were left out, repaired or differ from the published ones, by id.
 
     Raises:
-        DataError: for a video in two splits, for another test split than the protocol's, and for a missing
-            train split if it is needed.
+        DataError: for a folder that is missing or holds no annotation file.
     """
-    if needs_train and not reading.counts()["train"]["captions"]:
-        known = "; ".join(f"{item.what} ({len(item.ids)})" for item in reading.deviations)
-        raise DataError(
-            "no train video has a text" + (f": {known}" if known else ""),
-            where=reading.benchmark,
-            accepted="annotation files whose ids and texts belong together",
+
+    benchmark: ClassVar[str]
+    test_files: ClassVar[str]
+    needs_train: ClassVar[bool] = True
+    protocol: str
+    published: Mapping[str, PublishedSplit]
+
+    def __init__(self, data: DataConfig) -> None:
+        self.folder = AnnotationFolder(data.annotations)
+        self.clips: list[BenchmarkClip] = []
+        self.deviations: list[Deviation] = []
+
+    @abstractmethod
+    def read_splits(self) -> None:
+        """Reads the files of all splits, and adds their clips and deviations.
+
+        Raises:
+            DataError: for files that are missing or cannot be read.
+        """
+
+    def read(self) -> BenchmarkAnnotations:
+        """Reads all annotations and checks that the splits are the benchmark's.
+
+        Raises:
+            DataError: for files that are missing or cannot be read, a video in two splits, another test split
+                than the protocol's, and a missing train split if it is needed.
+        """
+        self.read_splits()
+        if self.needs_train and not any(clip.captions for clip in self.clips if clip.split == "train"):
+            known = "; ".join(f"{item.what} ({len(item.ids)})" for item in self.deviations)
+            raise DataError(
+                "no train video has a text" + (f": {known}" if known else ""),
+                where=self.benchmark,
+                accepted="annotation files whose ids and texts belong together",
+            )
+        check_disjoint(self.clips, self.benchmark)
+        annotations = BenchmarkAnnotations(
+            benchmark=self.benchmark,
+            protocol=self.protocol,
+            clips=tuple(sorted(self.clips, key=lambda clip: clip.clip_id)),
+            published=self.published,
+            deviations=tuple(self.deviations),
+            annotation_sha256=self.folder.sha256,
         )
-    check_disjoint(reading.clips, reading.benchmark)
-    ordered = replace(reading, clips=tuple(sorted(reading.clips, key=lambda clip: clip.clip_id)))
-    return ordered.require("test", test_files)
+        return annotations.require("test", self.test_files)
+
+    def add_captioned(self, split: str, videos: Mapping[str, VideoAnnotations]) -> list[str]:
+        """Adds a clip for each video that has a text, and returns the ids of the others.
+
+        Copies of a benchmark number and order the captions of a video differently; sorted, all copies train
+        alike.
+        """
+        self.clips += [
+            BenchmarkClip(name, names_of(name, *video.names), split, tuple(sorted(video.texts)))
+            for name, video in videos.items()
+            if video.texts
+        ]
+        return [name for name, video in videos.items() if not video.texts]
+
+    def add_deviation(self, what: str, ids: Iterable[str]) -> None:
+        """Adds a deviation that concerns these clips, unless there are none."""
+        if found := tuple(sorted(ids)):
+            self.deviations.append(Deviation(what, found))

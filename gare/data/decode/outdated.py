@@ -27,7 +27,7 @@ _TRAITS = {
 }
 
 
-def mended_trait(path: str | Path, sampling: Sampling, *, complete: bool | None = None) -> str:
+def outdated_traits(path: str | Path, sampling: Sampling, *, complete: bool | None = None) -> str:
     """Returns the traits of a file for which frames by version 1's rules may be wrong; empty without any.
 
     Args:
@@ -41,7 +41,7 @@ def mended_trait(path: str | Path, sampling: Sampling, *, complete: bool | None 
     try:
         source = probe(path)
     except DataError as error:
-        if error.may_pass:
+        if error.is_transient:
             raise
         return f"it is not decoded any more: {error.what}"
     return "; ".join(_traits(source, sampling, complete=complete))

@@ -59,7 +59,8 @@ def score_curve(config: Config) -> dict[str, Any]:
     with evaluation_lock(config, places, run, "test-curve") as lock:
         handle = open_tracking(config, places, subject)
         try:
-            kept = checkpoints_of(config, places, validated=validated)
+            folder = RunFolder(places.run(run))
+            kept = checkpoints_of(config.train, folder, validated=validated)
             looks = _looks(config, subject, rows, kept, entries)
             curve = Curve.of(list(zip(entries, looks, strict=True)), chosen, validated=validated)
             if not curve.rows:
@@ -84,22 +85,22 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
     """
     from gare.train.curve import one_of_each_step
 
-    run, folder = config.train.run, places.run(config.train.run)
-    if not RunFolder(folder).has_begun:
+    run, folder = config.train.run, RunFolder(places.run(config.train.run))
+    if not folder.has_begun:
         raise DataError(
             f"there is no run {run!r} whose checkpoints could be scored",
-            where=folder,
+            where=folder.uri,
             accepted="train.run of a run that pipelines/train.py has trained",
         )
-    entries = one_of_each_step(checkpoints_of(config, places, validated=False).entries())
+    entries = one_of_each_step(checkpoints_of(config.train, folder, validated=False).entries())
     if not entries:
         raise DataError(
             f"run {run!r} keeps no checkpoint",
-            where=join(folder, "checkpoints"),
+            where=folder.checkpoints,
             accepted="a run whose folder checkpoints was not deleted",
         )
     validated = any(SELECTION in entry.metrics for entry in entries)
-    return entries, checkpoints_of(config, places, validated=validated).best(), validated
+    return entries, checkpoints_of(config.train, folder, validated=validated).best(), validated
 
 
 def _require_its_own_input(config: Config, subject: Subject) -> None:

@@ -21,9 +21,9 @@ from cluster.runtime.signals import (
     asked_by,
     command_running,
     end_command,
-    message,
+    interrupt_message,
     shielded,
-    wait_until_told,
+    wait_for_handler_logs,
 )
 from cluster.tracking import finish_open_runs
 from gare.config import Config, describe_keys, load_config
@@ -125,7 +125,7 @@ def _say_interrupted() -> int:
     """Ends the open MLflow runs, says why the command ends, and returns the status."""
     with shielded():
         finish_open_runs(KeyboardInterrupt())
-        _say(message(asked_by() or NAMES[signal.SIGINT]))
+        _say(interrupt_message(asked_by() or NAMES[signal.SIGINT]))
     return STATUS
 
 
@@ -138,7 +138,7 @@ def _say_fault(error: GareError) -> int:
 
 def _say(message: str, *, traced: bool = False) -> None:
     """Prints why the command ends."""
-    wait_until_told()
+    wait_for_handler_logs()
     # Even if stderr or its pipe has been closed, the status is returned.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if isinstance(sys.stderr, JsonStream):

@@ -19,12 +19,12 @@ from cluster.layout import Layout, absolute, layout
 from cluster.runtime.devices import require_usable_gpus
 from cluster.runtime.resources import (
     require_train_resources,
+    resolve_resources,
     resources_of_worker,
-    settle_resources,
     warn_while_short_of_nodes,
 )
-from cluster.runtime.session import fault_of, ray_session, watches_preemption
-from cluster.runtime.signals import asking
+from cluster.runtime.session import ray_session, unwrap_gare_error, watches_preemption
+from cluster.runtime.signals import workers_asked_to_end
 from cluster.tracking import (
     RunHandle,
     Tracker,
@@ -112,7 +112,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         source.check_weights()
     tracker = connect(config.tracking, places.root)
     with ray_session(config.cluster):
-        config = settle_resources(config, config.train.batch_size * source.row_bytes())
+        config = resolve_resources(config, config.train.batch_size * source.row_bytes())
         require_train_resources(config.cluster)
         config = with_precision(config, have_bf16=require_usable_gpus(config.cluster))
         warn_of_towers_that_stay(config, plan.num_steps)
@@ -260,7 +260,7 @@ def _fit(
     request = StopRequest(folder)
     request.withdraw()
     try:
-        with asking(request.make), warn_while_short_of_nodes(cluster):
+        with workers_asked_to_end(request.make), warn_while_short_of_nodes(cluster):
             fault = trainer.fit().return_value
     except Exception as error:
         raise _cause(error) from error
@@ -277,7 +277,7 @@ def _fit(
 
 def _cause(error: Exception) -> GareError:
     """Returns the worker's ``GareError`` if there is one, else an error with Ray's message."""
-    if fault := fault_of(error):
+    if fault := unwrap_gare_error(error):
         return fault
     failures = list(getattr(error, "worker_failures", {}).values())
     first = failures[0] if failures else error

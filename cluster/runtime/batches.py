@@ -27,7 +27,7 @@ STORE_SHARE = 0.8
 _MEGABYTE = 10**6
 
 
-class Asked(NamedTuple):
+class BatchRequest(NamedTuple):
     """A batch to load.
 
     Attributes:
@@ -46,8 +46,13 @@ class Asked(NamedTuple):
         return max(1, CHUNK_BYTES // max(self.row_bytes, 1))
 
 
-def stream(
-    load: Callable[[], Load], batches: Sequence[Asked], *, loaders: int, config: ClusterConfig, workers: int
+def stream_chunks(
+    load: Callable[[], Load],
+    batches: Sequence[BatchRequest],
+    *,
+    loaders: int,
+    config: ClusterConfig,
+    workers: int,
 ) -> Iterator[Arrays]:
     """Yields chunks of consecutive rows, in order; no chunk has rows of two batches.
 

@@ -135,7 +135,7 @@ def device_of_worker(config: ClusterConfig) -> torch.device:
 
 
 @contextmanager
-def explained_memory(pairs: int, share: int) -> Iterator[None]:
+def explain_out_of_memory(pairs: int, share: int) -> Iterator[None]:
     """Explains an out-of-memory error of a GPU: how much is needed and which setting to change.
 
     Args:

@@ -75,7 +75,7 @@ def usable_gpus(config: ClusterConfig) -> int:
     return min(num_gpus(), max(1, int(ray.available_resources().get("GPU", 0))))
 
 
-def joins_cluster(config: ClusterConfig) -> str:
+def cluster_address(config: ClusterConfig) -> str:
     """Returns the address of the cluster to join; empty if a local Ray is started for this command."""
     return config.address or os.environ.get("RAY_ADDRESS", "")
 
@@ -86,9 +86,9 @@ def extraction_cpus(config: ClusterConfig) -> int:
     leave = config.leave_cpus
     if leave < 0:
         leave = 0
-        if joins_cluster(config):
-            settled = resolve(config, 0, nodes())
-            leave = int(min(settled.train_workers * cpus_of_worker(settled), total / 4))
+        if cluster_address(config):
+            resolved = resolve(config, 0, nodes())
+            leave = int(min(resolved.train_workers * cpus_of_worker(resolved), total / 4))
     return max(1, total - leave)
 
 
@@ -115,29 +115,29 @@ def object_store_bytes(config: ClusterConfig) -> int:
     return int(min(max(0.1 * psutil.virtual_memory().total, 512 * _MEGABYTE), 8192 * _MEGABYTE))
 
 
-def settle_resources(config: Config, batch_bytes: int) -> Config:
+def resolve_resources(config: Config, batch_bytes: int) -> Config:
     """Resolves the automatic values in ``cluster`` for the cluster that this process has joined.
 
     Args:
         config: the requested configuration.
         batch_bytes: approximate size of the global batch as it is loaded.
     """
-    settled = resolve(config.cluster, config.train.batch_size, nodes(), batch_bytes)
-    if settled == config.cluster:
+    resolved = resolve(config.cluster, config.train.batch_size, nodes(), batch_bytes)
+    if resolved == config.cluster:
         return config
     logger.info(
         "training workers: %d, each with %g CPU%s and %d loader%s; the cluster's nodes: %d with %d CPU and "
         "%d GPU",
-        settled.train_workers,
-        settled.cpus_per_worker,
-        " and 1 GPU" if settled.use_gpu else "",
-        settled.loaders_per_worker,
-        "s" * (settled.loaders_per_worker > 1),
+        resolved.train_workers,
+        resolved.cpus_per_worker,
+        " and 1 GPU" if resolved.use_gpu else "",
+        resolved.loaders_per_worker,
+        "s" * (resolved.loaders_per_worker > 1),
         len(nodes()),
         num_cpus(),
         num_gpus(),
     )
-    return config.model_copy(update={"cluster": settled})
+    return config.model_copy(update={"cluster": resolved})
 
 
 def resolve(
@@ -168,16 +168,16 @@ def resolve(
         cpus = share / 2
         cpus = max(0.5, float(math.floor(cpus)) if cpus >= 1 else 0.5)
         cpus = min(cpus, float(GPU_WORKER_CPUS)) if on_gpus else cpus
-    settled = config.model_copy(
+    resolved = config.model_copy(
         update={"train_workers": workers, "cpus_per_worker": cpus, "use_gpu": on_gpus}
     )
-    if not config.train_workers and (room := num_that_fit(settled, there)):
-        settled = settled.model_copy(update={"train_workers": max(room, config.min_workers)})
+    if not config.train_workers and (room := num_that_fit(resolved, there)):
+        resolved = resolved.model_copy(update={"train_workers": max(room, config.min_workers)})
     loaders = config.loaders_per_worker or min(
-        _loaders_that_fit(settled, able),
-        math.ceil(min(batch_bytes / settled.train_workers / LOADER_BYTES, 99)),
+        _loaders_that_fit(resolved, able),
+        math.ceil(min(batch_bytes / resolved.train_workers / LOADER_BYTES, 99)),
     )
-    return settled.model_copy(update={"loaders_per_worker": max(loaders, 1)})
+    return resolved.model_copy(update={"loaders_per_worker": max(loaders, 1)})
 
 
 def _loaders_that_fit(config: ClusterConfig, able: Sequence[Node]) -> int:

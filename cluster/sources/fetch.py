@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.sources.attempts import Attempts, TransientError, of_the_disk
+from cluster.sources.attempts import RetryPolicy, TransientError, disk_error
 from cluster.sources.contract import Answer, FetchedVideo, LocalSource, RemoteVersion, Server
 from cluster.sources.s3 import S3Server
 from cluster.sources.temporary import temporary_video
@@ -61,7 +61,7 @@ class RemoteVideos:
                 yield video
             return
         with ExitStack() as stack:
-            stream = Attempts(self._sources, shown(uri)).call(
+            stream = RetryPolicy(self._sources, shown(uri)).call(
                 lambda _: stack.enter_context(temporary_video(uri.partition("?")[0]))
             )
             version = self._fetch(self._servers[scheme], uri, stream)
@@ -77,7 +77,9 @@ class RemoteVideos:
                     found: RemoteVersion | DataError = self._local.stat([uri])[uri]
                     return found
                 server = self._servers[scheme]
-                return Attempts(self._sources, shown(uri)).call(lambda timeout_s: server.stat(uri, timeout_s))
+                return RetryPolicy(self._sources, shown(uri)).call(
+                    lambda timeout_s: server.stat(uri, timeout_s)
+                )
             except FetchError as error:
                 return error
 
@@ -95,7 +97,7 @@ class RemoteVideos:
             raise FetchError(
                 "cannot be listed", where=shown(folder), accepted="a local folder or s3://bucket/folder"
             )
-        return Attempts(self._sources, shown(folder)).call(lambda _: self._s3.list(folder))
+        return RetryPolicy(self._sources, shown(folder)).call(lambda _: self._s3.list(folder))
 
     def _scheme(self, uri: str) -> str:
         found = _SCHEME.match(uri)
@@ -110,7 +112,7 @@ class RemoteVideos:
 
     def _fetch(self, server: Server, uri: str, stream: IO[bytes]) -> RemoteVersion:
         where = shown(uri)
-        attempts = Attempts(self._sources, where)
+        attempts = RetryPolicy(self._sources, where)
         partial = _Partial(stream, where, self._sources.max_video_mb)
         while not partial.is_whole:
             before = partial.position
@@ -163,7 +165,7 @@ class _Partial:
             try:
                 self.restart()  # even if nothing has come: a full disk may have left bytes in the buffer
             except OSError as error:
-                raise of_the_disk(error) from error
+                raise disk_error(error) from error
         if answer.start != self.position:
             raise TransientError("the server sends another part than was asked for")
         self.version, self._size_bytes, self._md5 = answer.version, answer.size_bytes, answer.md5
@@ -171,7 +173,7 @@ class _Partial:
         try:
             free_bytes = shutil.disk_usage(Path(self._stream.name).parent).free
         except OSError as error:
-            raise of_the_disk(error) from error
+            raise disk_error(error) from error
         if (answer.size_bytes or 0) - self.position + SPARE_BYTES > free_bytes:
             raise TransientError("there is no room on the disk for temporary files (TMPDIR)")
 
@@ -183,7 +185,7 @@ class _Partial:
         except OSError as error:
             with suppress(OSError):  # the next try starts again anyway
                 self.restart()
-            raise of_the_disk(error) from error
+            raise disk_error(error) from error
         self._digest.update(chunk)
         self.position += len(chunk)
 
@@ -205,7 +207,7 @@ class _Partial:
         except OSError as error:
             with suppress(OSError):  # the next try starts again anyway
                 self.restart()
-            raise of_the_disk(error) from error
+            raise disk_error(error) from error
         self.is_whole = True
 
     def _check_size(self, size_bytes: int) -> None:

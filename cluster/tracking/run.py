@@ -256,7 +256,7 @@ class RunHandle:
                 )
             except Exception as error:
                 raise GareError(
-                    f"no model can be made of it: {brief(error)}", where=str(checkpoint)
+                    f"no model can be made of it: {one_line_error(error)}", where=str(checkpoint)
                 ) from error
             return (
                 self._attempt(
@@ -327,19 +327,19 @@ class RunHandle:
     def _attempt(self, what: str, action: Callable[[Any], T]) -> T | None:
         try:
             client.check_answers(self.tracking_uri)  # the call itself would retry for minutes
-            with whole_transactions(self.tracking_uri):
+            with uninterrupted_transactions(self.tracking_uri):
                 return action(client.client(self.tracking_uri))
         except Exception as error:
-            logger.warning("MLflow did not get %s, the run goes on: %s", what, brief(error))
+            logger.warning("MLflow did not get %s, the run goes on: %s", what, one_line_error(error))
             return None
 
     def _warn_once(self, kind: str, message: str, error: Exception) -> None:
         if (self.run_id, kind) not in _warned:
             _warned.add((self.run_id, kind))
-            logger.warning("%s: %s", message, brief(error))
+            logger.warning("%s: %s", message, one_line_error(error))
 
 
-def whole_transactions(tracking_uri: str) -> AbstractContextManager[None]:
+def uninterrupted_transactions(tracking_uri: str) -> AbstractContextManager[None]:
     """Delays interrupts during a database's transactions, which would stay locked, even for this process.
 
     Requests to a server can be interrupted: it may hang, uploads take long, and no lock stays here.
@@ -391,7 +391,7 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def brief(error: Exception) -> str:
+def one_line_error(error: Exception) -> str:
     """Returns the error on one line, without credentials."""
     text = " ".join(masked(str(error)).split())
     return f"{type(error).__name__}: {text[:400]}"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MEND = "the run's train command makes best/ again from its checkpoint; or evaluate.checkpoint=FOLDER"
+REPAIR_ADVICE = "the run's train command makes best/ again from its checkpoint; or evaluate.checkpoint=FOLDER"
 
 
 def copy_best(checkpoints: Checkpoints, best: str, source: TrainInput) -> Entry:
@@ -93,7 +93,7 @@ def mend_best(checkpoints: Checkpoints, best: str, source: TrainInput, result: M
 
 
 @contextmanager
-def tells_how_to_mend(is_best: bool) -> Iterator[None]:
+def add_repair_advice(is_best: bool) -> Iterator[None]:
     """Adds advice to the error of a damaged ``best``.
 
     Args:
@@ -104,4 +104,4 @@ def tells_how_to_mend(is_best: bool) -> Iterator[None]:
     except DamagedError as error:
         if not is_best:
             raise
-        raise DamagedError(error.what, where=error.where, accepted=MEND) from error
+        raise DamagedError(error.what, where=error.where, accepted=REPAIR_ADVICE) from error

@@ -117,7 +117,7 @@ class Checkpointing(Callback):
         self.due, self.reason, self.over = False, "", threading.Event()
         self.saved = self.asked = time.monotonic()
         if not rank:
-            threading.Thread(target=self._look, name="stop request", daemon=True).start()
+            threading.Thread(target=self._watch_for_stop, name="stop request", daemon=True).start()
 
     def restore(self) -> int:
         """Restores the last readable checkpoint, the same on all workers, and the record up to there.
@@ -289,7 +289,8 @@ class Checkpointing(Callback):
                     self.learner.step,
                 )
 
-    def _look(self) -> None:
+    def _watch_for_stop(self) -> None:
+        """Watches, in a thread of rank 0, for a request to stop and for another job that took over."""
         looked = time.monotonic()
         while not self.over.wait(LOOK_EVERY_S):
             if time.monotonic() - looked >= LOCK_EVERY_S:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.layout import Layout, layout
 from cluster.logs import set_up_logging
-from cluster.runtime.batches import Asked, stream
-from cluster.runtime.devices import device_of_worker, explained_memory
+from cluster.runtime.batches import BatchRequest, stream_chunks
+from cluster.runtime.devices import device_of_worker, explain_out_of_memory
 from cluster.tracking import RunHandle
 from gare.config import Config, TrainConfig
 from gare.data.splits import StoredSplits, read_splits
@@ -107,14 +107,14 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     splits = _begun_splits(source, places.manifest, folder, task["clips"])
     listed = _listed(config.train, splits, rank, world_size)
     model = source.worker_model(folder.uri)
-    with explained_memory(*_pairs_at_once(config, world_size)):
+    with explain_out_of_memory(*_pairs_at_once(config, world_size)):
         learner = _learner(model, config, world_size, listed.plan.num_steps, device)
     validated, watch, owned = bool(splits.val), task["watch_preemption"], task["owned"]
     checkpointing = Checkpointing(
         learner, folder, rank, device, validated=validated, watch=watch, owned=owned
     )
     try:
-        with explained_memory(*_pairs_at_once(config, world_size)):
+        with explain_out_of_memory(*_pairs_at_once(config, world_size)):
             epoch = checkpointing.restore()
             first = listed.plan.position(epoch, learner.step)
             callbacks = callbacks_of(checkpointing, listed.plan, task["handle"], world_size)
@@ -208,9 +208,10 @@ def _feed(
     else:
         kinds = {"train": source.row_bytes(), "val": source.row_bytes(listed.most_captions)}
         asked = [
-            Asked(number, sizes[number], kinds[batches[number].kind]) for number in range(first, len(sizes))
+            BatchRequest(number, sizes[number], kinds[batches[number].kind])
+            for number in range(first, len(sizes))
         ]
-        chunks = stream(
+        chunks = stream_chunks(
             make,
             asked,
             loaders=loaders,

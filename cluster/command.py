@@ -108,7 +108,7 @@ def _execute(
             # A run that was stopped says itself what was kept.
             if asked_by() and not isinstance(error, StoppedError):
                 # An error of something that was interrupted halfway: the signal is the reason.
-                logger.info("while it ended: %s: %s", type(error).__name__, error)
+                logger.info("error during shutdown: %s: %s", type(error).__name__, error)
                 return _say_interrupted()
             if isinstance(error, GareError):
                 return _say_fault(error)

@@ -49,7 +49,7 @@ class Failure:
         """Raises the error."""
         # Logged here and not by the actor, which may be killed as soon as the work is over.
         if self.trace:
-            logger.error("unexpected in an actor: %s", self.trace)
+            logger.error("unexpected error in an actor: %s", self.trace)
         raise self.error
 
 
@@ -250,7 +250,7 @@ class ActorPool:
         except GareError as error:
             self._results.put(error.with_traceback(None))
         except Exception as error:
-            logger.exception("unexpected in a pool of actors")
+            logger.exception("unexpected error in a pool of actors")
             self._results.put(_as_gare(error))
 
     def _ask(self, actor: Any) -> None:
@@ -309,7 +309,7 @@ class ActorPool:
         task.deaths += not getattr(error, "preempted", False)
         if task.deaths > RETRIES:
             raise lethal_task_error(f"task {task.number} (the first is 0)", _reason(error), self._advice)
-        logger.warning("task %d is done again: %s", task.number, _reason(error))
+        logger.warning("retrying task %d: %s", task.number, _reason(error))
         self._waiting.appendleft(task)
 
     def _when_there(self, reference: Any, then: Callable[[Any], None]) -> None:

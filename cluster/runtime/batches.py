@@ -117,9 +117,9 @@ def ahead_bytes(config: ClusterConfig, workers: int, batch_bytes: int, enough: f
         return wanted
     tell = logger.warning if room < batch_bytes else logger.info
     tell(
-        "%.0f MB of clips wait for each worker at most in place of %.0f MB: the node's object "
-        "store (%.0f MB; cluster.object_store_mb, ray start --object-store-memory) has no room for more "
-        "beside batches of %.0f MB",
+        "loading at most %.0f MB of clips ahead for each worker instead of %.0f MB: the node's object store "
+        "of %.0f MB (cluster.object_store_mb, ray start --object-store-memory) has no room for more beside "
+        "batches of %.0f MB",
         max(room, 0) / _MEGABYTE,
         wanted / _MEGABYTE,
         sum(stores) / _MEGABYTE,

@@ -84,7 +84,9 @@ def _begin(config: ClusterConfig, address: str) -> None:
     try:
         if address:
             if config.changed("num_cpus", "object_store_mb", "spill_dir"):
-                logger.warning("cluster.num_cpus, object_store_mb and spill_dir are of a local Ray alone")
+                logger.warning(
+                    "ignoring cluster.num_cpus, object_store_mb and spill_dir: they apply to a local Ray only"
+                )
             ray.init(address=address, **quiet)
         else:
             # "local" never joins another cluster that happens to run on this machine.

@@ -132,12 +132,14 @@ class _Signals:
         elif not self._depth:
             self._raise_outside_imports(frame)
         else:
-            _tell(f"{name}: the command ends once what must not be cut in two is done")
+            _tell(f"{name}: the command ends once work that must not be interrupted is done")
 
     def _handle_another(self, frame: FrameType | None) -> None:
         if (self._ask or self._is_asked) and not (self._is_raised or self._depth):
             self._raise_outside_imports(frame)
-        _tell(f"{self.name}: what is open is being closed; once more ends at once, without that")
+        _tell(
+            f"{self.name}: closing what is open; a further signal ends the process at once, without closing"
+        )
 
     def _begin_asking(self, ask: Callable[[str], None]) -> None:
         _tell(f"{self.name}: the workers write a checkpoint and end, in at most {GRACE_S:.0f} s")
@@ -145,7 +147,7 @@ class _Signals:
         try:
             ask(self.name)
         except Exception as error:
-            _tell(f"the workers cannot be told: {error}")
+            _tell(f"cannot ask the workers to end: {error}")
 
     def _raise(self) -> None:
         self._is_raised, self._is_seen = True, False

@@ -167,7 +167,7 @@ class _Partial:
             except OSError as error:
                 raise disk_error(error) from error
         if answer.start != self.position:
-            raise TransientError("the server sends another part than was asked for")
+            raise TransientError("the server sent another part than requested")
         self.version, self._size_bytes, self._md5 = answer.version, answer.size_bytes, answer.md5
         self._check_size(answer.size_bytes or 0)
         try:
@@ -201,7 +201,7 @@ class _Partial:
             raise TransientError("the body ended early")
         if self._md5 and self._digest.hexdigest() != self._md5:
             self.restart()
-            raise TransientError("what came has another MD5 than its ETag says")
+            raise TransientError("the MD5 of the downloaded data does not match the ETag")
         try:
             self._stream.flush()
         except OSError as error:

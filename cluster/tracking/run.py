@@ -67,7 +67,7 @@ class RunHandle:
         flat = {key: str(value)[:6000] for key, value in _flatten(params)}
         changed = client.add_params(self.tracking_uri, self.run_id, flat)
         if changed:
-            logger.warning("MLflow keeps the first value of %s; the new ones are tags", ", ".join(changed))
+            logger.warning("MLflow keeps the first value of %s; the new values are tags", ", ".join(changed))
             self.set_tags({f"resumed.{key}": value for key, value in changed.items()})
 
     def log_metrics(
@@ -256,7 +256,7 @@ class RunHandle:
                 )
             except Exception as error:
                 raise GareError(
-                    f"no model can be made of it: {one_line_error(error)}", where=str(checkpoint)
+                    f"cannot build a model from it: {one_line_error(error)}", where=str(checkpoint)
                 ) from error
             return (
                 self._attempt(
@@ -306,7 +306,7 @@ class RunHandle:
         resting = lost_at is not None and time.monotonic() - lost_at < RETRY_AFTER_S
         try:
             if resting:
-                raise ConnectionError("it was lost a moment ago")
+                raise ConnectionError("it did not answer a moment ago")
             self.deliver_pending()
             self._send(entry)
             _lost_at.pop(self.tracking_uri, None)
@@ -314,7 +314,7 @@ class RunHandle:
             if not resting:
                 _lost_at[self.tracking_uri] = time.monotonic()
             kept = f"kept in {self.pending} and delivered later" if self.pending else "dropped"
-            self._warn_once("lost", f"MLflow is lost, the run goes on; what it misses is {kept}", error)
+            self._warn_once("lost", f"MLflow does not answer, the run goes on; its entries are {kept}", error)
             self._keep(entry)
 
     def _keep(self, entry: outbox.Entry) -> None:

@@ -110,7 +110,7 @@ class Tracker:
             handle.deliver_pending(count)
         except Exception as error:
             raise GareError(
-                f"MLflow did not take all: {one_line_error(error)}",
+                f"MLflow did not accept all entries: {one_line_error(error)}",
                 where=str(pending),
                 accepted="the same command later",
             ) from None

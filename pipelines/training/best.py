@@ -39,11 +39,11 @@ def copy_best(checkpoints: Checkpoints, best: str, source: TrainInput) -> Entry:
         try:
             source.copy_best(checkpoints.location(entry), best, entry.sha256)
         except CheckpointError as fault:
-            logger.warning("a checkpoint is left out: %s", fault)
+            logger.warning("skipping a damaged checkpoint: %s", fault)
             faults.append(fault)
             continue
         if faults:
-            logger.warning("the best checkpoint that can be used is that of step %d", entry.step)
+            logger.warning("using the best undamaged checkpoint, that of step %d", entry.step)
             for one in checkpoints.ranked():
                 if one.name == entry.name:
                     break
@@ -89,7 +89,7 @@ def mend_best(checkpoints: Checkpoints, best: str, source: TrainInput, result: M
         source.copy_best(location, best, entry.sha256)
     except CheckpointError as error:
         raise DamagedError(f"{fault.what}; and {error}", where=fault.where, accepted=accepted) from error
-    logger.warning("%s; best/ is made again from %s", fault, location)
+    logger.warning("%s; copying best/ again from %s", fault, location)
 
 
 @contextmanager

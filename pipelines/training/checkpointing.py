@@ -176,7 +176,7 @@ class Checkpointing(Callback):
                 # A storage that does not answer says nothing about the checkpoint.
                 patiently(restore, f"the checkpoint of step {entry.step} cannot be read")
             except CheckpointError as fault:
-                logger.warning("a checkpoint is left out: %s", fault)
+                logger.warning("skipping a damaged checkpoint: %s", fault)
                 faults.append(fault)
             else:
                 return entry
@@ -253,7 +253,7 @@ class Checkpointing(Callback):
             try:
                 self.lost = self.owned.is_lost()
             except GareError as error:
-                logger.warning("the lock cannot be looked at: %s", error)
+                logger.warning("cannot check the lock: %s", error)
         if self.lost:
             self.reason = "another job"
         return self.lost
@@ -284,7 +284,7 @@ class Checkpointing(Callback):
             if not self.rank:
                 nodes = ", ".join(sorted(node[:8] for node in notice.preempted_node_to_ranks))
                 logger.warning(
-                    "node %s is about to be taken away: a checkpoint is written after step %d",
+                    "node %s is about to be preempted: writing a checkpoint after step %d",
                     nodes,
                     self.learner.step,
                 )

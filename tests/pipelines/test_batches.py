@@ -189,7 +189,7 @@ def test_a_gpu_that_is_not_there_ends_with_2(
     )
     assert done.returncode == 1, done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("2 cluster.use_gpu: 1 of 1 GPUs cannot be used: torch sees none"), last
+    assert last.startswith("2 cluster.use_gpu: 1 of 1 GPUs cannot be used: torch finds none"), last
     assert "Traceback" not in done.stderr
     assert not Path(places.run("on-a-gpu")).exists()
 

@@ -85,7 +85,7 @@ def test_training_goes_on_from_the_one_before(
     saver = run.saver()
     with caplog.at_level(logging.WARNING):
         assert (saver.restore(), saver.learner.step) == (3, 3)
-    assert f"a checkpoint is left out: {run.file(4, name)}: is not as it was written" in caplog.text
+    assert f"skipping a damaged checkpoint: {run.file(4, name)}: is not as it was written" in caplog.text
     assert [entry.step for entry in saver.checkpoints.entries()] == [1, 2, 3]
 
 
@@ -98,7 +98,7 @@ def test_the_best_that_is_damaged_is_left_out(
     with caplog.at_level(logging.WARNING):
         chosen = copy_best(run.checkpoints, str(run.best), run.source)
     assert (chosen.epoch, run.epoch_of(run.best)) == (3, 3)
-    assert f"a checkpoint is left out: {run.file(2, name)}" in caplog.text
+    assert f"skipping a damaged checkpoint: {run.file(2, name)}" in caplog.text
     assert run.checkpoints.best() == chosen
     for epoch in (1, 3, 4):
         flip(run.file(epoch, MODEL), rng)

@@ -212,7 +212,7 @@ finally:
     done = end_of(repository, config, signal.SIGTERM, body)
     assert_interrupted(done, signal.SIGTERM)
     assert "closed" in done.stderr
-    assert "once more ends at once" in done.stderr
+    assert "a further signal ends the process at once" in done.stderr
 
 
 def test_a_third_signal_ends_at_once(repository: Path, config: Path) -> None:

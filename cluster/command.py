@@ -22,9 +22,9 @@ from cluster.runtime.signals import (
     asked_by,
     command_running,
     end_command,
-    message,
+    interrupt_message,
     shielded,
-    wait_until_told,
+    wait_for_handler_logs,
 )
 from cluster.tracking import finish_open_runs
 from gare.config import Config, describe_keys, load_config
@@ -124,7 +124,7 @@ def _execute(
             # A run that was stopped says itself what was kept.
             if asked_by() and not isinstance(error, StoppedError):
                 # An error of something that was interrupted halfway: the signal is the reason.
-                logger.info("while it ended: %s: %s", type(error).__name__, error)
+                logger.info("error during shutdown: %s: %s", type(error).__name__, error)
                 return _say_interrupted()
             if isinstance(error, GareError):
                 return _say_fault(error)
@@ -141,7 +141,7 @@ def _say_interrupted() -> int:
     """Ends the open MLflow runs, says why the command ends, and returns the status."""
     with shielded():
         finish_open_runs(KeyboardInterrupt())
-        _say(message(asked_by() or NAMES[signal.SIGINT]))
+        _say(interrupt_message(asked_by() or NAMES[signal.SIGINT]))
     return STATUS
 
 
@@ -154,7 +154,7 @@ def _say_fault(error: GareError) -> int:
 
 def _say(message: str, *, traced: bool = False) -> None:
     """Prints why the command ends."""
-    wait_until_told()
+    wait_for_handler_logs()
     # Even if stderr or its pipe has been closed, the status is returned.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if isinstance(sys.stderr, JsonStream):

@@ -8,7 +8,7 @@ from cluster.layout import absolute, layout
 from gare.config import Config
 from gare.errors import ConfigError
 from gare.storage.files import exists
-from pipelines.training.best import tells_how_to_mend
+from pipelines.training.best import add_repair_advice
 
 
 def sizes_of_weights(config: Config) -> Mapping[str, int]:
@@ -38,7 +38,7 @@ def sizes_for_evaluation(config: Config) -> Mapping[str, int] | None:
     named = config.features.weights or config.train.clip_weights
     checkpoint = absolute(chosen.checkpoint) or ("" if named or not exists(best) else best)
     if checkpoint:
-        with tells_how_to_mend(checkpoint == best):
+        with add_repair_advice(checkpoint == best):
             return read_config(checkpoint).model.clip.model_dump()
     try:
         return sizes_of_weights(config)

@@ -71,7 +71,7 @@ class StoredOutbox:
 
     def _put_aside(self, file: str, data: bytes, error: ValueError) -> None:
         aside = join(f"{self.uri}{DAMAGED}", file.rsplit("/", 1)[-1])
-        logger.warning("%s: not a whole entry, left out (%s); kept as %s", file, error, aside)
+        logger.warning("%s: skipping an incomplete entry (%s); kept as %s", file, error, aside)
         write_atomically(aside, data)
         delete_file(file)
 

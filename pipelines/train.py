@@ -19,12 +19,12 @@ from cluster.layout import Layout, absolute, layout
 from cluster.runtime.devices import require_usable_gpus
 from cluster.runtime.resources import (
     require_train_resources,
+    resolve_resources,
     resources_of_worker,
-    settle_resources,
     warn_while_short_of_nodes,
 )
-from cluster.runtime.session import fault_of, ray_session, watches_preemption
-from cluster.runtime.signals import asking
+from cluster.runtime.session import ray_session, unwrap_gare_error, watches_preemption
+from cluster.runtime.signals import workers_asked_to_end
 from cluster.tracking import (
     RunHandle,
     Tracker,
@@ -43,6 +43,7 @@ from gare.retrieval.results.evaluation import model_label
 from gare.storage.files import delete_tree, exists, list_files, open_fs, write_json
 from gare.storage.lock import StoreLock
 from gare.storage.run_folder import RunFolder
+from gare.storage.uris import is_uri
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import Checkpoints, Entry
 from gare.train.input.randaugment import POLICY
@@ -90,7 +91,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     begun = folder.has_begun and not config.train.overwrite
     if exists(places.manifest):  # else the missing manifest is reported later
         source.check_store()
-    splits = splits_of(config, places, source, begun=begun)
+    splits = splits_of(source, places.manifest, folder, begun=begun)
     vocabulary = ClipConfig().vocab_size
     if config.model.clip.vocab_size < vocabulary:
         raise ConfigError(
@@ -98,20 +99,20 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
             where="model.clip.vocab_size",
             accepted=f"{vocabulary}, the tokens of CLIP, or more",
         )
-    plan = plan_of(config, splits, rank=0)
+    plan = plan_of(config.train, splits)
     config = with_saved_precision(config, folder) if begun else config
     earlier = _earlier_run(config, folder, splits) if begun else {}
     if finished := folder.read_result() if earlier else {}:
         logger.info("%s is done; train.overwrite=true trains it again", folder.uri)
-        checkpoints = checkpoints_of(config, places, validated=bool(splits.val))
-        mend_best(checkpoints, places.checkpoint(config.train.run), source, finished)
+        checkpoints = checkpoints_of(config.train, folder, validated=bool(splits.val))
+        mend_best(checkpoints, folder.best, source, finished)
         return finished
     # Validate everything that can fail before deleting or writing.
     if config.train.clip_weights and not earlier:
         source.check_weights()
     tracker = connect(config.tracking, places.root)
     with ray_session(config.cluster):
-        cluster = settle_resources(config, config.train.batch_size * source.row_bytes())
+        cluster = resolve_resources(config, config.train.batch_size * source.row_bytes())
         require_train_resources(cluster)
         config = config.model_copy(update={"cluster": cluster})
         config = with_precision(config, have_bf16=require_usable_gpus(config.cluster))
@@ -126,11 +127,11 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
             write_json(folder.clips, splits.ids())
             folder.write_record(_identity(config, splits) | {"mlflow_run_id": handle.run_id})
             with system_metrics(handle, config.tracking):
-                checkpoints = _fit(config, places, handle, source, splits, lock)
+                checkpoints = _fit(config, folder, handle, source, splits, lock)
             if lock:
                 lock.raise_if_lost()
-            best = copy_best(checkpoints, places.checkpoint(config.train.run), source)
-            result = _finish(config, places, handle, best, started)
+            best = copy_best(checkpoints, folder.best, source)
+            result = _finish(config, folder, handle, best, started)
             folder.write_result(result)
         except BaseException as error:
             handle.finish(status_after(error))
@@ -212,7 +213,7 @@ def _start_run(
 
 def _fit(
     config: Config,
-    places: Layout,
+    folder: RunFolder,
     handle: RunHandle,
     source: TrainInput,
     splits: StoredSplits,
@@ -223,9 +224,9 @@ def _fit(
 
     v2: Any = ray.train  # its type stubs are those of Ray Train V1
 
-    cluster, run_folder = config.cluster.resolved, places.run(config.train.run)
+    cluster = config.cluster.resolved
     # Ray would open the URI by itself, without our endpoint and retries.
-    filesystem, folder = open_fs(run_folder)
+    filesystem, storage_path = open_fs(folder.uri)
     # Ray writes its own record of checkpoints in place: a kill or a full disk at that moment would lose the
     # run. We do not use it: Ray only restarts workers and knows nothing of checkpoints.
     trainer = v2.torch.TorchTrainer(
@@ -251,20 +252,20 @@ def _fit(
         ),
         run_config=v2.RunConfig(
             name="ray",
-            storage_path=folder,
-            storage_filesystem=None if places.is_local else filesystem,
+            storage_path=storage_path,
+            storage_filesystem=filesystem if is_uri(folder.uri) else None,
             failure_config=v2.FailureConfig(max_failures=config.train.max_failures),
             logging_config=v2.LoggingConfig(log_level="WARNING"),
         ),
     )
-    request = StopRequest(run_folder)
+    request = StopRequest(folder)
     request.withdraw()
     try:
-        with asking(request.make), warn_while_short_of_nodes(cluster):
+        with workers_asked_to_end(request.make), warn_while_short_of_nodes(cluster):
             fault = trainer.fit().return_value
     except Exception as error:
         raise _cause(error) from error
-    checkpoints = checkpoints_of(config, places, validated=bool(splits.val))
+    checkpoints = checkpoints_of(config.train, folder, validated=bool(splits.val))
     request.withdraw()
     if isinstance(fault, DivergedError):
         held = [checkpoints.location(entry) for entry in checkpoints.entries()]
@@ -277,7 +278,7 @@ def _fit(
 
 def _cause(error: Exception) -> GareError:
     """Returns the worker's ``GareError`` if there is one, else an error with Ray's message."""
-    if fault := fault_of(error):
+    if fault := unwrap_gare_error(error):
         return fault
     failures = list(getattr(error, "worker_failures", {}).values())
     first = failures[0] if failures else error
@@ -285,17 +286,18 @@ def _cause(error: Exception) -> GareError:
     return GareError(f"training failed: {type(first).__name__}: {lines[-1]}")
 
 
-def _finish(config: Config, places: Layout, handle: RunHandle, best: Entry, started: float) -> dict[str, Any]:
+def _finish(
+    config: Config, folder: RunFolder, handle: RunHandle, best: Entry, started: float
+) -> dict[str, Any]:
     """Sends pictures and model to MLflow and returns the result."""
-    checkpoint = places.checkpoint(config.train.run)
-    history = History.read(RunFolder(places.run(config.train.run)).history)
+    history = History.read(folder.history)
     history.save()  # into one file, for people and other programs
-    model = log_outputs(config, places, handle)
+    model = log_outputs(folder, handle, config.model.clip.embed_dim)
     step_seconds = [value for _, value in history.steps["time/step_s"]]
     return {
         "run": config.train.run,
-        "checkpoint": checkpoint,
-        "checkpoint_files": [file.rsplit("/", 1)[-1] for file in list_files(checkpoint)],
+        "checkpoint": folder.best,
+        "checkpoint_files": [file.rsplit("/", 1)[-1] for file in list_files(folder.best)],
         "steps": len(step_seconds),
         "best_epoch": best.epoch,
         SELECTION: best.metrics.get(SELECTION),

@@ -49,7 +49,7 @@ class Failure:
         """Raises the error."""
         # Logged here and not by the actor, which may be killed as soon as the work is over.
         if self.trace:
-            logger.error("unexpected in an actor: %s", self.trace)
+            logger.error("unexpected error in an actor: %s", self.trace)
         raise self.error
 
 
@@ -250,7 +250,7 @@ class ActorPool:
         except GareError as error:
             self._results.put(error.with_traceback(None))
         except Exception as error:
-            logger.exception("unexpected in a pool of actors")
+            logger.exception("unexpected error in a pool of actors")
             self._results.put(_as_gare(error))
 
     def _ask(self, actor: Any) -> None:
@@ -265,7 +265,7 @@ class ActorPool:
             self._num_silent = 0
             self._idle.append(actor)
             return
-        self._bury(actor, error)
+        self._drop_actor(actor, error)
         self._num_silent += 1
         if self._num_silent > RETRIES * self._count:
             raise GareError(
@@ -280,7 +280,7 @@ class ActorPool:
     def _ended(self, actor: Any, task: _Task, answer: Any) -> None:
         error = answer.exception()
         if error is not None:
-            self._bury(actor, error)
+            self._drop_actor(actor, error)
             self._again(task, error)
             return
         if failure := answer.result():
@@ -289,7 +289,7 @@ class ActorPool:
         self._idle.append(actor)
         self._results.put(task)
 
-    def _bury(self, actor: Any, error: BaseException) -> None:
+    def _drop_actor(self, actor: Any, error: BaseException) -> None:
         """Gives up an actor after an error; raises the error if the actor did not die."""
         import ray
         from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
@@ -308,8 +308,8 @@ class ActorPool:
         # A preempted node is not the task's fault.
         task.deaths += not getattr(error, "preempted", False)
         if task.deaths > RETRIES:
-            raise killing(f"task {task.number} (the first is 0)", _reason(error), self._advice)
-        logger.warning("task %d is done again: %s", task.number, _reason(error))
+            raise lethal_task_error(f"task {task.number} (the first is 0)", _reason(error), self._advice)
+        logger.warning("retrying task %d: %s", task.number, _reason(error))
         self._waiting.appendleft(task)
 
     def _when_there(self, reference: Any, then: Callable[[Any], None]) -> None:
@@ -317,7 +317,7 @@ class ActorPool:
         reference.future().add_done_callback(lambda future: self._events.put(partial(then, future)))
 
 
-def killing(task: str, last: str = "", advice: str = ADVICE) -> GareError:
+def lethal_task_error(task: str, last: str = "", advice: str = ADVICE) -> GareError:
     """Builds the error for a task that has ended too many actors, with the reason for the last death."""
     return GareError(
         f"{task} has ended {RETRIES + 1} actors{last and f', the last by {last}'}", accepted=advice

@@ -27,7 +27,7 @@ STORE_SHARE = 0.8
 _MEGABYTE = 10**6
 
 
-class Asked(NamedTuple):
+class BatchRequest(NamedTuple):
     """A batch to load.
 
     Attributes:
@@ -46,8 +46,13 @@ class Asked(NamedTuple):
         return max(1, CHUNK_BYTES // max(self.row_bytes, 1))
 
 
-def stream(
-    load: Callable[[], Load], batches: Sequence[Asked], *, loaders: int, config: ClusterConfig, workers: int
+def stream_chunks(
+    load: Callable[[], Load],
+    batches: Sequence[BatchRequest],
+    *,
+    loaders: int,
+    config: ClusterConfig,
+    workers: int,
 ) -> Iterator[Arrays]:
     """Yields chunks of consecutive rows, in order; no chunk has rows of two batches.
 
@@ -112,9 +117,9 @@ def ahead_bytes(config: ClusterConfig, workers: int, batch_bytes: int, enough: f
         return wanted
     tell = logger.warning if room < batch_bytes else logger.info
     tell(
-        "%.0f MB of clips wait for each worker at most in place of %.0f MB: the node's object "
-        "store (%.0f MB; cluster.object_store_mb, ray start --object-store-memory) has no room for more "
-        "beside batches of %.0f MB",
+        "loading at most %.0f MB of clips ahead for each worker instead of %.0f MB: the node's object store "
+        "of %.0f MB (cluster.object_store_mb, ray start --object-store-memory) has no room for more beside "
+        "batches of %.0f MB",
         max(room, 0) / _MEGABYTE,
         wanted / _MEGABYTE,
         sum(stores) / _MEGABYTE,

@@ -48,7 +48,7 @@ class _Probe:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         try:
             if not torch.cuda.is_available():
-                raise RuntimeError("torch sees none")
+                raise RuntimeError("torch finds none")
             torch.ones(1, device="cuda").sum().item()  # fails if this torch has no code for the GPU
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             return Answer(str(torch.cuda.get_device_properties(0).uuid), has_bf16=has_bf16)
@@ -81,7 +81,7 @@ def require_usable_gpus(config: ClusterConfig) -> bool | None:
         # All at once, so that no two probes get the same GPU.
         answers = ray.get([probe.look.remote() for probe in probes], timeout=ANSWER_S)
     except ray.exceptions.RayError as error:
-        logger.warning("the GPUs could not be looked at before the training: %s", str(error).splitlines()[-1])
+        logger.warning("cannot check the GPUs before training: %s", str(error).splitlines()[-1])
         return None
     finally:
         for probe in probes:
@@ -107,7 +107,7 @@ def refuse_unusable(answers: Sequence[Answer]) -> None:
     shared = [uuid for uuid, times in Counter(answer.uuid for answer in answers).items() if times > 1]
     if shared:
         raise ConfigError(
-            f"two training workers would share one GPU, {shared[0]}: Ray knows of more than there are",
+            f"two training workers would share one GPU, {shared[0]}: Ray counts more GPUs than exist",
             where="cluster.train_workers",
             accepted=f"{len({answer.uuid for answer in answers})}, or ray start --num-gpus with their number",
         )
@@ -135,7 +135,7 @@ def device_of_worker(config: ClusterConfig) -> torch.device:
 
 
 @contextmanager
-def explained_memory(pairs: int, share: int) -> Iterator[None]:
+def explain_out_of_memory(pairs: int, share: int) -> Iterator[None]:
     """Explains an out-of-memory error of a GPU: how much is needed and which setting to change.
 
     Args:

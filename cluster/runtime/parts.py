@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from cluster.runtime._compat import table_of_object
-from cluster.runtime.actors import RETRIES, Failure, Work, Worker, killing
+from cluster.runtime.actors import RETRIES, Failure, Work, Worker, lethal_task_error
 
 
 def run_parts(
@@ -100,5 +100,5 @@ class _PartWorker:
 
         ((number, part),) = batch["content"].to_pylist()
         if ray.get(self._attempts.begin.remote(number)) > RETRIES + 1:
-            return table_of_object((Failure(killing(f"part {number} (the first is 0)")), None))
+            return table_of_object((Failure(lethal_task_error(f"part {number} (the first is 0)")), None))
         return table_of_object(self._worker.do(part))

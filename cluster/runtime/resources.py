@@ -75,7 +75,7 @@ def usable_gpus(config: ClusterConfig) -> int:
     return min(num_gpus(), max(1, int(ray.available_resources().get("GPU", 0))))
 
 
-def joins_cluster(config: ClusterConfig) -> str:
+def cluster_address(config: ClusterConfig) -> str:
     """Returns the address of the cluster to join; empty if a local Ray is started for this command."""
     return config.address or os.environ.get("RAY_ADDRESS", "")
 
@@ -86,7 +86,7 @@ def extraction_cpus(config: ClusterConfig) -> int:
     leave = config.leave_cpus
     if leave == "auto":
         leave = 0
-        if joins_cluster(config):
+        if cluster_address(config):
             resolved = resolve(config, 0, nodes())
             leave = int(min(resolved.train_workers * cpus_of_worker(resolved), total / 4))
     return max(1, total - leave)
@@ -115,7 +115,7 @@ def object_store_bytes(config: ClusterConfig) -> int:
     return int(min(max(0.1 * psutil.virtual_memory().total, 512 * _MEGABYTE), 8192 * _MEGABYTE))
 
 
-def settle_resources(config: Config, batch_bytes: int) -> ResolvedCluster:
+def resolve_resources(config: Config, batch_bytes: int) -> ResolvedCluster:
     """Resolves the automatic values of ``cluster`` for the cluster that this process has joined.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.logs import runtime_env
 from cluster.runtime._compat import PROGRESS_LOGGER
-from cluster.runtime.resources import joins_cluster, object_store_bytes
+from cluster.runtime.resources import cluster_address, object_store_bytes
 from cluster.runtime.signals import handlers_kept, shielded
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, GareError
@@ -50,13 +50,13 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     Raises:
         GareError: if a named cluster cannot be joined.
     """
-    address = joins_cluster(config)
+    address = cluster_address(config)
     _set_environment(local=not address)
     import ray
 
     if ray.is_initialized():
         quiet_data()
-        with _own_faults():
+        with _unwrapped_errors():
             yield
         return
     try:
@@ -64,7 +64,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         with nullcontext() if address else shielded(), handlers_kept(below_python=True):
             _begin(config, address)
         quiet_data()
-        with _own_faults():
+        with _unwrapped_errors():
             yield
     finally:
         with shielded(), handlers_kept(below_python=True):
@@ -84,7 +84,9 @@ def _begin(config: ClusterConfig, address: str) -> None:
     try:
         if address:
             if config.non_default("num_cpus", "object_store_mb", "spill_dir"):
-                logger.warning("cluster.num_cpus, object_store_mb and spill_dir are of a local Ray alone")
+                logger.warning(
+                    "ignoring cluster.num_cpus, object_store_mb and spill_dir: they apply to a local Ray only"
+                )
             ray.init(address=address, **quiet)
         else:
             # "local" never joins another cluster that happens to run on this machine.
@@ -131,18 +133,18 @@ def _spilling(config: ClusterConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _own_faults() -> Iterator[None]:
+def _unwrapped_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        fault = fault_of(error)
+        fault = unwrap_gare_error(error)
         if fault is None or fault is error:
             raise
         # Not chained: Ray's message holds the worker's trace, and our error says what a user needs.
         raise fault from None
 
 
-def fault_of(error: BaseException) -> GareError | None:
+def unwrap_gare_error(error: BaseException) -> GareError | None:
     """Returns the ``GareError`` inside an exception from Ray, which wraps the errors of its workers."""
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()

@@ -2,8 +2,8 @@
 
 The first signal raises ``Interrupted`` in the main thread, so that everything open is closed. It is delayed
 during work that must not be interrupted (``shielded``). Workers that have something to save are asked to end
-by themselves (``asking``); a second signal stops waiting for them. A third ends the process without closing
-anything.
+by themselves (``workers_asked_to_end``); a second signal stops waiting for them. A third ends the process
+without closing anything.
 
 A signal during an import waits for the import's end: a half-imported module stays so for the rest of the
 process, and a C++ extension may abort at an exception during its set-up, as Triton does.
@@ -46,7 +46,7 @@ class Interrupted(KeyboardInterrupt):
     """End of a command by a signal, whose name is the exception's text."""
 
 
-def message(name: str) -> str:
+def interrupt_message(name: str) -> str:
     """Returns the message with which a command says that a signal ended it."""
     return f"interrupted by {name}; the same command continues where this one stopped"
 
@@ -117,7 +117,7 @@ class _Signals:
             return
         name = NAMES[signal.Signals(number)]
         if not self.is_running and not self.is_over:
-            _end_at_once(message(name))
+            _end_at_once(interrupt_message(name))
         self._count += 1
         if self._count >= 3:
             _end_at_once(f"ended by a third signal ({name}), without closing what is open")
@@ -132,12 +132,14 @@ class _Signals:
         elif not self._depth:
             self._raise_outside_imports(frame)
         else:
-            _tell(f"{name}: the command ends once what must not be cut in two is done")
+            _tell(f"{name}: the command ends once work that must not be interrupted is done")
 
     def _handle_another(self, frame: FrameType | None) -> None:
         if (self._ask or self._is_asked) and not (self._is_raised or self._depth):
             self._raise_outside_imports(frame)
-        _tell(f"{self.name}: what is open is being closed; once more ends at once, without that")
+        _tell(
+            f"{self.name}: closing what is open; a further signal ends the process at once, without closing"
+        )
 
     def _begin_asking(self, ask: Callable[[str], None]) -> None:
         _tell(f"{self.name}: the workers write a checkpoint and end, in at most {GRACE_S:.0f} s")
@@ -145,7 +147,7 @@ class _Signals:
         try:
             ask(self.name)
         except Exception as error:
-            _tell(f"the workers cannot be told: {error}")
+            _tell(f"cannot ask the workers to end: {error}")
 
     def _raise(self) -> None:
         self._is_raised, self._is_seen = True, False
@@ -218,7 +220,7 @@ class _Signals:
 
 _signals = _Signals()
 #: Locks of lines that are being logged; each is released once its line is out.
-_being_told: list[Any] = []
+_pending_log_locks: list[Any] = []
 
 
 def take_signals() -> None:
@@ -240,10 +242,10 @@ def command_running() -> Iterator[None]:
         _signals.stop_timer()
 
 
-def wait_until_told() -> None:
+def wait_for_handler_logs() -> None:
     """Waits a moment for lines logged by handlers, so that nothing comes after the command's last line."""
-    while _being_told:
-        _being_told.pop().acquire(timeout=1.0)
+    while _pending_log_locks:
+        _pending_log_locks.pop().acquire(timeout=1.0)
 
 
 def end_command() -> None:
@@ -309,7 +311,7 @@ def handlers_kept(*, below_python: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def asking(ask: Callable[[str], None]) -> Iterator[None]:
+def workers_asked_to_end(ask: Callable[[str], None]) -> Iterator[None]:
     """Asks workers to end at the first signal; ends without them at a second one or after the grace time.
 
     Outside the main thread, which alone receives signals, this changes nothing.
@@ -364,7 +366,7 @@ def _tell(text: str) -> None:
     """Logs from within a handler, which may have come while this very thread writes to the log."""
     told = _thread.allocate_lock()
     told.acquire()
-    _being_told.append(told)
+    _pending_log_locks.append(told)
 
     def log() -> None:
         try:

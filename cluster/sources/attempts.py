@@ -55,7 +55,7 @@ def is_refused(status: int) -> bool:
     return status in _REFUSED_STATUS
 
 
-class Attempts:
+class RetryPolicy:
     """The tries of one fetch, within its time limit.
 
     Args:
@@ -126,7 +126,7 @@ class Attempts:
         ).as_transient()
 
 
-def of_the_disk(error: OSError) -> TransientError:
+def disk_error(error: OSError) -> TransientError:
     """Returns a transient error for an error of the disk of temporary files, which is not the video's fault.
 
     Others may free space or close their files; another node may have a disk that works.

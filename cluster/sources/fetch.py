@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.sources.attempts import Attempts, TransientError, of_the_disk
+from cluster.sources.attempts import RetryPolicy, TransientError, disk_error
 from cluster.sources.contract import Answer, FetchedVideo, LocalSource, RemoteVersion, Server
 from cluster.sources.s3 import S3Server
 from cluster.sources.temporary import temporary_video
@@ -61,7 +61,7 @@ class RemoteVideos:
                 yield video
             return
         with ExitStack() as stack:
-            stream = Attempts(self._sources, without_secrets(uri)).call(
+            stream = RetryPolicy(self._sources, without_secrets(uri)).call(
                 lambda _: stack.enter_context(temporary_video(uri.partition("?")[0]))
             )
             version = self._fetch(self._servers[scheme], uri, stream)
@@ -77,7 +77,7 @@ class RemoteVideos:
                     found: RemoteVersion | DataError = self._local.stat([uri])[uri]
                     return found
                 server = self._servers[scheme]
-                return Attempts(self._sources, without_secrets(uri)).call(
+                return RetryPolicy(self._sources, without_secrets(uri)).call(
                     lambda timeout_s: server.stat(uri, timeout_s)
                 )
             except FetchError as error:
@@ -99,7 +99,7 @@ class RemoteVideos:
                 where=without_secrets(folder),
                 accepted="a local folder or s3://bucket/folder",
             )
-        return Attempts(self._sources, without_secrets(folder)).call(lambda _: self._s3.list(folder))
+        return RetryPolicy(self._sources, without_secrets(folder)).call(lambda _: self._s3.list(folder))
 
     def _scheme(self, uri: str) -> str:
         found = _SCHEME.match(uri)
@@ -114,7 +114,7 @@ class RemoteVideos:
 
     def _fetch(self, server: Server, uri: str, stream: IO[bytes]) -> RemoteVersion:
         where = without_secrets(uri)
-        attempts = Attempts(self._sources, where)
+        attempts = RetryPolicy(self._sources, where)
         partial = _Partial(stream, where, self._sources.max_video_mb)
         while not partial.is_whole:
             before = partial.position
@@ -167,15 +167,15 @@ class _Partial:
             try:
                 self.restart()  # even if nothing has come: a full disk may have left bytes in the buffer
             except OSError as error:
-                raise of_the_disk(error) from error
+                raise disk_error(error) from error
         if answer.start != self.position:
-            raise TransientError("the server sends another part than was asked for")
+            raise TransientError("the server sent another part than requested")
         self.version, self._size_bytes, self._md5 = answer.version, answer.size_bytes, answer.md5
         self._check_size(answer.size_bytes or 0)
         try:
             free_bytes = shutil.disk_usage(Path(self._stream.name).parent).free
         except OSError as error:
-            raise of_the_disk(error) from error
+            raise disk_error(error) from error
         if (answer.size_bytes or 0) - self.position + SPARE_BYTES > free_bytes:
             raise TransientError("there is no room on the disk for temporary files (TMPDIR)")
 
@@ -187,7 +187,7 @@ class _Partial:
         except OSError as error:
             with suppress(OSError):  # the next try starts again anyway
                 self.restart()
-            raise of_the_disk(error) from error
+            raise disk_error(error) from error
         self._digest.update(chunk)
         self.position += len(chunk)
 
@@ -203,13 +203,13 @@ class _Partial:
             raise TransientError("the body ended early")
         if self._md5 and self._digest.hexdigest() != self._md5:
             self.restart()
-            raise TransientError("what came has another MD5 than its ETag says")
+            raise TransientError("the MD5 of the downloaded data does not match the ETag")
         try:
             self._stream.flush()
         except OSError as error:
             with suppress(OSError):  # the next try starts again anyway
                 self.restart()
-            raise of_the_disk(error) from error
+            raise disk_error(error) from error
         self.is_whole = True
 
     def _check_size(self, size_bytes: int) -> None:

@@ -170,7 +170,7 @@ def _faults(uri: str) -> Iterator[None]:
     except exceptions.BotoCoreError as error:
         # For example an invalid bucket name; raised before any request, so it contains no secret.
         words = " ".join(str(error).split())[:300]
-        raise FetchError(f"S3 cannot be asked: {words}", where=without_secrets(uri)) from error
+        raise FetchError(f"the S3 request is invalid: {words}", where=without_secrets(uri)) from error
 
 
 def _answered(error: Any, uri: str) -> TransientError | FetchError:

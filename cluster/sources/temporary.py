@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from cluster.sources.attempts import of_the_disk
+from cluster.sources.attempts import disk_error
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def temporary_video(name: str) -> Iterator[IO[bytes]]:
         _remove_what_others_left()
         stream = _locked(suffix)
     except OSError as error:
-        raise of_the_disk(error) from error
+        raise disk_error(error) from error
     try:
         yield stream
     finally:

@@ -52,7 +52,7 @@ class WebServer:
             content_range = response.headers.get("Content-Range", "")
             size_bytes = total_in(content_range) if content_range else _length(response)
             if size_bytes is None:
-                raise FetchError("the server does not say how long it is", where=without_secrets(uri))
+                raise FetchError("the server does not state its size", where=without_secrets(uri))
             return RemoteVersion(size_bytes, _version(response.headers))
 
     @contextmanager
@@ -67,11 +67,13 @@ class WebServer:
         with self._answer(uri, ask, timeout_s) as response:
             headers = response.headers
             if headers.get("Content-Encoding", "identity") != "identity":
-                raise FetchError("is sent compressed, unasked", where=without_secrets(uri))
+                raise FetchError(
+                    "the server sends it compressed, which was not requested", where=without_secrets(uri)
+                )
             content_range = headers.get("Content-Range", "") if response.status == 206 else ""
             size_bytes = total_in(content_range) if content_range else _length(response)
             if size_bytes is None and not response.chunked:
-                raise FetchError("the server does not say how long it is", where=without_secrets(uri))
+                raise FetchError("the server does not state its size", where=without_secrets(uri))
             yield Answer(
                 start=(start_in(content_range) or 0) if content_range else 0,
                 size_bytes=size_bytes,

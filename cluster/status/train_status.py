@@ -25,7 +25,7 @@ PARTS = {
     "fetch": "fetching from the store",
     "jpeg": "decoding JPEG",
     "augment": "augmentation",
-    "transfer": "the way to the device",
+    "transfer": "the transfer to the device",
 }
 _SCORES = {"val/t2v/R1": "t2v", "val/v2t/R1": "v2t"}
 
@@ -40,7 +40,7 @@ class RunShape:
         batch_size: global batch.
         rank: rank of this worker; ranks above 0 log only if they wait for data.
         advice: returns advice for the part of the loading that takes longest.
-        on_device: parts of the loading that happen on the way to the device; the loaders do the others.
+        on_device: parts of the loading that happen on the transfer to the device; the loaders do the others.
     """
 
     run: str
@@ -182,7 +182,7 @@ def advice(part: str, *, from_features: bool, can_be_raw: bool, loaders: int, on
     more = f"raise cluster.loaders_per_worker (now {loaders}) where CPUs are free"
     features = "learn from features (train.input=features)"
     if part == "transfer":
-        return "give the worker CPUs of its own (cluster.cpus_per_worker), for others use those that copy"
+        return "give the worker more CPUs (cluster.cpus_per_worker): others use those that copy"
     if from_features:
         return f"raise features.cache_mb so that the store fits into memory, or {more}"
     if part == "fetch":

@@ -147,7 +147,7 @@ def find_or_create_experiment(uri: str, name: str, artifacts: str | None) -> str
             client(uri).set_experiment_tag(found.experiment_id, key, value)
         except mlflow.MlflowException as error:
             # Some servers let users only add runs; their pages then show the default view.
-            logger.info("MLflow takes no views of the experiment: %s", error.error_code)
+            logger.info("MLflow does not accept views of the experiment: %s", error.error_code)
             break
     return str(found.experiment_id)
 

@@ -27,10 +27,10 @@ def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
         workers = f"{config.cluster.min_workers} to {workers}"
     precision = config.train.precision
     # An unresolved automatic value does not say how the run was trained.
-    settled = ({"world_size": workers} if workers else {}) | (
+    resolved = ({"world_size": workers} if workers else {}) | (
         {"precision": precision} if precision != "auto" else {}
     )
-    return settled | {
+    return resolved | {
         "benchmark": benchmark_name(config, benchmark),
         "protocol": protocol,
         "decoder": config.extract.decoder,

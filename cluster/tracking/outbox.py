@@ -155,4 +155,4 @@ def _warn_once(path: Path, number: int, line: bytes) -> None:
     """Logs a line that is no entry, once: a lost store is retried every few seconds, with the same lines."""
     if (str(path), line) not in _named:
         _named.add((str(path), line))
-        logger.warning("%s:%d: not a whole entry, left out; kept in %s%s", path, number, path.name, DAMAGED)
+        logger.warning("%s:%d: skipping an incomplete entry; kept in %s%s", path, number, path.name, DAMAGED)

@@ -65,7 +65,7 @@ def _beats(champion: Any, val_score: float, val_hash: str) -> bool:
     if champion is None:
         return True
     if champion.tags.get(VAL) != val_hash:
-        logger.warning("the champion %s was chosen on another val split; it stays", champion.version)
+        logger.warning("keeping champion %s, which was chosen on another val split", champion.version)
         return False
     return val_score > float(champion.tags[SCORE])
 

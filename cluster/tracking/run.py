@@ -67,7 +67,7 @@ class RunHandle:
         flat = {key: str(value)[:6000] for key, value in _flatten(params)}
         changed = client.add_params(self.tracking_uri, self.run_id, flat)
         if changed:
-            logger.warning("MLflow keeps the first value of %s; the new ones are tags", ", ".join(changed))
+            logger.warning("MLflow keeps the first value of %s; the new values are tags", ", ".join(changed))
             self.set_tags({f"resumed.{key}": value for key, value in changed.items()})
 
     def log_metrics(
@@ -256,7 +256,7 @@ class RunHandle:
                 )
             except Exception as error:
                 raise GareError(
-                    f"no model can be made of it: {brief(error)}", where=str(checkpoint)
+                    f"cannot build a model from it: {one_line_error(error)}", where=str(checkpoint)
                 ) from error
             return (
                 self._attempt(
@@ -306,7 +306,7 @@ class RunHandle:
         resting = lost_at is not None and time.monotonic() - lost_at < RETRY_AFTER_S
         try:
             if resting:
-                raise ConnectionError("it was lost a moment ago")
+                raise ConnectionError("it did not answer a moment ago")
             self.deliver_pending()
             self._send(entry)
             _lost_at.pop(self.tracking_uri, None)
@@ -314,7 +314,7 @@ class RunHandle:
             if not resting:
                 _lost_at[self.tracking_uri] = time.monotonic()
             kept = f"kept in {self.pending} and delivered later" if self.pending else "dropped"
-            self._warn_once("lost", f"MLflow is lost, the run goes on; what it misses is {kept}", error)
+            self._warn_once("lost", f"MLflow does not answer, the run goes on; its entries are {kept}", error)
             self._keep(entry)
 
     def _keep(self, entry: outbox.Entry) -> None:
@@ -327,19 +327,19 @@ class RunHandle:
     def _attempt(self, what: str, action: Callable[[Any], T]) -> T | None:
         try:
             client.check_answers(self.tracking_uri)  # the call itself would retry for minutes
-            with whole_transactions(self.tracking_uri):
+            with uninterrupted_transactions(self.tracking_uri):
                 return action(client.client(self.tracking_uri))
         except Exception as error:
-            logger.warning("MLflow did not get %s, the run goes on: %s", what, brief(error))
+            logger.warning("MLflow did not get %s, the run goes on: %s", what, one_line_error(error))
             return None
 
     def _warn_once(self, kind: str, message: str, error: Exception) -> None:
         if (self.run_id, kind) not in _warned:
             _warned.add((self.run_id, kind))
-            logger.warning("%s: %s", message, brief(error))
+            logger.warning("%s: %s", message, one_line_error(error))
 
 
-def whole_transactions(tracking_uri: str) -> AbstractContextManager[None]:
+def uninterrupted_transactions(tracking_uri: str) -> AbstractContextManager[None]:
     """Delays interrupts during a database's transactions, which would stay locked, even for this process.
 
     Requests to a server can be interrupted: it may hang, uploads take long, and no lock stays here.
@@ -391,7 +391,7 @@ def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-def brief(error: Exception) -> str:
+def one_line_error(error: Exception) -> str:
     """Returns the error on one line, without credentials."""
     text = " ".join(mask_secrets(str(error)).split())
     return f"{type(error).__name__}: {text[:400]}"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster.tracking import client
-from cluster.tracking.run import RunHandle, brief
+from cluster.tracking.run import RunHandle, one_line_error
 from gare.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class NodeSampler:
         try:
             self._sample()
         except Exception as error:
-            logger.warning("no system metrics of %s from now on: %s", self._node, brief(error))
+            logger.warning("no system metrics of %s from now on: %s", self._node, one_line_error(error))
 
     def _sample(self) -> None:
         import psutil
@@ -134,7 +134,7 @@ class _Samplers:
                     actor = sampler.remote(self._handle, node_name(about), self._every_s)
                     self._actors[node] = (actor, actor.is_up.remote())
         except Exception as error:
-            logger.warning("no system metrics of new nodes: %s", brief(error))
+            logger.warning("no system metrics of new nodes: %s", one_line_error(error))
 
     def stop(self) -> None:
         self._done.set()
@@ -150,7 +150,7 @@ class _Samplers:
             for actor, _ in self._actors.values():
                 ray.kill(actor)
         except Exception as error:
-            logger.warning("system metrics were not ended cleanly: %s", brief(error))
+            logger.warning("system metrics were not ended cleanly: %s", one_line_error(error))
 
 
 def node_name(about: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.tracking import client, outbox
 from cluster.tracking.location import artifact_root, resolve_tracking_uri
-from cluster.tracking.run import RunHandle, Status, brief, note_open, whole_transactions
+from cluster.tracking.run import RunHandle, Status, note_open, one_line_error, uninterrupted_transactions
 from gare.config import TrackingConfig
 from gare.errors import GareError, mask_secrets
 
@@ -22,7 +22,7 @@ def connect(tracking: TrackingConfig, root: str) -> Tracker:
 
     Raises:
         ConfigError: for a URI that is no MLflow store.
-        GareError: if the store does not answer within seconds, or refuses. Credentials are masked.
+        GareError: if the store does not answer within seconds, or refuses. Credentials are mask_secrets.
     """
     uri = resolve_tracking_uri(tracking.uri, root)
     artifacts = None if client.is_server(uri) else artifact_root(root)
@@ -34,9 +34,9 @@ def connect(tracking: TrackingConfig, root: str) -> Tracker:
     except GareError:
         raise
     except Exception as error:
-        # Not chained: a library's message may contain the password that is masked here.
+        # Not chained: a library's message may contain the password that is mask_secrets here.
         raise GareError(
-            f"MLflow cannot be used there: {brief(error)}",
+            f"MLflow cannot be used there: {one_line_error(error)}",
             where=f"tracking.uri {mask_secrets(uri)}",
             accepted="start the server, or check the address, its credentials and the network; "
             "tracking.uri=sqlite:///mlflow.db needs no server",
@@ -78,14 +78,14 @@ class Tracker:
             if run_id and pending:
                 # First deliver entries of an earlier start: its end, if delivered later, would end this run.
                 RunHandle(self.tracking_uri, self.experiment_id, run_id, pending).deliver_pending()
-            with whole_transactions(self.tracking_uri):
+            with uninterrupted_transactions(self.tracking_uri):
                 experiment_id, run_id = client.open_run(self.tracking_uri, self.experiment_id, name, run_id)
                 run = RunHandle(self.tracking_uri, experiment_id, run_id, pending)
                 note_open(run, when_interrupted)
                 run.log_params(params or {})
         except Exception as error:
             raise GareError(
-                f"the MLflow run {name!r} cannot be started: {brief(error)}",
+                f"the MLflow run {name!r} cannot be started: {one_line_error(error)}",
                 where=f"tracking.uri {mask_secrets(self.tracking_uri)}",
             ) from None
         run.set_tags(tags or {})
@@ -110,7 +110,7 @@ class Tracker:
             handle.deliver_pending(count)
         except Exception as error:
             raise GareError(
-                f"MLflow did not take all: {brief(error)}",
+                f"MLflow did not accept all entries: {one_line_error(error)}",
                 where=str(pending),
                 accepted="the same command later",
             ) from None
@@ -126,7 +126,7 @@ class Tracker:
             return client.tags_of(self.tracking_uri, run_id)
         except Exception as error:
             raise GareError(
-                f"there is no MLflow run {run_id}: {brief(error)}",
+                f"there is no MLflow run {run_id}: {one_line_error(error)}",
                 where=f"tracking.uri {mask_secrets(self.tracking_uri)}",
             ) from None
 

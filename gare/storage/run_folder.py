@@ -58,6 +58,11 @@ class RunFolder:
         return join(self.uri, "stop.json")
 
     @property
+    def checkpoints(self) -> str:
+        """Folder of the checkpoints and their index."""
+        return join(self.uri, "checkpoints")
+
+    @property
     def best(self) -> str:
         """Folder of the checkpoint that is best on val."""
         return join(self.uri, "best")

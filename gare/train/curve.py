@@ -35,7 +35,7 @@ from gare.train.checkpoint.initial_model import read_start
 
 logger = logging.getLogger(__name__)
 
-#: Metric by which the best look is found.
+#: Metric by which the best score is found.
 LOOKED_AT = "t2v/R1"
 
 
@@ -51,7 +51,7 @@ def one_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
 
 
 @dataclass(frozen=True)
-class Look:
+class CheckpointScore:
     """The scores of one checkpoint.
 
     Attributes:
@@ -89,8 +89,8 @@ class CheckpointScorer:
         self.cache_mb, self.device, self.sums = cache_mb, device, sums or {}
         self._reader: FeatureReader | None = None
 
-    def score(self, uri: str) -> Look:
-        """Scores a checkpoint; the look has a fault if it cannot be read or a score is not finite.
+    def score(self, uri: str) -> CheckpointScore:
+        """Scores a checkpoint; the result has a fault if it cannot be read or a score is not finite.
 
         Raises:
             DataError: for clips that cannot be read.
@@ -98,13 +98,13 @@ class CheckpointScorer:
         try:
             model = self._load(uri)
         except (CheckpointError, DataError) as error:
-            return Look(fault=str(error))
+            return CheckpointScore(fault=str(error))
         arrays = self._encode(model)
         text, video = text_of(arrays, device=self.device), video_of(arrays, self.device)
         try:
-            return Look(rank_split(model, text, video, owners_of(self.rows)).metrics())
+            return CheckpointScore(rank_split(model, text, video, owners_of(self.rows)).metrics())
         except DataError as error:
-            return Look(fault=str(error))
+            return CheckpointScore(fault=str(error))
 
     def _load(self, uri: str) -> GARE:
         sums = self.sums.get(uri)
@@ -151,15 +151,17 @@ class Curve:
     validated: bool
 
     @classmethod
-    def of(cls, looks: Sequence[tuple[Entry, Look]], chosen: Entry | None, *, validated: bool) -> Curve:
-        """Joins the looks.
+    def of(
+        cls, scores: Sequence[tuple[Entry, CheckpointScore]], chosen: Entry | None, *, validated: bool
+    ) -> Curve:
+        """Joins the scores of the checkpoints.
 
         Args:
-            looks: checkpoints and their scores, in the order of the training.
+            scores: checkpoints and their scores, in the order of the training.
             chosen: the checkpoint that training chose.
             validated: True if val chose it.
         """
-        seen = [(entry, look.metrics) for entry, look in looks if not look.fault]
+        seen = [(entry, score.metrics) for entry, score in scores if not score.fault]
         best = max(seen, key=lambda one: one[1][LOOKED_AT], default=(None, {}))[0]
         rows = tuple(
             {
@@ -172,7 +174,7 @@ class Curve:
             }
             for entry, metrics in seen
         )
-        left_out = {entry.name: look.fault for entry, look in looks if look.fault}
+        left_out = {entry.name: score.fault for entry, score in scores if score.fault}
         return cls(rows, left_out, validated)
 
     @property

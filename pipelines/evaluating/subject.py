@@ -17,7 +17,7 @@ from gare.retrieval.results.files import forget_results
 from gare.storage.files import delete_file, exists, join, read_json, write_json
 from gare.storage.run_folder import RunFolder
 from pipelines.stored_outbox import pending_of
-from pipelines.training.best import tells_how_to_mend
+from pipelines.training.best import add_repair_advice
 
 if TYPE_CHECKING:
     from gare.model.gare import GARE
@@ -96,7 +96,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
             where=checkpoint,
             accepted="run pipelines/train.py first, or evaluate.checkpoint",
         )
-    with tells_how_to_mend(checkpoint == best):
+    with add_repair_advice(checkpoint == best):
         trained = read_config(checkpoint)
     asked = config.model.computed_as(trained.model)
     differing = differences(trained.model.identity(), asked.identity(), "model")
@@ -112,7 +112,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         loaded.compute_as(config.model)
         return loaded
 
-    with tells_how_to_mend(checkpoint == best):
+    with add_repair_advice(checkpoint == best):
         model = load(quiet=False)
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
     settings = settings_of(config, model) if kind == "features" else None

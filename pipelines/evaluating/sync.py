@@ -30,7 +30,7 @@ def sync(config: Config) -> dict[str, Any]:
     trained = folder.read_result()
     if trained and not trained["mlflow_model"]:
         handle = RunHandle(tracker.tracking_uri, tracker.experiment_id, trained["mlflow_run_id"], pending)
-        trained["mlflow_model"] = log_outputs(config, places, handle)
+        trained["mlflow_model"] = log_outputs(folder, handle, config.model.clip.embed_dim)
         folder.write_result(trained)
         result["mlflow_model"] = trained["mlflow_model"]
     logger.info(

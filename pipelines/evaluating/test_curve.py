@@ -23,7 +23,7 @@ from pipelines.locks import evaluation_lock
 from pipelines.training.checkpointing import SELECTION, checkpoints_of
 
 if TYPE_CHECKING:
-    from gare.train.curve import Curve, Look
+    from gare.train.curve import CheckpointScore, Curve
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,10 @@ def score_curve(config: Config) -> dict[str, Any]:
     with evaluation_lock(config, places, run, "test-curve") as lock:
         handle = open_tracking(config, places, subject)
         try:
-            kept = checkpoints_of(config, places, validated=validated)
-            looks = _looks(config, subject, rows, kept, entries)
-            curve = Curve.of(list(zip(entries, looks, strict=True)), chosen, validated=validated)
+            folder = RunFolder(places.run(run))
+            kept = checkpoints_of(config.train, folder, validated=validated)
+            scores = _scores(config, subject, rows, kept, entries)
+            curve = Curve.of(list(zip(entries, scores, strict=True)), chosen, validated=validated)
             if not curve.rows:
                 name, reason = next(iter(curve.left_out.items()))
                 raise CheckpointError(f"none of {len(entries)} has scores; {name}: {reason}", where=run)
@@ -84,22 +85,22 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
     """
     from gare.train.curve import one_of_each_step
 
-    run, folder = config.train.run, places.run(config.train.run)
-    if not RunFolder(folder).has_begun:
+    run, folder = config.train.run, RunFolder(places.run(config.train.run))
+    if not folder.has_begun:
         raise DataError(
             f"there is no run {run!r} whose checkpoints could be scored",
-            where=folder,
+            where=folder.uri,
             accepted="train.run of a run that pipelines/train.py has trained",
         )
-    entries = one_of_each_step(checkpoints_of(config, places, validated=False).entries())
+    entries = one_of_each_step(checkpoints_of(config.train, folder, validated=False).entries())
     if not entries:
         raise DataError(
             f"run {run!r} keeps no checkpoint",
-            where=join(folder, "checkpoints"),
+            where=folder.checkpoints,
             accepted="a run whose folder checkpoints was not deleted",
         )
     validated = any(SELECTION in entry.metrics for entry in entries)
-    return entries, checkpoints_of(config, places, validated=validated).best(), validated
+    return entries, checkpoints_of(config.train, folder, validated=validated).best(), validated
 
 
 def _require_its_own_input(config: Config, subject: Subject) -> None:
@@ -121,13 +122,13 @@ def _require_its_own_input(config: Config, subject: Subject) -> None:
         )
 
 
-def _looks(
+def _scores(
     config: Config,
     subject: Subject,
     rows: Sequence[ManifestRow],
     checkpoints: Checkpoints,
     entries: Sequence[Entry],
-) -> list[Look]:
+) -> list[CheckpointScore]:
     """Returns the scores of the checkpoints, in their order."""
     from gare.train.curve import CheckpointScorer
 
@@ -151,17 +152,17 @@ def _looks(
         return _reported(subject.run, entries, pool.map(("score", location) for location in locations))
 
 
-def _reported(run: str, entries: Sequence[Entry], looks: Iterable[Look]) -> list[Look]:
-    """Logs each look as it comes."""
+def _reported(run: str, entries: Sequence[Entry], scores: Iterable[CheckpointScore]) -> list[CheckpointScore]:
+    """Logs each score as it comes."""
     found = []
-    for number, (entry, look) in enumerate(zip(entries, looks, strict=True), 1):
+    for number, (entry, score) in enumerate(zip(entries, scores, strict=True), 1):
         about = f"{run}: checkpoint {number} of {len(entries)}, step {entry.step}"
-        if look.fault:
-            logger.warning("%s, is left out of the test curve: %s", about, look.fault)
+        if score.fault:
+            logger.warning("%s, is left out of the test curve: %s", about, score.fault)
         else:
-            t2v, v2t = look.metrics["t2v/R1"], look.metrics["v2t/R1"]
+            t2v, v2t = score.metrics["t2v/R1"], score.metrics["v2t/R1"]
             logger.info("%s, on test: R@1 %.1f t2v, %.1f v2t", about, t2v, v2t)
-        found.append(look)
+        found.append(score)
     return found
 
 

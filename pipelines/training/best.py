@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MEND = "the run's train command makes best/ again from its checkpoint; or evaluate.checkpoint=FOLDER"
+REPAIR_ADVICE = "the run's train command makes best/ again from its checkpoint; or evaluate.checkpoint=FOLDER"
 
 
 def copy_best(checkpoints: Checkpoints, best: str, source: TrainInput) -> Entry:
@@ -39,11 +39,11 @@ def copy_best(checkpoints: Checkpoints, best: str, source: TrainInput) -> Entry:
         try:
             source.copy_best(checkpoints.location(entry), best, entry.sha256)
         except CheckpointError as fault:
-            logger.warning("a checkpoint is left out: %s", fault)
+            logger.warning("skipping a damaged checkpoint: %s", fault)
             faults.append(fault)
             continue
         if faults:
-            logger.warning("the best checkpoint that can be used is that of step %d", entry.step)
+            logger.warning("using the best undamaged checkpoint, that of step %d", entry.step)
             for one in checkpoints.ranked():
                 if one.name == entry.name:
                     break
@@ -89,11 +89,11 @@ def mend_best(checkpoints: Checkpoints, best: str, source: TrainInput, result: M
         source.copy_best(location, best, entry.sha256)
     except CheckpointError as error:
         raise DamagedError(f"{fault.what}; and {error}", where=fault.where, accepted=accepted) from error
-    logger.warning("%s; best/ is made again from %s", fault, location)
+    logger.warning("%s; copying best/ again from %s", fault, location)
 
 
 @contextmanager
-def tells_how_to_mend(is_best: bool) -> Iterator[None]:
+def add_repair_advice(is_best: bool) -> Iterator[None]:
     """Adds advice to the error of a damaged ``best``.
 
     Args:
@@ -104,4 +104,4 @@ def tells_how_to_mend(is_best: bool) -> Iterator[None]:
     except DamagedError as error:
         if not is_best:
             raise
-        raise DamagedError(error.what, where=error.where, accepted=MEND) from error
+        raise DamagedError(error.what, where=error.where, accepted=REPAIR_ADVICE) from error

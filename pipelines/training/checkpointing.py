@@ -1,4 +1,4 @@
-"""Checkpoints of a training worker: when to write one, when to stop, and where to resume.
+"""Checkpoints of a training worker, as a callback: when to write one, when to stop, and where to resume.
 
 Rank 0 writes after an epoch, every ``train.checkpoint_every_steps``, every ``train.checkpoint_every_s``, and
 at once if a node is about to be preempted or the run is asked to stop. All workers end together: if one left
@@ -13,13 +13,13 @@ import time
 from functools import partial
 from typing import Any
 
-from cluster.layout import Layout
-from gare.config import Config
+from gare.config import Config, TrainConfig
 from gare.errors import CheckpointError, GareError, StoppedError
-from gare.storage.files import delete_file, exists, join, read_json, write_json
+from gare.storage.files import delete_file, exists, read_json, write_json
 from gare.storage.generations import OwnedFolder
 from gare.storage.patience import retry_until_answered
 from gare.storage.run_folder import RunFolder
+from gare.train.callback import Callback
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import Checkpoints, CheckpointWriter, Entry
 
@@ -34,13 +34,16 @@ LOCK_EVERY_S = 5.0
 ASK_EVERY_S = 0.5
 
 
-def checkpoints_of(config: Config, places: Layout, *, validated: bool) -> Checkpoints:
-    """Returns the checkpoints of the configured run."""
-    folder = join(places.run(config.train.run), "checkpoints")
-    keep = config.train.keep_checkpoints
-    return Checkpoints(
-        folder, keep=None if keep == "all" else int(keep), score=SELECTION if validated else ""
-    )
+def checkpoints_of(train: TrainConfig, folder: RunFolder, *, validated: bool) -> Checkpoints:
+    """Returns the checkpoints of a run.
+
+    Args:
+        train: settings of the run.
+        folder: the run.
+        validated: True if epochs end with metrics on val, of which one selects the best checkpoint.
+    """
+    keep = None if train.keep_checkpoints == "all" else int(train.keep_checkpoints)
+    return Checkpoints(folder.checkpoints, keep=keep, score=SELECTION if validated else "")
 
 
 def _seconds_between(config: Config) -> float:
@@ -58,8 +61,8 @@ def _seconds_between(config: Config) -> float:
 class StopRequest:
     """File of the run with which the driver asks its workers, on any machine, to stop."""
 
-    def __init__(self, folder: str) -> None:
-        self.uri = RunFolder(folder).stop
+    def __init__(self, folder: RunFolder) -> None:
+        self.uri = folder.stop
 
     def make(self, reason: str) -> None:
         """Writes the request with its reason; workers keep the first reason that they see."""
@@ -74,25 +77,27 @@ class StopRequest:
         return str(read_json(self.uri)["reason"]) if exists(self.uri) else ""
 
 
-class Saver:
-    """Checkpointing of one worker. All workers must call ``restore``, ``step``, ``epoch`` and ``close``.
+class Checkpointing(Callback):
+    """Checkpoints of one worker. All workers must call ``restore`` first, and then follow the loop.
 
     Args:
-        config: configuration of the run.
-        places: locations of its outputs.
-        learner: learner to save.
+        learner: learner to save; its configuration says when.
+        folder: the run.
         rank: rank of this worker; only rank 0 writes.
         device: device of the learner.
         validated: True if epochs end with metrics on val.
         watch: True to ask Ray for nodes that are about to be preempted.
         owned: lock of the run; None if no other job can exist.
+
+    Attributes:
+        history: record of the run, saved with each checkpoint; ``restore`` reads it.
+        epochs: epochs done.
     """
 
     def __init__(
         self,
-        config: Config,
-        places: Layout,
         learner: Any,
+        folder: RunFolder,
         rank: int,
         device: Any,
         *,
@@ -100,25 +105,39 @@ class Saver:
         watch: bool,
         owned: OwnedFolder | None = None,
     ) -> None:
-        self.train, self.learner, self.rank, self.device = config.train, learner, rank, device
-        self.every_s = _seconds_between(config)
-        self.checkpoints = checkpoints_of(config, places, validated=validated)
+        self.train: TrainConfig = learner.config.train
+        self.learner, self.rank, self.device = learner, rank, device
+        self.every_s = _seconds_between(learner.config)
+        self.checkpoints = checkpoints_of(self.train, folder, validated=validated)
+        self.history, self.epochs = History(folder.history), 0
         self.writer = CheckpointWriter(self.checkpoints)
-        self.request = StopRequest(places.run(config.train.run))
+        self.request = StopRequest(folder)
         self.watch, self.noticed = watch, False
         self.owned, self.lost = owned, False
         self.due, self.reason, self.over = False, "", threading.Event()
         self.saved = self.asked = time.monotonic()
         if not rank:
-            threading.Thread(target=self._look, name="stop request", daemon=True).start()
+            threading.Thread(target=self._watch_for_stop, name="stop request", daemon=True).start()
 
     def restore(self) -> int:
-        """Restores the last readable checkpoint, the same on all workers; returns the number of epochs done.
+        """Restores the last readable checkpoint, the same on all workers, and the record up to there.
+
+        Returns:
+            The number of epochs done.
 
         Raises:
             CheckpointError: if there are checkpoints and none can be used.
+            DataError: if the record cannot be read.
             LockLostError: if another job has taken the run over; nothing is changed.
         """
+        self.epochs, step = self._restore_learner(), self.learner.step
+        self.history = History.read(self.history.uri, step=step, epoch=self.epochs)
+        if step:
+            self.history.resumed = sorted({*self.history.resumed, step})
+        return self.epochs
+
+    def _restore_learner(self) -> int:
+        """Restores the learner; returns the number of epochs done."""
         import torch
 
         from gare.train.checkpoint.files import restore_learner
@@ -157,7 +176,7 @@ class Saver:
                 # A storage that does not answer says nothing about the checkpoint.
                 retry_until_answered(restore, f"the checkpoint of step {entry.step} cannot be read")
             except CheckpointError as fault:
-                logger.warning("a checkpoint is left out: %s", fault)
+                logger.warning("skipping a damaged checkpoint: %s", fault)
                 faults.append(fault)
             else:
                 return entry
@@ -165,15 +184,15 @@ class Saver:
             raise faults[0]
         return None
 
-    def step(self, epoch: int, history: History) -> None:
-        """Writes a checkpoint or stops the run, if due; call after each optimiser step.
+    def on_step(self, step: int, values: dict[str, float]) -> None:
+        """Writes a checkpoint or stops the run, if due.
 
         Raises:
             GareError: if a checkpoint could not be written, or the run is to stop; on all workers.
         """
         now = time.monotonic()
-        train, step = self.train, self.learner.step
-        asked_for = bool(train.checkpoint_every_steps) and step % train.checkpoint_every_steps == 0
+        every_steps = self.train.checkpoint_every_steps
+        asked_for = bool(every_steps) and step % every_steps == 0
         self.due |= asked_for
         self.due |= bool(self.every_s) and now - self.saved >= self.every_s
         ask = self.watch and not self.noticed and now - self.asked >= ASK_EVERY_S
@@ -181,21 +200,23 @@ class Saver:
         if failed:
             raise self._fault()
         if stop:
-            raise self._stop(epoch, history)
+            raise self._stop()
         if ask:
             self._ask_ray(now)
         # A user who keeps all wants each of these steps, so wait for the storage rather than miss one.
-        waits = asked_for and train.keep_checkpoints == "all"
+        waits = asked_for and self.train.keep_checkpoints == "all"
         if not self.rank and self.due and (waits or not self.writer.busy):
-            self._write(Entry(step, epoch), history)
+            self._write(Entry(step, self.epochs))
 
-    def epoch(self, epoch: int, metrics: dict[str, float], history: History) -> None:
-        """Writes a checkpoint; call after an epoch and its validation."""
+    def on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Writes a checkpoint with the metrics on val."""
+        self.epochs = epoch
         if not self.rank:
-            self._write(Entry(self.learner.step, epoch, metrics), history)
+            on_val = {name: value for name, value in metrics.items() if name.startswith("val/")}
+            self._write(Entry(self.learner.step, epoch, on_val))
 
-    def close(self) -> None:
-        """Waits for the last checkpoint to be written; call after the last epoch.
+    def on_finish(self) -> None:
+        """Waits for the last checkpoint to be written.
 
         Raises:
             GareError: if it could not be written; on all workers.
@@ -205,14 +226,14 @@ class Saver:
         if self._agree(self.writer.fault is not None or self.lost)[0]:
             raise self._fault()
 
-    def _write(self, entry: Entry, history: History) -> None:
+    def _write(self, entry: Entry) -> None:
         from gare.train.checkpoint.files import capture
 
         if self._is_lost():
             return  # the files now belong to another job
         # Before making the copy, since each one is as large as the model and its optimiser.
         self.writer.wait()
-        self.writer.write(capture(self.learner, entry.epoch), entry, history.copy())
+        self.writer.write(capture(self.learner, entry.epoch), entry, self.history.copy())
         self.due, self.saved = False, time.monotonic()
 
     def _agree(self, *flags: bool) -> list[bool]:
@@ -232,17 +253,17 @@ class Saver:
             try:
                 self.lost = self.owned.is_lost()
             except GareError as error:
-                logger.warning("the lock cannot be looked at: %s", error)
+                logger.warning("cannot check the lock: %s", error)
         if self.lost:
             self.reason = "another job"
         return self.lost
 
-    def _stop(self, epoch: int, history: History) -> GareError:
+    def _stop(self) -> GareError:
         """Writes a last checkpoint; returns the error that ends the run."""
         self.over.set()
         if self.rank:
             return StoppedError("the run was asked to stop")
-        self._write(Entry(self.learner.step, epoch), history)
+        self._write(Entry(self.learner.step, self.epochs))
         self.writer.wait()
         if self.lost:
             return self._fault()
@@ -263,12 +284,13 @@ class Saver:
             if not self.rank:
                 nodes = ", ".join(sorted(node[:8] for node in notice.preempted_node_to_ranks))
                 logger.warning(
-                    "node %s is about to be taken away: a checkpoint is written after step %d",
+                    "node %s is about to be preempted: writing a checkpoint after step %d",
                     nodes,
                     self.learner.step,
                 )
 
-    def _look(self) -> None:
+    def _watch_for_stop(self) -> None:
+        """Watches, in a thread of rank 0, for a request to stop and for another job that took over."""
         looked = time.monotonic()
         while not self.over.wait(LOOK_EVERY_S):
             if time.monotonic() - looked >= LOCK_EVERY_S:

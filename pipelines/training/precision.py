@@ -38,7 +38,7 @@ def with_precision(config: Config, *, have_bf16: bool | None) -> Config:
         if asked == "auto":
             # It would be chosen for the whole run by chance.
             raise ConfigError(
-                "is auto, and the GPUs could not be looked at",
+                "is auto, and the GPUs could not be checked",
                 where="train.precision",
                 accepted="bf16 for GPUs that have it in hardware, float32 for others",
             )

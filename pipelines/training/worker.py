@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import logging
-import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.layout import Layout, layout
 from cluster.logs import set_up_logging
-from cluster.runtime.batches import Asked, stream
-from cluster.runtime.devices import device_of_worker, explained_memory
+from cluster.runtime.batches import BatchRequest, stream_chunks
+from cluster.runtime.devices import device_of_worker, explain_out_of_memory
 from cluster.tracking import RunHandle
-from gare.config import Config
+from gare.config import Config, TrainConfig
 from gare.data.splits import StoredSplits, read_splits
 from gare.errors import DataError, DivergedError, GareError, LockLostError, StoppedError
 from gare.storage.files import exists, read_json
 from gare.storage.run_folder import RunFolder
-from gare.train.checkpoint.history import History
+from gare.train.callback import Callback
 from gare.train.input.loader import Listed
 from gare.train.input.plan import Plan, plan_run
-from pipelines.training.checkpointing import Saver
-from pipelines.training.monitoring import Watch
+from pipelines.training.callbacks import (
+    ElasticWorkers,
+    MetricHistory,
+    MetricLog,
+    PeakMemory,
+    Profiling,
+    StatusLine,
+)
+from pipelines.training.checkpointing import Checkpointing
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +36,12 @@ if TYPE_CHECKING:
     from gare.model.gare import GARE
     from gare.train.input.feed import Feed
     from gare.train.input.inputs import TrainInput
+    from gare.train.step import Learner
 
 logger = logging.getLogger(__name__)
 
-#: Number of steps whose metrics are sent to MLflow together.
-LOG_EVERY = 10
+#: Errors that end a run on all its workers, which starting them again would not change.
+ENDS_THE_RUN = (DivergedError, StoppedError, LockLostError)
 
 
 def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None = None) -> TrainInput:
@@ -44,17 +51,16 @@ def input_of_run(config: Config, places: Layout, settings: dict[str, Any] | None
     return input_of(config, places.frames, places.features, settings)
 
 
-def splits_of(config: Config, places: Layout, source: TrainInput, *, begun: bool) -> StoredSplits:
+def splits_of(source: TrainInput, manifest: str, folder: RunFolder, *, begun: bool) -> StoredSplits:
     """Reads the store's clips; if the run has begun, only those that it began with."""
-    splits = read_splits(places.manifest, source.store, config.extract, source.store_settings)
-    clips = RunFolder(places.run(config.train.run)).clips
-    return splits.restricted_to(read_json(clips)) if begun and exists(clips) else splits
+    splits = read_splits(manifest, source.store, source.config.extract, source.store_settings)
+    return splits.restricted_to(read_json(folder.clips)) if begun and exists(folder.clips) else splits
 
 
-def plan_of(config: Config, splits: StoredSplits, *, rank: int = 0, world_size: int = 1) -> Plan:
+def plan_of(train: TrainConfig, splits: StoredSplits, *, rank: int = 0, world_size: int = 1) -> Plan:
     """Plans a worker's batches; the plan is the same for all workers except for the share."""
     captions = [len(row.captions) for row in splits.train]
-    return plan_run(captions, len(splits.val), config.train, rank=rank, world_size=world_size)
+    return plan_run(captions, len(splits.val), train, rank=rank, world_size=world_size)
 
 
 def within_memory(config: Config, world_size: int) -> Config:
@@ -88,60 +94,78 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     import ray.train
 
     from gare.train.loop import run_loop
-    from gare.train.step import build_learner
     from gare.train.validation import Validation
 
     config: Config = task["config"]
-    places = layout(config)
-    context = ray.train.get_context()
+    places, context = layout(config), ray.train.get_context()
+    folder = RunFolder(places.run(config.train.run))
     rank, world_size = context.get_world_rank(), context.get_world_size()
     name = f"{config.name}/{config.train.run}"
     set_up_logging(replace=True, log_format=config.tracking.log_format, run=name, rank=rank)
     device = device_of_worker(config.cluster)
     source = input_of_run(config, places, task["settings"])
-    listed = _listed(config, places, source, task["clips"], rank, world_size)
-    model = source.worker_model(places.run(config.train.run))
-    with explained_memory(*_pairs_at_once(config, world_size)):
-        learner = build_learner(model, within_memory(config, world_size), listed.plan.num_steps, device)
-        learner = replace(learner, config=config)
-        validated, watches = bool(listed.ids["val"]), task["watch_preemption"]
-        saver = Saver(
-            config, places, learner, rank, device, validated=validated, watch=watches, owned=task["owned"]
-        )
-        try:
-            start_epoch = saver.restore()
-        except LockLostError as fault:
-            return fault
-    first = listed.plan.position(start_epoch, learner.step)
-    watch = Watch(config, learner, listed.plan, rank, device)
-    report = Reporter(config, places, task["handle"], saver, start_epoch, watch, world_size)
-    validation = Validation(learner.model, device)
+    splits = _begun_splits(source, places.manifest, folder, task["clips"])
+    listed = _listed(config.train, splits, rank, world_size)
+    model = source.worker_model(folder.uri)
+    with explain_out_of_memory(*_pairs_at_once(config, world_size)):
+        learner = _learner(model, config, world_size, listed.plan.num_steps, device)
+    validated, watch, owned = bool(splits.val), task["watch_preemption"], task["owned"]
+    checkpointing = Checkpointing(
+        learner, folder, rank, device, validated=validated, watch=watch, owned=owned
+    )
     try:
-        with (
-            explained_memory(*_pairs_at_once(config, world_size)),
-            _feed(config, source, listed, task["shared"], first, device, learner.model) as feed,
-        ):
-            run_loop(learner, listed, first, source, feed, validation, report.step, report.epoch)
-        saver.close()
-    except (DivergedError, StoppedError, LockLostError) as fault:
-        return fault
+        with explain_out_of_memory(*_pairs_at_once(config, world_size)):
+            epoch = checkpointing.restore()
+            first = listed.plan.position(epoch, learner.step)
+            callbacks = callbacks_of(checkpointing, listed.plan, task["handle"], world_size)
+            feed = _feed(source, listed, task["shared"], first, device, model)
+            run_loop(learner, listed, first, source, feed, Validation(model, device), callbacks)
     except GareError as fault:
-        if fault is saver.writer.fault:
+        if isinstance(fault, ENDS_THE_RUN) or fault is checkpointing.writer.fault:
             return fault
         raise
-    watch.finish(task["handle"])
     return None
 
 
-def _listed(
-    config: Config, places: Layout, source: TrainInput, clips: dict[str, str], rank: int, world_size: int
-) -> Listed:
-    """Returns this worker's batches of the clips that the training began with.
+def callbacks_of(
+    checkpointing: Checkpointing, plan: Plan, handle: RunHandle, world_size: int
+) -> list[Callback]:
+    """Builds the callbacks of a worker, in the order in which they must see steps and epochs.
+
+    1. Callbacks that add values come first, so that record and MLflow have them.
+    2. The profile takes its measurements before the checkpoint's communication, which is no part of the step.
+    3. The record has a step before the checkpoint that is saved with it.
+    4. Checkpointing comes last, since it may end the run. At the end, where the order is reversed, it is
+       first: nothing else is finished before the last checkpoint is safe.
+
+    Workers communicate in ``Profiling`` and ``Checkpointing``, so all have both in the same order; rank 0
+    alone has record and MLflow.
+    """
+    learner, rank, device = checkpointing.learner, checkpointing.rank, checkpointing.device
+    history, cluster = checkpointing.history, learner.config.cluster
+    callbacks: list[Callback] = []
+    if cluster.min_workers:
+        callbacks.append(ElasticWorkers(world_size))
+        if not rank:
+            name, most = learner.config.train.run, cluster.train_workers
+            logger.info("%s: %d of %d workers share its batches", name, world_size, most)
+    callbacks += [PeakMemory(), StatusLine(learner, plan, rank, device, history.epochs)]
+    if learner.config.train.profile:
+        callbacks.append(Profiling(learner, rank, device, handle))
+    if not rank:
+        callbacks += [MetricHistory(history), MetricLog(handle, learner, history.resumed)]
+    return [*callbacks, checkpointing]
+
+
+def _begun_splits(
+    source: TrainInput, manifest: str, folder: RunFolder, clips: dict[str, str]
+) -> StoredSplits:
+    """Returns the clips that the training began with.
 
     Raises:
         DataError: if the store lacks some of them, or has other captions for them.
     """
-    splits = splits_of(config, places, source, begun=True)
+    splits = splits_of(source, manifest, folder, begun=True)
     if splits.hashes() != clips:
         # The order of samples, perhaps even the number of steps, would differ between workers.
         raise DataError(
@@ -149,25 +173,32 @@ def _listed(
             where=source.store,
             accepted="the clips of the run's clips.json; train.overwrite=true starts anew",
         )
+    return splits
+
+
+def _listed(train: TrainConfig, splits: StoredSplits, rank: int, world_size: int) -> Listed:
+    """Returns the batches of a worker, with the ids of their clips."""
     most = max((len(row.captions) for row in splits.val), default=1)
-    return Listed(plan_of(config, splits, rank=rank, world_size=world_size), splits.ids(), most)
+    return Listed(plan_of(train, splits, rank=rank, world_size=world_size), splits.ids(), most)
+
+
+def _learner(model: GARE, config: Config, world_size: int, num_steps: int, device: torch.device) -> Learner:
+    """Builds the learner; its configuration is that of the run, whatever limits this worker's memory."""
+    from gare.train.step import build_learner
+
+    return replace(build_learner(model, within_memory(config, world_size), num_steps, device), config=config)
 
 
 def _feed(
-    config: Config,
-    source: TrainInput,
-    listed: Listed,
-    shared: Any,
-    first: int,
-    device: torch.device,
-    model: GARE,
+    source: TrainInput, listed: Listed, shared: Any, first: int, device: torch.device, model: GARE
 ) -> Feed:
     """Returns the feed of the plan's batches, from ``first`` on, on the device."""
     import ray.train
 
     from gare.train.input.feed import Feed
 
-    batches, loaders = listed.plan.batches, config.cluster.resolved.loaders_per_worker
+    batches, cluster = listed.plan.batches, source.config.cluster.resolved
+    loaders = cluster.loaders_per_worker
     sizes = [len(batch.videos) for batch in batches]
     make = source.loader(listed, shared, device, model)
     chunks: Iterator[Any]
@@ -177,13 +208,14 @@ def _feed(
     else:
         kinds = {"train": source.row_bytes(), "val": source.row_bytes(listed.most_captions)}
         asked = [
-            Asked(number, sizes[number], kinds[batches[number].kind]) for number in range(first, len(sizes))
+            BatchRequest(number, sizes[number], kinds[batches[number].kind])
+            for number in range(first, len(sizes))
         ]
-        chunks = stream(
+        chunks = stream_chunks(
             make,
             asked,
             loaders=loaders,
-            config=config.cluster,
+            config=cluster,
             workers=ray.train.get_context().get_local_world_size(),
         )
     return Feed(
@@ -193,69 +225,3 @@ def _feed(
         finish=lambda place, tensors: source.finished(batches[first + place], tensors),
         loaders=loaders,
     )
-
-
-class Reporter:
-    """Reports the loop's results to the log, MLflow and the record, and triggers checkpoints."""
-
-    def __init__(
-        self,
-        config: Config,
-        places: Layout,
-        handle: RunHandle,
-        saver: Saver,
-        start_epoch: int,
-        watch: Watch,
-        world_size: int,
-    ) -> None:
-        self.config, self.handle, self.saver = config, handle, saver
-        self.learner, self.rank, self.epochs = saver.learner, saver.rank, start_epoch
-        record = RunFolder(places.run(config.train.run)).history
-        self.history = History.read(record, step=self.learner.step, epoch=start_epoch)
-        self.watch, self.world_size = watch, world_size
-        watch.validated_before(self.history.epochs)
-        if self.learner.step and not self.rank:
-            self.history.resumed = sorted({*self.history.resumed, self.learner.step})
-            steps = ", ".join(map(str, self.history.resumed))
-            handle.set_tags({"resumed.after_steps": steps})
-        if config.cluster.min_workers and not self.rank:
-            logger.info(
-                "%s: %d of %d workers share its batches",
-                config.train.run,
-                world_size,
-                config.cluster.resolved.train_workers,
-            )
-
-    def step(self, step: int, values: dict[str, float]) -> None:
-        """Reports an optimiser step; all workers must call it."""
-        if self.config.cluster.min_workers:
-            values |= {"train/workers": float(self.world_size)}
-        self.watch.step(step, values)
-        if not self.rank:
-            self.history.add_step(step, values)
-            if step % LOG_EVERY == 0 or step == self.learner.num_steps:
-                self.handle.log_metrics(values, step, once=True)
-        self.saver.step(self.epochs, self.history)
-
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Reports an epoch; all workers must call it."""
-        named = {f"val/{name}": value for name, value in metrics.items()}
-        self.epochs = epoch
-        self.watch.status.validated(epoch, named)
-        if self.rank:
-            self.saver.epoch(epoch, named, self.history)
-            return
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        measured = named | {"memory/worker_peak_bytes": memory}
-        self.history.add_epoch(epoch, measured)
-        self.handle.log_metrics(measured | {"epoch": epoch}, self.learner.step, once=True)
-        self.saver.epoch(epoch, named, self.history)
-        if named:
-            logger.info(
-                "%s: epoch %d of %d, val R@1 %.1f t2v, %.1f v2t",
-                self.config.train.run,
-                epoch,
-                self.config.train.epochs,
-                named["val/t2v/R1"],
-                named["val/v2t/R1"],
-            )

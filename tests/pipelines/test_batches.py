@@ -18,15 +18,15 @@ import pytest
 import torch
 
 from cluster.layout import Layout
-from cluster.runtime.batches import CHUNK_BYTES, Asked, Load, ahead_bytes, stream
-from cluster.runtime.devices import Answer, device_of_worker, explained_memory, refuse_unusable
+from cluster.runtime.batches import CHUNK_BYTES, BatchRequest, Load, ahead_bytes, stream_chunks
+from cluster.runtime.devices import Answer, device_of_worker, explain_out_of_memory, refuse_unusable
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, DataError, GareError
 from tests.helpers.pipelines import tiny
 
 #: So large that a batch of 5 rows comes in chunks of 2.
 ROW_BYTES = CHUNK_BYTES // 2
-BATCHES = [Asked(number, 5, ROW_BYTES) for number in range(4, 12)]
+BATCHES = [BatchRequest(number, 5, ROW_BYTES) for number in range(4, 12)]
 ROWS = [(batch.number, first, min(first + 2, 5)) for batch in BATCHES for first in (0, 2, 4)]
 CONFIG = ClusterConfig(prefetch_mb=4 * CHUNK_BYTES / 10**6)
 
@@ -46,10 +46,10 @@ def rows_of(found: list[dict[str, np.ndarray]]) -> list[tuple[int, ...]]:
 
 def test_order_is_that_of_the_batches(ray_local: None) -> None:
     """A seed must give the same training again, though some clips take longer than others."""
-    found = list(stream(uneven, BATCHES, loaders=2, config=CONFIG, workers=1))
+    found = list(stream_chunks(uneven, BATCHES, loaders=2, config=CONFIG, workers=1))
     assert rows_of(found) == ROWS
     assert len({int(one["pid"][0]) for one in found}) == 2
-    assert list(stream(uneven, [], loaders=1, config=CONFIG, workers=1)) == []
+    assert list(stream_chunks(uneven, [], loaders=1, config=CONFIG, workers=1)) == []
 
 
 @pytest.mark.parametrize(("megabytes", "chunks"), [(1e-3, 1), (CHUNK_BYTES * 3.5 / 10**6, 3)])
@@ -65,9 +65,9 @@ def test_no_more_is_loaded_than_the_setting_says(
 
         return load
 
-    asked = [Asked(number, 2, ROW_BYTES) for number in range(100)]
+    asked = [BatchRequest(number, 2, ROW_BYTES) for number in range(100)]
     config = ClusterConfig(prefetch_mb=megabytes)
-    batches = stream(noting, asked, loaders=2, config=config, workers=1)
+    batches = stream_chunks(noting, asked, loaders=2, config=config, workers=1)
     for taken in range(1, 4):
         next(batches)
         deadline = time.monotonic() + 30
@@ -87,8 +87,8 @@ def test_small_batches_are_not_loaded_for_ever(ray_local: None, tmp_path: Path) 
 
         return load
 
-    asked = [Asked(number, 2, 10) for number in range(100)]
-    batches = stream(noting, asked, loaders=1, config=ClusterConfig(), workers=1)
+    asked = [BatchRequest(number, 2, 10) for number in range(100)]
+    batches = stream_chunks(noting, asked, loaders=1, config=ClusterConfig(), workers=1)
     for _ in range(5):
         next(batches)
     assert len(list(tmp_path.iterdir())) < 12
@@ -108,7 +108,7 @@ def test_an_actor_that_is_killed_loads_again(ray_local: None, tmp_path: Path) ->
 
         return load
 
-    found = list(stream(dying, BATCHES, loaders=1, config=CONFIG, workers=1))
+    found = list(stream_chunks(dying, BATCHES, loaders=1, config=CONFIG, workers=1))
     assert rows_of(found) == ROWS
     assert (tmp_path / "died").exists()
 
@@ -123,7 +123,7 @@ def test_a_fault_comes_out_as_itself(ray_local: None) -> None:
         return load
 
     with pytest.raises(DataError) as raised:
-        list(stream(broken, BATCHES, loaders=1, config=CONFIG, workers=1))
+        list(stream_chunks(broken, BATCHES, loaders=1, config=CONFIG, workers=1))
     assert str(raised.value) == "part 4: has no rows"
 
 
@@ -191,7 +191,7 @@ def test_a_gpu_that_is_not_there_ends_with_2(
     )
     assert done.returncode == 1, done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("2 cluster.use_gpu: 1 of 1 GPUs cannot be used: torch sees none"), last
+    assert last.startswith("2 cluster.use_gpu: 1 of 1 GPUs cannot be used: torch finds none"), last
     assert "Traceback" not in done.stderr
     assert not Path(places.run("on-a-gpu")).exists()
 
@@ -223,13 +223,13 @@ def test_memory_that_does_not_suffice_names_the_setting(message: str, said: str)
     def grow() -> None:
         raise torch.OutOfMemoryError(message)
 
-    with pytest.raises(GareError) as raised, explained_memory(128, 256):
+    with pytest.raises(GareError) as raised, explain_out_of_memory(128, 256):
         grow()
     assert raised.value.exit_code == 4
     assert raised.value.where == "train.micro_batch"
     assert said in raised.value.what
     assert "train.micro_batch=64" in raised.value.accepted
-    with pytest.raises(GareError) as raised, explained_memory(1, 1):
+    with pytest.raises(GareError) as raised, explain_out_of_memory(1, 1):
         grow()
     assert raised.value.where == "train.batch_size"
     assert "micro_batch" not in raised.value.accepted

@@ -126,7 +126,7 @@ def test_a_node_that_is_about_to_be_taken_away(
 ) -> None:
     """With a notice nothing has to be done again but the steps after it: a checkpoint is written at once."""
     result = on_nodes("drained", 3, repository, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2")
-    assert "is about to be taken away: a checkpoint is written after step" in result["stderr"]
+    assert "is about to be preempted: writing a checkpoint after step" in result["stderr"]
     assert result["saved"] % 3
     folder = places.run("node-drained")
     assert resumed(folder)[0] >= result["saved"]

@@ -16,8 +16,8 @@ from gare.data.manifest import ManifestRow
 from gare.errors import DamagedError
 from gare.model.gare import GARE
 from gare.retrieval.gallery import FILE
+from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.files import CONFIG, MODEL, TRAINER, check_checkpoint
-from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import Entry
 from gare.train.checkpoint.sums import SUMS
 from gare.train.input.inputs import TrainInput, input_of
@@ -26,7 +26,7 @@ from pipelines.evaluating import registration
 from pipelines.evaluating.subject import checkpoint_subject
 from pipelines.sizes import sizes_for_evaluation
 from pipelines.training.best import copy_best, mend_best
-from pipelines.training.checkpointing import SELECTION, Saver
+from pipelines.training.checkpointing import SELECTION, Checkpointing
 from tests.helpers.tiny import tiny_config
 
 EPOCHS = 4
@@ -52,14 +52,14 @@ class Run:
             saver.learner.step = epoch
             with torch.no_grad():
                 saver.learner.model.temporal.positions.weight.fill_(epoch)
-            saver.epoch(epoch, {SELECTION: 10.0 - abs(epoch - 2.2)}, History(str(folder / "history.json")))
+            saver.on_epoch(epoch, {SELECTION: 10.0 - abs(epoch - 2.2)})
             saver.writer.wait()
         self.checkpoints = saver.checkpoints
 
-    def saver(self) -> Saver:
-        cpu = torch.device("cpu")
+    def saver(self) -> Checkpointing:
+        cpu, folder = torch.device("cpu"), RunFolder(self.places.run(self.config.train.run))
         learner = build_learner(GARE(self.config.model), self.config, EPOCHS, cpu)
-        saver = Saver(self.config, self.places, learner, 0, cpu, validated=True, watch=False)
+        saver = Checkpointing(learner, folder, 0, cpu, validated=True, watch=False)
         saver.over.set()
         return saver
 
@@ -85,7 +85,7 @@ def test_training_goes_on_from_the_one_before(
     saver = run.saver()
     with caplog.at_level(logging.WARNING):
         assert (saver.restore(), saver.learner.step) == (3, 3)
-    assert f"a checkpoint is left out: {run.file(4, name)}: is not as it was written" in caplog.text
+    assert f"skipping a damaged checkpoint: {run.file(4, name)}: is not as it was written" in caplog.text
     assert [entry.step for entry in saver.checkpoints.entries()] == [1, 2, 3]
 
 
@@ -98,7 +98,7 @@ def test_the_best_that_is_damaged_is_left_out(
     with caplog.at_level(logging.WARNING):
         chosen = copy_best(run.checkpoints, str(run.best), run.source)
     assert (chosen.epoch, run.epoch_of(run.best)) == (3, 3)
-    assert f"a checkpoint is left out: {run.file(2, name)}" in caplog.text
+    assert f"skipping a damaged checkpoint: {run.file(2, name)}" in caplog.text
     assert run.checkpoints.best() == chosen
     for epoch in (1, 3, 4):
         flip(run.file(epoch, MODEL), rng)

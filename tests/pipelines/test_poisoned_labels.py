@@ -16,6 +16,7 @@ from cluster.layout import Layout, layout
 from cluster.tracking.client import client
 from cluster.tracking.tracker import connect
 from gare.data.manifest import read_manifest, write_manifest
+from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.files import MODEL
 from pipelines import evaluate, train
 from pipelines.training.checkpointing import checkpoints_of
@@ -90,7 +91,7 @@ def test_a_test_curve_changes_its_own_numbers_and_nothing_else(
 ) -> None:
     """Many looks at test are wanted as a picture; one of them that chose anything would be leaked labels."""
     there = layout(tiny(POISONED))
-    checkpoints = checkpoints_of(tiny(POISONED), there, validated=True)
+    checkpoints = checkpoints_of(tiny(POISONED).train, RunFolder(there.run("first")), validated=True)
     entries = checkpoints.entries()
     assert [entry.epoch for entry in entries] == list(range(1, 9))
     damaged = next(entry for entry in entries if entry.epoch not in (7, 8, trained["best_epoch"]))

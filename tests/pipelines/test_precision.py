@@ -82,7 +82,7 @@ def test_a_rate_of_float32_in_fp16_is_said(caplog: pytest.LogCaptureFixture) -> 
 
 def test_gpus_that_could_not_be_looked_at_settle_nothing() -> None:
     """A probe that timed out must not make a month's run one in float32, nor refuse what was asked for."""
-    with pytest.raises(ConfigError, match="is auto, and the GPUs could not be looked at") as raised:
+    with pytest.raises(ConfigError, match="is auto, and the GPUs could not be checked") as raised:
         with_precision(tiny_config("cluster.use_gpu=true"), have_bf16=None)
     assert raised.value.where == "train.precision"
     asked = tiny_config("cluster.use_gpu=true", "train.precision=bf16")

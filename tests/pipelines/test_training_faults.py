@@ -22,9 +22,9 @@ import ray
 from cluster.layout import Layout, layout
 from cluster.tracking import resolve_tracking_uri
 from gare.storage.files import read_json
+from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.index import Checkpoints
 from pipelines import train
-from pipelines.training.checkpointing import StopRequest
 from tests.helpers.pipelines import in_process, losses, tiny
 from tests.helpers.recovery import Recovery, assert_as_undisturbed, last_entry, resumed, send, workers
 from tests.helpers.servers import DroppingProxy
@@ -70,7 +70,7 @@ def test_a_driver_that_is_told_to_end(
         held = workers()
         send(held, "suspend")
         process.terminate()
-        assert wait_for(lambda: Path(StopRequest(folder).uri).exists(), lambda: process.poll() is None)
+        assert wait_for(lambda: Path(RunFolder(folder).stop).exists(), lambda: process.poll() is None)
         send(held, "resume")
         status = process.wait(PATIENCE_S)
     finally:

@@ -38,6 +38,7 @@ from gare.model.encoders.clip import ClipTowers, towers_sha256
 from gare.model.encoders.compiled import CompiledBlocks
 from gare.model.gare import GARE
 from gare.retrieval.ranking.encode import Encoder, encode_stored
+from gare.train.callback import Callback
 from gare.train.checkpoint.files import check_checkpoint, copy_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.input.feed import Feed
 from gare.train.input.inputs import FeatureInput, FrameInput, TrainInput
@@ -49,6 +50,19 @@ from gare.train.validation import Validation
 from tests.helpers.manifests import rows_of_splits
 from tests.helpers.stores import describe_store, random_frames, stored_row, write_store
 from tests.helpers.tiny import tiny_config
+
+
+class Seen(Callback):
+    """Follower that keeps the loss of each step and the mean rank of each epoch."""
+
+    def __init__(self) -> None:
+        self.numbers: list[Any] = []
+
+    def on_step(self, step: int, values: dict[str, float]) -> None:
+        self.numbers.append(values["loss/total"])
+
+    def on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        self.numbers.append(metrics["val/t2v/MnR"])
 
 
 @dataclass
@@ -109,7 +123,7 @@ def train(places: Places, config: Config, model: GARE, *, features: bool) -> tup
         for number, size in enumerate(sizes)
         for start in range(0, size, 4)
     )
-    seen: list[Any] = []
+    seen = Seen()
     run_loop(
         learner,
         listed,
@@ -117,10 +131,9 @@ def train(places: Places, config: Config, model: GARE, *, features: bool) -> tup
         source,
         Feed(chunks, sizes, device),
         Validation(model, device),
-        lambda step, values: seen.append(values["loss/total"]),
-        lambda epoch, metrics: seen.append(metrics["t2v/MnR"]),
+        [seen],
     )
-    return learner, seen
+    return learner, seen.numbers
 
 
 @pytest.mark.parametrize(

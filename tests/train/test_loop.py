@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from gare.data.store.contents import FAILURE_SCHEMA, write_part
 from gare.errors import DataError, GareError
 from gare.model.gare import GARE
 from gare.storage.files import read_json, write_json
+from gare.train.callback import Callback
 from gare.train.checkpoint import history as history_module
 from gare.train.checkpoint.files import restore_learner, save_checkpoint
 from gare.train.checkpoint.history import MAX_PARTS, History
@@ -25,7 +26,7 @@ from gare.train.input.inputs import FrameInput
 from gare.train.input.loader import Listed
 from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
-from gare.train.step import build_learner
+from gare.train.step import Learner, build_learner
 from gare.train.validation import Validation
 from tests.helpers.manifests import rows_of_splits
 from tests.helpers.stores import describe_store, failure_row, write_store
@@ -56,15 +57,55 @@ def places(tmp_path: Path, rng: np.random.Generator, seed: int) -> Places:
 
 
 @dataclass
-class Seen:
-    """What the loop reported."""
+class Seen(Callback):
+    """Follower that keeps what the loop reported, and saves a checkpoint a step and an epoch."""
 
+    learner: Learner
+    folder: Path
+    first_epoch: int
     losses: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     epochs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
+    def on_step(self, step: int, values: dict[str, float]) -> None:
+        assert {"time/step_s", "time/data_wait_s", "time/data_jpeg_s", "train/grad_norm"} <= values.keys()
+        self.steps.append(step)
+        self.losses.append(values["loss/total"])
+        save_checkpoint(str(self.folder / f"step{step}"), self.learner, self.first_epoch + len(self.epochs))
 
-def train(places: Places, seed: int, folder: Path, start: str = "", clips: int | None = None) -> Seen:
+    def on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        self.epochs.append((epoch, metrics))
+        save_checkpoint(str(self.folder / str(epoch)), self.learner, epoch)
+
+
+class Ordered(Callback):
+    """Follower that notes who was called, and counts the callbacks before it in the shared values."""
+
+    def __init__(self, calls: list[tuple[str, str, float]], name: str) -> None:
+        self.calls, self.name = calls, name
+
+    def note(self, event: str, shared: dict[str, float]) -> None:
+        self.calls.append((event, self.name, shared.get("before", 0)))
+        shared["before"] = shared.get("before", 0) + 1
+
+    def on_step(self, step: int, values: dict[str, float]) -> None:
+        self.note("step", values)
+
+    def on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        self.note("epoch", metrics)
+
+    def on_finish(self) -> None:
+        self.note("finish", {})
+
+
+def train(
+    places: Places,
+    seed: int,
+    folder: Path,
+    start: str = "",
+    clips: int | None = None,
+    more: Sequence[Callback] = (),
+) -> Seen:
     """Runs the loop; saves a checkpoint a step and an epoch; starts from one, or stops the stream early."""
     splits, config = places.splits(), places.config
     rows = {"train": splits.train, "val": splits.val}
@@ -77,7 +118,7 @@ def train(places: Places, seed: int, folder: Path, start: str = "", clips: int |
     source, device = FrameInput(config, places.store), torch.device("cpu")
     loader = source.loader(listed, source.shared(splits), device, learner.model)()
     sizes = [len(batch.videos) for batch in plan.batches]
-    seen = Seen()
+    seen = Seen(learner, folder, epoch)
 
     def stream() -> Iterator[dict[str, np.ndarray]]:
         for number in range(first, len(sizes))[:clips]:
@@ -85,19 +126,8 @@ def train(places: Places, seed: int, folder: Path, start: str = "", clips: int |
             for start in range(0, sizes[number], 4):
                 yield loader(number, start, min(start + 4, sizes[number]))
 
-    def on_step(step: int, values: dict[str, float]) -> None:
-        assert {"time/step_s", "time/data_wait_s", "time/data_jpeg_s", "train/grad_norm"} <= values.keys()
-        seen.steps.append(step)
-        seen.losses.append(values["loss/total"])
-        save_checkpoint(str(folder / f"step{step}"), learner, epoch + len(seen.epochs))
-
-    def on_epoch(done: int, metrics: dict[str, float]) -> None:
-        seen.epochs.append((done, metrics))
-        save_checkpoint(str(folder / str(done)), learner, done)
-
-    with Feed(stream(), sizes[first:], device) as feed:
-        validation = Validation(learner.model, device)
-        run_loop(learner, listed, first, source, feed, validation, on_step, on_epoch)
+    feed, validation = Feed(stream(), sizes[first:], device), Validation(learner.model, device)
+    run_loop(learner, listed, first, source, feed, validation, [seen, *more])
     return seen
 
 
@@ -108,8 +138,8 @@ def test_a_run_and_its_continuation(places: Places, seed: int, tmp_path: Path) -
     assert whole.steps == list(range(1, 10))
     assert [done for done, _ in whole.epochs] == [1, 2, 3]
     for _, metrics in whole.epochs:
-        assert metrics["t2v/R5"] == 100
-        assert 1 <= metrics["t2v/MnR"] <= 3
+        assert metrics["val/t2v/R5"] == 100
+        assert 1 <= metrics["val/t2v/MnR"] <= 3
     continued = train(places, seed + 1, tmp_path / "continued", start=str(tmp_path / "whole" / "1"))
     assert continued.steps == whole.steps[3:]
     assert continued.losses == whole.losses[3:]
@@ -129,6 +159,15 @@ def test_a_continuation_within_an_epoch(
         assert continued.losses == whole.losses[step:], step
         # The validation after an epoch's last step is done again where the checkpoint was taken before it.
         assert continued.epochs == whole.epochs[(step - 1) // 3 :], step
+
+
+def test_callbacks_are_called_in_their_order(places: Places, seed: int, tmp_path: Path) -> None:
+    """Else a checkpoint lacks the metrics of its own step, or workers wait for each other for ever."""
+    calls: list[tuple[str, str, float]] = []
+    train(places, seed, tmp_path, more=[Ordered(calls, "first"), Ordered(calls, "last")])
+    step = [("step", "first", 0), ("step", "last", 1)]
+    epoch = [("epoch", "first", 0), ("epoch", "last", 1)]
+    assert calls == [*(3 * step + epoch) * 3, ("finish", "last", 0), ("finish", "first", 0)]
 
 
 def test_a_stream_that_ends_early_is_an_error(places: Places, seed: int, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def hit():
     signal.raise_signal(NUMBER)
 from cluster.runtime import signals as stopping
 from cluster.command import execute
-from cluster.runtime.signals import asking, asked_by, handlers_kept, shielded
+from cluster.runtime.signals import workers_asked_to_end, asked_by, handlers_kept, shielded
 from pathlib import Path
 def say(text):
     sys.stderr.write(text + "\\n")
@@ -212,7 +212,7 @@ finally:
     done = end_of(repository, config, signal.SIGTERM, body)
     assert_interrupted(done, signal.SIGTERM)
     assert "closed" in done.stderr
-    assert "once more ends at once" in done.stderr
+    assert "a further signal ends the process at once" in done.stderr
 
 
 def test_a_third_signal_ends_at_once(repository: Path, config: Path) -> None:
@@ -289,7 +289,7 @@ def test_workers_are_asked_first(repository: Path, config: Path, number: signal.
     body = """
 from gare.errors import StoppedError
 asked = []
-with asking(asked.append):
+with workers_asked_to_end(asked.append):
     hit()
     say(f"asked by {asked[0]}")
 raise StoppedError("training was stopped after step 7")
@@ -305,7 +305,7 @@ def test_workers_are_not_waited_for_for_ever(repository: Path, config: Path, how
     """The scheduler kills everything half a minute later, and then nothing is said or closed."""
     body = f"""
 stopping.GRACE_S = 0.2
-with asking(lambda name: None):
+with workers_asked_to_end(lambda name: None):
     hit()
     {how}
 """
@@ -317,7 +317,7 @@ with asking(lambda name: None):
 def test_workers_that_are_done_meanwhile(repository: Path, config: Path) -> None:
     """A training that ends by itself in the grace still has its result, with all that belongs to it."""
     body = """
-with asking(lambda name: None):
+with workers_asked_to_end(lambda name: None):
     hit()
 with shielded():
     pass
@@ -329,7 +329,7 @@ with shielded():
 def test_a_step_after_a_training_does_not_begin(repository: Path, config: Path) -> None:
     """The demo would go on for minutes after it had said that it ends."""
     body = """
-with asking(lambda name: None):
+with workers_asked_to_end(lambda name: None):
     hit()
 say("closed")
 stopping.raise_if_asked()
@@ -346,7 +346,7 @@ def test_workers_that_die_of_the_same_signal(repository: Path, config: Path) -> 
     body = """
 from cluster.tracking.run import status_after
 from gare.errors import GareError
-with asking(lambda name: None):
+with workers_asked_to_end(lambda name: None):
     hit()
     try:
         raise GareError("a worker died")

@@ -113,11 +113,11 @@ def test_the_part_that_holds_the_others_up_is_named(clock: Clock) -> None:
     after(status, clock, 1)
     line = after(status, clock, 2, waited=7.0, worked=4.0, augment=9.0)
     assert "SLOW because of data: augmentation takes 9 s a batch: less of it" in line
-    # All loaders' parts together are slower than the way to the device, or faster.
+    # All loaders' parts together are slower than the transfer to the device, or faster.
     line = after(status, clock, 3, waited=7.0, worked=4.0, transfer=5.0)
     assert "decoding JPEG takes 3 s" in line
     line = after(status, clock, 4, waited=7.0, worked=4.0, transfer=5.2)
-    assert "the way to the device takes 5.2 s a batch: more CPUs" in line
+    assert "the transfer to the device takes 5.2 s a batch: more CPUs" in line
     # On a GPU the augmentation is done on that way.
     status = status_of(clock, on_device=("augment", "transfer"))
     after(status, clock, 1)

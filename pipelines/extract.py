@@ -25,7 +25,7 @@ from cluster.tracking.extraction import ExtractionRun
 from gare.config import Config
 from gare.data.manifest import Manifest, read_manifest
 from gare.data.store.compact import compact
-from gare.data.store.contents import read_meta
+from gare.data.store.contents import Store
 from gare.data.store.verify import verify_or_raise
 from gare.extract.comparison import Comparison
 from gare.extract.inventory import Inventory
@@ -96,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _verify(update: StoreUpdate, decoders: Decoders) -> dict[str, Any]:
     """Checks a store, and lists the clips that an earlier version may have decoded wrongly."""
-    read_meta(update.uri)  # fails if there is no store
+    update.store.read_meta()  # fails if there is no store
     found = verify_or_raise(update.uri, update.schema, {row.video_id for row in update.manifest.rows})
     traits = decoders.find_outdated(update)
     for video_id, trait in sorted(traits.items()):
@@ -111,7 +111,7 @@ def _verify(update: StoreUpdate, decoders: Decoders) -> dict[str, Any]:
 def _compact(config: Config, store: str) -> dict[str, Any]:
     """Merges small parts of a store."""
     started = time.monotonic()
-    read_meta(store)  # fails if there is no store
+    Store(store).read_meta()  # fails if there is no store
     with store_lock(config, store) as lock:
         merged = compact(store, config.upkeep.part_mb * 10**6, lock.held)
     return {"store": store, **merged, "seconds": round(time.monotonic() - started, 2)}

@@ -123,7 +123,7 @@ def tops(path: Path) -> set[str]:
     ("code", "expected"),
     [
         ("def f():\n    from gare.storage import files", "gare.storage.files"),
-        ("from ..data.store.contents import read_meta", "gare.data.store.contents.read_meta"),
+        ("from ..data.store.contents import Store", "gare.data.store.contents.Store"),
         ("from . import scorer", "gare.model.scorer"),
         ("import importlib\nimportlib.import_module('ray')", "ray"),
         ("from gare import load_checkpoint", "gare.train.checkpoint.files.load_checkpoint"),

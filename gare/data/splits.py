@@ -11,7 +11,7 @@ from typing import Any
 
 from gare.config import ExtractConfig
 from gare.data.manifest import ManifestRow, read_manifest
-from gare.data.store.contents import check_settings, frame_settings, ids_in_parts, read_failures, read_meta
+from gare.data.store.contents import Store, frame_settings
 from gare.data.store.feature_schema import with_other_captions
 from gare.errors import DataError
 
@@ -79,13 +79,13 @@ def read_splits(
         DataError: for a store that was made with other settings or that is not complete, or a missing file.
     """
     manifest = read_manifest(manifest_uri)
-    meta = read_meta(store_uri)
-    check_settings(store_uri, meta, frame_settings(extract) if settings is None else settings)
-    held = set(ids_in_parts(store_uri, "data"))
+    store = Store(store_uri)
+    meta = store.read_meta_of(frame_settings(extract) if settings is None else settings)
+    held = set(store.ids())
     if settings is not None:
         held -= with_other_captions(store_uri, manifest.rows)
     missing = tuple(row.video_id for row in manifest.rows if row.video_id not in held)
-    failed = read_failures(store_uri, held).keys() & set(missing)
+    failed = store.read_failures(held).keys() & set(missing)
     # If the manifest has grown since, the new videos were never tried.
     if not meta.complete or len(failed) < len(missing):
         raise DataError(

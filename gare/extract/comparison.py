@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gare.data.manifest import ManifestRow
-from gare.data.store.contents import IDENTITY, RULES, failures_by_clip, read_retired, rules_of
+from gare.data.store.contents import IDENTITY, RULES, Store, rules_of
 from gare.data.store.parts import Part, read_parts
 from gare.data.videos import FileVersion
 from gare.errors import DataError, GoneError
@@ -30,7 +30,7 @@ class Comparison:
 
     Attributes:
         pending: rows to extract, each with its identity, as far as known, and the attempts so far.
-        retired: rows that no longer count, in the form of ``gare.data.store.contents.write_retired``.
+        retired: rows that no longer count, in the form of ``gare.data.store.contents.Store.write_retired``.
         counts: ``new``, ``changed``, ``unchanged``, ``gone`` and ``retried`` clips. New, changed and retried
             clips are to be made; retried ones have failed before in their present state. Unchanged clips are
             stored, or their failure is final.
@@ -129,7 +129,7 @@ def compare_clips(
         again: as in ``compare``.
     """
     wanted = {clip.row.video_id: clip for clip in clips}
-    held, failures = _held(uri, captions=captions), failures_by_clip(uri)
+    held, failures = _held(uri, captions=captions), Store(uri).failures_by_clip()
     counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "retried"), 0)
     retired: dict[str, dict[str, str]] = {}
     pending: list[dict[str, Any]] = []
@@ -172,7 +172,7 @@ def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
     """Reads the rows of each clip, sorted: counting ones first, then newer rules, then newer generation."""
     columns = ["video_id", *IDENTITY, *(["captions"] if captions else [])]
     parts, _ = read_parts(uri, "data", columns, ["rules"])
-    retired = read_retired(uri)
+    retired = Store(uri).read_retired()
     held: dict[str, list[_Held]] = {}
     for part in parts:
         for row in part.rows:

@@ -16,23 +16,11 @@ import pyarrow as pa
 
 from gare.config import Config
 from gare.data.manifest import Manifest
-from gare.data.store.contents import (
-    FAILURE_SCHEMA,
-    IDENTITY,
-    META,
-    failures_by_clip,
-    ids_in_parts,
-    read_failures,
-    rows_in_parts,
-    rules_of,
-    write_part,
-    write_retired,
-)
+from gare.data.store.contents import FAILURE_SCHEMA, IDENTITY, Store, rules_of, write_part
 from gare.data.store.feature_schema import feature_schema, feature_settings
 from gare.extract.comparison import Comparison, WantedClip, compare_clips
 from gare.extract.inventory import Inventory
 from gare.extract.update import Stat, StoreUpdate
-from gare.storage.files import exists, join
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +58,7 @@ class FeatureStoreUpdate(StoreUpdate):
         stat: Stat | None = None,
     ) -> None:
         super().__init__(config, manifest, uri, feature_settings(config, towers_sha256), code_version)
-        self.frames_uri = frames_uri
+        self.frames_uri, self.frames = frames_uri, Store(frames_uri)
         self._stat = stat
         #: Ids of clips that are being made; and id → count that it is in, for all clips handed out in this
         #: pass.
@@ -94,9 +82,9 @@ class FeatureStoreUpdate(StoreUpdate):
 
         If the frame store is kept, clips that it lacks are not pending here.
         """
-        frames = rows_in_parts(self.frames_uri, "data", IDENTITY, ["rules"])
+        frames = self.frames.rows(IDENTITY, ["rules"])
         versions = self._stat([row.uri for row in self.manifest.rows]) if self._stat else None
-        failed = {} if versions is not None else read_failures(self.frames_uri, frames)
+        failed = {} if versions is not None else self.frames.read_failures(frames)
         wanted, places = [], {}
         for row in self.manifest.rows:
             place, _, stored = frames.get(row.video_id, (None, 0, {}))
@@ -141,7 +129,7 @@ class FeatureStoreUpdate(StoreUpdate):
 
     def retire_and_count(self) -> Inventory:
         """Retires rows that were replaced, takes over the frame store's failures, and counts."""
-        write_retired(self.uri, self.compare_with_collection().retired, self.held)
+        self.store.write_retired(self.compare_with_collection().retired, self.held)
         self.take_failures()
         return self.count()
 
@@ -186,14 +174,14 @@ class FeatureStoreUpdate(StoreUpdate):
             write_part(self.uri, "failures", rows, FAILURE_SCHEMA, generation=self.held.generation)
 
     def _new_failures(self) -> list[dict[str, Any]]:
-        if not exists(join(self.frames_uri, META)):
+        if not self.frames.exists:
             return []
-        stored = rows_in_parts(self.uri, "data", (), ["rules"])
+        stored = self.store.rows((), ["rules"])
         wanted = {row.video_id for row in self.manifest.rows}
-        theirs = read_failures(self.frames_uri, ids_in_parts(self.frames_uri, "data"))
+        theirs = self.frames.read_failures(self.frames.ids())
         # All failures, not only the last of each clip: that may be a failure to encode, which only this store
         # has.
-        ours = failures_by_clip(self.uri)
+        ours = self.store.failures_by_clip()
         return [
             row
             for key, row in sorted(theirs.items())
@@ -206,8 +194,9 @@ class FeatureStoreUpdate(StoreUpdate):
 
 def without_frames(frames_uri: str, manifest: Manifest) -> list[str]:
     """Returns ids of the manifest that a frame store neither holds nor has recorded as failed."""
-    stored = ids_in_parts(frames_uri, "data")
-    known = stored.keys() | read_failures(frames_uri, stored).keys()
+    frames = Store(frames_uri)
+    stored = frames.ids()
+    known = stored.keys() | frames.read_failures(stored).keys()
     return [row.video_id for row in manifest.rows if row.video_id not in known]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gare.data.manifest import ManifestRow
-from gare.data.store.contents import ids_in_parts, read_failures
+from gare.data.store.contents import Store
 from gare.errors import DataError
 from gare.storage.files import join
 
@@ -72,8 +72,9 @@ def take_inventory(uri: str, rows: Sequence[ManifestRow], max_failed_fraction: f
         DataError: for a part that cannot be read or an id in two parts.
     """
     wanted = {row.video_id for row in rows}
-    stored = ids_in_parts(uri, "data")
-    failures = {key: row for key, row in read_failures(uri, stored).items() if key in wanted}
+    store = Store(uri)
+    stored = store.ids()
+    failures = {key: row for key, row in store.read_failures(stored).items() if key in wanted}
     parts = {part for part, _ in stored.values()}
     return Inventory(
         uri=uri,

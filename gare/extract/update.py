@@ -16,26 +16,19 @@ from gare.config import Config
 from gare.data.manifest import Manifest
 from gare.data.store.contents import (
     IDENTITY,
-    META,
     NO_LOCK,
     RULES,
+    Store,
     StoreMeta,
-    check_settings,
     fingerprint,
     frame_schema,
     frame_settings,
-    read_meta,
-    read_retired,
-    rows_in_parts,
     rules_of,
-    write_meta,
-    write_retired,
 )
 from gare.data.videos import FileVersion
 from gare.errors import DataError
 from gare.extract.comparison import Comparison, compare
 from gare.extract.inventory import Inventory, take_inventory
-from gare.storage.files import exists, join
 from gare.storage.generations import HeldStore
 
 logger = logging.getLogger(__name__)
@@ -56,6 +49,7 @@ class StoreUpdate(ABC):
 
     Attributes:
         kind: frames or features.
+        store: the store.
         held: the store's lock, from ``hold`` on; every write checks it.
         again: ids of clips to be made again that were decoded by earlier rules, see ``decoded_before``.
 
@@ -72,14 +66,15 @@ class StoreUpdate(ABC):
         self.code_version = code_version
         self.held = NO_LOCK
         self.again: Container[str] = ()
-        if exists(join(uri, META)):
-            check_settings(uri, read_meta(uri), settings)
+        self.store = Store(uri)
+        if self.store.exists:
+            self.store.read_meta_of(settings)
 
     def hold(self, held: HeldStore) -> None:
         """Takes over the lock of the store, which all writes check from here on."""
         self.held = held
         # From here on, no earlier job can replace the record, if the storage has conditional writes.
-        write_retired(self.uri, read_retired(self.uri), held)
+        self.store.write_retired(self.store.read_retired(), held)
 
     @property
     @abstractmethod
@@ -104,7 +99,7 @@ class StoreUpdate(ABC):
         if not self.decodes:
             return []
         known = ["rules", *({"complete"} & set(self.schema.names))]
-        stored = rows_in_parts(self.uri, "data", IDENTITY, known)
+        stored = self.store.rows(IDENTITY, known)
         return [
             {**found, "video_id": row.video_id, "uri": row.uri, "complete": found.get("complete")}
             for row in self.manifest.rows
@@ -118,13 +113,13 @@ class StoreUpdate(ABC):
 
     def has_nothing_left(self, comparison: Comparison) -> bool:
         """Returns True if no clip is left to make or retire; the description may still be out of date."""
-        return not comparison.pending and comparison.retired == read_retired(self.uri)
+        return not comparison.pending and comparison.retired == self.store.read_retired()
 
     def inventory_if_done(self, comparison: Comparison) -> Inventory | None:
         """Counts the store if it is as this pass would leave it; returns None otherwise."""
-        if not self.has_nothing_left(comparison) or not exists(join(self.uri, META)):
+        if not self.has_nothing_left(comparison) or not self.store.exists:
             return None
-        meta, inventory = read_meta(self.uri), self.count()
+        meta, inventory = self.store.read_meta(), self.count()
         is_done = (meta.counts, meta.complete) == (inventory.counts, inventory.is_complete)
         return inventory if is_done else None
 
@@ -146,11 +141,11 @@ class StoreUpdate(ABC):
     def mark_incomplete(self, comparison: Comparison) -> None:
         """Marks the store as incomplete, and retires rows that no longer count."""
         self._describe({}, complete=False)
-        write_retired(self.uri, comparison.retired, self.held)
+        self.store.write_retired(comparison.retired, self.held)
 
     def retire_and_count(self) -> Inventory:
         """Retires rows that were replaced, so that each clip counts once, and counts the clips."""
-        write_retired(self.uri, self.compare_with_collection().retired, self.held)
+        self.store.write_retired(self.compare_with_collection().retired, self.held)
         return self.count()
 
     def finish(self, comparison: Comparison, inventory: Inventory, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +181,7 @@ class StoreUpdate(ABC):
             config=self.config.to_yaml(),
             code_version=self.code_version,
         )
-        write_meta(self.uri, meta, self.held)
+        self.store.write_meta(meta, self.held)
 
 
 class FrameStoreUpdate(StoreUpdate):

@@ -13,11 +13,11 @@ from cluster.status.progress import Progress
 from gare import __version__
 from gare.config import Config
 from gare.data.manifest import Manifest
-from gare.data.store.contents import META, fingerprint, frame_settings, read_meta
+from gare.data.store.contents import Store, fingerprint, frame_settings
 from gare.extract.comparison import Comparison
 from gare.extract.feature_update import FeatureStoreUpdate, has_frames_or_features, without_frames
 from gare.extract.update import FrameStoreUpdate, StoreUpdate
-from gare.storage.files import delete_tree, exists, join
+from gare.storage.files import delete_tree, join
 from gare.storage.lock import StoreLock
 from pipelines.extracting.pools import Decoders, Encoders
 
@@ -144,10 +144,10 @@ class PassingFramesPlan(FeaturePlan):
     def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
         """Decodes and encodes the pending videos in turns, as many as the encoders take at once."""
         update, passing = self.update, self._passing
-        if exists(join(passing, META)):
-            frames = frame_settings(update.config.extract)
-            if read_meta(passing).fingerprint != fingerprint(frames):
-                delete_tree(passing)
+        left = Store(passing)  # of an interrupted run, perhaps with other settings
+        wanted = fingerprint(frame_settings(update.config.extract))
+        if left.exists and left.read_meta().fingerprint != wanted:
+            delete_tree(passing)
         with self.encoders:
             self._encode_and_empty(lock)  # changed captions, and clips that an interrupted run left there
             found = update.compare_with_collection().pending
@@ -178,7 +178,7 @@ def plan_stores(config: Config, manifest: Manifest, places: Layout, decoders: De
         DataError: for a store made with other settings.
     """
     kind, stat = config.extract.store, decoders.videos.stat
-    is_kept = kind != "features" or _is_complete(places.frames)
+    is_kept = kind != "features" or _is_complete(Store(places.frames))
     frames: FrameStoreUpdate | None = None
     if is_kept:
         frames = FrameStoreUpdate(config, manifest, places.frames, stat, __version__)
@@ -202,9 +202,9 @@ def plan_stores(config: Config, manifest: Manifest, places: Layout, decoders: De
     return [PassingFramesPlan(features, encoders, decoders)]
 
 
-def _is_complete(store: str) -> bool:
+def _is_complete(store: Store) -> bool:
     """Returns True if there is a store whose last run went through."""
-    return exists(join(store, META)) and read_meta(store).complete
+    return store.exists and store.read_meta().complete
 
 
 def warn_of_missing_frames(plan: StorePlan, frames: str) -> None:
@@ -215,7 +215,7 @@ def warn_of_missing_frames(plan: StorePlan, frames: str) -> None:
         frames: location of the frame store.
     """
     manifest = plan.update.manifest
-    if not exists(join(frames, META)) or not (missing := without_frames(frames, manifest)):
+    if not Store(frames).exists or not (missing := without_frames(frames, manifest)):
         return
     effect = (
         "its run did not go through, so all are decoded again for the features alone; "

@@ -27,14 +27,7 @@ from gare.config import Config, parse_config
 from gare.data.decode.clip import decode_clip
 from gare.data.decode.sampling import equally_spaced
 from gare.data.images import prepare_frame
-from gare.data.store.contents import (
-    IDENTITY,
-    StoreMeta,
-    fingerprint,
-    frame_settings,
-    ids_in_parts,
-    write_meta,
-)
+from gare.data.store.contents import IDENTITY, Store, StoreMeta, fingerprint, frame_settings
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.feature_schema import feature_schema, feature_settings, feature_table
 from gare.data.store.parts import write_table
@@ -85,8 +78,8 @@ def frame_store(folder: Path, config: Config, rows: list[dict[str, object]]) -> 
     finally:
         extractor.close()
     settings = frame_settings(config.extract)
-    write_meta(str(folder), StoreMeta("frames", fingerprint(settings), settings, {}, True, "", "0"))
-    return list(ids_in_parts(str(folder), "data"))
+    Store(str(folder)).write_meta(StoreMeta("frames", fingerprint(settings), settings, {}, True, "", "0"))
+    return list(Store(str(folder)).ids())
 
 
 def feature_store(folder: Path, config: Config, ids: list[str]) -> None:
@@ -111,7 +104,7 @@ def feature_store(folder: Path, config: Config, ids: list[str]) -> None:
     ]
     write_table(str(folder), "data", feature_table(rows, feature_schema(num_frames, width)), ids)
     settings = feature_settings(config, "")
-    write_meta(str(folder), StoreMeta("features", fingerprint(settings), settings, {}, True, "", "0"))
+    Store(str(folder)).write_meta(StoreMeta("features", fingerprint(settings), settings, {}, True, "", "0"))
 
 
 def on_the_fly(path: Path, num_frames: int, size_px: int) -> np.ndarray:

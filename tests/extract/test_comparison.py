@@ -15,14 +15,10 @@ from gare.data.store.contents import (
     EARLIER_FAILURE_SCHEMA,
     FAILURE_SCHEMA,
     RULES,
+    Store,
     frame_schema,
-    ids_in_parts,
-    read_failures,
-    read_retired,
-    rows_in_parts,
     without_added_columns,
     write_part,
-    write_retired,
 )
 from gare.data.videos import FileVersion, LocalVideos
 from gare.errors import DataError, FetchError, GoneError
@@ -45,7 +41,7 @@ def missing(kind: type[FetchError] = GoneError) -> DataError:
     return kind("cannot be read")
 
 
-class Store:
+class GrowingStore:
     """A store that writes what it is asked for, without videos."""
 
     def __init__(self, folder: Path, rng: np.random.Generator) -> None:
@@ -67,7 +63,7 @@ class Store:
         """A run over these clips; those named in ``fails`` fail, None: as earlier versions recorded it."""
         asked = {"retry_failed": retry_failed, "max_attempts": max_attempts}
         found = compare(self.uri, rows, versions, **asked, again=again)
-        write_retired(self.uri, found.retired)
+        Store(self.uri).write_retired(found.retired)
         self.runs += 1
         for request in found.pending:
             group = [str(self.runs), request["video_id"]]
@@ -87,17 +83,17 @@ class Store:
             schema = schemas[0 if rules > 1 else -1]
             write_part(self.uri, "data", [row | {"rules": rules}], schema, group, self.runs)
         # As a run does at its end.
-        write_retired(self.uri, compare(self.uri, rows, versions, **asked).retired)
+        Store(self.uri).write_retired(compare(self.uri, rows, versions, **asked).retired)
         return found
 
     @property
     def ids(self) -> set[str]:
-        return set(ids_in_parts(self.uri, "data"))
+        return set(Store(self.uri).ids())
 
 
 @pytest.fixture
-def store(tmp_path: Path, rng: np.random.Generator) -> Store:
-    return Store(tmp_path, rng)
+def store(tmp_path: Path, rng: np.random.Generator) -> GrowingStore:
+    return GrowingStore(tmp_path, rng)
 
 
 ROWS = [clip("a"), clip("b"), clip("c")]
@@ -112,7 +108,7 @@ def pending(found: Comparison) -> list[str]:
     return [row["video_id"] for row in found.pending]
 
 
-def test_only_what_is_new_or_changed_is_done(store: Store) -> None:
+def test_only_what_is_new_or_changed_is_done(store: GrowingStore) -> None:
     """A nightly run over a grown collection must cost what has grown, and must not keep old pictures."""
     assert counts(store.run(ROWS, FIRST)) == (3, 0, 0, 0)
     assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
@@ -131,14 +127,14 @@ def test_only_what_is_new_or_changed_is_done(store: Store) -> None:
     assert store.ids == {"a", "b", "c"}
 
 
-def test_a_moved_folder_is_no_change(store: Store) -> None:
+def test_a_moved_folder_is_no_change(store: GrowingStore) -> None:
     """Mounting the disk elsewhere must not cost a week of decoding."""
     store.run(ROWS, FIRST)
     moved = [ManifestRow(row.video_id, f"/mnt{row.uri}", None, None, "val", ("two",)) for row in ROWS]
     assert counts(store.run(moved, {row.uri: version(1) for row in moved})) == (0, 0, 3, 0)
 
 
-def test_what_comes_back_counts_again(store: Store) -> None:
+def test_what_comes_back_counts_again(store: GrowingStore) -> None:
     """A file that is put back as it was, or a clip that is listed again, needs no second decode."""
     store.run(ROWS, FIRST)
     changed = store.run(ROWS, {**FIRST, "/videos/a.mp4": version(2)})
@@ -148,7 +144,7 @@ def test_what_comes_back_counts_again(store: Store) -> None:
     assert store.ids == {"a", "b", "c"}
     assert counts(store.run(ROWS[:1], FIRST)) == (0, 0, 1, 2)
     assert store.ids == {"a"}
-    assert set.union(*(set(rows.values()) for rows in read_retired(store.uri).values())) == {
+    assert set.union(*(set(rows.values()) for rows in Store(store.uri).read_retired().values())) == {
         "gone",
         "changed",
     }
@@ -156,7 +152,7 @@ def test_what_comes_back_counts_again(store: Store) -> None:
     assert store.ids == {"a", "b", "c"}
 
 
-def test_a_file_that_is_gone_is_marked(store: Store) -> None:
+def test_a_file_that_is_gone_is_marked(store: GrowingStore) -> None:
     """Its pictures must not stand for a video that nobody has; one that cannot be read is not gone."""
     store.run(ROWS, FIRST)
     found = store.run(ROWS, {**FIRST, "/videos/a.mp4": missing(), "/videos/b.mp4": missing(FetchError)})
@@ -169,7 +165,7 @@ def test_a_file_that_is_gone_is_marked(store: Store) -> None:
     assert store.ids == {"a", "b", "c"}
 
 
-def test_a_failed_file_is_tried_again_when_it_changes(store: Store) -> None:
+def test_a_failed_file_is_tried_again_when_it_changes(store: GrowingStore) -> None:
     """Who mends a file expects it in the store tomorrow; who does not, no second hour of decoding it."""
     assert store.run(ROWS, FIRST, fails="b").counts["new"] == 3
     assert pending(store.run(ROWS, FIRST)) == []
@@ -180,7 +176,7 @@ def test_a_failed_file_is_tried_again_when_it_changes(store: Store) -> None:
     assert store.ids == {"a", "b", "c"}
 
 
-def test_what_may_pass_is_tried_again_by_itself(store: Store) -> None:
+def test_what_may_pass_is_tried_again_by_itself(store: GrowingStore) -> None:
     """Five minutes of a busy server at night must not keep clips out of the store for good."""
     store.run(ROWS, FIRST, fails="ab", transient=True)
     found = store.run(ROWS, FIRST, fails="a", transient=True)
@@ -189,7 +185,7 @@ def test_what_may_pass_is_tried_again_by_itself(store: Store) -> None:
     assert (counts(store.run(ROWS, FIRST)), store.ids) == ((0, 0, 2, 0), {"a", "b", "c"})
 
 
-def test_attempts_end(store: Store) -> None:
+def test_attempts_end(store: GrowingStore) -> None:
     """A server that is gone for good must not cost its timeouts every night for years."""
     tries = [pending(store.run(ROWS, FIRST, fails="b", transient=True)) for _ in range(5)]
     assert tries == [["a", "b", "c"], ["b"], ["b"], [], []]
@@ -203,7 +199,7 @@ def test_attempts_end(store: Store) -> None:
 
 
 @pytest.mark.parametrize("is_compacted", [False, True])
-def test_attempts_are_those_at_this_version(store: Store, *, is_compacted: bool) -> None:
+def test_attempts_are_those_at_this_version(store: GrowingStore, *, is_compacted: bool) -> None:
     """A file that was mended after many bad nights has as many tries as any other."""
     describe_store(store.uri, RAW)
     for _ in range(4):
@@ -212,12 +208,12 @@ def test_attempts_are_those_at_this_version(store: Store, *, is_compacted: bool)
     store.run(ROWS, second, fails="b", transient=True)
     if is_compacted:
         compact(store.uri, 10**6)
-        assert read_failures(store.uri, {})["b"]["attempts"] == 4
+        assert Store(store.uri).read_failures({})["b"]["attempts"] == 4
     tries = [pending(store.run(ROWS, second, fails="b", transient=True)) for _ in range(3)]
     assert tries == [["b"], ["b"], []]
 
 
-def test_a_file_that_is_away_uses_up_no_attempt(store: Store) -> None:
+def test_a_file_that_is_away_uses_up_no_attempt(store: GrowingStore) -> None:
     """A disk that is unmounted for a week must find its clips waiting for it."""
     store.run(ROWS, FIRST, fails="b", transient=True)
     for _ in range(5):
@@ -236,33 +232,37 @@ def test_a_file_that_is_away_uses_up_no_attempt(store: Store) -> None:
         ("encode", "ValueError", False),
     ],
 )
-def test_failures_of_earlier_versions(store: Store, stage: str, error_type: str, *, is_tried: bool) -> None:
+def test_failures_of_earlier_versions(
+    store: GrowingStore, stage: str, error_type: str, *, is_tried: bool
+) -> None:
     """What earlier versions gave up for good is in no list; those clips must come back by themselves."""
     failure = {"stage": stage, "error_type": error_type}
     store.run(ROWS, FIRST, fails="ab", transient=None, **failure)
-    assert read_failures(store.uri, {})["a"]["transient"] is None
+    assert Store(store.uri).read_failures({})["a"]["transient"] is None
     found = store.run(ROWS, FIRST, fails="a", transient=False)  # beside parts of this version
     assert pending(found) == (["a", "b"] if is_tried else [])
     assert pending(store.run(ROWS, FIRST)) == []
 
 
-def test_what_two_jobs_wrote_counts_once(store: Store) -> None:
+def test_what_two_jobs_wrote_counts_once(store: GrowingStore) -> None:
     """A job that was taken for dead may still write; then the store must mend itself, not refuse for ever."""
     store.run(ROWS, FIRST)
     row = stored_row(RAW, "b", random_frames(RAW, store.rng, 2))
     write_part(store.uri, "data", [row], frame_schema(RAW), ["other job", "b"], 1)
     with pytest.raises(DataError, match=r"'b' is in two parts.*run pipelines/extract\.py again"):
-        ids_in_parts(store.uri, "data")
+        Store(store.uri).ids()
     assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
     assert store.ids == {"a", "b", "c"}
 
 
-def rules(store: Store) -> dict[str, int | None]:
-    return {key: row["rules"] for key, (_, _, row) in rows_in_parts(store.uri, "data", (), ["rules"]).items()}
+def rules(store: GrowingStore) -> dict[str, int | None]:
+    return {key: row["rules"] for key, (_, _, row) in Store(store.uri).rows((), ["rules"]).items()}
 
 
 @pytest.mark.parametrize("is_compacted", [False, True])
-def test_clips_of_earlier_rules_count_until_they_are_made_again(store: Store, *, is_compacted: bool) -> None:
+def test_clips_of_earlier_rules_count_until_they_are_made_again(
+    store: GrowingStore, *, is_compacted: bool
+) -> None:
     """An upgrade must cost nothing until asked, and then the clips that are named, each once."""
     describe_store(store.uri, RAW)
     store.run(ROWS, FIRST, rules=1)
@@ -281,7 +281,7 @@ def test_clips_of_earlier_rules_count_until_they_are_made_again(store: Store, *,
     assert rules(store) == {"a": 2, "b": 2, "c": None}
 
 
-def test_a_file_that_is_refused_now_counts_no_more(store: Store) -> None:
+def test_a_file_that_is_refused_now_counts_no_more(store: GrowingStore) -> None:
     """A playlist's pictures must not stay since a later version reads none; an outage takes nothing."""
     store.run(ROWS, FIRST, rules=1)
     store.run(ROWS, FIRST, again="ab", fails="ab", transient=True, stage="fetch")
@@ -291,13 +291,13 @@ def test_a_file_that_is_refused_now_counts_no_more(store: Store) -> None:
     assert (store.ids, rules(store)["a"]) == ({"a", "c"}, 2)
     assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
     assert store.ids == {"a", "c"}
-    assert read_failures(store.uri, store.ids).keys() == {"b"}
+    assert Store(store.uri).read_failures(store.ids).keys() == {"b"}
     # Mended, it is back.
     assert pending(store.run(ROWS, {**FIRST, "/videos/b.mp4": version(2)})) == ["b"]
     assert store.ids == {"a", "b", "c"}
 
 
-def test_an_earlier_failure_does_not_keep_a_clip_from_being_made_again(store: Store) -> None:
+def test_an_earlier_failure_does_not_keep_a_clip_from_being_made_again(store: GrowingStore) -> None:
     """A clip that --retry-failed brought in after all is as wrong as any other of its kind."""
     store.run(ROWS, FIRST, rules=1, fails="a", transient=None)
     store.run(ROWS, FIRST, rules=1, retry_failed=True)
@@ -307,7 +307,7 @@ def test_an_earlier_failure_does_not_keep_a_clip_from_being_made_again(store: St
 
 
 @pytest.mark.parametrize("error_type", ["DecodeMemoryError", "DecoderFaultError", "EOFError"])
-def test_a_decoder_that_fails_takes_no_row_away(store: Store, error_type: str) -> None:
+def test_a_decoder_that_fails_takes_no_row_away(store: GrowingStore, error_type: str) -> None:
     """Frames that count must not go since less memory was allowed, or a library is missing."""
     store.run(ROWS, FIRST, rules=1)
     store.run(ROWS, FIRST, again="a", fails="a", error_type=error_type)
@@ -315,7 +315,7 @@ def test_a_decoder_that_fails_takes_no_row_away(store: Store, error_type: str) -
     assert counts(store.run(ROWS, FIRST)) == (0, 0, 3, 0)
 
 
-def test_another_file_that_was_refused_takes_no_row_away(store: Store) -> None:
+def test_another_file_that_was_refused_takes_no_row_away(store: GrowingStore) -> None:
     """A server that does not answer for a night must not cost a clip of the file that came back."""
     store.run(ROWS, FIRST, rules=1)
     other: Versions = {**FIRST, "/videos/a.mp4": version(2)}
@@ -327,7 +327,7 @@ def test_another_file_that_was_refused_takes_no_row_away(store: Store) -> None:
     assert (counts(found), store.ids) == ((0, 0, 3, 0), {"a", "b", "c"})
 
 
-def test_a_refusal_outlives_a_compaction(store: Store) -> None:
+def test_a_refusal_outlives_a_compaction(store: GrowingStore) -> None:
     """A run that was killed before it retired the row would else leave it for good."""
     describe_store(store.uri, RAW)
     store.run(ROWS, FIRST, rules=1)
@@ -340,7 +340,7 @@ def test_a_refusal_outlives_a_compaction(store: Store) -> None:
     assert store.ids == {"b", "c"}
 
 
-def test_features_of_new_frames_are_made_whatever_failed_on_the_old(store: Store) -> None:
+def test_features_of_new_frames_are_made_whatever_failed_on_the_old(store: GrowingStore) -> None:
     """Features that were not finite were of other frames."""
     store.run(ROWS, FIRST, rules=1, fails="b", stage="encode", error_type="ValueError")
     made = [

@@ -15,15 +15,7 @@ import torch
 from gare.config import Config
 from gare.data.manifest import Manifest
 from gare.data.store.compact import compact
-from gare.data.store.contents import (
-    FAILURE_SCHEMA,
-    ids_in_parts,
-    part_files,
-    read_columns,
-    read_failures,
-    write_part,
-    write_retired,
-)
+from gare.data.store.contents import FAILURE_SCHEMA, Store, part_files, read_columns, write_part
 from gare.data.store.frame_reader import FrameReader
 from gare.errors import DataError
 from gare.extract.feature_update import FeatureStoreUpdate
@@ -68,7 +60,7 @@ class Places:
 
     @property
     def made(self) -> set[str]:
-        return set(ids_in_parts(self.features, "data"))
+        return set(Store(self.features).ids())
 
 
 @pytest.fixture
@@ -117,7 +109,7 @@ def test_an_outage_of_the_storage_fails_no_clip(
     with pytest.raises(DataError, match="s3://videos/frames"):
         remote.write()
     s3_proxy.disturb(0)
-    assert read_failures(remote.features, ()) == {}
+    assert Store(remote.features).read_failures(()) == {}
     assert remote.made == set()
     remote.write()
     assert remote.made == set(IDS)
@@ -133,7 +125,7 @@ def test_an_outage_that_ends_is_waited_for(
     lost_at_the_first_clip(s3_proxy, 5, monkeypatch)
     remote.write(patience_s=60.0)
     assert remote.made == set(IDS)
-    assert read_failures(remote.features, ()) == {}
+    assert Store(remote.features).read_failures(()) == {}
     assert "the storage answers again" in caplog.text
 
 
@@ -142,15 +134,15 @@ def test_parts_that_are_merged_meanwhile_are_followed(
 ) -> None:
     """Compacting the frame store, however often, must not cost the features of one clip."""
     monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
-    read, compare_with_collection = FrameReader._read, ids_in_parts
+    read, ids = FrameReader._read, Store(places.frames).ids
     sizes = [20, 10**6]
 
     def merging(reader: FrameReader, *arguments: Any) -> Any:
         # Between looking the clip up and reading it, once and then at its new place again.
         if sizes:
-            before = compare_with_collection(places.frames, "data")
+            before = ids()
             compact(places.frames, sizes.pop(0))
-            if compare_with_collection(places.frames, "data") == before:
+            if ids() == before:
                 raise AssertionError("nothing was merged")
         return read(reader, *arguments)
 
@@ -159,25 +151,25 @@ def test_parts_that_are_merged_meanwhile_are_followed(
     monkeypatch.setattr(FrameReader, "_read", merging)
     places.write(patience_s=60.0)
     assert places.made == set(IDS)
-    assert read_failures(places.features, ()) == {}
+    assert Store(places.features).read_failures(()) == {}
 
 
 def test_a_clip_that_is_there_no_more_is_left_out(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip that another job took out of the frame store has not failed: it is to be looked at again."""
     (parts,) = [places.feature_pass().parts(1)]
-    part = ids_in_parts(places.frames, "data")[IDS[0]][0]
+    part = Store(places.frames).ids()[IDS[0]][0]
     checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
-    write_retired(places.frames, {checksum: {IDS[0]: "changed"}})
+    Store(places.frames).write_retired({checksum: {IDS[0]: "changed"}})
     maker = places.maker()
     for one in parts:
         maker.write(one)
     assert places.made == set(IDS[1:])
-    assert read_failures(places.features, ()) == {}
+    assert Store(places.features).read_failures(()) == {}
 
 
 def test_a_damaged_clip_costs_itself_alone(places: Places, rng: np.random.Generator) -> None:
     """A flipped bit is no outage: nothing is waited for, the others are made, and it is found again."""
-    part, position = ids_in_parts(places.frames, "data")[IDS[2]]
+    part, position = Store(places.frames).ids()[IDS[2]]
     column = (
         pq.read_metadata(part).row_group(position).column(places_of_leaves(part).index("frames.list.element"))
     )
@@ -189,7 +181,7 @@ def test_a_damaged_clip_costs_itself_alone(places: Places, rng: np.random.Genera
     done = places.write(patience_s=600.0)
     assert sum(one["failed"] for one in done) == 1
     assert places.made == set(IDS) - {IDS[2]}
-    failed = read_failures(places.features, ())[IDS[2]]
+    failed = Store(places.features).read_failures(())[IDS[2]]
     assert (failed["stage"], failed["transient"]) == ("encode", True)
 
 

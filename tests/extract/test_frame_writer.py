@@ -23,7 +23,7 @@ from gare.data.decode.clip_request import ClipRequest
 from gare.data.decode.decoded_clip import DecodedClip
 from gare.data.decode.process import DecodeProcess
 from gare.data.manifest import Manifest, ManifestRow
-from gare.data.store.contents import frame_schema, ids_in_parts, part_files, read_columns, read_failures
+from gare.data.store.contents import Store, frame_schema, part_files, read_columns
 from gare.data.store.frame_reader import FrameReader
 from gare.data.store.verify import verify
 from gare.errors import DataError
@@ -94,7 +94,7 @@ def test_good_and_bad_videos(manifest: Manifest, store: str, extractor: Extracto
     assert [row["video_id"] for row in pending] == [row.video_id for row in manifest.rows]
     assert {row["attempts"] for row in pending} == {0}
     assert counts_of(extractor.write(pending)) == (3, 2, 2 + 3 + 1)
-    stored = ids_in_parts(store, "data")
+    stored = Store(store).ids()
     assert stored.keys() == {"dark", "light", "light end"}
     frames, mask = FrameReader(store).read(["dark", "light", "light end"])
     assert mask.sum(axis=1).tolist() == [2, 3, 1]
@@ -105,7 +105,7 @@ def test_good_and_bad_videos(manifest: Manifest, store: str, extractor: Extracto
     end = next(entry for entry in row.to_pylist() if entry["video_id"] == "light end")
     assert 2.4 <= end["frame_time_s"][0] < 3
     assert (end["start_s"], end["width_px"]) == (2.5, 64)
-    failures = read_failures(store, stored)
+    failures = Store(store).read_failures(stored)
     assert failures.keys() == {"broken", "gone"}
     for name, failed in failures.items():
         assert failed["attempts"] == 1
@@ -193,7 +193,7 @@ def test_resume_does_what_is_left(manifest: Manifest, store: str, extractor: Ext
     # One of them has been mended since.
     write_video(Path(manifest.rows[4].uri), 90)
     assert counts_of(extractor.write(again)) == (1, 1, 2)
-    failures = read_failures(store, ids_in_parts(store, "data"))
+    failures = Store(store).read_failures(Store(store).ids())
     assert {name: row["attempts"] for name, row in failures.items()} == {"broken": 2}
     assert set(before) < set(part_files(store, "data"))
     assert [row["video_id"] for row in pending_rows(manifest, store, retry_failed=True)] == ["broken"]
@@ -208,7 +208,7 @@ def test_a_group_that_is_done_again_may_end_otherwise(
     extractor.write(group)
     write_video(Path(manifest.rows[4].uri), 90)
     extractor.write(group)
-    assert ids_in_parts(store, "data").keys() == {"dark", "gone"}
+    assert Store(store).ids().keys() == {"dark", "gone"}
     assert len(part_files(store, "data")) == 1
 
 
@@ -277,7 +277,7 @@ def test_a_full_disk_costs_nothing(
     finally:
         other.close()
     assert stored_values(uri) == stored_values(store)
-    assert read_failures(uri, {}).keys() == read_failures(store, {}).keys()
+    assert Store(uri).read_failures({}).keys() == Store(store).read_failures({}).keys()
 
 
 def test_a_file_that_hangs_costs_itself_alone(manifest: Manifest, store: str) -> None:
@@ -290,8 +290,8 @@ def test_a_file_that_hangs_costs_itself_alone(manifest: Manifest, store: str) ->
         extractor.write([pending[4], *pending[:3]])
     finally:
         extractor.close()
-    assert ids_in_parts(store, "data").keys() == {"dark", "light", "light end"}
-    failures = read_failures(store, {})
+    assert Store(store).ids().keys() == {"dark", "light", "light end"}
+    failures = Store(store).read_failures({})
     assert failures.keys() == {"gone"}
     assert "deadline of 6 s" in failures["gone"]["message"]
     # Of a node that is overloaded, as far as anybody can tell.
@@ -324,7 +324,7 @@ def test_a_killed_decoder_is_no_fault_of_the_file(
     pending = pending_rows(manifest, store, retry_failed=False)[:2]
     kill(2)
     assert counts_of(extractor.write(pending)) == (1, 1, 3)
-    failed = read_failures(store, {})["dark"]
+    failed = Store(store).read_failures({})["dark"]
     assert "SIGKILL" in failed["message"]
     assert failed["transient"] is True
     killed.clear()
@@ -354,7 +354,7 @@ def test_what_crashes_the_decoder_twice_is_at_fault(
 
     monkeypatch.setattr(DecodeProcess, "_ready_child", dying)
     extractor.write(pending_rows(manifest, store, retry_failed=False)[:1])
-    assert read_failures(store, {})["dark"]["transient"] is transient
+    assert Store(store).read_failures({})["dark"]["transient"] is transient
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that is there and gives EIO")
@@ -364,7 +364,7 @@ def test_a_disk_that_does_not_give_a_file_is_no_fault_of_the_file(
     """Decoders take EIO and ESTALE for damage; the clips of a bad hour of a mount would be lost for good."""
     Path(manifest.rows[4].uri).symlink_to("/proc/self/mem")
     extractor.write(pending_rows(manifest, store, retry_failed=False)[3:])
-    failures = read_failures(store, {})
+    failures = Store(store).read_failures({})
     assert {key: (row["stage"], row["transient"]) for key, row in failures.items()} == {
         "broken": ("decode", False),
         "gone": ("fetch", True),
@@ -392,7 +392,7 @@ def test_a_folder_that_is_unmounted_meanwhile(manifest: Manifest, store: str, ex
     pending = pending_rows(manifest, store, retry_failed=False)
     Path(manifest.rows[0].uri).unlink()
     extractor.write([pending[0], pending[4]])
-    failures = read_failures(store, {})
+    failures = Store(store).read_failures({})
     assert {key: row["transient"] for key, row in failures.items()} == {"dark": True, "gone": False}
 
 

@@ -21,7 +21,7 @@ from cluster.tracking.extraction import ExtractionRun
 from gare.config import ExtractConfig, parse_config
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.store.compact import compact
-from gare.data.store.contents import FAILURE_SCHEMA, frame_schema, read_failures, write_part, write_retired
+from gare.data.store.contents import FAILURE_SCHEMA, Store, frame_schema, write_part
 from gare.data.store.frame_reader import FrameReader
 from gare.errors import ConfigError
 from gare.extract.frame_writer import Extractor
@@ -106,8 +106,8 @@ def test_no_id_leaves_the_store(names: list[str]) -> None:
         write_part(store, "data", stored[1:], frame_schema(EXTRACT))
         write_part(store, "failures", [failure_row(bad)], FAILURE_SCHEMA)
         describe_store(store, EXTRACT)
-        write_retired(store, {"checksum": {bad: "gone"}})
-        assert set(read_failures(store, good)) == {bad}
+        Store(store).write_retired({"checksum": {bad: "gone"}})
+        assert set(Store(store).read_failures(good)) == {bad}
         reader = FrameReader(store)
         assert set(reader.places) == set(good)
         assert np.array_equal(reader.read(good)[0], np.stack([frames[name] for name in good]))
@@ -145,7 +145,7 @@ def test_real_videos_with_such_ids_go_the_whole_way(
         done = worker.write(pending[:20]), worker.write(pending[20:])
     finally:
         worker.close()
-    failures = read_failures(places.frames, ())
+    failures = Store(places.frames).read_failures(())
     assert sum(one["failed"] for one in done) == len(failures) == len(rows[::4])
     with ExtractionRun(config, "extract", places.root, pending_of(places)) as tracked:
         tracked.log({"new": len(rows)}, {}, failures)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gare.config import Config
-from gare.data.store.contents import RULES, StoreMeta, fingerprint, write_meta
+from gare.data.store.contents import RULES, Store, StoreMeta, fingerprint
 from gare.data.store.feature_schema import feature_schema, feature_settings, feature_table
 from gare.data.store.parts import write_table
 
@@ -49,5 +49,5 @@ def write_feature_store(
         some = rows[first : first + part]
         write_table(uri, "data", feature_table(some, schema), [row["video_id"] for row in some])
     settings = feature_settings(config, "towers")
-    write_meta(uri, StoreMeta("features", fingerprint(settings), settings, {}, True, "", "0"))
+    Store(uri).write_meta(StoreMeta("features", fingerprint(settings), settings, {}, True, "", "0"))
     return {row["video_id"]: row for row in rows}

@@ -15,13 +15,12 @@ from gare.data.images import encode_jpeg
 from gare.data.manifest import Manifest
 from gare.data.store.contents import (
     RULES,
+    Store,
     StoreMeta,
     fingerprint,
     frame_schema,
     frame_settings,
-    ids_in_parts,
     read_columns,
-    write_meta,
     write_part,
 )
 from gare.data.videos import LocalVideos, VideoSource
@@ -91,7 +90,7 @@ def random_frames(extract: ExtractConfig, rng: np.random.Generator, count: int) 
 def describe_store(uri: str, extract: ExtractConfig, *, complete: bool = True) -> None:
     """Writes ``_META.json``."""
     settings = frame_settings(extract)
-    write_meta(uri, StoreMeta("frames", fingerprint(settings), settings, {}, complete, "", "0"))
+    Store(uri).write_meta(StoreMeta("frames", fingerprint(settings), settings, {}, complete, "", "0"))
 
 
 def pending_rows(
@@ -106,7 +105,7 @@ def stored_values(uri: str) -> dict[str, dict[str, Any]]:
     """Returns every value of every counting row, by id."""
     return {
         video_id: read_columns(part, None).slice(row, 1).to_pylist()[0]
-        for video_id, (part, row) in ids_in_parts(uri, "data").items()
+        for video_id, (part, row) in Store(uri).ids().items()
     }
 
 

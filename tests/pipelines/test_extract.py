@@ -15,7 +15,7 @@ import pytest
 from cluster.layout import Layout, layout
 from cluster.tracking import resolve_tracking_uri
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
-from gare.data.store.contents import ids_in_parts, read_failures, read_meta
+from gare.data.store.contents import Store
 from gare.data.store.frame_reader import FrameReader
 from gare.storage.files import list_files
 from pipelines import extract, train
@@ -62,13 +62,13 @@ def test_lost_parts_are_made_again(
     assert f"{len(ids)} new, 0 changed, {40 - len(ids)} unchanged, 0 gone, {len(ids)} to do" in answer.stderr
     assert f"extracted {len(ids)}, failed 0, left 0" in answer.stderr
     assert {part: Path(part).stat().st_mtime_ns for part in kept} == kept
-    again = ids_in_parts(copy.frames, "data")
-    original = ids_in_parts(places.frames, "data")
+    again = Store(copy.frames).ids()
+    original = Store(places.frames).ids()
     assert again.keys() == original.keys()
     for video in ids:
         (part, row), (original_part, original_row) = again[video], original[video]
         assert pq.read_table(part).slice(row, 1).equals(pq.read_table(original_part).slice(original_row, 1))
-    assert read_meta(copy.frames).complete
+    assert Store(copy.frames).read_meta().complete
 
 
 def test_other_settings_are_refused(copy: Layout, tiny_yaml: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,8 +108,8 @@ def test_bad_videos_are_recorded_and_tried_again(
 
     answer = in_process(capsys, extract.run, "--config", tiny_yaml, "name=mixed")
     answer.refused(3, "2 of 8 videos failed", "extract.max_failed_fraction=0.1", "extract.retry_failed=true")
-    assert ids_in_parts(mixed.frames, "data").keys() == {row.video_id for row in good}
-    failures = read_failures(mixed.frames, set())
+    assert Store(mixed.frames).ids().keys() == {row.video_id for row in good}
+    failures = Store(mixed.frames).read_failures(set())
     assert failures.keys() == {"text", "later"}
     assert all(row["message"] and row["attempts"] == 1 for row in failures.values())
 
@@ -120,12 +120,12 @@ def test_bad_videos_are_recorded_and_tried_again(
     # Without retry_failed they are left alone; a larger share lets the store pass.
     result = extract.run(tiny("name=mixed", "extract.max_failed_fraction=0.3"))
     assert (result["attempted"], set(result["failed"])) == (0, {"text", "later"})
-    assert read_meta(mixed.frames).complete
+    assert Store(mixed.frames).read_meta().complete
 
     shutil.copyfile(good[0].uri, missing)
     result = extract.run(tiny("name=mixed", "extract.max_failed_fraction=0.3", "extract.retry_failed=true"))
     assert (result["attempted"], result["videos"], set(result["failed"])) == (2, 7, {"text"})
-    failures = read_failures(mixed.frames, ids_in_parts(mixed.frames, "data"))
+    failures = Store(mixed.frames).read_failures(Store(mixed.frames).ids())
     assert {video: row["attempts"] for video, row in failures.items()} == {"text": 2}
 
 
@@ -162,7 +162,7 @@ def test_a_grown_and_changed_collection(
     assert counts(answer) == (1, 1, 0, 2, 3, 2)
     assert json.loads(answer.stdout)["failed"].keys() == {"1"}
     assert Path(json.loads(answer.stdout)["preview"]).read_bytes().startswith(b"\x89PNG")
-    assert ids_in_parts(own.frames, "data").keys() == {"0", "3"}
+    assert Store(own.frames).ids().keys() == {"0", "3"}
     new, other = stored_values(own.frames)["0"], stored_values(places.frames)[rows[5].video_id]
     assert new["frames"] == other["frames"]
 
@@ -170,7 +170,7 @@ def test_a_grown_and_changed_collection(
     for file in (files[0], files[3]):
         file.rename(file.with_suffix(".away"))
     command().refused(3, "3 videos of the manifest that were there are gone", "is their folder mounted?")
-    assert ids_in_parts(own.frames, "data").keys() == {"0", "3"}
+    assert Store(own.frames).ids().keys() == {"0", "3"}
     for file in (files[0], files[3]):
         file.with_suffix(".away").rename(file)
     assert counts(command()) == (0, 0, 2, 2, 0, 2)

@@ -21,7 +21,7 @@ import pytest
 import ray
 
 from cluster.layout import Layout, layout
-from gare.data.store.contents import ids_in_parts, read_failures, read_meta
+from gare.data.store.contents import Store
 from gare.storage.files import list_files
 from pipelines import extract
 from tests.helpers.pipelines import in_process, tiny
@@ -57,8 +57,8 @@ def num_parts(store: str) -> int:
 
 def assert_undisturbed(store: str, places: Layout) -> None:
     assert stored_values(store) == stored_values(places.frames)
-    assert read_failures(store, {}) == {}
-    meta = read_meta(store)
+    assert Store(store).read_failures({}) == {}
+    meta = Store(store).read_meta()
     assert meta.complete
     assert meta.counts["videos"] == 40
     assert list_files(f"{store}/lock") == []
@@ -156,7 +156,7 @@ def test_a_driver_that_ends(
             with contextlib.suppress(psutil.Error):
                 one.resume()
     said = (root / f"{name}.log").read_text()
-    assert not read_meta(store).complete, f"done before it was ended after part {after}: {said}"
+    assert not Store(store).read_meta().complete, f"done before it was ended after part {after}: {said}"
     assert status == (4 if how == signal.SIGINT else -how), said
     # Ctrl-C frees the store at once; what kill -9 leaves is taken over.
     assert len(list_files(f"{store}/lock")) == (0 if how == signal.SIGINT else 1)
@@ -254,8 +254,8 @@ def test_a_full_disk(
     answer = in_process(capsys, extract.run, "--config", tiny_yaml, f"name={name}")
     answer.refused(4, store, "No space left on device", "make room there, then run the same command again")
     kept = {part: Path(part).read_bytes() for part in list_files(f"{store}/data")}
-    assert 0 < len(ids_in_parts(store, "data")) < 40
-    assert not read_meta(store).complete
+    assert 0 < len(Store(store).ids()) < 40
+    assert not Store(store).read_meta().complete
     assert not [path for path in small_disk.rglob("*") if path.suffix == ".tmp" or path.parent.name == "lock"]
     # Still full: the same again, and what is there stays.
     answer = in_process(capsys, extract.run, "--config", tiny_yaml, f"name={name}")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from cluster.layout import Layout, layout
 from gare import load_checkpoint
 from gare.data.manifest import read_manifest, write_manifest
-from gare.data.store.contents import ids_in_parts, read_meta, write_meta
+from gare.data.store.contents import Store
 from gare.data.store.feature_reader import FeatureReader
 from gare.model.encoders.clip import towers_sha256
 from gare.storage.files import copy_files, delete_file, list_files, stat_file
@@ -164,7 +164,7 @@ def test_new_captions_are_encoded_again(
     extract.run(tiny("name=changed", "extract.store=both", weights))
     new = FeatureReader(changed.features)
     assert new.places.keys() == old.places.keys()
-    assert read_meta(changed.features).complete
+    assert Store(changed.features).read_meta().complete
     found, was = new.read([row.video_id]), FeatureReader(places.features).read([row.video_id])
     assert found["text"].shape[1] == len(row.captions) + 1
     assert np.allclose(found["text"][:, 1:], was["text"], atol=1e-2)
@@ -250,7 +250,7 @@ def test_a_killed_job(
         process.kill()
         process.wait()
     said = (root / f"{name}.log").read_text()
-    assert (status, read_meta(own.features).complete) == (-signal.SIGKILL, False), said
+    assert (status, Store(own.features).read_meta().complete) == (-signal.SIGKILL, False), said
     # As of a kill in the middle of a write, an hour ago.
     leftover = Path(own.features) / "data" / ".gare-0a.tmp"
     leftover.write_bytes(b"half a part")
@@ -283,7 +283,7 @@ def test_features_on_s3(features: dict[str, Any], weights: str, places: Layout, 
     assert list_files(f"{own.features}/lock") == []
 
     parts = list_files(f"{own.features}/data")
-    lost = [key for key, (part, _) in ids_in_parts(own.features, "data").items() if part == parts[0]]
+    lost = [key for key, (part, _) in Store(own.features).ids().items() if part == parts[0]]
     versions = {part: stat_file(part) for part in parts[1:]}
     delete_file(parts[0])
     assert extract.run(tiny(*settings))["attempted"] == len(lost)
@@ -313,7 +313,7 @@ def test_clips_without_frames_are_told(
     assert json.loads(answer.stdout)["videos"] == 40
 
     # A frame store whose own run was interrupted is no source of features: the videos themselves are.
-    write_meta(own.frames, replace(read_meta(own.frames), complete=False))
+    Store(own.frames).write_meta(replace(Store(own.frames).read_meta(), complete=False))
     answer = in_process(capsys, extract.run, *settings)
     assert answer.status == 0, answer.stderr
     assert "lacks 3 of 43 videos" in answer.stderr

@@ -23,7 +23,7 @@ from cluster.runtime.signals import NAMES
 from cluster.tracking import resolve_tracking_uri
 from cluster.tracking.client import client
 from gare.data.manifest import read_manifest
-from gare.data.store.contents import read_failures, read_meta
+from gare.data.store.contents import Store
 from gare.storage.files import exists, join, list_files, read_json
 from pipelines import prepare
 from tests.helpers.interrupts import Ended, assert_ended_in_order, run_command
@@ -89,7 +89,7 @@ class Steps:
             left = [one for one in list_files(folder, recursive=True) if "/lock/" in one]
             assert left == [], (left, ended.stderr)
         if exists(join(places.frames, "_META.json")):
-            read_meta(places.frames)
+            Store(places.frames).read_meta()
         tracking = client(self.tracking_uri)
         for experiment in tracking.search_experiments():
             for run in tracking.search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'"):
@@ -212,5 +212,5 @@ def assert_same_clips(store: str, undisturbed: str) -> None:
         }
 
     assert values(store) == values(undisturbed)
-    assert read_failures(store, {}) == {}
-    assert read_meta(store).complete
+    assert Store(store).read_failures({}) == {}
+    assert Store(store).read_meta().complete

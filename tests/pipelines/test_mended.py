@@ -14,7 +14,7 @@ import pytest
 
 from cluster.layout import Layout, layout
 from gare.data.manifest import read_manifest, write_manifest
-from gare.data.store.contents import part_files, read_columns, rows_in_parts
+from gare.data.store.contents import Store, part_files, read_columns
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.frame_reader import FrameReader
 from gare.data.store.parts import write_table
@@ -58,7 +58,7 @@ def write_as_before(store: str, values: str) -> None:
 
 
 def rules(store: str) -> dict[str, int | None]:
-    return {key: row["rules"] for key, (_, _, row) in rows_in_parts(store, "data", (), ["rules"]).items()}
+    return {key: row["rules"] for key, (_, _, row) in Store(store).rows((), ["rules"]).items()}
 
 
 @pytest.mark.parametrize("mixed", ["both", "features"], indirect=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.layout import layout
-from gare.data.store.contents import ids_in_parts
+from gare.data.store.contents import Store
 from gare.data.store.frame_reader import FrameReader
 from pipelines import evaluate, extract, prepare, train
 from tests.helpers.pipelines import losses, tiny
@@ -64,7 +64,7 @@ def test_broken_files_stop_nothing_and_are_never_zeros(
     assert sum(split["videos"] for split in prepared["counts"].values()) == len(files) == 16
     result = extract.run(config)
     store = layout(config).frames
-    held = ids_in_parts(store, "data")
+    held = Store(store).ids()
     assert len(held) + len(result["failed"]) == 16
     assert not held.keys() & result["failed"].keys()
     assert {Path(video).stem for video in result["failed"]} >= HOPELESS

@@ -12,7 +12,7 @@ import pytest
 from cluster.layout import layout
 from gare.config import Config
 from gare.data.manifest import read_manifest
-from gare.data.store.contents import frame_schema, ids_in_parts, read_columns, read_failures, read_meta
+from gare.data.store.contents import Store, frame_schema, read_columns
 from gare.errors import GareError
 from gare.storage.files import delete_tree, list_files
 from pipelines import evaluate, extract, prepare, train
@@ -78,7 +78,7 @@ def on_s3(root: str, root_folder: Path, captions: Path, *more: str) -> Config:
 def rows(store: str) -> dict[str, pa.Table]:
     """Every row of a store, by id, from what its parts hold."""
     columns = frame_schema(tiny().extract).names
-    places = ids_in_parts(store, "data")
+    places = Store(store).ids()
     tables = {part: read_columns(part, columns) for part, _ in places.values()}
     return {video: tables[part].slice(row, 1).combine_chunks() for video, (part, row) in places.items()}
 
@@ -119,7 +119,7 @@ def test_lost_connections_change_nothing(
     assert found.keys() == expected.keys()
     for video, row in expected.items():
         assert found[video].equals(row), video
-    meta = read_meta(layout(disturbed).frames)
+    meta = Store(layout(disturbed).frames).read_meta()
     assert meta.complete
     assert "hush" not in str(meta)
     assert all("hush" not in str(row["uri"]) for row in found.values())
@@ -146,7 +146,7 @@ def test_a_bad_night_is_made_up_for_by_the_next(
     site.before = lambda: None
     quiet = extract.run(config)
     assert (quiet["videos"], quiet["retried"], quiet["failed"]) == (len(CLIPS), 2, {})
-    assert read_meta(layout(config).frames).complete
+    assert Store(layout(config).frames).read_meta().complete
     asked = len(site.asked)
     assert extract.run(config)["attempted"] == 0
     assert len(site.asked) == asked + 2
@@ -163,7 +163,7 @@ def test_outputs_on_s3_go_the_whole_way(
     # As after a kill: what is lost is made again, what is there stays.
     before = {entry["Key"]: entry["LastModified"] for entry in _objects(s3, "whole/remote/frames/data/")}
     lost = list_files(f"{places.frames}/data")[0]
-    ids = [video for video, (part, _) in ids_in_parts(places.frames, "data").items() if part == lost]
+    ids = [video for video, (part, _) in Store(places.frames).ids().items() if part == lost]
     key = lost.removeprefix("s3://videos/")
     s3.delete_object(Bucket="videos", Key=key)
     assert extract.run(config)["attempted"] == len(ids)
@@ -200,7 +200,7 @@ def test_videos_that_are_gone_are_failures_with_a_reason(
     s3.delete_object(Bucket="videos", Key="more/asl_book.mkv")
     del site.files["/newtonscradle.gif"]
     result = extract.run(config)
-    failures = read_failures(layout(config).frames, set())
+    failures = Store(layout(config).frames).read_failures(set())
     assert {video.rpartition("/")[2] for video in failures} == {"asl_book", "newtonscradle"}
     assert {row["stage"] for row in failures.values()} == {"fetch"}
     reasons = {row["message"] for row in failures.values()}

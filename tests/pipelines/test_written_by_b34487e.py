@@ -22,7 +22,7 @@ import yaml
 from cluster.tracking import resolve_tracking_uri
 from gare.config import Config, parse_config
 from gare.data.manifest import read_manifest
-from gare.data.store.contents import read_failures, read_meta
+from gare.data.store.contents import Store
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.frame_reader import FrameReader
 from gare.storage import claims
@@ -258,7 +258,7 @@ def test_half_written_stores_are_continued(where: str, written: Written) -> None
     assert not [path for path in leftovers if path.exists()]
     for store in stores:
         assert list_files(f"{store}/lock") == []
-        assert read_meta(str(store)).complete
+        assert Store(str(store)).read_meta().complete
         # What was there is of no generation, what was added is of the first.
         assert {generation_of(part) for part in list_files(f"{store}/data")} == {0, 1}
     frames, known = (FrameReader(str(folder / "frames")) for folder in (half, whole))
@@ -266,6 +266,6 @@ def test_half_written_stores_are_continued(where: str, written: Written) -> None
     features = features_of(half / "features", ids)
     for name, values in features_of(whole / "features", ids).items():
         assert np.allclose(features[name], values, atol=2e-3), name
-    assert set(read_failures(str(half / "frames"), set(ids))) == {SPOILT}
+    assert set(Store(str(half / "frames")).read_failures(set(ids))) == {SPOILT}
     checked = extract.run(written.config("name=half", "extract.store=both", "upkeep.task=verify"))
     assert (checked["sound"], checked["features"]["sound"]) == (True, True)

@@ -11,17 +11,7 @@ import pytest
 
 from gare.config import ExtractConfig
 from gare.data.store.compact import compact
-from gare.data.store.contents import (
-    FAILURE_SCHEMA,
-    frame_schema,
-    ids_in_parts,
-    part_files,
-    read_failures,
-    read_meta,
-    read_retired,
-    write_meta,
-    write_retired,
-)
+from gare.data.store.contents import FAILURE_SCHEMA, Store, frame_schema, part_files
 from gare.data.store.parts import read_columns, read_parts, write_part
 from gare.errors import DataError, LockLostError
 from gare.storage import generations
@@ -44,11 +34,11 @@ class Job:
         return write_part(self.uri, "data", rows, frame_schema(RAW), [self.name, group, *ids], number)
 
     def retire(self, video_id: str) -> None:
-        part, _ = ids_in_parts(self.uri, "data")[video_id]
+        part, _ = Store(self.uri).ids()[video_id]
         checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
-        retired = read_retired(self.uri)
+        retired = Store(self.uri).read_retired()
         retired.setdefault(checksum, {})[video_id] = "gone"
-        write_retired(self.uri, retired, HeldStore(self.generation.number))
+        Store(self.uri).write_retired(retired, HeldStore(self.generation.number))
 
 
 def test_each_generation_has_one_job(tmp_path: Path) -> None:
@@ -96,7 +86,7 @@ def test_a_generation_whose_file_is_lost_is_fenced(tmp_path: Path, rng: np.rando
     successor = Job(uri, "successor", rng)
     assert successor.generation.number == 2
     lost.write("late")
-    assert ids_in_parts(uri, "data").keys() == {"a"}
+    assert Store(uri).ids().keys() == {"a"}
 
 
 def test_late_parts_do_not_count(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -107,20 +97,20 @@ def test_late_parts_do_not_count(tmp_path: Path, rng: np.random.Generator) -> No
     second = Job(uri, "second", rng)
     late = first.write("c", "gone")
     late_failure = write_part(uri, "failures", [failure_row("x")], FAILURE_SCHEMA, generation=1)
-    assert ids_in_parts(uri, "data") == {"a": (kept, 0), "b": (kept, 1)}
-    assert read_failures(uri, ()) == {}
+    assert Store(uri).ids() == {"a": (kept, 0), "b": (kept, 1)}
+    assert Store(uri).read_failures(()) == {}
     mine = second.write("c")
-    assert ids_in_parts(uri, "data")["c"] == (mine, 0)
+    assert Store(uri).ids()["c"] == (mine, 0)
     # Not after further jobs either, whose files replace those of earlier ones.
     third = Job(uri, "third", rng)
     generations.forget_generations_before(uri, third.generation)
-    assert ids_in_parts(uri, "data").keys() == {"a", "b", "c"}
+    assert Store(uri).ids().keys() == {"a", "b", "c"}
     assert [part.location for part in read_parts(uri, "data", ["video_id"])[1]] == [late]
     describe_store(uri, RAW)
     compact(uri, 10**6, HeldStore(third.generation.number))
     assert not Path(late).exists()
     assert not Path(late_failure).exists()
-    assert ids_in_parts(uri, "data").keys() == {"a", "b", "c"}
+    assert Store(uri).ids().keys() == {"a", "b", "c"}
 
 
 def test_a_job_that_went_through_is_not_fenced(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -131,7 +121,7 @@ def test_a_job_that_went_through_is_not_fenced(tmp_path: Path, rng: np.random.Ge
     generations.release_generation(uri, first.generation)
     second = Job(uri, "second", rng)
     assert second.generation.fences == {}
-    assert ids_in_parts(uri, "data").keys() == {"a"}
+    assert Store(uri).ids().keys() == {"a"}
     assert list(Job(uri, "third", rng).generation.fences) == ["2"]
 
 
@@ -140,7 +130,7 @@ def test_the_newer_of_two_rows_counts(tmp_path: Path, rng: np.random.Generator) 
     uri = str(tmp_path)
     old = write_part(uri, "data", [stored_row(RAW, "a", random_frames(RAW, rng, 2))], frame_schema(RAW))
     new = Job(uri, "new", rng).write("a")
-    assert ids_in_parts(uri, "data") == {"a": (new, 0)}
+    assert Store(uri).ids() == {"a": (new, 0)}
     describe_store(uri, RAW)
     value = stored_values(uri)
     compact(uri, 10**6, HeldStore(1))
@@ -155,25 +145,25 @@ def test_the_newer_of_two_rows_counts(tmp_path: Path, rng: np.random.Generator) 
     doubled.write("c", group="one")
     doubled.write("c", group="other")
     with pytest.raises(DataError, match="'c' is in two parts"):
-        ids_in_parts(uri, "data")
+        Store(uri).ids()
 
 
 def test_nothing_is_described_without_the_lock(tmp_path: Path) -> None:
     """A description or a list of retired rows from before would hide what the successor made."""
     uri = str(tmp_path)
     describe_store(uri, RAW)
-    write_retired(uri, {"part": {"a": "gone"}}, HeldStore(3))
+    Store(uri).write_retired({"part": {"a": "gone"}}, HeldStore(3))
 
     def lost() -> None:
         raise LockLostError("lost")
 
     with pytest.raises(LockLostError):
-        write_meta(uri, read_meta(uri), HeldStore(1, lost))
+        Store(uri).write_meta(Store(uri).read_meta(), HeldStore(1, lost))
     with pytest.raises(LockLostError):
-        write_retired(uri, {}, HeldStore(1, lost))
-    assert read_retired(uri) == {"part": {"a": "gone"}}
-    write_meta(uri, read_meta(uri), HeldStore(4))
-    assert read_meta(uri).generation == 4
+        Store(uri).write_retired({}, HeldStore(1, lost))
+    assert Store(uri).read_retired() == {"part": {"a": "gone"}}
+    Store(uri).write_meta(Store(uri).read_meta(), HeldStore(4))
+    assert Store(uri).read_meta().generation == 4
     assert json.loads((tmp_path / "_RETIRED.json").read_text())["generation"] == 3
 
 

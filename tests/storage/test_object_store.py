@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data.store.contents import ids_in_parts
+from gare.data.store.contents import Store
 from gare.data.store.frame_reader import FrameReader
 from gare.errors import DataError
 from gare.storage import files, object_store
@@ -118,7 +118,7 @@ def test_a_store_written_and_read_over_lost_connections(
     assert sum(s3_proxy.dropped.values()) > 0
     s3_proxy.disturb(drops=8, most_bytes=20_000)
     read, mask = FrameReader("s3://videos/store").read(ids)
-    assert ids_in_parts("s3://videos/store", "data").keys() == set(ids)
+    assert Store("s3://videos/store").ids().keys() == set(ids)
     for row, name in enumerate(ids):
         assert mask[row].sum() == len(frames[name])
         np.testing.assert_array_equal(read[row][mask[row]], frames[name])

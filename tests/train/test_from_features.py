@@ -18,15 +18,7 @@ from gare.config import Config
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.splits import read_splits
 from gare.data.store.compact import compact
-from gare.data.store.contents import (
-    frame_schema,
-    ids_in_parts,
-    part_files,
-    read_failures,
-    rows_in_parts,
-    write_part,
-    write_retired,
-)
+from gare.data.store.contents import Store, frame_schema, part_files, write_part
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.frame_reader import FrameReader
 from gare.data.store.parts import read_columns, read_parts, write_table
@@ -199,7 +191,7 @@ def test_a_checkpoint_gets_its_towers(places: Places, tmp_path: Path, rng: np.ra
     for name, tensor in learner.model.state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
 
-    ids = list(ids_in_parts(places.frames, "data"))
+    ids = list(Store(places.frames).ids())
     stored = encode_stored(whole, FeatureReader(places.features), ids, batch=5)
     rows = {row.video_id: row for row in read_manifest(places.manifest).rows}
     encoder = Encoder(whole, places.frames)
@@ -262,8 +254,8 @@ def test_features_that_are_not_finite_are_failures(places: Places) -> None:
     job = places.feature_pass(model)
     for part in job.parts(1):
         FeatureMaker(places.frames, places.features, places.config.features, model).write(part)
-    assert not ids_in_parts(places.features, "data")
-    failures = read_failures(places.features, ())
+    assert not Store(places.features).ids()
+    failures = Store(places.features).read_failures(())
     assert len(failures) == 12
     assert {row["stage"] for row in failures.values()} == {"encode"}
     assert all("frames features are not finite in float16" in row["message"] for row in failures.values())
@@ -354,12 +346,12 @@ def test_frames_that_were_made_again_are_encoded_again(places: Places, rng: np.r
     manifest, extract = read_manifest(places.manifest), places.config.extract
     places_of_parts = {part.checksum: part for part in read_parts(places.frames, "data", ["video_id"])[0]}
     (old,) = [key for key, part in places_of_parts.items() if {"video_id": "train1"} in part.rows]
-    write_retired(places.frames, {old: {"train1": "changed"}})
+    Store(places.frames).write_retired({old: {"train1": "changed"}})
     row = stored_row(extract, "train1", random_frames(extract, rng, 2)) | {"source_version": "mtime 2"}
     write_part(places.frames, "data", [row], frame_schema(extract))
     counts = stored_again(places, model, manifest.rows)
     assert counts["changed"] == 1
-    stored = rows_in_parts(places.features, "data", ["source_version"])
+    stored = Store(places.features).rows(["source_version"])
     assert {
         key: one[2]["source_version"] for key, one in stored.items() if one[2]["source_version"] != "mtime 1"
     } == {"train1": "mtime 2"}

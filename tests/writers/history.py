@@ -5,7 +5,7 @@ The invariants are those of docs/design/store-writers.md.
 
 from __future__ import annotations
 
-from gare.data.store.contents import read_failures, read_meta, rows_in_parts
+from gare.data.store.contents import Store
 from gare.errors import DataError, LockLostError
 from gare.storage.generations import newest_number
 from tests.writers.jobs import IDS, Job, Reading, Runner
@@ -144,7 +144,7 @@ class History:
         good = {one: version for one, (version, kind) in self.runner.collection.items() if kind == "good"}
         found = {one: self.runner.written[note].version for one, note in self.rows.items()}
         assert found == good, f"{what} left versions {found} of {good}"
-        assert read_meta(self.uri).complete, f"{what} left the store incomplete"
+        assert Store(self.uri).read_meta().complete, f"{what} left the store incomplete"
 
     # Invariants.
 
@@ -224,7 +224,7 @@ class History:
         """Reads the store in one step, as no reader can, and compares it with its state before."""
         self.newest = max(self.newest, newest_number(self.uri))
         try:
-            found = rows_in_parts(self.uri, "data", ["note", "source_version"])
+            found = Store(self.uri).rows(["note", "source_version"])
         except DataError as error:
             if self.late == "two jobs with one number":
                 return
@@ -276,11 +276,11 @@ class History:
             assert (row.version, "good") in [view[one] for view in views], f"{note!r} counts again"
 
     def _complete_is_complete(self) -> None:
-        meta = read_meta(self.uri)
+        meta = Store(self.uri).read_meta()
         if not meta.complete:
             return
         view = self.runner.completed[meta.code_version]
-        failed = read_failures(self.uri, self.rows)
+        failed = Store(self.uri).read_failures(self.rows)
         for one in IDS:
             version, kind = view[one]
             if one not in self.rows:

@@ -11,7 +11,7 @@ import numpy as np
 from gare.config import Config, ExtractConfig
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.store.compact import compact
-from gare.data.store.contents import FAILURE_SCHEMA, frame_schema, read_meta, rows_in_parts
+from gare.data.store.contents import FAILURE_SCHEMA, Store, frame_schema
 from gare.data.store.parts import encode_part, part_name_of_group, put_part, table_of
 from gare.data.videos import FileVersion
 from gare.errors import DataError, GoneError
@@ -221,7 +221,7 @@ class Runner:
 
     def _compact(self, job: Job) -> None:
         # As pipelines.extract._look_after.
-        read_meta(self.uri)
+        Store(self.uri).read_meta()
         with StoreLock(self.uri, stale_s=STALE_S) as lock:
             self._enter(job, lock)
             compact(self.uri, PART_BYTES, lock.held)
@@ -248,7 +248,7 @@ class Reading:
         self.seen: dict[str, set[str]] = {one: {now.get(one, "")} for one in IDS}
 
         def read() -> None:
-            rows = rows_in_parts(uri, "data", ["note"])
+            rows = Store(uri).rows(["note"])
             self.found = {one: str(row["note"]) for one, (_, _, row) in rows.items()}
 
         self.actor = scheduler.start(process, "reader", read)

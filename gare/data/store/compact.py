@@ -15,20 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.store.contents import (
-    FAILURE_SCHEMA,
-    IDENTITY,
-    NO_LOCK,
-    all_failures,
-    ids_in_parts,
-    read_meta,
-    read_retired,
-    rows_in_parts,
-    rules_of,
-    with_added_columns,
-    write_meta,
-    write_retired,
-)
+from gare.data.store.contents import FAILURE_SCHEMA, IDENTITY, NO_LOCK, Store, rules_of, with_added_columns
 from gare.data.store.parts import (
     Part,
     checksum_fault,
@@ -61,11 +48,12 @@ def compact(uri: str, part_bytes: int, held: HeldStore = NO_LOCK) -> dict[str, i
         DataError: for a damaged part, an id in two parts of one generation, or if the store cannot be
             written. Parts merged until then stay.
     """
-    meta = read_meta(uri)
+    store = Store(uri)
+    meta = store.read_meta()
     # From here on, a job that lost the lock cannot replace it, if the storage has conditional writes.
-    write_retired(uri, read_retired(uri), held)
-    stored = rows_in_parts(uri, "data", (), ["rules"])
-    retired = read_retired(uri)
+    store.write_retired(store.read_retired(), held)
+    stored = store.rows((), ["rules"])
+    retired = store.read_retired()
     parts, replaced = read_parts(uri, "data", ["video_id"])
     _delete(replaced, held.raise_if_lost)
     left_out, gone = 0, set[str]()
@@ -84,11 +72,11 @@ def compact(uri: str, part_bytes: int, held: HeldStore = NO_LOCK) -> dict[str, i
         left_out += sum(len(part.rows) for part in group) - len(ids)
         _delete(group, held.raise_if_lost)
         gone.update(part.checksum for part in group)
-    write_retired(uri, {key: rows for key, rows in retired.items() if key not in gone}, held)
+    store.write_retired({key: rows for key, rows in retired.items() if key not in gone}, held)
     _compact_failures(uri, stored, held)
-    after = len({part for part, _ in ids_in_parts(uri, "data").values()})
+    after = len({part for part, _ in store.ids().values()})
     if "parts" in meta.counts:
-        write_meta(uri, dataclasses.replace(meta, counts=meta.counts | {"parts": after}), held)
+        store.write_meta(dataclasses.replace(meta, counts=meta.counts | {"parts": after}), held)
     return {"parts_before": len(parts) + len(replaced), "parts_after": after, "rows_left_out": left_out}
 
 
@@ -167,7 +155,7 @@ def _compact_failures(
     _delete(replaced, held.raise_if_lost)
     last = {
         tuple(row[key] for key in ("video_id", "stage", *IDENTITY)): row
-        for row in all_failures(uri)
+        for row in Store(uri).all_failures()
         # A stored row may have been refused since by later rules, and not be retired yet.
         if row["video_id"] not in stored or rules_of(row) > rules_of(stored[row["video_id"]][2])
     }

@@ -32,30 +32,24 @@ __all__ = [
     "NO_LOCK",
     "RETIRED",
     "RULES",
+    "Store",
     "StoreMeta",
-    "all_failures",
-    "check_settings",
-    "failures_by_clip",
     "fingerprint",
     "frame_schema",
     "frame_settings",
-    "ids_in_parts",
     "part_files",
     "read_columns",
-    "read_failures",
-    "read_meta",
-    "read_retired",
-    "rows_in_parts",
     "rules_of",
     "with_added_columns",
     "without_added_columns",
-    "write_meta",
     "write_part",
-    "write_retired",
 ]
 
 SCHEMA_VERSION = 2
 META = "_META.json"
+RETIRED = "_RETIRED.json"
+#: Tries to read a store while compactions end.
+_LOOKS = 3
 NO_LOCK = HeldStore()
 #: Version of the rules by which video files are read, in the column ``rules`` of all rows. It rises when some
 #: files give other frames; ``gare.data.decode.outdated`` recognises them. Rows without it are of version 1.
@@ -214,187 +208,194 @@ class StoreMeta:
     generation: int = 0
 
 
-def write_meta(uri: str, meta: StoreMeta, held: HeldStore = NO_LOCK) -> None:
-    """Replaces the description of a store.
+@dataclass(frozen=True)
+class Store:
+    """A frame or feature store: its description, the rows that count, and its failures.
 
-    Raises:
-        GareError: if the store is no longer held; then nothing is written.
+    Attributes:
+        uri: the folder, a local path or a URI.
     """
-    meta = dataclasses.replace(meta, generation=held.generation)
-    text = json.dumps(dataclasses.asdict(meta), indent=2, ensure_ascii=False)
-    replace_file(join(uri, META), text.encode(), held.raise_if_lost)
 
+    uri: str
 
-def read_meta(uri: str) -> StoreMeta:
-    """Reads the description of a store.
+    @property
+    def exists(self) -> bool:
+        """True if there is a store, complete or not."""
+        return exists(join(self.uri, META))
 
-    Raises:
-        DataError: if there is no store, or its description is of another format.
-    """
-    location = join(uri, META)
-    if not exists(location):
+    def read_meta(self) -> StoreMeta:
+        """Reads the description.
+
+        Raises:
+            DataError: if there is no store, or its description is of another format.
+        """
+        location = join(self.uri, META)
+        if not exists(location):
+            raise DataError(
+                "there is no store here",
+                where=self.uri,
+                accepted="run pipelines/extract.py with this configuration",
+            )
+        try:
+            meta = StoreMeta(**read_json(location))
+            if meta.schema_version != SCHEMA_VERSION:
+                raise ValueError(f"its schema is {meta.schema_version}")
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"is not the description of a store of schema {SCHEMA_VERSION}: {error}", where=location
+            ) from error
+        return meta
+
+    def read_meta_of(self, settings: Mapping[str, Any]) -> StoreMeta:
+        """Reads the description of a store that was made with some settings.
+
+        Raises:
+            DataError: as ``read_meta``; for other settings with the stored and the requested value of each
+                that differs.
+        """
+        meta = self.read_meta()
+        if meta.fingerprint == fingerprint(settings):
+            return meta
+        stored, asked = _UNSAID | meta.settings, _UNSAID | dict(settings)
+        differing = [
+            f"{key} is {stored.get(key)!r} in the store and {asked.get(key)!r} in the configuration"
+            for key in sorted({*stored, *asked})
+            if asked.get(key) != stored.get(key)
+        ]
         raise DataError(
-            "there is no store here", where=uri, accepted="run pipelines/extract.py with this configuration"
+            "the store was made with other settings: "
+            + "; ".join(differing or ["its fingerprint is damaged"]),
+            where=self.uri,
+            accepted="the same extract settings, or another name for a second store",
         )
-    try:
-        meta = StoreMeta(**read_json(location))
-        if meta.schema_version != SCHEMA_VERSION:
-            raise ValueError(f"its schema is {meta.schema_version}")
-    except (TypeError, ValueError) as error:
+
+    def write_meta(self, meta: StoreMeta, held: HeldStore = NO_LOCK) -> None:
+        """Replaces the description.
+
+        Raises:
+            GareError: if the store is no longer held; then nothing is written.
+        """
+        meta = dataclasses.replace(meta, generation=held.generation)
+        text = json.dumps(dataclasses.asdict(meta), indent=2, ensure_ascii=False)
+        replace_file(join(self.uri, META), text.encode(), held.raise_if_lost)
+
+    def read_retired(self) -> dict[str, dict[str, str]]:
+        """Reads the rows that no longer count: part's checksum → video id → why (changed, gone or doubled).
+
+        Raises:
+            DataError: if the record cannot be read.
+        """
+        location = join(self.uri, RETIRED)
+        if not exists(location):
+            return {}
+        rows: dict[str, dict[str, str]] = read_json(location)["rows"]
+        return rows
+
+    def write_retired(self, rows: Mapping[str, Mapping[str, str]], held: HeldStore = NO_LOCK) -> None:
+        """Replaces the record of ``read_retired`` in one step.
+
+        Nothing is written if it is the same and of this generation. The first write of a generation always
+        changes the file: on S3, a job that lost the lock between its check and its request could still
+        replace the file that it found, but no other.
+
+        Raises:
+            GareError: if the store is no longer held; then nothing is written.
+        """
+        location = join(self.uri, RETIRED)
+        found: dict[str, Any] = read_json(location) if exists(location) else {}
+        if found.get("rows", {}) != rows or found.get("generation", 0) != held.generation:
+            content = json_bytes({"rows": rows, "generation": held.generation})
+            replace_file(location, content, held.raise_if_lost)
+
+    def ids(self, *, folder: str = "data") -> dict[str, tuple[str, int]]:
+        """Finds each video that counts: id → (part, row). Rows that are retired or replaced are left out.
+
+        If a job and its successor have both written rows of a video, the newer row counts.
+
+        Args:
+            folder: ``data`` or ``failures``.
+
+        Raises:
+            DataError: for a part that cannot be read, or an id that two parts of one generation hold.
+        """
+        return {key: place[:2] for key, place in self.rows((), folder=folder).items()}
+
+    def rows(
+        self, columns: Sequence[str], added: Sequence[str] = (), *, folder: str = "data"
+    ) -> dict[str, tuple[str, int, dict[str, Any]]]:
+        """Finds videos as ``ids`` does, with some columns of each row beside its place.
+
+        Args:
+            columns: those to read.
+            added: further columns, which parts of earlier versions lack; their rows have None there.
+            folder: ``data`` or ``failures``.
+
+        Raises:
+            DataError: for a part that cannot be read or lacks a column, or an id that two parts of one
+                generation hold.
+        """
+        parts, retired = self._parts_and_retired(folder, ["video_id", *columns], added)
+        found: dict[str, tuple[str, int, dict[str, Any]]] = {}
+        for part in parts:
+            left_out = retired.get(part.checksum, {})
+            for row, entry in enumerate(part.rows):
+                video_id: str = entry["video_id"]
+                if video_id in left_out:
+                    continue
+                if video_id in found and generation_of(found[video_id][0]) > part.generation:
+                    continue
+                if video_id in found and generation_of(found[video_id][0]) == part.generation:
+                    raise DataError(
+                        f"{video_id!r} is in two parts, {found[video_id][0]} and {part.location}",
+                        where=self.uri,
+                        accepted="run pipelines/extract.py again, which keeps one of them",
+                    )
+                found[video_id] = (part.location, row, entry)
+        return found
+
+    def _parts_and_retired(
+        self, folder: str, columns: Sequence[str], added: Sequence[str]
+    ) -> tuple[list[Part], dict[str, dict[str, str]]]:
+        """Reads the parts that count and their retired rows, as of one moment."""
+        for _ in range(_LOOKS):
+            parts, _ = read_parts(self.uri, folder, columns, added)
+            if folder != "data" or not parts:
+                return parts, {}
+            # Read after the parts: a job that starts meanwhile retires rows before it writes their
+            # successors.
+            retired = self.read_retired()
+            # A compaction that ends meanwhile deletes a part before its retired rows.
+            if {part.location for part in parts} <= set(part_files(self.uri, folder)):
+                return parts, retired
         raise DataError(
-            f"is not the description of a store of schema {SCHEMA_VERSION}: {error}", where=location
-        ) from error
-    return meta
+            "other jobs keep merging its parts while it is read", where=self.uri, accepted="try again later"
+        )
 
+    def read_failures(self, stored: Container[str]) -> dict[str, dict[str, Any]]:
+        """Returns the videos that are still failed, by id, each with its last attempt.
 
-def check_settings(uri: str, meta: StoreMeta, settings: Mapping[str, Any]) -> None:
-    """Raises an error for a store made with other settings, and names each that differs.
+        Args:
+            stored: ids in the data parts: a later attempt at them succeeded.
+        """
+        rows = [row for row in self.all_failures() if row["video_id"] not in stored]
+        return {row["video_id"]: row for row in rows}
 
-    Raises:
-        DataError: with the stored and the requested value of every field that differs.
-    """
-    if meta.fingerprint == fingerprint(settings):
-        return
-    stored, asked = _UNSAID | meta.settings, _UNSAID | dict(settings)
-    differing = [
-        f"{key} is {stored.get(key)!r} in the store and {asked.get(key)!r} in the configuration"
-        for key in sorted({*stored, *asked})
-        if asked.get(key) != stored.get(key)
-    ]
-    raise DataError(
-        "the store was made with other settings: " + "; ".join(differing or ["its fingerprint is damaged"]),
-        where=uri,
-        accepted="the same extract settings, or another name for a second store",
-    )
+    def failures_by_clip(self) -> dict[str, list[dict[str, Any]]]:
+        """Groups ``all_failures`` by clip id, each group ordered by attempt.
 
+        Raises:
+            DataError: for a part that cannot be read.
+        """
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.all_failures():
+            found.setdefault(row["video_id"], []).append(row)
+        return found
 
-RETIRED = "_RETIRED.json"
-#: Tries to read a store while compactions end.
-_LOOKS = 3
+    def all_failures(self) -> list[dict[str, Any]]:
+        """Reads all recorded failed attempts, also of videos stored by now, ordered by attempt.
 
-
-def read_retired(uri: str) -> dict[str, dict[str, str]]:
-    """Reads the rows that no longer count: part's checksum → video id → why (changed, gone or doubled).
-
-    Raises:
-        DataError: if the record cannot be read.
-    """
-    location = join(uri, RETIRED)
-    if not exists(location):
-        return {}
-    rows: dict[str, dict[str, str]] = read_json(location)["rows"]
-    return rows
-
-
-def write_retired(uri: str, rows: Mapping[str, Mapping[str, str]], held: HeldStore = NO_LOCK) -> None:
-    """Replaces the record of ``read_retired`` in one step.
-
-    Nothing is written if it is the same and of this generation. The first write of a generation always
-    changes the file: on S3, a job that lost the lock between its check and its request could still replace
-    the file that it found, but no other.
-
-    Raises:
-        GareError: if the store is no longer held; then nothing is written.
-    """
-    location = join(uri, RETIRED)
-    found: dict[str, Any] = read_json(location) if exists(location) else {}
-    if found.get("rows", {}) != rows or found.get("generation", 0) != held.generation:
-        content = json_bytes({"rows": rows, "generation": held.generation})
-        replace_file(location, content, held.raise_if_lost)
-
-
-def ids_in_parts(uri: str, folder: str) -> dict[str, tuple[str, int]]:
-    """Finds each video that counts: id → (part, row). Rows that are retired or replaced are left out.
-
-    If a job and its successor have both written rows of a video, the newer row counts.
-
-    Raises:
-        DataError: for a part that cannot be read, or an id that two parts of one generation hold.
-    """
-    return {key: place[:2] for key, place in rows_in_parts(uri, folder, ()).items()}
-
-
-def rows_in_parts(
-    uri: str, folder: str, columns: Sequence[str], added: Sequence[str] = ()
-) -> dict[str, tuple[str, int, dict[str, Any]]]:
-    """Finds videos as ``ids_in_parts`` does, with some columns of each row beside its place.
-
-    Args:
-        uri: the store.
-        folder: ``data`` or ``failures``.
-        columns: those to read.
-        added: further columns, which parts of earlier versions lack; their rows have None there.
-
-    Raises:
-        DataError: for a part that cannot be read or lacks a column, or an id that two parts of one
-            generation hold.
-    """
-    parts, retired = _parts_and_retired(uri, folder, ["video_id", *columns], added)
-    found: dict[str, tuple[str, int, dict[str, Any]]] = {}
-    for part in parts:
-        left_out = retired.get(part.checksum, {})
-        for row, entry in enumerate(part.rows):
-            video_id: str = entry["video_id"]
-            if video_id in left_out:
-                continue
-            if video_id in found and generation_of(found[video_id][0]) > part.generation:
-                continue
-            if video_id in found and generation_of(found[video_id][0]) == part.generation:
-                raise DataError(
-                    f"{video_id!r} is in two parts, {found[video_id][0]} and {part.location}",
-                    where=uri,
-                    accepted="run pipelines/extract.py again, which keeps one of them",
-                )
-            found[video_id] = (part.location, row, entry)
-    return found
-
-
-def _parts_and_retired(
-    uri: str, folder: str, columns: Sequence[str], added: Sequence[str]
-) -> tuple[list[Part], dict[str, dict[str, str]]]:
-    """Reads the parts that count and their retired rows, as of one moment."""
-    for _ in range(_LOOKS):
-        parts, _ = read_parts(uri, folder, columns, added)
-        if folder != "data" or not parts:
-            return parts, {}
-        # Read after the parts: a job that starts meanwhile retires rows before it writes their successors.
-        retired = read_retired(uri)
-        # A compaction that ends meanwhile deletes a part before its retired rows.
-        if {part.location for part in parts} <= set(part_files(uri, folder)):
-            return parts, retired
-    raise DataError(
-        "other jobs keep merging its parts while it is read", where=uri, accepted="try again later"
-    )
-
-
-def read_failures(uri: str, stored: Container[str]) -> dict[str, dict[str, Any]]:
-    """Returns the videos that are still failed, by id, each with its last attempt.
-
-    Args:
-        uri: the store.
-        stored: ids in the data parts: a later attempt at them succeeded.
-    """
-    rows = [row for row in all_failures(uri) if row["video_id"] not in stored]
-    return {row["video_id"]: row for row in rows}
-
-
-def failures_by_clip(uri: str) -> dict[str, list[dict[str, Any]]]:
-    """Groups ``all_failures`` by clip id, each group ordered by attempt.
-
-    Raises:
-        DataError: for a part that cannot be read.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in all_failures(uri):
-        found.setdefault(row["video_id"], []).append(row)
-    return found
-
-
-def all_failures(uri: str) -> list[dict[str, Any]]:
-    """Reads all recorded failed attempts, also of videos stored by now, ordered by attempt.
-
-    Raises:
-        DataError: for a part that cannot be read.
-    """
-    parts, _ = read_parts(uri, "failures", list(_FAILURE_COLUMNS), list(ADDED_COLUMNS))
-    return sorted((row for part in parts for row in part.rows), key=lambda row: int(row["attempts"]))
+        Raises:
+            DataError: for a part that cannot be read.
+        """
+        parts, _ = read_parts(self.uri, "failures", list(_FAILURE_COLUMNS), list(ADDED_COLUMNS))
+        return sorted((row for part in parts for row in part.rows), key=lambda row: int(row["attempts"]))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.store.contents import ids_in_parts, read_meta
+from gare.data.store.contents import Store
 from gare.data.store.parts import FEATURES_PER_GROUP, is_part_gone
 from gare.errors import DataError
 from gare.storage.files import open_fs
@@ -68,7 +68,7 @@ class FeatureReader:
     """
 
     def __init__(self, uri: str, *, words: bool = False, cache_mb: float = 4096.0) -> None:
-        meta = read_meta(uri)
+        meta = Store(uri).read_meta()
         if meta.kind != "features":
             raise DataError(f"is a store of {meta.kind}", where=uri, accepted="a store of features")
         if words and not meta.settings["words"]:
@@ -78,7 +78,7 @@ class FeatureReader:
         self.width = int(meta.settings["embed_dim"])
         self.max_words = int(meta.settings["max_words"])
         self.columns = ["num_frames", "frames", "num_tokens", "text", *(["words"] if words else [])]
-        self.places = ids_in_parts(uri, "data")
+        self.places = Store(uri).ids()
         self.whole = self._again_where_moved(self._bytes) <= cache_mb * 10**6
         self._rows: dict[str, int] = {}
         self._block: _Block | None = None
@@ -143,7 +143,7 @@ class FeatureReader:
         except DataError as error:
             if not is_part_gone(error):
                 raise
-            self.places = ids_in_parts(self.uri, "data")
+            self.places = Store(self.uri).ids()
             return read()
 
     def _whole(self) -> _Block:

@@ -23,9 +23,9 @@ from gare.data.store.contents import (
     FAILURE_SCHEMA,
     IDENTITY,
     SCHEMA_VERSION,
+    Store,
     frame_settings,
     read_columns,
-    rows_in_parts,
 )
 
 
@@ -130,6 +130,6 @@ def with_other_captions(uri: str, rows: Sequence[ManifestRow]) -> set[str]:
     wanted = {row.video_id: row.captions for row in rows}
     return {
         video_id
-        for video_id, (_, _, row) in rows_in_parts(uri, "data", ["captions"]).items()
+        for video_id, (_, _, row) in Store(uri).rows(["captions"]).items()
         if video_id in wanted and tuple(row["captions"]) != wanted[video_id]
     }

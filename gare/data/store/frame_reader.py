@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.images import crop_centre, decode_jpeg, size_fault
-from gare.data.store.contents import META, ids_in_parts, read_meta
+from gare.data.store.contents import Store
 from gare.data.store.parts import is_part_gone
 from gare.data.store.tensor_pages import UnknownPageError, low_bytes
 from gare.errors import DataError
-from gare.storage.files import exists, join, open_fs
+from gare.storage.files import open_fs
 
 #: Open Parquet files that a process keeps: reading a footer costs more than reading a clip.
 OPEN_PARTS = 256
@@ -45,7 +45,7 @@ class FrameReader:
     """
 
     def __init__(self, uri: str) -> None:
-        meta = read_meta(uri)
+        meta = Store(uri).read_meta()
         if meta.kind != "frames":
             raise DataError(f"is a store of {meta.kind}", where=uri, accepted="a store of frames")
         self.uri = uri
@@ -54,7 +54,7 @@ class FrameReader:
         self.crop = str(meta.settings.get("crop", "center"))
         self.encoding = str(meta.settings["encoding"])
         self.fetch_s = self.jpeg_s = 0.0
-        self.places = ids_in_parts(uri, "data")
+        self.places = Store(uri).ids()
         self._open = lru_cache(maxsize=OPEN_PARTS)(_OpenPart)
 
     def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
@@ -91,7 +91,7 @@ class FrameReader:
             return self._read(video_id, *place, out)
         except DataError as error:
             # Parts are merged while they are read.
-            self.places = ids_in_parts(self.uri, "data") if is_part_gone(error) else self.places
+            self.places = Store(self.uri).ids() if is_part_gone(error) else self.places
             if self.places.get(video_id) in (None, place):
                 raise
             return self._read(video_id, *self.places[video_id], out)
@@ -203,4 +203,4 @@ def open_pictures(uri: str) -> FrameReader | GreyPictures:
     Raises:
         DataError: for a store that cannot be read.
     """
-    return FrameReader(uri) if exists(join(uri, META)) else GreyPictures()
+    return FrameReader(uri) if Store(uri).exists else GreyPictures()

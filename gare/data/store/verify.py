@@ -16,15 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.images import decode_jpeg, size_fault
-from gare.data.store.contents import (
-    FAILURE_SCHEMA,
-    StoreMeta,
-    fingerprint,
-    read_failures,
-    read_meta,
-    read_retired,
-    without_added_columns,
-)
+from gare.data.store.contents import FAILURE_SCHEMA, Store, StoreMeta, fingerprint, without_added_columns
 from gare.data.store.parts import checksum_fault, part_files, read_parts
 from gare.errors import DataError
 from gare.storage.files import read_bytes
@@ -53,7 +45,7 @@ def verify(
     Raises:
         DataError: if there is no store.
     """
-    meta = read_meta(uri)
+    meta = Store(uri).read_meta()
     faults: list[Fault] = []
     read = {"parts": 0, "videos": 0, "failures": 0, "bytes": 0}
     if fingerprint(meta.settings) != meta.fingerprint:
@@ -111,7 +103,7 @@ def _of(error: DataError) -> Fault:
 
 def _check_ids(uri: str, meta: StoreMeta, wanted: Collection[str], read: dict[str, int]) -> Iterator[Fault]:
     """Compares the rows that count with the manifest and with the counts of the last run."""
-    retired = read_retired(uri)
+    retired = Store(uri).read_retired()
     places: dict[str, str] = {}
     parts, _ = read_parts(uri, "data", ["video_id"])
     for part in parts:
@@ -122,7 +114,7 @@ def _check_ids(uri: str, meta: StoreMeta, wanted: Collection[str], read: dict[st
             if video_id in places and generation_of(places[video_id]) == part.generation:
                 yield _fault(part.location, video_id, f"is also in {places[video_id]}")
             places[video_id] = max(places.get(video_id, part.location), part.location, key=generation_of)
-    failures = read_failures(uri, places)
+    failures = Store(uri).read_failures(places)
     failed = failures.keys() & set(wanted)
     read |= {"videos": len(places), "failures": len(failed)}
     for video_id in sorted(places.keys() - set(wanted)):

@@ -19,7 +19,7 @@ from gare.config import Config
 from gare.data.batch import Batch, FeatureBatch
 from gare.data.images import crop_centre
 from gare.data.splits import StoredSplits
-from gare.data.store.contents import read_meta
+from gare.data.store.contents import Store
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.feature_schema import feature_settings
 from gare.errors import ConfigError
@@ -64,7 +64,8 @@ class TrainInput(ABC):
             ConfigError: for pictures of another size.
             DataError: where there is no store.
         """
-        stored, wanted = read_meta(self.store).settings.get("image_size"), self.config.model.clip.image_size
+        stored = Store(self.store).read_meta().settings.get("image_size")
+        wanted = self.config.model.clip.image_size
         if stored != wanted:
             raise ConfigError(
                 f"is {wanted}, and pictures are of {stored} px in the store {self.store}",

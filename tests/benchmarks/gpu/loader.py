@@ -174,9 +174,9 @@ class Processes:
 def main() -> None:
     """Answers requests ``KIND SECONDS`` with the clips that were loaded and the seconds that it took."""
     store, config = sys.argv[1], load_config(sys.argv[2])
-    from gare.data.store.contents import ids_in_parts
+    from gare.data.store.contents import Store
 
-    ids = sorted(ids_in_parts(store, "data"))
+    ids = sorted(Store(store).ids())
     np.random.default_rng(os.getpid()).shuffle(ids)  # processes read different clips at the same time
     batches = [ids[first : first + BATCH] for first in range(0, len(ids), BATCH)]
     loaders: dict[str, Callable[[int], int]] = {}

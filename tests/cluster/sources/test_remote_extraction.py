@@ -15,7 +15,7 @@ import pytest
 from cluster.sources.fetch import RemoteVideos
 from gare.config import ExtractConfig, SourcesConfig
 from gare.data.manifest import Manifest, ManifestRow
-from gare.data.store.contents import frame_schema, ids_in_parts, read_columns, read_failures
+from gare.data.store.contents import Store, frame_schema, read_columns
 from gare.data.videos import LocalVideos, VideoSource
 from gare.errors import DataError
 from gare.extract.comparison import compare
@@ -59,7 +59,7 @@ def extractor(store: str, source: VideoSource | None = None, **settings: Any) ->
 
 def rows(store: str) -> dict[str, pa.Table]:
     """Every row of a store, by id."""
-    places = ids_in_parts(store, "data")
+    places = Store(store).ids()
     tables = {part: read_columns(part, frame_schema(EXTRACT).names) for part, _ in places.values()}
     return {video: tables[part].slice(row, 1).combine_chunks() for video, (part, row) in places.items()}
 
@@ -93,7 +93,7 @@ def test_lost_connections_change_no_value(s3_proxy: DroppingProxy, manifest: Man
     assert found.keys() == expected.keys()
     for video, row in expected.items():
         assert found[video].equals(row), video
-    assert read_failures("s3://videos/disturbed", found) == {}
+    assert Store("s3://videos/disturbed").read_failures(found) == {}
 
 
 def test_local_and_remote_videos_give_the_same_rows(manifest: Manifest, shared: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_what_cannot_be_fetched_is_a_failure_of_its_own_kind(
     store = str(tmp_path / "store")
     with extractor(store) as worker:
         extract(manifest, store, worker)
-    failures = read_failures(store, set())
+    failures = Store(store).read_failures(set())
     assert {name: row["stage"] for name, row in failures.items()} == {
         "gone": "fetch",
         "broken": "decode",
@@ -187,7 +187,7 @@ def test_a_bad_hour_of_a_server_is_made_up_for(
             site.faults = [fault] * 2
         worker.write(pending)
         site.faults = []
-        failed = read_failures(store, set())["good"]
+        failed = Store(store).read_failures(set())["good"]
         assert (failed["stage"], failed["attempts"], failed["transient"]) == ("fetch", 1, True)
         assert failed["message"].startswith(said)
         worker.write(left())
@@ -212,7 +212,7 @@ def test_a_full_disk_of_a_node_is_made_up_for(
             with monkeypatch.context() as patch:
                 patch.setattr("cluster.sources.temporary.tempfile.mkstemp", refused)
                 worker.write(pending)
-            failed = read_failures(store, set())["good"]
+            failed = Store(store).read_failures(set())["good"]
             assert (failed["stage"], failed["transient"]) == ("fetch", True)
             assert "TMPDIR" in failed["message"]
             pending = [row | {"attempts": row["attempts"] + 1} for row in pending]
@@ -230,7 +230,7 @@ def test_a_storage_that_is_away_fails_no_clip(s3_proxy: DroppingProxy, s3: Any, 
         with pytest.raises(DataError, match="cannot be written"):
             worker.write(pending)
         s3_proxy.refuse("")
-        assert read_failures("s3://videos/store", set()) == {}
+        assert Store("s3://videos/store").read_failures(set()) == {}
         again = pending_rows(manifest, "s3://videos/store", retry_failed=False, source=worker.source)
         assert again == pending
     object_store._file_system.cache_clear()

@@ -11,16 +11,7 @@ import pytest
 from gare.config import ExtractConfig
 from gare.data.store import parts
 from gare.data.store.compact import compact
-from gare.data.store.contents import (
-    FAILURE_SCHEMA,
-    frame_schema,
-    ids_in_parts,
-    part_files,
-    read_failures,
-    read_retired,
-    write_part,
-    write_retired,
-)
+from gare.data.store.contents import FAILURE_SCHEMA, Store, frame_schema, part_files, write_part
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.frame_reader import FrameReader
 from gare.data.store.parts import is_part_gone, read_columns
@@ -44,12 +35,12 @@ def store(tmp_path: Path, rng: np.random.Generator) -> str:
     for attempt in (1, 2):
         rows = [failure_row("bad", attempt), failure_row(IDS[0], attempt)]
         write_part(uri, "failures", rows, FAILURE_SCHEMA, [str(attempt)])
-    places = ids_in_parts(uri, "data")
+    places = Store(uri).ids()
     retired: dict[str, dict[str, str]] = {}
     for video_id in [IDS[1], *IDS[9:]]:
         checksum = read_columns(places[video_id][0], []).schema.metadata[b"gare.sha256"].decode()
         retired.setdefault(checksum, {})[video_id] = "gone"
-    write_retired(uri, retired)
+    Store(uri).write_retired(retired)
     return uri
 
 
@@ -62,9 +53,9 @@ def test_small_parts_become_one(store: str) -> None:
     found = compact(store, 10**6)
     assert found == {"parts_before": 4, "parts_after": 1, "rows_left_out": 3}
     assert stored_values(store) == before
-    assert read_retired(store) == {}
+    assert Store(store).read_retired() == {}
     assert len(part_files(store, "data")) == len(part_files(store, "failures")) == 1
-    assert {key: row["attempts"] for key, row in read_failures(store, before).items()} == {"bad": 2}
+    assert {key: row["attempts"] for key, row in Store(store).read_failures(before).items()} == {"bad": 2}
     # A training that goes on meanwhile finds its clips where they are now.
     assert all(np.array_equal(one, other) for one, other in zip(reader.read(IDS[2:5]), old, strict=True))
     files = part_files(store, "data")
@@ -87,7 +78,7 @@ def test_whole_pictures_are_merged_and_followed(tmp_path: Path, rng: np.random.G
 
 def test_large_parts_stay(store: str) -> None:
     """Rewriting what is large enough would cost hours and change nothing."""
-    write_retired(store, {})
+    Store(store).write_retired({})
     files = part_files(store, "data")
     largest = max(Path(file).stat().st_size for file in files)
     compact(store, largest // 2)
@@ -98,7 +89,7 @@ def test_large_parts_stay(store: str) -> None:
 
 def test_a_crash_at_any_moment_leaves_each_row_once(store: str) -> None:
     """A node that is taken away in the middle of it must not cost or double a clip."""
-    before, failures = stored_values(store), read_failures(store, stored_values(store))
+    before, failures = stored_values(store), Store(store).read_failures(stored_values(store))
 
     class Killed(BaseException):
         pass
@@ -119,7 +110,7 @@ def test_a_crash_at_any_moment_leaves_each_row_once(store: str) -> None:
         except Killed:
             crashes += 1
         assert stored_values(store) == before
-        assert read_failures(store, before) == failures
+        assert Store(store).read_failures(before) == failures
     assert crashes >= 4
     assert stored_values(store) == before
     assert len(part_files(store, "data")) == 1
@@ -196,13 +187,13 @@ def test_a_clip_that_comes_back_as_it_was_counts(tmp_path: Path, rng: np.random.
     frames = write_store(uri, RAW, IDS[:2], rng, part=1)
     rows = [stored_row(RAW, IDS[0], frames[IDS[0]])]
     for generation in (1, 2):
-        part, _ = ids_in_parts(uri, "data")[IDS[0]]
+        part, _ = Store(uri).ids()[IDS[0]]
         checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
-        write_retired(uri, {checksum: {IDS[0]: "gone"}})
+        Store(uri).write_retired({checksum: {IDS[0]: "gone"}})
         compact(uri, 10**6, HeldStore(2 * generation))
-        assert ids_in_parts(uri, "data").keys() == {IDS[1]}
+        assert Store(uri).ids().keys() == {IDS[1]}
         write_part(uri, "data", rows, frame_schema(RAW), [f"run {generation}", IDS[0]], 2 * generation + 1)
-        assert ids_in_parts(uri, "data").keys() == set(IDS[:2])
+        assert Store(uri).ids().keys() == set(IDS[:2])
 
 
 def test_where_no_row_is_left_an_empty_part_stands_for_a_while(
@@ -211,12 +202,12 @@ def test_where_no_row_is_left_an_empty_part_stands_for_a_while(
     """It says that the rows will not come back; who reads or checks the store must not stumble over it."""
     uri = str(tmp_path)
     write_store(uri, RAW, IDS[:2], rng, part=2)
-    part, _ = ids_in_parts(uri, "data")[IDS[0]]
+    part, _ = Store(uri).ids()[IDS[0]]
     checksum = read_columns(part, []).schema.metadata[b"gare.sha256"].decode()
-    write_retired(uri, {checksum: dict.fromkeys(IDS[:2], "gone")})
+    Store(uri).write_retired({checksum: dict.fromkeys(IDS[:2], "gone")})
     write_part(uri, "failures", [failure_row("bad")], FAILURE_SCHEMA)
     assert compact(uri, 10**6)["rows_left_out"] == 2
-    assert ids_in_parts(uri, "data") == read_retired(uri) == {}
+    assert Store(uri).ids() == Store(uri).read_retired() == {}
     [empty] = part_files(uri, "data")
     assert empty != part
     assert FrameReader(uri).places == {}

@@ -18,15 +18,12 @@ from gare.config import ExtractConfig
 from gare.data.store.contents import (
     FAILURE_SCHEMA,
     META,
-    check_settings,
+    Store,
     fingerprint,
     frame_schema,
     frame_settings,
-    ids_in_parts,
     part_files,
     read_columns,
-    read_failures,
-    read_meta,
     write_part,
 )
 from gare.errors import DataError
@@ -53,7 +50,7 @@ def test_a_part_that_cannot_be_finished_is_not_there(
     with pytest.raises(DataError, match="No space left"):
         write_part(store, "data", rows_of(rng, "b"), frame_schema(RAW))
     monkeypatch.undo()
-    assert ids_in_parts(store, "data").keys() == {"a"}
+    assert Store(store).ids().keys() == {"a"}
     assert len(list((tmp_path / "store" / "data").iterdir())) == 1
 
 
@@ -65,7 +62,7 @@ def test_the_same_ids_are_the_same_part(rng: np.random.Generator, tmp_path: Path
     assert part_files(store, "data") == [first]
     # The same group, of which only one came through this time.
     assert write_part(store, "data", rows_of(rng, "b"), frame_schema(RAW), ["a", "b"]) == first
-    assert ids_in_parts(store, "data") == {"b": (first, 0)}
+    assert Store(store).ids() == {"b": (first, 0)}
 
 
 def test_an_id_in_two_parts_is_refused(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -74,7 +71,7 @@ def test_an_id_in_two_parts_is_refused(rng: np.random.Generator, tmp_path: Path)
     write_part(store, "data", rows_of(rng, "a", "b"), frame_schema(RAW))
     write_part(store, "data", rows_of(rng, "b", "c"), frame_schema(RAW))
     with pytest.raises(DataError, match="'b' is in two parts"):
-        ids_in_parts(store, "data")
+        Store(store).ids()
 
 
 @pytest.mark.parametrize("keep", [0, 3, 200, -1])
@@ -83,7 +80,7 @@ def test_a_cut_part_is_named(rng: np.random.Generator, tmp_path: Path, keep: int
     part = Path(write_part(str(tmp_path), "data", rows_of(rng, "a"), frame_schema(RAW)))
     part.write_bytes(part.read_bytes()[:keep])
     with pytest.raises(DataError, match=part.name):
-        ids_in_parts(str(tmp_path), "data")
+        Store(str(tmp_path)).ids()
 
 
 def test_a_part_without_a_column_is_named(tmp_path: Path) -> None:
@@ -92,7 +89,7 @@ def test_a_part_without_a_column_is_named(tmp_path: Path) -> None:
     part.parent.mkdir()
     pq.write_table(pa.table({"name": ["a"]}), part)
     with pytest.raises(DataError, match=r"part-0\.parquet"):
-        ids_in_parts(str(tmp_path), "data")
+        Store(str(tmp_path)).ids()
     with pytest.raises(DataError, match=r"part-0\.parquet"):
         read_columns(str(part), ["name", "video_id"])
 
@@ -139,14 +136,14 @@ def test_the_last_attempt_counts(tmp_path: Path) -> None:
     store = str(tmp_path)
     write_part(store, "failures", [failure_row("a", 2), failure_row("b")], FAILURE_SCHEMA)
     write_part(store, "failures", [failure_row("a"), failure_row("c")], FAILURE_SCHEMA)
-    found = read_failures(store, {"c"})
+    found = Store(store).read_failures({"c"})
     assert {key: row["message"] for key, row in found.items()} == {"a": "attempt 2", "b": "attempt 1"}
 
 
 def test_no_parts_are_no_clips(tmp_path: Path) -> None:
     """The first run starts from a folder that is not there."""
-    assert ids_in_parts(str(tmp_path / "none"), "data") == {}
-    assert read_failures(str(tmp_path / "none"), {}) == {}
+    assert Store(str(tmp_path / "none")).ids() == {}
+    assert Store(str(tmp_path / "none")).read_failures({}) == {}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +165,7 @@ def test_a_store_of_other_settings_is_refused(
     store = str(tmp_path)
     describe_store(store, RAW)
     with pytest.raises(DataError) as caught:
-        check_settings(store, read_meta(store), frame_settings(RAW.model_copy(update=change)))
+        Store(store).read_meta_of(frame_settings(RAW.model_copy(update=change)))
     for said in [*named, store]:
         assert said in str(caught.value)
     assert "sampling is" not in str(caught.value)
@@ -178,10 +175,9 @@ def test_whole_pictures_are_not_taken_for_squares(tmp_path: Path) -> None:
     """A person who goes back to the default must be told which key made the store."""
     whole = ExtractConfig(crop="none")
     describe_store(str(tmp_path), whole)
-    meta = read_meta(str(tmp_path))
-    check_settings(str(tmp_path), meta, frame_settings(whole))
+    Store(str(tmp_path)).read_meta_of(frame_settings(whole))
     with pytest.raises(DataError, match="crop is 'none' in the store and 'center' in the configuration"):
-        check_settings(str(tmp_path), meta, frame_settings(ExtractConfig()))
+        Store(str(tmp_path)).read_meta_of(frame_settings(ExtractConfig()))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +200,7 @@ def test_what_does_not_change_the_frames_is_free(tmp_path: Path) -> None:
     """A store need not be made again for another number of workers."""
     describe_store(str(tmp_path), RAW)
     other = RAW.model_copy(update={"workers": 3, "deadline_s": 5.0, "videos_per_part": 7, "jpeg_quality": 50})
-    check_settings(str(tmp_path), read_meta(str(tmp_path)), frame_settings(other))
+    Store(str(tmp_path)).read_meta_of(frame_settings(other))
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
 
 
@@ -213,7 +209,7 @@ def test_a_damaged_description_is_named(tmp_path: Path, content: str) -> None:
     """A store whose description is broken must not be trained on by guess."""
     (tmp_path / META).write_text(content)
     with pytest.raises(DataError, match=META):
-        read_meta(str(tmp_path))
+        Store(str(tmp_path)).read_meta()
 
 
 def test_a_store_of_a_later_version_is_refused(tmp_path: Path) -> None:
@@ -222,18 +218,17 @@ def test_a_store_of_a_later_version_is_refused(tmp_path: Path) -> None:
     tree = json.loads((tmp_path / META).read_text())
     (tmp_path / META).write_text(json.dumps(tree | {"schema_version": 3}))
     with pytest.raises(DataError, match="its schema is 3"):
-        read_meta(str(tmp_path))
+        Store(str(tmp_path)).read_meta()
 
 
 def test_no_store_says_what_to_do(tmp_path: Path) -> None:
     """The most common fault: extract has not run yet."""
     with pytest.raises(DataError, match=r"run pipelines/extract\.py"):
-        read_meta(str(tmp_path / "nothing"))
+        Store(str(tmp_path / "nothing")).read_meta()
 
 
 def test_a_written_store_is_described(rng: np.random.Generator, tmp_path: Path) -> None:
     """The fixture of the tests around here is itself a store that the checks take."""
     write_store(str(tmp_path), RAW, [f"v{index}" for index in range(7)], rng)
-    meta = read_meta(str(tmp_path))
-    check_settings(str(tmp_path), meta, frame_settings(RAW))
+    Store(str(tmp_path)).read_meta_of(frame_settings(RAW))
     assert len(part_files(str(tmp_path), "data")) == 3

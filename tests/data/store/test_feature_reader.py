@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gare.data.store.contents import check_settings, part_files, read_meta
+from gare.data.store.contents import Store, part_files
 from gare.data.store.feature_reader import FeatureReader
 from gare.errors import DataError
 from gare.train.input.loader import FeatureLoader
@@ -85,10 +85,10 @@ def test_what_is_not_there_is_named(cache_mb: float, rng: np.random.Generator, t
 def test_a_store_of_other_settings_names_them(rng: np.random.Generator, tmp_path: Path) -> None:
     """Numbers of other towers, or of other frames, mean nothing to a model."""
     write_feature_store(str(tmp_path), tiny_config(), IDS[:2], rng)
-    meta = read_meta(str(tmp_path))
-    other = meta.settings | {"towers_sha256": "others", "sample_fps": 9.0}
+    store = Store(str(tmp_path))
+    other = store.read_meta().settings | {"towers_sha256": "others", "sample_fps": 9.0}
     with pytest.raises(DataError, match=r"sample_fps is 1\.0 .* towers_sha256 is 'towers' .* 'others'"):
-        check_settings(str(tmp_path), meta, other)
+        store.read_meta_of(other)
 
 
 PLAIN_PYARROW = """

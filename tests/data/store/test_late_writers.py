@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gare.data.store.contents import read_meta
+from gare.data.store.contents import Store
 from gare.errors import LockLostError
 from tests.helpers.stores import describe_store
 from tests.writers.history import History
@@ -140,7 +140,7 @@ def test_what_fails_again_after_a_compaction_counts_again(history: History) -> N
     for _ in range(2):
         history.change("a", "gone")
         history.through("extract", SLEEPER)
-        assert read_meta(history.uri).complete
+        assert Store(history.uri).read_meta().complete
         history.restore("a", 0)
         history.through("extract", SLEEPER)
         history.through("compact", SLEEPER)

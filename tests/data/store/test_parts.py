@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gare.config import ExtractConfig
-from gare.data.store.contents import frame_schema, ids_in_parts
+from gare.data.store.contents import Store, frame_schema
 from gare.data.store.parts import CHECKSUM, checksum_fault, read_columns, read_parts, write_part, write_table
 from gare.errors import DataError
 from tests.helpers.stores import random_frames, stored_row
@@ -68,9 +68,9 @@ def test_replaced_parts_do_not_count(rng: np.random.Generator, tmp_path: Path) -
     assert (len(parts), replaced) == (2, [])
     table = read_columns(str(old[0]), None).replace_schema_metadata(None)
     merged = write_table(uri, "data", table, ["merged"], [part.checksum for part in parts])
-    assert ids_in_parts(uri, "data") == {"a": (merged, 0)}
+    assert Store(uri).ids() == {"a": (merged, 0)}
     # A later part of the same name with other content is another part.
     old[1].unlink()
     again = part_of(uri, rng, "b")
     assert again == old[1]
-    assert ids_in_parts(uri, "data") == {"a": (merged, 0), "b": (str(again), 0)}
+    assert Store(uri).ids() == {"a": (merged, 0), "b": (str(again), 0)}

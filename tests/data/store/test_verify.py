@@ -18,11 +18,9 @@ from gare.data.store.compact import compact
 from gare.data.store.contents import (
     EARLIER_FAILURE_SCHEMA,
     FAILURE_SCHEMA,
+    Store,
     frame_schema,
     part_files,
-    read_failures,
-    read_meta,
-    write_meta,
     write_part,
 )
 from gare.data.store.verify import verify, verify_or_raise
@@ -37,8 +35,8 @@ IDS = [f"clip {index}" for index in range(5)]
 def whole_store(uri: str, extract: ExtractConfig, rng: np.random.Generator) -> None:
     write_store(uri, extract, IDS, rng, part=2)
     write_part(uri, "failures", [failure_row("bad")], FAILURE_SCHEMA)
-    meta = read_meta(uri)
-    write_meta(uri, dataclasses.replace(meta, counts={"videos": 5, "failures": 1, "parts": 3}))
+    meta = Store(uri).read_meta()
+    Store(uri).write_meta(dataclasses.replace(meta, counts={"videos": 5, "failures": 1, "parts": 3}))
 
 
 @pytest.mark.parametrize("extract", [RAW, JPEG], ids=["raw", "jpeg"])
@@ -62,11 +60,11 @@ def test_failures_of_earlier_versions_are_sound(rng: np.random.Generator, tmp_pa
     write_store(uri, RAW, IDS, rng, part=2)
     write_part(uri, "failures", [failure_row("old")], EARLIER_FAILURE_SCHEMA)
     write_part(uri, "failures", [failure_row("new")], FAILURE_SCHEMA)
-    meta = read_meta(uri)
+    meta = Store(uri).read_meta()
     for parts in (3, 1):
-        write_meta(uri, dataclasses.replace(meta, counts={"videos": 5, "failures": 2, "parts": parts}))
+        Store(uri).write_meta(dataclasses.replace(meta, counts={"videos": 5, "failures": 2, "parts": parts}))
         assert verify_or_raise(uri, frame_schema(RAW), [*IDS, "old", "new"])["sound"]
-        assert {key: row["transient"] for key, row in read_failures(uri, {}).items()} == {
+        assert {key: row["transient"] for key, row in Store(uri).read_failures({}).items()} == {
             "old": None,
             "new": False,
         }
@@ -123,7 +121,7 @@ def test_a_store_that_holds_other_videos_than_it_should(
     """Counts, ids and fingerprint against the manifest and the description."""
     uri = str(tmp_path)
     whole_store(uri, RAW, rng)
-    write_meta(uri, dataclasses.replace(read_meta(uri), **change))
+    Store(uri).write_meta(dataclasses.replace(Store(uri).read_meta(), **change))
     faults, _ = verify(uri, frame_schema(RAW), wanted)
     assert [(fault["video_id"], said in fault["fault"]) for fault in faults] == [(video_id, True)]
 
@@ -210,7 +208,7 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path) -> None:
     """In a store of any kind: one NaN in a feature makes every loss NaN."""
     uri = str(tmp_path)
     describe_store(uri, RAW)
-    write_meta(uri, dataclasses.replace(read_meta(uri), kind="features"))
+    Store(uri).write_meta(dataclasses.replace(Store(uri).read_meta(), kind="features"))
     columns: dict[str, pa.DataType] = {
         "video_id": pa.string(),
         "features": pa.fixed_shape_tensor(pa.float16(), [2, 3]),

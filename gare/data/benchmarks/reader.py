@@ -124,7 +124,7 @@ class BenchmarkAnnotations:
             lines += [f"{split} {', '.join(parts)}"] if parts else []
         return lines
 
-    def require(self, split: str, accepted: str) -> BenchmarkAnnotations:
+    def require_split(self, split: str, accepted: str) -> BenchmarkAnnotations:
         """Returns itself if a split has the published videos.
 
         Raises:
@@ -305,7 +305,7 @@ class BenchmarkReader(ABC):
             deviations=tuple(self.deviations),
             annotation_sha256=self.folder.sha256,
         )
-        return annotations.require("test", self.test_files)
+        return annotations.require_split("test", self.test_files)
 
     def add_captioned(self, split: str, videos: Mapping[str, VideoAnnotations]) -> list[str]:
         """Adds a clip for each video that has a text, and returns the ids of the others.

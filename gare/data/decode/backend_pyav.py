@@ -230,7 +230,7 @@ def _frames(
         except (av.error.FFmpegError, OSError) as error:
             found.error = explain_error(error)
             return
-        before = log.num_said if log else 0
+        before = log.num_messages if log else 0
         try:
             frames = packet.decode()
         except MemoryError:

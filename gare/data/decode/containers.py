@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 
-from gare.data.decode.file_kind import read_head, text_of
+from gare.data.decode.file_kind import leading_text, read_head
 
 _FILES = (
     "mov matroska avi mpegts mpeg flv live_flv kux asf asf_o ogg mxf gxf rm ivr dv nut ivf wtv nsv swf "
@@ -104,7 +104,7 @@ def names_other_files(head: bytes, path: str) -> str:
     """
     if is_pattern(path) and (_PATTERN.search(PurePath(path).name) or not still_demuxer(head, path)):
         return "named like a sequence of pictures in other files (image2)"
-    text = text_of(head)
+    text = leading_text(head)
     lowered = text[:64].lower()
     kinds = [kind for magic, kind in _STARTS if lowered.startswith(magic)]
     kinds += [kind for mark, kind in _MARKS if mark.search(text)]

@@ -142,7 +142,7 @@ def file_kind(head: bytes) -> str:
     return _text_kind(head)
 
 
-def begins_as(head: bytes) -> str:
+def container_of_head(head: bytes) -> str:
     """Returns the container that a file's first bytes belong to: MP4/MOV, AVI, …; empty if unknown."""
     for place, magic, name in _CONTAINERS:
         if head.startswith(magic, place):
@@ -150,7 +150,7 @@ def begins_as(head: bytes) -> str:
     return "MPEG-TS" if _ts_packets(head) else ""
 
 
-def text_of(head: bytes) -> bytes:
+def leading_text(head: bytes) -> bytes:
     """Returns the text that a file begins with: from its first letter to the first zero byte.
 
     An ID3 tag in front of it is left out, as FFmpeg does before it looks.

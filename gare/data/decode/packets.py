@@ -131,7 +131,7 @@ class ErrorLog:
         self._stack.close()
 
     @property
-    def num_said(self) -> int:
+    def num_messages(self) -> int:
         """Number of messages up to now, of any part of FFmpeg."""
         return len(self._said)
 
@@ -163,7 +163,7 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream,
     picture that looks like a keyframe).
     """
     # MP4 and MOV have an index: errors in it when they are opened are not damage of the pictures.
-    first = log.num_said if container.format.name.startswith("mov") else 0
+    first = log.num_messages if container.format.name.startswith("mov") else 0
     scan = _PacketReader(container, stream).read()
     scan.errors = log.errors(container, first)
     if container.format.name.startswith("mov"):
@@ -385,7 +385,7 @@ def missing_end(
     return ""
 
 
-def hold_last(scan: Packets, path: str, stream: av.VideoStream) -> None:
+def extend_last_picture(scan: Packets, path: str, stream: av.VideoStream) -> None:
     """Extends the last picture of an AVI over the chunks without data after it.
 
     The demuxer returns no packets for them, so that the file looks cut off. Its chunks are counted instead:

@@ -25,13 +25,13 @@ from gare.data.decode.containers import (
     still_demuxer,
 )
 from gare.data.decode.encryption import is_encrypted
-from gare.data.decode.file_kind import begins_as, broken_link, file_kind
+from gare.data.decode.file_kind import broken_link, container_of_head, file_kind
 from gare.data.decode.mov_tracks import mov_tracks
 from gare.data.decode.orientation import Orientation
 from gare.data.decode.packets import (
     ErrorLog,
     explain_error,
-    hold_last,
+    extend_last_picture,
     missing_end,
     scan_packets,
     time_base_of,
@@ -124,7 +124,7 @@ def probe(path: str | Path) -> Probe:
         context = stream.codec_context
         name = container.format.name.split(",")[0]
         if name == "avi":
-            hold_last(scan, path, stream)
+            extend_last_picture(scan, path, stream)
         frames = stream.frames or None
         time_base_s = time_base_of(stream)
         duration_s = container.duration / av.time_base if container.duration else None
@@ -217,7 +217,7 @@ def _reason(error: Exception, head: bytes | None) -> str:
     """Explains why a file cannot be opened, by its first bytes if they tell more than FFmpeg's error."""
     if head is None:
         return explain_error(error)
-    kind, container = file_kind(head), begins_as(head)
+    kind, container = file_kind(head), container_of_head(head)
     if kind:
         return f"it is {kind}"
     if container:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from gare.data.decode.clip import decode_clip
-from gare.data.decode.file_kind import HEAD_BYTES, begins_as, file_kind, read_head, text_of
+from gare.data.decode.file_kind import HEAD_BYTES, container_of_head, file_kind, leading_text, read_head
 from gare.data.decode.probe import probe
 from gare.errors import DataError
 from tests.data.decode.test_containers import write_video
@@ -157,7 +157,7 @@ def test_videos_are_not_called_something_else(shared: Path, tmp_path: Path) -> N
     for path in sorted((shared / "data/videos").iterdir()):
         head = read_head(str(path)) or b""
         assert file_kind(head) == "", path
-        names[path.suffix.lower()] = begins_as(head)
+        names[path.suffix.lower()] = container_of_head(head)
     assert names == {
         ".mp4": "MP4/MOV",
         ".mov": "MP4/MOV",
@@ -169,7 +169,7 @@ def test_videos_are_not_called_something_else(shared: Path, tmp_path: Path) -> N
     for name, codec in {"a.ts": "libx264", "a.mpg": "mpeg1video", "a.flv": "flv1", "a.wmv": "wmv2"}.items():
         head = read_head(str(write_video(tmp_path / name, codec))) or b""
         assert file_kind(head) == ""
-        assert begins_as(head) in ("MPEG-TS", "MPEG-PS", "FLV", "ASF/WMV")
+        assert container_of_head(head) in ("MPEG-TS", "MPEG-PS", "FLV", "ASF/WMV")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_brands_of_videos_are_not_those_of_pictures(brand: str, kind: str) -> No
     """Lost otherwise: the reason why a film in HEVC cannot be opened, to "a HEIF picture"."""
     head = b"\0\0\0\x18ftyp" + brand.encode() + bytes(12)
     assert file_kind(head) == kind
-    assert begins_as(head) == "MP4/MOV"
+    assert container_of_head(head) == "MP4/MOV"
 
 
 class _Counted(bytes):
@@ -205,12 +205,12 @@ def test_tags_are_passed_in_one_go() -> None:
     tag, text = b"ID3\3\0\0\0\0\0\0", b"#EXTM3U\n"
     _Counted.num_copied = 0
     head = _Counted(tag * 3000 + text)
-    assert text_of(head) == text
+    assert leading_text(head) == text
     assert _Counted.num_copied < 4 * len(head)
-    assert text_of(tag[:9] + b"\5" + b"\0" * 5 + text) == text
-    assert text_of(tag[:5] + b"\x10" + tag[6:] + b"\0" * 10 + text) == text
-    assert text_of(tag[:6] + b"\x7f" * 4 + text) == b""
-    assert text_of(b"  a\0b") == b"a"
+    assert leading_text(tag[:9] + b"\5" + b"\0" * 5 + text) == text
+    assert leading_text(tag[:5] + b"\x10" + tag[6:] + b"\0" * 10 + text) == text
+    assert leading_text(tag[:6] + b"\x7f" * 4 + text) == b""
+    assert leading_text(b"  a\0b") == b"a"
 
 
 def test_any_bytes_have_a_kind_or_none(rng: np.random.Generator) -> None:
@@ -221,9 +221,9 @@ def test_any_bytes_have_a_kind_or_none(rng: np.random.Generator) -> None:
         head += rng.integers(0, 256, int(rng.integers(0, 50)), dtype=np.uint8).tobytes()
         if head:
             head[int(rng.integers(len(head)))] = int(rng.integers(256))
-        for found in (file_kind(bytes(head)), begins_as(bytes(head))):
+        for found in (file_kind(bytes(head)), container_of_head(bytes(head))):
             assert isinstance(found, str)
-        assert b"\0" not in text_of(bytes(head))
+        assert b"\0" not in leading_text(bytes(head))
 
 
 def test_only_ordinary_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

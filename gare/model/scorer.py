@@ -332,8 +332,7 @@ class PairScorer:
             raise ConfigError("lean videos have no dropout", where="prepare_video", accepted="model.eval()")
         owners = len(video.mask) if self.context_of == "video" else 0
         with torch.autocast(video.frames.device.type, enabled=False):
-            frames_MFD = video.frames.to(torch.promote_types(video.frames.dtype, torch.float32))
-            exact = VideoFeatures(frames_MFD, video.mask)
+            exact = video.cast(torch.promote_types(video.frames.dtype, torch.float32))
             return self.with_basis(exact, self.basis_maps(), self.draw_dropout(owners), lean=lean)
 
     def pairs(self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None) -> Pairs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -135,8 +135,7 @@ def stream_factorized(scorer: PairScorer, text: TextFeatures, video: VideoFeatur
     embedding = text.embedding
     with torch.autocast(embedding.device.type, enabled=False):
         dtype = torch.promote_types(embedding.dtype, torch.float32)
-        words = None if text.words is None else text.words
-        text = TextFeatures(embedding.to(dtype), words, text.mask)
+        text = replace(text, embedding=embedding.to(dtype))  # words, which are large, block by block
         num_texts, num_videos = len(embedding), len(video)
         num_frames, num_words = video.mask.shape[1], text.mask.shape[1]
         sizes = block_sizes(scorer, num_texts, num_frames, num_words, dtype, embedding.device)
@@ -176,8 +175,9 @@ def _by_videos(
             if isinstance(video, PreparedVideo):
                 prepared = video[owners]
             else:
-                some = VideoFeatures(video.frames[owners].to(dtype), video.mask[owners])
-                prepared = scorer.with_basis(some, maps, None if keep is None else keep[owners])
+                prepared = scorer.with_basis(
+                    video[owners].cast(dtype), maps, None if keep is None else keep[owners]
+                )
             for columns in slices(len(prepared), sizes.videos):
                 where = slice(owners.start + columns.start, owners.start + columns.stop)
                 for rows in slices(len(texts), sizes.texts):
@@ -199,14 +199,12 @@ def _by_texts(
     if isinstance(video, VideoFeatures) and video.frames.dtype == dtype and len(video) <= sizes.askers:
         video = scorer.with_basis(video, maps, None)
     for owners in slices(len(text.embedding), sizes.owners):
-        some_text = text[owners]
-        if some_text.words is not None:
-            some_text = TextFeatures(some_text.embedding, some_text.words.to(dtype), some_text.mask)
+        some_text = text[owners].cast(dtype)
         prepared = scorer.prepare_text(some_text, maps, None if keep is None else keep[owners])
         for columns in slices(len(video), sizes.videos):
             some = video[columns]
             if isinstance(some, VideoFeatures):
-                some = scorer.with_basis(VideoFeatures(some.frames.to(dtype), some.mask), maps, None)
+                some = scorer.with_basis(some.cast(dtype), maps, None)
             for rows in slices(len(some_text.embedding), sizes.texts):
                 scores = scorer.pair_scores(prepared[rows], some)
                 yield slice(owners.start + rows.start, owners.start + rows.stop), columns, scores
@@ -215,11 +213,8 @@ def _by_texts(
 def stream_direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Tensor:
     """Computes scores (N, M) in the direct form; if no gradients are needed, in blocks within the budget."""
     dtype = torch.promote_types(text.embedding.dtype, torch.float32)
-    words = None if text.words is None else text.words.to(dtype)
-    text = TextFeatures(text.embedding.to(dtype), words, text.mask)
-    video = VideoFeatures(video.frames.to(dtype), video.mask)
-    with torch.autocast(text.embedding.device.type, enabled=False):
-        return _direct(scorer, text, video)
+    with torch.autocast(text.device.type, enabled=False):
+        return _direct(scorer, text.cast(dtype), video.cast(dtype))
 
 
 def _direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gare.tensor_group import TensorGroup
+
 #: ε of every LayerNorm in ψ.
 NORM_EPS = 1e-5
 #: Lengths below this count as this, as in PyTorch's normalize.
@@ -66,8 +68,8 @@ def quadratic(matrix_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
     return values
 
 
-@dataclass(frozen=True)
-class Length:
+@dataclass(frozen=True, repr=False)
+class Length(TensorGroup):
     """The squared length of a base vector plus a combination c of others: at_base + cᵀ(gram·c + 2·slope).
 
     Attributes:

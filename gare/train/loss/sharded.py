@@ -77,14 +77,7 @@ class StepObservations:
         video = self.sides.owners if isinstance(self.sides.owners, PreparedVideo) else self.sides.others
         assert isinstance(video, PreparedVideo)
         own = slice(self.sides.own.start, min(self.sides.own.start + most, self.sides.own.stop))
-        text, words = self.text[:most], None
-        if text.words is not None:
-            words = text.words.detach()
-        some = video.features[own]
-        return (
-            TextFeatures(text.embedding.detach(), words, text.mask),
-            VideoFeatures(some.frames.detach(), some.mask),
-        )
+        return self.text[:most].detach(), video.features[own].detach()
 
 
 def shares(

@@ -31,15 +31,15 @@ from gare.retrieval.ranking.ranks import rank_split
 from gare.retrieval.results.queries import owners_of
 from gare.train.checkpoint.files import load_checkpoint, read_config
 from gare.train.checkpoint.index import Entry
-from gare.train.checkpoint.initial_model import read_start
+from gare.train.checkpoint.initial_model import read_initial_model
 
 logger = logging.getLogger(__name__)
 
-#: Metric by which the best look is found.
-LOOKED_AT = "t2v/R1"
+#: Metric by which the best checkpoint of the curve is found.
+CURVE_METRIC = "t2v/R1"
 
 
-def one_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
+def last_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
     """Keeps the last checkpoint of each step: those of one step have the same weights.
 
     A step that ends an epoch may have two, before its validation and after it; training chooses among these.
@@ -51,7 +51,7 @@ def one_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
 
 
 @dataclass(frozen=True)
-class Look:
+class CheckpointScore:
     """The scores of one checkpoint.
 
     Attributes:
@@ -89,8 +89,8 @@ class CheckpointScorer:
         self.cache_mb, self.device, self.sums = cache_mb, device, sums or {}
         self._reader: FeatureReader | None = None
 
-    def score(self, uri: str) -> Look:
-        """Scores a checkpoint; the look has a fault if it cannot be read or a score is not finite.
+    def score(self, uri: str) -> CheckpointScore:
+        """Scores a checkpoint; the result has a fault if it cannot be read or a score is not finite.
 
         Raises:
             DataError: for clips that cannot be read.
@@ -98,18 +98,18 @@ class CheckpointScorer:
         try:
             model = self._load(uri)
         except (CheckpointError, DataError) as error:
-            return Look(fault=str(error))
+            return CheckpointScore(fault=str(error))
         arrays = self._encode(model)
         text, video = text_of(arrays, device=self.device), video_of(arrays, self.device)
         try:
-            return Look(rank_split(model, text, video, owners_of(self.rows)).metrics())
+            return CheckpointScore(rank_split(model, text, video, owners_of(self.rows)).metrics())
         except DataError as error:
-            return Look(fault=str(error))
+            return CheckpointScore(fault=str(error))
 
     def _load(self, uri: str) -> GARE:
         sums = self.sums.get(uri)
         if self.from_features:
-            model = read_start(uri, read_config(uri).model, sums=sums)
+            model = read_initial_model(uri, read_config(uri).model, sums=sums)
         else:
             model = load_checkpoint(uri, sums=sums)
         return model.to(self.device).eval()
@@ -151,16 +151,18 @@ class Curve:
     validated: bool
 
     @classmethod
-    def of(cls, looks: Sequence[tuple[Entry, Look]], chosen: Entry | None, *, validated: bool) -> Curve:
-        """Joins the looks.
+    def of(
+        cls, scored: Sequence[tuple[Entry, CheckpointScore]], chosen: Entry | None, *, validated: bool
+    ) -> Curve:
+        """Joins the scores of checkpoints.
 
         Args:
-            looks: checkpoints and their scores, in the order of the training.
+            scored: checkpoints and their scores, in the order of the training.
             chosen: the checkpoint that training chose.
             validated: True if val chose it.
         """
-        seen = [(entry, look.metrics) for entry, look in looks if not look.fault]
-        best = max(seen, key=lambda one: one[1][LOOKED_AT], default=(None, {}))[0]
+        seen = [(entry, score.metrics) for entry, score in scored if not score.fault]
+        best = max(seen, key=lambda one: one[1][CURVE_METRIC], default=(None, {}))[0]
         rows = tuple(
             {
                 "checkpoint": entry.name,
@@ -172,7 +174,7 @@ class Curve:
             }
             for entry, metrics in seen
         )
-        left_out = {entry.name: look.fault for entry, look in looks if look.fault}
+        left_out = {entry.name: score.fault for entry, score in scored if score.fault}
         return cls(rows, left_out, validated)
 
     @property

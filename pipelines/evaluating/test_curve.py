@@ -23,7 +23,7 @@ from pipelines.locks import evaluation_lock
 from pipelines.training.checkpointing import SELECTION, checkpoints_of
 
 if TYPE_CHECKING:
-    from gare.train.curve import Curve, Look
+    from gare.train.curve import CheckpointScore, Curve
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
     Raises:
         DataError: if there is no run, or no checkpoint.
     """
-    from gare.train.curve import one_of_each_step
+    from gare.train.curve import last_of_each_step
 
     run, folder = config.train.run, places.run(config.train.run)
     if not RunFolder(folder).has_begun:
@@ -91,7 +91,7 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
             where=folder,
             accepted="train.run of a run that pipelines/train.py has trained",
         )
-    entries = one_of_each_step(checkpoints_of(config, places, validated=False).entries())
+    entries = last_of_each_step(checkpoints_of(config, places, validated=False).entries())
     if not entries:
         raise DataError(
             f"run {run!r} keeps no checkpoint",
@@ -127,7 +127,7 @@ def _looks(
     rows: Sequence[ManifestRow],
     checkpoints: Checkpoints,
     entries: Sequence[Entry],
-) -> list[Look]:
+) -> list[CheckpointScore]:
     """Returns the scores of the checkpoints, in their order."""
     from gare.train.curve import CheckpointScorer
 
@@ -151,7 +151,7 @@ def _looks(
         return _reported(subject.run, entries, pool.map(("score", location) for location in locations))
 
 
-def _reported(run: str, entries: Sequence[Entry], looks: Iterable[Look]) -> list[Look]:
+def _reported(run: str, entries: Sequence[Entry], looks: Iterable[CheckpointScore]) -> list[CheckpointScore]:
     """Logs each look as it comes."""
     found = []
     for number, (entry, look) in enumerate(zip(entries, looks, strict=True), 1):

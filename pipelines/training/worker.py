@@ -19,7 +19,7 @@ from gare.errors import DataError, DivergedError, GareError, LockLostError, Stop
 from gare.storage.files import exists, read_json
 from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.history import History
-from gare.train.input.loader import Listed
+from gare.train.input.loader import WorkerBatches
 from gare.train.input.plan import Plan, plan_run
 from pipelines.training.checkpointing import Saver
 from pipelines.training.monitoring import Watch
@@ -135,7 +135,7 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
 
 def _listed(
     config: Config, places: Layout, source: TrainInput, clips: dict[str, str], rank: int, world_size: int
-) -> Listed:
+) -> WorkerBatches:
     """Returns this worker's batches of the clips that the training began with.
 
     Raises:
@@ -150,13 +150,13 @@ def _listed(
             accepted="the clips of the run's clips.json; train.overwrite=true starts anew",
         )
     most = max((len(row.captions) for row in splits.val), default=1)
-    return Listed(plan_of(config, splits, rank=rank, world_size=world_size), splits.ids(), most)
+    return WorkerBatches(plan_of(config, splits, rank=rank, world_size=world_size), splits.ids(), most)
 
 
 def _feed(
     config: Config,
     source: TrainInput,
-    listed: Listed,
+    listed: WorkerBatches,
     shared: Any,
     first: int,
     device: torch.device,
@@ -190,7 +190,7 @@ def _feed(
         chunks,
         sizes[first:],
         device,
-        finish=lambda place, tensors: source.finished(batches[first + place], tensors),
+        finish=lambda place, tensors: source.finish_batch(batches[first + place], tensors),
         loaders=loaders,
     )
 

@@ -95,7 +95,7 @@ class BasisMaps:
     residual_constant: Tensor
 
     @classmethod
-    def of(cls, increment: Increment, *, drops: bool) -> BasisMaps:
+    def of(cls, increment: Increment, *, has_dropout: bool) -> BasisMaps:
         """Combines the maps of a ψ with one layer, in its parameters' precision, with or without dropout.
 
         Source: docs/design/factorized.md, points 1 to 4. P is the centring over D; it commutes into the maps.
@@ -114,7 +114,7 @@ class BasisMaps:
         out_DD = centred(layer.out.weight, dim=0)
         attended_HDD = torch.unflatten(out_DD, 1, (heads, d_head)).transpose(0, 1) @ value_HdD
         hidden_DD = layer.residual.weight * layer.norm2.weight
-        if not drops:
+        if not has_dropout:
             hidden_DD = hidden_DD + torch.diag(layer.norm2.weight)
         # The keys' bias shifts all logits alike: its gradient must be zero, not None.
         no_effect = 0 * layer.key.bias.sum()
@@ -123,7 +123,7 @@ class BasisMaps:
             out_DD @ layer.value.bias + centred(layer.out.bias),
             torch.einsum("hd,hde->he", torch.unflatten(asked_D, 0, (heads, d_head)), key_HdD),
             hidden_DD,
-            not drops,
+            not has_dropout,
             increment.mean.weight * layer.norm3.weight,
             functional.linear(layer.norm3.bias, increment.mean.weight, increment.mean.bias) + no_effect,
             functional.linear(layer.norm2.bias, layer.residual.weight, layer.residual.bias),

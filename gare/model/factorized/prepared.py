@@ -72,7 +72,7 @@ class PreparedVideo(TensorGroup):
         by_frames: (M, F + L, F), products of frame features and basis vectors with the frame features; None
             where words are the context.
         basis: of the increments, or None for the baseline and where words are the context.
-        asking: v̄ as queries, where words are the context, or None.
+        mean_queries: v̄ as queries, where words are the context, or None.
     """
 
     mask: Tensor
@@ -83,10 +83,12 @@ class PreparedVideo(TensorGroup):
     scales: FrameScales | None
     by_frames: Tensor | None
     basis: Basis | None
-    asking: Embeddings | None
+    mean_queries: Embeddings | None
 
     @classmethod
-    def of(cls, video: VideoFeatures, basis: Basis | None, asking: Embeddings | None = None) -> PreparedVideo:
+    def of(
+        cls, video: VideoFeatures, basis: Basis | None, mean_queries: Embeddings | None = None
+    ) -> PreparedVideo:
         """Lays out videos and, if they own it, their basis for products with texts."""
         frames_MFD, mask_MF = video.frames, video.mask
         share_MF, bias_MF = _share(video), _bias(video)
@@ -96,8 +98,8 @@ class PreparedVideo(TensorGroup):
             # Views, so that nothing is held twice.
             frames_MFD, vectors_MLD = torch.split(rows, [frames_MFD.shape[1], basis.vectors.shape[1]], dim=1)
             basis = replace(basis, spanning=vectors_MLD)
-        by_frames = None if asking is not None else rows @ frames_MFD.transpose(1, 2)
-        return cls(mask_MF, video.mean, share_MF, bias_MF, rows, None, by_frames, basis, asking)
+        by_frames = None if mean_queries is not None else rows @ frames_MFD.transpose(1, 2)
+        return cls(mask_MF, video.mean, share_MF, bias_MF, rows, None, by_frames, basis, mean_queries)
 
     @classmethod
     def lean(cls, video: VideoFeatures, basis: Basis) -> PreparedVideo:

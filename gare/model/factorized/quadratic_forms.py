@@ -62,7 +62,7 @@ class _Quadratic(torch.autograd.Function):
         return grad_matrix_OKK, product_OKX * (2 * grad_OX).unsqueeze(1)
 
 
-def quadratic(matrix_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
+def quadratic_form(matrix_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
     """Computes wᵀGw (O, X) of every column w of the weights, for symmetric matrices G."""
     values: Tensor = _Quadratic.apply(matrix_OKK, weights_OKX)  # type: ignore[no-untyped-call]
     return values
@@ -103,7 +103,7 @@ class Length(TensorGroup):
         directly, because subtracting two nearly equal scales would lose its digits in float32.
         """
         along = 2 * self.slope.unsqueeze(1) @ weights_OKX
-        change = quadratic(self.gram, weights_OKX).unsqueeze(1) + along
+        change = quadratic_form(self.gram, weights_OKX).unsqueeze(1) + along
         base = self.at_base.reshape(-1, 1, 1)
         scale, at_base = (base + change).clamp(min=least).rsqrt(), base.rsqrt()
         return scale, -change * (scale * at_base).square() / (scale + at_base)

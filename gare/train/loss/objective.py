@@ -25,9 +25,16 @@ from gare.model.gare import GARE
 from gare.model.scorer import PairScorer
 from gare.model.streaming import slices
 from gare.train.loss.blocks import why_not_fused
-from gare.train.loss.gather import Rows, gather, rows_of, start_gather, sum_over_workers, world_size
+from gare.train.loss.gather import (
+    Rows,
+    exchange_row_counts,
+    gather,
+    start_gather,
+    sum_over_workers,
+    world_size,
+)
 from gare.train.loss.losses import bottleneck, direction, info_nce, orthogonality, radii
-from gare.train.loss.sharded import StepObservations, shares
+from gare.train.loss.sharded import StepObservations, loss_shares
 from gare.train.stages import stage
 
 logger = logging.getLogger(__name__)
@@ -157,7 +164,7 @@ def sharded_terms(
 ) -> LossTerms:
     """Computes all terms in the factorised form, from this worker's captions and the clips of all workers."""
     scale = model.logit_scale.exp()
-    part = shares(
+    part = loss_shares(
         model.scorer,
         scale,
         text,
@@ -229,7 +236,7 @@ class Objective(nn.Module):
             GareError: if a worker has no pair, or if positives go by video and the batch lacks video ids.
         """
         scorer = self.model.scorer
-        rows = rows_of(len(batch.frames), batch.frames.device)
+        rows = exchange_row_counts(len(batch.frames), batch.frames.device)
         video = self._encode_video(batch)
         # Frames are most of the traffic; texts are encoded meanwhile.
         frames, mask = start_gather(video.frames, rows), start_gather(video.mask, rows)

@@ -121,7 +121,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
             lock.raise_if_lost()
         if config.train.overwrite:
             delete_tree(folder.uri)
-        source.begin(folder.uri)
+        source.write_for_workers(folder.uri)
         handle = _start_run(tracker, config, places, splits, earlier.get("mlflow_run_id"))
         try:
             write_json(folder.clips, splits.ids())
@@ -235,7 +235,7 @@ def _fit(
             "config": config,
             "handle": handle,
             "settings": source.store_settings,
-            "shared": source.shared(splits),
+            "shared": source.shared_data(splits),
             "clips": splits.hashes(),
             "watch_preemption": watches_preemption(),
             # Workers check the lock themselves: they go on while their driver is suspended.

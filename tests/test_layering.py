@@ -19,14 +19,15 @@ ROOMS = ("gare", "cluster", "pipelines")
 #: and scores; ``retrieval`` knows nothing of training.
 INSIDE_GARE = {
     "errors": set(),
+    "tensor_group": set(),
     "config": {"errors"},
     "storage": {"errors"},
-    "data": {"config", "errors", "storage"},
-    "model": {"config", "errors"},
-    "extract": {"config", "errors", "storage", "data", "model"},
-    "retrieval": {"config", "errors", "storage", "data", "model"},
-    "report": {"config", "errors", "storage", "data", "model", "retrieval"},
-    "train": {"config", "errors", "storage", "data", "model", "retrieval", "report"},
+    "data": {"config", "errors", "storage", "tensor_group"},
+    "model": {"config", "errors", "tensor_group"},
+    "extract": {"config", "errors", "storage", "tensor_group", "data", "model"},
+    "retrieval": {"config", "errors", "storage", "tensor_group", "data", "model"},
+    "report": {"config", "errors", "storage", "tensor_group", "data", "model", "retrieval"},
+    "train": {"config", "errors", "storage", "tensor_group", "data", "model", "retrieval", "report"},
 }
 #: The same for the rooms inside a room: what each may import of those beside it.
 INSIDE_ROOMS = {

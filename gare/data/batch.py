@@ -5,15 +5,15 @@ B text-video pairs, F frames, W words, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from gare.tensor_group import TensorGroup
 
-@dataclass(frozen=True)
-class Batch:
+
+@dataclass(frozen=True, repr=False)
+class Batch(TensorGroup):
     """Captions with their clips.
 
     Attributes:
@@ -31,25 +31,9 @@ class Batch:
     frame_mask: Tensor
     video_ids: Tensor | None = None
 
-    def to(self, device: Any) -> Batch:
-        """Copies the batch to another device."""
-        return self._map(lambda tensor: tensor.to(device))
 
-    def __getitem__(self, rows: slice) -> Batch:
-        return self._map(lambda tensor: tensor[rows])
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(
-            token_ids=change(self.token_ids),
-            token_mask=change(self.token_mask),
-            frames=change(self.frames),
-            frame_mask=change(self.frame_mask),
-            video_ids=None if self.video_ids is None else change(self.video_ids),
-        )
-
-
-@dataclass(frozen=True)
-class FeatureBatch:
+@dataclass(frozen=True, repr=False)
+class FeatureBatch(TensorGroup):
     """Captions with their clips, as stored features of the towers.
 
     Attributes:
@@ -67,20 +51,3 @@ class FeatureBatch:
     frames: Tensor
     frame_mask: Tensor
     video_ids: Tensor | None = None
-
-    def to(self, device: Any) -> FeatureBatch:
-        """Copies the batch to another device."""
-        return self._map(lambda tensor: tensor.to(device))
-
-    def __getitem__(self, rows: slice) -> FeatureBatch:
-        return self._map(lambda tensor: tensor[rows])
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> FeatureBatch:
-        return FeatureBatch(
-            text=change(self.text),
-            words=None if self.words is None else change(self.words),
-            token_mask=change(self.token_mask),
-            frames=change(self.frames),
-            frame_mask=change(self.frame_mask),
-            video_ids=None if self.video_ids is None else change(self.video_ids),
-        )

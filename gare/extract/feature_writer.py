@@ -26,7 +26,7 @@ from gare.data.store.parts import is_content_fault, write_table
 from gare.errors import ConfigError, DataError, without_secrets
 from gare.extract.feature_update import Part
 from gare.model.encoders.clip import ClipTowers, tower_text
-from gare.model.encoders.compiled import cast_once, compile_towers
+from gare.model.encoders.compiled import cast_weights_once, compile_towers
 from gare.model.encoders.tokenizer import tokenize
 from gare.model.gare import GARE
 from gare.storage.patience import PATIENCE_S, retry_until_answered
@@ -77,7 +77,7 @@ class FeatureMaker:
         if not isinstance(model.towers, ClipTowers):
             raise ConfigError("the model has no towers", where="encode", accepted="a model that has them")
         self.kind = _DTYPES[features.precision]
-        self.towers = cast_once(model.towers, self.kind)
+        self.towers = cast_weights_once(model.towers, self.kind)
         self.device = model.logit_scale.device
         self.reader: FrameReader | None = None
         self.config = config = model.config

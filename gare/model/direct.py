@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gare.config import ModelConfig
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.increment import Increment, IncrementRadius, towards
+from gare.model.increment import Increment, IncrementRadius, increments_towards
 from gare.model.pooling import pool, unit_mean
 
 
@@ -78,7 +78,7 @@ def direct_deltas(
         query_NMD = text_NMD.expand(-1, len(video.frames), -1)
         radius_NM = radius(text.embedding, video.frames, video.mask)
         start_NMD = increment(query_NMD, seen.frames, seen.mask, keep_OD)
-        return towards(seen.mean, start_NMD, radius_NM)
+        return increments_towards(seen.mean, start_NMD, radius_NM)
     gap_NMD = config.gap_sign * (seen.mean.unsqueeze(0) - text_NMD)
     if config.context == "frames":
         delta_NMD: Tensor = increment(gap_NMD, seen.frames, seen.mask, keep_OD)

@@ -5,17 +5,17 @@ N texts, M videos, F frames, W words, D embedding width. Nothing here is normali
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gare.errors import ConfigError, DataError
+from gare.tensor_group import TensorGroup
 
 
-@dataclass(frozen=True)
-class TextFeatures:
+@dataclass(frozen=True, repr=False)
+class TextFeatures(TensorGroup):
     """Encoded captions.
 
     Attributes:
@@ -27,11 +27,6 @@ class TextFeatures:
     embedding: Tensor
     words: Tensor | None
     mask: Tensor
-
-    def float(self) -> TextFeatures:
-        """Casts to float32."""
-        words = None if self.words is None else self.words.float()
-        return TextFeatures(self.embedding.float(), words, self.mask)
 
     @property
     def known_words(self) -> Tensor:
@@ -46,13 +41,9 @@ class TextFeatures:
             )
         return self.words
 
-    def __getitem__(self, rows: slice | Tensor) -> TextFeatures:
-        words = None if self.words is None else self.words[rows]
-        return TextFeatures(self.embedding[rows], words, self.mask[rows])
 
-
-@dataclass(frozen=True)
-class VideoFeatures:
+@dataclass(frozen=True, repr=False)
+class VideoFeatures(TensorGroup):
     """Encoded clips.
 
     Attributes:
@@ -63,21 +54,6 @@ class VideoFeatures:
 
     frames: Tensor
     mask: Tensor
-
-    def float(self) -> VideoFeatures:
-        """Casts to float32."""
-        return VideoFeatures(self.frames.float(), self.mask)
-
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    def __getitem__(self, rows: slice | Tensor) -> VideoFeatures:
-        return VideoFeatures(self.frames[rows], self.mask[rows])
-
-    def split(self, size: int) -> Iterator[VideoFeatures]:
-        """Splits into consecutive parts of ``size`` clips; gradients are concatenated once, not added up."""
-        parts = zip(torch.split(self.frames, size), torch.split(self.mask, size), strict=True)
-        return (VideoFeatures(*part) for part in parts)
 
     def unmasked(self) -> VideoFeatures:
         """Returns the features with every frame marked as real."""

@@ -65,7 +65,7 @@ class GARE(nn.Module):
             return ""
         return self.temporal.start_from_text_tower(self.towers)
 
-    def compute_as(self, config: ModelConfig) -> None:
+    def take_compute_settings(self, config: ModelConfig) -> None:
         """Takes over the settings of how pairs are computed: method, kernel, products and memory.
 
         Args:

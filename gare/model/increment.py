@@ -114,14 +114,14 @@ class IncrementRadius(nn.Module):
     def forward(self, text_ND: Tensor, frames_MFD: Tensor, mask_MF: Tensor) -> Tensor:
         """Computes radii (N, M) of texts (N, D) and frame features (M, F, D) with their mask (M, F)."""
         products_MFN = torch.einsum("nd,mfd->mfn", text_ND, frames_MFD)
-        return self.log_of_products(products_MFN, mask_MF).exp().T
+        return self.log_from_products(products_MFN, mask_MF).exp().T
 
-    def log_of_products(self, products_MFN: Tensor, mask_MF: Tensor) -> Tensor:
+    def log_from_products(self, products_MFN: Tensor, mask_MF: Tensor) -> Tensor:
         """Computes log R_ij (M, N) from t_i·v_jf."""
         weight_MF = self.coefficient[: mask_MF.shape[1]] * mask_MF
         return self.bias + torch.einsum("mfn,mf->mn", products_MFN, weight_MF)
 
 
-def towards(goal_MD: Tensor, start_NMD: Tensor, radius_NM: Tensor) -> Tensor:
+def increments_towards(goal_MD: Tensor, start_NMD: Tensor, radius_NM: Tensor) -> Tensor:
     """Computes increments of given length from starts towards goals: R_ij·unit(v̄_j − t*_ij), (N, M, D)."""
     return radius_NM.unsqueeze(-1) * functional.normalize(goal_MD - start_NMD, dim=-1)

@@ -22,7 +22,7 @@ from gare.model.factorized.lean_video import map_text
 from gare.model.factorized.pairs import PairNumbers, ScoringRule, pair_numbers
 from gare.model.factorized.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.fused.blocks import Asked, Fused, fused_pairs
+from gare.model.fused.blocks import FusedPairs, FusedRequest, fused_pairs
 from gare.model.fused.tile_sizes import why_unavailable
 from gare.model.increment import Increment, IncrementRadius
 from gare.model.pooling import unit_mean
@@ -172,12 +172,12 @@ class PairScorer:
         if isinstance(owners, PreparedVideo) and isinstance(others, Embeddings):
             num_frames = owners.mask.shape[1]
             if self.takes_kernel(num_frames, owners.dtype, owners.device):
-                return self.fused_pairs(owners, others, Asked()).scores
+                return self.fused_pairs(owners, others, FusedRequest()).scores
         return self.pair_numbers(owners, others).scores
 
-    def fused_pairs(self, owners: PreparedVideo, others: Embeddings, asked: Asked) -> Fused:
+    def fused_pairs(self, owners: PreparedVideo, others: Embeddings, request: FusedRequest) -> FusedPairs:
         """Computes a block of pairs by the fused kernels; only if ``takes_kernel``."""
-        return fused_pairs(self.rule, others, owners, asked, precision=self.config.products)
+        return fused_pairs(self.rule, others, owners, request, precision=self.config.products)
 
     def takes_kernel(
         self, num_frames: int, dtype: torch.dtype, device: torch.device, reason: str = ""
@@ -216,7 +216,7 @@ class PairScorer:
         return ""
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """True if ψ's contexts have dropout now."""
         by_context = self.config.increment_dropout_per == "context"
         return (
@@ -230,7 +230,7 @@ class PairScorer:
             owners: number of videos if frames are the context, of texts if words are.
             generator: to draw from, on the CPU, so that a seed means the same on any device.
         """
-        if not self.drops or self.increment is None:
+        if not self.has_dropout or self.increment is None:
             return None
         drop = self.config.increment_dropout
         draws = torch.rand(owners, self.config.clip.embed_dim, generator=generator)
@@ -239,7 +239,7 @@ class PairScorer:
 
     def basis_maps(self) -> BasisMaps | None:
         """Combines ψ's linear maps, once for a step or a stream of blocks."""
-        return None if self.increment is None else BasisMaps.of(self.increment, drops=self.drops)
+        return None if self.increment is None else BasisMaps.of(self.increment, has_dropout=self.has_dropout)
 
     def query_embeddings(self, embedding_XD: Tensor, *, lean: bool = False) -> Embeddings:
         """Prepares embeddings of the side that does not own the basis as queries of ψ.
@@ -328,12 +328,11 @@ class PairScorer:
             raise ConfigError(
                 reason, where="model", accepted="one layer, dropout by context or none, padding masked"
             )
-        if lean and self.drops:
+        if lean and self.has_dropout:
             raise ConfigError("lean videos have no dropout", where="prepare_video", accepted="model.eval()")
         owners = len(video.mask) if self.context_of == "video" else 0
         with torch.autocast(video.frames.device.type, enabled=False):
-            frames_MFD = video.frames.to(torch.promote_types(video.frames.dtype, torch.float32))
-            exact = VideoFeatures(frames_MFD, video.mask)
+            exact = video.cast(torch.promote_types(video.frames.dtype, torch.float32))
             return self.with_basis(exact, self.basis_maps(), self.draw_dropout(owners), lean=lean)
 
     def pairs(self, text: TextFeatures, video: VideoFeatures, keep_OD: Tensor | None = None) -> Pairs:

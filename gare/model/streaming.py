@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,23 +30,23 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BlockSizes:
     """Numbers of texts and videos that are scored at once.
 
     Attributes:
         owners: contexts whose basis is computed together.
-        askers: query embeddings that are mapped to key space together.
+        queries: query embeddings that are mapped to key space together.
         texts: of a block of pairs.
         videos: of a block of pairs.
     """
 
     owners: int
-    askers: int
+    queries: int
     texts: int
     videos: int
 
 
-def numbers_of_a_pair(scorer: PairScorer, num_frames: int, num_words: int, *, fused: bool = False) -> int:
+def count_pair_numbers(scorer: PairScorer, num_frames: int, num_words: int, *, fused: bool = False) -> int:
     """Counts the numbers that the factorised form holds for a pair: products, attention and quadratic forms.
 
     The fused kernels hold products and, in training, their gradients.
@@ -72,24 +72,24 @@ def block_sizes(
     num_words: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Sizes:
+) -> BlockSizes:
     """Computes block sizes under ``config.memory_mb`` from the numbers that a pair and an owner take."""
     width, itemsize = scorer.config.clip.embed_dim, dtype.itemsize
     whole = Budget.of(scorer.config.memory_mb, device)
     budget = whole.total
     fused = scorer.takes_kernel(num_frames, dtype, device)
-    pair_bytes = itemsize * numbers_of_a_pair(scorer, num_frames, num_words, fused=fused)
+    pair_bytes = itemsize * count_pair_numbers(scorer, num_frames, num_words, fused=fused)
     pairs = min(whole.block(CACHED_BYTES), budget // 4) // pair_bytes
     owners = owners_at_once(scorer, num_frames, num_words, itemsize, budget)
     # A query embedding takes: itself, centred, and by head its query before and after the key map.
-    askers = max(budget // 4 // (itemsize * width * (3 + 2 * scorer.config.increment_heads)), 1)
+    queries = max(budget // 4 // (itemsize * width * (3 + 2 * scorer.config.increment_heads)), 1)
     if scorer.context_of == "text":
         texts = min(64, max(1, math.isqrt(pairs)), owners)
         # A multiple of a block's texts, so that no block has only a few texts.
-        return Sizes(owners // texts * texts, askers, texts, even(pairs // texts))
+        return BlockSizes(owners // texts * texts, queries, texts, round_down_to_vector_units(pairs // texts))
     # If there are few texts, a block has more videos.
     texts = max(min(TEXTS_PER_BLOCK.get(device.type, 1024), pairs, num_texts), 1)
-    return Sizes(owners, askers, texts, max(pairs // texts, 1))
+    return BlockSizes(owners, queries, texts, max(pairs // texts, 1))
 
 
 def owners_at_once(
@@ -102,7 +102,7 @@ def owners_at_once(
     return max(budget_bytes // 4 // owner_bytes, 1)
 
 
-def even(count: int) -> int:
+def round_down_to_vector_units(count: int) -> int:
     """Rounds a number of rows down to a multiple of 16 for vector units; smaller ones stay, from 1."""
     return count // 16 * 16 or max(count, 1)
 
@@ -135,14 +135,13 @@ def stream_factorized(scorer: PairScorer, text: TextFeatures, video: VideoFeatur
     embedding = text.embedding
     with torch.autocast(embedding.device.type, enabled=False):
         dtype = torch.promote_types(embedding.dtype, torch.float32)
-        words = None if text.words is None else text.words
-        text = TextFeatures(embedding.to(dtype), words, text.mask)
+        text = replace(text, embedding=embedding.to(dtype))  # words, which are large, block by block
         num_texts, num_videos = len(embedding), len(video)
         num_frames, num_words = video.mask.shape[1], text.mask.shape[1]
         sizes = block_sizes(scorer, num_texts, num_frames, num_words, dtype, embedding.device)
         if torch.is_grad_enabled():
             most = max(num_texts, num_videos, 1)
-            sizes = Sizes(most, most, most, most)
+            sizes = BlockSizes(most, most, most, most)
         blocks = _by_texts if scorer.context_of == "text" else _by_videos
         scores = None
         for texts, videos, block in blocks(scorer, text, video, sizes, dtype):
@@ -161,7 +160,7 @@ def _by_videos(
     scorer: PairScorer,
     text: TextFeatures,
     video: VideoFeatures | PreparedVideo,
-    sizes: Sizes,
+    sizes: BlockSizes,
     dtype: torch.dtype,
 ) -> Blocks:
     lean = isinstance(video, PreparedVideo) and video.scales is not None
@@ -170,14 +169,15 @@ def _by_videos(
     # Prepared videos have their basis already.
     at_once = len(video) if isinstance(video, PreparedVideo) else sizes.owners
     # Texts become queries once for all videos, as many at a time as fit.
-    for group in slices(len(text.embedding), sizes.askers):
+    for group in slices(len(text.embedding), sizes.queries):
         texts = scorer.query_embeddings(text.embedding[group], lean=lean)
         for owners in slices(len(video), at_once):
             if isinstance(video, PreparedVideo):
                 prepared = video[owners]
             else:
-                some = VideoFeatures(video.frames[owners].to(dtype), video.mask[owners])
-                prepared = scorer.with_basis(some, maps, None if keep is None else keep[owners])
+                prepared = scorer.with_basis(
+                    video[owners].cast(dtype), maps, None if keep is None else keep[owners]
+                )
             for columns in slices(len(prepared), sizes.videos):
                 where = slice(owners.start + columns.start, owners.start + columns.stop)
                 for rows in slices(len(texts), sizes.texts):
@@ -189,24 +189,22 @@ def _by_texts(
     scorer: PairScorer,
     text: TextFeatures,
     video: VideoFeatures | PreparedVideo,
-    sizes: Sizes,
+    sizes: BlockSizes,
     dtype: torch.dtype,
 ) -> Blocks:
     maps = scorer.basis_maps()
     assert maps is not None
     keep = scorer.draw_dropout(len(text.embedding))
     # Prepared videos are mapped means beside views of the frames: computed once if they fit.
-    if isinstance(video, VideoFeatures) and video.frames.dtype == dtype and len(video) <= sizes.askers:
+    if isinstance(video, VideoFeatures) and video.frames.dtype == dtype and len(video) <= sizes.queries:
         video = scorer.with_basis(video, maps, None)
     for owners in slices(len(text.embedding), sizes.owners):
-        some_text = text[owners]
-        if some_text.words is not None:
-            some_text = TextFeatures(some_text.embedding, some_text.words.to(dtype), some_text.mask)
+        some_text = text[owners].cast(dtype)
         prepared = scorer.prepare_text(some_text, maps, None if keep is None else keep[owners])
         for columns in slices(len(video), sizes.videos):
             some = video[columns]
             if isinstance(some, VideoFeatures):
-                some = scorer.with_basis(VideoFeatures(some.frames.to(dtype), some.mask), maps, None)
+                some = scorer.with_basis(some.cast(dtype), maps, None)
             for rows in slices(len(some_text.embedding), sizes.texts):
                 scores = scorer.pair_scores(prepared[rows], some)
                 yield slice(owners.start + rows.start, owners.start + rows.stop), columns, scores
@@ -215,11 +213,8 @@ def _by_texts(
 def stream_direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Tensor:
     """Computes scores (N, M) in the direct form; if no gradients are needed, in blocks within the budget."""
     dtype = torch.promote_types(text.embedding.dtype, torch.float32)
-    words = None if text.words is None else text.words.to(dtype)
-    text = TextFeatures(text.embedding.to(dtype), words, text.mask)
-    video = VideoFeatures(video.frames.to(dtype), video.mask)
-    with torch.autocast(text.embedding.device.type, enabled=False):
-        return _direct(scorer, text, video)
+    with torch.autocast(text.device.type, enabled=False):
+        return _direct(scorer, text.cast(dtype), video.cast(dtype))
 
 
 def _direct(scorer: PairScorer, text: TextFeatures, video: VideoFeatures) -> Tensor:

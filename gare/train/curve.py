@@ -31,15 +31,15 @@ from gare.retrieval.ranking.ranks import rank_split
 from gare.retrieval.results.queries import owners_of
 from gare.train.checkpoint.files import load_checkpoint, read_config
 from gare.train.checkpoint.index import Entry
-from gare.train.checkpoint.initial_model import read_start
+from gare.train.checkpoint.initial_model import read_initial_model
 
 logger = logging.getLogger(__name__)
 
-#: Metric by which the best score is found.
-LOOKED_AT = "t2v/R1"
+#: Metric by which the best checkpoint of the curve is found.
+CURVE_METRIC = "t2v/R1"
 
 
-def one_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
+def last_of_each_step(entries: Iterable[Entry]) -> list[Entry]:
     """Keeps the last checkpoint of each step: those of one step have the same weights.
 
     A step that ends an epoch may have two, before its validation and after it; training chooses among these.
@@ -109,7 +109,7 @@ class CheckpointScorer:
     def _load(self, uri: str) -> GARE:
         sums = self.sums.get(uri)
         if self.from_features:
-            model = read_start(uri, read_config(uri).model, sums=sums)
+            model = read_initial_model(uri, read_config(uri).model, sums=sums)
         else:
             model = load_checkpoint(uri, sums=sums)
         return model.to(self.device).eval()
@@ -152,17 +152,17 @@ class Curve:
 
     @classmethod
     def of(
-        cls, scores: Sequence[tuple[Entry, CheckpointScore]], chosen: Entry | None, *, validated: bool
+        cls, scored: Sequence[tuple[Entry, CheckpointScore]], chosen: Entry | None, *, validated: bool
     ) -> Curve:
-        """Joins the scores of the checkpoints.
+        """Joins the scores of checkpoints.
 
         Args:
-            scores: checkpoints and their scores, in the order of the training.
+            scored: checkpoints and their scores, in the order of the training.
             chosen: the checkpoint that training chose.
             validated: True if val chose it.
         """
-        seen = [(entry, score.metrics) for entry, score in scores if not score.fault]
-        best = max(seen, key=lambda one: one[1][LOOKED_AT], default=(None, {}))[0]
+        seen = [(entry, score.metrics) for entry, score in scored if not score.fault]
+        best = max(seen, key=lambda one: one[1][CURVE_METRIC], default=(None, {}))[0]
         rows = tuple(
             {
                 "checkpoint": entry.name,
@@ -174,7 +174,7 @@ class Curve:
             }
             for entry, metrics in seen
         )
-        left_out = {entry.name: score.fault for entry, score in scores if score.fault}
+        left_out = {entry.name: score.fault for entry, score in scored if score.fault}
         return cls(rows, left_out, validated)
 
     @property

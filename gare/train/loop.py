@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from gare.train.callback import Callback
 from gare.train.input.feed import Feed
 from gare.train.input.inputs import TrainInput
-from gare.train.input.loader import PARTS, Listed
+from gare.train.input.loader import PARTS, WorkerBatches
 from gare.train.step import Learner, train_step
 from gare.train.validation import Validation
 
 
 def run_loop(
     learner: Learner,
-    listed: Listed,
+    worker_batches: WorkerBatches,
     first: int,
     source: TrainInput,
     feed: Feed,
@@ -26,7 +26,7 @@ def run_loop(
 
     Args:
         learner: model and optimiser, in their state before that batch.
-        listed: batches of this worker.
+        worker_batches: batches of this worker.
         first: number of the first batch, from ``Plan.position``.
         source: input of the run.
         feed: of the plan's batches from the first on.
@@ -39,7 +39,7 @@ def run_loop(
     Raises:
         GareError: if the loaders end before the plan does, or from a callback.
     """
-    plan = listed.plan
+    plan = worker_batches.plan
     ends = {*plan.epoch_starts[1:], len(plan.batches)}
     with feed:
         for position, planned in enumerate(plan.batches[first:], start=first + 1):
@@ -48,7 +48,9 @@ def run_loop(
             if planned.kind == "train":
                 started = time.perf_counter()
                 batch = source.batch(arrived.tensors)
-                values = train_step(learner, batch, [listed.ids["train"][video] for video in planned.videos])
+                values = train_step(
+                    learner, batch, [worker_batches.ids["train"][video] for video in planned.videos]
+                )
                 seconds = feed.seconds(arrived)
                 on_device = seconds["device_wait"]
                 values |= {f"time/data_{part}_s": seconds[part] for part in (*PARTS, "transfer")}

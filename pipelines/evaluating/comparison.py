@@ -14,13 +14,13 @@ from gare.errors import DataError
 from gare.report.table_picture import table_picture
 from gare.retrieval.results.evaluation import (
     ZERO_SHOT,
-    Evaluated,
+    Evaluation,
     evaluation_pairs,
     evaluations_named,
-    read_evaluated,
+    read_evaluation,
     runs_of,
 )
-from gare.retrieval.results.table import ScoreTable, compared_table, suite_table
+from gare.retrieval.results.table import ScoreTable, comparison_table, suite_table
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
 from gare.storage.run_folder import RESULT, RunFolder
 from gare.train.checkpoint.files import read_config
@@ -40,11 +40,11 @@ def compare(config: Config) -> dict[str, Any]:
     tracker = connect(config.tracking, places.root)
     first, second = (_folder_of(config, tracker, run) for run in chosen.compare)
     pairs = [
-        (read_evaluated(one), read_evaluated(other))
+        (read_evaluation(one), read_evaluation(other))
         for one, other in evaluation_pairs(places.root, first, second, chosen.split)
     ]
     title = f"{chosen.compare[0]} and {chosen.compare[1]}"
-    table = compared_table(pairs, resamples=chosen.resamples or 1000, seed=chosen.seed, title=title)
+    table = comparison_table(pairs, resamples=chosen.resamples or 1000, seed=chosen.seed, title=title)
     name = "--".join(run.replace("/", ".") for run in chosen.compare)
     return _log_table(table, tracker, config, f"compare {title}", join(places.root, "comparisons", name), [])
 
@@ -111,13 +111,18 @@ def collect(config: Config, evaluate: Callable[[Config], Any]) -> dict[str, Any]
             plain = chosen.model_copy(update={"suite": "", "runs": (), "checkpoint": ""})
             kept = {"storage": config.storage, "tracking": config.tracking, "cluster": config.cluster}
             evaluate(trained.model_copy(update={"evaluate": plain, **kept}))
-    runs = [read_evaluated(folder) for folder in folders]
+    runs = [read_evaluation(folder) for folder in folders]
     table = suite_table(runs, title=f"suite {chosen.suite}")
     return _log_table(table, tracker, config, chosen.suite, join(places.root, "suites", chosen.suite), runs)
 
 
 def _log_table(
-    table: ScoreTable, tracker: Tracker, config: Config, name: str, folder: str, children: Sequence[Evaluated]
+    table: ScoreTable,
+    tracker: Tracker,
+    config: Config,
+    name: str,
+    folder: str,
+    children: Sequence[Evaluation],
 ) -> dict[str, Any]:
     """Prints the table, writes and logs it as Markdown and picture; a suite resumes its MLflow run."""
     markdown, picture = table.markdown(), table_picture(table)

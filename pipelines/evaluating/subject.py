@@ -13,7 +13,7 @@ from gare.config import Config, differences
 from gare.data.manifest import SPLITS
 from gare.errors import CheckpointError, ConfigError
 from gare.retrieval.results.evaluation import ZERO_SHOT
-from gare.retrieval.results.files import forget_results
+from gare.retrieval.results.files import delete_results
 from gare.storage.files import delete_file, exists, join, read_json, write_json
 from gare.storage.run_folder import RunFolder
 from pipelines.stored_outbox import pending_of
@@ -109,7 +109,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
 
     def load(*, quiet: bool = True) -> GARE:
         loaded = load_checkpoint(checkpoint, quiet=quiet)
-        loaded.compute_as(config.model)
+        loaded.take_compute_settings(config.model)
         return loaded
 
     with add_repair_advice(checkpoint == best):
@@ -212,7 +212,7 @@ def take_folder(places: Layout, subject: Subject, run_id: str) -> None:
         )
         for split in SPLITS:
             folder = places.evaluation(subject.run, split)
-            forget_results(folder)
+            delete_results(folder)
             delete_file(join(folder, PICTURE))
     write_json(subject.record, {"towers_sha256": subject.towers_sha256, "mlflow_run_id": run_id})
 

@@ -83,7 +83,7 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
     Raises:
         DataError: if there is no run, or no checkpoint.
     """
-    from gare.train.curve import one_of_each_step
+    from gare.train.curve import last_of_each_step
 
     run, folder = config.train.run, RunFolder(places.run(config.train.run))
     if not folder.has_begun:
@@ -92,7 +92,7 @@ def _kept(config: Config, places: Layout) -> tuple[list[Entry], Entry | None, bo
             where=folder.uri,
             accepted="train.run of a run that pipelines/train.py has trained",
         )
-    entries = one_of_each_step(checkpoints_of(config.train, folder, validated=False).entries())
+    entries = last_of_each_step(checkpoints_of(config.train, folder, validated=False).entries())
     if not entries:
         raise DataError(
             f"run {run!r} keeps no checkpoint",

@@ -47,7 +47,7 @@ def copy_best(checkpoints: Checkpoints, best: str, source: TrainInput) -> Entry:
             for one in checkpoints.ranked():
                 if one.name == entry.name:
                     break
-                checkpoints.forget(one)
+                checkpoints.remove_from_index(one)
         return entry
     if faults:
         raise faults[0]

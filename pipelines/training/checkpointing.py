@@ -146,7 +146,7 @@ class Checkpointing(Callback):
         lost = not self.rank and self._is_lost()
         chosen = self._newest_usable() if not (self.rank or lost) else None
         if not (self.rank or lost):
-            self.checkpoints.rewind(chosen)
+            self.checkpoints.remove_after(chosen)
         # From rank 0 and not from the index, which another machine's cache may still show in an old state.
         mine = [chosen.step, chosen.epoch] if chosen else [-1, -1]
         step, epoch = map(int, max_over_workers(torch.tensor(mine, device=self.device)))

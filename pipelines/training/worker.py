@@ -18,7 +18,7 @@ from gare.errors import DataError, DivergedError, GareError, LockLostError, Stop
 from gare.storage.files import exists, read_json
 from gare.storage.run_folder import RunFolder
 from gare.train.callback import Callback
-from gare.train.input.loader import Listed
+from gare.train.input.loader import WorkerBatches
 from gare.train.input.plan import Plan, plan_run
 from pipelines.training.callbacks import (
     ElasticWorkers,
@@ -105,10 +105,10 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     device = device_of_worker(config.cluster)
     source = input_of_run(config, places, task["settings"])
     splits = _begun_splits(source, places.manifest, folder, task["clips"])
-    listed = _listed(config.train, splits, rank, world_size)
+    worker_batches = _listed(config.train, splits, rank, world_size)
     model = source.worker_model(folder.uri)
     with explain_out_of_memory(*_pairs_at_once(config, world_size)):
-        learner = _learner(model, config, world_size, listed.plan.num_steps, device)
+        learner = _learner(model, config, world_size, worker_batches.plan.num_steps, device)
     validated, watch, owned = bool(splits.val), task["watch_preemption"], task["owned"]
     checkpointing = Checkpointing(
         learner, folder, rank, device, validated=validated, watch=watch, owned=owned
@@ -116,10 +116,10 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     try:
         with explain_out_of_memory(*_pairs_at_once(config, world_size)):
             epoch = checkpointing.restore()
-            first = listed.plan.position(epoch, learner.step)
-            callbacks = callbacks_of(checkpointing, listed.plan, task["handle"], world_size)
-            feed = _feed(source, listed, task["shared"], first, device, model)
-            run_loop(learner, listed, first, source, feed, Validation(model, device), callbacks)
+            first = worker_batches.plan.position(epoch, learner.step)
+            callbacks = callbacks_of(checkpointing, worker_batches.plan, task["handle"], world_size)
+            feed = _feed(source, worker_batches, task["shared"], first, device, model)
+            run_loop(learner, worker_batches, first, source, feed, Validation(model, device), callbacks)
     except GareError as fault:
         if isinstance(fault, ENDS_THE_RUN) or fault is checkpointing.writer.fault:
             return fault
@@ -176,10 +176,10 @@ def _begun_splits(
     return splits
 
 
-def _listed(train: TrainConfig, splits: StoredSplits, rank: int, world_size: int) -> Listed:
+def _listed(train: TrainConfig, splits: StoredSplits, rank: int, world_size: int) -> WorkerBatches:
     """Returns the batches of a worker, with the ids of their clips."""
     most = max((len(row.captions) for row in splits.val), default=1)
-    return Listed(plan_of(train, splits, rank=rank, world_size=world_size), splits.ids(), most)
+    return WorkerBatches(plan_of(train, splits, rank=rank, world_size=world_size), splits.ids(), most)
 
 
 def _learner(model: GARE, config: Config, world_size: int, num_steps: int, device: torch.device) -> Learner:
@@ -190,23 +190,28 @@ def _learner(model: GARE, config: Config, world_size: int, num_steps: int, devic
 
 
 def _feed(
-    source: TrainInput, listed: Listed, shared: Any, first: int, device: torch.device, model: GARE
+    source: TrainInput,
+    worker_batches: WorkerBatches,
+    shared: Any,
+    first: int,
+    device: torch.device,
+    model: GARE,
 ) -> Feed:
     """Returns the feed of the plan's batches, from ``first`` on, on the device."""
     import ray.train
 
     from gare.train.input.feed import Feed
 
-    batches, cluster = listed.plan.batches, source.config.cluster.resolved
+    batches, cluster = worker_batches.plan.batches, source.config.cluster.resolved
     loaders = cluster.loaders_per_worker
     sizes = [len(batch.videos) for batch in batches]
-    make = source.loader(listed, shared, device, model)
+    make = source.loader(worker_batches, shared, device, model)
     chunks: Iterator[Any]
     if here := source.local_loader(make):
         loaders = 1
         chunks = (here(number, 0, sizes[number]) for number in range(first, len(sizes)))
     else:
-        kinds = {"train": source.row_bytes(), "val": source.row_bytes(listed.most_captions)}
+        kinds = {"train": source.row_bytes(), "val": source.row_bytes(worker_batches.most_captions)}
         asked = [
             BatchRequest(number, sizes[number], kinds[batches[number].kind])
             for number in range(first, len(sizes))
@@ -222,6 +227,6 @@ def _feed(
         chunks,
         sizes[first:],
         device,
-        finish=lambda place, tensors: source.finished(batches[first + place], tensors),
+        finish=lambda place, tensors: source.finish_batch(batches[first + place], tensors),
         loaders=loaders,
     )

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from gare.retrieval.ranking.postprocess import Processing
+from gare.retrieval.ranking.postprocess import PostProcessing
 from gare.retrieval.ranking.ranks import rank_blocks
 from gare.retrieval.ranking.scoring import ModelBlocks
 from gare.retrieval.results.files import intervals_of
@@ -40,7 +40,7 @@ def main() -> int:
     before = reset_peak()
     started = time.perf_counter()
     blocks = ModelBlocks(model, text, video)
-    processing = Processing(dsl_scale=100.0 if options.dsl else None)
+    processing = PostProcessing(dsl_scale=100.0 if options.dsl else None)
     ranks = rank_blocks(blocks, blocks.grid(owners), processing)
     ranked = time.perf_counter() - started
     for variant, found in ranks.items():

@@ -25,7 +25,7 @@ from gare.config import Config, load_config, parse_config
 from gare.data.images import normalise
 from gare.data.store.contents import IDENTITY
 from gare.train.input.feed import Feed
-from gare.train.input.loader import Arrays, FrameLoader, Listed
+from gare.train.input.loader import Arrays, FrameLoader, WorkerBatches
 from gare.train.input.tokens import CaptionTokens
 from tests.benchmarks.gpu.feed import finish_of, ms_of_a_clip
 from tests.benchmarks.reads import frame_store, generate, say
@@ -55,7 +55,7 @@ def median_s(work: Callable[[], object]) -> float:
 
 
 def loaders(
-    config: Config, kind: str, store: str, plan: Listed, tokens: dict[str, CaptionTokens]
+    config: Config, kind: str, store: str, plan: WorkerBatches, tokens: dict[str, CaptionTokens]
 ) -> dict[str, float]:
     """Measures clips/s of one loader, with and without augmentation, and its seconds by part."""
     numbers = range(len(plan.plan.batches))

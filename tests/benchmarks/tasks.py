@@ -17,7 +17,7 @@ from gare.config import LossConfig
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.loss.diagnostics import diagnose
-from gare.train.loss.gather import rows_of
+from gare.train.loss.gather import exchange_row_counts
 from gare.train.loss.objective import StepRandomness, loss_terms, sharded_terms
 from tests.benchmarks.inputs import features, head
 from tests.helpers.memory import peak_mb, reset_peak
@@ -86,7 +86,7 @@ def worker(rank: int, world: int, folder: str, num_pairs: int) -> None:
         if number == 1:
             started = time.perf_counter()
         draws = StepRandomness.of_step(model.scorer, config, num_pairs, 0)
-        rows = rows_of(share, torch.device("cpu"))
+        rows = exchange_row_counts(share, torch.device("cpu"))
         terms = sharded_terms(model, own, VideoFeatures(frames, video.mask), config, draws, rows=rows)
         terms.objective.backward()
     if rank == 0:

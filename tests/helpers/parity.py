@@ -29,12 +29,12 @@ from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.train.input.tokens import CaptionTokens
 from gare.train.loss.gather import (
-    Gathering,
+    PendingGather,
     Rows,
+    exchange_row_counts,
     gather,
     gather_unequal,
     rank,
-    rows_of,
     start_gather,
     world_size,
 )
@@ -175,7 +175,7 @@ def run_together(commands: Sequence[Sequence[str]], folder: Path, timeout_s: flo
 def nothing_to_do() -> str:
     """Returns the message to this worker if the first one has no pair."""
     try:
-        rows_of(rank(), torch.device("cpu"))
+        exchange_row_counts(rank(), torch.device("cpu"))
     except GareError as error:
         return str(error)
     return "nothing"
@@ -229,7 +229,7 @@ def shared_gradient() -> Tensor:
     local = torch.ones(2, 3, requires_grad=True)
     other = torch.zeros(2 * world_size(), 3, requires_grad=True)
     doubled = 2 * other  # made before the gather, so that its backward runs after the gather's
-    summed = gather(local, rows_of(2, torch.device("cpu"))) + doubled
+    summed = gather(local, exchange_row_counts(2, torch.device("cpu"))) + doubled
     (summed * (1 + rank())).sum().backward()
     assert other.grad is not None
     assert local.grad is not None
@@ -245,7 +245,7 @@ def features_left() -> int:
         for number in range(5):
             local = (torch.ones(2, 3, requires_grad=True) * number).clone()
             alive.append(weakref.ref(local))
-            gathered = gather(local, rows_of(2, torch.device("cpu")))
+            gathered = gather(local, exchange_row_counts(2, torch.device("cpu")))
             if number % 2:
                 gathered.sum().backward()
             del local, gathered
@@ -270,7 +270,7 @@ def order_of_a_step(seed: int) -> list[str]:
         text.embedding.register_hook(lambda grad: seen.append("text backward"))
         return text
 
-    class Watched(Gathering):
+    class Watched(PendingGather):
         def send(self, local: Tensor) -> None:
             self.is_frames = local.is_floating_point()
             seen.extend(["frames leave"] * self.is_frames)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gare.train.input.loader import Listed
+from gare.train.input.loader import WorkerBatches
 from gare.train.input.plan import Plan, PlannedBatch
 
 
-def listed(batches: Sequence[Sequence[str]], captions: Sequence[Sequence[int]] | None = None) -> Listed:
+def listed(
+    batches: Sequence[Sequence[str]], captions: Sequence[Sequence[int]] | None = None
+) -> WorkerBatches:
     """Returns batches of videos as a worker's plan lists them, with the given captions or the first ones."""
     ids = sorted({video_id for batch in batches for video_id in batch})
     planned = tuple(
@@ -22,4 +24,4 @@ def listed(batches: Sequence[Sequence[str]], captions: Sequence[Sequence[int]] |
         )
         for number, batch in enumerate(batches)
     )
-    return Listed(Plan(planned, (0,), len(planned)), {"train": ids, "val": []})
+    return WorkerBatches(Plan(planned, (0,), len(planned)), {"train": ids, "val": []})

@@ -95,8 +95,8 @@ def test_modes_and_moves_of_the_model_reach_its_scorer(seed: int) -> None:
     """Else dropout would stay on in an evaluation, or ψ would stay in another precision than its features."""
     torch.manual_seed(seed)
     model = head(32, increment_dropout=0.5)
-    assert not model.scorer.drops
-    assert model.train().scorer.drops
+    assert not model.scorer.has_dropout
+    assert model.train().scorer.has_dropout
     assert model.scorer.draw_dropout(3) is not None
     assert model.eval().scorer.draw_dropout(3) is None
     paired = head(32, increment_dropout=0.5, increment_dropout_per="pair")
@@ -140,7 +140,7 @@ def test_a_checkpoint_is_computed_as_the_machine_has_it(seed: int) -> None:
     model = head(32, kernel="triton", memory_mb=256.0, corrected_side="video")
     here = head(32, memory_mb=1, products="tf32").config
     before = model.config.identity()
-    model.compute_as(here)
+    model.take_compute_settings(here)
     assert (model.config.kernel, model.config.memory_mb) == ("auto", 1)
     assert model.config.corrected_side == "video"
     assert model.scorer.config is model.config

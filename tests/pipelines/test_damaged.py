@@ -130,7 +130,7 @@ def test_best_is_made_again(run: Run, rng: np.random.Generator, caplog: pytest.L
     assert str(run.best / TRAINER) in str(caught.value)
     assert str(run.file(2, MODEL)) in str(caught.value)
     assert run.epoch_of(run.best) == 2, "what can still be evaluated was taken away"
-    run.checkpoints.forget(Entry(2, 2))
+    run.checkpoints.remove_from_index(Entry(2, 2))
     with pytest.raises(DamagedError, match="the checkpoint that it was copied from is not kept"):
         mend_best(run.checkpoints, str(run.best), run.source, result)
 

@@ -170,7 +170,7 @@ def test_who_keeps_all_misses_no_step(
             awaited.set()
         wait()
 
-    def write_slowly(uri: str, captured: state.Captured) -> None:
+    def write_slowly(uri: str, captured: state.CapturedState) -> None:
         assert awaited.wait(60)  # a storage so slow that nothing is written before somebody waits for it
         awaited.clear()
         write(uri, captured)

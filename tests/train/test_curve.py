@@ -18,7 +18,7 @@ from gare.retrieval.ranking.scoring import score_split
 from gare.retrieval.results.queries import owners_of
 from gare.train.checkpoint.files import MODEL, load_checkpoint, save_checkpoint
 from gare.train.checkpoint.index import Entry
-from gare.train.curve import CheckpointScore, CheckpointScorer, Curve, one_of_each_step
+from gare.train.curve import CheckpointScore, CheckpointScorer, Curve, last_of_each_step
 from gare.train.step import build_learner
 from tests.helpers.features import write_feature_store
 from tests.helpers.stores import write_store
@@ -106,7 +106,7 @@ def test_the_same_weights_are_one_look() -> None:
     """A look counted twice makes the number of looks, which the note tells, too large."""
     score = {"val/t2v/R1": 1.0}
     entries = [Entry(2, 0), Entry(4, 0), Entry(6, 0), Entry(6, 1, score), Entry(8, 1), Entry(12, 2, score)]
-    assert one_of_each_step(entries) == [entries[at] for at in (0, 1, 3, 4, 5)]
+    assert last_of_each_step(entries) == [entries[at] for at in (0, 1, 3, 4, 5)]
 
 
 def test_the_curve_names_the_chosen_and_the_best() -> None:

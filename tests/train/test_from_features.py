@@ -34,7 +34,7 @@ from gare.train.callback import Callback
 from gare.train.checkpoint.files import check_checkpoint, copy_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.input.feed import Feed
 from gare.train.input.inputs import FeatureInput, FrameInput, TrainInput
-from gare.train.input.loader import Listed
+from gare.train.input.loader import WorkerBatches
 from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
 from gare.train.step import Learner, build_learner
@@ -106,8 +106,8 @@ def train(places: Places, config: Config, model: GARE, *, features: bool) -> tup
     plan = plan_run([len(row.captions) for row in splits.train], 3, config.train, rank=0, world_size=1)
     learner = build_learner(model, config, plan.num_steps, torch.device("cpu"))
     device = torch.device("cpu")
-    listed = Listed(plan, splits.ids())
-    load = source.loader(listed, source.shared(splits), device, model)()
+    listed = WorkerBatches(plan, splits.ids())
+    load = source.loader(listed, source.shared_data(splits), device, model)()
     sizes = [len(batch.videos) for batch in plan.batches]
     # In chunks, as several loaders share a batch.
     chunks = (

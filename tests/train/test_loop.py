@@ -23,7 +23,7 @@ from gare.train.checkpoint.files import restore_learner, save_checkpoint
 from gare.train.checkpoint.history import MAX_PARTS, History
 from gare.train.input.feed import Feed
 from gare.train.input.inputs import FrameInput
-from gare.train.input.loader import Listed
+from gare.train.input.loader import WorkerBatches
 from gare.train.input.plan import plan_run
 from gare.train.loop import run_loop
 from gare.train.step import Learner, build_learner
@@ -114,9 +114,9 @@ def train(
     learner = build_learner(GARE(config.model), config, plan.num_steps, torch.device("cpu"))
     epoch = restore_learner(start, learner) if start else 0
     first = plan.position(epoch, learner.step)
-    listed = Listed(plan, {split: [row.video_id for row in some] for split, some in rows.items()})
+    listed = WorkerBatches(plan, {split: [row.video_id for row in some] for split, some in rows.items()})
     source, device = FrameInput(config, places.store), torch.device("cpu")
-    loader = source.loader(listed, source.shared(splits), device, learner.model)()
+    loader = source.loader(listed, source.shared_data(splits), device, learner.model)()
     sizes = [len(batch.videos) for batch in plan.batches]
     seen = Seen(learner, folder, epoch)
 

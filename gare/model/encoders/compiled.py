@@ -25,15 +25,15 @@ from gare.model.encoders.clip import ClipTowers
 logger = logging.getLogger(__name__)
 
 #: Values of ``train.compile`` and ``features.compile``.
-Wanted = Literal["off", "towers", "auto"]
+CompileSetting = Literal["off", "towers", "auto"]
 #: Largest number of compiled variants of one place in the source. Variants are needed for two towers, in
 #: training and in validation, for one row and for several; torch allows 8, and runs uncompiled beyond that.
-CODES = 32
+MAX_VARIANTS = 32
 #: Layers that autocast computes in its dtype, and whose weights it casts at each call.
 CAST_LAYERS = (nn.Linear, nn.Conv2d)
 
 
-def settle_compile(wanted: Wanted, device: torch.device) -> Literal["off", "towers"]:
+def resolve_compile(wanted: CompileSetting, device: torch.device) -> Literal["off", "towers"]:
     """Resolves ``auto`` for a device: ``towers`` on a GPU on which Triton works, else ``off``."""
     if wanted != "auto":
         return wanted
@@ -43,7 +43,7 @@ def settle_compile(wanted: Wanted, device: torch.device) -> Literal["off", "towe
 
 def compile_towers(
     towers: ClipTowers,
-    wanted: Wanted,
+    wanted: CompileSetting,
     device: torch.device,
     rehearse: Callable[[], object],
     *,
@@ -63,7 +63,7 @@ def compile_towers(
     Raises:
         ConfigError: if ``wanted`` is towers and the compiler fails.
     """
-    if settle_compile(wanted, device) == "off":
+    if resolve_compile(wanted, device) == "off":
         return
     blocks = CompiledBlocks(towers)
     started = time.perf_counter()
@@ -124,7 +124,7 @@ class CompiledBlocks:
         import torch._dynamo
 
         config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, CODES)
+        config.recompile_limit = max(config.recompile_limit, MAX_VARIANTS)
         # DDP's hooks run between blocks anyway. Dynamo would split a block where a bucket ends, and it
         # refuses to split blocks with activation checkpointing.
         config.optimize_ddp = False
@@ -165,7 +165,7 @@ def checkpoint_activations(towers: ClipTowers) -> None:
         block.gradient_checkpointing = True
 
 
-def cast_once(towers: ClipTowers, dtype: torch.dtype) -> ClipTowers:
+def cast_weights_once(towers: ClipTowers, dtype: torch.dtype) -> ClipTowers:
     """Copies towers for inference, with Linear and Conv weights in the dtype that autocast casts them to.
 
     LayerNorms, embeddings and the rest stay as they are, so that all values stay the same, bit for bit.

@@ -16,7 +16,7 @@ from gare.errors import DataError
 _WHITESPACE = re.compile(r"\s+")
 
 
-def clean(caption: str) -> str:
+def clean_text(caption: str) -> str:
     """Cleans a caption as CLIP does: repairs mojibake, unescapes HTML twice, folds spaces, lower-cases."""
     text = caption
     # ftfy leaves plain ASCII as it is, but would take most of a caption's time.
@@ -52,7 +52,7 @@ def tokenize(captions: Sequence[str], max_words: int = 32) -> tuple[Tensor, Tens
     for row, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise DataError(f"is {caption!r}", where=f"caption {row}", accepted="a text")
-        body = tokenizer.encode(clean(caption))[: max_words - 2]
+        body = tokenizer.encode(clean_text(caption))[: max_words - 2]
         ids = [tokenizer.start_of_text(), *body, tokenizer.end_of_text()]
         token_ids[row, : len(ids)] = torch.tensor(ids)
         token_mask[row, : len(ids)] = True

@@ -15,9 +15,7 @@ width. L is K + 3, and one more if ψ's query is the text itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,10 +23,11 @@ from torch.nn import functional
 
 from gare.model.factorized.quadratic_forms import Length, gram
 from gare.model.increment import Increment
+from gare.tensor_group import SHARED, TensorGroup
 
 
-@dataclass(frozen=True)
-class Basis:
+@dataclass(frozen=True, repr=False)
+class Basis(TensorGroup):
     """The owners' part of the increments of all their pairs.
 
     Attributes:
@@ -62,50 +61,13 @@ class Basis:
     aimed: Length | None
     spanning: Tensor | None
     gram: Tensor
-    heads: int
+    heads: int = field(metadata=SHARED)
 
     @property
     def vectors(self) -> Tensor:
         """The basis vectors B (O, L, D), for owners that keep them."""
         assert self.spanning is not None, "lean videos keep no basis vectors"
         return self.spanning
-
-    def __getitem__(self, owners: slice | Tensor) -> Basis:
-        return self._of(None if tensor is None else tensor[owners] for tensor in self._tensors())
-
-    def split(self, size: int) -> Iterator[Basis]:
-        """Splits into consecutive parts of ``size`` owners; gradients are concatenated once, not added up."""
-        count = -(-len(self.gram) // size)
-        split = (repeat(None, count) if one is None else torch.split(one, size) for one in self._tensors())
-        parts = zip(*split, strict=True)
-        return (self._of(part) for part in parts)
-
-    def _tensors(self) -> list[Tensor | None]:
-        own = [self.own_logits, self.offset, self.even, self.own_mean, self.own_square, self.gram]
-        lengths = [self.attended, self.hidden, *([] if self.aimed is None else [self.aimed])]
-        of_lengths = (tensor for one in lengths for tensor in vars(one).values())
-        return [self.context, self.spanning, *own, *of_lengths]
-
-    def _of(self, tensors: Iterable[Tensor | None]) -> Basis:
-        context, spanning, *others = tensors
-        own_logits, offset, even, own_mean, own_square, gram, *rest = (
-            one for one in others if one is not None
-        )
-        attended, hidden, *aimed = (Length(*rest[first : first + 3]) for first in range(0, len(rest), 3))
-        return Basis(
-            context=context,
-            own_logits=own_logits,
-            offset=offset,
-            even=even,
-            own_mean=own_mean,
-            own_square=own_square,
-            attended=attended,
-            hidden=hidden,
-            aimed=aimed[0] if aimed else None,
-            spanning=spanning,
-            gram=gram,
-            heads=self.heads,
-        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +95,7 @@ class BasisMaps:
     residual_constant: Tensor
 
     @classmethod
-    def of(cls, increment: Increment, *, drops: bool) -> BasisMaps:
+    def of(cls, increment: Increment, *, has_dropout: bool) -> BasisMaps:
         """Combines the maps of a ψ with one layer, in its parameters' precision, with or without dropout.
 
         Source: docs/design/factorized.md, points 1 to 4. P is the centring over D; it commutes into the maps.
@@ -152,7 +114,7 @@ class BasisMaps:
         out_DD = centred(layer.out.weight, dim=0)
         attended_HDD = torch.unflatten(out_DD, 1, (heads, d_head)).transpose(0, 1) @ value_HdD
         hidden_DD = layer.residual.weight * layer.norm2.weight
-        if not drops:
+        if not has_dropout:
             hidden_DD = hidden_DD + torch.diag(layer.norm2.weight)
         # The keys' bias shifts all logits alike: its gradient must be zero, not None.
         no_effect = 0 * layer.key.bias.sum()
@@ -161,7 +123,7 @@ class BasisMaps:
             out_DD @ layer.value.bias + centred(layer.out.bias),
             torch.einsum("hd,hde->he", torch.unflatten(asked_D, 0, (heads, d_head)), key_HdD),
             hidden_DD,
-            not drops,
+            not has_dropout,
             increment.mean.weight * layer.norm3.weight,
             functional.linear(layer.norm3.bias, increment.mean.weight, increment.mean.bias) + no_effect,
             functional.linear(layer.norm2.bias, layer.residual.weight, layer.residual.bias),

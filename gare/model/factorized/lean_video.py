@@ -9,8 +9,7 @@ N texts, M videos, F frames, H heads, D embedding width. n is LN1 of a frame wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,10 +19,11 @@ from gare.model.factorized.basis import centred
 from gare.model.factorized.quadratic_forms import NORM_EPS
 from gare.model.features import VideoFeatures
 from gare.model.increment import Increment
+from gare.tensor_group import ROWS_SECOND, TensorGroup
 
 
-@dataclass(frozen=True)
-class FrameScales:
+@dataclass(frozen=True, repr=False)
+class FrameScales(TensorGroup):
     """Means and scales that LN1 removes from frames, 0 at padding.
 
     Attributes:
@@ -33,14 +33,6 @@ class FrameScales:
 
     mean: Tensor
     scale: Tensor
-
-    def __getitem__(self, videos: slice | Tensor) -> FrameScales:
-        return FrameScales(self.mean[videos], self.scale[videos])
-
-    def split(self, size: int) -> Iterator[FrameScales]:
-        """Splits into consecutive parts of ``size`` videos."""
-        parts = zip(torch.split(self.mean, size), torch.split(self.scale, size), strict=True)
-        return (FrameScales(*part) for part in parts)
 
     def frames(self, rows: Tensor) -> Tensor:
         """Rebuilds frame features (M, F, D) from the rows of ``lean_rows``, zero at padding."""
@@ -68,8 +60,8 @@ def lean_rows(video: VideoFeatures, share_MF: Tensor) -> tuple[Tensor, FrameScal
     return rows, FrameScales(mean_MF, scale_MF)
 
 
-@dataclass(frozen=True)
-class MappedText:
+@dataclass(frozen=True, repr=False)
+class MappedText(TensorGroup):
     """Texts mapped to queries of lean videos.
 
     Attributes:
@@ -80,18 +72,9 @@ class MappedText:
             and with even attention's increment.
     """
 
-    turned: Tensor
-    along: Tensor
+    turned: Tensor = field(metadata=ROWS_SECOND)
+    along: Tensor = field(metadata=ROWS_SECOND)
     constants: Tensor
-
-    def __getitem__(self, texts: slice | Tensor) -> MappedText:
-        return MappedText(self.turned[:, texts], self.along[:, texts], self.constants[texts])
-
-    def split(self, size: int) -> Iterator[MappedText]:
-        """Splits into consecutive parts of ``size`` texts."""
-        by_head = (torch.split(one, size, dim=1) for one in (self.turned, self.along))
-        parts = zip(*by_head, torch.split(self.constants, size), strict=True)
-        return (MappedText(*part) for part in parts)
 
 
 def map_text(increment: Increment, text_ND: Tensor, turned_HND: Tensor) -> MappedText:

@@ -56,13 +56,13 @@ class VideoProducts:
         return [self.num_frames, vectors] if vectors else [self.num_frames]
 
 
-def times(a_XD: Tensor, b_YD: Tensor) -> Tensor:
+def multiply_transposed(a_XD: Tensor, b_YD: Tensor) -> Tensor:
     """Computes A·Bᵀ (X, Y)."""
     return a_XD @ b_YD.T
 
 
 def context_products(
-    basis: Basis, others: Embeddings, multiply: Callable[[Tensor, Tensor], Tensor] = times
+    basis: Basis, others: Embeddings, multiply: Callable[[Tensor, Tensor], Tensor] = multiply_transposed
 ) -> Tensor:
     """Computes attention logits (O, C, H, X) of owners with others, before the query's LN1 scale."""
     assert basis.context is not None
@@ -73,7 +73,9 @@ def context_products(
 
 
 def video_products(
-    texts: Embeddings, video: PreparedVideo, multiply: Callable[[Tensor, Tensor], Tensor] = times
+    texts: Embeddings,
+    video: PreparedVideo,
+    multiply: Callable[[Tensor, Tensor], Tensor] = multiply_transposed,
 ) -> VideoProducts:
     """Multiplies videos, in either prepared form, with texts.
 

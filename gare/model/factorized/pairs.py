@@ -21,7 +21,7 @@ from torch import Tensor
 from gare.model.factorized.basis import Basis
 from gare.model.factorized.pair_products import context_products, video_products
 from gare.model.factorized.prepared import Embeddings, PreparedText, PreparedVideo
-from gare.model.factorized.quadratic_forms import NORM_EPS, SHORTEST, quadratic
+from gare.model.factorized.quadratic_forms import NORM_EPS, SHORTEST, quadratic_form
 from gare.model.increment import IncrementRadius
 
 #: Lengths below this count as this, as in PyTorch's cosine_similarity.
@@ -53,7 +53,7 @@ class PairNumbers:
     pooling: Tensor
 
 
-def combine(
+def increment_coefficients(
     basis: Basis,
     logits_OCHX: Tensor,
     gap_dot_OX: Tensor | None,
@@ -179,20 +179,20 @@ def video_pairs(rule: ScoringRule, texts: Embeddings, video: PreparedVideo) -> P
     frame_gram, delta_by_frames = torch.split(
         video.by_frames, [num_frames, video.by_frames.shape[1] - num_frames], dim=1
     )
-    pooled_square = quadratic(frame_gram, pooling_MFN).clamp(min=0)
+    pooled_square = quadratic_form(frame_gram, pooling_MFN).clamp(min=0)
     if video.basis is None or products.logits is None:
         scores = corrected_cosine("text", texts.square, text_pooled, pooled_square, None, None, None)
         return PairNumbers(scores, text_pooled, pooled_square, None, None, None, None, pooling_MFN)
     if rule.radius is None:
         gap_dot = (video.share.unsqueeze(1) @ frame_products).squeeze(1)
-        weights = combine(video.basis, products.logits, gap_dot, texts)
+        weights = increment_coefficients(video.basis, products.logits, gap_dot, texts)
     else:
-        log_radius = rule.radius.log_of_products(frame_products, video.mask)
+        log_radius = rule.radius.log_from_products(frame_products, video.mask)
         if rule.unit:
             log_radius = torch.zeros_like(log_radius)
-        weights = combine(video.basis, products.logits, None, texts, log_radius)
+        weights = increment_coefficients(video.basis, products.logits, None, texts, log_radius)
     text_delta = _dot(weights, products.with_vectors)
-    delta_square = quadratic(video.basis.gram, weights).clamp(min=0)
+    delta_square = quadratic_form(video.basis.gram, weights).clamp(min=0)
     delta_pooled = (weights * (delta_by_frames @ pooling_MFN)).sum(dim=1)
     scores = corrected_cosine(
         rule.corrected_side, texts.square, text_pooled, pooled_square, text_delta, delta_pooled, delta_square
@@ -225,11 +225,11 @@ def text_pairs(rule: ScoringRule, text: PreparedText, video: PreparedVideo) -> P
     """
     basis, texts = text.basis, text.embeddings
     num_videos, num_frames, _ = video.rows.shape
-    assert video.asking is not None
-    logits = context_products(basis, video.asking)
-    weights = combine(basis, logits, texts.vectors @ video.mean.T, video.asking)
+    assert video.mean_queries is not None
+    logits = context_products(basis, video.mean_queries)
+    weights = increment_coefficients(basis, logits, texts.vectors @ video.mean.T, video.mean_queries)
     text_delta = (weights * text.products.unsqueeze(2)).sum(dim=1)
-    delta_square = quadratic(basis.gram, weights).clamp(min=0)
+    delta_square = quadratic_form(basis.gram, weights).clamp(min=0)
     frame_products = (video.rows.flatten(0, 1) @ texts.vectors.T).view(num_videos, num_frames, -1)
     pooling_MFN = pooling_weights(frame_products, video.bias.unsqueeze(2), rule.pool_temperature)
     text_pooled = (pooling_MFN * frame_products).sum(dim=1).T

@@ -5,9 +5,7 @@ N texts, M videos, F frames, X embeddings, H heads, L basis vectors, D embedding
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import repeat
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +13,11 @@ from torch import Tensor
 from gare.model.factorized.basis import Basis, centred
 from gare.model.factorized.lean_video import FrameScales, MappedText, lean_rows
 from gare.model.features import VideoFeatures
+from gare.tensor_group import ROWS_SECOND, TensorGroup
 
 
-@dataclass(frozen=True)
-class Embeddings:
+@dataclass(frozen=True, repr=False)
+class Embeddings(TensorGroup):
     """Embeddings of the side that owns no basis, with the statistics that queries need.
 
     Attributes:
@@ -35,7 +34,7 @@ class Embeddings:
     mean: Tensor
     centred_square: Tensor
     square: Tensor
-    turned: Tensor | None
+    turned: Tensor | None = field(metadata=ROWS_SECOND)
     mapped: MappedText | None = None
 
     @classmethod
@@ -52,29 +51,9 @@ class Embeddings:
             mapped,
         )
 
-    def __len__(self) -> int:
-        return len(self.vectors)
 
-    def __getitem__(self, rows: slice | Tensor) -> Embeddings:
-        turned = None if self.turned is None else self.turned[:, rows]
-        mapped = None if self.mapped is None else self.mapped[rows]
-        own = (self.vectors[rows], self.mean[rows], self.centred_square[rows], self.square[rows])
-        return Embeddings(*own, turned, mapped)
-
-    def split(self, size: int) -> Iterator[Embeddings]:
-        """Splits into consecutive parts of ``size`` vectors; gradients are joined once, not added up."""
-        count = -(-len(self) // size)
-        turned: Iterable[Tensor | None] = repeat(None, count)
-        mapped = repeat(None, count) if self.mapped is None else self.mapped.split(size)
-        if self.turned is not None:
-            turned = torch.split(self.turned, size, dim=1)
-        tensors = (self.vectors, self.mean, self.centred_square, self.square)
-        parts = zip(*(torch.split(tensor, size) for tensor in tensors), turned, mapped, strict=True)
-        return (Embeddings(*part) for part in parts)
-
-
-@dataclass(frozen=True)
-class PreparedVideo:
+@dataclass(frozen=True, repr=False)
+class PreparedVideo(TensorGroup):
     """Videos with the part of the score that depends on them alone.
 
     Lean videos keep no basis vectors, only a third of the numbers, from which the same products follow (see
@@ -93,7 +72,7 @@ class PreparedVideo:
         by_frames: (M, F + L, F), products of frame features and basis vectors with the frame features; None
             where words are the context.
         basis: of the increments, or None for the baseline and where words are the context.
-        asking: v̄ as queries, where words are the context, or None.
+        mean_queries: v̄ as queries, where words are the context, or None.
     """
 
     mask: Tensor
@@ -104,10 +83,12 @@ class PreparedVideo:
     scales: FrameScales | None
     by_frames: Tensor | None
     basis: Basis | None
-    asking: Embeddings | None
+    mean_queries: Embeddings | None
 
     @classmethod
-    def of(cls, video: VideoFeatures, basis: Basis | None, asking: Embeddings | None = None) -> PreparedVideo:
+    def of(
+        cls, video: VideoFeatures, basis: Basis | None, mean_queries: Embeddings | None = None
+    ) -> PreparedVideo:
         """Lays out videos and, if they own it, their basis for products with texts."""
         frames_MFD, mask_MF = video.frames, video.mask
         share_MF, bias_MF = _share(video), _bias(video)
@@ -117,8 +98,8 @@ class PreparedVideo:
             # Views, so that nothing is held twice.
             frames_MFD, vectors_MLD = torch.split(rows, [frames_MFD.shape[1], basis.vectors.shape[1]], dim=1)
             basis = replace(basis, spanning=vectors_MLD)
-        by_frames = None if asking is not None else rows @ frames_MFD.transpose(1, 2)
-        return cls(mask_MF, video.mean, share_MF, bias_MF, rows, None, by_frames, basis, asking)
+        by_frames = None if mean_queries is not None else rows @ frames_MFD.transpose(1, 2)
+        return cls(mask_MF, video.mean, share_MF, bias_MF, rows, None, by_frames, basis, mean_queries)
 
     @classmethod
     def lean(cls, video: VideoFeatures, basis: Basis) -> PreparedVideo:
@@ -143,30 +124,6 @@ class PreparedVideo:
         """(M, D) v̄."""
         return self.features.mean if self.average is None else self.average
 
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The kind of all numbers."""
-        return self.rows.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device that they are on."""
-        return self.rows.device
-
-    def __getitem__(self, videos: slice | Tensor) -> PreparedVideo:
-        return PreparedVideo(
-            *(None if value is None else value[videos] for value in vars(self).values())  # type: ignore[arg-type]
-        )
-
-    def split(self, size: int) -> Iterator[PreparedVideo]:
-        """Splits into consecutive parts of ``size`` videos; gradients are concatenated once, not added up."""
-        count = -(-len(self) // size)
-        parts = (repeat(None, count) if value is None else value.split(size) for value in vars(self).values())
-        return (PreparedVideo(*part) for part in zip(*parts, strict=True))
-
 
 def _share(video: VideoFeatures) -> Tensor:
     return video.mask / video.mask.sum(dim=1, keepdim=True).to(video.frames.dtype)
@@ -176,8 +133,8 @@ def _bias(video: VideoFeatures) -> Tensor:
     return torch.zeros_like(video.frames[..., 0]).masked_fill(~video.mask, -torch.inf)
 
 
-@dataclass(frozen=True)
-class PreparedText:
+@dataclass(frozen=True, repr=False)
+class PreparedText(TensorGroup):
     """Texts whose words are the context of ψ.
 
     Attributes:
@@ -189,24 +146,3 @@ class PreparedText:
     embeddings: Embeddings
     basis: Basis
     products: Tensor
-
-    def __len__(self) -> int:
-        return len(self.products)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The kind of all numbers."""
-        return self.products.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device that they are on."""
-        return self.products.device
-
-    def __getitem__(self, texts: slice | Tensor) -> PreparedText:
-        return PreparedText(self.embeddings[texts], self.basis[texts], self.products[texts])
-
-    def split(self, size: int) -> Iterator[PreparedText]:
-        """Splits into consecutive parts of ``size`` texts; gradients are concatenated once, not added up."""
-        parts = zip(*(value.split(size) for value in vars(self).values()), strict=True)
-        return (PreparedText(*part) for part in parts)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gare.tensor_group import TensorGroup
+
 #: ε of every LayerNorm in ψ.
 NORM_EPS = 1e-5
 #: Lengths below this count as this, as in PyTorch's normalize.
@@ -60,14 +62,14 @@ class _Quadratic(torch.autograd.Function):
         return grad_matrix_OKK, product_OKX * (2 * grad_OX).unsqueeze(1)
 
 
-def quadratic(matrix_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
+def quadratic_form(matrix_OKK: Tensor, weights_OKX: Tensor) -> Tensor:
     """Computes wᵀGw (O, X) of every column w of the weights, for symmetric matrices G."""
     values: Tensor = _Quadratic.apply(matrix_OKK, weights_OKX)  # type: ignore[no-untyped-call]
     return values
 
 
-@dataclass(frozen=True)
-class Length:
+@dataclass(frozen=True, repr=False)
+class Length(TensorGroup):
     """The squared length of a base vector plus a combination c of others: at_base + cᵀ(gram·c + 2·slope).
 
     Attributes:
@@ -101,7 +103,7 @@ class Length:
         directly, because subtracting two nearly equal scales would lose its digits in float32.
         """
         along = 2 * self.slope.unsqueeze(1) @ weights_OKX
-        change = quadratic(self.gram, weights_OKX).unsqueeze(1) + along
+        change = quadratic_form(self.gram, weights_OKX).unsqueeze(1) + along
         base = self.at_base.reshape(-1, 1, 1)
         scale, at_base = (base + change).clamp(min=least).rsqrt(), base.rsqrt()
         return scale, -change * (scale * at_base).square() / (scale + at_base)

@@ -23,7 +23,7 @@ from gare.model.fused.tile_sizes import block_of, on_device_of, tile_rows
 from gare.model.products import product
 
 
-class Fused(NamedTuple):
+class FusedPairs(NamedTuple):
     """Results of the kernel for M videos with N texts; None for those that were not requested.
 
     Attributes:
@@ -44,7 +44,7 @@ class Fused(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class FusedRequest:
     """Request of the kernel's results besides the scores.
 
     Attributes:
@@ -63,15 +63,20 @@ class Asked:
 
 
 def fused_pairs(
-    rule: ScoringRule, texts: Embeddings, video: PreparedVideo, asked: Asked, *, precision: str = "exact"
-) -> Fused:
+    rule: ScoringRule,
+    texts: Embeddings,
+    video: PreparedVideo,
+    request: FusedRequest,
+    *,
+    precision: str = "exact",
+) -> FusedPairs:
     """Computes the pairs of M videos, which own the basis, with N texts.
 
     Args:
         rule: of a model whose query is the gap.
         texts: N of them, one or more, turned; mapped if the videos are lean.
         video: M of them, one or more.
-        asked: the results wanted.
+        request: the results wanted.
         precision: of the products: exact, tf32 or bf16.
 
     Source: docs/design/factorized.md, points 1 to 7; the kernels recompute in the backward what they need.
@@ -83,15 +88,15 @@ def fused_pairs(
     products, logits = found_products.whole, found_products.logits
     assert logits is not None
     slots, num_sampled = None, 0
-    if isinstance(asked.sample, Tensor):
-        num_sampled = len(asked.sample)
+    if isinstance(request.sample, Tensor):
+        num_sampled = len(request.sample)
         slots = torch.full((num_texts,), -1, dtype=torch.int32, device=products.device)
-        slots[asked.sample] = torch.arange(num_sampled, dtype=torch.int32, device=products.device)
-    elif asked.sample:
+        slots[request.sample] = torch.arange(num_sampled, dtype=torch.int32, device=products.device)
+    elif request.sample:
         num_sampled = num_texts
         slots = torch.arange(num_texts, dtype=torch.int32, device=products.device)
     shape = _Shape(
-        num_videos, num_texts, num_sampled, texts.vectors.shape[1], num_frames, basis.heads, rule, asked
+        num_videos, num_texts, num_sampled, texts.vectors.shape[1], num_frames, basis.heads, rule, request
     )
     found = _Pairs.apply(  # type: ignore[no-untyped-call]
         products,
@@ -103,7 +108,7 @@ def fused_pairs(
         slots,
         shape,
     )
-    return Fused(*found)
+    return FusedPairs(*found)
 
 
 def small_numbers(video: PreparedVideo, basis: Basis) -> Tensor:
@@ -129,7 +134,7 @@ class _Shape:
     num_frames: int
     heads: int
     rule: ScoringRule
-    asked: Asked
+    request: FusedRequest
 
     @property
     def num_vectors(self) -> int:
@@ -139,7 +144,7 @@ class _Shape:
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         """Returns the compile-time arguments of both kernels."""
         return constants_of(
-            self.rule, self.asked, self.width, self.num_frames, self.heads, dtype, self.num_sampled > 0
+            self.rule, self.request, self.width, self.num_frames, self.heads, dtype, self.num_sampled > 0
         )
 
     def texts_per_program(self, device: torch.device) -> int:
@@ -155,7 +160,7 @@ class _Shape:
 
 def constants_of(
     rule: ScoringRule,
-    asked: Asked,
+    request: FusedRequest,
     width: int,
     num_frames: int,
     heads: int,
@@ -174,10 +179,10 @@ def constants_of(
         "LP": tile_rows(weights),
         "FP": tile_rows(num_frames),
         "BN": block_of(weights),
-        "HAS_NORMS": asked.norms,
+        "HAS_NORMS": request.norms,
         "HAS_SAMPLE": has_sample,
-        "HAS_MOMENTS": asked.moments,
-        "NORMALISED": asked.normalised,
+        "HAS_MOMENTS": request.moments,
+        "NORMALISED": request.normalised,
         "PRECISION": "float64" if double else "ieee",
         "TERMS": 16 if double else 9,
         "NORM_EPS": NORM_EPS,
@@ -206,16 +211,16 @@ class _Pairs(torch.autograd.Function):
         from gare.model.fused import kernels
 
         read = (products, logits, small, text_mean, text_centred, text_square, slots)
-        asked, videos, texts = shape.asked, shape.num_videos, shape.num_texts
+        request, videos, texts = shape.request, shape.num_videos, shape.num_texts
         scores = products.new_empty(videos, texts)
-        norms = torch.empty_like(scores) if asked.norms else None
-        plain = torch.empty_like(scores) if asked.plain else None
+        norms = torch.empty_like(scores) if request.norms else None
+        plain = torch.empty_like(scores) if request.plain else None
         vectors = shape.num_vectors
         sampled = products.new_empty(videos, vectors, shape.num_sampled) if slots is not None else None
         per_program = shape.texts_per_program(products.device)
         parts = -(-texts // per_program)
         part_mean = part_scatter = part_count = None
-        if asked.moments:
+        if request.moments:
             part_mean = products.new_empty(parts, videos, vectors)
             part_scatter = products.new_empty(parts, videos, vectors, vectors)
             part_count = products.new_empty(parts, videos)
@@ -233,7 +238,7 @@ class _Pairs(torch.autograd.Function):
                 shape.num_sampled,
                 videos,
                 per_program,
-                HAS_PLAIN=asked.plain,
+                HAS_PLAIN=request.plain,
                 **shape.constants(products.dtype),
             )
         mean = scatter = None

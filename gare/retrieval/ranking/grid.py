@@ -127,7 +127,7 @@ def check_owners(video_of_text: Tensor, num_videos: int) -> None:
         )
 
 
-def each_once(parts: Iterable[Part], num_shares: int) -> Iterator[Part]:
+def each_share_once(parts: Iterable[Part], num_shares: int) -> Iterator[Part]:
     """Yields every share once, as it arrives, however often its work was repeated.
 
     Args:

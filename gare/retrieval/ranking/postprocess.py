@@ -117,11 +117,11 @@ class QueryBank:
 
     @classmethod
     def of(cls, scale: float, bank: Survey, texts: Survey) -> QueryBank:
-        """Builds it from the surveys of the bank and of the split, both with ``bank_looks``."""
+        """Builds it from the surveys of the bank and of the split, both with ``bank_survey_request``."""
         assert bank.best is not None
         assert texts.best is not None
-        activated = torch.unique(top.read_keys(bank.best)[0])
-        return cls(scale, bank.video_sums[scale], torch.isin(top.read_keys(texts.best)[0][:, 0], activated))
+        activated = torch.unique(top.unpack_keys(bank.best)[0])
+        return cls(scale, bank.video_sums[scale], torch.isin(top.unpack_keys(texts.best)[0][:, 0], activated))
 
     def by_text(self, scores: Tensor, places: Tensor, videos: Tensor) -> Tensor:
         """Returns the logarithm of the inverted softmax if the query is normalised, else the score."""
@@ -135,7 +135,7 @@ class QueryBank:
 
 
 @dataclass(frozen=True)
-class Processing:
+class PostProcessing:
     """Post-processed metrics to compute besides the plain ones.
 
     Attributes:
@@ -147,13 +147,13 @@ class Processing:
     qbnorm_scale: float | None = None
 
     @property
-    def looks(self) -> SurveyRequest:
+    def survey_request(self) -> SurveyRequest:
         """The request of the split's survey."""
         scales = () if self.dsl_scale is None else (self.dsl_scale,)
         return SurveyRequest(scales, scales, best=self.qbnorm_scale is not None)
 
     @property
-    def bank_looks(self) -> SurveyRequest | None:
+    def bank_survey_request(self) -> SurveyRequest | None:
         """The request of the bank's survey; None without a bank."""
         return None if self.qbnorm_scale is None else SurveyRequest((), (self.qbnorm_scale,), best=True)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
 from gare.retrieval.ranking import top
-from gare.retrieval.ranking.grid import Grid, each_once
+from gare.retrieval.ranking.grid import Grid, each_share_once
 from gare.retrieval.ranking.metrics import rank_summary
-from gare.retrieval.ranking.postprocess import Processing, Variant
+from gare.retrieval.ranking.postprocess import PostProcessing, Variant
 from gare.retrieval.ranking.scoring import Blocks, ModelBlocks
 from gare.retrieval.ranking.survey import Survey, checked_block, join_surveys, survey
 
@@ -100,7 +100,7 @@ class RankCounts:
     def __init__(self, num_queries: int, device: torch.device | str = "cpu") -> None:
         self.better = torch.zeros(num_queries, dtype=torch.int64, device=device)
         self.tied = torch.zeros(num_queries, dtype=torch.int64, device=device)
-        self.best = top.none(num_queries, device)
+        self.best = top.no_candidates(num_queries, device)
 
     def cpu(self) -> RankCounts:
         """Copies it to the CPU."""
@@ -117,7 +117,7 @@ class RankCounts:
             marks: (queries,) thresholds.
             own: (2, P) positions in the block of the right pairs, which do not compete.
         """
-        keys = top.keys(scores, candidates)
+        keys = top.pack_keys(scores, candidates)
         self.best[queries] = top.merge(self.best[queries], keys)
         marks = marks.unsqueeze(1)
         # Right pairs are found by position, not by score.
@@ -204,7 +204,7 @@ def join_counts(
     """
     texts = {variant.name: RankCounts(len(grid.order)) for variant in variants}
     videos = {variant.name: RankCounts(grid.num_videos) for variant in variants}
-    for part in each_once(parts, grid.num_shares):
+    for part in each_share_once(parts, grid.num_shares):
         rows, columns = grid.extent(part.share)
         for name, tally in part.texts.items():
             texts[name].join(rows, tally)
@@ -225,14 +225,14 @@ def join_counts(
 
 def _ranking(tally: RankCounts, marks: Tensor, query: Tensor, chosen: Tensor) -> Ranking:
     rank = 1 + tally.better[chosen].double() + tally.tied[chosen].double() / 2
-    candidates, scores = top.read_keys(tally.best[chosen])
+    candidates, scores = top.unpack_keys(tally.best[chosen])
     return Ranking(query, rank, marks[chosen], candidates, scores)
 
 
 def rank_blocks(
     blocks: Blocks,
     grid: Grid,
-    processing: Processing | None = None,
+    processing: PostProcessing | None = None,
     bank: tuple[Blocks, Grid] | None = None,
 ) -> dict[str, Ranks]:
     """Computes ranks of all queries in this process, by variant; the plain ones under the empty name.
@@ -246,14 +246,14 @@ def rank_blocks(
     Raises:
         DataError: for a score that is not finite.
     """
-    processing = processing or Processing()
+    processing = processing or PostProcessing()
     shares = range(grid.num_shares)
-    seen = join_surveys((survey(blocks, grid, share, processing.looks) for share in shares), grid)
+    seen = join_surveys((survey(blocks, grid, share, processing.survey_request) for share in shares), grid)
     bank_seen = None
-    if bank is not None and processing.bank_looks is not None:
+    if bank is not None and processing.bank_survey_request is not None:
         queries, their_grid = bank
-        looks = processing.bank_looks
-        parts = (survey(queries, their_grid, share, looks) for share in range(their_grid.num_shares))
+        request = processing.bank_survey_request
+        parts = (survey(queries, their_grid, share, request) for share in range(their_grid.num_shares))
         bank_seen = join_surveys(parts, their_grid)
     variants = processing.variants(seen, bank_seen)
     counts = (count(blocks, grid, share, seen, variants) for share in shares)

@@ -5,6 +5,7 @@ N texts, M videos.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -108,19 +109,15 @@ class ModelBlocks:
         if columns != self._columns or self._prepared is None:
             self._prepared = self._prepare(columns)
             self._columns = columns
-        some = self.text[_filled(texts)]
-        words = None
-        if some.words is not None and self.scorer.needs_words:
-            words = some.words.to(self.device)
-        text = TextFeatures(some.embedding.to(self.device), words, some.mask.to(self.device))
-        scores = stream_scores(self.scorer, text, self._prepared).float()
+        text = self.text if self.scorer.needs_words else replace(self.text, words=None)
+        some = text[_filled(texts)].to(self.device)
+        scores = stream_scores(self.scorer, some, self._prepared).float()
         return scores[: len(texts), : columns.stop - columns.start].contiguous()
 
     def _prepare(self, columns: slice) -> VideoFeatures | PreparedVideo:
         # Freed before the next one is made.
         self._prepared = None
-        some = self.video[_filled(torch.arange(columns.start, columns.stop))]
-        video = VideoFeatures(some.frames.to(self.device), some.mask.to(self.device))
+        video = self.video[_filled(torch.arange(columns.start, columns.stop))].to(self.device)
         if self.scorer.path() == "direct" or self.scorer.context_of == "text":
             return video
         return self.scorer.prepare_video(video)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gare.errors import DataError
 from gare.retrieval.ranking import top
-from gare.retrieval.ranking.grid import Grid, each_once
+from gare.retrieval.ranking.grid import Grid, each_share_once
 from gare.retrieval.ranking.scoring import Blocks
 
 
@@ -57,7 +57,7 @@ class Survey:
 
 
 @torch.inference_mode()
-def survey(blocks: Blocks, grid: Grid, share: int, looks: SurveyRequest) -> Survey:
+def survey(blocks: Blocks, grid: Grid, share: int, request: SurveyRequest) -> Survey:
     """Surveys a share.
 
     The score of a text with its own video is taken from the same block in which the pair's competitors are
@@ -70,12 +70,12 @@ def survey(blocks: Blocks, grid: Grid, share: int, looks: SurveyRequest) -> Surv
     num_texts = len(grid.order)
     own: Tensor | None = None
     nothing = torch.full((num_texts,), -torch.inf, dtype=torch.float64)
-    text_sums = {scale: nothing.clone() for scale in looks.text_scales}
-    video_sums = {scale: nothing.new_full((grid.num_videos,), -torch.inf) for scale in looks.video_scales}
-    best = torch.full((num_texts, 1), top.NONE) if looks.best else None
+    text_sums = {scale: nothing.clone() for scale in request.text_scales}
+    video_sums = {scale: nothing.new_full((grid.num_videos,), -torch.inf) for scale in request.video_scales}
+    best = torch.full((num_texts, 1), top.NONE) if request.best else None
     for rows, columns in grid.cells(share):
         at, column = grid.own_pairs(rows, columns)
-        if not (len(at) or looks.everywhere):
+        if not (len(at) or request.everywhere):
             continue
         scores = checked_block(blocks, grid, rows, columns, again=True)
         if own is None:
@@ -89,7 +89,7 @@ def survey(blocks: Blocks, grid: Grid, share: int, looks: SurveyRequest) -> Surv
             sums[columns] = torch.logaddexp(sums[columns], found)
         if best is not None:
             numbers = torch.arange(columns.start, columns.stop, device=scores.device)
-            found = top.keys(scores, numbers).amax(dim=1, keepdim=True).cpu()
+            found = top.pack_keys(scores, numbers).amax(dim=1, keepdim=True).cpu()
             best[rows] = torch.maximum(best[rows], found)
     own = torch.full((num_texts,), torch.nan) if own is None else own
     return Survey(share, own, text_sums, video_sums, best)
@@ -102,7 +102,7 @@ def join_surveys(parts: Iterable[Survey], grid: Grid) -> Survey:
         GareError: for a share that is missing.
     """
     # Sums are always joined in the same order; nothing else depends on it.
-    ordered = sorted(each_once(parts, grid.num_shares), key=lambda part: part.share)
+    ordered = sorted(each_share_once(parts, grid.num_shares), key=lambda part: part.share)
     own = ordered[0].own
     for part in ordered:
         if not part.own.isnan().all():

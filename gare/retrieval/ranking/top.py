@@ -15,7 +15,7 @@ NONE = torch.iinfo(torch.int64).min
 _LOW = 0xFFFFFFFF
 
 
-def keys(scores: Tensor, candidates: Tensor) -> Tensor:
+def pack_keys(scores: Tensor, candidates: Tensor) -> Tensor:
     """Packs a score and its candidate into one int64: greater for a better score, then for a lower number.
 
     Args:
@@ -28,7 +28,7 @@ def keys(scores: Tensor, candidates: Tensor) -> Tensor:
     return (ordered.long() << 32) | (_LOW - candidates)
 
 
-def read_keys(keys_QK: Tensor) -> tuple[Tensor, Tensor]:
+def unpack_keys(keys_QK: Tensor) -> tuple[Tensor, Tensor]:
     """Unpacks candidates (Q, K) int64, −1 for none, and their scores (Q, K) float32, nan for none."""
     ordered = (keys_QK >> 32).int()
     scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
@@ -44,6 +44,6 @@ def merge(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([first, second], dim=1).topk(first.shape[1], dim=1).values
 
 
-def none(num_queries: int, device: torch.device | str = "cpu") -> Tensor:
+def no_candidates(num_queries: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns keys of no candidates."""
     return torch.full((num_queries, TOP), NONE, dtype=torch.int64, device=device)

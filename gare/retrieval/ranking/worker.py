@@ -15,7 +15,7 @@ from torch import Tensor
 from gare.model.gare import GARE
 from gare.retrieval.ranking.encode import text_of, video_of
 from gare.retrieval.ranking.grid import Grid
-from gare.retrieval.ranking.postprocess import Processing, Variant
+from gare.retrieval.ranking.postprocess import PostProcessing, Variant
 from gare.retrieval.ranking.ranks import Counts, Ranks, count, join_counts
 from gare.retrieval.ranking.scoring import ModelBlocks
 from gare.retrieval.ranking.survey import Survey, join_surveys, survey
@@ -41,7 +41,7 @@ class RankWorker:
         model: GARE,
         features: Features,
         video_of_text: Tensor,
-        processing: Processing,
+        processing: PostProcessing,
         device: str = "cpu",
     ) -> None:
         video = video_of(features)
@@ -49,7 +49,7 @@ class RankWorker:
         self.grid = self.blocks.grid(video_of_text)
         self.processing = processing
         self.bank: tuple[ModelBlocks, Grid] | None = None
-        if processing.bank_looks is not None:
+        if processing.bank_survey_request is not None:
             bank = text_of(features, "bank")
             # Captions of a bank have no video in the gallery; the map only has to be valid.
             nobody = torch.arange(len(bank.embedding)) % len(video)
@@ -58,13 +58,13 @@ class RankWorker:
 
     def survey(self, share: int) -> Survey:
         """Surveys a share of the split."""
-        return survey(self.blocks, self.grid, share, self.processing.looks)
+        return survey(self.blocks, self.grid, share, self.processing.survey_request)
 
     def bank_survey(self, share: int) -> Survey:
         """Surveys a share of the bank's scores."""
         assert self.bank is not None
-        assert self.processing.bank_looks is not None
-        return survey(*self.bank, share, self.processing.bank_looks)
+        assert self.processing.bank_survey_request is not None
+        return survey(*self.bank, share, self.processing.bank_survey_request)
 
     def count(self, share: int, seen: Survey, variants: Sequence[Variant]) -> Counts:
         """Counts a share."""

@@ -31,7 +31,7 @@ MEASURED_ON = {
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluation:
     """One evaluation read from disk.
 
     Attributes:
@@ -67,7 +67,7 @@ class Evaluated:
         return self.name.partition("/")[0] if name == "folder" else name
 
 
-def read_evaluated(folder: str) -> Evaluated:
+def read_evaluation(folder: str) -> Evaluation:
     """Reads an evaluation.
 
     Args:
@@ -96,7 +96,7 @@ def read_evaluated(folder: str) -> Evaluated:
     own = run.is_its_best(str(result.get("checkpoint", "")))
     record = run.read_record() if own else {}
     settings = record["settings"] if record else {}
-    return Evaluated(
+    return Evaluation(
         run.name,
         folder,
         measured_on,
@@ -131,7 +131,7 @@ def _hash_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def not_comparable(first: Evaluated, second: Evaluated) -> list[str]:
+def why_not_comparable(first: Evaluation, second: Evaluation) -> list[str]:
     """Returns why scores of two evaluations must not be compared; empty if they may."""
     reasons = []
     for key, name in MEASURED_ON.items():

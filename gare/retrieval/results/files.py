@@ -9,16 +9,16 @@ from gare.config import EvaluateConfig
 from gare.data.manifest import ManifestRow
 from gare.retrieval.gallery import FILE as GALLERY
 from gare.retrieval.ranking.bootstrap import Interval, metric_intervals
-from gare.retrieval.ranking.postprocess import Processing
+from gare.retrieval.ranking.postprocess import PostProcessing
 from gare.retrieval.ranking.ranks import Ranks
 from gare.retrieval.results.queries import owners_of, query_table, write_queries
 from gare.storage.files import delete_file, join, list_files
 from gare.storage.run_folder import RESULT
 
 
-def processing_of(config: EvaluateConfig) -> Processing:
+def processing_of(config: EvaluateConfig) -> PostProcessing:
     """Returns the post-processing that a configuration asks for."""
-    return Processing(
+    return PostProcessing(
         config.dsl_scale if config.dsl else None, config.qbnorm_scale if config.qbnorm else None
     )
 
@@ -46,7 +46,7 @@ def intervals_of(
     return found
 
 
-def forget_results(folder: str) -> None:
+def delete_results(folder: str) -> None:
     """Deletes an earlier evaluation's files in the folder, its result first.
 
     With other settings or another checkpoint, not all files would be written again, and old ones would be
@@ -83,7 +83,7 @@ def write_results(
         ``metrics`` by name, ``intervals`` as [low, high] by name, and ``ranks``, the table's location by
         variant with ``plain`` for the empty name.
     """
-    forget_results(folder)
+    delete_results(folder)
     owners = owners_of(rows)
     metrics: dict[str, float] = {}
     intervals: dict[str, list[float]] = {}

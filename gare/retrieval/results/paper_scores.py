@@ -41,7 +41,7 @@ _PROTOCOLS = {
 
 
 @dataclass(frozen=True)
-class PublishedSplit:
+class PaperScores:
     """Scores that the paper reports for a model on a benchmark.
 
     Attributes:
@@ -55,7 +55,7 @@ class PublishedSplit:
     metrics: dict[str, float]
 
 
-def published_scores(benchmark: str) -> list[PublishedSplit]:
+def published_scores(benchmark: str) -> list[PaperScores]:
     """Returns the paper's scores on a benchmark's test split, the baseline first; empty if it has none."""
     found = []
     for (name, model), scores in _T2V.items():
@@ -63,5 +63,5 @@ def published_scores(benchmark: str) -> list[PublishedSplit]:
             metrics = {f"t2v/{key}": value for key, value in zip(_NAMES, scores, strict=True)}
             back = _V2T.get((name, model), ())
             metrics |= {f"v2t/{key}": value for key, value in zip(_NAMES, back, strict=False)}
-            found.append(PublishedSplit(model, _PROTOCOLS[benchmark], metrics))
+            found.append(PaperScores(model, _PROTOCOLS[benchmark], metrics))
     return found

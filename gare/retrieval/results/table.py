@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gare.errors import DataError
 from gare.retrieval.results.compare import Difference, compare_runs
-from gare.retrieval.results.evaluation import ZERO_SHOT, Evaluated, not_comparable
+from gare.retrieval.results.evaluation import ZERO_SHOT, Evaluation, why_not_comparable
 from gare.retrieval.results.paper_scores import LOOKS, SOURCE, published_scores
 
 #: Columns of scores.
@@ -93,8 +93,8 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def compared_table(
-    pairs: Sequence[tuple[Evaluated, Evaluated]], *, resamples: int, seed: int, title: str
+def comparison_table(
+    pairs: Sequence[tuple[Evaluation, Evaluation]], *, resamples: int, seed: int, title: str
 ) -> ScoreTable:
     """Builds a table of pairs: both runs, the second minus the first with its interval, and the paper.
 
@@ -108,7 +108,7 @@ def compared_table(
     """
     table = ScoreTable(title)
     for first, second in pairs:
-        reasons = not_comparable(first, second)
+        reasons = why_not_comparable(first, second)
         differences: dict[str, Difference] = {}
         if not reasons:
             try:
@@ -138,10 +138,10 @@ def compared_table(
     return table
 
 
-def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
+def suite_table(runs: Sequence[Evaluation], *, title: str) -> ScoreTable:
     """Builds a table of all runs by data; runs that differ only in their seed get mean ± deviation."""
     table = ScoreTable(title)
-    by_data: dict[tuple[object, ...], list[Evaluated]] = {}
+    by_data: dict[tuple[object, ...], list[Evaluation]] = {}
     for run in runs:
         by_data.setdefault(tuple(run.measured_on.values()), []).append(run)
     benchmarks = [members[0].benchmark for members in by_data.values()]
@@ -151,7 +151,7 @@ def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
         if benchmarks.count(name) > 1:
             section.notes.append(f"not comparable with the other tables of {name}: they are of other data")
             name = f"{name}-{members[0].measured_on['split_sha256'][:8]}"
-        by_settings: dict[str, list[Evaluated]] = {}
+        by_settings: dict[str, list[Evaluation]] = {}
         for run in members:
             by_settings.setdefault(run.settings, []).append(run)
         said = []
@@ -179,7 +179,7 @@ def suite_table(runs: Sequence[Evaluated], *, title: str) -> ScoreTable:
     return table
 
 
-def heading_of(run: Evaluated) -> str:
+def heading_of(run: Evaluation) -> str:
     """Names the data that a run was measured on."""
     on = run.measured_on
     return (
@@ -188,7 +188,7 @@ def heading_of(run: Evaluated) -> str:
     )
 
 
-def run_row(run: Evaluated) -> Row:
+def run_row(run: Evaluation) -> Row:
     """Builds the row of a run's scores, R@1 with intervals."""
     seed = "" if run.seed is None else f", seed {run.seed}"
     cells = []
@@ -222,7 +222,7 @@ def _more_is_better(metric: str) -> bool:
     return metric.rpartition("/")[2].startswith("R")
 
 
-def _verdict(first: Evaluated, second: Evaluated, found: Difference) -> str:
+def _verdict(first: Evaluation, second: Evaluation, found: Difference) -> str:
     low, high = found.interval.low, found.interval.high
     if low > 0 or high < 0:
         better = second if low > 0 else first
@@ -230,12 +230,12 @@ def _verdict(first: Evaluated, second: Evaluated, found: Difference) -> str:
     return f"no difference in text → video R@1 that these queries can show (p = {found.p_value:.2g})"
 
 
-def _mean_of(seeds: Sequence[Evaluated], metric: str) -> tuple[float, float | None]:
+def _mean_of(seeds: Sequence[Evaluation], metric: str) -> tuple[float, float | None]:
     values = [run.metrics[metric] for run in seeds if metric in run.metrics]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _mean_over(runs: Sequence[Evaluated]) -> str:
+def _mean_over(runs: Sequence[Evaluation]) -> str:
     """Says what a mean is over: not every scored model was trained with a seed."""
     plural = "s" if len(runs) > 1 else ""
     if any(run.seed is not None for run in runs):
@@ -259,13 +259,13 @@ def _mean_row(label: str, means: Means, others: Sequence[Means]) -> Row:
     return Row("mean", (label, *cells), frozenset(better))
 
 
-def _add_notes(section: Section, runs: Sequence[Evaluated]) -> None:
+def _add_notes(section: Section, runs: Sequence[Evaluation]) -> None:
     """Adds the notes of the runs, and the paper's rows."""
     section.notes += [f"{run.name}: {run.note}" for run in runs if run.note]
     _add_paper(section, runs[0])
 
 
-def _add_paper(section: Section, run: Evaluated) -> None:
+def _add_paper(section: Section, run: Evaluation) -> None:
     found = published_scores(run.benchmark) if run.measured_on["split"] == "test" else []
     for paper in found:
         cells = [_number(paper.metrics.get(metric)) for metric in METRICS]

@@ -30,7 +30,7 @@ TRAINER = "trainer.pt"
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedState:
     """A checkpoint in memory, which training no longer changes.
 
     Attributes:
@@ -44,7 +44,7 @@ class Captured:
     trainer: Mapping[str, Any]
 
 
-def capture(learner: Learner, epoch: int) -> Captured:
+def capture(learner: Learner, epoch: int) -> CapturedState:
     """Copies the content of a checkpoint to the CPU's memory.
 
     Args:
@@ -58,7 +58,7 @@ def capture(learner: Learner, epoch: int) -> Captured:
         "step": learner.step,
         "epoch": epoch,
     }
-    return Captured(_copied(learner.model.state_dict()), learner.config.to_yaml(), trainer)
+    return CapturedState(_copied(learner.model.state_dict()), learner.config.to_yaml(), trainer)
 
 
 def _copied(tree: Any) -> Any:
@@ -81,7 +81,7 @@ def save_checkpoint(uri: str, learner: Learner, epoch: int) -> None:
     write_checkpoint(uri, capture(learner, epoch))
 
 
-def write_checkpoint(uri: str, captured: Captured) -> dict[str, str]:
+def write_checkpoint(uri: str, captured: CapturedState) -> dict[str, str]:
     """Writes a captured checkpoint, in the order of ``save_checkpoint``.
 
     Returns:

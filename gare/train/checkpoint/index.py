@@ -21,7 +21,7 @@ from gare.train.checkpoint.history import History
 from gare.train.checkpoint.sums import sha256_of
 
 if TYPE_CHECKING:
-    from gare.train.checkpoint.files import Captured
+    from gare.train.checkpoint.files import CapturedState
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Checkpoints:
         """Sorts checkpoints by score, ``best`` first; those without a score are left out."""
         return _ranked(self.entries(), self.score)
 
-    def forget(self, entry: Entry) -> None:
+    def remove_from_index(self, entry: Entry) -> None:
         """Removes a checkpoint from the index; its folder stays.
 
         Raises:
@@ -131,7 +131,7 @@ class Checkpoints:
             if one not in kept:
                 self._delete(one.name)
 
-    def rewind(self, entry: Entry | None) -> None:
+    def remove_after(self, entry: Entry | None) -> None:
         """Removes the checkpoints after a given one (all for None), and deletes unfinished folders."""
         try:
             # From a writer that was killed: there is only one writer, and it has not started yet.
@@ -204,7 +204,7 @@ class CheckpointWriter:
         """True while a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def write(self, captured: Captured, entry: Entry, history: History) -> None:
+    def write(self, captured: CapturedState, entry: Entry, history: History) -> None:
         """Starts to write a checkpoint; waits for an earlier one first, since each holds a copy of the model.
 
         Args:
@@ -223,7 +223,7 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
 
-    def _write(self, captured: Captured, entry: Entry, history: History) -> None:
+    def _write(self, captured: CapturedState, entry: Entry, history: History) -> None:
         from gare.train.checkpoint.files import write_checkpoint
 
         location = self.checkpoints.location(entry)

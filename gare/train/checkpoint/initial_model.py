@@ -111,7 +111,7 @@ def fault_of_zero_shot(weights: str) -> str:
     return ""
 
 
-def read_start(uri: str, config: ModelConfig, *, sums: Mapping[str, str] | None = None) -> GARE:
+def read_initial_model(uri: str, config: ModelConfig, *, sums: Mapping[str, str] | None = None) -> GARE:
     """Reads the initial model of a run that learns from features, without towers, written by its driver.
 
     Raises:

@@ -37,7 +37,7 @@ _CLOSE_S = 30.0
 
 
 @dataclass
-class Arrived:
+class DeviceBatch:
     """A batch on the device.
 
     Attributes:
@@ -86,7 +86,7 @@ class Feed:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._made = self._make()
         self._over = threading.Event()
-        self._queue: queue.Queue[Arrived | BaseException | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[DeviceBatch | BaseException | None] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
         self._ended = False
         if self._is_gpu if ahead is None else ahead:
@@ -96,7 +96,7 @@ class Feed:
     def __iter__(self) -> Feed:
         return self
 
-    def __next__(self) -> Arrived:
+    def __next__(self) -> DeviceBatch:
         """Returns the next batch; the computing stream waits for its copy.
 
         Raises:
@@ -104,15 +104,15 @@ class Feed:
         """
         if self._ended:
             raise StopIteration
-        arrived = self._take()
-        if arrived is None:
+        batch = self._take()
+        if batch is None:
             self._ended = True
             raise StopIteration
         if self._is_gpu:
-            self._wait_on_device(arrived)
-        return arrived
+            self._wait_on_device(batch)
+        return batch
 
-    def seconds(self, arrived: Arrived) -> dict[str, float]:
+    def seconds(self, batch: DeviceBatch) -> dict[str, float]:
         """Returns the seconds that a batch took; to call after its step, which has waited for the device.
 
         Returns:
@@ -120,15 +120,15 @@ class Feed:
             augmentation on a GPU; ``transfer`` to the device; ``device_wait``, the time that the device
             waited for the batch.
         """
-        parts = {name: arrived.seconds.get(name, 0.0) / self._loaders for name in PARTS}
-        transfer, finish = arrived.seconds["transfer"], arrived.seconds["finish"]
+        parts = {name: batch.seconds.get(name, 0.0) / self._loaders for name in PARTS}
+        transfer, finish = batch.seconds["transfer"], batch.seconds["finish"]
         parts["device_wait"] = 0.0
         if self._is_gpu:
             # Host and device work in parallel: the slower of the two decides.
-            before, copied, finished = arrived.copied
+            before, copied, finished = batch.copied
             transfer = max(transfer, before.elapsed_time(copied) / 1000)
             finish = max(finish, copied.elapsed_time(finished) / 1000)
-            parts["device_wait"] = arrived.waited[0].elapsed_time(arrived.waited[1]) / 1000
+            parts["device_wait"] = batch.waited[0].elapsed_time(batch.waited[1]) / 1000
         parts["augment"] += finish
         parts["transfer"] = transfer
         return parts
@@ -150,7 +150,7 @@ class Feed:
     def __exit__(self, *unused: object) -> None:
         self.close()
 
-    def _take(self) -> Arrived | None:
+    def _take(self) -> DeviceBatch | None:
         if self._thread is None:
             return next(self._made, None)
         taken = self._queue.get()
@@ -159,13 +159,13 @@ class Feed:
             raise taken
         return taken
 
-    def _wait_on_device(self, arrived: Arrived) -> None:
+    def _wait_on_device(self, batch: DeviceBatch) -> None:
         computing = torch.cuda.current_stream(self._device)
-        arrived.waited = _events(2)
-        arrived.waited[0].record(computing)
-        computing.wait_event(arrived.copied[-1])
-        arrived.waited[1].record(computing)
-        for tensor in arrived.tensors.values():
+        batch.waited = _events(2)
+        batch.waited[0].record(computing)
+        computing.wait_event(batch.copied[-1])
+        batch.waited[1].record(computing)
+        for tensor in batch.tensors.values():
             if tensor.device.type == "cuda":
                 tensor.record_stream(computing)  # or the next copy would get its memory too early
 
@@ -173,8 +173,8 @@ class Feed:
         try:
             if self._is_gpu:
                 torch.cuda.set_device(self._device)
-            for arrived in self._made:
-                if not self._put(arrived):
+            for batch in self._made:
+                if not self._put(batch):
                     return
             self._put(None)
         except torch.OutOfMemoryError as error:
@@ -182,7 +182,7 @@ class Feed:
         except BaseException as error:  # raised when the batch is requested
             self._put(error)
 
-    def _put(self, item: Arrived | BaseException | None) -> bool:
+    def _put(self, item: DeviceBatch | BaseException | None) -> bool:
         while not self._over.is_set():
             try:
                 self._queue.put(item, timeout=_LOOK_EVERY_S)
@@ -191,7 +191,7 @@ class Feed:
             return True
         return False
 
-    def _make(self) -> Iterator[Arrived]:
+    def _make(self) -> Iterator[DeviceBatch]:
         """Yields batches in order, each put together from its chunks and brought to the device."""
         for place, size in enumerate(self._sizes):
             parts = self._rows_of(size, place)
@@ -199,7 +199,7 @@ class Feed:
                 return
             yield self._bring(parts, place)
 
-    def _bring(self, parts: list[Mapping[str, np.ndarray]], place: int) -> Arrived:
+    def _bring(self, parts: list[Mapping[str, np.ndarray]], place: int) -> DeviceBatch:
         """Puts a batch together, removing its chunks from the list, and brings it to the device."""
         seconds = dict(zip(PARTS, sum(part["seconds"].sum(axis=0) for part in parts), strict=True))
         started = time.perf_counter()
@@ -213,7 +213,7 @@ class Feed:
             if marks:
                 marks[2].record()
         seconds |= {"transfer": copied - started, "finish": time.perf_counter() - copied}
-        return Arrived(tensors, seconds, marks)
+        return DeviceBatch(tensors, seconds, marks)
 
     def _on_device(self, joined: Tensors, marks: tuple[Any, ...]) -> Tensors:
         if not marks:

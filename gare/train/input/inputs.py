@@ -26,10 +26,10 @@ from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.storage.files import join
 from gare.train.checkpoint.files import copy_checkpoint, write_model
-from gare.train.checkpoint.initial_model import initial_model, read_start
+from gare.train.checkpoint.initial_model import initial_model, read_initial_model
 from gare.train.input.augment_batch import augment_batch
 from gare.train.input.feed import Tensors
-from gare.train.input.loader import FeatureLoader, FrameLoader, Listed, Load, clip_seeds
+from gare.train.input.loader import FeatureLoader, FrameLoader, Load, WorkerBatches, clip_seeds
 from gare.train.input.plan import PlannedBatch
 from gare.train.input.tokens import CaptionTokens
 from gare.train.validation import Validation
@@ -79,11 +79,11 @@ class TrainInput(ABC):
         """Returns the settings that a feature store must have been made with; None for a frame store."""
 
     @abstractmethod
-    def begin(self, folder: str) -> None:
+    def write_for_workers(self, folder: str) -> None:
         """Writes the files that workers need into the run's folder; on the driver."""
 
     @abstractmethod
-    def shared(self, splits: StoredSplits) -> Any:
+    def shared_data(self, splits: StoredSplits) -> Any:
         """Computes, once per run on the driver, the data that all workers' loaders need; it is pickled."""
 
     @abstractmethod
@@ -91,12 +91,14 @@ class TrainInput(ABC):
         """Builds the model that a worker starts from."""
 
     @abstractmethod
-    def loader(self, listed: Listed, shared: Any, device: torch.device, model: GARE) -> Callable[[], Load]:
+    def loader(
+        self, worker_batches: WorkerBatches, shared: Any, device: torch.device, model: GARE
+    ) -> Callable[[], Load]:
         """Returns a function that builds a loader, in this process or another.
 
         Args:
-            listed: batches of the worker.
-            shared: from ``shared``.
+            worker_batches: batches of the worker.
+            shared: from ``shared_data``.
             device: that the worker trains on.
             model: of the worker.
         """
@@ -114,7 +116,7 @@ class TrainInput(ABC):
     def row_bytes(self, num_captions: int = 1) -> int:
         """Estimates the bytes of a loaded clip with ``num_captions`` captions."""
 
-    def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
+    def finish_batch(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
         """Does the work on a GPU that the loaders leave to it."""
         del planned
         return tensors
@@ -148,10 +150,10 @@ class FrameInput(TrainInput):
     def store_settings(self) -> None:
         """Returns None: the store is a frame store."""
 
-    def begin(self, folder: str) -> None:
+    def write_for_workers(self, folder: str) -> None:
         """Does nothing: each worker builds the initial model from the same seed and weights."""
 
-    def shared(self, splits: StoredSplits) -> dict[str, CaptionTokens]:
+    def shared_data(self, splits: StoredSplits) -> dict[str, CaptionTokens]:
         """Tokenises the captions of train and val."""
         max_words = self.config.model.max_words
         return {
@@ -165,7 +167,11 @@ class FrameInput(TrainInput):
         return initial_model(self.config)
 
     def loader(
-        self, listed: Listed, shared: Mapping[str, CaptionTokens], device: torch.device, model: GARE
+        self,
+        worker_batches: WorkerBatches,
+        shared: Mapping[str, CaptionTokens],
+        device: torch.device,
+        model: GARE,
     ) -> Callable[[], Load]:
         """Returns a builder of loaders that read frames and, without a GPU, augment them."""
         del model
@@ -173,7 +179,7 @@ class FrameInput(TrainInput):
         on_gpu = self._augments_on(device)
         in_loader = augment if augment.is_on and not on_gpu else None
         whole = on_gpu and self.config.extract.crop == "none"
-        return lambda: FrameLoader(store, listed, shared, augment=in_loader, seed=seed, whole=whole)
+        return lambda: FrameLoader(store, worker_batches, shared, augment=in_loader, seed=seed, whole=whole)
 
     def row_bytes(self, num_captions: int = 1) -> int:
         """Estimates the bytes of the frames as uint8, whole ones as 16:9; tokens are negligible."""
@@ -182,17 +188,17 @@ class FrameInput(TrainInput):
         square = 3 * model.max_frames * model.clip.image_size**2
         return square * 16 // 9 if self.config.extract.crop == "none" else square
 
-    def finished(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
+    def finish_batch(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
         """Augments training clips on a GPU, and then crops whole frames."""
         if planned.kind == "val" or not self._augments_on(tensors["frame_mask"].device):
             return tensors
-        return self.augmented(planned, tensors)
+        return self.augment_clips(planned, tensors)
 
     def _augments_on(self, device: torch.device) -> bool:
         """Returns True if clips are augmented, and on the device rather than by the loaders."""
         return self.config.augment.is_on and device.type == "cuda"
 
-    def augmented(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
+    def augment_clips(self, planned: PlannedBatch, tensors: Tensors) -> Tensors:
         """Augments the clips of a batch on their own device."""
         augment, seeds = self.config.augment, clip_seeds(self.config.train.seed, planned)
         if "pixels" in tensors:
@@ -287,7 +293,7 @@ class FeatureInput(TrainInput):
         """
         _ = self.initial_model
 
-    def begin(self, folder: str) -> None:
+    def write_for_workers(self, folder: str) -> None:
         """Writes the initial model without its towers."""
         model = self.initial_model
         towers = model.towers
@@ -297,18 +303,20 @@ class FeatureInput(TrainInput):
         finally:
             model.towers = towers  # the checkpoint gets them in the end
 
-    def shared(self, splits: StoredSplits) -> None:
+    def shared_data(self, splits: StoredSplits) -> None:
         """Does nothing: the store has the captions' features."""
 
     def worker_model(self, folder: str) -> GARE:
         """Reads the initial model without towers, which the driver wrote."""
-        return read_start(join(folder, START), self.config.model)
+        return read_initial_model(join(folder, START), self.config.model)
 
-    def loader(self, listed: Listed, shared: Any, device: torch.device, model: GARE) -> Callable[[], Load]:
+    def loader(
+        self, worker_batches: WorkerBatches, shared: Any, device: torch.device, model: GARE
+    ) -> Callable[[], Load]:
         """Returns a builder of loaders that read features of clips and captions."""
         del shared, device
         store, words, cache_mb = self.store, model.scorer.needs_words, self.config.features.cache_mb
-        return lambda: FeatureLoader(FeatureReader(store, words=words, cache_mb=cache_mb), listed)
+        return lambda: FeatureLoader(FeatureReader(store, words=words, cache_mb=cache_mb), worker_batches)
 
     def local_loader(self, make: Callable[[], Load]) -> Load | None:
         """Returns the loader if the store fits into ``features.cache_mb``, as it is then read only once."""

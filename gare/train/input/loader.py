@@ -34,7 +34,7 @@ ON_HOST = frozenset({"sizes", "caption_counts"})
 
 
 @dataclass(frozen=True)
-class Listed:
+class WorkerBatches:
     """The batches of a worker, and the video ids that their numbers stand for.
 
     Attributes:
@@ -59,7 +59,7 @@ class FrameLoader:
 
     Args:
         store: the frame store.
-        listed: batches to load from.
+        worker_batches: batches to load from.
         tokens: of the captions of each split.
         augment: augmentation of training clips by this loader; None if it is done elsewhere or not at all.
         seed: of the run, for the augmentation.
@@ -69,7 +69,7 @@ class FrameLoader:
     def __init__(
         self,
         store: str,
-        listed: Listed,
+        worker_batches: WorkerBatches,
         tokens: Mapping[str, CaptionTokens],
         *,
         augment: AugmentConfig | None = None,
@@ -77,7 +77,7 @@ class FrameLoader:
         whole: bool = False,
     ) -> None:
         self.reader = FrameReader(store)
-        self.listed, self.tokens = listed, tokens
+        self.worker_batches, self.tokens = worker_batches, tokens
         self.augment, self.seed, self.whole = augment, seed, whole
 
     def __call__(self, number: int, first: int, stop: int) -> Arrays:
@@ -93,7 +93,7 @@ class FrameLoader:
         Raises:
             DataError: for a clip that the store does not hold or that cannot be read.
         """
-        some, ids = self.listed.rows(number, first, stop)
+        some, ids = self.worker_batches.rows(number, first, stop)
         before = self.reader.fetch_s, self.reader.jpeg_s
         augmented_s = 0.0
         if some.kind == "val":
@@ -146,11 +146,11 @@ class FeatureLoader:
 
     Args:
         reader: of the store.
-        listed: batches to load from.
+        worker_batches: batches to load from.
     """
 
-    def __init__(self, reader: FeatureReader, listed: Listed) -> None:
-        self.reader, self.listed = reader, listed
+    def __init__(self, reader: FeatureReader, worker_batches: WorkerBatches) -> None:
+        self.reader, self.worker_batches = reader, worker_batches
 
     def __call__(self, number: int, first: int, stop: int) -> Arrays:
         """Loads the rows from ``first`` to ``stop`` of a batch.
@@ -163,7 +163,7 @@ class FeatureLoader:
             DataError: for a clip that the store does not hold or that cannot be read.
         """
         started = time.perf_counter()
-        some, ids = self.listed.rows(number, first, stop)
+        some, ids = self.worker_batches.rows(number, first, stop)
         if some.kind == "val":
             arrays = self.reader.read(ids)
         else:

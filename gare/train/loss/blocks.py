@@ -21,9 +21,9 @@ from gare.model.factorized.pairs import PairNumbers
 from gare.model.factorized.prepared import Embeddings, PreparedText, PreparedVideo
 from gare.model.factorized.quadratic_forms import gram
 from gare.model.features import TextFeatures, VideoFeatures
-from gare.model.fused.blocks import Asked
+from gare.model.fused.blocks import FusedRequest
 from gare.model.scorer import PairScorer
-from gare.model.streaming import numbers_of_a_pair
+from gare.model.streaming import count_pair_numbers
 from gare.train.loss.gather import sum_over_workers, world_size
 
 #: Number of blocks computed (or recomputed) between two calls that return free heap memory.
@@ -117,7 +117,7 @@ def blocks_of(
     """Yields blocks of owners with all others; the backward recomputes them if all exceed the budget."""
     num_owners = len(sides.owners)
     fused = takes_kernel(scorer, sides, wanted)
-    numbers = numbers_of_a_pair(scorer, *sides.positions, fused=fused)
+    numbers = count_pair_numbers(scorer, *sides.positions, fused=fused)
     held = sides.owners.dtype.itemsize * sides.num_others * numbers
     budget = Budget.of(scorer.config.memory_mb, sides.owners.device)
     size = max(budget.block(BLOCK_BYTES) // held, 1)
@@ -172,14 +172,14 @@ def _fused(
     """Computes ``_block`` by the fused kernels, for videos that own the basis."""
     del owner, reference
     sample = "all" if texts is None else texts
-    asked = Asked(
+    request = FusedRequest(
         norms=True,
         plain=wanted.plain,
         sample=sample if wanted.sample[0] else None,
         moments=wanted.moments,
         normalised=wanted.normalised,
     )
-    found = scorer.fused_pairs(owners, others, asked)
+    found = scorer.fused_pairs(owners, others, request)
     moments = None if found.mean is None or found.scatter is None else (found.mean, found.scatter)
     return Block(found.scores, found.norms, moments, None, found.sampled, found.plain)
 

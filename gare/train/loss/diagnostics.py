@@ -81,7 +81,7 @@ def diagnose(scorer: PairScorer, seen: StepObservations, num_texts: int) -> dict
 
     Args:
         scorer: of the model.
-        seen: from ``sharded.shares``.
+        seen: from ``sharded.loss_shares``.
         num_texts: number of this worker's texts to measure, evenly spread over its share.
     """
     rows = _rows(scorer, seen, num_texts)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from gare.model.factorized.quadratic_forms import SHORTEST
 from gare.model.products import add_product, multiply
-from gare.model.streaming import even
+from gare.model.streaming import round_down_to_vector_units
 from gare.train.loss.losses import DIRECTION_FLOOR
 
 Form = Literal["log_mean_exp", "orthogonality"]
@@ -72,7 +72,7 @@ class _Direction(torch.autograd.Function):
         grad_weights = torch.empty_like(weights) if learns else None
         grad_vectors = torch.zeros_like(vectors) if learns else None
         text_bytes = weights.element_size() * num_videos * (3 * num_videos + 2 * width)
-        size = even(memory_bytes // text_bytes)
+        size = round_down_to_vector_units(memory_bytes // text_bytes)
         total = weights.new_zeros(())
         for first in range(0, num_texts, size):
             some = slice(first, first + size)

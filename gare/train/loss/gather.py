@@ -50,7 +50,7 @@ class Rows:
         return max(self.counts)
 
 
-def rows_of(count: int, device: torch.device) -> Rows:
+def exchange_row_counts(count: int, device: torch.device) -> Rows:
     """Gathers how many rows of a batch each worker holds; this one holds ``count``. All workers must call it.
 
     Raises:
@@ -73,7 +73,7 @@ def rows_of(count: int, device: torch.device) -> Rows:
     return rows
 
 
-class Gathering:
+class PendingGather:
     """An all-gather in progress: it overlaps the work between its start and ``wait``, forward and backward.
 
     In the backward, the gradient is sent when the backward of ``wait`` runs, and is needed when that of the
@@ -151,7 +151,7 @@ class _StartGather(torch.autograd.Function):
     """Starts a gathering; its result only links the end to the start, and has no value."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, gathering: Gathering) -> Tensor:
+    def forward(ctx: Any, local: Tensor, gathering: PendingGather) -> Tensor:
         ctx.gathering = gathering
         gathering.send(local)
         return local.new_zeros(())
@@ -163,7 +163,7 @@ class _StartGather(torch.autograd.Function):
 
 class _WaitForGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, gathering: Gathering) -> Tensor:
+    def forward(ctx: Any, token: Tensor, gathering: PendingGather) -> Tensor:
         ctx.gathering = gathering
         return gathering.receive()
 
@@ -173,7 +173,7 @@ class _WaitForGather(torch.autograd.Function):
         return grads[0].new_zeros(()), None
 
 
-def start_gather(local: Tensor, rows: Rows) -> Gathering:
+def start_gather(local: Tensor, rows: Rows) -> PendingGather:
     """Starts to gather all workers' rows, (b, …) on each worker → (N, …) by ``wait``, differentiable.
 
     The gradient of the local rows is the sum over the workers of their gradients. With every worker
@@ -182,9 +182,9 @@ def start_gather(local: Tensor, rows: Rows) -> Gathering:
 
     Args:
         local: this worker's rows, as many as ``rows`` says.
-        rows: from ``rows_of``, the same on all workers.
+        rows: from ``exchange_row_counts``, the same on all workers.
     """
-    return Gathering(local, rows)
+    return PendingGather(local, rows)
 
 
 def gather(local: Tensor, rows: Rows) -> Tensor:

@@ -6,7 +6,7 @@ b pairs on this worker, N pairs over all R workers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,9 +25,16 @@ from gare.model.gare import GARE
 from gare.model.scorer import PairScorer
 from gare.model.streaming import slices
 from gare.train.loss.blocks import why_not_fused
-from gare.train.loss.gather import Rows, gather, rows_of, start_gather, sum_over_workers, world_size
+from gare.train.loss.gather import (
+    Rows,
+    exchange_row_counts,
+    gather,
+    start_gather,
+    sum_over_workers,
+    world_size,
+)
 from gare.train.loss.losses import bottleneck, direction, info_nce, orthogonality, radii
-from gare.train.loss.sharded import StepObservations, shares
+from gare.train.loss.sharded import StepObservations, loss_shares
 from gare.train.stages import stage
 
 logger = logging.getLogger(__name__)
@@ -157,7 +164,7 @@ def sharded_terms(
 ) -> LossTerms:
     """Computes all terms in the factorised form, from this worker's captions and the clips of all workers."""
     scale = model.logit_scale.exp()
-    part = shares(
+    part = loss_shares(
         model.scorer,
         scale,
         text,
@@ -229,7 +236,7 @@ class Objective(nn.Module):
             GareError: if a worker has no pair, or if positives go by video and the batch lacks video ids.
         """
         scorer = self.model.scorer
-        rows = rows_of(len(batch.frames), batch.frames.device)
+        rows = exchange_row_counts(len(batch.frames), batch.frames.device)
         video = self._encode_video(batch)
         # Frames are most of the traffic; texts are encoded meanwhile.
         frames, mask = start_gather(video.frames, rows), start_gather(video.mask, rows)
@@ -283,20 +290,14 @@ class Objective(nn.Module):
 
     def _encode_text(self, batch: Batch | FeatureBatch) -> TextFeatures:
         """Encodes this worker's captions, float32 at least."""
-        parts = self._in_parts(self._text_features, batch)
-        words = [part.words for part in parts if part.words is not None]
-        return TextFeatures(
-            self._divided(_joined([part.embedding for part in parts])),
-            self._divided(_joined(words)) if words else None,
-            _joined([part.mask for part in parts]),
-        )
+        text = TextFeatures.cat(self._in_parts(self._text_features, batch))
+        words = None if text.words is None else self._divided(text.words)
+        return TextFeatures(self._divided(text.embedding), words, text.mask)
 
     def _encode_video(self, batch: Batch | FeatureBatch) -> VideoFeatures:
         """Encodes this worker's clips, float32 at least."""
-        parts = self._in_parts(self._video_features, batch)
-        return VideoFeatures(
-            self._divided(_joined([part.frames for part in parts])), _joined([part.mask for part in parts])
-        )
+        video = VideoFeatures.cat(self._in_parts(self._video_features, batch))
+        return VideoFeatures(self._divided(video.frames), video.mask)
 
     def _in_parts(
         self, encode: Callable[[Batch | FeatureBatch], Encoded], batch: Batch | FeatureBatch
@@ -391,7 +392,3 @@ def divide_gradient(tensor: Tensor, divisor: float) -> Tensor:
     """Returns the tensor unchanged; its gradient is divided on the way back."""
     divided: Tensor = _DividedGradient.apply(tensor, divisor)  # type: ignore[no-untyped-call]
     return divided
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

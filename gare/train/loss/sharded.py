@@ -19,7 +19,7 @@ from torch import Tensor
 from gare.config import LossConfig
 from gare.model.budget import MEGABYTE, Budget
 from gare.model.factorized.prepared import PreparedVideo
-from gare.model.factorized.quadratic_forms import quadratic
+from gare.model.factorized.quadratic_forms import quadratic_form
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.scorer import PairScorer
 from gare.train.loss.blocks import (
@@ -40,7 +40,7 @@ CHUNK_BYTES = 32 * MEGABYTE
 
 
 @dataclass(frozen=True)
-class Shares:
+class LossShares:
     """This worker's part of each term of the global batch, scalars that sum to the term over the workers.
 
     ``seen`` is for diagnostics, if they are wanted.
@@ -77,17 +77,10 @@ class StepObservations:
         video = self.sides.owners if isinstance(self.sides.owners, PreparedVideo) else self.sides.others
         assert isinstance(video, PreparedVideo)
         own = slice(self.sides.own.start, min(self.sides.own.start + most, self.sides.own.stop))
-        text, words = self.text[:most], None
-        if text.words is not None:
-            words = text.words.detach()
-        some = video.features[own]
-        return (
-            TextFeatures(text.embedding.detach(), words, text.mask),
-            VideoFeatures(some.frames.detach(), some.mask),
-        )
+        return self.text[:most].detach(), video.features[own].detach()
 
 
-def shares(
+def loss_shares(
     scorer: PairScorer,
     scale: Tensor,
     text: TextFeatures,
@@ -99,7 +92,7 @@ def shares(
     video_ids: Tensor | None = None,
     rows: Rows | None = None,
     watched: bool = False,
-) -> Shares:
+) -> LossShares:
     """Computes this worker's share of the loss terms in the factorised form; a term that is off is zero.
 
     Args:
@@ -134,7 +127,7 @@ def shares(
     zero = torch.zeros_like(nce[0])
     norms = [block.norms for block in blocks if block.norms is not None]
     if not norms:
-        return Shares(*nce, zero, zero, zero, seen)
+        return LossShares(*nce, zero, zero, zero, seen)
     bottleneck = radii = direction = zero
     if config.radii_weight:
         spread = sum_over_workers(_join(sides, norms).var(dim=1).sum()) / num_pairs
@@ -146,7 +139,7 @@ def shares(
     if wanted.sample[0]:
         total = _direction(scorer, sides, blocks, own_sample, config)
         direction = total / (num_pairs if sample is None else len(sample))
-    return Shares(*nce, bottleneck, radii, direction, seen)
+    return LossShares(*nce, bottleneck, radii, direction, seen)
 
 
 def _wanted(sides: PairSides, config: LossConfig, own_sample: Tensor | None, watched: bool) -> BlockRequest:
@@ -203,7 +196,7 @@ def _owners_bottleneck(sides: PairSides, blocks: list[Block], config: LossConfig
         scatter = sum_over_workers(scatter + part * (apart @ apart.transpose(1, 2)))
         mean, scatter, vectors = whole[sides.own], scatter[sides.own], vectors[sides.own]
     covariance = scatter / (count - 1)
-    variance = quadratic(covariance, vectors)
+    variance = quadratic_form(covariance, vectors)
     with torch.no_grad():
         eps, squares = torch.finfo(vectors.dtype).eps, vectors.square()
         # Coefficients describe differences, and are exact where increments differ. Only for equal frames,
@@ -226,8 +219,8 @@ def _others_are_alike(sides: PairSides) -> Tensor:
     This cannot be tested on the coefficients: cancelling attention logits can make the rounding of their
     summands arbitrarily large there.
     """
-    asking = sides.others.mean if isinstance(sides.others, PreparedVideo) else sides.others.vectors
-    ends = torch.stack([asking.amax(dim=0), -asking.amin(dim=0)])
+    queries = sides.others.mean if isinstance(sides.others, PreparedVideo) else sides.others.vectors
+    ends = torch.stack([queries.amax(dim=0), -queries.amin(dim=0)])
     if sides.owner == "video":
         ends = max_over_workers(ends)
     return (ends.sum(dim=0).square() <= rounding_noise(ends.abs().amax(dim=0))).all()

@@ -10,7 +10,7 @@ import torch
 
 from gare.errors import ConfigError
 from gare.model.encoders.clip import ClipTowers
-from gare.model.encoders.compiled import cast_once, compile_towers
+from gare.model.encoders.compiled import cast_weights_once, compile_towers
 from tests.benchmarks.gpu.bench import Bench, Row, Timing, if_memory_suffices, say, seconds_of
 from tests.benchmarks.gpu.step import build_model
 from tests.benchmarks.size import multiply_adds
@@ -67,7 +67,7 @@ def _prepared(
     """Prepares the towers for a variant; returns them and the seconds of compiling."""
     if not variant:
         return towers, {}
-    ready = cast_once(towers, torch.bfloat16)
+    ready = cast_weights_once(towers, torch.bfloat16)
     if variant != COMPILED:
         return ready, {}
 

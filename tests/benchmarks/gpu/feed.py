@@ -71,7 +71,7 @@ def finish_of(config: Config) -> Finish:
     def finish(place: int, tensors: Tensors) -> Tensors:
         num = len(tensors["frame_mask"])
         planned = PlannedBatch("train", 0, np.arange(num) + place * num, np.zeros(num, np.int64))
-        return source.augmented(planned, tensors)
+        return source.augment_clips(planned, tensors)
 
     return finish
 

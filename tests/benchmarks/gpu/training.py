@@ -21,7 +21,7 @@ import numpy as np
 
 from gare.config import Config, parse_config
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
-from gare.model.encoders.compiled import settle_compile
+from gare.model.encoders.compiled import resolve_compile
 from gare.train.checkpoint.history import History
 from tests.benchmarks.gpu.bench import Bench, OutOfTimeError, Row, say
 from tests.benchmarks.gpu.clip_store import write_clips
@@ -59,7 +59,7 @@ def measure(bench: Bench) -> Row:
             raise OutOfTimeError("no step was recorded before the part's time was over")
         raise RuntimeError(f"training ended with status {status}; what it said is above")
     found = summary(record, config.train.batch_size)
-    compiled = settle_compile(config.train.compile, bench.device)
+    compiled = resolve_compile(config.train.compile, bench.device)
     in_step = [row for row in bench.found.get("step", {}).get("rows", []) if _is_of(row, config, compiled)]
     if in_step:
         found["times_the_step_alone"] = found["wall_ms"] / in_step[0]["step_ms"]

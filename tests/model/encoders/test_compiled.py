@@ -19,10 +19,10 @@ from gare.model.encoders import compiled
 from gare.model.encoders.clip import ClipTowers, tower_frames, tower_text
 from gare.model.encoders.compiled import (
     CompiledBlocks,
-    cast_once,
+    cast_weights_once,
     checkpoint_activations,
     compile_towers,
-    settle_compile,
+    resolve_compile,
 )
 from gare.model.gare import GARE
 from gare.train.loss.objective import Objective
@@ -101,7 +101,7 @@ def test_auto_compiles_where_a_gpu_has_a_compiler(
 ) -> None:
     """A laptop would wait for code that its small runs never pay back; a GPU without it idles."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if has_triton else None)
-    assert settle_compile(wanted, torch.device(device)) == found
+    assert resolve_compile(wanted, torch.device(device)) == found
 
 
 def test_off_can_be_written_as_yaml_reads_it() -> None:
@@ -210,7 +210,7 @@ def use_backend(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles with it in place of inductor, on a CPU as on a GPU that has a compiler."""
     compile_blocks = CompiledBlocks.compile
     monkeypatch.setattr(CompiledBlocks, "compile", lambda blocks: compile_blocks(blocks, backend))
-    monkeypatch.setattr(compiled, "settle_compile", lambda wanted, device: "towers")
+    monkeypatch.setattr(compiled, "resolve_compile", lambda wanted, device: "towers")
 
 
 def test_a_compiler_that_fails_costs_auto_nothing_but_speed(
@@ -327,7 +327,7 @@ def test_weights_cast_once_change_no_bit(dtype: torch.dtype, seed: int, rng: np.
     """A feature store must not depend on the version that made it; its fingerprint would not say so."""
     towers = towers_of(model_of(tiny_config(), seed)).eval()
     before = {name: value.clone() for name, value in towers.state_dict().items()}
-    ready = cast_once(towers, dtype)
+    ready = cast_weights_once(towers, dtype)
     batch = batch_of(6, rng)
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         for encode in (

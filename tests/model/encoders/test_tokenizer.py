@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gare.errors import DataError
-from gare.model.encoders.tokenizer import clean, tokenize
+from gare.model.encoders.tokenizer import clean_text, tokenize
 from tests.helpers.golden import GOLDEN
 
 START, END = 49406, 49407
@@ -54,7 +54,7 @@ def test_long_captions_keep_their_end_marker() -> None:
 
 def test_cleaning_is_clips() -> None:
     """Mojibake, entities and white space of scraped captions must not become other words."""
-    assert clean("  A &amp;amp; B\n\tcaf\u00c3\u00a9  ") == "a & b caf\u00e9"
+    assert clean_text("  A &amp;amp; B\n\tcaf\u00c3\u00a9  ") == "a & b caf\u00e9"
 
 
 @given(st.text(st.characters(codec="ascii"), max_size=40))
@@ -62,7 +62,7 @@ def test_cleaning_is_clips() -> None:
 def test_plain_ascii_is_cleaned_as_all_else(text: str) -> None:
     """It goes a shorter way, in a tenth of the time; another result would be other tokens than CLIP's."""
     longer = html.unescape(html.unescape(ftfy.fix_text(text)))
-    assert clean(text) == re.sub(r"\s+", " ", longer).strip().lower()
+    assert clean_text(text) == re.sub(r"\s+", " ", longer).strip().lower()
 
 
 def test_what_is_no_text_is_named() -> None:

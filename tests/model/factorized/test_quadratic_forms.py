@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gare.model.factorized.quadratic_forms import Length, gram, quadratic
+from gare.model.factorized.quadratic_forms import Length, gram, quadratic_form
 
 
 def test_gradients_are_those_of_finite_differences(seed: int) -> None:
@@ -14,7 +14,7 @@ def test_gradients_are_those_of_finite_differences(seed: int) -> None:
     weights = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
 
     def form(vectors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return quadratic(gram(vectors), weights)
+        return quadratic_form(gram(vectors), weights)
 
     combined = weights.transpose(1, 2) @ vectors
     torch.testing.assert_close(form(vectors, weights), combined.square().sum(dim=2))

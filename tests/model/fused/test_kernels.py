@@ -23,7 +23,7 @@ from gare.model.budget import Budget
 from gare.model.factorized.prepared import Embeddings, PreparedVideo
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.fused import blocks as fused
-from gare.model.fused.blocks import Asked, Fused, fused_pairs, merge_moments
+from gare.model.fused.blocks import FusedPairs, FusedRequest, fused_pairs, merge_moments
 from gare.model.fused.tile_sizes import SHARED_BYTES
 from gare.model.gare import GARE
 from gare.train.loss import blocks
@@ -47,34 +47,38 @@ def sides(model: GARE, text: TextFeatures, video: VideoFeatures) -> tuple[Embedd
     return scorer.query_embeddings(text.embedding), scorer.with_basis(video, scorer.basis_maps(), None)
 
 
-def plain(model: GARE, texts: Embeddings, video: PreparedVideo, asked: Asked, sample: Tensor | None) -> Fused:
+def plain(
+    model: GARE, texts: Embeddings, video: PreparedVideo, asked: FusedRequest, sample: Tensor | None
+) -> FusedPairs:
     """The same by the definition."""
     wanted = BlockRequest(
         asked.moments, False, asked.normalised, (asked.sample is not None, sample), asked.plain
     )
     block = _block(model.scorer, "video", video, texts, wanted, sample, None)
     mean, scatter = block.moments or (None, None)
-    return Fused(block.scores, block.norms, block.plain, block.sampled, mean, scatter)
+    return FusedPairs(block.scores, block.norms, block.plain, block.sampled, mean, scatter)
 
 
-def gradients(found: Fused, factors: Fused, leaves: list[Tensor]) -> list[Tensor]:
+def gradients(found: FusedPairs, factors: FusedPairs, leaves: list[Tensor]) -> list[Tensor]:
     """Of a sum of all that was found, each number with a factor of its own."""
     total = sum(
         (value * factor).sum()
-        for name, value, factor in zip(Fused._fields, found, factors, strict=True)
+        for name, value, factor in zip(FusedPairs._fields, found, factors, strict=True)
         if value is not None and factor is not None and name != "plain"
     )
     assert isinstance(total, Tensor)
     return list(torch.autograd.grad(total, leaves, allow_unused=True))
 
 
-def compare(model: GARE, text: TextFeatures, video: VideoFeatures, asked: Asked, *, tolerance: float) -> None:
+def compare(
+    model: GARE, text: TextFeatures, video: VideoFeatures, asked: FusedRequest, *, tolerance: float
+) -> None:
     """Holds values and gradients against the plain form in float64."""
     sample = asked.sample if isinstance(asked.sample, Tensor) else None
     exact = GARE(model.config).double()
     exact.load_state_dict(model.state_dict())
     outcomes = []
-    factors: Fused | None = None
+    factors: FusedPairs | None = None
     for one, is_fused in ((exact.eval(), False), (model, True)):
         kind = next(one.parameters()).dtype
         embedding = text.embedding.to(kind).requires_grad_()
@@ -84,12 +88,12 @@ def compare(model: GARE, text: TextFeatures, video: VideoFeatures, asked: Asked,
             fused_pairs(one.scorer.rule, *owners, asked) if is_fused else plain(one, *owners, asked, sample)
         )
         if factors is None:
-            factors = Fused(*(None if value is None else torch.randn_like(value) for value in found))
+            factors = FusedPairs(*(None if value is None else torch.randn_like(value) for value in found))
         leaves = [embedding, frames, *one.increment.parameters()]  # type: ignore[union-attr]
-        scaled = Fused(*(None if factor is None else factor.to(kind) for factor in factors))
+        scaled = FusedPairs(*(None if factor is None else factor.to(kind) for factor in factors))
         outcomes.append((found, gradients(found, scaled, leaves)))
     (expected, expected_grads), (found, grads) = outcomes
-    for name, value, right in zip(Fused._fields, found, expected, strict=True):
+    for name, value, right in zip(FusedPairs._fields, found, expected, strict=True):
         if asked.norms or name != "norms":
             assert (value is None) == (right is None), name
         if value is not None and right is not None:
@@ -132,7 +136,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(
     model = head(WIDTH, corrected_side=side, gap_sign=sign, increment_heads=heads)
     text, video = features(num_texts, num_videos, num_frames, 3, WIDTH, torch.float64)
     some: Any = {"none": None, "all": "all", "some": torch.arange(0, num_texts, 2)}[sampled]
-    asked = Asked(norms=True, plain=True, sample=some, moments=True, normalised=normalised)
+    asked = FusedRequest(norms=True, plain=True, sample=some, moments=True, normalised=normalised)
     compare(model, text, video, asked, tolerance=1e-8)
 
 
@@ -143,7 +147,7 @@ def test_tiles_of_every_size(num_frames: int, heads: int, side: str, seed: int) 
     torch.manual_seed(seed)
     model = head(WIDTH, corrected_side=side, increment_heads=heads)
     text, video = features(70, 2, num_frames, 3, WIDTH, torch.float64)
-    asked = Asked(norms=True, sample=torch.tensor([3, 69]), moments=True)
+    asked = FusedRequest(norms=True, sample=torch.tensor([3, 69]), moments=True)
     compare(model, text, video, asked, tolerance=1e-8)
 
 
@@ -155,7 +159,7 @@ def test_parts_of_the_texts_make_the_whole(
     torch.manual_seed(seed)
     model = head(WIDTH)
     text, video = features(97, 2, num_frames, 3, WIDTH, torch.float64)
-    asked = Asked(norms=True, sample=torch.tensor([3, 96]), moments=True, normalised=True)
+    asked = FusedRequest(norms=True, sample=torch.tensor([3, 96]), moments=True, normalised=True)
     monkeypatch.setattr(fused._Shape, "texts_per_program", lambda shape, device: 32)
     compare(model, text, video, asked, tolerance=1e-8)
     with torch.no_grad():
@@ -185,7 +189,7 @@ def test_float32_keeps_the_promise(side: str, seed: int) -> None:
     torch.manual_seed(seed)
     model = head(WIDTH, corrected_side=side, spread=0.0, dtype=torch.float32)
     text, video = clip_like(33, 12, 3, WIDTH)
-    asked = Asked(norms=True, sample=torch.tensor([0, 32]), moments=True)
+    asked = FusedRequest(norms=True, sample=torch.tensor([0, 32]), moments=True)
     compare(model, text, video, asked, tolerance=1e-4)
 
 
@@ -198,7 +202,7 @@ def test_extreme_logits_and_equal_frames(seed: int) -> None:
     frames[1] = frames[1, :1]
     frames[2] *= 1e4
     video = VideoFeatures(frames, torch.ones_like(video.mask))
-    asked = Asked(norms=True, sample="all", moments=True)
+    asked = FusedRequest(norms=True, sample="all", moments=True)
     compare(model, text, video, asked, tolerance=1e-6)
 
 
@@ -243,7 +247,7 @@ def test_lean_videos_are_scored_as_those_with_a_basis(heads: int, seed: int) -> 
         right = model.scorer.pair_numbers(*reversed(sides(model, text, video))).scores
         asking = model.scorer.query_embeddings(text.embedding, lean=True)
         for some in (slice(0, 7), slice(0, 70)):
-            found = fused_pairs(model.scorer.rule, asking[some], lean, Asked())
+            found = fused_pairs(model.scorer.rule, asking[some], lean, FusedRequest())
             torch.testing.assert_close(found.scores, right[:, some], rtol=0, atol=1e-10)
 
 
@@ -349,10 +353,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gare.model.fused import kernels
 from gare.model.factorized.pairs import ScoringRule
-from gare.model.fused.blocks import Asked, constants_of
+from gare.model.fused.blocks import FusedRequest, constants_of
 for num_frames, heads in ((12, 1), (32, 1), (64, 1)):
     for kernel in (kernels.forward, kernels.backward):
-        asked = Asked(norms=True, plain=True, sample="all", moments=True)
+        asked = FusedRequest(norms=True, plain=True, sample="all", moments=True)
         rule = ScoringRule("text", 3.0, None)
         constants = constants_of(rule, asked, 512, num_frames, heads, torch.float32, True)
         warps = constants.pop("num_warps")

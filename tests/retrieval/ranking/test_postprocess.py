@@ -9,12 +9,12 @@ import torch
 from gare.errors import DataError
 from gare.retrieval.ranking.grid import Grid
 from gare.retrieval.ranking.metrics import retrieval_metrics
-from gare.retrieval.ranking.postprocess import Processing
+from gare.retrieval.ranking.postprocess import PostProcessing
 from gare.retrieval.ranking.ranks import rank_blocks
 from gare.retrieval.ranking.scoring import MatrixBlocks
 from tests.retrieval.ranking.test_ranks import random_grid
 
-BOTH = Processing(dsl_scale=30.0, qbnorm_scale=20.0)
+BOTH = PostProcessing(dsl_scale=30.0, qbnorm_scale=20.0)
 
 
 def only(metrics: dict[str, float], direction: str) -> dict[str, float]:
@@ -77,7 +77,7 @@ def test_equal_queries_stay_equal(rng: np.random.Generator) -> None:
     """Corrections that break ties by rounding would make the order of the files matter."""
     scores = torch.from_numpy(rng.uniform(-1, 1, (1, 9))).float().repeat(9, 1)
     found = rank_blocks(
-        MatrixBlocks(scores), Grid.of(torch.arange(9), 9, texts=2, videos=4), Processing(50.0)
+        MatrixBlocks(scores), Grid.of(torch.arange(9), 9, texts=2, videos=4), PostProcessing(50.0)
     )
     assert found["dsl"].v2t is not None
     assert torch.equal(found["dsl"].v2t.rank, torch.full((9,), 5.0, dtype=torch.float64))
@@ -87,4 +87,4 @@ def test_a_bank_is_needed() -> None:
     """Plain numbers under the name qbnorm would claim what was not done."""
     owner = torch.arange(3)
     with pytest.raises(DataError, match="no bank"):
-        rank_blocks(MatrixBlocks(torch.eye(3)), Grid.of(owner, 3), Processing(qbnorm_scale=20.0))
+        rank_blocks(MatrixBlocks(torch.eye(3)), Grid.of(owner, 3), PostProcessing(qbnorm_scale=20.0))

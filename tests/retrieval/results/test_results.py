@@ -17,7 +17,7 @@ from gare.retrieval.gallery import FILE as GALLERY
 from gare.retrieval.ranking.grid import Grid
 from gare.retrieval.ranking.ranks import rank_blocks
 from gare.retrieval.ranking.scoring import MatrixBlocks
-from gare.retrieval.results.evaluation import read_evaluated
+from gare.retrieval.results.evaluation import read_evaluation
 from gare.retrieval.results.files import processing_of, write_results
 from gare.retrieval.results.notes import evaluation_note
 from gare.retrieval.results.queries import owners_of
@@ -53,7 +53,7 @@ def test_nothing_of_an_earlier_evaluation_stays(rng: np.random.Generator, tmp_pa
     with pytest.raises(AttributeError):
         write_results(str(folder), {"": None}, ROWS, ABOUT, EvaluateConfig())  # type: ignore[dict-item]
     with pytest.raises(DataError, match="there is no evaluation"):
-        read_evaluated(str(folder))
+        read_evaluation(str(folder))
 
 
 def test_a_checkpoint_from_elsewhere_has_not_the_runs_settings(
@@ -65,10 +65,10 @@ def test_a_checkpoint_from_elsewhere_has_not_the_runs_settings(
     settings = {"model": {"increment": True}, "train": {"seed": 3}}
     write_json(str(folder.parent / "run.json"), {"settings": settings})
     evaluate(folder, EvaluateConfig(resamples=0), rng, checkpoint=f"{folder.parent}/best")
-    mine = read_evaluated(str(folder))
+    mine = read_evaluation(str(folder))
     assert (mine.model, mine.seed, mine.benchmark) == ("gare", 3, "own")
     evaluate(folder, EvaluateConfig(resamples=0), rng, checkpoint="/elsewhere/best")
-    other = read_evaluated(str(folder))
+    other = read_evaluation(str(folder))
     assert (other.model, other.seed) == ("unknown", None)
     assert other.settings != mine.settings
 
@@ -90,7 +90,7 @@ def test_seeds_of_two_versions_are_seeds_of_one_model(rng: np.random.Generator, 
         folder.mkdir(parents=True)
         write_json(str(folder.parent / "run.json"), {"settings": settings})
         evaluate(folder, EvaluateConfig(resamples=0), rng, checkpoint=f"{folder.parent}/best")
-        hashes.append(read_evaluated(str(folder)).settings)
+        hashes.append(read_evaluation(str(folder)).settings)
     assert hashes[0] == hashes[1] != hashes[2]
 
 

@@ -16,13 +16,13 @@ from PIL import Image
 from gare.data.splits import split_hash, split_hash_of
 from gare.errors import DataError
 from gare.report.table_picture import table_picture
-from gare.retrieval.results.evaluation import Evaluated, evaluation_pairs
+from gare.retrieval.results.evaluation import Evaluation, evaluation_pairs
 from gare.retrieval.results.paper_scores import LOOKS, published_scores
-from gare.retrieval.results.table import COLUMNS, compared_table, suite_table
+from gare.retrieval.results.table import COLUMNS, comparison_table, suite_table
 from tests.retrieval.results.test_compare import gallery, run_of
 
 
-def evaluated(name: str, rng: np.random.Generator, strength: float, **changes: object) -> Evaluated:
+def evaluated(name: str, rng: np.random.Generator, strength: float, **changes: object) -> Evaluation:
     rows = gallery()
     queries = run_of(rows, rng, strength)
     ranks = queries.of_direction("t2v")["rank"].to_numpy()
@@ -35,13 +35,13 @@ def evaluated(name: str, rng: np.random.Generator, strength: float, **changes: o
         "num_videos": len(rows),
     } | changes
     metrics = {"t2v/R1": 100 * float((ranks <= 1).mean()), "t2v/MnR": float(ranks.mean())}
-    return Evaluated(name, "", measured_on, "gare", 0, "s", metrics, {"t2v/R1": [1.0, 2.0]}, queries)
+    return Evaluation(name, "", measured_on, "gare", 0, "s", metrics, {"t2v/R1": [1.0, 2.0]}, queries)
 
 
 def test_a_difference_is_shown_beside_the_paper(rng: np.random.Generator) -> None:
     """A person sees which run is better, by how much, and how far both are from the paper."""
     first, second = evaluated("d/weak", rng, 1.0), evaluated("d/strong", rng, 4.0)
-    table = compared_table([(first, second)], resamples=200, seed=0, title="two")
+    table = comparison_table([(first, second)], resamples=200, seed=0, title="two")
     gain = second.metrics["t2v/R1"] - first.metrics["t2v/R1"]
     assert table.numbers["msvd/t2v/R1/difference"] == pytest.approx(gain)
     text = table.markdown()
@@ -56,12 +56,12 @@ def test_what_is_better_is_marked(rng: np.random.Generator) -> None:
     weak, strong = evaluated("d/weak", rng, 1.0), evaluated("d/strong", rng, 4.0)
     recall, rank = (COLUMNS.index(name, 1) for name in ("t→v R@1", "MnR"))
     for pair, marked in (((weak, strong), "better"), ((strong, weak), "worse")):
-        (section,) = compared_table([pair], resamples=200, seed=0, title="two").sections
+        (section,) = comparison_table([pair], resamples=200, seed=0, title="two").sections
         (row,) = [row for row in section.rows if row.kind == "difference"]
         assert {recall, rank} <= getattr(row, marked)
         assert not row.better & row.worse
         assert f"**{row.cells[recall]}**" in row.markdown()
-    (section,) = compared_table([(weak, weak)], resamples=50, seed=0, title="same").sections
+    (section,) = comparison_table([(weak, weak)], resamples=50, seed=0, title="same").sections
     assert not any(row.better | row.worse for row in section.rows)
     other = dataclasses.replace(strong, model="baseline", settings="t")
     (section,) = suite_table([weak, other], title="suite").sections
@@ -93,7 +93,7 @@ def test_runs_of_other_data_are_not_compared_silently(
 ) -> None:
     """Published scores differ by points for such reasons; a difference would be read as one of models."""
     first, second = evaluated("d/a", rng, 1.0), evaluated("d/b", rng, 4.0, **{key: value})
-    table = compared_table([(first, second)], resamples=20, seed=0, title="two")
+    table = comparison_table([(first, second)], resamples=20, seed=0, title="two")
     assert table.numbers == {}
     assert len(table.sections) == 2
     for section in table.sections:
@@ -108,7 +108,7 @@ def test_the_papers_rows_say_that_they_are_the_best_of_many_looks(rng: np.random
     moved = evaluated("d/c", rng, 1.0, protocol="another")
     tables = [suite_table([run], title="s"), suite_table([moved], title="s")]
     tables += [
-        compared_table([pair], resamples=20, seed=0, title="c") for pair in ((run, other), (run, moved))
+        comparison_table([pair], resamples=20, seed=0, title="c") for pair in ((run, other), (run, moved))
     ]
     for section in (section for table in tables for section in table.sections):
         assert any(row.kind == "paper" for row in section.rows)
@@ -167,7 +167,7 @@ def test_what_must_be_known_of_a_run_is_below_its_table(rng: np.random.Generator
     noted = dataclasses.replace(noted, note=note)
     moved = evaluated("d/b", rng, 1.0, num_texts=7)
     tables = [suite_table([other, noted], title="s")]
-    tables += [compared_table([(noted, one)], resamples=20, seed=0, title="c") for one in (other, moved)]
+    tables += [comparison_table([(noted, one)], resamples=20, seed=0, title="c") for one in (other, moved)]
     for table in tables:
         assert table.markdown().count(f"- d/zero-shot: {note}\n") == 1
 
@@ -209,7 +209,7 @@ def test_the_picture_grows_with_the_table(rng: np.random.Generator) -> None:
     first, second = evaluated("d/weak", rng, 1.0), evaluated("d/strong", rng, 4.0)
     heights = []
     for count in (1, 2):
-        table = compared_table([(first, second)] * count, resamples=20, seed=0, title="weak and strong")
+        table = comparison_table([(first, second)] * count, resamples=20, seed=0, title="weak and strong")
         image = Image.open(io.BytesIO(table_picture(table)))
         assert len(image.getcolors(1_000_000) or []) > 20
         heights.append(image.height)

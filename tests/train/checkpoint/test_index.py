@@ -98,7 +98,7 @@ def test_what_was_not_finished_does_not_count(tmp_path: Path, learner: Learner) 
     half.mkdir()
     (half / MODEL).write_bytes(b"half")
     assert [entry.step for entry in checkpoints.entries()] == [2, 4, 6]
-    checkpoints.rewind(Entry(4, 0))
+    checkpoints.remove_after(Entry(4, 0))
     assert [entry.step for entry in checkpoints.entries()] == [2, 4]
     assert names(tmp_path / "c") == {Entry(2, 0).name, Entry(4, 0).name, INDEX}
     (tmp_path / "c" / INDEX).write_bytes(b"[{")
@@ -210,7 +210,7 @@ def test_half_a_file_of_a_killed_writer_does_not_stay(tmp_path: Path, learner: L
     half = tmp_path / "c" / Entry(2, 0).name / ".gare-0123456789abcdef.tmp"
     half.parent.mkdir()
     half.write_bytes(b"half")
-    checkpoints.rewind(Entry(1, 0))
+    checkpoints.remove_after(Entry(1, 0))
     assert not half.exists()
     assert checkpoints.entries() == [Entry(1, 0)]
 

@@ -31,7 +31,7 @@ from gare.train.checkpoint.files import (
 )
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import INDEX, Checkpoints, CheckpointWriter, Entry
-from gare.train.checkpoint.initial_model import initial_model, read_start
+from gare.train.checkpoint.initial_model import initial_model, read_initial_model
 from gare.train.checkpoint.sums import SUMS
 from gare.train.curve import CheckpointScorer
 from gare.train.step import Learner, build_learner
@@ -116,10 +116,10 @@ def test_the_initial_model_of_a_run_on_features_is_compared(tmp_path: Path, rng:
     for _ in range(2):
         write_model(str(uri), model)
     assert sorted(path.name for path in uri.iterdir()) == [MODEL, SUMS]
-    read_start(str(uri), tiny_config().model)
+    read_initial_model(str(uri), tiny_config().model)
     (uri / MODEL).write_bytes(flipped((uri / MODEL).read_bytes(), rng))
     with pytest.raises(DamagedError, match=MODEL):
-        read_start(str(uri), tiny_config().model)
+        read_initial_model(str(uri), tiny_config().model)
 
 
 def test_flipped_bits_on_s3(s3: Any, rng: np.random.Generator) -> None:
@@ -335,7 +335,7 @@ def test_a_damaged_row_is_forgotten_where_the_run_goes_on(indexed: Checkpoints) 
     file.write_text(json.dumps(rows))
     kept = indexed.entries()
     assert [entry.step for entry in kept] == [1, 2, 4]
-    indexed.rewind(kept[-1])
+    indexed.remove_after(kept[-1])
     assert [row["step"] for row in json.loads(file.read_bytes())] == [1, 2, 4]
     assert not Path(indexed.uri, Entry(3, 3).name).exists()
     for row in rows:

@@ -17,7 +17,7 @@ from gare.errors import ConfigError
 from gare.model.encoders.tokenizer import tokenize
 from gare.model.gare import GARE
 from gare.train.input.inputs import FeatureInput, FrameInput, input_of
-from gare.train.input.loader import Arrays, FrameLoader, Listed, clip_seeds
+from gare.train.input.loader import Arrays, FrameLoader, WorkerBatches, clip_seeds
 from gare.train.input.plan import plan_run
 from gare.train.input.sampler import step_seed
 from tests.helpers.manifests import rows_of_splits
@@ -38,13 +38,13 @@ def splits_in(folder: Path, config: Config, rng: np.random.Generator) -> StoredS
     return read_splits(manifest, str(folder / "frames"), config.extract)
 
 
-def plan_of(config: Config, splits: StoredSplits, rank: int = 0, workers: int = 1) -> Listed:
+def plan_of(config: Config, splits: StoredSplits, rank: int = 0, workers: int = 1) -> WorkerBatches:
     captions = [len(row.captions) for row in splits.train]
     plan = plan_run(captions, len(splits.val), config.train, rank=rank, world_size=workers)
-    return Listed(plan, splits.ids())
+    return WorkerBatches(plan, splits.ids())
 
 
-def load_in_pieces(load: FrameLoader, listed: Listed, size: int) -> list[dict[str, np.ndarray]]:
+def load_in_pieces(load: FrameLoader, listed: WorkerBatches, size: int) -> list[dict[str, np.ndarray]]:
     """Every batch of a plan, loaded in pieces of so many rows and put together."""
     batches = []
     for number, batch in enumerate(listed.plan.batches):
@@ -64,7 +64,7 @@ def test_the_same_clips_in_any_pieces_and_for_any_workers(
     config = tiny_config(*EVERYTHING, *overrides, f"train.seed={seed}")
     splits = splits_in(tmp_path, config, rng)
     source = FrameInput(config, str(tmp_path / "frames"))
-    shared, model = source.shared(splits), GARE(config.model)
+    shared, model = source.shared_data(splits), GARE(config.model)
 
     def batches(size: int, rank: int = 0, workers: int = 1) -> list[dict[str, np.ndarray]]:
         listed = plan_of(config, splits, rank, workers)
@@ -90,7 +90,7 @@ def test_clips_come_with_their_captions(rng: np.random.Generator, tmp_path: Path
     config = tiny_config("model.clip.vocab_size=49408")
     splits = splits_in(tmp_path, config, rng)
     source, listed = FrameInput(config, str(tmp_path / "frames")), plan_of(config, splits)
-    load = source.loader(listed, source.shared(splits), CPU, GARE(config.model))()
+    load = source.loader(listed, source.shared_data(splits), CPU, GARE(config.model))()
     reader = FrameReader(str(tmp_path / "frames"))
     for number, batch in enumerate(listed.plan.batches):
         found = load(number, 0, len(batch.videos))
@@ -118,7 +118,7 @@ def test_the_two_places_take_the_same_frames(rng: np.random.Generator, tmp_path:
     splits = splits_in(tmp_path, config, rng)
     store, listed = str(tmp_path / "frames"), plan_of(config, splits)
     source = FrameInput(config, store)
-    tokens = source.shared(splits)
+    tokens = source.shared_data(splits)
     here = FrameLoader(store, listed, tokens, augment=config.augment, seed=config.train.seed)
     there = FrameLoader(store, listed, tokens, whole=True)
     batch = listed.plan.batches[0]

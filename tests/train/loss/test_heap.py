@@ -43,7 +43,7 @@ def test_blocks_that_are_computed_again_give_back(monkeypatch: pytest.MonkeyPatc
 
     step()
     assert times == []  # all at once within the budget
-    monkeypatch.setattr(blocks, "numbers_of_a_pair", lambda *_, **__: 10**8)
+    monkeypatch.setattr(blocks, "count_pair_numbers", lambda *_, **__: 10**8)
     step()
     # Six blocks of one video each; every other one, forward and backward.
     assert len(times) == 6

@@ -115,7 +115,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         cluster = resolve_resources(config, config.train.batch_size * source.row_bytes())
         require_train_resources(cluster)
         config = config.model_copy(update={"cluster": cluster})
-        config = with_precision(config, have_bf16=require_usable_gpus(config.cluster))
+        config = with_precision(config, have_bf16=require_usable_gpus(cluster))
         warn_of_towers_that_stay(config, plan.num_steps)
         if lock:
             lock.raise_if_lost()

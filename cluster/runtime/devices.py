@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gare.config import ClusterConfig
 from gare.errors import ConfigError, GareError
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class _Probe:
             return Answer("", f"{line}; torch {torch.__version__} {build}, CUDA_VISIBLE_DEVICES {visible!r}")
 
 
-def require_usable_gpus(config: ClusterConfig) -> bool | None:
+def require_usable_gpus(config: ResolvedCluster) -> bool | None:
     """Checks, before training begins, that torch can use the free GPUs and that all are different.
 
     Ray assigns as many GPUs as it was told to have, even if they do not exist.
@@ -75,7 +74,7 @@ def require_usable_gpus(config: ClusterConfig) -> bool | None:
         return False
     import ray
 
-    count = min(config.resolved.train_workers, int(ray.available_resources().get("GPU", 0)))
+    count = min(config.train_workers, int(ray.available_resources().get("GPU", 0)))
     probes: list[Any] = [ray.remote(num_cpus=0, num_gpus=1)(_Probe).remote() for _ in range(count)]
     try:
         # All at once, so that no two probes get the same GPU.
@@ -113,7 +112,7 @@ def refuse_unusable(answers: Sequence[Answer]) -> None:
         )
 
 
-def device_of_worker(config: ClusterConfig) -> torch.device:
+def device_of_worker(config: ResolvedCluster) -> torch.device:
     """Returns the device that Ray gave this worker; sets torch's threads to the worker's own CPUs.
 
     Raises:

@@ -89,11 +89,11 @@ class ClusterConfig(Section):
         """This section with numbers alone.
 
         Raises:
-            TypeError: if one that training needs is still automatic.
+            ValueError: if a value that training needs is still automatic.
         """
-        if not isinstance(self, ResolvedCluster):
-            raise TypeError("the cluster's automatic resources are not resolved yet")
-        return self
+        return (
+            self if isinstance(self, ResolvedCluster) else ResolvedCluster.model_validate(self.model_dump())
+        )
 
 
 class ResolvedCluster(ClusterConfig):

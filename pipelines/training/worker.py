@@ -102,7 +102,7 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     name = f"{config.name}/{config.train.run}"
     set_up_logging(replace=True, log_format=config.tracking.log_format, run=name, rank=rank)
-    device = device_of_worker(config.cluster)
+    device = device_of_worker(config.cluster.resolved)
     source = input_of_run(config, places, task["settings"])
     splits = _begun_splits(source, places.manifest, folder, task["clips"])
     worker_batches = _listed(config.train, splits, rank, world_size)

@@ -48,7 +48,7 @@ TREE: dict[str, Any] = {
         "direction_weight": 0.5,
     },
     "train": {"batch_size": 6, "epochs": 3, "clip_lr": 1e-3, "lr": 1e-3},
-    "cluster": {"train_workers": 1},
+    "cluster": {"train_workers": 1, "loaders_per_worker": 1},
 }
 
 

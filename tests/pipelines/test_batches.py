@@ -22,6 +22,7 @@ from cluster.runtime.batches import CHUNK_BYTES, BatchRequest, Load, ahead_bytes
 from cluster.runtime.devices import Answer, device_of_worker, explain_out_of_memory, refuse_unusable
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, DataError, GareError
+from tests.helpers.clusters import resolved_cluster
 from tests.helpers.pipelines import tiny
 
 #: So large that a batch of 5 rows comes in chunks of 2.
@@ -201,9 +202,9 @@ def test_a_worker_without_its_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     import ray.train.torch
 
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
-    assert device_of_worker(ClusterConfig(cpus_per_worker=1)).type == "cpu"
+    assert device_of_worker(resolved_cluster()).type == "cpu"
     with pytest.raises(ConfigError, match="no GPU that torch can use"):
-        device_of_worker(ClusterConfig(cpus_per_worker=1, use_gpu=True))
+        device_of_worker(resolved_cluster(use_gpu=True))
 
 
 MESSAGE = (

@@ -18,6 +18,7 @@ from cluster.runtime.resources import (
 )
 from gare.config import ClusterConfig, ResolvedCluster, parse_config
 from gare.errors import ConfigError
+from tests.helpers.clusters import resolved_cluster
 
 LAPTOP = [Node(8, 0)]
 WORKSTATION = [Node(32, 4)]
@@ -28,16 +29,6 @@ CPU_NODES = [Node(0, 0), Node(16, 0), Node(8, 0), Node(16, 0)]
 def automatic(**settings: object) -> ClusterConfig:
     asked = {"train_workers": "auto", "cpus_per_worker": "auto", "use_gpu": "auto"}
     return ClusterConfig.model_validate(asked | settings)
-
-
-def resolved(**settings: object) -> ResolvedCluster:
-    known: dict[str, object] = {
-        "train_workers": 2,
-        "cpus_per_worker": 0.5,
-        "loaders_per_worker": 1,
-        "use_gpu": False,
-    }
-    return ResolvedCluster.model_validate(known | settings)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +81,7 @@ def test_fewest_workers() -> None:
 @pytest.mark.parametrize("cpus", [0.1, 0.5, 0.7, 1.4, 2.0])
 def test_workers_reserve_what_loads_for_them(cpus: float, loaders: int) -> None:
     """Ray divides what a node has by what a worker takes: it must come out whole, and leave nothing out."""
-    config = resolved(train_workers=3, cpus_per_worker=cpus, loaders_per_worker=loaders)
+    config = resolved_cluster(train_workers=3, cpus_per_worker=cpus, loaders_per_worker=loaders)
     each = resources_of_worker(config)["CPU"]
     assert each == cpus_of_worker(config)
     wanted = cpus + loaders * LOADER_CPUS
@@ -137,7 +128,7 @@ def test_nodes_that_are_too_few_are_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ray waits for them without a word, and a person believes that the training goes on."""
-    config = resolved()
+    config = resolved_cluster()
     assert num_that_fit(config, [Node(2, 0)]) == 2
     assert num_that_fit(config, [Node(1, 0)]) == 1  # the workers would fit, and what loads for them would not
     looks = threading.Semaphore(0)
@@ -174,7 +165,7 @@ def test_nodes_that_are_too_few_are_told(
 )
 def test_workers_that_nodes_can_hold(settings: dict[str, object], nodes: list[Node], expected: int) -> None:
     """Sixteen CPUs on eight nodes are no room for a worker of four: Ray would wait for ever."""
-    assert num_that_fit(resolved(**settings), nodes) == expected
+    assert num_that_fit(resolved_cluster(**settings), nodes) == expected
 
 
 def test_the_object_store_is_a_part_of_the_memory() -> None:

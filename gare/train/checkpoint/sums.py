@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 SUMS = "sums.json"
 ACCEPTED = f"a copy of the folder as it was written; or, where a file was changed on purpose, no {SUMS}"
 
-_noted: set[str] = set()
+#: Folders without sums that this process has logged a note for: only the first one.
+noted_folders: set[str] = set()
 
 
 def sha256_of(content: bytes) -> str:
@@ -180,8 +181,8 @@ def add_file(uri: str, name: str, content: bytes) -> None:
 
 def note_without_sums(folder: SummedFolder) -> None:
     """Logs once in this process that folders of an earlier version cannot be checked."""
-    if folder.sums is None and not _noted:
-        _noted.add(folder.uri)
+    if folder.sums is None and not noted_folders:
+        noted_folders.add(folder.uri)
         logger.warning(
             "%s has no %s, as an earlier version wrote it: a changed bit in its files would not be seen",
             without_secrets(folder.uri),

@@ -64,6 +64,9 @@ class Feed:
         finish: applied to each batch on the device; does nothing by default.
         loaders: number of processes that load the chunks in parallel.
         ahead: whether to transfer the next batch in a separate thread; by default on a GPU.
+
+    Attributes:
+        closing: set once ``close`` has been called: no further batch is wanted.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Feed:
         if self._is_gpu:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._made = self._make()
-        self._over = threading.Event()
+        self.closing = threading.Event()
         self._queue: queue.Queue[DeviceBatch | BaseException | None] = queue.Queue(WAITING)
         self._thread: threading.Thread | None = None
         self._ended = False
@@ -135,7 +138,7 @@ class Feed:
 
     def close(self) -> None:
         """Ends the thread and the loaders."""
-        self._over.set()
+        self.closing.set()
         self._ended = True
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
@@ -183,7 +186,7 @@ class Feed:
             self._put(error)
 
     def _put(self, item: DeviceBatch | BaseException | None) -> bool:
-        while not self._over.is_set():
+        while not self.closing.is_set():
             try:
                 self._queue.put(item, timeout=_LOOK_EVERY_S)
             except queue.Full:
@@ -234,7 +237,7 @@ class Feed:
             part = next(self._chunks, None)
             if part is None:
                 raise GareError(f"ended before batch {place + 1} of {len(self._sizes)}", where="loader")
-            if self._over.is_set():
+            if self.closing.is_set():
                 return None
             parts.append(part)
             rows += len(part["frame_mask"])

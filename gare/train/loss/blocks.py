@@ -130,12 +130,12 @@ def blocks_of(
             texts = texts[(texts >= first) & (texts < first + size)] - first
         texts = None if texts is None else texts.to(sides.owners.device)
         arguments = (scorer, sides.owner, owners, sides.others, wanted, texts, reference)
-        run: Callable[..., Block] = _fused if fused else _block
+        run: Callable[..., Block] = compute_fused_block if fused else compute_block
         if not recompute:
             yield run(*arguments)
             continue
         if not fused and number % TRIM_EVERY == 0:
-            run = _block_on_trimmed_heap
+            run = _compute_block_on_trimmed_heap
         block: Block = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         yield block
 
@@ -160,7 +160,7 @@ def takes_kernel(scorer: PairScorer, sides: PairSides, wanted: BlockRequest) -> 
     return scorer.takes_kernel(sides.positions[0], sides.owners.dtype, sides.owners.device, reason)
 
 
-def _fused(
+def compute_fused_block(
     scorer: PairScorer,
     owner: str,
     owners: PreparedVideo,
@@ -169,7 +169,7 @@ def _fused(
     texts: Tensor | None,
     reference: Tensor | None,
 ) -> Block:
-    """Computes ``_block`` by the fused kernels, for videos that own the basis."""
+    """Computes the same as ``compute_block`` by the fused kernels, for videos that own the basis."""
     del owner, reference
     sample = "all" if texts is None else texts
     request = FusedRequest(
@@ -184,13 +184,13 @@ def _fused(
     return Block(found.scores, found.norms, moments, None, found.sampled, found.plain)
 
 
-def _block_on_trimmed_heap(*arguments: Any) -> Block:
-    """Computes ``_block`` after returning free heap memory of earlier blocks; again in the backward."""
+def _compute_block_on_trimmed_heap(*arguments: Any) -> Block:
+    """Computes a block after returning free heap memory of earlier ones; again in the backward."""
     give_back_free_memory()
-    return _block(*arguments)
+    return compute_block(*arguments)
 
 
-def _block(
+def compute_block(
     scorer: PairScorer,
     owner: str,
     owners: PreparedVideo | PreparedText,
@@ -199,6 +199,17 @@ def _block(
     texts: Tensor | None,
     reference: Tensor | None,
 ) -> Block:
+    """Computes a block of pairs by plain operations.
+
+    Args:
+        scorer: of the model.
+        owner: as in ``PairSides``.
+        owners: the block's owners of a basis, or videos for the baseline.
+        others: all of the other side.
+        wanted: the values to return.
+        texts: indices of the diversity's texts among the block's owners or the others; None for all.
+        reference: from ``reference_of``, if increments are summed.
+    """
     pairs = scorer.pair_numbers(owners, others)
     plain = _plain(pairs, owners, others) if wanted.plain else None
     if pairs.weights is None:

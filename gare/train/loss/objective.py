@@ -290,13 +290,13 @@ class Objective(nn.Module):
 
     def _encode_text(self, batch: Batch | FeatureBatch) -> TextFeatures:
         """Encodes this worker's captions, float32 at least."""
-        text = TextFeatures.cat(self._in_parts(self._text_features, batch))
+        text = TextFeatures.cat(self._in_parts(self.encode_captions, batch))
         words = None if text.words is None else self._divided(text.words)
         return TextFeatures(self._divided(text.embedding), words, text.mask)
 
     def _encode_video(self, batch: Batch | FeatureBatch) -> VideoFeatures:
         """Encodes this worker's clips, float32 at least."""
-        video = VideoFeatures.cat(self._in_parts(self._video_features, batch))
+        video = VideoFeatures.cat(self._in_parts(self.encode_clips, batch))
         return VideoFeatures(self._divided(video.frames), video.mask)
 
     def _in_parts(
@@ -338,13 +338,14 @@ class Objective(nn.Module):
         )
         pictures = torch.zeros(*frame_mask.shape, side, side, 3, dtype=torch.uint8, device=device)
         blank = Batch(text_mask.long(), text_mask, pictures, frame_mask)
-        text, video = self._text_features(blank), self._video_features(blank)
+        text, video = self.encode_captions(blank), self.encode_clips(blank)
         learning = [one for one in self.model.towers.parameters() if one.requires_grad]
         if learning:
             total = text.embedding.sum() + video.frames.sum()
             torch.autograd.grad(total, learning, allow_unused=True)
 
-    def _text_features(self, part: Batch | FeatureBatch) -> TextFeatures:
+    def encode_captions(self, part: Batch | FeatureBatch) -> TextFeatures:
+        """Encodes the captions of a micro-batch, or of a whole one, in one pass; float32 at least."""
         with self._encoding(part):
             if isinstance(part, Batch):
                 text = self.model.encode_text(part.token_ids.long(), part.token_mask)
@@ -355,7 +356,8 @@ class Objective(nn.Module):
                 text = self.model.text_from_towers(stored)
         return text.float() if self.train_config.precision == "bf16" else text
 
-    def _video_features(self, part: Batch | FeatureBatch) -> VideoFeatures:
+    def encode_clips(self, part: Batch | FeatureBatch) -> VideoFeatures:
+        """Encodes the clips of a micro-batch, or of a whole one, in one pass; float32 at least."""
         frames = part.frames
         if isinstance(part, Batch) and frames.dtype == torch.uint8:
             # Normalised here, not when batches are made: floats are four times as large, and this way only

@@ -282,7 +282,7 @@ def saved_bytes(model: GARE, config: Config, batch: Batch) -> int:
 
     objective = Objective(model, config.loss, config.train).train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        features = objective._text_features(batch), objective._video_features(batch)
+        features = objective.encode_captions(batch), objective.encode_clips(batch)
     assert features
     return sum(kept.values())
 

@@ -27,7 +27,7 @@ from gare.model.fused.blocks import FusedPairs, FusedRequest, fused_pairs, merge
 from gare.model.fused.tile_sizes import SHARED_BYTES
 from gare.model.gare import GARE
 from gare.train.loss import blocks
-from gare.train.loss.blocks import BlockRequest, _block
+from gare.train.loss.blocks import BlockRequest, compute_block
 from gare.train.loss.gather import gather
 from gare.train.loss.objective import StepRandomness, sharded_terms
 from tests.helpers import parity
@@ -54,7 +54,7 @@ def plain(
     wanted = BlockRequest(
         asked.moments, False, asked.normalised, (asked.sample is not None, sample), asked.plain
     )
-    block = _block(model.scorer, "video", video, texts, wanted, sample, None)
+    block = compute_block(model.scorer, "video", video, texts, wanted, sample, None)
     mean, scatter = block.moments or (None, None)
     return FusedPairs(block.scores, block.norms, block.plain, block.sampled, mean, scatter)
 
@@ -293,7 +293,7 @@ def test_losses_and_gradients_of_a_step(
         grads = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
         outcomes.append((terms.named(), grads, terms.seen.columns, terms.seen.plain_columns))
     assert bool(recomputed) == recompute
-    assert ("_fused" in recomputed) == (recompute and not loss.get("bottleneck_anchor"))
+    assert ("compute_fused_block" in recomputed) == (recompute and not loss.get("bottleneck_anchor"))
     for found, right in zip(outcomes[1], outcomes[0], strict=True):
         torch.testing.assert_close(found, right, rtol=1e-7, atol=1e-10)
 

@@ -176,7 +176,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_with_one_note(
     saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It must go on, and a person must know that nothing was compared."""
-    monkeypatch.setattr(sums, "_noted", set())
+    monkeypatch.setattr(sums, "noted_folders", set())
     (saved / SUMS).unlink()
     with caplog.at_level(logging.WARNING):
         load_checkpoint(saved)

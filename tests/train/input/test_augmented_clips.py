@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -291,12 +293,17 @@ def test_clips_that_nobody_may_write_to(rng: np.random.Generator, seed: int) -> 
         np.testing.assert_array_equal(augment_clip(frames[::2], EVERYTHING, one), expected)
 
 
-def test_opencv_takes_one_core(rng: np.random.Generator) -> None:
+def test_opencv_takes_one_core() -> None:
     """Loaders run side by side, one on each core; with all cores each they would wait for each other."""
-    cv2.setNumThreads(2)
-    cpu_place._opencv.cache_clear()
-    augment_clip(still_clips(rng, 1, 1)[0].numpy(), AugmentConfig(flip=1.0), 0)
-    assert cv2.getNumThreads() == 1
+    code = """
+import cv2, numpy as np
+from gare.config import AugmentConfig
+from gare.train.input.augment_cpu import augment_clip
+cv2.setNumThreads(2)
+augment_clip(np.zeros((1, 8, 8, 3), np.uint8), AugmentConfig(flip=1.0), 0)
+assert cv2.getNumThreads() == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_missing_seed_is_refused(rng: np.random.Generator) -> None:

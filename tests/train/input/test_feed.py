@@ -144,12 +144,12 @@ def test_closing_does_not_wait_for_a_whole_batch() -> None:
 
     feed = Feed(slow(), [100], CPU, ahead=True)
     assert asked_for.wait(30)
-    closing = threading.Thread(target=feed.close)
-    closing.start()
-    feed._over.wait(30)
+    closer = threading.Thread(target=feed.close)
+    closer.start()
+    assert feed.closing.wait(30)
     go_on.set()
-    closing.join(30)
-    assert not closing.is_alive()
+    closer.join(30)
+    assert not closer.is_alive()
     assert len(taken) == 1
 
 

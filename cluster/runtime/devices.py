@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gare.config import ResolvedCluster
 from gare.errors import ConfigError, GareError
 
 if TYPE_CHECKING:

@@ -45,8 +45,9 @@ install: $(VENV)/installed
 demo: install
 	$(BIN)/python pipelines/demo.py --config conf/demo.yaml --seeds $(SEEDS)
 
+# One process runs the tests that share a Ray, the other one all others.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations=40
 
 # Triton is large and of no use without a GPU but for this: an environment that has it is made by this alone.
 $(VENV)/kernels: $(VENV)/installed

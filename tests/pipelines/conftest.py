@@ -23,6 +23,8 @@ LIBRARY_WARNINGS = ("ignore::DeprecationWarning:ray.data.context",)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
+            # All in one process where several run tests: they share a Ray and a trained run.
+            item.add_marker(pytest.mark.xdist_group("ray"))
             for warning in LIBRARY_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 

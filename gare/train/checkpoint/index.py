@@ -89,7 +89,7 @@ class Checkpoints:
             raise CheckpointError("is not as it was written", where=index, accepted=_ANOTHER_INDEX)
         for number in damaged:
             logger.warning(
-                "%s: row %d is not as it was written, its checkpoint is left out",
+                "%s: row %d is not as it was written, skipping its checkpoint",
                 without_secrets(index),
                 number,
             )

@@ -84,7 +84,7 @@ def test_splits_and_times() -> None:
         (b'video_id,caption\na,"x\n', "is not CSV from line 2 on"),
         (b"video_id,caption\n,x\n", "no video named"),
         ("video_id,caption\na,caf\xe9".encode("latin-1"), "not UTF-8: byte 0xe9"),
-        (gzip.compress(b"a\nb\n")[:-4], "is damaged"),
+        (gzip.compress(b"a\nb\n", mtime=0)[:-4], "is damaged"),
         (b"a\0b", "NUL"),
     ],
 )

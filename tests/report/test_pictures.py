@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from gare.report.pictures import Candidate, Example, contact_sheet, curves_picture, retrieval_picture
+from tests.helpers.pictures import count_colour, pixels_of
 
 GREEN, RED = (26, 152, 80), (196, 60, 57)
-
-
-def _pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-
-
-def _count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
-    return int((picture == np.array(colour)).all(axis=-1).sum())
 
 
 def _example(rng: np.random.Generator, query: str, right_rank: int, in_list: bool = True) -> Example:
@@ -39,19 +30,19 @@ def _example(rng: np.random.Generator, query: str, right_rank: int, in_list: boo
 
 def test_the_right_video_is_framed_green_or_shown_red_with_its_rank(rng: np.random.Generator) -> None:
     # Else a person cannot see at a glance whether the query was answered.
-    hit = _pixels(retrieval_picture([_example(rng, "a red circle", 3)]))
-    assert _count(hit, GREEN) > 300
-    assert _count(hit, RED) == 0
-    missed = _pixels(retrieval_picture([_example(rng, "a red circle", 1234)]))
-    assert _count(missed, RED) > 300
-    assert _count(missed, GREEN) == 0
-    absent = _pixels(retrieval_picture([_example(rng, "a red circle", 1234, in_list=False)]))
-    assert 0 < _count(absent, RED) < _count(missed, RED)
+    hit = pixels_of(retrieval_picture([_example(rng, "a red circle", 3)]))
+    assert count_colour(hit, GREEN) > 300
+    assert count_colour(hit, RED) == 0
+    missed = pixels_of(retrieval_picture([_example(rng, "a red circle", 1234)]))
+    assert count_colour(missed, RED) > 300
+    assert count_colour(missed, GREEN) == 0
+    absent = pixels_of(retrieval_picture([_example(rng, "a red circle", 1234, in_list=False)]))
+    assert 0 < count_colour(absent, RED) < count_colour(missed, RED)
 
 
 def test_each_query_gets_a_row(rng: np.random.Generator) -> None:
     # Else queries are drawn over each other.
-    one, four = (_pixels(retrieval_picture([_example(rng, "q", 1)] * n)).shape for n in (1, 4))
+    one, four = (pixels_of(retrieval_picture([_example(rng, "q", 1)] * n)).shape for n in (1, 4))
     assert four[1] == one[1]
     assert four[0] - one[0] == 3 * 175
 
@@ -73,9 +64,9 @@ def test_any_caption_and_id_can_be_drawn(rng: np.random.Generator, query: str) -
     # Else one odd caption costs the run its picture: missing glyphs and mathematics raise here.
     example = _example(rng, query, 7)
     odd = [Candidate(query, c.thumbnail, c.score, c.is_right) for c in example.ranked]
-    assert _pixels(retrieval_picture([Example(query, odd, 7)], title=query)).size
-    assert _pixels(curves_picture({query: [(0, 1.0)], f"{query}/R1": [(0, 1.0)]}, title=query)).size
-    assert _pixels(contact_sheet([example.ranked[0].thumbnail], [query])).size
+    assert pixels_of(retrieval_picture([Example(query, odd, 7)], title=query)).size
+    assert pixels_of(curves_picture({query: [(0, 1.0)], f"{query}/R1": [(0, 1.0)]}, title=query)).size
+    assert pixels_of(contact_sheet([example.ranked[0].thumbnail], [query])).size
 
 
 @pytest.mark.parametrize(
@@ -96,15 +87,15 @@ def test_any_caption_and_id_can_be_drawn(rng: np.random.Generator, query: str) -
 )
 def test_any_history_can_be_drawn(history: dict[str, list[tuple[int, float]]]) -> None:
     # Else a run of one step, or one that diverged, ends without the picture that shows it.
-    assert _pixels(curves_picture(history)).shape[2] == 3
+    assert pixels_of(curves_picture(history)).shape[2] == 3
 
 
 def test_a_contact_sheet_has_a_cell_for_each_image(rng: np.random.Generator) -> None:
     # Else previews are missing from the sheet.
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     images = [np.full((int(rng.integers(9, 500)), 40, 3), colour, np.uint8) for colour in colours]
-    sheet = _pixels(contact_sheet(images, ["a", "b", "c"], columns=2))
-    assert all(_count(sheet, colour) > 100 for colour in colours)
+    sheet = pixels_of(contact_sheet(images, ["a", "b", "c"], columns=2))
+    assert all(count_colour(sheet, colour) > 100 for colour in colours)
     with pytest.raises(ValueError, match="3 images"):
         contact_sheet(images, ["a"])
-    assert _pixels(contact_sheet([], [])).size
+    assert pixels_of(contact_sheet([], [])).size

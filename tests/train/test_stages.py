@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -11,15 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from gare.report.pictures import LINES
 from gare.train.profile import picture, table
 from gare.train.stages import STAGES, stage, start_recording, stop_recording
 from tests.benchmarks.cost import NETWORKS, Parts, Shape, loss_traffic, step_of
 from tests.benchmarks.cost import table as cost_table
+from tests.helpers.pictures import count_colour, pixels_of
 from tests.helpers.staged import FORMS, STEPS, train
 from tests.helpers.tiny import tiny_config
 
@@ -92,8 +91,19 @@ def test_a_profile_of_real_steps(override: str, tmp_path: Path) -> None:
     text = table(found)
     assert "towers" in text
     assert text.isascii()
-    pixels = np.asarray(Image.open(io.BytesIO(picture(found, "tiny/first: stages"))).convert("RGB"))
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    drawn = pixels_of(picture(found, "tiny/first: stages"))
+    assert min(count_colour(drawn, colour) for colour in LINES[:3]) > 50
+
+
+def test_the_picture_shows_how_long_each_stage_took() -> None:
+    """Areas are compared by eye; one drawn over another would hide the stage to look at."""
+    stages = list(STAGES)[:2]
+    drawn = pixels_of(picture({"by_step": [dict(zip(stages, (1.0, 3.0), strict=True))] * 20}, "a title"))
+    legend = [count_colour(drawn[:, -200:], colour) for colour in LINES[:2]]
+    areas = [count_colour(drawn[:, :-200], colour) for colour in LINES[:2]]
+    assert min(legend) > 50
+    assert areas[1] / areas[0] == pytest.approx(3, rel=0.05)
+    assert areas[0] > 10_000
 
 
 def test_two_workers_say_what_they_wait_for(of_two: list[dict[str, Any]]) -> None:

@@ -20,6 +20,8 @@ from tests.helpers.recovery import SECONDS, recovering
 LIBRARY_WARNINGS = ("ignore::DeprecationWarning:ray.data.context",)
 
 
+# First: pytest-xdist looks for its marks in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test test-kernels test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
+.PHONY: help install demo test test-pipelines test-others test-kernels test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
 .PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer bench-prepared fuzz model audit ui clean
 
 help:
@@ -45,9 +45,15 @@ install: $(VENV)/installed
 demo: install
 	$(BIN)/python pipelines/demo.py --config conf/demo.yaml --seeds $(SEEDS)
 
-# One process runs the tests that share a Ray, the other one all others.
+# Two processes: one runs the tests that share a Ray, which wait much, the other one all others.
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations=40
+	$(MAKE) --no-print-directory --jobs 2 --keep-going test-pipelines test-others
+
+test-pipelines: install
+	$(BIN)/python -m pytest tests/pipelines --durations=25
+
+test-others: install
+	$(BIN)/python -m pytest tests --ignore tests/pipelines --durations=25
 
 # Triton is large and of no use without a GPU but for this: an environment that has it is made by this alone.
 $(VENV)/kernels: $(VENV)/installed

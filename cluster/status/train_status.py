@@ -40,7 +40,8 @@ class RunShape:
         batch_size: global batch.
         rank: rank of this worker; ranks above 0 log only if they wait for data.
         advice: returns advice for the part of the loading that takes longest.
-        on_device: parts of the loading that happen on the transfer to the device; the loaders do the others.
+        on_device: parts of the loading that happen during the transfer to the device; others are done by the
+            loaders.
     """
 
     run: str

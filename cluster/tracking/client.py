@@ -174,6 +174,10 @@ def tags_of(uri: str, run_id: str) -> dict[str, str]:
     return dict(client(uri).get_run(run_id).data.tags)
 
 
+#: What earlier versions logged for ``auto``.
+_EARLIER_AUTO = ("0", "-1", "0.0")
+
+
 def add_params(uri: str, run_id: str, params: Mapping[str, str]) -> dict[str, str]:
     """Logs the parameters that are new; returns those that the run has with another value."""
     mlflow_module()
@@ -183,7 +187,11 @@ def add_params(uri: str, run_id: str, params: Mapping[str, str]) -> dict[str, st
     new = [Param(key, value) for key, value in params.items() if key not in known]
     for start in range(0, len(new), 100):
         client(uri).log_batch(run_id, params=new[start : start + 100])
-    return {key: value for key, value in params.items() if key in known and known[key] != value}
+    return {
+        key: value
+        for key, value in params.items()
+        if key in known and known[key] != value and not (value == "auto" and known[key] in _EARLIER_AUTO)
+    }
 
 
 def send(uri: str, entry: outbox.Entry) -> None:

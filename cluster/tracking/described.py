@@ -22,15 +22,14 @@ def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
         benchmark: the manifest's benchmark.
         protocol: the manifest's protocol.
     """
-    workers: int | str = config.cluster.train_workers
-    if config.cluster.min_workers:
-        workers = f"{config.cluster.min_workers} to {workers}"
-    precision = config.train.precision
+    fewest, most, precision = config.cluster.min_workers, config.cluster.train_workers, config.train.precision
+    tags: dict[str, Any] = {}
     # An unresolved automatic value does not say how the run was trained.
-    resolved = ({"world_size": workers} if workers else {}) | (
-        {"precision": precision} if precision != "auto" else {}
-    )
-    return resolved | {
+    if most != "auto":
+        tags["world_size"] = f"{fewest} to {most}" if fewest else most
+    if precision != "auto":
+        tags["precision"] = precision
+    return tags | {
         "benchmark": benchmark_name(config, benchmark),
         "protocol": protocol,
         "decoder": config.extract.decoder,

@@ -22,7 +22,7 @@ def connect(tracking: TrackingConfig, root: str) -> Tracker:
 
     Raises:
         ConfigError: for a URI that is no MLflow store.
-        GareError: if the store does not answer within seconds, or refuses. Credentials are mask_secrets.
+        GareError: if the store does not answer within seconds, or refuses. Credentials are masked.
     """
     uri = resolve_tracking_uri(tracking.uri, root)
     artifacts = None if client.is_server(uri) else artifact_root(root)
@@ -34,7 +34,7 @@ def connect(tracking: TrackingConfig, root: str) -> Tracker:
     except GareError:
         raise
     except Exception as error:
-        # Not chained: a library's message may contain the password that is mask_secrets here.
+        # Not chained: a library's message may contain the password that is masked here.
         raise GareError(
             f"MLflow cannot be used there: {one_line_error(error)}",
             where=f"tracking.uri {mask_secrets(uri)}",

@@ -44,7 +44,7 @@ class ClusterConfig(Section):
         description="with min_workers: seconds between looks for nodes that have come; a checkpoint is "
         "written at least twice as often, since the steps after the last one are then done again",
     )
-    cpus_per_worker: Annotated[float | Auto, number_or_auto(0.001, whole=False, formerly=0)] = Field(
+    cpus_per_worker: Annotated[float | Auto, number_or_auto(0, whole=False, formerly=0)] = Field(
         0.5,
         description="CPUs of a training worker; auto: half of its share of the CPUs, 4 at most with a "
         "GPU; the rest decodes and loads",
@@ -86,7 +86,7 @@ class ClusterConfig(Section):
 
     @property
     def resolved(self) -> ResolvedCluster:
-        """This section with numbers alone.
+        """This section with numbers for all that training computes with.
 
         Raises:
             ValueError: if a value that training needs is still automatic.
@@ -97,7 +97,7 @@ class ClusterConfig(Section):
 
 
 class ResolvedCluster(ClusterConfig):
-    """Resources of a training on the cluster that was joined; none of them is automatic any more."""
+    """Resources of a cluster that was joined; those that training computes with are numbers."""
 
     train_workers: Count
     cpus_per_worker: Positive

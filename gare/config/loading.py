@@ -129,7 +129,7 @@ class Config(Section):
         return self
 
     def to_yaml(self) -> str:
-        """Returns the resolved configuration as YAML that ``load_config`` reads back to an equal object."""
+        """Returns the resolved configuration as YAML, which ``load_config`` reads back to the same values."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def logged(self) -> dict[str, Any]:

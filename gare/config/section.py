@@ -14,6 +14,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    TypeAdapter,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -37,7 +39,8 @@ class Mark(Enum):
         FREE: does not identify a training run: it may differ when the run continues, since it changes where
             and how the run computes, not what.
         UNLOGGED: is no parameter of an MLflow run.
-        STORED: changes the values of a store, and so is in the store's fingerprint.
+        STORED: of extract and features: changes the values of a store, and so is in its fingerprint. (Of
+            model, max_words and clip.embed_dim are in that of features too.)
     """
 
     FREE = "free"
@@ -77,14 +80,21 @@ def number_or_auto(least: float, *, whole: bool, formerly: float | None = None) 
         whole: True if it has to be an integer.
         formerly: number that earlier versions wrote for auto; accepted.
     """
+    numbers: TypeAdapter[Any] = TypeAdapter(int if whole else float)
+    kind = "a whole number" if whole else "a number"
 
     def validate(value: Any) -> Any:
-        if value == "auto" or (value == formerly and not isinstance(value, bool)):
+        if value == "auto":
+            return value
+        try:
+            number = None if isinstance(value, bool) else numbers.validate_python(value)
+        except ValidationError:
+            number = None
+        if number is not None and number == formerly:
             return "auto"
-        is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value < math.inf:
-            raise ValueError(f"got {value!r}; a number from {least:g} on, or the word auto")
-        return value if whole else float(value)
+        if number is None or not least <= number < math.inf:
+            raise ValueError(f"got {value!r}; {kind} from {least:g} on, or the word auto")
+        return number
 
     return PlainValidator(validate)
 

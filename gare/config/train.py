@@ -149,7 +149,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bf16", "fp16_released"] = Field(
         "auto",
         description="of the encoders in training; scores and losses are float32 always. auto: bf16 on GPUs "
-        "that have it in hardware, else float32, settled when a run begins; bf16: with weights in float32; "
+        "that have it in hardware, else float32, resolved when a run begins; bf16: with weights in float32; "
         "fp16_released: CLIP's weights and moments in fp16, as the released training has them, which moves "
         "them far more than clip_lr says (needs bert_adam)",
     )

@@ -117,13 +117,13 @@ class FeatureMaker:
         # Failures first, as in extraction.
         group = [self.run, *(row["video_id"] for row in part)]
         if bad:
-            self._patiently(
+            self._retry(
                 lambda: write_part(self.uri, "failures", bad, FAILURE_SCHEMA, group, self.generation),
                 f"{self.uri} cannot be written",
             )
         if good:
             table = feature_table(good, self.schema)
-            self._patiently(
+            self._retry(
                 lambda: write_table(self.uri, "data", table, group, generation=self.generation),
                 f"{self.uri} cannot be written",
             )
@@ -137,7 +137,7 @@ class FeatureMaker:
         clips: dict[str, Clip] = {}
         for row in rows:
             video_id = row["video_id"]
-            found = self._patiently(
+            found = self._retry(
                 partial(self._clip, video_id), f"{self.frames_uri}: {video_id!r} cannot be read"
             )
             if isinstance(found, DataError):
@@ -203,11 +203,11 @@ class FeatureMaker:
         known: dict[str, dict[str, Any]] = {}
         for location in sorted({row["made"] for row in part if row["made"]}):
             ids = {row["video_id"] for row in part if row["made"] == location}
-            made = self._patiently(partial(_sound_frames, location), f"{location} cannot be read")
+            made = self._retry(partial(_sound_frames, location), f"{location} cannot be read")
             known |= {key: frames for key, frames in made.items() if key in ids}
         return known
 
-    def _patiently(self, action: Callable[[], T], fault: str) -> T:
+    def _retry(self, action: Callable[[], T], fault: str) -> T:
         return retry_until_answered(action, fault, self.patience_s)
 
     @torch.inference_mode()

@@ -163,7 +163,7 @@ class StoreLock:
         return OwnedFolder(self.uri, self._generation.number)
 
     def raise_if_lost(self) -> None:
-        """Raises an error unless the storage says that this job still holds the store.
+        """Raises an error if this job no longer holds the store, as far as the storage has said lately.
 
         Raises:
             LockLostError: if another job has taken it over, since this one showed no sign of life for too

@@ -6,6 +6,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from cluster.layout import Layout
@@ -95,12 +96,16 @@ class FeaturePlan(StorePlan):
     def __init__(self, update: FeatureStoreUpdate, encoders: Encoders) -> None:
         self.update: FeatureStoreUpdate = update
         self.encoders = encoders
-        self.progress = Progress(0, "encoded")
         self._submitted_at = time.monotonic()
 
     def has_work(self, comparison: Comparison) -> bool:
         """Returns True: clips that were submitted earlier are waited for."""
         return True
+
+    @cached_property
+    def progress(self) -> Progress:
+        """Progress since the first clips were handed to the encoders, by whose time rates are computed."""
+        return Progress(0, "encoded")
 
     def submit_ready(self) -> None:
         """Submits full parts of the frame store's current clips to the encoders, at intervals."""

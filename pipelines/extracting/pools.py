@@ -141,14 +141,17 @@ class Encoders:
             self._pool.close()
 
     @cached_property
+    def _gpus(self) -> int:
+        # Once, since GPUs that the actors hold are not free any more.
+        return usable_gpus(self.config.cluster)
+
+    @property
     def count(self) -> int:
         """Number of actors, at most; needs Ray."""
-        # Once, since GPUs that the actors hold are not free any more.
         count = self.config.features.workers
         if count != "auto":
             return count
-        cluster = self.config.cluster
-        return usable_gpus(cluster) or (1 if self._shares_cpus else extraction_cpus(cluster))
+        return self._gpus or (1 if self._shares_cpus else extraction_cpus(self.config.cluster))
 
     def submit(self, parts: Sequence[Part], generation: int) -> None:
         """Submits parts of ``FeatureStoreUpdate.parts``.
@@ -173,7 +176,7 @@ class Encoders:
 
         config, frames, features = self.config, self._frames, self._features
         device, name = "cuda" if wants_gpus(config.cluster) else "cpu", uuid.uuid4().hex
-        gpus, count = usable_gpus(config.cluster), self.count
+        gpus, count = self._gpus, self.count
         return ActorPool(
             lambda: (
                 FeatureMaker(

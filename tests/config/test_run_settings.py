@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from gare.config import ExtractConfig, FeaturesConfig, parse_config
+from gare.config import ExtractConfig, FeaturesConfig, TrainConfig, parse_config
 from gare.config.loading import Config, differences
 from gare.config.run_settings import completed_settings, saved_config
 from gare.config.section import Mark, Section
@@ -100,5 +100,28 @@ def test_free_keys_do_not_identify_a_run() -> None:
     assert identity.keys() == {"name", "model", "loss", "train", "augment"}
     assert {"method", "kernel", "products", "memory_mb"}.isdisjoint(identity["model"])
     assert parse_config({"model": {"products": "tf32"}}).identity()["model"]["products"] == "tf32"
-    assert {"resume", "micro_batch", "compile", "profile"}.isdisjoint(identity["train"])
-    assert {"seed", "lr", "batch_size"} <= identity["train"].keys()
+    free = {"resume", "overwrite", "keep_checkpoints", "max_failures", "profile", "compile", "micro_batch"}
+    free |= {"diagnostics_every", "diagnostics_texts", "trust_region_radius", "activation_checkpointing"}
+    free |= {"checkpoint_every_steps", "checkpoint_every_s"}
+    assert identity["train"].keys() == TrainConfig.model_fields.keys() - free
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("2", 2), ('"2"', 2), ("3.0", 3), ("0", "auto"), ("auto", "auto")]
+)
+def test_numbers_or_auto(text: str, found: int | str) -> None:
+    """Templates of clusters quote all values."""
+    config = parse_config({}, [f"cluster.train_workers={text}"])
+    assert config.cluster.train_workers == found
+    assert type(config.cluster.train_workers) is type(found)
+
+
+@pytest.mark.parametrize("text", ["null", "true", "-1", "2.5", "many", ".inf", "[1]"])
+def test_other_values_than_numbers_and_auto_are_refused(text: str) -> None:
+    """A key that is left empty, or a switch, is a mistake."""
+    with pytest.raises(ConfigError, match=r"a whole number from 1 on, or the word auto|no value of this key"):
+        parse_config({}, [f"cluster.train_workers={text}"])
+    with pytest.raises(
+        ConfigError, match=r"model\.memory_mb: got None; a number from 1 on, or the word auto"
+    ):
+        parse_config({"model": {"memory_mb": None}})

@@ -17,7 +17,7 @@ from gare.config import Config
 from gare.errors import CheckpointError
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import Checkpoints, Entry
-from pipelines.training import worker as training
+from pipelines.training import callbacks as training
 from tests.helpers.pipelines import losses, tiny
 
 EPOCHS, STEPS = 16, 48

@@ -20,15 +20,9 @@ from tests.helpers.recovery import SECONDS, recovering
 LIBRARY_WARNINGS = ("ignore::DeprecationWarning:ray.data.context",)
 
 
-# First: pytest-xdist looks for its marks in the same hook.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # They take the longest: another process does the others meanwhile.
-    items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent))
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
-            # All in one process where several run tests: they share a Ray and a trained run.
-            item.add_marker(pytest.mark.xdist_group("ray"))
             for warning in LIBRARY_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 

@@ -18,7 +18,7 @@ import pytest
 from cluster.layout import Layout
 from cluster.tracking import client as client_module
 from pipelines import evaluate, train
-from pipelines.training import worker as training
+from pipelines.training import callbacks as training
 from tests.helpers.pipelines import in_process, tiny
 from tests.helpers.services import MlflowServer, postgres, s3
 from tests.helpers.waiting import wait_until

@@ -146,7 +146,7 @@ def test_a_finished_run_is_done_and_scores_the_same(
     written: Written, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A table in a paper must come out again after an upgrade, of the same checkpoint and MLflow run."""
-    monkeypatch.setattr(sums, "_noted", set())
+    monkeypatch.setattr(sums, "noted_folders", set())
     folder = written.data("whole") / "runs/first"
     before = snapshot(folder)
     assert [entry.sha256 for entry in Checkpoints(f"{folder}/checkpoints").entries()] == [{}, {}]

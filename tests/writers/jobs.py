@@ -220,7 +220,7 @@ class Runner:
                 put_part(self.uri, folder, name, encode_part(folder, name, table_of(rows, schema)))
 
     def _compact(self, job: Job) -> None:
-        # As pipelines.extract._look_after.
+        # As pipelines.extract._compact.
         Store(self.uri).read_meta()
         with StoreLock(self.uri, stale_s=STALE_S) as lock:
             self._enter(job, lock)

@@ -180,7 +180,7 @@ def test_the_object_store_is_a_part_of_the_memory() -> None:
         ("cluster.train_workers=-1", "cluster.train_workers: got -1"),
         ("cluster.use_gpu=some", "input should be True, False or 'auto'"),
         ("cluster.placement=everywhere", "'pack', 'spread', 'strict_pack' or 'strict_spread'"),
-        ("cluster.leave_cpus=-2", "got -2; a number from 0 on, or the word auto"),
+        ("cluster.leave_cpus=-2", "got -2; a whole number from 0 on, or the word auto"),
         ("cluster.leave_cpus=true", "true and false are no value"),
     ],
 )

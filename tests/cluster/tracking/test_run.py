@@ -224,6 +224,16 @@ def test_a_restart_continues_the_same_run(prepared: Path, caplog: pytest.LogCapt
     assert tracker.start_run("demo", run_id="0" * 32).run_id != "0" * 32
 
 
+def test_what_earlier_versions_logged_for_auto_is_the_same(prepared: Path) -> None:
+    """A run that goes on with this version would else be said to have other settings than it began with."""
+    run = connect(TrackingConfig(experiment="auto"), str(prepared)).start_run(
+        "demo", params={"cluster": {"num_cpus": 0, "leave_cpus": -1}, "train": {"max_steps": 0}}
+    )
+    run.log_params({"cluster": {"num_cpus": "auto", "leave_cpus": "auto"}, "train": {"max_steps": 5}})
+    tags = client_module.client(run.tracking_uri).get_run(run.run_id).data.tags
+    assert {key for key in tags if key.startswith("resumed.")} == {"resumed.train.max_steps"}
+
+
 def test_a_deleted_experiment_says_how_to_restore_it(prepared: Path) -> None:
     # Else MLflow's message, which names an id and no way out.
     tracker = connect(TrackingConfig(experiment="gone"), str(prepared))

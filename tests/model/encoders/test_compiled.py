@@ -97,7 +97,11 @@ def graphs() -> int:
     ],
 )
 def test_auto_compiles_where_a_gpu_has_a_compiler(
-    wanted: compiled.Wanted, device: str, has_triton: bool, found: str, monkeypatch: pytest.MonkeyPatch
+    wanted: compiled.CompileSetting,
+    device: str,
+    has_triton: bool,
+    found: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A laptop would wait for code that its small runs never pay back; a GPU without it idles."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if has_triton else None)

@@ -223,7 +223,7 @@ def test_what_waited_for_mlflow_is_delivered(written: Written, caplog: pytest.Lo
     result = evaluate.run(written.config("evaluate.sync=true"))
     assert (result["metrics"], result["tags"], result["runs"]) == (2, 1, [run_id])
     assert pending.read_bytes() == b""
-    assert caplog.text.count("not a whole entry") == 1
+    assert caplog.text.count("skipping an incomplete entry") == 1
     assert pending.with_name("mlflow-pending.jsonl.damaged").read_bytes() == torn + b"\n"
     client = written.tracking()
     assert [point.step for point in client.get_metric_history(run_id, "loss/waited")] == [1, 2]

@@ -96,7 +96,6 @@ def run(config: Config) -> dict[str, Any]:
 
 def _verify(update: StoreUpdate, decoders: Decoders) -> dict[str, Any]:
     """Checks a store, and lists the clips that an earlier version may have decoded wrongly."""
-    update.store.read_meta()  # fails if there is no store
     found = verify_or_raise(update.uri, update.schema, {row.video_id for row in update.manifest.rows})
     traits = decoders.find_outdated(update)
     for video_id, trait in sorted(traits.items()):
@@ -157,7 +156,7 @@ class _Writer:
             return [self._write(frames), self._write(features, lock)]
 
     def _write(self, plan: StorePlan, held: StoreLock | None = None) -> dict[str, Any]:
-        """Brings a store up to date, under a lock that may be held already; writes nothing if it is."""
+        """Brings a store up to date under its lock, held already or taken here, if anything is new."""
         started, update = time.monotonic(), plan.update
         comparison = update.compare_with_collection()
         inventory = update.inventory_if_done(comparison)

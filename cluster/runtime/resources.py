@@ -318,8 +318,6 @@ def _lacking(needed: dict[str, float]) -> str:
     )
 
 
-logger = logging.getLogger(__name__)
-
 LOOK_EVERY_S = 30.0
 
 

@@ -147,11 +147,7 @@ def without_idle_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
     for name, section in _sections():
         settings = kept.get(name)
         if isinstance(settings, Mapping):
-            idle = {
-                key
-                for key, mark in section.idle_keys()
-                if mark.switch in settings and settings[mark.switch] in mark.values
-            }
+            idle = {key for key, mark in section.idle_keys() if mark.is_met(settings)}
             kept[name] = {key: value for key, value in settings.items() if key not in idle}
     return kept
 
@@ -305,8 +301,8 @@ def _leave_out_idle_keys(tree: dict[str, Any], settings: Settings, given: Sequen
     for name, section in _sections():
         found = _mapping_in(tree, name)
         for key, mark in section.idle_keys():
-            is_off = mark.switch in found and found[mark.switch] in mark.values
-            if is_off and key in found and depth(f"{name}.{key}") > depth(f"{name}.{mark.switch}"):
+            is_idle = key in found and mark.is_met(found)
+            if is_idle and depth(f"{name}.{key}") > depth(f"{name}.{mark.switch}"):
                 del tree[name][key]
 
 

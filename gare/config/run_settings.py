@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gare.config import Config, ModelConfig, TrainConfig, parse_config
+from gare.config import Config, ModelConfig, Section, parse_config
 from gare.config.loading import without_idle_keys
 from gare.config.section import Mark
 
@@ -22,12 +22,7 @@ def completed_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         saved: the result of ``Config.identity`` in some version.
     """
-    free = Config.marked(Mark.FREE)
-    kept = {key: value for key, value in without_idle_keys(saved).items() if key not in free}
-    if isinstance(train := kept.get("train"), Mapping):
-        free = TrainConfig.marked(Mark.FREE)
-        kept["train"] = {key: value for key, value in train.items() if key not in free}
-    completed = _filled(kept, Config().identity())
+    completed = _filled(_without_free_keys(without_idle_keys(saved), Config), Config().identity())
     with suppress(ValidationError):  # from a version with other keys; a comparison reports it
         completed["model"] = ModelConfig.model_validate(completed["model"]).identity()
     return completed
@@ -40,6 +35,19 @@ def saved_config(tree: Any, *, where: str) -> Config:
         ConfigError: with every fault in one message.
     """
     return parse_config(without_idle_keys(tree) if isinstance(tree, Mapping) else tree, where=where)
+
+
+def _without_free_keys(saved: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in saved.items():
+        field = section.model_fields.get(key)
+        if field and Mark.FREE in field.metadata:
+            continue
+        inner = field.annotation if field else None
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
+            value = _without_free_keys(value, inner)
+        kept[key] = value
+    return kept
 
 
 def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Literal, get_args
@@ -68,6 +68,10 @@ class IdleIf:
     switch: str
     values: tuple[Any, ...]
     why: str = ""
+
+    def is_met(self, settings: Mapping[str, Any]) -> bool:
+        """Returns True if the switch is given in a section's settings, with one of the values."""
+        return self.switch in settings and settings[self.switch] in self.values
 
 
 def number_or_auto(least: float, *, whole: bool, formerly: float | None = None) -> PlainValidator:
@@ -138,9 +142,10 @@ class Section(BaseModel):
     def _refuse_idle_keys(self) -> Section:
         refused: dict[IdleIf, list[str]] = {}
         for key, mark in type(self).idle_keys():
-            if getattr(self, mark.switch) in mark.values and self.non_default(key):
+            if mark.is_met(vars(self)) and self.non_default(key):
                 refused.setdefault(mark, []).append(key)
-        for mark, keys in refused.items():
+        if refused:
+            mark, keys = next(iter(refused.items()))
             value = getattr(self, mark.switch)
             shown = "empty" if value == "" else "off" if value is False else value
             reason = mark.why.format(value) or f"{mark.switch} is {shown}"

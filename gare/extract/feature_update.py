@@ -58,7 +58,7 @@ class FeatureStoreUpdate(StoreUpdate):
         stat: Stat | None = None,
     ) -> None:
         super().__init__(config, manifest, uri, feature_settings(config, towers_sha256), code_version)
-        self.frames_uri, self.frames = frames_uri, Store(frames_uri)
+        self.frames = Store(frames_uri)
         self._stat = stat
         #: Ids of clips that are being made; and id → count that it is in, for all clips handed out in this
         #: pass.

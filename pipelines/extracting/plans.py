@@ -17,7 +17,7 @@ from gare.data.manifest import Manifest
 from gare.data.store.contents import Store, fingerprint, frame_settings
 from gare.extract.comparison import Comparison
 from gare.extract.feature_update import FeatureStoreUpdate, has_frames_or_features, without_frames
-from gare.extract.update import FrameStoreUpdate, StoreUpdate
+from gare.extract.update import FrameStoreUpdate, Stat, StoreUpdate
 from gare.storage.files import delete_tree, join
 from gare.storage.lock import StoreLock
 from pipelines.extracting.pools import Decoders, Encoders
@@ -144,7 +144,7 @@ class PassingFramesPlan(FeaturePlan):
 
     def __init__(self, update: FeatureStoreUpdate, encoders: Encoders, decoders: Decoders) -> None:
         super().__init__(update, encoders)
-        self._passing, self._decoders = update.frames_uri, decoders
+        self._passing, self._decoders = update.frames.uri, decoders
 
     def work(self, comparison: Comparison, lock: StoreLock) -> dict[str, Any]:
         """Decodes and encodes the pending videos in turns, as many as the encoders take at once."""
@@ -183,28 +183,23 @@ def plan_stores(config: Config, manifest: Manifest, places: Layout, decoders: De
         DataError: for a store made with other settings.
     """
     kind, stat = config.extract.store, decoders.videos.stat
-    is_kept = kind != "features" or _is_complete(Store(places.frames))
-    frames: FrameStoreUpdate | None = None
-    if is_kept:
-        frames = FrameStoreUpdate(config, manifest, places.frames, stat, __version__)
-    if kind == "frames" and frames:
-        return [FramePlan(frames, decoders)]
-    frames_uri = places.frames if is_kept else join(places.features, "passing")
-    encoders = Encoders(config, frames_uri, places.features, shares_cpus=kind == "both" or not is_kept)
-    features = FeatureStoreUpdate(
-        encoders.config,
-        manifest,
-        frames_uri,
-        places.features,
-        encoders.towers_sha256,
-        __version__,
-        None if is_kept else stat,
-    )
-    if kind == "both" and frames:
-        return [FramePlan(frames, decoders), FeaturePlan(features, encoders)]
-    if is_kept:
-        return [FeaturePlan(features, encoders)]
-    return [PassingFramesPlan(features, encoders, decoders)]
+    if kind == "features" and not _is_complete(Store(places.frames)):
+        passing = join(places.features, "passing")
+        encoders = Encoders(config, passing, places.features, shares_cpus=True)
+        return [PassingFramesPlan(_feature_update(manifest, encoders, stat), encoders, decoders)]
+    # Also where only features are made, it refuses frames that were made with other settings.
+    frames = FramePlan(FrameStoreUpdate(config, manifest, places.frames, stat, __version__), decoders)
+    if kind == "frames":
+        return [frames]
+    encoders = Encoders(config, places.frames, places.features, shares_cpus=kind == "both")
+    features = FeaturePlan(_feature_update(manifest, encoders, None), encoders)
+    return [frames, features] if kind == "both" else [features]
+
+
+def _feature_update(manifest: Manifest, encoders: Encoders, stat: Stat | None) -> FeatureStoreUpdate:
+    """Returns the update of the feature store that the encoders write."""
+    stores, towers = (encoders.frames, encoders.features), encoders.towers_sha256
+    return FeatureStoreUpdate(encoders.config, manifest, *stores, towers, __version__, stat)
 
 
 def _is_complete(store: Store) -> bool:

@@ -128,7 +128,7 @@ class Encoders:
         #: The configuration with the weights' absolute place, since actors run in other folders.
         self.config = config.model_copy(update={"features": section})
         self.towers_sha256 = towers_sha256(feature_model(self.config).towers)
-        self._frames, self._features, self._shares_cpus = frames, features, shares_cpus
+        self.frames, self.features, self._shares_cpus = frames, features, shares_cpus
         self._pool: ActorPool | None = None
 
     def __enter__(self) -> Encoders:
@@ -174,7 +174,7 @@ class Encoders:
         from gare.extract.feature_writer import FeatureMaker
         from gare.train.checkpoint.initial_model import feature_model
 
-        config, frames, features = self.config, self._frames, self._features
+        config, frames, features = self.config, self.frames, self.features
         device, name = "cuda" if wants_gpus(config.cluster) else "cpu", uuid.uuid4().hex
         gpus, count = self._gpus, self.count
         return ActorPool(

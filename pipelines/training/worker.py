@@ -105,16 +105,17 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     device = device_of_worker(config.cluster.resolved)
     source = input_of_run(config, places, task["settings"])
     splits = _begun_splits(source, places.manifest, folder, task["clips"])
-    worker_batches = _listed(config.train, splits, rank, world_size)
+    worker_batches = _batches_of_worker(config.train, splits, rank, world_size)
     model = source.worker_model(folder.uri)
-    with explain_out_of_memory(*_pairs_at_once(config, world_size)):
+    pairs = _pairs_at_once(config, world_size)
+    with explain_out_of_memory(*pairs):
         learner = _learner(model, config, world_size, worker_batches.plan.num_steps, device)
     validated, watch, owned = bool(splits.val), task["watch_preemption"], task["owned"]
     checkpointing = Checkpointing(
         learner, folder, rank, device, validated=validated, watch=watch, owned=owned
     )
     try:
-        with explain_out_of_memory(*_pairs_at_once(config, world_size)):
+        with explain_out_of_memory(*pairs):
             epoch = checkpointing.restore()
             first = worker_batches.plan.position(epoch, learner.step)
             callbacks = callbacks_of(checkpointing, worker_batches.plan, task["handle"], world_size)
@@ -142,7 +143,7 @@ def callbacks_of(
     alone has record and MLflow.
     """
     learner, rank, device = checkpointing.learner, checkpointing.rank, checkpointing.device
-    history, cluster = checkpointing.history, learner.config.cluster
+    history, cluster = checkpointing.history, learner.config.cluster.resolved
     callbacks: list[Callback] = []
     if cluster.min_workers:
         callbacks.append(ElasticWorkers(world_size))
@@ -176,7 +177,7 @@ def _begun_splits(
     return splits
 
 
-def _listed(train: TrainConfig, splits: StoredSplits, rank: int, world_size: int) -> WorkerBatches:
+def _batches_of_worker(train: TrainConfig, splits: StoredSplits, rank: int, world_size: int) -> WorkerBatches:
     """Returns the batches of a worker, with the ids of their clips."""
     most = max((len(row.captions) for row in splits.val), default=1)
     return WorkerBatches(plan_of(train, splits, rank=rank, world_size=world_size), splits.ids(), most)

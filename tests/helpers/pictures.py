@@ -1,4 +1,4 @@
-"""What is measured of a picture: its pixels, and how many of them have a colour."""
+"""Measurements of a picture: its pixels, and how many of them have a colour."""
 
 from __future__ import annotations
 

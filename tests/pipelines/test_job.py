@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -23,16 +22,11 @@ import pytest
 from cluster.layout import Layout
 from tests.cluster.deploy.support import IN_IMAGE, crontab_lines
 from tests.helpers.pipelines import losses, overrides_of, tiny
+from tests.helpers.services import free_port
 from tests.helpers.waiting import answers, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
 UPLOAD_LIMIT_BYTES = 2_000_000
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +23,10 @@ from gare.train.checkpoint.index import Entry
 from gare.train.input.plan import plan_run
 from gare.train.step import build_learner
 from pipelines.training import checkpointing as saving
-from pipelines.training.checkpointing import LOOK_EVERY_S, Checkpointing, StopRequest
+from pipelines.training.checkpointing import Checkpointing, StopRequest
 from pipelines.training.worker import callbacks_of, within_memory
 from tests.helpers.tiny import tiny_config
+from tests.helpers.waiting import wait_until
 
 STEPS = 6
 
@@ -190,9 +190,7 @@ def test_a_run_that_is_asked_to_stop_writes_first(tmp_path: Path, savers: list[C
     run(saver, upto=4)
     config = tiny_config(f"storage.root={tmp_path}")
     StopRequest(RunFolder(layout(config).run(config.train.run))).make("SIGTERM")
-    deadline = time.monotonic() + 60
-    while not saver.reason and time.monotonic() < deadline:
-        threading.Event().wait(LOOK_EVERY_S / 10)
+    wait_until(lambda: saver.reason, within_s=60)
     with pytest.raises(StoppedError, match="stopped by SIGTERM after step 5 of 6, and a checkpoint written"):
         run(saver, upto=6)
     assert saver.checkpoints.entries()[-1] == Entry(5, 1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import INDEX, Checkpoints, CheckpointWriter, Entry
 from gare.train.step import Learner, build_learner
 from tests.helpers.tiny import tiny_config
+from tests.helpers.waiting import wait_until
 
 SCORE = "val/t2v/R1"
 
@@ -168,9 +167,7 @@ def test_a_storage_that_fails_for_a_while_is_tried_again(tmp_path: Path, learner
     folder.symlink_to(tmp_path / "not yet" / "there")
     writer = CheckpointWriter(Checkpoints(str(folder)), patience_s=60)
     writer.write(capture(learner, 0), Entry(1, 0), History(str(tmp_path / "history.json")))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "history.json").exists() and time.monotonic() < deadline:
-        threading.Event().wait(0.01)
+    wait_until((tmp_path / "history.json").exists, within_s=60, every_s=0.01)
     assert writer.busy
     (tmp_path / "not yet" / "there").mkdir(parents=True)
     writer.wait()
@@ -193,9 +190,7 @@ def test_an_index_that_cannot_be_read_for_a_while_is_tried_again(tmp_path: Path,
     (folder / INDEX).mkdir(parents=True)
     writer = CheckpointWriter(Checkpoints(str(folder)), patience_s=60)
     writer.write(capture(learner, 0), Entry(1, 0), History(str(tmp_path / "history.json")))
-    deadline = time.monotonic() + 60
-    while not (folder / Entry(1, 0).name / MODEL).exists() and time.monotonic() < deadline:
-        threading.Event().wait(0.01)
+    wait_until((folder / Entry(1, 0).name / MODEL).exists, within_s=60, every_s=0.01)
     assert writer.busy
     (folder / INDEX).rmdir()
     writer.wait()

@@ -95,11 +95,19 @@ def run(
     dtype: torch.dtype = torch.float32,
     gatherer: Callable[[Tensor, Rows], Tensor] = gather,
     *overrides: str,
+    moved_by: int | None = None,
 ) -> Outcome:
     """Computes this worker's gradients of one batch, then its weights after two steps.
 
     Features enter the gather transposed in memory, and their gradients return so, as a fused kernel may leave
     them.
+
+    Args:
+        seed: of batches and weights.
+        dtype: of weights, frames and all that follows.
+        gatherer: in place of the gather of the loss.
+        overrides: settings.
+        moved_by: a seed by which the first weights are moved by up to float32's rounding; None: they are not.
     """
     rng = np.random.default_rng(seed)
     draw = tiny_batch if config(*overrides).train.input == "frames" else tiny_feature_batch
@@ -133,6 +141,8 @@ def run(
     gare.train.loss.objective.gather, gare.train.loss.objective.start_gather = watched, Watched  # type: ignore[assignment]
     try:
         learner = _learner(seed, dtype, *overrides)
+        if moved_by is not None:
+            _move_by_rounding(learner.model, moved_by)
         terms = compute_gradients(learner, batches[0]).named()
         gradients = {
             name: parameter.grad.clone()
@@ -194,6 +204,14 @@ def _learner(seed: int, dtype: torch.dtype, *overrides: str) -> Learner:
     learner = build_learner(model, config(*overrides), num_steps=10, device=torch.device("cpu"))
     model.train()
     return learner
+
+
+def _move_by_rounding(model: GARE, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            share = torch.empty(parameter.shape, dtype=parameter.dtype).uniform_(-1, 1, generator=generator)
+            parameter.mul_(1 + torch.finfo(torch.float32).eps * share)
 
 
 def _give_strided_features(model: GARE) -> None:

@@ -83,7 +83,12 @@ def of_part(gradients: dict[str, Tensor], part: str) -> Tensor:
 
 
 def check_part(
-    part: str, found: dict[str, Tensor], one: dict[str, Tensor], exact: dict[str, Tensor], seed: int
+    part: str,
+    found: dict[str, Tensor],
+    one: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    seed: int,
+    *overrides: str,
 ) -> None:
     """Compares float32 gradients of a part of the model with those of one worker.
 
@@ -92,9 +97,28 @@ def check_part(
     parameter by parameter, so that such rounding hides no wrong sum.
     """
     gradient, expected = of_part(found, part), of_part(one, part)
-    own = _distance(expected.double(), of_part(exact, part))
     difference = _distance(gradient, expected)
-    assert difference < max(TOLERANCE, ROUNDING * own), f"{part}: {difference:g}, own {own:g}, seed {seed}"
+    if difference < TOLERANCE:
+        return
+    own = max(
+        _distance(expected.double(), of_part(exact, part)),
+        *(
+            _distance(of_part(moved, part).double(), of_part(exact, part))
+            for moved in _moved(seed, overrides)
+        ),
+    )
+    assert difference < ROUNDING * own, f"{part}: {difference:g}, own {own:g}, seed {seed}"
+
+
+@cache
+def _moved(seed: int, overrides: tuple[str, ...]) -> list[dict[str, Tensor]]:
+    """Returns one worker's gradients from weights that differ by rounding.
+
+    One result can be near the exact one by chance: with seed 1139684322 and a dropout of 0.5 one worker is
+    2e-6 off, and 2e-6 to 1.3e-5 if its weights are moved by a rounding, which itself changes 5e-7.
+    """
+    runs = [parity.run(seed, torch.float32, gather, *overrides, moved_by=number) for number in range(8)]
+    return [run.gradients for run in runs]
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -162,7 +186,14 @@ def test_every_option_is_that_of_one_worker(world: int, option: str, found: Foun
         absent += ("increment",) if "increment=false" in option else ()
         absent += ("temporal",) if "temporal=none" in option else ()
         for part in (part for part in PARTS if not part.startswith(absent)):
-            check_part(part, outcome["float32"]["gradients"], rough.gradients, exact.gradients, session_seed)
+            check_part(
+                part,
+                outcome["float32"]["gradients"],
+                rough.gradients,
+                exact.gradients,
+                session_seed,
+                *option.split(),
+            )
 
 
 @pytest.mark.parametrize("world", parity.WORLDS)

@@ -66,7 +66,7 @@ def read_folder(
     faults = CollectedErrors()
     folder = open_folder(str(videos), faults, list_remote) if str(videos) else None
     places = VideoLocations(folder, schemes) if folder or not str(videos) else None
-    rows, annotation_sha256 = _open_captions(str(captions), faults)
+    rows, annotation_sha256 = _open_captions(str(captions), faults, places)
     files = _find_files(rows, places, faults) if places else {}
     own_split = _own_split(rows, files, faults)
     faults.raise_if_any(str(captions))
@@ -135,12 +135,14 @@ def open_folder(
     return None
 
 
-def _open_captions(captions: str, faults: CollectedErrors) -> tuple[list[CaptionRow], dict[str, str]]:
+def _open_captions(
+    captions: str, faults: CollectedErrors, places: VideoLocations | None
+) -> tuple[list[CaptionRow], dict[str, str]]:
     try:
         data = read_bytes(captions)
         name = captions.partition("?")[0].rpartition("/")[2] if "://" in captions else Path(captions).name
         before = len(faults)
-        rows = parse_captions(name, data, faults)
+        rows = parse_captions(name, data, faults, names_video=places.holds if places else None)
     except DataError as error:
         faults.add("captions", error.what + (f" ({error.accepted})" if error.accepted else ""))
         return [], {}

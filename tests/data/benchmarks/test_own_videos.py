@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +115,16 @@ def test_awkward_names(case: Case, name: str, ending: bool) -> None:
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
-    lambda text: bool(text.strip())
+    lambda text: any(unicodedata.category(sign) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for sign in text)
 )
+
+
+def without_edges(text: str) -> str:
+    """Strips blanks and characters without width."""
+    edges = "".join(sign for sign in set(text) if sign.isspace() or sign in "\u200b\u2060\ufeff")
+    return text.strip(edges)
+
+
 CAPTIONS = st.lists(
     st.tuples(st.sampled_from(AWKWARD), st.lists(TEXTS, min_size=1, max_size=3)), min_size=1, max_size=6
 )
@@ -129,7 +138,7 @@ def test_every_layout_says_the_same(
     """A user who converts a file must not get other data, whatever the texts hold."""
     expected: dict[str, list[str]] = {}
     for name, texts in captions:
-        expected.setdefault(name, []).extend(text.strip() for text in texts)
+        expected.setdefault(name, []).extend(map(without_edges, texts))
     plain, nested = io.StringIO(newline=""), io.StringIO(newline="")
     rows, lists = (
         csv.writer(out, delimiter=delimiter, lineterminator="\r\n" if crlf else "\n", quoting=csv.QUOTE_ALL)
@@ -390,7 +399,7 @@ def test_all_faults_come_at_once(case: Case) -> None:
         ("c.csv", 'video,caption\na,x\na,"open\n', "not CSV from line 3"),
         ("c.csv", 'video,caption\na,"a "big" dog"\n', "not CSV from line 2"),
         ("c.csv", "video,caption\na,caf\xe9".encode("latin-1"), "not UTF-8: byte 0xe9 in line 2"),
-        ("c.csv", "video,caption\na,x".encode("utf-16"), "UTF-16"),
+        ("c.csv", "video,caption\na,x".encode("utf-16")[:-1], "not UTF-16"),
         ("c.csv", "video,caption\na,x\0", "NUL"),
         ("c.csv", "video,caption,start\na,x,nan\n", "not a time"),
         ("c.csv", "video,caption,start\na,x,-1\n", "not a time"),

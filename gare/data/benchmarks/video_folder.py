@@ -141,8 +141,12 @@ class VideoFolder:
             raise NoSuchVideoError("video outside the folder")
         return name
 
+    def is_there(self, file: str) -> bool:
+        """Returns False for a link that leads nowhere."""
+        return self.is_remote or Path(self.path(file)).exists()
+
     def _checked(self, file: str) -> str:
-        if not self.is_remote and not Path(self.path(file)).exists():
+        if not self.is_there(file):
             raise NoSuchVideoError("caption without video file", "a link that leads nowhere")
         return file
 

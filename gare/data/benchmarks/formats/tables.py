@@ -128,7 +128,8 @@ def _read_quotes(
             return table
     except _MisreadError as error:
         misread = error
-    if delimiter == "\t":
+    # A quote that is open in the last line may be that of a file that was cut off.
+    if delimiter == "\t" and (text.endswith(("\n", "\r")) or '"' not in _LINE_END.split(text)[-1]):
         plain = _table(list(_plain_rows(text, delimiter)))
         if all(map(_Fit(plain, goes_on), plain.rows)) and not any(map(_is_marked, _all_cells(plain))):
             return plain

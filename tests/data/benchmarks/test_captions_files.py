@@ -58,7 +58,7 @@ def test_rows_within_a_quoted_text_are_refused_with_their_line() -> None:
     # Lines of a text, with commas, that name no video.
     text = 'video,caption\na.mp4,x\nb.mp4,"First, he\nthen, she"\n'
     assert read("c.csv", text)["b.mp4"] == ("First, he\nthen, she",)
-    always = 'video,caption\n"a.mp4","x"\n"b.mp4","he says\nc.mp4,y"\n'
+    always = '"video","caption"\n"a.mp4","x"\n"b.mp4","he says\nc.mp4,y"\n'
     assert read("c.csv", always)["b.mp4"] == ("he says\nc.mp4,y",)
 
 

@@ -44,10 +44,12 @@ class Table:
 
     Attributes:
         header: names of the columns, stripped.
+        quoted: numbers of the columns whose names were in quotes.
         rows: in the order of the file, some perhaps with other than the header's number of cells.
     """
 
     header: list[str]
+    quoted: frozenset[int]
     rows: list[TableRow]
 
 
@@ -153,7 +155,7 @@ class _Fit:
 
 def _table(rows: list[TableRow]) -> Table:
     header, *rest = rows or [TableRow(1, [])]
-    return Table([strip_invisible(cell) for cell in header.cells], rest)
+    return Table([strip_invisible(cell) for cell in header.cells], header.quoted, rest)
 
 
 def _all_cells(table: Table) -> Iterator[str]:
@@ -222,11 +224,11 @@ def _look_for_swallowed_rows(
     """Raises _MisreadError for a text of several lines that are rows themselves.
 
     A quote at the begin of an unquoted text opens a text that ends where another one happens to end with a
-    quote. If all texts of a column are quoted, none can open by chance.
+    quote. If a column is quoted throughout, with its name, none can open by chance.
     """
     rows, header = fits.table.rows, fits.table.header
     video = next((index for index, name in enumerate(header) if is_video_column(name)), None)
-    always = frozenset(range(len(header))).intersection(*(row.quoted for row in rows))
+    always = fits.table.quoted.intersection(*(row.quoted for row in rows))
     doubtful = [
         row
         for row in rows
@@ -269,6 +271,7 @@ def _refuse_single_quotes(name: str, table: Table, is_used: Callable[[str], bool
     Raises:
         DataError: with the line of the first of them.
     """
+    is_quoted = any(row.quoted for row in table.rows)
     for index, column in enumerate(table.header):
         if not is_used(column):
             continue
@@ -278,7 +281,8 @@ def _refuse_single_quotes(name: str, table: Table, is_used: Callable[[str], bool
             if len(row.cells) > index and index not in row.quoted and (cell := row.cells[index].strip())
         ]
         marked = [(line, cell) for line, cell in found if len(cell) > 1 and cell[0] == cell[-1] == "'"]
-        if marked and (len(marked) == len(found) or any("''" in cell for _, cell in marked)):
+        is_doubled = any("''" in cell for _, cell in marked) and not is_quoted
+        if marked and (is_doubled or len(marked) == len(found)):
             raise DataError(
                 f"has texts in single quotes, the first in line {marked[0][0]}",
                 where=name,

@@ -178,6 +178,15 @@ def test_rows_of_columns_by_their_names() -> None:
     assert read("c.json", json.dumps(table)) == {"a": ("x",)}
 
 
+def test_two_columns_of_one_name_are_refused() -> None:
+    """The first of them was lost without a word."""
+    with pytest.raises(DataError, match="has two columns 'caption'"):
+        read("c.csv", "video,caption,caption\na.mp4,x,y\n")
+    with pytest.raises(DataError, match="has two columns 'video'"):
+        read("c.json", json.dumps({"columns": ["video", "video", "caption"], "data": [["a", "b", "x"]]}))
+    assert read("c.csv", "video,caption,note,note\na.mp4,x,y,z\n") == {"a.mp4": ("x",)}
+
+
 @pytest.mark.parametrize("blank", ["\u200b", "\ufeff\u2060", "\u00a0", "\u00ad", "\u2800\u3164", "\u200d"])
 def test_captions_of_which_nothing_is_seen_are_blank(blank: str) -> None:
     """They are rows of a spreadsheet that somebody cleared."""
@@ -280,5 +289,5 @@ def test_mutated_files_are_the_truth_or_refused(rng: np.random.Generator) -> Non
     print(
         "\n".join(f"{what}: {read_} read, {refused} refused" for what, (read_, refused) in outcomes.items())
     )
-    assert sum(read_ for read_, _ in outcomes.values()) > 50
+    assert sum(read_ for read_, _ in outcomes.values()) > 20
     assert sum(refused for _, refused in outcomes.values()) > 100

@@ -18,6 +18,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from gare.data.benchmarks.formats.records import Columns, read_records
@@ -106,6 +107,7 @@ def _is_video(column: str) -> bool:
     return _ROLE_OF.get(_plain(column)) == "video"
 
 
+@lru_cache(maxsize=256)
 def _plain(column: str) -> str:
     return strip_invisible(column).lower().replace(" ", "_")
 
@@ -177,6 +179,8 @@ def _to_name(value: Any) -> str | None:
         return str(value)  # a file called 17 in JSON
     if not isinstance(value, str) or _is_blank(value):
         return None
+    if value.isascii():
+        return value
     # Blanks may belong to the name of a file, zero-width characters around it do not.
     visible = strip_invisible(value)
     return value if value.strip() == visible else visible

@@ -89,17 +89,20 @@ def _csv_records(name: str, text: str, faults: CollectedErrors, columns: Columns
         names_video=columns.names_video,
     )
     header = table.header
+    # Columns without a name, such as the index that pandas writes, are ignored.
+    named = [(index, key) for index, key in enumerate(header) if key]
+    _refuse_doubled(name, header, columns)
     records = []
     for row in table.rows:
-        if len(row.cells) < len(header) or any(cell.strip() for cell in row.cells[len(header) :]):
+        if len(row.cells) != len(header) and (
+            len(row.cells) < len(header) or any(cell.strip() for cell in row.cells[len(header) :])
+        ):
             faults.add(
                 f"other than {len(header)} fields (a text that holds the delimiter has to be quoted)",
                 f"line {row.line} has {len(row.cells)}",
             )
             continue
-        # Columns without a name, such as the index that pandas writes, are ignored.
-        pairs = zip(header, row.cells, strict=False)
-        records.append((f"line {row.line}", {key: value for key, value in pairs if key}))
+        records.append((f"line {row.line}", {key: row.cells[index] for index, key in named}))
     if records and not text.endswith(("\n", "\r", '"')):
         logger.warning(
             "%s does not end with a line end; if it was cut off, its last row is not whole (%s)",
@@ -107,6 +110,12 @@ def _csv_records(name: str, text: str, faults: CollectedErrors, columns: Columns
             records[-1][0],
         )
     return records
+
+
+def _refuse_doubled(name: str, header: Sequence[str], columns: Columns) -> None:
+    doubled = [key for key in dict.fromkeys(header) if header.count(key) > 1 and columns.is_used(key)]
+    if doubled:
+        raise DataError(f"has two columns {doubled[0]!r}", where=name, accepted="one column of each name")
 
 
 def _sniff(name: str, text: str, columns: Columns) -> str:
@@ -186,6 +195,7 @@ def _rows_of_columns(tree: dict[str, Any], columns: Columns, name: str) -> list[
     header, data = tree.get("columns"), tree.get("data")
     if isinstance(header, list) and isinstance(data, list) and columns.is_header(list(map(str, header))):
         names = list(map(str, header))
+        _refuse_doubled(name, names, columns)
         for number, row in enumerate(data, start=1):
             if not isinstance(row, list) or len(row) != len(names):
                 raise DataError(

@@ -107,7 +107,8 @@ def read_table(
         table = _read_quotes(name, text, delimiter, is_used, is_video_column, names_video, goes_on)
     else:
         table = _table(list(_plain_rows(text, delimiter)))
-    _refuse_single_quotes(name, table, is_used)
+    if "'" in text:
+        _refuse_single_quotes(name, table, is_used)
     return table
 
 
@@ -275,14 +276,16 @@ def _refuse_single_quotes(name: str, table: Table, is_used: Callable[[str], bool
     for index, column in enumerate(table.header):
         if not is_used(column):
             continue
-        found = [
-            (row.line, cell)
+        bare = [
+            (row.line, row.cells[index].strip())
             for row in table.rows
-            if len(row.cells) > index and index not in row.quoted and (cell := row.cells[index].strip())
+            if len(row.cells) > index and index not in row.quoted
         ]
-        marked = [(line, cell) for line, cell in found if len(cell) > 1 and cell[0] == cell[-1] == "'"]
-        is_doubled = any("''" in cell for _, cell in marked) and not is_quoted
-        if marked and (is_doubled or len(marked) == len(found)):
+        marked = [(line, cell) for line, cell in bare if len(cell) > 1 and cell[0] == cell[-1] == "'"]
+        if not marked:
+            continue
+        is_doubled = not is_quoted and any("''" in cell for _, cell in marked)
+        if is_doubled or len(marked) == sum(bool(cell) for _, cell in bare):
             raise DataError(
                 f"has texts in single quotes, the first in line {marked[0][0]}",
                 where=name,

@@ -101,7 +101,7 @@ def _folder(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
             "data.videos and data.captions are empty",
             where="data.benchmark=folder",
             accepted="data.videos=FOLDER data.captions=FILE.csv, a FILE.csv with URIs alone, a FOLDER alone "
-            "to extract and search without training, or data.benchmark=synthetic",
+            "to extract without training, or data.benchmark=synthetic",
         )
     list_remote = RemoteVideos(config.sources, LocalVideos()).list
     if not data.captions:
@@ -112,9 +112,7 @@ def _folder(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
             test_fraction=data.test_fraction,
             list_remote=list_remote,
         )
-        logger.warning(
-            "data.captions is empty: the videos can be extracted and searched, not trained on or evaluated"
-        )
+        logger.warning("data.captions is empty: the videos can be extracted, but not trained on or evaluated")
     else:
         manifest = read_folder(
             data.videos,

@@ -26,7 +26,7 @@ class DataConfig(Section):
     captions: str = Field(
         "",
         description="CSV, JSON Lines or JSON file with their captions; empty: all videos of the folder, to "
-        "extract and search, but not to train or evaluate (benchmark: folder)",
+        "extract, but not to train or evaluate (benchmark: folder)",
     )
     annotations: str = Field(
         "", description="folder of the benchmark's annotation files, plain or gzip-ed (published benchmarks)"

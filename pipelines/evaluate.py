@@ -26,7 +26,7 @@ from cluster.tracking import (
     status_after,
 )
 from gare.config import Config
-from gare.data.manifest import SPLITS, ManifestRow
+from gare.data.manifest import SPLITS, ManifestRow, require_captions
 from gare.data.splits import StoredSplits, read_splits, split_hash_of
 from gare.data.store.frame_reader import FrameReader, GreyPictures, open_pictures
 from gare.errors import DataError
@@ -95,6 +95,7 @@ def _evaluate(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     places = layout(config)
     split = config.evaluate.split
+    require_captions(places.manifest)  # who has none has no checkpoint either: name the cause
     if config.evaluate.zero_shot:
         config, subject = zero_shot_subject(config, places)
     else:

@@ -16,7 +16,7 @@ from cluster.command import Flag, main
 from cluster.layout import Layout, layout
 from cluster.sources.fetch import RemoteVideos
 from gare.config import Config
-from gare.data.benchmarks.own_videos import read_folder
+from gare.data.benchmarks.own_videos import read_folder, read_videos
 from gare.data.benchmarks.registry import READERS, Benchmark, format_table, read_benchmark
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
 from gare.data.synthetic import generate_benchmark
@@ -96,24 +96,33 @@ def _synthetic(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]
 
 def _folder(config: Config, places: Layout) -> tuple[Manifest, dict[str, Any]]:
     data = config.data
-    if not data.captions:
-        # Without a folder, captions would have to name full locations, which is rare.
-        missing = [f"data.{key}" for key in ("videos", "captions") if not getattr(data, key)]
+    if not (data.videos or data.captions):
         raise ConfigError(
-            f"{' and '.join(missing)} must be set",
+            "data.videos and data.captions are empty",
             where="data.benchmark=folder",
-            accepted="data.videos=FOLDER data.captions=FILE.csv, a FILE.csv with URIs alone, "
-            "or data.benchmark=synthetic",
+            accepted="data.videos=FOLDER data.captions=FILE.csv, a FILE.csv with URIs alone, a FOLDER alone "
+            "to extract without training, or data.benchmark=synthetic",
         )
-    manifest = read_folder(
-        data.videos,
-        data.captions,
-        seed=data.seed,
-        val_fraction=data.val_fraction,
-        test_fraction=data.test_fraction,
-        schemes=config.sources.schemes,
-        list_remote=RemoteVideos(config.sources, LocalVideos()).list,
-    )
+    list_remote = RemoteVideos(config.sources, LocalVideos()).list
+    if not data.captions:
+        manifest = read_videos(
+            data.videos,
+            seed=data.seed,
+            val_fraction=data.val_fraction,
+            test_fraction=data.test_fraction,
+            list_remote=list_remote,
+        )
+        logger.warning("data.captions is empty: the videos can be extracted, but not trained on or evaluated")
+    else:
+        manifest = read_folder(
+            data.videos,
+            data.captions,
+            seed=data.seed,
+            val_fraction=data.val_fraction,
+            test_fraction=data.test_fraction,
+            schemes=config.sources.schemes,
+            list_remote=list_remote,
+        )
     return manifest, {"left_out": len(manifest.left_out)}
 
 

@@ -37,6 +37,7 @@ from cluster.tracking import (
 )
 from gare.config import ClipConfig, Config, differences
 from gare.config.run_settings import completed_settings
+from gare.data.manifest import require_captions
 from gare.data.splits import StoredSplits, split_hash_of
 from gare.errors import ConfigError, DivergedError, GareError
 from gare.retrieval.results.evaluation import model_label
@@ -69,12 +70,14 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: for a run of that name with other settings, a reserved name, or workers that the cluster
             cannot hold.
-        DataError: for a store that is missing, incomplete or made with other settings.
+        DataError: for videos without captions, and a store that is missing, incomplete or made with other
+            settings.
         GareError: if MLflow cannot be reached at the start, or training fails.
     """
     require_name_of_a_run(config)
     config = _with_absolute_paths(config)
     places = layout(config)
+    require_captions(places.manifest)
     with _lock(config, places) as lock:
         return _run(config, places, lock)
 

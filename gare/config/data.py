@@ -24,7 +24,9 @@ class DataConfig(Section):
     )
     videos: str = Field("", description="folder of the videos or s3://…; empty: captions hold URIs (folder)")
     captions: str = Field(
-        "", description="CSV, JSON Lines or JSON file with their captions (benchmark: folder)"
+        "",
+        description="CSV, JSON Lines or JSON file with their captions; empty: all videos of the folder, to "
+        "extract, but not to train or evaluate (benchmark: folder)",
     )
     annotations: str = Field(
         "", description="folder of the benchmark's annotation files, plain or gzip-ed (published benchmarks)"

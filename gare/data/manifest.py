@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from gare.data.collected_errors import CollectedErrors
 from gare.errors import DataError
-from gare.storage.files import exists, read_bytes, write_atomically
+from gare.storage.files import exists, open_fs, read_bytes, write_atomically
 from gare.storage.uris import is_uri
 
 SPLITS = ("train", "val", "test")
@@ -51,7 +51,7 @@ class ManifestRow:
         start_s: seconds into the file at which the clip starts; None for the beginning.
         end_s: seconds into the file at which it ends; None for the end.
         split: train, val or test.
-        captions: at least one text.
+        captions: at least one text; none where no clip of the manifest has one.
     """
 
     video_id: str
@@ -184,6 +184,28 @@ def read_manifest(uri: str) -> Manifest:
     return manifest
 
 
+def require_captions(uri: str) -> None:
+    """Raises an error if the videos of a manifest have no captions; reads its description alone.
+
+    A manifest that is missing or damaged passes: ``read_manifest`` says so.
+
+    Raises:
+        DataError: for a manifest without captions.
+    """
+    filesystem, path = open_fs(uri)
+    try:
+        metadata = pq.read_schema(path, filesystem=filesystem).metadata or {}
+        counts = json.loads(metadata.get(b"counts", b"{}"))
+    except (pa.ArrowException, OSError, ValueError):
+        return
+    if counts and not any(count["captions"] for count in counts.values()):
+        raise DataError(
+            "its videos have no captions, which training and evaluation need",
+            where=uri,
+            accepted="run pipelines/prepare.py again with data.captions=FILE; what is extracted is kept",
+        )
+
+
 def _tupled(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "captions": tuple(row["captions"] or ())}
 
@@ -246,8 +268,12 @@ def _check(rows: tuple[ManifestRow, ...]) -> None:
     for video_id, count in times.items():
         if count > 1:
             faults.add("video_id used more than once", f"{video_id!r} ({count} times)")
+    has_captions = any(row.captions for row in rows)
     for position, row in enumerate(rows):
-        _check_row(row, f"{row.video_id!r}" if row.video_id else f"row {position}", faults)
+        name = f"{row.video_id!r}" if row.video_id else f"row {position}"
+        if has_captions and not row.captions:
+            faults.add("no caption", name)
+        _check_row(row, name, faults)
     faults.raise_if_any("manifest")
 
 
@@ -261,8 +287,6 @@ def _check_row(row: ManifestRow, name: str, faults: CollectedErrors) -> None:
         faults.add("name or password in the uri; credentials belong into the environment", name)
     if row.split not in SPLITS:
         faults.add(f"split is not one of {', '.join(SPLITS)}", f"{name}: {row.split!r}")
-    if not row.captions:
-        faults.add("no caption", name)
     if any(not caption or not caption.strip() for caption in row.captions):
         faults.add("blank caption", name)
     if not all(_is_text(text) for text in (row.video_id, row.uri, *row.captions)):

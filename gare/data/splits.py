@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gare.config import ExtractConfig
-from gare.data.manifest import ManifestRow, read_manifest
+from gare.data.manifest import ManifestRow, read_manifest, require_captions
 from gare.data.store.contents import Store, frame_settings
 from gare.data.store.feature_schema import with_other_captions
 from gare.errors import DataError
@@ -76,8 +76,10 @@ def read_splits(
         settings: of a feature store, from ``feature_settings``; None for a frame store.
 
     Raises:
-        DataError: for a store that was made with other settings or that is not complete, or a missing file.
+        DataError: for a manifest without captions, a store that was made with other settings or that is not
+            complete, or a missing file.
     """
+    require_captions(manifest_uri)
     manifest = read_manifest(manifest_uri)
     store = Store(store_uri)
     meta = store.read_meta_of(frame_settings(extract) if settings is None else settings)

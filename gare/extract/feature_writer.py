@@ -221,7 +221,13 @@ class FeatureMaker:
         ]
 
     def _texts(self, captions: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-        parts: dict[str, list[npt.NDArray[Any]]] = {}
+        width, num_words = self.config.clip.embed_dim, self.config.max_words
+        # They give the shapes where no clip has a caption.
+        parts: dict[str, list[npt.NDArray[Any]]] = {
+            "text": [np.zeros((0, width), np.float16)],
+            "num_tokens": [np.zeros(0, np.int32)],
+            **({"words": [np.zeros((0, num_words, width), np.float16)]} if self.features.words else {}),
+        }
         size = self.features.batch * CAPTIONS_PER_CLIP
         for first in range(0, len(captions), size):
             token_ids, mask = tokenize(captions[first : first + size], self.config.max_words)
@@ -233,7 +239,7 @@ class FeatureMaker:
                 assert text.words is not None
                 found["words"] = _half(text.words)
             for name, values in found.items():
-                parts.setdefault(name, []).append(values)
+                parts[name].append(values)
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
     def _autocast(self) -> torch.autocast:

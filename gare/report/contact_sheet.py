@@ -70,7 +70,8 @@ def _draw_clip(sheet: Image.Image, top: int, reader: FrameReader, row: ManifestR
     )
     _write(draw, (_MARGIN_PX, top), f"{row.video_id}   {facts}", 11, FAINT, room)
     more = f"   (+{len(row.captions) - 1})" if len(row.captions) > 1 else ""
-    _write(draw, (_MARGIN_PX, top + 16), f"{row.captions[0]}{more}", 14, INK, room)
+    text = row.captions[0] if row.captions else "(no caption)"
+    _write(draw, (_MARGIN_PX, top + 16), f"{text}{more}", 14, INK, room)
     count = int(mask.sum())
     shown = np.unique(np.linspace(0, count - 1, min(count, _COLUMNS)).astype(int))
     for column, index in enumerate(shown):

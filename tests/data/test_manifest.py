@@ -11,7 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gare.data.manifest import SCHEMA, Manifest, ManifestRow, read_manifest, write_manifest
+from gare.data.manifest import (
+    SCHEMA,
+    Manifest,
+    ManifestRow,
+    read_manifest,
+    require_captions,
+    write_manifest,
+)
 from gare.errors import DataError
 
 ROWS = (
@@ -139,6 +146,22 @@ def test_empty_manifest_is_refused() -> None:
     """Nothing to do is a fault of the input, not a success."""
     with pytest.raises(DataError, match="no video has a caption"):
         Manifest((), "folder", "own split")
+
+
+def test_videos_may_all_be_without_captions(manifest: Manifest, tmp_path: Path) -> None:
+    """Who only wants to search has none; training has to say so, whatever reads the manifest first."""
+    rows = tuple(replace(row, captions=()) for row in ROWS)
+    silent, said = str(tmp_path / "silent.parquet"), str(tmp_path / "said.parquet")
+    write_manifest(Manifest(rows, "folder", "own split"), silent)
+    write_manifest(manifest, said)
+    assert read_manifest(silent).rows == rows
+    with pytest.raises(DataError, match=r"have no captions, .* data\.captions=FILE") as caught:
+        require_captions(silent)
+    assert caught.value.where == silent
+    require_captions(said)
+    require_captions(str(tmp_path / "none.parquet"))
+    (tmp_path / "other.parquet").write_bytes(b"x")
+    require_captions(str(tmp_path / "other.parquet"))
 
 
 def test_missing_manifest_names_the_next_step(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from gare.config import Config
-from gare.data.manifest import Manifest
+from gare.data.manifest import Manifest, ManifestRow
 from gare.data.store.compact import compact
 from gare.data.store.contents import FAILURE_SCHEMA, Store, part_files, read_columns, write_part
+from gare.data.store.feature_schema import with_other_captions
 from gare.data.store.frame_reader import FrameReader
 from gare.errors import DataError
 from gare.extract.feature_update import FeatureStoreUpdate
@@ -41,9 +42,10 @@ class Places:
     model: GARE
     frames: str
     features: str
+    rows: tuple[ManifestRow, ...] = ROWS
 
     def feature_pass(self) -> FeatureStoreUpdate:
-        manifest = Manifest(ROWS, benchmark="folder", protocol="own")
+        manifest = Manifest(self.rows, benchmark="folder", protocol="own")
         return FeatureStoreUpdate(
             self.config, manifest, self.frames, self.features, towers_sha256(self.model.towers), "0"
         )
@@ -203,3 +205,23 @@ def test_clips_that_an_earlier_version_gave_up_are_made(places: Places) -> None:
         maker.write(part)
     assert places.made == set(IDS) - {IDS[1]}
     assert job.compare_with_collection().counts == counts
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_clips_without_captions_are_encoded(places: Places, words: bool) -> None:
+    """Features for a search alone, which captions that come later find made."""
+    places.config = tiny_config(
+        "model.clip.vocab_size=49408", "train.clip_weights=x", "features.batch=4", f"features.words={words}"
+    )
+    places.rows = tuple(replace(row, captions=()) for row in ROWS)
+    assert sum(one["written"] for one in places.write()) == len(ROWS)
+    assert places.made == set(IDS)
+    columns = ["captions", "num_tokens", "text", *(["words"] if words else [])]
+    for part in part_files(places.features, "data"):
+        table = read_columns(part, columns)
+        assert all(value == [] for name in columns for value in table[name].to_pylist())
+    assert places.feature_pass().compare_with_collection().counts["unchanged"] == len(ROWS)
+    places.rows = ROWS
+    places.write("later")
+    assert places.made == set(IDS)
+    assert not with_other_captions(places.features, ROWS)

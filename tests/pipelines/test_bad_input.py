@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,9 +72,43 @@ def test_missing_captions_file(run: Run, own: dict[str, Any], root: Path) -> Non
     assert not (root / "own").exists()
 
 
-def test_captions_file_not_named(run: Run) -> None:
-    """Your own videos need two keys."""
-    run(prepare.run, "data.benchmark=folder").refused(2, "data.videos and data.captions must be set")
+def test_neither_videos_nor_captions_named(run: Run) -> None:
+    """A first run without any key has to learn both of them."""
+    run(prepare.run, "data.benchmark=folder").refused(2, "data.videos and data.captions are empty")
+
+
+def test_videos_without_captions(run: Run, own: dict[str, Any], root: Path) -> None:
+    """They can be prepared and extracted; what needs captions says so once, and nothing else first."""
+    settings = (*own["overrides"], "name=silent", "data.captions=")
+    answer = run(prepare.run, *settings)
+    assert answer.status == 0
+    assert "data.captions is empty" in answer.stderr
+    assert json.loads(answer.stdout)["counts"]["train"] == {"videos": 2, "captions": 0}
+    for step in (train, evaluate):
+        run(step.run, *settings).refused(3, "manifest.parquet", "have no captions", "data.captions=FILE")
+    assert [path.name for path in (root / "silent").iterdir() if path.name != "prepare"] == [
+        "manifest.parquet"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("c.csv", 'video,caption\ncat.mp4,"a cat\ndog.mp4,a dog of 5"\n', ("line 2", "holds line 3")),
+        ("c.csv", "video,captions\ncat.mp4,\"['a' 'b']\"\n", ("not a list of texts", "line 2")),
+        ("c.json", '{"video": ["cat.mp4"], "caption": ["x", "y"]}', ("with other rows (1 and 2)",)),
+        ("c.csv", "video,caption\ncat.mp4,\u200b\n", ("blank caption", "line 2")),
+        ("c.csv", "video,caption\ncat.mp4,tr\xe8s\n".encode("cp1252"), ("not UTF-8", "0xe8", "line 2")),
+    ],
+)
+def test_captions_that_could_be_misread(
+    name: str, content: str | bytes, words: tuple[str, ...], run: Run, own: dict[str, Any], root: Path
+) -> None:
+    """Each gave other captions than were meant, with exit status 0."""
+    captions = own["captions"].with_name(name)
+    captions.write_bytes(content if isinstance(content, bytes) else content.encode())
+    run(prepare.run, *own["overrides"], f"data.captions={captions}").refused(3, name, *words)
+    assert not (root / "own").exists()
 
 
 def test_empty_folder(run: Run, own: dict[str, Any], root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,24 @@ def test_real_clips_go_the_whole_way(ray_local: None, shared: Path) -> None:
     evaluation = evaluate.run(config)
     assert evaluation["num_texts"] == 3 * evaluation["num_videos"]
     assert evaluation["num_videos"] > 5
+
+
+def test_videos_alone_are_extracted(trained: dict[str, Any], shared: Path, tmp_path: Path) -> None:
+    """Who only wants to search has no captions; frames and features are made all the same."""
+    for video in ("red", "green", "blue"):
+        (tmp_path / f"{video}.mp4").symlink_to(shared / "data" / "faults" / "videos" / f"{video}.mp4")
+    config = tiny(
+        "name=alone",
+        "data.benchmark=folder",
+        f"data.videos={tmp_path}",
+        "extract.store=both",
+        f"features.weights={trained['checkpoint']}",
+    )
+    assert prepare.run(config)["counts"]["train"] == {"videos": 1, "captions": 0}
+    result = extract.run(config)
+    assert result["videos"] == result["features"]["videos"] == 3
+    for store in (layout(config).frames, layout(config).features):
+        assert set(Store(store).ids()) == {"red", "green", "blue"}
 
 
 def test_broken_files_stop_nothing_and_are_never_zeros(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -66,3 +67,10 @@ def test_a_store_without_the_clips_is_named(rng: np.random.Generator, tmp_path: 
     write_store(str(tmp_path), JPEG, ["a"], rng)
     with pytest.raises(DataError, match="holds none of the clips"):
         draw_preview(str(tmp_path), [row("b")], 3)
+
+
+def test_clips_without_captions_are_on_it(rng: np.random.Generator, tmp_path: Path) -> None:
+    """A look at the frames is all that there is before a search."""
+    write_store(str(tmp_path), JPEG, ["a"], rng)
+    silent = dataclasses.replace(row("a"), captions=())
+    assert sheet(tmp_path, [silent], 1).shape == sheet(tmp_path, [row("a")], 1).shape

@@ -1,17 +1,17 @@
-"""Your own videos: a folder of video files and one file with their captions."""
+"""Your own videos: a folder of video files, and one file with their captions if they have any."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pyarrow import fs as pafs
 
 from gare.data.benchmarks.formats.captions_file import CaptionRow, parse_captions
 from gare.data.benchmarks.split import split_by_video
-from gare.data.benchmarks.video_folder import NoSuchVideoError, VideoFolder
+from gare.data.benchmarks.video_folder import VIDEO_ENDINGS, NoSuchVideoError, VideoFolder
 from gare.data.benchmarks.video_locations import VideoLocations
 from gare.data.collected_errors import SHOWN, CollectedErrors, join_first
 from gare.data.manifest import Manifest, ManifestRow
@@ -66,7 +66,7 @@ def read_folder(
     faults = CollectedErrors()
     folder = open_folder(str(videos), faults, list_remote) if str(videos) else None
     places = VideoLocations(folder, schemes) if folder or not str(videos) else None
-    rows, annotation_sha256 = _open_captions(str(captions), faults)
+    rows, annotation_sha256 = _open_captions(str(captions), faults, places)
     files = _find_files(rows, places, faults) if places else {}
     own_split = _own_split(rows, files, faults)
     faults.raise_if_any(str(captions))
@@ -78,14 +78,10 @@ def read_folder(
     if own_split:
         split, protocol = own_split, "own split"
     else:
-        names = split_by_video(
-            [ids[file] for file, _, _ in texts],
-            seed=seed,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
+        names, protocol = _seeded_split(
+            (ids[file] for file, _, _ in texts), seed, val_fraction, test_fraction
         )
         split = {file: names[ids[file]] for file, _, _ in texts}
-        protocol = f"seeded split by video (seed {seed}, val {val_fraction:g}, test {test_fraction:g})"
     clips = sorted(texts, key=lambda clip: (ids[clip[0]], clip[1] or 0.0, clip[2] or 0.0))
     return Manifest(
         rows=tuple(
@@ -102,8 +98,69 @@ def read_folder(
         benchmark="folder",
         protocol=protocol,
         annotation_sha256=annotation_sha256,
-        left_out=_report_left_out(folder, set(split)) if folder else (),
+        left_out=_report_left_out(folder, set(split), "have no caption") if folder else (),
     )
+
+
+def read_videos(
+    videos: str | Path,
+    *,
+    seed: int,
+    val_fraction: float,
+    test_fraction: float,
+    list_remote: Callable[[str], list[str]] | None = None,
+) -> Manifest:
+    """Reads a folder of videos without captions: one whole clip a video file.
+
+    Ids and the seeded split are those that the same videos get from ``read_folder``, so that captions can be
+    added later.
+
+    Args:
+        videos: as for ``read_folder``.
+        seed: as for ``read_folder``.
+        val_fraction: as for ``read_folder``.
+        test_fraction: as for ``read_folder``.
+        list_remote: as for ``read_folder``.
+
+    Returns:
+        The manifest, without any caption, in the order of ids.
+
+    Raises:
+        DataError: for a folder that is missing or holds no video.
+        ConfigError: for fractions that leave no videos to train.
+    """
+    faults = CollectedErrors()
+    folder = open_folder(str(videos), faults, list_remote)
+    faults.raise_if_any(without_secrets(str(videos)))
+    assert folder is not None  # otherwise a fault was raised
+    files = [file for file in folder.videos if _is_utf8(file) and folder.is_there(file)]
+    if not files:
+        raise DataError(
+            "holds no video",
+            where=without_secrets(str(videos)),
+            accepted=f"files that end in {', '.join(sorted(VIDEO_ENDINGS))}",
+        )
+    ids = folder.ids(files)
+    split, protocol = _seeded_split(ids.values(), seed, val_fraction, test_fraction)
+    return Manifest(
+        rows=tuple(
+            ManifestRow(ids[file], folder.path(file), None, None, split[ids[file]], ())
+            for file in sorted(files, key=ids.__getitem__)
+        ),
+        benchmark="folder",
+        protocol=f"{protocol}; no captions",
+        left_out=_report_left_out(
+            folder, set(files), "are links that lead nowhere or have names that are not UTF-8"
+        ),
+    )
+
+
+def _seeded_split(
+    ids: Iterable[str], seed: int, val_fraction: float, test_fraction: float
+) -> tuple[dict[str, str], str]:
+    """Returns the split of each id, and the protocol's name."""
+    names = split_by_video(ids, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
+    return names, f"seeded split by video (seed {seed}, val {val_fraction:g}, test {test_fraction:g})"
 
 
 def open_folder(
@@ -135,12 +192,14 @@ def open_folder(
     return None
 
 
-def _open_captions(captions: str, faults: CollectedErrors) -> tuple[list[CaptionRow], dict[str, str]]:
+def _open_captions(
+    captions: str, faults: CollectedErrors, places: VideoLocations | None
+) -> tuple[list[CaptionRow], dict[str, str]]:
     try:
         data = read_bytes(captions)
         name = captions.partition("?")[0].rpartition("/")[2] if "://" in captions else Path(captions).name
         before = len(faults)
-        rows = parse_captions(name, data, faults)
+        rows = parse_captions(name, data, faults, names_video=places.holds if places else None)
     except DataError as error:
         faults.add("captions", error.what + (f" ({error.accepted})" if error.accepted else ""))
         return [], {}
@@ -204,17 +263,22 @@ def _clip_id(name: str, start_s: float | None, end_s: float | None) -> str:
     return f"{name}#{times[0]}-{times[1]}"
 
 
-def _report_left_out(folder: VideoFolder, used: set[str]) -> tuple[str, ...]:
-    # File systems allow names that are not UTF-8, Parquet and logs do not.
+def _is_utf8(file: str) -> bool:
+    # File systems allow other names, Parquet and logs do not.
+    return file.encode("utf-8", "replace") == file.encode("utf-8", "surrogatepass")
+
+
+def _report_left_out(folder: VideoFolder, used: set[str], reason: str) -> tuple[str, ...]:
     left_out = tuple(
         file.encode("utf-8", "backslashreplace").decode() for file in folder.videos if file not in used
     )
     if left_out:
         logger.warning(
-            "%d of %d videos in %s have no caption and are left out: %s",
+            "%d of %d videos in %s %s and are left out: %s",
             len(left_out),
             len(folder.videos),
             folder.root,
+            reason,
             join_first(left_out),
         )
     return left_out

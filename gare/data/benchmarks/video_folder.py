@@ -56,7 +56,7 @@ class VideoFolder:
         self.root = root.rstrip("/") if self.is_remote else os.path.realpath(root)
         self._roots = () if self.is_remote else (self.root, posixpath.normpath(root))
         self.files = sorted(_walk(self.root) if files is None else files)
-        self.videos = [file for file in self.files if _is_video(file)]
+        self.videos = [file for file in self.files if is_video(file)]
         self._exact = set(self.files)
         # One table for each way to name a file, the most exact first.
         self._tables: list[dict[str, list[str]]] = [{}, {}, {}, {}]
@@ -116,12 +116,13 @@ class VideoFolder:
         return f"{self.root.rstrip('/')}/{file}"
 
     def ids(self, named: Iterable[str]) -> dict[str, str]:
-        """Returns the id of each video and of each other file that captions name.
+        """Returns the id of each file that captions name.
 
-        An id is the relative path without the ending, or with it if several files would share the id. Only
-        the endings of videos are cut: other text after the last dot may be a part of the id.
+        An id is the relative path without the ending, or with it if several of them would share the id: a
+        file that no caption names renames none. Only the endings of videos are cut: other text after the last
+        dot may be a part of the id.
         """
-        ids = {file: without_ending(_composed(file)) for file in {*self.videos, *named}}
+        ids = {file: without_ending(_composed(file)) for file in named}
         while repeated := {name for name, times in Counter(ids.values()).items() if times > 1}:
             whole = {file: _composed(file) for file, name in ids.items() if name in repeated}
             if all(ids[file] == name for file, name in whole.items()):
@@ -140,8 +141,12 @@ class VideoFolder:
             raise NoSuchVideoError("video outside the folder")
         return name
 
+    def is_there(self, file: str) -> bool:
+        """Returns False for a link that leads nowhere."""
+        return self.is_remote or Path(self.path(file)).exists()
+
     def _checked(self, file: str) -> str:
-        if not self.is_remote and not Path(self.path(file)).exists():
+        if not self.is_there(file):
             raise NoSuchVideoError("caption without video file", "a link that leads nowhere")
         return file
 
@@ -165,7 +170,8 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _is_video(file: str) -> bool:
+def is_video(file: str) -> bool:
+    """Returns True for a name with the ending of a video."""
     # Hidden files are not meant: a Mac leaves ._clip.mp4 beside clip.mp4 on other disks.
     return posixpath.splitext(file)[1].lower() in VIDEO_ENDINGS and not posixpath.basename(file).startswith(
         "."
@@ -174,4 +180,4 @@ def _is_video(file: str) -> bool:
 
 def without_ending(file: str) -> str:
     """Returns the name without the ending of a video; other text after the last dot is kept."""
-    return posixpath.splitext(file)[0] if _is_video(file) else file
+    return posixpath.splitext(file)[0] if is_video(file) else file

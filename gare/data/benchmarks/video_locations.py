@@ -62,6 +62,14 @@ class VideoLocations:
             raise NoSuchVideoError("caption without video file")
         return os.path.normpath(path)
 
+    def holds(self, name: str) -> bool:
+        """Returns True for the name of a video that is there."""
+        try:
+            self.find(name)
+        except NoSuchVideoError:
+            return False
+        return True
+
     def nearest(self, name: str) -> str:
         """Returns the most similar name in the folder; empty if none is similar."""
         return self.folder.nearest(name) if self.folder else ""
@@ -71,7 +79,7 @@ class VideoLocations:
         return self.folder.path(key) if self.folder and not _is_whole(key) else key
 
     def ids(self, keys: Iterable[str]) -> dict[str, str]:
-        """Returns the id of each key and of the folder's other videos; see ``VideoFolder.ids``."""
+        """Returns the id of each key; see ``VideoFolder.ids``."""
         keys = list(keys)
         whole = {key for key in keys if _is_whole(key)}
         ids = self.folder.ids(key for key in keys if key not in whole) if self.folder else {}

@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import tempfile
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gare.data.benchmarks.own_videos import read_folder
+from gare.data.benchmarks.own_videos import read_folder, read_videos
 from gare.data.benchmarks.split import split_by_video
 from gare.data.manifest import Manifest, read_manifest, write_manifest
 from gare.errors import ConfigError, DataError
@@ -114,8 +116,16 @@ def test_awkward_names(case: Case, name: str, ending: bool) -> None:
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
-    lambda text: bool(text.strip())
+    lambda text: any(unicodedata.category(sign) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for sign in text)
 )
+
+
+def without_edges(text: str) -> str:
+    """Strips blanks and characters without width."""
+    edges = "".join(sign for sign in set(text) if sign.isspace() or sign in "\u200b\u2060\ufeff")
+    return text.strip(edges)
+
+
 CAPTIONS = st.lists(
     st.tuples(st.sampled_from(AWKWARD), st.lists(TEXTS, min_size=1, max_size=3)), min_size=1, max_size=6
 )
@@ -129,7 +139,7 @@ def test_every_layout_says_the_same(
     """A user who converts a file must not get other data, whatever the texts hold."""
     expected: dict[str, list[str]] = {}
     for name, texts in captions:
-        expected.setdefault(name, []).extend(text.strip() for text in texts)
+        expected.setdefault(name, []).extend(map(without_edges, texts))
     plain, nested = io.StringIO(newline=""), io.StringIO(newline="")
     rows, lists = (
         csv.writer(out, delimiter=delimiter, lineterminator="\r\n" if crlf else "\n", quoting=csv.QUOTE_ALL)
@@ -239,6 +249,68 @@ def test_same_name_different_endings(case: Case) -> None:
     assert ids == {"a.mp4": ("1",), "a.avi": ("2",), "a.mp4.mov": ("3",), "b": ("4",), "x/c": ("5",)}
     fault = case.fault("c.json", {"a": "1", "c": "2"})
     assert "several files of that name (2): 'a' (entry 'a'; 'a.avi' or 'a.mp4'); 'c'" in fault
+
+
+def test_a_file_that_no_caption_names_renames_no_clip(case: Case) -> None:
+    """A copy in another container, left beside the video, made a store of the whole folder anew."""
+    case.add("a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    captions = {f"{name}.mp4": "x" for name in "abcd"}
+    before = case.read("c.json", captions)
+    after = case.add("a.mkv", "b.avi").read("c.json", captions)
+    assert after.rows == before.rows
+    assert after.left_out == ("a.mkv", "b.avi")
+    assert "several files of that name (1): 'a' (entry 'a'; 'a.mkv' or 'a.mp4')" in case.fault(
+        "c.json", {"a": "x"}
+    )
+
+
+def test_videos_without_captions(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who only wants to search has a folder; captions that come later find the same clips."""
+    case.add("a.mp4", "sub/b.mkv", "c.avi", "c.mp4", "notes.txt", "._a.mp4")
+    (case.videos / "broken.mp4").symlink_to(tmp_path / "nowhere")
+    with caplog.at_level(logging.WARNING):
+        manifest = read_videos(case.videos, seed=0, val_fraction=0.2, test_fraction=0.3)
+    assert captions_of(manifest) == {"a": (), "c.avi": (), "c.mp4": (), "sub/b": ()}
+    assert manifest.left_out == ("broken.mp4",)
+    assert "1 of 5 videos" in caplog.text
+    assert {split: count["videos"] for split, count in manifest.counts.items()} == {
+        "train": 2,
+        "val": 1,
+        "test": 1,
+    }
+    (case.root / "c.json").write_text(
+        json.dumps(dict.fromkeys(("a.mp4", "sub/b.mkv", "c.avi", "c.mp4"), "x"))
+    )
+    captioned = read_folder(case.videos, case.root / "c.json", seed=0, val_fraction=0.2, test_fraction=0.3)
+    assert tuple(replace(row, captions=()) for row in captioned.rows) == manifest.rows
+    write_manifest(manifest, str(tmp_path / "manifest.parquet"))
+    assert read_manifest(str(tmp_path / "manifest.parquet")) == manifest
+
+
+def test_folders_of_an_object_store_without_captions(tmp_path: Path) -> None:
+    """Large collections are there."""
+    manifest = read_videos(
+        "s3://bucket/clips",
+        seed=0,
+        val_fraction=0.1,
+        test_fraction=0.2,
+        list_remote=lambda uri: ["b 1.mp4", "a.mp4", "readme.md"],
+    )
+    assert [(row.video_id, row.uri) for row in manifest.rows] == [
+        ("a", "s3://bucket/clips/a.mp4"),
+        ("b 1", "s3://bucket/clips/b%201.mp4"),
+    ]
+
+
+def test_folders_without_videos(case: Case) -> None:
+    """A mount that did not come up, or a wrong folder."""
+    settings = {"seed": 0, "val_fraction": 0.1, "test_fraction": 0.2}
+    with pytest.raises(DataError, match="is empty"):
+        read_videos(case.videos, **settings)
+    with pytest.raises(DataError, match=r"holds no video \(files that end in \.3g2"):
+        read_videos(case.add("notes.txt").videos, **settings)
+    with pytest.raises(DataError, match="none' is missing"):
+        read_videos(case.root / "none", **settings)
 
 
 def test_accents_in_another_unicode_form(case: Case) -> None:
@@ -390,8 +462,8 @@ def test_all_faults_come_at_once(case: Case) -> None:
         ("c.csv", 'video,caption\na,x\na,"open\n', "not CSV from line 3"),
         ("c.csv", 'video,caption\na,"a "big" dog"\n', "not CSV from line 2"),
         ("c.csv", "video,caption\na,caf\xe9".encode("latin-1"), "not UTF-8: byte 0xe9 in line 2"),
-        ("c.csv", "video,caption\na,x".encode("utf-16"), "UTF-16"),
-        ("c.csv", "video,caption\na,x\0", "NUL"),
+        ("c.csv", "video,caption\na,x".encode("utf-16")[:-1], "not UTF-16"),
+        ("c.csv", "video,caption\na,x\0", "NUL characters from line 2 on"),
         ("c.csv", "video,caption,start\na,x,nan\n", "not a time"),
         ("c.csv", "video,caption,start\na,x,-1\n", "not a time"),
         ("c.csv", "video,caption,start\na,x,1_0\n", "not a time"),

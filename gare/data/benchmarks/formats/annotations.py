@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gare.data.benchmarks.formats.records import decode_text, parse_json
+from gare.data.benchmarks.formats.records import parse_json
 from gare.data.benchmarks.formats.rows import RowRecord, read_rows
+from gare.data.benchmarks.formats.texts import decode_text
 from gare.data.benchmarks.formats.words import (
     SPLIT_NAMES,
     Roles,
@@ -66,14 +67,14 @@ def read_annotations(name: str, data: bytes) -> list[Annotation]:
     Raises:
         DataError: for a file that cannot be parsed, with all faults in it.
     """
-    text = decode_text(name, data, may_be_utf16=True).replace("\r\n", "\n").replace("\r", "\n")
+    text = decode_text(name, data).replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise DataError("is empty", where=name, accepted="an annotation file")
     faults = CollectedErrors()
     if text.lstrip()[0] in "[{":
         found = list(_Tree(faults).walk(_parse(name, text, faults)))
     else:
-        found = [_of_row(row) for row in read_rows(name, text, faults)]
+        found = [_of_row(row, faults) for row in read_rows(name, text, faults)]
     faults.raise_if_any(name)
     if not found:
         raise DataError("names no video", where=name, accepted="an annotation file")
@@ -101,15 +102,23 @@ def _parse(name: str, text: str, faults: CollectedErrors) -> Any:
     return [part for line in lines for part in (line if isinstance(line, list) else [line])]
 
 
-def _of_row(row: RowRecord) -> Annotation:
+def _of_row(row: RowRecord, faults: CollectedErrors) -> Annotation:
     fields = row.fields
     roles = roles_of(fields)
-    texts = texts_of_cell(fields[roles.text]) if roles.text else ()
+    texts = _texts_of_cell(fields[roles.text], row.where, faults) if roles.text else ()
     times: tuple[tuple[float, float], ...] = ()
     if roles.start and roles.end and len(texts) == 1:
         pair = _pair([fields[roles.start], fields[roles.end]])
         times = (pair,) if pair else ()  # values such as 00.23.23.000 are not seconds, and ignored
     return Annotation(row.where, row.video, texts, times, None, _split(fields, roles))
+
+
+def _texts_of_cell(cell: str, where: str, faults: CollectedErrors) -> tuple[str, ...]:
+    try:
+        return texts_of_cell(cell)
+    except ValueError as error:
+        faults.add("neither a text nor a list of texts", f"{where}: {error}")
+        return ()
 
 
 class _Tree:
@@ -170,7 +179,8 @@ class _Tree:
             else:
                 yield from self._record(entry, where, split, None)
         elif isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            yield Annotation(where, entry[0].strip(), texts_of_cell(entry[1]), split=split)
+            texts = _texts_of_cell(entry[1], where, self.faults)
+            yield Annotation(where, entry[0].strip(), texts, split=split)
         else:
             self.faults.add("neither an id nor an object", f"{where}: {str(entry)[:60]!r}")
 

@@ -15,13 +15,14 @@ is close to one of these and its role is otherwise empty: that is taken for a mi
 from __future__ import annotations
 
 import difflib
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from gare.data.benchmarks.formats.records import read_records
+from gare.data.benchmarks.formats.records import Columns, read_records
+from gare.data.benchmarks.formats.texts import clean_caption, parse_text_list, strip_invisible
 from gare.data.collected_errors import CollectedErrors
 
 ROLES = {
@@ -61,20 +62,29 @@ class CaptionRow:
     end_s: float | None
 
 
-def parse_captions(name: str, data: bytes, faults: CollectedErrors) -> list[CaptionRow]:
+def parse_captions(
+    name: str,
+    data: bytes,
+    faults: CollectedErrors,
+    names_video: Callable[[str], bool] | None = None,
+) -> list[CaptionRow]:
     """Reads the content of a captions file.
 
     Args:
         name: its file name; the ending determines the format.
         data: its content.
         faults: collects the faults of single rows, which are then left out.
+        names_video: returns True for the name of a video that is there; tells rows of a table from lines of
+            a text.
 
     Raises:
         DataError: for a file that cannot be parsed at all.
     """
     columns_of: dict[tuple[str, ...], dict[str, str]] = {}
     rows = []
-    for where, record in read_records(name, data, faults, is_header=_is_header):
+    for where, record in read_records(
+        name, data, faults, Columns(_is_header, _is_used, _is_video, names_video)
+    ):
         keys = tuple(record)
         if keys not in columns_of:
             columns_of[keys] = _find_columns(keys, where, faults)
@@ -84,13 +94,22 @@ def parse_captions(name: str, data: bytes, faults: CollectedErrors) -> list[Capt
     return rows
 
 
-def _is_header(columns: list[str]) -> bool:
+def _is_header(columns: Sequence[str]) -> bool:
     found = {_ROLE_OF.get(_plain(column)) for column in columns}
     return found.issuperset(REQUIRED)
 
 
+def _is_used(column: str) -> bool:
+    return _plain(column) in _ROLE_OF
+
+
+def _is_video(column: str) -> bool:
+    return _ROLE_OF.get(_plain(column)) == "video"
+
+
+@lru_cache(maxsize=256)
 def _plain(column: str) -> str:
-    return column.strip().lower().replace(" ", "_")
+    return strip_invisible(column).lower().replace(" ", "_")
 
 
 def _find_columns(columns: Iterable[str], where: str, faults: CollectedErrors) -> dict[str, str]:
@@ -129,14 +148,12 @@ def _to_row(
     video = _to_name(record[columns["video"]])
     if video is None:
         faults.add("no video named", where)
-    captions = _to_captions(record[columns["caption"]], _plain(columns["caption"]) == "captions")
-    if captions is None:
-        faults.add("caption is neither a text nor a list of texts", where)
-    elif not captions or not all(captions):
+    captions = _to_captions(record[columns["caption"]], columns["caption"], where, faults)
+    if captions is not None and not all(captions or [""]):
         faults.add("blank caption", where)
     split, is_bad_split = None, False
     if "split" in columns and not _is_blank(value := record[columns["split"]]):
-        split = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
+        split = SPLIT_NAMES.get(strip_invisible(value).lower()) if isinstance(value, str) else None
         if is_bad_split := split is None:
             faults.add("split is not one of train, val, test", f"{value!r} ({where})")
     times = [_to_time(record, columns.get(role), where, faults) for role in ("start_s", "end_s")]
@@ -154,28 +171,47 @@ def _to_row(
 
 
 def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value is None or (isinstance(value, str) and not clean_caption(value))
 
 
 def _to_name(value: Any) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # a file called 17 in JSON
-    return value if isinstance(value, str) and value.strip() else None
+    if not isinstance(value, str) or _is_blank(value):
+        return None
+    if value.isascii():
+        return value
+    # Blanks may belong to the name of a file, zero-width characters around it do not.
+    visible = strip_invisible(value)
+    return value if value.strip() == visible else visible
 
 
-def _to_captions(value: Any, may_be_list: bool) -> tuple[str, ...] | None:
-    """Returns the texts; None if it is no text. A CSV cell of a column `captions` may hold a JSON list."""
-    if isinstance(value, str) and may_be_list and value.strip().startswith("["):
+def _to_captions(value: Any, column: str, where: str, faults: CollectedErrors) -> tuple[str, ...] | None:
+    """Returns the texts; records a value that is none, and returns None.
+
+    A cell of a column ``captions`` may hold a list. In a column of single texts it is refused, since a text
+    that looks like a list may be meant.
+    """
+    if isinstance(value, str):
+        is_plural = _plain(column) == "captions"
         try:
-            parsed = json.loads(value)
-        except ValueError:  # a caption such as "[music] plays"
-            parsed = None
-        if isinstance(parsed, list):
-            value = parsed
+            parsed = parse_text_list(value)
+        except ValueError as error:
+            if is_plural:
+                faults.add("captions that are not a list of texts", f"{where}: {error}")
+                return None
+            parsed = ["'"] if {"'", '"'} & set(value) and value.rstrip().endswith("]") else None
+        if parsed and not is_plural:
+            faults.add(
+                f"a list in the column {column!r} of single texts; the column of lists is 'captions'", where
+            )
+            return None
+        value = parsed if parsed is not None and is_plural else value
     texts = value if isinstance(value, list) else ["" if value is None else value]
     if not all(isinstance(text, str) for text in texts):
+        faults.add("caption is neither a text nor a list of texts", where)
         return None
-    return tuple(text.strip() for text in texts)
+    return tuple(map(clean_caption, texts))
 
 
 def _to_time(record: dict[str, Any], column: str | None, where: str, faults: CollectedErrors) -> float | None:

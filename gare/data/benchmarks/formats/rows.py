@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gare.data.benchmarks.formats.tables import first_cells, named_delimiter, read_table
+from gare.data.benchmarks.formats.texts import strip_invisible
 from gare.data.benchmarks.formats.words import TEXTS, VIDEOS, find_key, normalise_key
 from gare.data.collected_errors import CollectedErrors
-from gare.errors import DataError
 
 _DELIMITERS = ("\t", ",", ";", "|")
 _CLOCK = re.compile(r"\d{1,2}[.:]\d\d[.:]\d\d([.,:]\d+)?|\d+(\.\d+)?")
@@ -46,9 +46,10 @@ def read_rows(name: str, text: str, faults: CollectedErrors) -> list[RowRecord]:
     Raises:
         DataError: for a table with quotes that cannot be parsed.
     """
-    first = next(line for line in text.split("\n") if line.strip())
-    for delimiter in _DELIMITERS:
-        header = next(csv.reader([first], delimiter=delimiter), [])
+    named, text = named_delimiter(text)
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    for delimiter in [named] if named else _DELIMITERS:
+        header = first_cells(first, delimiter)
         if find_key(header, VIDEOS) and (len(header) == 1 or find_key(header, TEXTS) or _is_list(header)):
             if len(header) == 1 and any(other in first for other in _DELIMITERS):
                 continue
@@ -67,40 +68,35 @@ def _is_list(header: list[str]) -> bool:
 
 
 def _with_header(name: str, text: str, delimiter: str, faults: CollectedErrors) -> list[RowRecord]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
+    last = first_cells(text, delimiter)[-1]
+    table = read_table(
+        name,
+        text,
+        delimiter,
+        is_used=lambda column: normalise_key(column) in (*VIDEOS, *TEXTS),
+        is_video_column=lambda column: normalise_key(column) in VIDEOS,
+        # A text that was not quoted goes on to the end of its line.
+        goes_on=(goes_on := normalise_key(last) in TEXTS),
+    )
+    header = table.header
+    video, corpus = str(find_key(header, VIDEOS)), _corpus_keys(header)
     records = []
-    line = 1
-    try:
-        for fields in reader:
-            start, line = line, reader.line_num + 1
-            if not any(field.strip() for field in fields):
-                continue
-            if not header:
-                header = [field.strip() for field in fields]
-                video, corpus = str(find_key(header, VIDEOS)), _corpus_keys(header)
-                continue
-            if len(fields) > len(header) and normalise_key(header[-1]) in TEXTS:
-                # A text that was not quoted goes on to the end of its line.
-                fields[len(header) - 1 :] = [delimiter.join(fields[len(header) - 1 :])]
-            if len(fields) < len(header) or any(field.strip() for field in fields[len(header) :]):
-                faults.add(f"other than {len(header)} fields", f"line {start} has {len(fields)}")
-                continue
-            row = dict(zip(header, fields, strict=False))
-            if not row[video].strip():
-                faults.add("no video named", f"line {start}")
-                continue
-            if corpus:
-                clip, caption = _of_corpus(row, corpus)
-                records += [RowRecord(f"line {start}", clip, caption)] if clip else []
-            else:
-                records.append(RowRecord(f"line {start}", row[video].strip(), row))
-    except csv.Error as error:
-        raise DataError(
-            f"is not CSV from line {line} on: {error}",
-            where=name,
-            accepted='texts with quotes in double quotes, quotes in them doubled: "a ""big"" dog"',
-        ) from error
+    for table_row in table.rows:
+        fields, where = table_row.cells, f"line {table_row.line}"
+        if len(fields) > len(header) and goes_on:
+            fields[len(header) - 1 :] = [delimiter.join(fields[len(header) - 1 :])]
+        if len(fields) < len(header) or any(field.strip() for field in fields[len(header) :]):
+            faults.add(f"other than {len(header)} fields", f"{where} has {len(fields)}")
+            continue
+        row = dict(zip(header, fields, strict=False))
+        if not strip_invisible(row[video]):
+            faults.add("no video named", where)
+            continue
+        if corpus:
+            clip, caption = _of_corpus(row, corpus)
+            records += [RowRecord(where, clip, caption)] if clip else []
+        else:
+            records.append(RowRecord(where, strip_invisible(row[video]), row))
     return records
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from gare.data.benchmarks.formats.captions_file import SPLIT_NAMES as _SPLIT_NAMES
+from gare.data.benchmarks.formats.texts import clean_caption, parse_text_list, strip_invisible
 
 #: Keys by role, the least ambiguous first; written as ``normalise_key`` returns them.
 VIDEOS = (
@@ -33,7 +32,7 @@ SPLIT_NAMES = {
 @lru_cache(maxsize=4096)
 def normalise_key(key: str) -> str:
     """Returns a key in lower case without blanks, hyphens and underscores: ``Video_ID`` is ``videoid``."""
-    return "".join(sign for sign in key.strip().lower() if sign not in "_- ")
+    return "".join(sign for sign in strip_invisible(key).lower() if sign not in "_- ")
 
 
 def find_key(keys: Iterable[str], names: Sequence[str]) -> str | None:
@@ -82,18 +81,14 @@ def normalise_spaces(text: str) -> str:
 
     Copies of the same captions differ in whitespace: double blanks, line ends, leading blanks.
     """
-    return " ".join(text.split())
+    return " ".join(clean_caption(text).split())
 
 
 def texts_of_cell(cell: str) -> tuple[str, ...]:
-    """Returns the texts in a text field: one, or the items of a list written by JSON or pandas."""
-    written = cell.strip()
-    if written.startswith("[") and written.endswith("]"):
-        for parse in (json.loads, ast.literal_eval):  # both accept only literals
-            try:
-                parsed = parse(written)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                continue  # a caption such as "[music] plays"
-            if isinstance(parsed, list) and parsed and all(isinstance(text, str) for text in parsed):
-                return tuple(normalise_spaces(text) for text in parsed)
-    return (normalise_spaces(cell),)
+    """Returns the texts in a text field: one, or the items of a list written by JSON or pandas.
+
+    Raises:
+        ValueError: for a list of other values than texts.
+    """
+    texts = parse_text_list(cell)
+    return tuple(map(normalise_spaces, texts or [cell]))

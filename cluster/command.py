@@ -28,6 +28,7 @@ from cluster.runtime.signals import (
 )
 from cluster.tracking import finish_open_runs
 from gare.config import Config, describe_keys, load_config
+from gare.config.cpus import usable_cpus
 from gare.config.loading import SizesOf
 from gare.errors import ConfigError, GareError, StoppedError
 
@@ -113,6 +114,7 @@ def _execute(
             config = load_config(options.config, overrides, sizes_of=sizes_of)
             if config.tracking.log_format == "json":
                 stack.enter_context(json_lines(_run_of(config)))
+            _limit_threads()
             # Ray prints here what its workers print; stdout is for the result alone.
             with contextlib.redirect_stdout(sys.stderr):
                 result = run(config)
@@ -135,6 +137,15 @@ def _execute(
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
         return 0
+
+
+def _limit_threads() -> None:
+    """Gives the threads of this process the CPUs that it may use; torch and Arrow count the machine's."""
+    cpus = usable_cpus()
+    if (torch := sys.modules.get("torch")) and torch.get_num_threads() > cpus:
+        torch.set_num_threads(cpus)
+    if (arrow := sys.modules.get("pyarrow")) and arrow.cpu_count() > cpus:
+        arrow.set_cpu_count(cpus)
 
 
 def _say_interrupted() -> int:

@@ -17,6 +17,7 @@ from cluster.runtime._compat import PROGRESS_LOGGER
 from cluster.runtime.resources import cluster_address, object_store_bytes
 from cluster.runtime.signals import handlers_kept, shielded
 from gare.config import ClusterConfig
+from gare.config.cpus import usable_cpus
 from gare.errors import ConfigError, GareError
 
 #: Ray's switch for machines that are no cluster. If off, Ray uses 127.0.0.1 as this node's address, as it
@@ -92,7 +93,7 @@ def _begin(config: ClusterConfig, address: str) -> None:
             # "local" never joins another cluster that happens to run on this machine.
             ray.init(
                 address="local",
-                num_cpus=max(2, os.cpu_count() or 2) if config.num_cpus == "auto" else config.num_cpus,
+                num_cpus=max(2, usable_cpus()) if config.num_cpus == "auto" else config.num_cpus,
                 # Ray Train asks the dashboard's state service if its controller is alive.
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",

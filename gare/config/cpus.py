@@ -1,4 +1,4 @@
-"""Number of CPUs that this process may use, which in a container or a Slurm job is less than the machine's."""
+"""Number of CPUs that this process may use: in a container or a Slurm job fewer than the machine has."""
 
 from __future__ import annotations
 

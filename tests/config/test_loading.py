@@ -161,7 +161,7 @@ def test_unknown_keys(tree: Any, overrides: list[str], parts: list[str]) -> None
         ("train.resume=perhaps", ["train.resume: got 'perhaps'", "valid boolean"]),
         ("train.run=a/b", ["train.run: got 'a/b'", "should match pattern"]),
         ("train.run=../up", ["train.run: got '../up'", "should match pattern"]),
-        ("name=2020", ["name: got 2020", "valid string"]),
+        ("name=[2020]", ["name: got [2020]", "valid string"]),
         ("train=5", ["train: got 5"]),
         ("train.epochs.x=1", ["train.epochs: got {'x': 1}"]),
         ("train.epochs=", ["train.epochs: got ''"]),
@@ -225,15 +225,13 @@ def test_all_faults_at_once() -> None:
     assert "extract.num_frames" in both
 
 
-@pytest.mark.parametrize("override", ["name=2020-13-45", "name=[", "train..epochs=1", ".name=x", "name"])
+@pytest.mark.parametrize("override", ["name='2020", "name=[", "train..epochs=1", ".name=x", "name"])
 def test_overrides_that_are_none(override: str) -> None:
     """A slip on the command line must not end in a traceback."""
     assert f"override {override!r}" in message_of({}, override)
 
 
-@pytest.mark.parametrize(
-    "text", ["a: [", "a: b: c", "name: 2020-13-45\n", "\ta: 1", "name: !!python/object:os.x"]
-)
+@pytest.mark.parametrize("text", ["a: [", "a: b: c", "name: '2020\n", "\ta: 1", "name: !!python/object:os.x"])
 def test_files_that_are_not_yaml(tmp_path: Path, text: str) -> None:
     """The message names the file, since several are in conf/."""
     path = tmp_path / "broken.yaml"

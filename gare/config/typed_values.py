@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from gare.config.section import Section
 from gare.config.strict_yaml import Typed, load_yaml
 
-
 #: First characters of a quoted text, a list or a mapping.
 _NOT_PLAIN = ("'", '"', "[", "{")
 

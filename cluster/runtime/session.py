@@ -14,6 +14,8 @@ from typing import Any
 
 from cluster.logs import runtime_env
 from cluster.runtime._compat import PROGRESS_LOGGER
+from cluster.runtime.address import check_cluster
+from cluster.runtime.local_worker import bypass_proxies, set_up_local_worker
 from cluster.runtime.resources import cluster_address, object_store_bytes
 from cluster.runtime.signals import handlers_kept, shielded
 from gare.config import ClusterConfig
@@ -39,6 +41,9 @@ def listen_here_alone() -> None:
 
 logger = logging.getLogger(__name__)
 
+#: Name by which Ray finds the function in a worker process.
+SETUP_HOOK = f"{set_up_local_worker.__module__}.{set_up_local_worker.__name__}"
+
 
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
@@ -60,6 +65,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         with _unwrapped_errors():
             yield
         return
+    check_cluster(config)
     try:
         # A half-started local Ray could not be ended; a cluster that does not answer is left at once.
         with nullcontext() if address else shielded(), handlers_kept(below_python=True):
@@ -81,7 +87,7 @@ def _begin(config: ClusterConfig, address: str) -> None:
         "log_to_driver": True,
         "configure_logging": False,
     }
-    quiet |= runtime_env()
+    quiet |= runtime_env() if address else _local_runtime_env()
     try:
         if address:
             if config.non_default("num_cpus", "object_store_mb", "spill_dir"):
@@ -112,6 +118,12 @@ def _begin(config: ClusterConfig, address: str) -> None:
             if address
             else "a machine that is less busy, or the address of a running cluster",
         ) from error
+
+
+def _local_runtime_env() -> dict[str, Any]:
+    """Builds the runtime environment with which every worker of a local Ray knows its address."""
+    given = runtime_env().get("runtime_env", {})
+    return {"runtime_env": given | {"worker_process_setup_hook": SETUP_HOOK}}
 
 
 def _spilling(config: ClusterConfig) -> dict[str, Any]:
@@ -173,6 +185,7 @@ def _set_environment(*, local: bool) -> None:
     # Ray read its mode when it was imported; if its children read another one, they are locked out.
     if not local or "ray" in sys.modules:
         return
+    bypass_proxies()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     listen_here_alone()

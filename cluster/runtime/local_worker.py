@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
-
-from cluster.logs import FORMAT_VARIABLE, set_up_worker
+from collections.abc import Callable
 
 #: Names of this machine that no proxy can reach.
 _HERE = ("127.0.0.1", "localhost")
 
 
-def set_up_local_worker() -> None:
-    """Tells a worker process the address of its Ray; called by Ray when the process starts.
+def local_worker_setup() -> Callable[[], None]:
+    """Returns a function that tells a worker process the address of its Ray; Ray calls it there.
 
     Ray Train's own threads ask for the state of actors by an address that they look for themselves. With two
     local Rays on a machine, such as two commands have, they find both, and end with an error.
     """
-    import ray
 
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    if os.environ.get(FORMAT_VARIABLE) == "json":
-        set_up_worker()
+    # Inside another function it is sent by value. Where a worker cannot import this package, its actors say
+    # so; Ray would start processes for ever whose setup it cannot import.
+    def set_up() -> None:
+        import os
+
+        import ray
+
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        if os.environ.get("GARE_LOG_FORMAT") == "json":
+            from cluster.logs import set_up_worker
+
+            set_up_worker()
+
+    return set_up
 
 
 def bypass_proxies() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from cluster.logs import runtime_env
 from cluster.runtime._compat import PROGRESS_LOGGER
 from cluster.runtime.address import check_cluster
-from cluster.runtime.local_worker import bypass_proxies, set_up_local_worker
+from cluster.runtime.local_worker import bypass_proxies, local_worker_setup
 from cluster.runtime.resources import cluster_address, object_store_bytes
 from cluster.runtime.signals import handlers_kept, shielded
 from gare.config import ClusterConfig
@@ -40,9 +40,6 @@ def listen_here_alone() -> None:
 
 
 logger = logging.getLogger(__name__)
-
-#: Name by which Ray finds the function in a worker process.
-SETUP_HOOK = f"{set_up_local_worker.__module__}.{set_up_local_worker.__name__}"
 
 
 @contextmanager
@@ -123,7 +120,7 @@ def _begin(config: ClusterConfig, address: str) -> None:
 def _local_runtime_env() -> dict[str, Any]:
     """Builds the runtime environment with which every worker of a local Ray knows its address."""
     given = runtime_env().get("runtime_env", {})
-    return {"runtime_env": given | {"worker_process_setup_hook": SETUP_HOOK}}
+    return {"runtime_env": given | {"worker_process_setup_hook": local_worker_setup()}}
 
 
 def _spilling(config: ClusterConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 
 from cluster.runtime import local_worker, session
 from gare.config import ClusterConfig
@@ -45,7 +46,9 @@ def test_a_worker_learns_the_address_of_its_own_ray(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("GARE_LOG_FORMAT", raising=False)
     context = SimpleNamespace(gcs_address="127.0.0.1:6399")
     monkeypatch.setattr("ray.get_runtime_context", lambda: context)
-    local_worker.set_up_local_worker()
+    # As in a process that cannot import this package.
+    set_up = cloudpickle.loads(cloudpickle.dumps(local_worker.local_worker_setup()))
+    set_up()
     assert os.environ["RAY_ADDRESS"] == "127.0.0.1:6399"
 
 
@@ -58,7 +61,7 @@ def test_a_local_ray_sets_up_its_workers(log_format: str, monkeypatch: pytest.Mo
     session._begin(ClusterConfig(), "")
     session._begin(ClusterConfig(), "10.0.0.1:6379")
     local, joined = (one.get("runtime_env", {}) for one in options)
-    assert local["worker_process_setup_hook"] == "cluster.runtime.local_worker.set_up_local_worker"
+    assert callable(local["worker_process_setup_hook"])
     is_json = log_format == "json"
     assert joined.get("worker_process_setup_hook") == ("cluster.logs.set_up_worker" if is_json else None)
     assert ("GARE_LOG_FORMAT" in local.get("env_vars", {})) == is_json

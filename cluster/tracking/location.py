@@ -52,7 +52,11 @@ def resolve_tracking_uri(uri: str, root: str) -> str:
                 accepted="an MLflow server, http://HOST:PORT, or an absolute local path, sqlite:////FOLDER/FILE.db",
             )
         # Of the folder's own signs; those of the setting are a URI's already.
-        path = f"{_encoded(folder)}/{path}"
+        encoded = _encoded(folder)
+        path = f"{encoded}/{path}"
+        if "%" in encoded:
+            # With the driver named MLflow does not make a folder of the encoded name.
+            prefix = "sqlite+pysqlite"
     return f"{prefix}:///{path}{question}{query}"
 
 

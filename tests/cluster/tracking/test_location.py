@@ -29,7 +29,7 @@ def test_the_database_lies_in_the_root_whatever_its_name(name: str, tmp_path: Pa
 def test_a_location_given_as_a_uri_is_encoded_already() -> None:
     """What a person encodes is not encoded once more."""
     uri = resolve_tracking_uri("sqlite:///my%20runs.db", "/a%b")
-    assert uri == "sqlite:////a%25b/my%20runs.db"
+    assert uri == "sqlite+pysqlite:////a%25b/my%20runs.db"
     assert sqlite_file(uri) == Path("/a%b/my runs.db")
     assert resolve_tracking_uri("sqlite:////x/50%.db?timeout=9", "/a") == "sqlite:////x/50%.db?timeout=9"
 

@@ -118,7 +118,7 @@ def _execute(
             # Ray prints here what its workers print; stdout is for the result alone.
             with contextlib.redirect_stdout(sys.stderr):
                 result = run(config)
-            line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+            line = _one_line(result)
         except KeyboardInterrupt:
             return _say_interrupted()
         except Exception as error:
@@ -148,6 +148,16 @@ def _limit_threads() -> None:
         arrow.set_cpu_count(cpus)
 
 
+def _one_line(result: Mapping[str, Any]) -> str:
+    """Returns the result as JSON, with escapes if stdout's encoding lacks a character (PYTHONIOENCODING)."""
+    line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return json.dumps(result, allow_nan=False)
+    return line
+
+
 def _say_interrupted() -> int:
     """Ends the open MLflow runs, says why the command ends, and returns the status."""
     with shielded():
@@ -158,7 +168,7 @@ def _say_interrupted() -> int:
 
 def _say_fault(error: GareError) -> int:
     if error.result is not None:
-        sys.stdout.write(json.dumps(error.result, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(_one_line(error.result) + "\n")
     _say(str(error), traced=bool(os.environ.get("GARE_DEBUG")))
     return error.exit_code
 

@@ -20,6 +20,7 @@ from cluster.runtime.resources import cluster_address, object_store_bytes
 from cluster.runtime.signals import handlers_kept, shielded
 from gare.config import ClusterConfig
 from gare.config.cpus import usable_cpus
+from gare.config.home import absolute_path, require_home
 from gare.errors import ConfigError, GareError
 
 #: Ray's switch for machines that are no cluster. If off, Ray uses 127.0.0.1 as this node's address, as it
@@ -41,6 +42,9 @@ def listen_here_alone() -> None:
 
 logger = logging.getLogger(__name__)
 
+#: Bytes of the longest name of a Unix socket on Linux; macOS has three fewer.
+_LONGEST_SOCKET = 107 if sys.platform == "linux" else 103
+
 
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
@@ -53,6 +57,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     Raises:
         GareError: if a named cluster cannot be joined.
     """
+    require_home()
     address = cluster_address(config)
     _set_environment(local=not address)
     import ray
@@ -79,6 +84,8 @@ def _begin(config: ClusterConfig, address: str) -> None:
     """Joins a cluster, or starts a local Ray."""
     import ray
 
+    if not address:
+        _require_room_for_sockets()
     quiet: dict[str, Any] = {
         "logging_level": logging.WARNING,
         "log_to_driver": True,
@@ -123,6 +130,25 @@ def _local_runtime_env() -> dict[str, Any]:
     return {"runtime_env": given | {"worker_process_setup_hook": local_worker_setup()}}
 
 
+def _require_room_for_sockets() -> None:
+    """Checks that the names of a local Ray's sockets are no longer than the system allows.
+
+    Raises:
+        ConfigError: for a longer folder of temporary files than Ray can use.
+    """
+    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    folder = os.environ.get(name) or "/tmp"
+    socket = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    most = _LONGEST_SOCKET - len(socket)
+    if (length := len(os.fsencode(folder))) > most:
+        raise ConfigError(
+            f"is {length} bytes long, and the names of Ray's sockets in it would be longer than the system "
+            f"allows: {folder}",
+            where=name,
+            accepted=f"{most} bytes at most, such as RAY_TMPDIR=/tmp for Ray alone",
+        )
+
+
 def _spilling(config: ClusterConfig) -> dict[str, Any]:
     """Chooses where a local Ray spills objects for which its store has no room.
 
@@ -131,7 +157,7 @@ def _spilling(config: ClusterConfig) -> dict[str, Any]:
     """
     if not config.spill_dir:
         return {}
-    folder = Path(config.spill_dir).expanduser().absolute()
+    folder = Path(absolute_path(config.spill_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -187,7 +213,7 @@ def _set_environment(*, local: bool) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     listen_here_alone()
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    if not has_token and not (Path.home() / ".ray" / "auth_token").exists():
+    if not has_token and not Path("~/.ray/auth_token").expanduser().exists():
         # A token for this session only; Ray would otherwise write one to the home folder, readable by all.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

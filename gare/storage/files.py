@@ -207,13 +207,18 @@ def delete_tree(uri: str) -> None:
     filesystem, path = open_fs(uri)
     is_local = isinstance(filesystem, pafs.LocalFileSystem)
     depth = len([part for part in path.split("/") if part])
-    if depth < (1 if is_local else 2) or (is_local and Path(path).resolve() in (Path.home(), Path("/"))):
+    if depth < (1 if is_local else 2) or (is_local and Path(path).resolve() in (_home(), Path("/"))):
         raise DataError("is not deleted: it is a whole file system, bucket or home", where=uri)
     if is_local and Path(path).is_symlink():
         raise DataError("is not deleted: it is a link", where=uri, accepted="the folder that it points to")
     with _faults_of(uri, "cannot be deleted"):
         if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
             filesystem.delete_dir(path)
+
+
+def _home() -> Path:
+    """Returns the home folder; ``~`` itself if there is none."""
+    return Path(os.path.expanduser("~"))  # noqa: PTH111 (Path.home raises without one)
 
 
 def _absolute(path: str) -> str:

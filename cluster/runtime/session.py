@@ -138,7 +138,7 @@ def _require_room_for_sockets() -> None:
     """
     name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
     folder = os.environ.get(name) or "/tmp"
-    socket = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    socket = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/dash_MetricsHead"
     most = _LONGEST_SOCKET - len(socket)
     if (length := len(os.fsencode(folder))) > most:
         raise ConfigError(

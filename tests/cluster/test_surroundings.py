@@ -58,7 +58,7 @@ def test_a_temporary_folder_whose_name_is_too_long_is_named(
         monkeypatch.delenv(name, raising=False)
     session._begin(parse_config({}).cluster, "")
     monkeypatch.setenv("TMPDIR", "/" + "t" * 97)
-    with pytest.raises(ConfigError, match="TMPDIR: is 98 bytes long.*RAY_TMPDIR=/tmp"):
+    with pytest.raises(ConfigError, match=r"TMPDIR: is 98 bytes long.*RAY_TMPDIR=/tmp"):
         session._begin(parse_config({}).cluster, "")
     session._begin(parse_config({}).cluster, "10.0.0.1:6379")
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")

@@ -9,6 +9,7 @@ import os
 import socket
 
 from cluster.runtime._compat import address_on_this_machine
+from cluster.runtime.resources import cluster_address
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, GareError
 
@@ -32,8 +33,8 @@ def check_cluster(config: ClusterConfig) -> None:
         GareError: if nothing answers there, or something that is no Ray.
     """
     name = "cluster.address" if config.address else "RAY_ADDRESS"
-    address = config.address or os.environ.get("RAY_ADDRESS", "")
-    if not address or address == "local":
+    address = cluster_address(config)
+    if not address:
         return
     if address == "auto":
         try:

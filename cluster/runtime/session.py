@@ -205,10 +205,11 @@ def _set_environment(*, local: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    if local:
+        bypass_proxies()
     # Ray read its mode when it was imported; if its children read another one, they are locked out.
     if not local or "ray" in sys.modules:
         return
-    bypass_proxies()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     listen_here_alone()

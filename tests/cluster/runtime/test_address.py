@@ -12,6 +12,7 @@ import pytest
 
 from cluster.runtime import address
 from cluster.runtime.address import check_cluster
+from cluster.runtime.resources import cluster_address
 from cluster.runtime.session import ray_session
 from gare.config import ClusterConfig
 from gare.errors import ConfigError, GareError
@@ -152,3 +153,4 @@ def test_no_address_is_a_local_ray() -> None:
     check_cluster(ClusterConfig())
     os.environ["RAY_ADDRESS"] = "local"
     check_cluster(ClusterConfig())
+    assert cluster_address(ClusterConfig()) == "", "Ray's own word for it"

@@ -138,8 +138,9 @@ audit: install
 
 PORT ?= 5000
 GARE_ROOT ?= $(HOME)/.gare
+ui: export GARE_ROOT := $(GARE_ROOT)
 ui: install
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(abspath $(GARE_ROOT))/mlflow.db
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri "$$($(BIN)/python -c 'import os; from cluster.tracking import resolve_tracking_uri as at; print(at("sqlite:///mlflow.db", os.environ["GARE_ROOT"]))')"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

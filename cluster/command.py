@@ -28,6 +28,7 @@ from cluster.runtime.signals import (
 )
 from cluster.tracking import finish_open_runs
 from gare.config import Config, describe_keys, load_config
+from gare.config.cpus import usable_cpus
 from gare.config.loading import SizesOf
 from gare.errors import ConfigError, GareError, StoppedError
 
@@ -113,10 +114,11 @@ def _execute(
             config = load_config(options.config, overrides, sizes_of=sizes_of)
             if config.tracking.log_format == "json":
                 stack.enter_context(json_lines(_run_of(config)))
+            _limit_threads()
             # Ray prints here what its workers print; stdout is for the result alone.
             with contextlib.redirect_stdout(sys.stderr):
                 result = run(config)
-            line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+            line = _one_line(result)
         except KeyboardInterrupt:
             return _say_interrupted()
         except Exception as error:
@@ -137,6 +139,25 @@ def _execute(
         return 0
 
 
+def _limit_threads() -> None:
+    """Gives the threads of this process the CPUs that it may use; torch and Arrow count the machine's."""
+    cpus = usable_cpus()
+    if (torch := sys.modules.get("torch")) and torch.get_num_threads() > cpus:
+        torch.set_num_threads(cpus)
+    if (arrow := sys.modules.get("pyarrow")) and arrow.cpu_count() > cpus:
+        arrow.set_cpu_count(cpus)
+
+
+def _one_line(result: Mapping[str, Any]) -> str:
+    """Returns the result as JSON, with escapes if stdout's encoding lacks a character (PYTHONIOENCODING)."""
+    line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return json.dumps(result, allow_nan=False)
+    return line
+
+
 def _say_interrupted() -> int:
     """Ends the open MLflow runs, says why the command ends, and returns the status."""
     with shielded():
@@ -147,7 +168,7 @@ def _say_interrupted() -> int:
 
 def _say_fault(error: GareError) -> int:
     if error.result is not None:
-        sys.stdout.write(json.dumps(error.result, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(_one_line(error.result) + "\n")
     _say(str(error), traced=bool(os.environ.get("GARE_DEBUG")))
     return error.exit_code
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from gare.config import Config
+from gare.config.home import absolute_path
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -76,7 +76,11 @@ def layout(config: Config) -> Layout:
 
 
 def absolute(location: str) -> str:
-    """Makes a path absolute, since workers may run in another folder; keeps URIs and the empty string."""
+    """Makes a path absolute, since workers may run in another folder; keeps URIs and the empty string.
+
+    Raises:
+        ConfigError: for a path below a home folder that is not known.
+    """
     if not location or _SCHEME.match(location):
         return location
-    return str(Path(location).expanduser().absolute())
+    return absolute_path(location)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import urllib.parse
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -111,37 +112,90 @@ def without_secrets(uri: str) -> str:
         return uri
     rest = rest.partition("?")[0].partition("#")[0]
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return mask_secrets(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
 
 
 #: Between ``://`` and ``@``. A database's password may hold '/', '?' and '#', as SQLAlchemy reads it.
 _USER = r"://[^/?#\s'\"]*@"
 _DATABASE_USER = r"((?:postgresql|mysql|mariadb|mssql|oracle)(?:\+\w+)?)://[^\s'\"]*@"
-_SECRET_KEYS = (
-    "password|passwd|pwd|token|secret|sslpassword|access_key|secret_key|api_key|"
-    "x-amz-signature|x-amz-credential|x-amz-security-token|x-goog-signature|sig|signature"
+#: The same with signs that are percent-encoded, once or more often, as in a URI inside another's query.
+_ENCODED_USER = (
+    r"(?i)((?::|%(?:25)*3A)(?:/|%(?:25)*2F){2})(?:(?!%(?:25)*2F)[^/?#&\s'\"])*?(@|%(?:25)*40)"
+    r"(?!(?:(?!%(?:25)*2F)[^/?#&\s'\"])*(?:@|%(?:25)*40))"
 )
-_SECRET_QUERY = rf"(?i)([?&;](?:{_SECRET_KEYS})=)[^&\s'\"]+"
+#: A query's key with the equals sign, plain or percent-encoded; and its value.
+_KEY = re.compile(
+    r"(?i)(?:[?&;#]|%(?:25)*(?:3F|26|3B|23))((?:(?!%(?:25)*(?:3F|26|3B|23|3D))[^=?&;#\s'\"])+)"
+    r"(?:=|%(?:25)*3D)(?=[^&\s'\"])"
+)
+_VALUE = re.compile(r"[^&\s'\"]+")
+_SECRET_WORDS = re.compile(
+    r"token|secret|passw|passphrase|pwd|key|sig|auth|credential|hmac|jwt|bearer|cookie"
+)
+#: Words that hold one of these and are none; they are taken out of a key first.
+_INNOCENT_WORDS = re.compile(
+    r"design|assign|insight|signal|sigma|author(?!i[sz])|keyword|keyframe|keyboard|keyspace|monkey|hockey"
+)
+#: Keys of databases that name a file or a way to log in.
+_DATABASE_KEYS = ("sslkey", "ssl_key", "authentication", "auth_plugin", "authenticator", "require_auth")
+#: What pyarrow takes in the query of an S3 URI and is no secret.
+_S3_KEYS = (
+    *("region", "scheme", "endpoint_override", "anonymous", "allow_bucket_creation", "allow_bucket_deletion"),
+    *("connect_timeout", "request_timeout", "background_writes", "force_virtual_addressing"),
+)
+#: Times that a URI may be encoded inside another.
+_LEVELS = 4
 
 
 def mask_secrets(text: str) -> str:
-    """Replaces the name, password and query secrets of every URI in a text by ``***``."""
+    """Replaces the name, password and query secrets of every URI in a text by ``***``.
+
+    That includes URIs inside the query of another, and percent-encoded ones.
+    """
     text = re.sub(_DATABASE_USER, r"\1://***@", text)
-    return re.sub(_SECRET_QUERY, r"\1***", re.sub(_USER, "://***@", text))
+    text = re.sub(_ENCODED_USER, r"\1***\2", re.sub(_USER, "://***@", text))
+    parts, end = [], 0
+    for key in _KEY.finditer(text):
+        if key.start() >= end and _is_secret(key[1]) and (value := _VALUE.match(text, key.end())):
+            parts += [text[end : key.end()], "***"]
+            end = value.end()
+    return "".join((*parts, text[end:]))
+
+
+def _is_secret(key: str) -> bool:
+    """True if the name of a query's key says that its value is a secret, in whole or in part of a word."""
+    name = _decoded(key)[-1].lower()
+    return name not in _DATABASE_KEYS and bool(_SECRET_WORDS.search(_INNOCENT_WORDS.sub("", name)))
+
+
+def _decoded(text: str) -> list[str]:
+    """Returns a text and what is left as its percent-encoding is taken off, layer by layer."""
+    layers = [text]
+    while len(layers) < _LEVELS and (inner := urllib.parse.unquote(layers[-1])) != layers[-1]:
+        layers.append(inner)
+    return layers
 
 
 def secret_in(uri: str) -> str:
     """Names the secret in a URI, which belongs into the environment; empty if there is no secret.
 
     A database's user alone, ``postgresql://USER@HOST/DB``, is not a secret; a web server's may be a token.
+    The query of an S3 URI may have known keys only. A local path has no query, but may hold a URI.
     """
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
-    if not found:
-        return ""
-    if re.match(_DATABASE_USER, uri):
+    rest = uri
+    if found and re.match(_DATABASE_USER, uri):
         if re.match(r"[a-z0-9+_]+://[^:/@\s]*:[^@\s]*@", uri):
             return "a password"
-    elif re.match(rf"[A-Za-z0-9+.-]+{_USER}", uri):
+        rest = uri[found.end() :]
+    if any(re.search(_USER, layer) for layer in _decoded(rest)):
         return "a name or password"
-    key = re.search(_SECRET_QUERY, uri)
-    return f"a secret in its query, {key[1][1:-1]}" if key else ""
+    if not found:
+        return ""
+    if found[1].lower() == "s3":
+        query = urllib.parse.parse_qsl(uri.partition("?")[2])
+        if unknown := [key for key, _ in query if key not in _S3_KEYS]:
+            return f"what may be a secret, {unknown[0]}, a key that no S3 URI has"
+    keys = (found[1] for layer in _decoded(uri) for found in _KEY.finditer(layer))
+    secret = next((key for key in keys if _is_secret(key)), "")
+    return f"a secret in its query, {_decoded(secret)[-1]}" if secret else ""

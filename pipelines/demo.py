@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from gare.errors import mask_secrets
-
 if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+    from pathlib import Path
+
+    # Before other folders of PYTHONPATH, which may have a module of the same name.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from cluster.runtime.signals import take_signals
 
     take_signals()
@@ -23,6 +26,7 @@ from cluster.runtime.signals import raise_if_asked
 from cluster.status.peak_memory import PeakMemory
 from cluster.tracking import resolve_tracking_uri
 from gare.config import Config
+from gare.errors import mask_secrets
 from gare.storage.files import join, write_json
 from gare.storage.run_folder import RESULT
 from pipelines import evaluate, extract, prepare, train

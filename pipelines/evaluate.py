@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports, which take seconds
+    import sys
+    from pathlib import Path
+
+    # Before other folders of PYTHONPATH, which may have a module of the same name.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from cluster.runtime.signals import take_signals
 
     take_signals()

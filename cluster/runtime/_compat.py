@@ -25,6 +25,17 @@ def resources_after_growth() -> dict[str, float]:
         return {}
 
 
+def address_on_this_machine() -> str:
+    """Returns the address of the cluster that ``auto`` means; empty if there is none.
+
+    Raises:
+        ConnectionError: if there is none.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address("auto") or ""
+
+
 def table_of_object(content: Any) -> Any:
     """Returns a table with one cell that holds any object; Ray pickles it, like all that it sends."""
     import pyarrow as pa

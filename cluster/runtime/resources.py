@@ -77,7 +77,8 @@ def usable_gpus(config: ClusterConfig) -> int:
 
 def cluster_address(config: ClusterConfig) -> str:
     """Returns the address of the cluster to join; empty if a local Ray is started for this command."""
-    return config.address or os.environ.get("RAY_ADDRESS", "")
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
 
 
 def extraction_cpus(config: ClusterConfig) -> int:

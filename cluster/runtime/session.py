@@ -14,9 +14,13 @@ from typing import Any
 
 from cluster.logs import runtime_env
 from cluster.runtime._compat import PROGRESS_LOGGER
+from cluster.runtime.address import check_cluster
+from cluster.runtime.local_worker import bypass_proxies, local_worker_setup
 from cluster.runtime.resources import cluster_address, object_store_bytes
 from cluster.runtime.signals import handlers_kept, shielded
 from gare.config import ClusterConfig
+from gare.config.cpus import usable_cpus
+from gare.config.home import absolute_path, require_home
 from gare.errors import ConfigError, GareError
 
 #: Ray's switch for machines that are no cluster. If off, Ray uses 127.0.0.1 as this node's address, as it
@@ -38,6 +42,9 @@ def listen_here_alone() -> None:
 
 logger = logging.getLogger(__name__)
 
+#: Bytes of the longest name of a Unix socket on Linux; macOS has three fewer.
+_LONGEST_SOCKET = 107 if sys.platform == "linux" else 103
+
 
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
@@ -50,6 +57,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     Raises:
         GareError: if a named cluster cannot be joined.
     """
+    require_home()
     address = cluster_address(config)
     _set_environment(local=not address)
     import ray
@@ -59,6 +67,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         with _unwrapped_errors():
             yield
         return
+    check_cluster(config)
     try:
         # A half-started local Ray could not be ended; a cluster that does not answer is left at once.
         with nullcontext() if address else shielded(), handlers_kept(below_python=True):
@@ -75,12 +84,14 @@ def _begin(config: ClusterConfig, address: str) -> None:
     """Joins a cluster, or starts a local Ray."""
     import ray
 
+    if not address:
+        _require_room_for_sockets()
     quiet: dict[str, Any] = {
         "logging_level": logging.WARNING,
         "log_to_driver": True,
         "configure_logging": False,
     }
-    quiet |= runtime_env()
+    quiet |= runtime_env() if address else _local_runtime_env()
     try:
         if address:
             if config.non_default("num_cpus", "object_store_mb", "spill_dir"):
@@ -92,7 +103,7 @@ def _begin(config: ClusterConfig, address: str) -> None:
             # "local" never joins another cluster that happens to run on this machine.
             ray.init(
                 address="local",
-                num_cpus=max(2, os.cpu_count() or 2) if config.num_cpus == "auto" else config.num_cpus,
+                num_cpus=max(2, usable_cpus()) if config.num_cpus == "auto" else config.num_cpus,
                 # Ray Train asks the dashboard's state service if its controller is alive.
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
@@ -113,6 +124,31 @@ def _begin(config: ClusterConfig, address: str) -> None:
         ) from error
 
 
+def _local_runtime_env() -> dict[str, Any]:
+    """Builds the runtime environment with which every worker of a local Ray knows its address."""
+    given = runtime_env().get("runtime_env", {})
+    return {"runtime_env": given | {"worker_process_setup_hook": local_worker_setup()}}
+
+
+def _require_room_for_sockets() -> None:
+    """Checks that the names of a local Ray's sockets are no longer than the system allows.
+
+    Raises:
+        ConfigError: for a longer folder of temporary files than Ray can use.
+    """
+    name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    folder = os.environ.get(name) or "/tmp"
+    socket = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/dash_MetricsHead"
+    most = _LONGEST_SOCKET - len(socket)
+    if (length := len(os.fsencode(folder))) > most:
+        raise ConfigError(
+            f"is {length} bytes long, and the names of Ray's sockets in it would be longer than the system "
+            f"allows: {folder}",
+            where=name,
+            accepted=f"{most} bytes at most, such as RAY_TMPDIR=/tmp for Ray alone",
+        )
+
+
 def _spilling(config: ClusterConfig) -> dict[str, Any]:
     """Chooses where a local Ray spills objects for which its store has no room.
 
@@ -121,7 +157,7 @@ def _spilling(config: ClusterConfig) -> dict[str, Any]:
     """
     if not config.spill_dir:
         return {}
-    folder = Path(config.spill_dir).expanduser().absolute()
+    folder = Path(absolute_path(config.spill_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -169,6 +205,8 @@ def _set_environment(*, local: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    if local:
+        bypass_proxies()
     # Ray read its mode when it was imported; if its children read another one, they are locked out.
     if not local or "ray" in sys.modules:
         return
@@ -176,7 +214,7 @@ def _set_environment(*, local: bool) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     listen_here_alone()
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    if not has_token and not (Path.home() / ".ray" / "auth_token").exists():
+    if not has_token and not Path("~/.ray/auth_token").expanduser().exists():
         # A token for this session only; Ray would otherwise write one to the home folder, readable by all.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from gare.errors import ConfigError, mask_secrets
 
@@ -51,7 +51,12 @@ def resolve_tracking_uri(uri: str, root: str) -> str:
                 where="tracking.uri",
                 accepted="an MLflow server, http://HOST:PORT, or an absolute local path, sqlite:////FOLDER/FILE.db",
             )
-        path = str(folder / path)
+        # Of the folder's own signs; those of the setting are a URI's already.
+        encoded = _encoded(folder)
+        path = f"{encoded}/{path}"
+        if "%" in encoded:
+            # With the driver named MLflow does not make a folder of the encoded name.
+            prefix = "sqlite+pysqlite"
     return f"{prefix}:///{path}{question}{query}"
 
 
@@ -61,8 +66,13 @@ def scheme_of(uri: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path:
-    """Returns the file of a resolved ``sqlite:///`` URI."""
-    return Path(uri.partition(":///")[2].partition("?")[0])
+    """Returns the file of a resolved ``sqlite:///`` URI, as SQLAlchemy finds it."""
+    return Path(unquote(uri.partition(":///")[2].partition("?")[0]))
+
+
+def _encoded(folder: Path) -> str:
+    """Percent-encodes the signs that would end a URI's path or be decoded in it."""
+    return str(folder).rstrip("/").translate({ord(sign): quote(sign) for sign in "%?#"})
 
 
 def local_folder(root: str) -> Path | None:

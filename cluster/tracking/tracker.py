@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +12,10 @@ from cluster.tracking import client, outbox
 from cluster.tracking.location import artifact_root, resolve_tracking_uri
 from cluster.tracking.run import RunHandle, Status, note_open, one_line_error, uninterrupted_transactions
 from gare.config import TrackingConfig
+from gare.config.home import require_home
 from gare.errors import GareError, mask_secrets
+
+logger = logging.getLogger(__name__)
 
 
 def connect(tracking: TrackingConfig, root: str) -> Tracker:
@@ -21,10 +26,13 @@ def connect(tracking: TrackingConfig, root: str) -> Tracker:
         root: the storage root; an SQLite file and, without a server, the files of runs lie below it.
 
     Raises:
-        ConfigError: for a URI that is no MLflow store.
+        ConfigError: for a URI that is no MLflow store, or if there is no home folder.
         GareError: if the store does not answer within seconds, or refuses. Credentials are masked.
     """
+    require_home()
     uri = resolve_tracking_uri(tracking.uri, root)
+    if os.environ.get("MLFLOW_TRACKING_URI", uri) not in ("", uri):
+        logger.warning("MLFLOW_TRACKING_URI is not used: runs go to tracking.uri %s", mask_secrets(uri))
     artifacts = None if client.is_server(uri) else artifact_root(root)
     try:
         client.check_answers(uri)

@@ -17,7 +17,9 @@ class ClusterConfig(Section):
 
     address: str = Field("", description="Ray cluster to join; empty: RAY_ADDRESS if set, else a local one")
     num_cpus: CountOrAuto = Field(
-        "auto", description="CPUs of a local Ray; auto: all of this machine (at least 2)"
+        "auto",
+        description="CPUs of a local Ray; auto: those that this process may use (affinity, control groups, "
+        "SLURM_CPUS_PER_TASK), at least 2",
     )
     object_store_mb: CountOrAuto = Field(
         "auto",

@@ -31,6 +31,7 @@ from gare.config.model import SIZES_READ, SIZES_UNKNOWN, ModelConfig
 from gare.config.section import DemoConfig, Mark, Name, Section, StorageConfig, TrackingConfig
 from gare.config.sources import SourcesConfig
 from gare.config.train import LossConfig, TrainConfig
+from gare.config.typed_values import parse_override, settle_values
 from gare.config.upkeep import UpkeepConfig
 from gare.config.yaml_files import Settings, read_settings
 from gare.errors import ConfigError, GareError, mask_secrets
@@ -171,7 +172,8 @@ def load_config(
     Args:
         path: a YAML file whose top level is a mapping of sections, or the name of a shipped one; its key
             ``extends`` names another file in the same way, relative to it, over which it is merged.
-        overrides: ``section.key=value`` strings; the value is parsed as YAML.
+        overrides: ``section.key=value`` strings; the value is YAML, and for a key that takes a text the text
+            as it stands, see ``gare.config.typed_values``.
         sizes_of: resolves ``model.clip: auto``, such as
             ``gare.train.checkpoint.initial_model.sizes_of_weights``; auto is refused without it. The picture
             size of the weights takes the place of a file's ``extract.image_size``, and not of one in the
@@ -208,6 +210,8 @@ def _parse(settings: Settings, overrides: Sequence[str], sizes_of: SizesOf | Non
     # A section whose keys are all commented out is null in YAML.
     merged: dict[str, Any] = {key: _copy(value) for key, value in tree.items() if value is not None}
     faults = [fault for item in overrides if (fault := _apply_override(merged, item))]
+    typed: dict[str, str] = {}
+    merged = settle_values(merged, Config, faults, typed)
     given = [item.partition("=")[0].strip() for item in overrides]
     _leave_out_idle_keys(merged, settings, given)
     context, unread = _settle_clip(merged, sizes_of, given)
@@ -227,7 +231,7 @@ def _parse(settings: Settings, overrides: Sequence[str], sizes_of: SizesOf | Non
     try:
         config = Config.model_validate(merged, context=context)
     except ValidationError as error:
-        faults += [_explain(dict(fault), origins) for fault in error.errors(include_url=False)]
+        faults += [_explain(dict(fault), origins, typed) for fault in error.errors(include_url=False)]
     if unread is not None:
         if not faults and not isinstance(unread, ConfigError):
             raise unread
@@ -352,7 +356,7 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
     if not equals or not all(keys):
         return f"override {mask_secrets(item)!r} is not of the form section.key=value"
     try:
-        value = yaml.safe_load(text)
+        value = parse_override(Config, keys, text)
     except (yaml.YAMLError, ValueError):
         return f"override {mask_secrets(item)!r}: the value is not YAML"
     if keys[:2] == ["model", "clip"] and keys[2:] and _mapping_in(tree, "model").get("clip") == AUTO:
@@ -361,13 +365,12 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
         tree = tree[key]
-    # An empty value clears a text; YAML would read it as null, which no field accepts.
-    tree[keys[-1]] = "" if value is None and not text.strip() else value
+    tree[keys[-1]] = value
     return ""
 
 
-def _explain(fault: dict[str, Any], origins: Mapping[str, str]) -> str:
-    """Describes a fault, and names the file if the value comes from an extended one."""
+def _explain(fault: dict[str, Any], origins: Mapping[str, str], typed: Mapping[str, str]) -> str:
+    """Describes a fault, with the value as it was typed and the file if it comes from an extended one."""
     location = [str(part) for part in fault["loc"]]
     dotted = ".".join(location) or "configuration"
     origin = f" (in {origins[dotted]})" if dotted in origins else ""
@@ -377,9 +380,11 @@ def _explain(fault: dict[str, Any], origins: Mapping[str, str]) -> str:
         hint = f"nearest: {'.'.join([*location[:-1], near[0]])}; " if near else ""
         return f"{dotted}: unknown key ({hint}known here: {', '.join(known)}){origin}"
     message = fault["msg"].removeprefix("Value error, ")
+    shown = typed.get(dotted, repr(fault["input"]))
     if fault["type"] == "value_error":
+        message = message.replace(f"got {fault['input']!r};", f"got {shown};", 1)
         return f"{dotted}: {mask_secrets(message)}{origin}"
-    return f"{dotted}: got {mask_secrets(repr(fault['input']))}; {message[0].lower()}{message[1:]}{origin}"
+    return f"{dotted}: got {mask_secrets(shown)}; {message[0].lower()}{message[1:]}{origin}"
 
 
 def _keys_beside(location: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from gare.config.strict_yaml import load_yaml
+from gare.config.strict_yaml import Typed, load_yaml
 from gare.errors import ConfigError, mask_secrets
 
 #: The settings that come with this repository.
@@ -96,7 +96,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> Settings:
     base = tree.pop(EXTENDS)
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{EXTENDS}: got {mask_secrets(repr(base))}",
+            f"{EXTENDS}: got {base.text if isinstance(base, Typed) else mask_secrets(repr(base))}",
             where=where,
             accepted="a path, seen from this file, or the name of a shipped file such as msrvtt",
         )
@@ -136,7 +136,7 @@ def _yaml_of(path: Path) -> Any:
         ) from error
     try:
         return load_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(
             f"is not YAML: {mask_secrets(str(error))}", where=str(path), accepted="key: value lines"
         ) from error

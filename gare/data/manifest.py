@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from gare.data.collected_errors import CollectedErrors
 from gare.errors import DataError
 from gare.storage.files import exists, open_fs, read_bytes, write_atomically
-from gare.storage.uris import is_uri
+from gare.storage.uris import is_uri, scheme_of
 
 SPLITS = ("train", "val", "test")
 SCHEMA_VERSION = 1
@@ -121,7 +121,7 @@ class Manifest:
 
 
 def write_manifest(manifest: Manifest, uri: str) -> None:
-    """Writes the manifest as one Parquet file, whole or not at all.
+    """Writes the manifest as one Parquet file, whole or not at all; with signed links for the user alone.
 
     Raises:
         DataError: if it cannot be written.
@@ -140,7 +140,9 @@ def write_manifest(manifest: Manifest, uri: str) -> None:
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_atomically(uri, sink.getvalue().to_pybytes())
+    # The query of a link may be a signature, with which anybody could read the video until it expires.
+    signed = any(scheme_of(row.uri) in ("http", "https") and "?" in row.uri for row in manifest.rows)
+    write_atomically(uri, sink.getvalue().to_pybytes(), private=signed)
 
 
 def read_manifest(uri: str) -> Manifest:

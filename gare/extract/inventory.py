@@ -12,6 +12,9 @@ from gare.data.store.contents import Store
 from gare.errors import DataError
 from gare.storage.files import join
 
+#: Failed videos, and reasons, that a result names at most.
+SUMMARISED = 100
+
 
 @dataclass(frozen=True)
 class Inventory:
@@ -47,6 +50,18 @@ class Inventory:
     def reasons(self) -> Counter[str]:
         """Number of failures by reason."""
         return Counter(row["message"].split(":")[0] for row in self.failures.values())
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the failures for a result: the number, counts by reason, and messages of the first, by id.
+
+        All of them are in the store. A result is one line, which has to stay short.
+        """
+        first = sorted(self.failures)[:SUMMARISED]
+        return {
+            "failed": {video_id: self.failures[video_id]["message"] for video_id in first},
+            "num_failed": len(self.failures),
+            "failed_reasons": dict(self.reasons.most_common(SUMMARISED)),
+        }
 
     def raise_if_too_many(self) -> None:
         """Raises an error if more videos failed than allowed.

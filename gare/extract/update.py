@@ -28,7 +28,7 @@ from gare.data.store.contents import (
 from gare.data.videos import FileVersion
 from gare.errors import DataError
 from gare.extract.comparison import Comparison, compare
-from gare.extract.inventory import Inventory, take_inventory
+from gare.extract.inventory import SUMMARISED, Inventory, take_inventory
 from gare.storage.generations import HeldStore
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class StoreUpdate(ABC):
             DataError: for more failures than ``extract.max_failed_fraction``; the parts written stay.
         """
         self._describe(inventory.counts, complete=inventory.is_complete)
-        for reason, count in inventory.reasons.most_common():
+        for reason, count in inventory.reasons.most_common(SUMMARISED):
             logger.warning("failed: %d × %s", count, reason)
         inventory.raise_if_too_many()
         return self.result(comparison, inventory) | dict(done)
@@ -168,7 +168,7 @@ class StoreUpdate(ABC):
             "videos": inventory.num_wanted_stored,
             "attempted": len(comparison.pending),
             **comparison.counts,
-            "failed": {key: row["message"] for key, row in sorted(inventory.failures.items())},
+            **inventory.summary(),
         }
 
     def _describe(self, counts: dict[str, int], *, complete: bool) -> None:

@@ -95,12 +95,17 @@ def read_bytes(uri: str) -> bytes:
         return bytes(stream.read())
 
 
-def write_atomically(uri: str, data: bytes | memoryview) -> None:
+def write_atomically(uri: str, data: bytes | memoryview, *, private: bool = False) -> None:
     """Writes a file that appears whole or not at all; creates its folder, replaces an older file.
 
     Locally a temporary file beside it is synced to disk and renamed; an object store shows an object once it
     is uploaded completely. An interrupt at any moment leaves the older file or the whole new one; it is
     raised once the writing has ended.
+
+    Args:
+        uri: the file.
+        data: its content.
+        private: let nobody but the user read a local file; others read it as the umask has it.
 
     Raises:
         DataError: if it cannot be written (FullDiskError for lack of space); an older file is then unchanged.
@@ -108,7 +113,9 @@ def write_atomically(uri: str, data: bytes | memoryview) -> None:
     filesystem, path = open_fs(uri)
     with _faults_of(uri, "cannot be written"):
         if isinstance(filesystem, pafs.LocalFileSystem):
-            run_uninterrupted(partial(_replace_local, Path(path), data), f"writing {without_secrets(uri)}")
+            run_uninterrupted(
+                partial(_replace_local, Path(path), data, private), f"writing {without_secrets(uri)}"
+            )
         else:
             run_uninterrupted(partial(_put_object, filesystem, path, data), f"writing {without_secrets(uri)}")
 
@@ -200,13 +207,18 @@ def delete_tree(uri: str) -> None:
     filesystem, path = open_fs(uri)
     is_local = isinstance(filesystem, pafs.LocalFileSystem)
     depth = len([part for part in path.split("/") if part])
-    if depth < (1 if is_local else 2) or (is_local and Path(path).resolve() in (Path.home(), Path("/"))):
+    if depth < (1 if is_local else 2) or (is_local and Path(path).resolve() in (_home(), Path("/"))):
         raise DataError("is not deleted: it is a whole file system, bucket or home", where=uri)
     if is_local and Path(path).is_symlink():
         raise DataError("is not deleted: it is a link", where=uri, accepted="the folder that it points to")
     with _faults_of(uri, "cannot be deleted"):
         if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
             filesystem.delete_dir(path)
+
+
+def _home() -> Path:
+    """Returns the home folder; ``~`` itself if there is none."""
+    return Path(os.path.expanduser("~"))  # noqa: PTH111 (Path.home raises without one)
 
 
 def _absolute(path: str) -> str:
@@ -236,12 +248,13 @@ def _put_object(filesystem: pafs.FileSystem, path: str, data: bytes | memoryview
     stream.close()
 
 
-def _replace_local(path: Path, data: bytes | memoryview) -> None:
+def _replace_local(path: Path, data: bytes | memoryview, private: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{_TEMPORARY}{uuid.uuid4().hex}.tmp"
     try:
         # Not tempfile: its files are readable by their owner alone, and stores are shared.
-        with temporary.open("xb") as stream:
+        mode = 0o600 if private else 0o666
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

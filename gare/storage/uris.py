@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import urllib.parse
 from pathlib import Path
@@ -26,6 +27,6 @@ def local_path(location: str) -> str:
     Names in a URI are percent-encoded; a URI that was written without encoding is found too.
     """
     if not is_uri(location):
-        return str(Path(location).expanduser().absolute())
+        return str(Path(os.path.expanduser(location)).absolute())  # noqa: PTH111 (no error without a home)
     path = location.partition("://")[2].removeprefix("localhost")
     return path if Path(path).exists() else urllib.parse.unquote(path)

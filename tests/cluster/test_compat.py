@@ -11,7 +11,13 @@ import pytest
 #: Library → version in which they were seen, and what is used: of Ray in ``cluster.runtime._compat``, of
 #: urllib3 in ``cluster.sources.web`` and of MLflow in ``cluster.tracking.client``.
 USED = {
-    "ray": ("2.60", ["ray._private.state:state.get_max_resources_from_cluster_config"]),
+    "ray": (
+        "2.60",
+        [
+            "ray._private.state:state.get_max_resources_from_cluster_config",
+            "ray._private.services:canonicalize_bootstrap_address",
+        ],
+    ),
     "ray data": (
         "2.60",
         ["ray.data.extensions:ArrowPythonObjectArray.from_objects", "ray.data._internal.progress:"],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+from gare.config.cpus import usable_cpus
 from gare.data.synthetic.benchmark_plan import PlannedClip, ambiguous_fraction, plan_benchmark
 from gare.data.synthetic.caption_truth import Claims
 from gare.data.synthetic.encode import encode_video
@@ -119,7 +119,7 @@ def _encode_all(clips: Sequence[SyntheticClip], processes: int, report: Callable
         [(clip.scene, clip.path) for clip in clips[start : start + _CLIPS_PER_TASK]]
         for start in range(0, len(clips), _CLIPS_PER_TASK)
     ]
-    num_processes = min(processes or os.cpu_count() or 1, len(tasks))
+    num_processes = min(processes or usable_cpus(), len(tasks))
     done = 0
     if num_processes <= 1:
         for task in tasks:

@@ -23,7 +23,11 @@ NEVER = [
     "::ffff:169.254.169.254",
     "64:ff9b::a9fe:a9fe",
     "fd00:ec2::254",
+    "fd20:ce::254",
     "168.63.129.16",
+    "192.0.0.192",
+    "::ffff:192.0.0.192",
+    "2001:0:808:808::5601:5601",  # 169.254.169.254 by Teredo, which inverts the bits
     "100.100.100.200",
     "0.0.0.0",
     "::",
@@ -39,6 +43,22 @@ PRIVATE = [
     "100.64.0.1",
     "fd12::1",
     "::ffff:127.0.0.1",
+    "fec0::1",
+    "3fff::1",
+    "3fff:fff::1",
+    "192.0.0.1",
+    "192.0.2.1",
+    "192.88.99.1",
+    "198.18.0.1",
+    "198.51.100.7",
+    "203.0.113.9",
+    "240.0.0.1",
+    "255.255.255.255",
+    "2001:db8::1",
+    "2001:20::1",
+    "2002:a00:1::1",
+    "2001:0:808:808::f5ff:fffe",
+    "fc00::1",
 ]
 
 
@@ -68,7 +88,13 @@ def test_private_networks_are_asked_when_that_is_wanted(address: str) -> None:
         check_address(address, private=False, where="")
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "2001:4860:4860::8888", "2a00::1"),
+        *("192.0.1.1", "100.128.0.1", "3fff:1000::1", "172.32.0.1", "223.255.255.254"),
+    ],
+)
 def test_public_servers_are_asked(address: str) -> None:
     """Else nothing could be fetched by default."""
     check_address(address, private=False, where="")

@@ -74,7 +74,7 @@ def compact(uri: str, part_bytes: int, held: HeldStore = NO_LOCK) -> dict[str, i
         gone.update(part.checksum for part in group)
     store.write_retired({key: rows for key, rows in retired.items() if key not in gone}, held)
     _compact_failures(uri, stored, held)
-    after = len({part for part, _ in store.ids().values()})
+    after = len(store.ids().used_parts())
     if "parts" in meta.counts:
         store.write_meta(dataclasses.replace(meta, counts=meta.counts | {"parts": after}), held)
     return {"parts_before": len(parts) + len(replaced), "parts_after": after, "rows_left_out": left_out}

@@ -13,7 +13,7 @@ import pytest
 from gare.config import ExtractConfig
 from gare.data.store.contents import frame_schema, part_files, write_part
 from gare.data.store.frame_reader import FrameReader
-from gare.data.store.tensor_pages import UnknownPageError, low_bytes
+from gare.data.store.pages import UnknownPageError, low_bytes
 from gare.errors import DataError
 from tests.helpers.stores import describe_store, random_frames, stored_row
 

@@ -32,7 +32,16 @@ class SortedIds(Sequence[str]):
         array: Any = ids.cast(pa.large_binary())
         _, offsets, data = array.buffers()
         self._offsets = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
-        self._data = memoryview(data) if data is not None else memoryview(b"")
+        self._data = memoryview(data if data is not None else b"").cast("B")
+
+    @property
+    def array(self) -> pa.Array[Any]:
+        """The ids as an Arrow array, without a copy of their bytes."""
+        buffers = [None, pa.py_buffer(self._offsets), pa.py_buffer(self._data)]
+        return cast("pa.Array[Any]", pa.Array.from_buffers(pa.large_string(), len(self), buffers))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SortedIds, (self.array,)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -78,6 +87,7 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
         size: (N,) int32, bytes of its frames.
         num_frames: (N,) int32, number of real frames; 0 if the part has no index.
         shapes: of the raw frames of each part; None for JPEG files.
+        column_bytes: bytes of each column of features in memory, of each part; None if it has no index.
         columns: N rows, further columns in the same order.
     """
 
@@ -89,6 +99,7 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
     size: npt.NDArray[np.int32]
     num_frames: npt.NDArray[np.int32]
     shapes: tuple[tuple[int, ...] | None, ...]
+    column_bytes: tuple[Mapping[str, int] | None, ...]
     columns: pa.Table
 
     @classmethod
@@ -122,6 +133,7 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
             size=_numbers(table, _SIZE, np.int32),
             num_frames=_numbers(table, _FRAMES, np.int32),
             shapes=tuple(part.places.shape if part.places else None for part in parts),
+            column_bytes=tuple(part.column_bytes for part in parts),
             columns=table.drop_columns(["video_id", _PART, _ROW, _OFFSET, _SIZE, _FRAMES]),
         )
 
@@ -146,14 +158,8 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
 
     def find(self, video_ids: pa.Array[Any]) -> npt.NDArray[np.int64]:
         """Returns the place of each id in the arrays; -1 for those that are not there."""
-        found = pc.index_in(video_ids.cast(pa.large_string()), value_set=self.id_array)
+        found = pc.index_in(video_ids.cast(pa.large_string()), value_set=self.ids.array)
         return cast("npt.NDArray[np.int64]", found.fill_null(-1).to_numpy().astype(np.int64))
-
-    @property
-    def id_array(self) -> pa.Array[Any]:
-        """The ids as an Arrow array, without a copy of their bytes."""
-        buffers = [None, pa.py_buffer(self.ids._offsets), pa.py_buffer(self.ids._data)]
-        return cast("pa.Array[Any]", pa.Array.from_buffers(pa.large_string(), len(self.ids), buffers))
 
     def used_parts(self) -> list[str]:
         """Returns the parts that hold a clip that counts."""

@@ -6,7 +6,6 @@ M clips, F frames, H×W pixels, S pixels of the short side.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from gare.data.store.clip_places import ClipPlaces
 from gare.data.store.contents import Store
 from gare.data.store.pages import UnknownPageError, byte_arrays, low_bytes
 from gare.data.store.parts import is_part_gone
+from gare.data.store.recent import Recent
 from gare.errors import DataError
 from gare.storage.files import open_fs
 
@@ -61,7 +61,9 @@ class FrameReader:
         self.encoding = str(meta.settings["encoding"])
         self.fetch_s = self.jpeg_s = 0.0
         self.places: ClipPlaces = Store(uri).ids()
-        self._open = OpenParts()
+        self._open: Recent[str, OpenPart] = Recent(
+            OpenPart, lambda part: part.footer_bytes, OPEN_PARTS, FOOTER_BYTES
+        )
 
     def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         """Reads frames (M, F, S, S, 3) uint8, zero where padded, cropped if whole, and their mask (M, F).
@@ -253,37 +255,6 @@ class OpenPart:
     def _shape(self) -> tuple[int, ...] | None:
         kind = self.parquet.schema_arrow.field("frames").type
         return tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) else None
-
-
-class OpenParts:
-    """The parts that were read last, open: as many as ``OPEN_PARTS`` and ``FOOTER_BYTES`` allow."""
-
-    def __init__(self) -> None:
-        self._parts: OrderedDict[str, OpenPart] = OrderedDict()
-
-    def __call__(self, part: str) -> OpenPart:
-        """Returns a part, which it opens unless it is open.
-
-        Raises:
-            OSError: if it cannot be opened.
-        """
-        if part in self._parts:
-            self._parts.move_to_end(part)
-            return self._parts[part]
-        total = self.footer_bytes
-        while self._parts and (len(self._parts) >= OPEN_PARTS or total > FOOTER_BYTES):
-            _, oldest = self._parts.popitem(last=False)
-            total -= oldest.footer_bytes
-        self._parts[part] = OpenPart(part)
-        return self._parts[part]
-
-    @property
-    def footer_bytes(self) -> int:
-        """Bytes of the footers that have been read of open parts."""
-        return sum(one.footer_bytes for one in self._parts.values())
-
-    def __len__(self) -> int:
-        return len(self._parts)
 
 
 class GreyPictures:

@@ -181,7 +181,7 @@ def read_entries(file: Any) -> dict[str, bytes]:
         OSError: if the file cannot be read.
     """
     size = file.size()
-    tail = file.read_at(min(size, TAIL_BYTES), max(0, size - TAIL_BYTES))
+    tail = _tail(file, size)
     length = int.from_bytes(tail[-8:-4], "little")
     if tail[-4:] != _MAGIC or not 0 < length <= size - 8:
         return {}
@@ -189,6 +189,25 @@ def read_entries(file: Any) -> dict[str, bytes]:
     if INDEX not in found and length > len(tail) - 8:  # longer than usual
         found = _entries(file.read_at(length, size - 8 - length))
     return found if INDEX in found else {}
+
+
+def read_footer(file: Any) -> pq.FileMetaData:
+    """Reads the footer of an open part, by one request or two.
+
+    Raises:
+        OSError, pyarrow.ArrowException: if it cannot be read.
+    """
+    size = file.size()
+    tail = _tail(file, size)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < length <= size:
+        tail = file.read_at(length - len(tail), size - length) + tail
+    return pq.read_metadata(pa.BufferReader(tail))
+
+
+def _tail(file: Any, size: int) -> bytes:
+    found: bytes = file.read_at(min(size, TAIL_BYTES), max(0, size - TAIL_BYTES))
+    return found
 
 
 def read_index(entries: Mapping[str, bytes]) -> PartIndex | None:

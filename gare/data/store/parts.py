@@ -67,7 +67,7 @@ class Part:
         replaces: checksums of the parts that it replaces.
         table: the requested columns; those that a part of an earlier version lacks are null.
         places: of its frames, if it has an index of them.
-        is_indexed: True if it has an index.
+        column_bytes: bytes of each column of features in memory; None if the part has no index.
     """
 
     location: str
@@ -75,7 +75,12 @@ class Part:
     replaces: frozenset[str]
     table: pa.Table
     places: FramePlaces | None = None
-    is_indexed: bool = False
+    column_bytes: Mapping[str, int] | None = None
+
+    @property
+    def is_indexed(self) -> bool:
+        """True if it has an index."""
+        return self.column_bytes is not None
 
     @cached_property
     def rows(self) -> tuple[dict[str, Any], ...]:
@@ -358,7 +363,8 @@ def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> P
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), COLUMNS.get(name, pa.null())))
     table = table.select([*dict.fromkeys([*columns, *added])])
-    return Part(location, checksum, replaces, table, index.places if index else None, index is not None)
+    known = (index.places, index.column_bytes) if index else (None, None)
+    return Part(location, checksum, replaces, table, *known)
 
 
 def _without_digest(columns: Sequence[str], added: Sequence[str]) -> tuple[list[str], Sequence[str]]:

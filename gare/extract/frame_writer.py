@@ -36,11 +36,12 @@ def cut_into_parts(
         limit: most rows of a part.
     """
     left = sorted(rows, key=lambda row: -(row["source_bytes"] or 0))
-    parts = []
-    while left:
-        size = min(limit, math.ceil(len(left) / (3 * workers)))
-        parts.append(left[:size])
-        left = left[size:]
+    parts: list[list[Mapping[str, Any]]] = []
+    first = 0
+    while first < len(left):
+        size = min(limit, math.ceil((len(left) - first) / (3 * workers)))
+        parts.append(left[first : first + size])
+        first += size
     return parts
 
 

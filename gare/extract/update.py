@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gare.config import Config
 from gare.data.manifest import Manifest
@@ -99,13 +100,18 @@ class StoreUpdate(ABC):
         if not self.decodes:
             return []
         known = ["rules", *({"complete"} & set(self.schema.names))]
-        stored = self.store.rows(IDENTITY, known)
-        return [
-            {**found, "video_id": row.video_id, "uri": row.uri, "complete": found.get("complete")}
-            for row in self.manifest.rows
-            if (found := stored.get(row.video_id, (None, None, {"rules": RULES}))[2])
-            and rules_of(found) < RULES
-        ]
+        stored = self.store.clips(IDENTITY, known)
+        if not pc.any(pc.less(pc.fill_null(stored.columns["rules"], 1), RULES)).as_py():
+            return []
+        found = []
+        for row in self.manifest.rows:
+            if (place := stored.ids.find(row.video_id)) < 0:
+                continue
+            about = stored.columns.slice(place, 1).to_pylist()[0]
+            if rules_of(about) < RULES:
+                about |= {"video_id": row.video_id, "uri": row.uri, "complete": about.get("complete")}
+                found.append(about)
+        return found
 
     def count(self) -> Inventory:
         """Counts the store's clips as they are now."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gare.data.store.part_index import COLUMNS
 from gare.data.store.parts import Part
 from gare.errors import DataError
 
@@ -103,13 +104,20 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
     columns: pa.Table
 
     @classmethod
-    def of(cls, uri: str, parts: Sequence[Part], retired: Mapping[str, Mapping[str, str]]) -> ClipPlaces:
+    def of(
+        cls,
+        uri: str,
+        parts: Sequence[Part],
+        retired: Mapping[str, Mapping[str, str]],
+        columns: Sequence[str] = (),
+    ) -> ClipPlaces:
         """Finds the rows that count. If a job and its successor have both written a clip, the newer counts.
 
         Args:
             uri: the store.
             parts: its parts that count, with ``video_id`` and further columns.
             retired: rows of them that do not count: checksum of the part → video id → why.
+            columns: names of the further columns, for a store without parts.
 
         Raises:
             DataError: for a clip that two parts of its newest generation hold.
@@ -118,9 +126,8 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
             _live_rows(number, part, retired.get(part.checksum, {})) for number, part in enumerate(parts)
         ]
         if not pieces:
-            pieces = [
-                _rows_of(0, Part("", "", frozenset(), pa.table({"video_id": pa.array([], pa.string())})))
-            ]
+            none = {name: pa.array([], COLUMNS.get(name, pa.null())) for name in ("video_id", *columns)}
+            pieces = [_rows_of(0, Part("", "", frozenset(), pa.table(none)))]
         table = pa.concat_tables(pieces, promote_options="default").combine_chunks()
         generations = np.array([part.generation for part in parts] or [0], np.int64)
         table = _newest(uri, table, generations, parts)
@@ -160,6 +167,12 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
         """Returns the place of each id in the arrays; -1 for those that are not there."""
         found = pc.index_in(video_ids.cast(pa.large_string()), value_set=self.ids.array)
         return cast("npt.NDArray[np.int64]", found.fill_null(-1).to_numpy().astype(np.int64))
+
+    def taken(self, column: str, video_ids: Sequence[str]) -> list[Any]:
+        """Returns a column's values of clips; None for those that are not there."""
+        places = self.find(pa.array(video_ids, pa.string()))
+        values = self.columns[column]
+        return cast("list[Any]", values.take(pa.array(places, mask=places < 0)).to_pylist())
 
     def used_parts(self) -> list[str]:
         """Returns the parts that hold a clip that counts."""

@@ -335,7 +335,7 @@ class Store:
                 generation hold.
         """
         parts, retired = self._parts_and_retired(folder, ["video_id", *columns], added)
-        return ClipPlaces.of(self.uri, parts, retired)
+        return ClipPlaces.of(self.uri, parts, retired, [*columns, *added])
 
     def rows(
         self, columns: Sequence[str], added: Sequence[str] = (), *, folder: str = "data"

@@ -309,8 +309,7 @@ def read_parts(
     for attempt in range(3):
         try:
             there, locations = _listed(uri, folder)
-            with ThreadPoolExecutor(THREADS) as pool:
-                parts = list(pool.map(lambda location: _read_part(location, columns, added), locations))
+            parts = read_these_parts(locations, columns, added)
             break
         except DataError as error:
             # Merged into another and deleted since they were listed.
@@ -324,6 +323,18 @@ def read_parts(
         [part for part in parts if part.checksum not in replaced],
         [part for part in parts if part.checksum in replaced] + void,
     )
+
+
+def read_these_parts(
+    locations: Sequence[str], columns: Sequence[str], added: Sequence[str] = ()
+) -> list[Part]:
+    """Reads parts, whether they count or not; see ``read_parts`` for the other arguments.
+
+    Raises:
+        DataError: for a part that cannot be read.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda location: _read_part(location, columns, added), locations))
 
 
 def _listed(uri: str, folder: str) -> tuple[list[str], list[str]]:

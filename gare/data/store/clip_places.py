@@ -5,9 +5,9 @@ N clips, P parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,11 @@ from gare.errors import DataError
 _PART, _ROW, _OFFSET, _SIZE, _FRAMES = "#part", "#row", "#offset", "#size", "#frames"
 
 
-class SortedIds(Sequence[str]):
-    """Different ids in the order of their UTF-8 bytes; takes about as many bytes as these.
+class Ids(Sequence[str]):
+    """Ids as one array, which takes about as many bytes as they do.
 
     Args:
-        ids: sorted, without null.
+        ids: without null.
     """
 
     def __init__(self, ids: pa.Array[Any]) -> None:
@@ -35,6 +35,11 @@ class SortedIds(Sequence[str]):
         self._offsets = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
         self._data = memoryview(data if data is not None else b"").cast("B")
 
+    @classmethod
+    def of(cls, ids: Iterable[str]) -> Self:
+        """Returns ids as an array."""
+        return cls(pa.array(ids, pa.large_string()))
+
     @property
     def array(self) -> pa.Array[Any]:
         """The ids as an Arrow array, without a copy of their bytes."""
@@ -42,7 +47,7 @@ class SortedIds(Sequence[str]):
         return cast("pa.Array[Any]", pa.Array.from_buffers(pa.large_string(), len(self), buffers))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SortedIds, (self.array,)
+        return type(self), (self.array,)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -56,6 +61,14 @@ class SortedIds(Sequence[str]):
 
     def _bytes(self, place: int) -> memoryview:
         return self._data[self._offsets[place] : self._offsets[place + 1]]
+
+
+class SortedIds(Ids):
+    """Different ids in the order of their UTF-8 bytes.
+
+    Args:
+        ids: sorted, without null.
+    """
 
     def find(self, one: object) -> int:
         """Returns the place of an id; -1 if it is not there."""

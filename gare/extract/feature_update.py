@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +32,8 @@ from gare.extract.update import Stat, StoreUpdate
 
 logger = logging.getLogger(__name__)
 
+#: Bytes of features, about, that a part holds at most, since its writer has it in memory.
+PART_BYTES = 512 * 10**6
 #: Rows that are looked up at once.
 _AT_ONCE = 100_000
 
@@ -187,7 +190,7 @@ class FeatureStoreUpdate(StoreUpdate):
             if has_frames_or_features(row) and row["video_id"] not in self._in_work
         ]
         rows.sort(key=lambda row: row["made"] or row["place"])  # so that a new part is made from few others
-        limit = self.config.features.videos_per_part
+        limit = self.clips_per_part
         size = limit if whole else max(1, min(limit, math.ceil(len(rows) / (2 * workers))))
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
         if whole:
@@ -200,6 +203,15 @@ class FeatureStoreUpdate(StoreUpdate):
         self._in_work |= handed_out.keys()
         self._handed_out = handed_out | self._handed_out
         return parts
+
+    @cached_property
+    def clips_per_part(self) -> int:
+        """Most clips of a part, by their number and by the bytes of their features."""
+        model, features = self.config.model, self.config.features
+        captions = sum(len(row.captions) for row in self.manifest.rows) / len(self.manifest.rows)
+        texts = captions * (1 + (model.max_words if features.words else 0))
+        clip = 2 * model.clip.embed_dim * (model.max_frames + texts)
+        return max(1, min(features.videos_per_part, int(PART_BYTES // clip)))
 
     def mark_handed_out_done(self) -> None:
         """Records that all clips handed out are made or have failed."""

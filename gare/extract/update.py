@@ -30,7 +30,7 @@ from gare.data.videos import FileVersion
 from gare.errors import DataError
 from gare.extract.comparison import Comparison, compare
 from gare.extract.inventory import Inventory, take_inventory
-from gare.storage.generations import HeldStore
+from gare.storage.generations import HeldStore, newest_generation
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,11 @@ class StoreUpdate(ABC):
                 about |= {"video_id": row.video_id, "uri": row.uri, "complete": about.get("complete")}
                 found.append(about)
         return found
+
+    def quiet_generation(self) -> int | None:
+        """Returns the generation of the last job that wrote the store; None if it may still be writing."""
+        newest = newest_generation(self.uri)
+        return newest.number if newest.released or not newest.number else None
 
     def count(self) -> Inventory:
         """Counts the store's clips as they are now."""

@@ -164,7 +164,7 @@ class PassingFramesPlan(FeaturePlan):
             found = update.compare_again().pending
             pending = [row for row in found if not has_frames_or_features(row)]
             progress = Progress(len(pending), "extracted")
-            size = update.config.features.videos_per_part * self.encoders.count
+            size = update.clips_per_part * self.encoders.count
             for first in range(0, len(pending), size):
                 begun = FrameStoreUpdate(
                     update.config, update.manifest, passing, self._decoders.videos.stat, __version__

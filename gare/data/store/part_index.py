@@ -100,6 +100,14 @@ class PartIndex:
         names: list[str] = json.loads((self.table.schema.metadata or {}).get(b"columns", b"[]"))
         return names
 
+    def has_places_of(self, other: PartIndex) -> bool:
+        """Returns True if another index names the same places and bytes."""
+        if self.places is None or other.places is None:
+            return self.places is other.places and self.column_bytes == other.column_bytes
+        names = ("offset", "size", "num_frames")
+        same = (np.array_equal(getattr(self.places, name), getattr(other.places, name)) for name in names)
+        return self.places.shape == other.places.shape and all(same)
+
     def holds(self, columns: Sequence[str], added: Sequence[str]) -> bool:
         """Returns True if the index has these columns, and those of ``added`` that the part has."""
         names = self.table.column_names

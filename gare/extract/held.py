@@ -12,13 +12,15 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from gare.data.store.clip_places import SortedIds
 from gare.data.store.contents import IDENTITY, Store
 from gare.data.store.part_index import DIGEST
 from gare.data.store.parts import Part, read_parts
 
+#: Its functions are typed for arrays of one kind.
+pc: Any = pyarrow.compute
 #: start_s, end_s, source_bytes, source_version: see ``gare.data.store.contents.IDENTITY``.
 Identity = tuple[Any, ...]
 
@@ -87,7 +89,7 @@ class HeldRows:
         if not pieces:
             return cls((), SortedIds(pa.array([], pa.string())), np.zeros(1, np.int64), pa.table({}))
         keys = [(name, "ascending") for name in ("video_id", "is_retired", "older", "age")]
-        whole = pa.concat_tables(pieces, promote_options="default")
+        whole: Any = pa.concat_tables(pieces, promote_options="default")
         ids = whole["video_id"].cast(pa.large_string())
         whole = whole.set_column(whole.column_names.index("video_id"), "video_id", ids)
         whole = whole.take(pc.sort_indices(whole, sort_keys=keys)).combine_chunks()
@@ -122,7 +124,7 @@ class HeldRows:
         there = np.maximum(places, 0)
         alone = (places >= 0) & (self.first[there + 1] - self.first[there] == 1)
         for held, is_alone in zip(
-            self._held(self.table.take(pa.array(self.first[there]))), alone.tolist(), strict=True
+            self._held(self.table.take(cast("Any", pa.array(self.first[there])))), alone.tolist(), strict=True
         ):
             yield held if is_alone else None
 

@@ -101,7 +101,8 @@ class StoreUpdate(ABC):
             return []
         known = ["rules", *({"complete"} & set(self.schema.names))]
         stored = self.store.clips(IDENTITY, known)
-        if not pc.any(pc.less(pc.fill_null(stored.columns["rules"], 1), RULES)).as_py():
+        rules: Any = stored.columns["rules"]
+        if (pc.min(pc.coalesce(rules, pa.scalar(1, rules.type))).as_py() or RULES) >= RULES:
             return []
         found = []
         for row in self.manifest.rows:

@@ -43,7 +43,7 @@ class Ids(Sequence[str]):
     @property
     def array(self) -> pa.Array[Any]:
         """The ids as an Arrow array, without a copy of their bytes."""
-        buffers = [None, pa.py_buffer(self._offsets), pa.py_buffer(self._data)]
+        buffers: list[Any] = [None, pa.py_buffer(cast("Any", self._offsets)), pa.py_buffer(self._data)]
         return cast("pa.Array[Any]", pa.Array.from_buffers(pa.large_string(), len(self), buffers))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -176,15 +176,15 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
             raise KeyError(video_id)
         return self.parts[self.part[place]], int(self.row[place])
 
-    def find(self, video_ids: pa.Array[Any]) -> npt.NDArray[np.int64]:
+    def find(self, video_ids: pa.Array[Any] | pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
         """Returns the place of each id in the arrays; -1 for those that are not there."""
-        found = pc.index_in(video_ids.cast(pa.large_string()), value_set=self.ids.array)
+        found: Any = pc.index_in(video_ids.cast(pa.large_string()), value_set=self.ids.array)
         return cast("npt.NDArray[np.int64]", found.fill_null(-1).to_numpy().astype(np.int64))
 
     def taken(self, column: str, video_ids: Sequence[str]) -> list[Any]:
         """Returns a column's values of clips; None for those that are not there."""
         places = self.find(pa.array(video_ids, pa.string()))
-        values = self.columns[column]
+        values: Any = self.columns[column]
         return cast("list[Any]", values.take(pa.array(places, mask=places < 0)).to_pylist())
 
     def used_parts(self) -> list[str]:

@@ -46,7 +46,7 @@ class _Block:
     def num_bytes(self) -> int:
         """Bytes in memory."""
         words = 0 if self.words is None else self.words.nbytes
-        return self.frames.nbytes + self.text.nbytes + words
+        return int(self.frames.nbytes + self.text.nbytes + words)
 
     @classmethod
     def of(cls, table: pa.Table) -> _Block:
@@ -183,7 +183,7 @@ class FeatureReader:
         """Adds up the bytes that the columns take in memory, from the parts' indexes or footers."""
         places = self.places
         found = [places.column_bytes[number] for number in np.unique(places.part)]
-        total = sum(known.get(name, 0) for known in found if known for name in self.columns)
+        total = sum(int(known.get(name, 0)) for known in found if known for name in self.columns)
         lacking = [part for part, known in zip(places.used_parts(), found, strict=True) if known is None]
         for footer in (_open_part(part).metadata for part in lacking):
             for group in range(footer.num_row_groups):
@@ -192,7 +192,7 @@ class FeatureReader:
                     chunk = chunks.column(number)
                     if chunk.path_in_schema.split(".")[0] in self.columns:
                         total += chunk.total_uncompressed_size
-        return total
+        return int(total)
 
     def _read_group(self, place: tuple[str, int]) -> _Block:
         part, group = place

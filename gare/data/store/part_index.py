@@ -234,7 +234,7 @@ def read_index(entries: Mapping[str, bytes]) -> PartIndex | None:
         if about["is_alone"]:
             size = places["size"].to_numpy()
             offset = np.cumsum(places["gap"].to_numpy() + size) - size
-            counts = table["num_frames"].fill_null(0).to_numpy()
+            counts = table["num_frames"].fill_null(pa.scalar(0, pa.int32())).to_numpy()
             found = FramePlaces(offset, size, counts, tuple(about["shape"]) if about["shape"] else None)
         known = all(COLUMNS[name] == table.schema.field(name).type for name in table.column_names)
         if not known or (found and len(found.size) != len(table)):

@@ -361,7 +361,11 @@ def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> P
     with _opened(location) as file:
         entries = read_entries(file)
         if (index := read_index(entries)) and index.holds(columns, added):
-            table = index.table.replace_schema_metadata(None)
+            table = index.table.select(
+                [name for name in (*columns, *added) if name in index.part_columns or name == DIGEST]
+            )
+            # A copy, so that the rest of the index does not stay in memory with it.
+            table = table.replace_schema_metadata(None).take(pa.array(range(len(table))))
         else:
             table = _columns_of(location, file, *_without_digest(columns, added))
             entries = {key.decode(): value for key, value in (table.schema.metadata or {}).items()}
@@ -372,7 +376,8 @@ def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> P
     table = _with_digest(table, columns)
     for name in added:
         if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), COLUMNS.get(name, pa.null())))
+            nulls: Any = pa.array([None] * len(table), COLUMNS.get(name, pa.null()))
+            table = table.append_column(name, nulls)
     table = table.select([*dict.fromkeys([*columns, *added])])
     known = (index.places, index.column_bytes) if index else (None, None)
     return Part(location, checksum, replaces, table, *known)

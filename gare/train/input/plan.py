@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,10 +53,10 @@ class DrawnBatches(Sequence[PlannedBatch]):
         steps: Sequence[int],
     ) -> None:
         self._num_captions, self._val, self._config = num_captions, val, config
-        self._share, self._size = share, share.stop - share.start
+        self._share, self._size = share, int(share.stop) - int(share.start)
         self._steps = tuple(steps)
         self._num_val = -(-len(val) // self._size)
-        self._starts = np.cumsum([0, *(count + self._num_val for count in steps)]).tolist()
+        self._starts = [0, *itertools.accumulate(count + self._num_val for count in steps)]
         self._drawn: tuple[int, EpochOrder] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class DrawnBatches(Sequence[PlannedBatch]):
         return self._steps
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def _place(self, number: int) -> tuple[int, int]:
         """Returns epoch and position in the epoch."""

@@ -19,7 +19,8 @@ from gare.data.store.parts import Part
 from gare.errors import DataError
 
 #: Columns that ``ClipPlaces.of`` adds: part and row of a clip, and where its frames lie.
-_PART, _ROW, _OFFSET, _SIZE, _FRAMES = "#part", "#row", "#offset", "#size", "#frames"
+_PLACES = ("#part", "#row", "#offset", "#size", "#frames")
+_PART, _ROW, _OFFSET, _SIZE, _FRAMES = _PLACES
 
 
 class Ids(Sequence[str]):
@@ -141,20 +142,24 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
         if not pieces:
             none = {name: pa.array([], COLUMNS.get(name, pa.null())) for name in ("video_id", *columns)}
             pieces = [_rows_of(0, Part("", "", frozenset(), pa.table(none)))]
-        table = pa.concat_tables(pieces, promote_options="default").combine_chunks()
+        table = pa.concat_tables(pieces, promote_options="default")
+        del pieces
         generations = np.array([part.generation for part in parts] or [0], np.int64)
-        table = _newest(uri, table, generations, parts)
+        order = _newest(uri, table, generations, parts)
+        # Column by column, since each is in memory twice meanwhile.
+        taken = {name: _whole(table[name].take(order)) for name in columns}
+        others = set(table.column_names) - {"video_id", *_PLACES, *columns}
         return cls(
             parts=tuple(part.location for part in parts),
-            ids=SortedIds(_whole(table["video_id"])),
-            part=_numbers(table, _PART, np.int32),
-            row=_numbers(table, _ROW, np.int32),
-            offset=_numbers(table, _OFFSET, np.int64),
-            size=_numbers(table, _SIZE, np.int32),
-            num_frames=_numbers(table, _FRAMES, np.int32),
+            ids=SortedIds(_whole(table["video_id"].take(order))),
+            part=_numbers(table, _PART, order),
+            row=_numbers(table, _ROW, order),
+            offset=_numbers(table, _OFFSET, order),
+            size=_numbers(table, _SIZE, order),
+            num_frames=_numbers(table, _FRAMES, order),
             shapes=tuple(part.places.shape if part.places else None for part in parts),
             column_bytes=tuple(part.column_bytes for part in parts),
-            columns=table.drop_columns(["video_id", _PART, _ROW, _OFFSET, _SIZE, _FRAMES]),
+            columns=pa.table(taken | {name: _whole(table[name].take(order)) for name in sorted(others)}),
         )
 
     def without_columns(self) -> ClipPlaces:
@@ -205,7 +210,7 @@ def _rows_of(number: int, part: Part) -> pa.Table:
     rows: dict[str, Any] = {_PART: np.full(count, number, np.int32), _ROW: np.arange(count, dtype=np.int32)}
     places = part.places
     rows[_OFFSET] = places.offset if places else np.full(count, -1, np.int64)
-    rows[_SIZE] = (places.size if places else np.zeros(count)).astype(np.int32)
+    rows[_SIZE] = places.size if places else np.zeros(count, np.int32)
     rows[_FRAMES] = places.num_frames if places else np.zeros(count, np.int32)
     table = part.table
     for name, values in rows.items():
@@ -215,11 +220,12 @@ def _rows_of(number: int, part: Part) -> pa.Table:
     return table.set_column(table.column_names.index("video_id"), "video_id", column)
 
 
-def _newest(uri: str, table: pa.Table, generations: npt.NDArray[np.int64], parts: Sequence[Part]) -> pa.Table:
-    """Returns the table sorted by id, of each id the row of the newest generation."""
+def _newest(uri: str, table: pa.Table, generations: npt.NDArray[np.int64], parts: Sequence[Part]) -> Any:
+    """Returns the rows in the order of their ids, of each id that of the newest generation."""
     if not len(table):
-        return table
-    number = generations[_numbers(table, _PART, np.int32)]
+        return pa.array([], pa.int64())
+    part = _whole(table[_PART]).to_numpy()
+    number = generations[part]
     ranked = table.select(["video_id"]).append_column("rank", pa.array(-number))
     order = pc.sort_indices(ranked, sort_keys=[("video_id", "ascending"), ("rank", "ascending")]).to_numpy()
     ids = _whole(table["video_id"].take(pa.array(order)))
@@ -229,18 +235,19 @@ def _newest(uri: str, table: pa.Table, generations: npt.NDArray[np.int64], parts
         doubled = np.flatnonzero(first[:-1] & same & (number[order[1:]] == number[order[:-1]]))
         if len(doubled):
             at = order[doubled[0] : doubled[0] + 2]
-            locations = sorted(parts[one].location for one in _numbers(table, _PART, np.int32)[at])
+            locations = sorted(parts[one].location for one in part[at])
             raise DataError(
                 f"{ids[int(doubled[0])].as_py()!r} is in two parts, {locations[0]} and {locations[1]}",
                 where=uri,
                 accepted="run pipelines/extract.py again, which keeps one of them",
             )
-    return table.take(pa.array(order[first])).combine_chunks()
+    return pa.array(order[first])
 
 
 def _whole(column: pa.ChunkedArray[Any]) -> Any:
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
-def _numbers(table: pa.Table, name: str, kind: Any) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(_whole(table[name]).to_numpy(), dtype=kind)
+def _numbers(table: pa.Table, name: str, order: Any) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = _whole(table[name].take(order)).to_numpy()
+    return found

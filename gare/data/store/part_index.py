@@ -69,13 +69,13 @@ class FramePlaces:
 
     Attributes:
         offset: (N,) int64, first byte in the file.
-        size: (N,) int64, number of bytes.
+        size: (N,) int32, number of bytes.
         num_frames: (N,) int32, real frames.
         shape: of a raw tensor; None for JPEG files.
     """
 
     offset: npt.NDArray[np.int64]
-    size: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int32]
     num_frames: npt.NDArray[np.int32]
     shape: tuple[int, ...] | None
 
@@ -235,6 +235,8 @@ def read_index(entries: Mapping[str, bytes]) -> PartIndex | None:
             size = places["size"].to_numpy()
             offset = np.cumsum(places["gap"].to_numpy() + size) - size
             counts = table["num_frames"].fill_null(pa.scalar(0, pa.int32())).to_numpy()
+            # Copies, which do not keep the bytes of the whole index.
+            size, counts = size.astype(np.int32), np.array(counts)
             found = FramePlaces(offset, size, counts, tuple(about["shape"]) if about["shape"] else None)
         known = all(COLUMNS[name] == table.schema.field(name).type for name in table.column_names)
         if not known or (found and len(found.size) != len(table)):

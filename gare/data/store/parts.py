@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -365,7 +366,7 @@ def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> P
                 [name for name in (*columns, *added) if name in index.part_columns or name == DIGEST]
             )
             # A copy, so that the rest of the index does not stay in memory with it.
-            table = table.replace_schema_metadata(None).take(pa.array(range(len(table))))
+            table = table.replace_schema_metadata(None).take(np.arange(len(table)))
         else:
             table = _columns_of(location, file, *_without_digest(columns, added))
             entries = {key.decode(): value for key, value in (table.schema.metadata or {}).items()}

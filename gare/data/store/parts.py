@@ -371,9 +371,9 @@ def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> P
             table = _columns_of(location, file, *_without_digest(columns, added))
             entries = {key.decode(): value for key, value in (table.schema.metadata or {}).items()}
             table = table.replace_schema_metadata(None)
-    # A part that another program wrote is identified by its name.
-    checksum = entries.get(CHECKSUM, location.rsplit("/", 1)[-1].encode()).decode()
-    replaces = frozenset(json.loads(entries.get(REPLACES, b"[]")))
+        # A part that another program wrote is identified by its name.
+        checksum = entries.get(CHECKSUM, location.rsplit("/", 1)[-1].encode()).decode()
+        replaces = frozenset(json.loads(entries.get(REPLACES, b"[]")))
     table = _with_digest(table, columns)
     for name in added:
         if name not in table.column_names:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 1
 
 .PHONY: help install demo test test-pipelines test-others test-kernels test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
-.PHONY: bench-extract bench-loader bench-reads bench-evaluate bench-gpu bench-optimizer bench-prepared fuzz model audit ui clean
+.PHONY: bench-extract bench-loader bench-reads bench-scale bench-evaluate bench-gpu bench-optimizer bench-prepared fuzz model audit ui clean
 
 help:
 	@echo "make demo     install, then the whole way on the embedded benchmark (SEEDS=N for more seeds)"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-extract  extraction, manifest in and Parquet out, against the decoder's own rate (15 min)"
 	@echo "make bench-loader  what loading a batch costs, in the loaders and in the training process (2 min)"
 	@echo "make bench-reads  clips a second that training reads, from each store and decoded on the fly (5 min)"
+	@echo "make bench-scale  plans, drivers, loaders and requests to S3 at 1,000 to 1,000,000 clips (10 min)"
 	@echo "make bench-evaluate  ranks and intervals of 10,000 texts × 10,000 videos: seconds, pairs a second, memory"
 	@echo "make bench-prepared  prepared videos with their basis and lean ones: bytes, milliseconds, error (1 min)"
 	@echo "make bench-optimizer  BertAdam's step over fused AdamW's, at ViT-B/32 (1 min)"
@@ -112,6 +113,9 @@ bench-loader: install
 
 bench-reads: install
 	$(BIN)/python -m tests.benchmarks.reads
+
+bench-scale: install
+	$(BIN)/python -m tests.benchmarks.scale --picture .github/assets/scale.png
 
 bench-prepared: install
 	$(BIN)/python -m tests.benchmarks.prepared

@@ -163,13 +163,15 @@ class _Writer:
     def _write(self, plan: StorePlan, held: StoreLock | None = None) -> dict[str, Any]:
         """Brings a store up to date under its lock, held already or taken here, if anything is new."""
         started, update = time.monotonic(), plan.update
+        before = update.quiet_generation()
         comparison = update.compare_with_collection()
         inventory = update.inventory_if_done(comparison)
         if inventory and not held:
             return _unchanged(update, comparison, inventory)
         with contextlib.nullcontext(held) if held else store_lock(self._config, update.uri) as lock:
             update.hold(lock.held)
-            comparison = update.compare_with_collection()  # another job may have written during the wait
+            if held or before is None or lock.held.generation != before + 1:
+                comparison = update.compare_with_collection()  # another job may have written meanwhile
             update.refuse_lost(comparison)
             if update.has_nothing_left(comparison) and not held:
                 result = update.finish(comparison, update.count(), {})

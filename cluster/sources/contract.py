@@ -14,7 +14,7 @@ CHUNK_BYTES = 64 * 1024
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RemoteVersion:
     """Size and version of a remote file, as ``gare.data.videos.FileVersion``, which is unknown here."""
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from cluster.sources.attempts import RetryPolicy, TransientError, disk_error
 from cluster.sources.contract import Answer, FetchedVideo, LocalSource, RemoteVersion, Server
-from cluster.sources.s3 import S3Server
+from cluster.sources.s3 import S3Server, split
 from cluster.sources.temporary import temporary_video
 from cluster.sources.web import WebServer
 from gare.config import SourcesConfig
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Number of concurrent requests for size and version.
 STAT_THREADS = 16
+#: Objects of one folder from which on their versions are read from a list of it; and those of one list.
+LIST_FROM, LISTED_AT_ONCE = 16, 10_000
 #: Bytes that a fetch leaves free on the disk of temporary files, which others use too.
 SPARE_BYTES = 256 * 10**6
 
@@ -83,9 +85,39 @@ class RemoteVideos:
             except FetchError as error:
                 return error
 
-        distinct = list(dict.fromkeys(uris))
+        distinct = dict.fromkeys(uris)
         with ThreadPoolExecutor(min(STAT_THREADS, max(1, len(distinct)))) as threads:
-            return dict(zip(distinct, threads.map(one, distinct), strict=True))
+            found: dict[str, Any] = {}
+            for listed in threads.map(self._listed, self._folders(distinct)):
+                found |= listed
+            asked = [uri for uri in distinct if uri not in found]
+            found |= zip(asked, threads.map(one, asked), strict=True)
+        return {uri: found[uri] for uri in distinct}
+
+    def _folders(self, uris: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Yields a bucket, and keys and URIs of objects of one folder, for folders with many of them."""
+        folders: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for uri in uris:
+            with suppress(FetchError):
+                if self._scheme(uri) == "s3":
+                    bucket, key = split(uri)
+                    folders.setdefault((bucket, key.rpartition("/")[0]), []).append((key, uri))
+        for (bucket, _), objects in folders.items():
+            objects.sort(key=lambda one: one[0].encode())
+            for first in range(0, len(objects), LISTED_AT_ONCE):
+                some = objects[first : first + LISTED_AT_ONCE]
+                if len(some) >= LIST_FROM:
+                    yield bucket, some
+
+    def _listed(self, folder: tuple[str, list[tuple[str, str]]]) -> dict[str, RemoteVersion]:
+        """Returns the versions of the objects that a list of their folder names; the others are asked for."""
+        bucket, objects = folder
+        policy = RetryPolicy(self._sources, f"s3://{bucket}")
+        try:
+            found = self._s3.listed(bucket, [key for key, _ in objects], policy.call)
+        except FetchError:  # who may read objects may not always list them
+            return {}
+        return {uri: found[key] for key, uri in objects if key in found}
 
     def list(self, folder: str) -> list[str]:
         """Returns the names of all files below an ``s3://`` folder, relative to it, sorted.

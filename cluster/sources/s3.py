@@ -6,11 +6,12 @@ profile, instance or pod role.
 
 from __future__ import annotations
 
+import bisect
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeAlias
 
 from cluster.sources.attempts import TransientError, is_refused, is_transient
 from cluster.sources.contract import CHUNK_BYTES, Answer, RemoteVersion, md5_in, start_in, total_in
@@ -18,6 +19,10 @@ from gare.config import SourcesConfig
 from gare.errors import FetchError, GoneError, without_secrets
 from gare.storage.s3_client import s3_client
 
+#: Objects, on average, that a page of a list has to bring, for it to be asked for.
+KEYS_A_REQUEST = 8
+#: Makes a request, with the seconds that its answer may take.
+Call: TypeAlias = Callable[[Callable[[float], Any]], Any]
 #: S3 error codes that call for a retry, whatever their HTTP status.
 _TRANSIENT_CODES = frozenset(
     {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling", "ThrottlingException"}
@@ -62,6 +67,44 @@ class S3Server:
         with _faults(uri):
             found = self._client.head_object(Bucket=bucket, Key=key)
         return RemoteVersion(found["ContentLength"], _etag(found))
+
+    def listed(self, bucket: str, keys: Sequence[str], call: Call) -> dict[str, RemoteVersion]:
+        """Returns size and ETag of objects by key, as far as listing them takes fewer requests than asking.
+
+        Args:
+            bucket: of the objects.
+            keys: of one folder, sorted by their UTF-8 bytes.
+            call: makes each request, and repeats it if it fails for what may pass.
+
+        Raises:
+            FetchError: if the listing is refused.
+        """
+        prefix = "".join(keys[0].rpartition("/")[:2])
+        found: dict[str, RemoteVersion] = {}
+        wanted, place = set(keys), 0
+        order = [key.encode() for key in keys]
+        # Where other objects lie between them, one request for each is less than a list of all.
+        for _ in range(len(keys) // KEYS_A_REQUEST + 1):
+            # The last character is left out, since the list begins behind what it starts after.
+            start = keys[place][:-1]
+            page = call(partial(self._page, bucket, prefix, start))
+            entries = page.get("Contents", ())
+            for entry in entries:
+                if entry["Key"] in wanted:
+                    found[entry["Key"]] = RemoteVersion(entry["Size"], _etag(entry))
+            if not entries or not page.get("IsTruncated"):
+                break
+            place = bisect.bisect_right(order, entries[-1]["Key"].encode())
+            if place == len(keys):
+                break
+        return found
+
+    def _page(self, bucket: str, prefix: str, start: str, timeout_s: float) -> Any:
+        del timeout_s  # a setting of the client
+        with _faults(f"s3://{bucket}/{urllib.parse.quote(prefix)}"):
+            return self._client.list_objects_v2(
+                Bucket=bucket, Prefix=prefix, **({"StartAfter": start} if start > prefix else {})
+            )
 
     @contextmanager
     def get(self, uri: str, start: int, version: str, timeout_s: float) -> Iterator[Answer]:

@@ -71,7 +71,10 @@ class ExtractConfig(Section):
         description="decode videos again that an earlier version may have read wrongly, as --verify names "
         "them; their frames count until others take their place",
     )
-    videos_per_part: Count = Field(32, description="videos a Parquet part of the store holds at most")
+    videos_per_part: Count = Field(
+        1000,
+        description="videos a Parquet part of the store holds at most; fewer where their frames are large",
+    )
     workers: CountOrAuto = Field(
         "auto", description="decoding actors; auto: one for each CPU that the cluster has"
     )

@@ -32,7 +32,11 @@ class FeaturesConfig(Section):
         description="as train.compile, of the towers in each encoding actor; not in the store's fingerprint",
     )
     batch: Count = Field(32, description="clips that go through the image tower at once")
-    videos_per_part: Count = Field(256, description="videos that a Parquet part of the store holds at most")
+    videos_per_part: Count = Field(
+        1000,
+        description="videos that a Parquet part of the store holds at most; fewer where their features are "
+        "large",
+    )
     workers: CountOrAuto = Field(
         "auto", description="encoding actors; auto: one for each GPU with cluster.use_gpu, else for each CPU"
     )

@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,6 +32,8 @@ _COLUMNS: list[pa.Field[Any]] = [
     pa.field("captions", pa.list_(pa.string())),
 ]
 SCHEMA = pa.schema(_COLUMNS)
+#: Rows that are read as Python objects at once.
+_ROWS_AT_ONCE = 10_000
 _METADATA = (
     "schema_version",
     "benchmark",
@@ -41,7 +45,7 @@ _METADATA = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ManifestRow:
     """One clip.
 
@@ -167,7 +171,7 @@ def read_manifest(uri: str) -> Manifest:
     metadata = _metadata(table, uri)
     try:
         manifest = Manifest(
-            rows=tuple(ManifestRow(**_tupled(row)) for row in table.to_pylist()),
+            rows=tuple(_rows_of(table)),
             benchmark=metadata["benchmark"],
             protocol=metadata["protocol"],
             annotation_sha256=metadata["annotation_sha256"],
@@ -208,8 +212,12 @@ def require_captions(uri: str) -> None:
         )
 
 
-def _tupled(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "captions": tuple(row["captions"] or ())}
+def _rows_of(table: pa.Table) -> Iterator[ManifestRow]:
+    """Yields the rows; a split is one string for all of its rows."""
+    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+        columns = [batch.column(name).to_pylist() for name in SCHEMA.names]
+        for video_id, uri, start_s, end_s, split, captions in zip(*columns, strict=True):
+            yield ManifestRow(video_id, uri, start_s, end_s, sys.intern(split or ""), tuple(captions or ()))
 
 
 def _with_our_columns(table: pa.Table, uri: str) -> pa.Table:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+
 from gare.config import ExtractConfig
 from gare.data.manifest import ManifestRow, read_manifest, require_captions
 from gare.data.store.contents import Store, frame_settings
@@ -83,11 +85,16 @@ def read_splits(
     manifest = read_manifest(manifest_uri)
     store = Store(store_uri)
     meta = store.read_meta_of(frame_settings(extract) if settings is None else settings)
-    held = set(store.ids())
-    if settings is not None:
-        held -= with_other_captions(store_uri, manifest.rows)
-    missing = tuple(row.video_id for row in manifest.rows if row.video_id not in held)
-    failed = store.read_failures(held).keys() & set(missing)
+    stored = store.ids()
+    places = stored.find(pa.array([row.video_id for row in manifest.rows], pa.string()))
+    other = set() if settings is None else with_other_captions(store_uri, manifest.rows)
+    missing = tuple(
+        row.video_id
+        for row, place in zip(manifest.rows, places.tolist(), strict=True)
+        if place < 0 or row.video_id in other
+    )
+    left_out = set(missing)
+    failed = {row["video_id"] for row in store.all_failures()} & left_out
     # If the manifest has grown since, the new videos were never tried.
     if not meta.complete or len(failed) < len(missing):
         raise DataError(
@@ -99,7 +106,7 @@ def read_splits(
     if missing:
         logger.warning("%d videos could not be extracted and are left out", len(missing))
     splits = {
-        split: tuple(row for row in manifest.of_split(split) if row.video_id in held)
+        split: tuple(row for row in manifest.of_split(split) if row.video_id not in left_out)
         for split in ("train", "val", "test")
     }
     return StoredSplits(

@@ -22,7 +22,7 @@ _CHUNK_BYTES = 1 << 20
 _OF_THE_NAME = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileVersion:
     """Size and version of a file, which tell its states apart without reading it.
 

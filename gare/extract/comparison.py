@@ -6,22 +6,26 @@ If a file comes back unchanged, its old row counts again; if two jobs have writt
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from gare.data.manifest import ManifestRow
 from gare.data.store.contents import IDENTITY, RULES, Store, rules_of
-from gare.data.store.parts import Part, read_parts
+from gare.data.store.part_index import digest_of
 from gare.data.videos import FileVersion
 from gare.errors import DataError, GoneError
+from gare.extract.held import Held, HeldRows, Identity
 
 #: Types of errors that the decoder or its limits are to blame for, beside the file.
 _OF_THE_DECODER = frozenset(
     ("DecodeMemoryError", "DecoderCrashError", "DecoderFaultError", "EOFError", "BrokenPipeError")
 )
-#: start_s, end_s, source_bytes, source_version: see ``gare.data.store.contents.IDENTITY``.
-Identity = tuple[Any, ...]
+#: Clips that are compared at once.
+_AT_ONCE = 100_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Comparison:
     lost: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class WantedClip:
     """A clip as a store should hold it.
 
@@ -72,14 +76,25 @@ class WantedClip:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A row in a part, whether it counts or not."""
+class StoreState:
+    """The rows and failures of a store at one moment.
 
-    part: Part
-    identity: Identity
-    captions: tuple[str, ...]
-    is_retired: bool
-    rules: int
+    Attributes:
+        held: its rows.
+        failures: its failures, see ``Store.failures_by_clip``.
+    """
+
+    held: HeldRows
+    failures: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    @classmethod
+    def read(cls, uri: str, *, captions: bool = False) -> StoreState:
+        """Reads the state of a store; ``captions`` is True if a row counts only with the right captions.
+
+        Raises:
+            DataError: for a part that cannot be read.
+        """
+        return cls(HeldRows.read(uri, captions=captions), Store(uri).failures_by_clip())
 
 
 def compare(
@@ -103,55 +118,102 @@ def compare(
         again: ids of clips to be made again although their file has not changed, if they were made by rules
             before ``gare.data.store.contents.RULES``. Their rows count until others replace them.
     """
-    wanted = [WantedClip.of(row, versions[row.uri]) for row in rows]
+    wanted = (WantedClip.of(row, versions[row.uri]) for row in rows)
     return compare_clips(uri, wanted, retry_failed=retry_failed, max_attempts=max_attempts, again=again)
 
 
 def compare_clips(
     uri: str,
-    clips: Sequence[WantedClip],
+    clips: Iterable[WantedClip],
     *,
     retry_failed: bool,
     max_attempts: int = 1,
     captions: bool = False,
     again: Container[str] = (),
+    state: StoreState | None = None,
+    is_all: bool = True,
 ) -> Comparison:
     """Compares as ``compare`` does, for a store of any kind.
 
     Args:
         uri: the store.
-        clips: the clips that it should hold.
+        clips: the clips that it should hold, each once.
         retry_failed: as in ``compare``.
         max_attempts: as in ``compare``.
         captions: True if a row counts only with the captions of the manifest. Pending rows then have
             ``captions``, ``made`` (the part that has the clip with other captions, or None), ``rules`` by
             which its frames were decoded, and ``counted`` (the count that it is in).
         again: as in ``compare``.
+        state: of the store, if it is known.
+        is_all: False if the store holds other clips as well, which stay as they are.
     """
-    wanted = {clip.row.video_id: clip for clip in clips}
-    held, failures = _held(uri, captions=captions), Store(uri).failures_by_clip()
-    counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "retried"), 0)
-    retired: dict[str, dict[str, str]] = {}
-    pending: list[dict[str, Any]] = []
-    lost: list[str] = []
-    for video_id in held.keys() - wanted.keys():
-        counts["gone"] += _retire(retired, video_id, held[video_id], None, "gone")
-    for video_id, clip in wanted.items():
-        stored, failed = held.get(video_id, []), failures.get(video_id, [])
+    state = state or StoreState.read(uri, captions=captions)
+    work = _Comparing(state, retry_failed, max_attempts, captions, again)
+    left = np.ones(len(state.held), bool)
+    remaining = iter(clips)
+    while some := list(itertools.islice(remaining, _AT_ONCE)):
+        places = state.held.places([clip.row.video_id for clip in some])
+        left[places[places >= 0]] = False
+        for clip, place, only in zip(some, places.tolist(), state.held.only_rows(places), strict=True):
+            work.add(clip, place, only)
+    for place in np.flatnonzero(left).tolist() if is_all else ():
+        work.counts["gone"] += _retire(
+            work.retired, state.held.ids[place], state.held.rows(place), None, "gone"
+        )
+    return Comparison(tuple(work.pending), work.retired, work.counts, tuple(sorted(work.lost)))
+
+
+class _Comparing:
+    """A comparison that is being made, clip by clip."""
+
+    def __init__(
+        self, state: StoreState, retry_failed: bool, max_attempts: int, captions: bool, again: Container[str]
+    ) -> None:
+        self._state, self._captions, self._again = state, captions, again
+        self._retry_failed, self._max_attempts = retry_failed, max_attempts
+        self.counts = dict.fromkeys(("new", "changed", "unchanged", "gone", "retried"), 0)
+        self.retired: dict[str, dict[str, str]] = {}
+        self.pending: list[dict[str, Any]] = []
+        self.lost: list[str] = []
+
+    def add(self, clip: WantedClip, place: int, only: Held | None) -> None:
+        """Compares a clip with its rows.
+
+        Args:
+            clip: the clip.
+            place: of its rows; -1 if there are none.
+            only: its row if it has one alone.
+        """
+        video_id = clip.row.video_id
+        failed = self._state.failures.get(video_id, ())
+        digest = digest_of(clip.row.captions) if self._captions and place >= 0 else b""
+        if only and not failed and not clip.is_gone and video_id not in self._again:
+            is_same = _same(only.identity, clip.identity) and only.rules >= clip.rules
+            if is_same and only.captions == digest:
+                self.counts["unchanged"] += 1
+                return
+        self._add(clip, [only] if only else self._state.held.rows(place), failed, digest)
+
+    def _add(
+        self, clip: WantedClip, stored: Sequence[Held], failed: Sequence[Mapping[str, Any]], digest: bytes
+    ) -> None:
+        counts, video_id = self.counts, clip.row.video_id
         same = [] if clip.is_gone else _of_the_clip(stored, failed, clip)
-        matches = [one for one in same if not captions or one.captions == clip.row.captions]
+        matches = [one for one in same if one.captions == digest]
         match = matches[0] if matches else None
         if clip.is_gone and stored:
-            lost.append(video_id)
+            self.lost.append(video_id)
             counts["gone"] += 1
-        _retire(retired, video_id, stored, match, "gone" if clip.is_gone else "changed")
-        is_again = video_id in again and all(one.rules < RULES for one in same)
+        _retire(self.retired, video_id, stored, match, "gone" if clip.is_gone else "changed")
+        is_again = video_id in self._again and all(one.rules < RULES for one in same)
         if match and not is_again:
             counts["unchanged"] += 1
-            continue
+            return
         # What failed by earlier rules was made since, and is to be made again.
         known = [one for one in failed if _has_failed(one, clip) and not (match and rules_of(one) < RULES)]
-        is_pending = not known or retry_failed or _is_tried_again(known, failed, clip, max_attempts)
+        is_pending = (
+            not known or self._retry_failed or _is_tried_again(known, failed, clip, self._max_attempts)
+        )
         counted = "changed" if stored or failed else "new"
         if known:
             counted = "retried" if is_pending else "unchanged"
@@ -159,41 +221,19 @@ def compare_clips(
             counts[counted] += 1
         if is_pending:
             request = _request(clip, max((one["attempts"] for one in failed), default=0))
-            if captions:
+            if self._captions:
                 request["captions"] = list(clip.row.captions)
                 request["made"] = same[0].part.location if same and not is_again else None
                 request["rules"] = same[0].rules if request["made"] else clip.rules
                 request["counted"] = counted
-            pending.append(request)
-    return Comparison(tuple(pending), retired, counts, tuple(sorted(lost)))
+            self.pending.append(request)
 
 
-def _held(uri: str, *, captions: bool) -> dict[str, list[_Held]]:
-    """Reads the rows of each clip, sorted: counting ones first, then newer rules, then newer generation."""
-    columns = ["video_id", *IDENTITY, *(["captions"] if captions else [])]
-    parts, _ = read_parts(uri, "data", columns, ["rules"])
-    retired = Store(uri).read_retired()
-    held: dict[str, list[_Held]] = {}
-    for part in parts:
-        for row in part.rows:
-            video_id, captions_of_row = row["video_id"], tuple(row.get("captions") or ())
-            is_retired = video_id in retired.get(part.checksum, {})
-            identity = tuple(row[key] for key in IDENTITY)
-            one = _Held(part, identity, captions_of_row, is_retired, rules_of(row))
-            held.setdefault(video_id, []).append(one)
-    return {
-        video_id: sorted(rows, key=lambda one: (one.is_retired, -one.rules, -one.part.generation))
-        for video_id, rows in held.items()
-    }
-
-
-def _of_the_clip(
-    stored: Sequence[_Held], failed: Sequence[Mapping[str, Any]], clip: WantedClip
-) -> list[_Held]:
+def _of_the_clip(stored: Sequence[Held], failed: Sequence[Mapping[str, Any]], clip: WantedClip) -> list[Held]:
     """Returns rows of a clip's present state by rules that still hold; later ones may have refused it."""
     refused = [one for one in failed if _is_refusal(one) and _has_failed(one, clip)]
 
-    def least(held: _Held) -> int:
+    def least(held: Held) -> int:
         of_this_file = (rules_of(one) for one in refused if _identity_of(one) == held.identity)
         return max([clip.rules, *of_this_file])
 
@@ -263,8 +303,8 @@ def _same(stored: Identity, now: Identity) -> bool:
 def _retire(
     retired: dict[str, dict[str, str]],
     video_id: str,
-    stored: Sequence[_Held],
-    match: _Held | None,
+    stored: Sequence[Held],
+    match: Held | None,
     reason: str,
 ) -> int:
     for one in stored:

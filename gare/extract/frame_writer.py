@@ -14,7 +14,7 @@ from gare.data.decode.clip_request import ClipRequest
 from gare.data.decode.decoded_clip import DecodedClip
 from gare.data.decode.process import DecodeProcess, DecoderCrashError
 from gare.data.store.contents import FAILURE_SCHEMA, IDENTITY, RULES, frame_schema
-from gare.data.store.parts import encode_part, part_name_of_group, put_part, table_of
+from gare.data.store.parts import PartEncoder, encode_part, part_name_of_group, put_part, table_of
 from gare.data.videos import LocalVideo, LocalVideos, VideoSource, check_readable
 from gare.errors import DataError, FetchError, GoneError, without_secrets
 
@@ -22,6 +22,21 @@ logger = logging.getLogger(__name__)
 
 #: Number of slowest videos of a part, and of a run, that are reported with their seconds.
 SLOWEST = 10
+
+
+#: Bytes of frames, about, that a part holds at most, since its writer has it in memory.
+PART_BYTES = 192 * 10**6
+#: Clips whose frames are encoded together.
+_AT_ONCE = 16
+#: Bytes of pixels for each byte of a JPEG file, about.
+_JPEG_RATIO = 10
+
+
+def clips_per_part(extract: ExtractConfig) -> int:
+    """Returns the most clips of a part, by their number and by the bytes of their frames."""
+    pixels = 3 * extract.num_frames * extract.image_size**2
+    clip = pixels if extract.encoding == "raw" else pixels // _JPEG_RATIO
+    return max(1, min(extract.videos_per_part, PART_BYTES // max(1, clip)))
 
 
 def cut_into_parts(
@@ -36,11 +51,12 @@ def cut_into_parts(
         limit: most rows of a part.
     """
     left = sorted(rows, key=lambda row: -(row["source_bytes"] or 0))
-    parts = []
-    while left:
-        size = min(limit, math.ceil(len(left) / (3 * workers)))
-        parts.append(left[:size])
-        left = left[size:]
+    parts: list[list[Mapping[str, Any]]] = []
+    first = 0
+    while first < len(left):
+        size = min(limit, math.ceil((len(left) - first) / (3 * workers)))
+        parts.append(left[first : first + size])
+        first += size
     return parts
 
 
@@ -133,6 +149,18 @@ class Extractor:
         bad: list[dict[str, Any]] = []
         seconds: dict[str, float] = defaultdict(float)
         took: list[tuple[str, float]] = []
+        done = dict.fromkeys(("written", "frames", "bytes"), 0)
+        encoder = PartEncoder("data", self.schema)
+
+        def encode() -> None:
+            started = time.perf_counter()
+            encoder.add(table_of(good, self.schema))
+            done["written"] += len(good)
+            done["frames"] += sum(row["num_frames"] for row in good)
+            done["bytes"] += sum(row["source_bytes"] for row in good)
+            good.clear()  # encoded, they take less memory
+            seconds["parquet"] += time.perf_counter() - started
+
         for row in rows:
             started = time.perf_counter()
             try:
@@ -141,25 +169,31 @@ class Extractor:
                 bad.append(_failure(row, error))
                 logger.warning("%s: %s", row["video_id"], bad[-1]["message"])
             took.append((row["video_id"], time.perf_counter() - started))
+            if len(good) == _AT_ONCE:
+                encode()
+        encode()
         # Failures first: a kill between the two writes leaves the good videos pending, and loses none.
         name = part_name_of_group([self.run, *(row["video_id"] for row in rows)], self.generation)
-        for folder, ended, schema in (("failures", bad, FAILURE_SCHEMA), ("data", good, self.schema)):
-            if ended:
-                started = time.perf_counter()
-                part = encode_part(folder, name, table_of(ended, schema))
-                encoded = time.perf_counter()
-                put_part(self.uri, folder, name, part)
-                seconds["parquet"] += encoded - started
-                seconds["write"] += time.perf_counter() - encoded
+        if bad:
+            failures = encode_part("failures", name, table_of(bad, FAILURE_SCHEMA))
+            self._put("failures", name, failures, seconds)
+        if done["written"]:
+            started = time.perf_counter()
+            part = encoder.finish(name)
+            seconds["parquet"] += time.perf_counter() - started
+            self._put("data", name, part, seconds)
         return {
-            "written": len(good),
+            **done,
             "failed": len(bad),
-            "frames": sum(row["num_frames"] for row in good),
-            "bytes": sum(row["source_bytes"] for row in good),
             "seconds": dict(seconds),
             "began": began,
             "slowest": sorted(took, key=lambda one: -one[1])[:SLOWEST],
         }
+
+    def _put(self, folder: str, name: str, part: memoryview, seconds: dict[str, float]) -> None:
+        started = time.perf_counter()
+        put_part(self.uri, folder, name, part)
+        seconds["write"] += time.perf_counter() - started
 
     def _extract(self, row: Mapping[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         extract = self.extract

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from gare.data.manifest import ManifestRow
 from gare.data.store.contents import Store
 from gare.errors import DataError
@@ -86,16 +88,16 @@ def take_inventory(uri: str, rows: Sequence[ManifestRow], max_failed_fraction: f
     Raises:
         DataError: for a part that cannot be read or an id in two parts.
     """
-    wanted = {row.video_id for row in rows}
     store = Store(uri)
     stored = store.ids()
-    failures = {key: row for key, row in store.read_failures(stored).items() if key in wanted}
-    parts = {part for part, _ in stored.values()}
+    last = store.read_failures(stored)
+    failures = {row.video_id: last[row.video_id] for row in rows if row.video_id in last} if last else {}
+    places = stored.find(pa.array([row.video_id for row in rows], pa.string()))
     return Inventory(
         uri=uri,
-        num_wanted=len(wanted),
-        num_wanted_stored=len(wanted & stored.keys()),
-        counts={"videos": len(stored), "failures": len(failures), "parts": len(parts)},
+        num_wanted=len(rows),
+        num_wanted_stored=int((places >= 0).sum()),
+        counts={"videos": len(stored), "failures": len(failures), "parts": len(stored.used_parts())},
         failures=failures,
         max_failed_fraction=max_failed_fraction,
     )

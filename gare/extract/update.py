@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gare.config import Config
 from gare.data.manifest import Manifest
@@ -29,7 +30,7 @@ from gare.data.videos import FileVersion
 from gare.errors import DataError
 from gare.extract.comparison import Comparison, compare
 from gare.extract.inventory import SUMMARISED, Inventory, take_inventory
-from gare.storage.generations import HeldStore
+from gare.storage.generations import HeldStore, newest_generation
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +100,24 @@ class StoreUpdate(ABC):
         if not self.decodes:
             return []
         known = ["rules", *({"complete"} & set(self.schema.names))]
-        stored = self.store.rows(IDENTITY, known)
-        return [
-            {**found, "video_id": row.video_id, "uri": row.uri, "complete": found.get("complete")}
-            for row in self.manifest.rows
-            if (found := stored.get(row.video_id, (None, None, {"rules": RULES}))[2])
-            and rules_of(found) < RULES
-        ]
+        stored = self.store.clips(IDENTITY, known)
+        rules: Any = stored.columns["rules"]
+        if (pc.min(pc.coalesce(rules, pa.scalar(1, rules.type))).as_py() or RULES) >= RULES:
+            return []
+        found = []
+        for row in self.manifest.rows:
+            if (place := stored.ids.find(row.video_id)) < 0:
+                continue
+            about = stored.columns.slice(place, 1).to_pylist()[0]
+            if rules_of(about) < RULES:
+                about |= {"video_id": row.video_id, "uri": row.uri, "complete": about.get("complete")}
+                found.append(about)
+        return found
+
+    def quiet_generation(self) -> int | None:
+        """Returns the generation of the last job that wrote the store; None if it may still be writing."""
+        newest = newest_generation(self.uri)
+        return newest.number if newest.released or not newest.number else None
 
     def count(self) -> Inventory:
         """Counts the store's clips as they are now."""

@@ -42,7 +42,8 @@ def run_loop(
     plan = worker_batches.plan
     ends = {*plan.epoch_starts[1:], len(plan.batches)}
     with feed:
-        for position, planned in enumerate(plan.batches[first:], start=first + 1):
+        for position in range(first + 1, len(plan.batches) + 1):
+            planned = plan.batches[position - 1]
             asked = time.perf_counter()
             arrived = next(feed)
             if planned.kind == "train":

@@ -110,17 +110,22 @@ class FeaturePlan(StorePlan):
     def submit_ready(self) -> None:
         """Submits full parts of the frame store's current clips to the encoders, at intervals."""
         if time.monotonic() - self._submitted_at > TAKE_EVERY_S:
-            self._submit(whole=True)
+            self._submit(whole=True, anew=False)
             self._submitted_at = time.monotonic()
 
-    def _submit(self, *, whole: bool) -> None:
-        parts = self.update.parts(self.encoders.count, whole=whole)
+    def _submit(self, *, whole: bool, anew: bool) -> None:
+        parts = self.update.parts(self.encoders.count, whole=whole, anew=anew)
         self.progress.total += sum(map(len, parts))
         self.encoders.submit(parts, self.update.held.generation)
 
-    def encode_all(self, check: Callable[[], None]) -> None:
-        """Encodes all clips of the frame store and waits for the results."""
-        self._submit(whole=False)
+    def encode_all(self, check: Callable[[], None], *, anew: bool = True) -> None:
+        """Encodes all clips of the frame store and waits for the results.
+
+        Args:
+            check: called after each part.
+            anew: False if only frames that have appeared since the last call are to be looked at.
+        """
+        self._submit(whole=False, anew=anew)
         for done in self.encoders.finish():
             self.progress.add(done)
             check()
@@ -155,10 +160,11 @@ class PassingFramesPlan(FeaturePlan):
             delete_tree(passing)
         with self.encoders:
             self._encode_and_empty(lock)  # changed captions, and clips that an interrupted run left there
-            found = update.compare_with_collection().pending
+            # No file is asked for its version again.
+            found = update.compare_again().pending
             pending = [row for row in found if not has_frames_or_features(row)]
             progress = Progress(len(pending), "extracted")
-            size = update.config.features.videos_per_part * self.encoders.count
+            size = update.clips_per_part * self.encoders.count
             for first in range(0, len(pending), size):
                 begun = FrameStoreUpdate(
                     update.config, update.manifest, passing, self._decoders.videos.stat, __version__
@@ -166,11 +172,11 @@ class PassingFramesPlan(FeaturePlan):
                 begun.mark_incomplete(Comparison((), {}, {}, ()))
                 group = pending[first : first + size]
                 self._decoders.extract(passing, group, progress, lock.held, lock.raise_if_lost)
-                self._encode_and_empty(lock)
+                self._encode_and_empty(lock, anew=False)
         return _log_and_report(progress)
 
-    def _encode_and_empty(self, lock: StoreLock) -> None:
-        self.encode_all(lock.raise_if_lost)
+    def _encode_and_empty(self, lock: StoreLock, *, anew: bool = True) -> None:
+        self.encode_all(lock.raise_if_lost, anew=anew)
         self.update.take_failures()
         lock.raise_if_lost()
         delete_tree(self._passing)

@@ -19,14 +19,14 @@ from cluster.status.progress import Progress
 from gare.config import Config
 from gare.data.videos import LocalVideos
 from gare.extract.feature_update import Part
-from gare.extract.frame_writer import Extractor, OutdatedFrameFinder, cut_into_parts
+from gare.extract.frame_writer import Extractor, OutdatedFrameFinder, clips_per_part, cut_into_parts
 from gare.extract.update import StoreUpdate
 from gare.storage.generations import HeldStore
 
 logger = logging.getLogger(__name__)
 
-#: Heap of a decoding actor and its child process, which Ray cannot see.
-ACTOR_MEMORY_BYTES = 600 * 1024**2
+#: Heap of a decoding actor, with a whole part, and its child process, which Ray cannot see.
+ACTOR_MEMORY_BYTES = 800 * 1024**2
 
 
 class Decoders:
@@ -103,7 +103,7 @@ class Decoders:
         extract = self._extract
         workers = extraction_cpus(self._cluster) if extract.workers == "auto" else extract.workers
         workers = min(workers, len(rows))
-        parts = cut_into_parts(rows, workers, extract.videos_per_part)
+        parts = cut_into_parts(rows, workers, clips_per_part(extract))
         return run_parts(load, parts, workers=workers, memory_bytes=ACTOR_MEMORY_BYTES)
 
 

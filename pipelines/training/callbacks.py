@@ -182,9 +182,7 @@ class MetricLog(Callback):
 
 def _shape_of(config: Config, plan: Plan, rank: int, *, on_gpu: bool) -> RunShape:
     train = config.train
-    steps = [0] * (max((batch.epoch for batch in plan.batches), default=0) + 1)
-    for batch in plan.batches:
-        steps[batch.epoch] += batch.kind == "train"
+    steps = plan.epoch_steps() or [0]
     help_ = partial(
         advice,
         from_features=train.input == "features",

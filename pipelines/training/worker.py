@@ -14,6 +14,7 @@ from cluster.runtime.devices import device_of_worker, explain_out_of_memory
 from cluster.tracking import RunHandle
 from gare.config import Config, TrainConfig
 from gare.data.splits import StoredSplits, read_splits
+from gare.data.store.clip_places import Ids
 from gare.errors import DataError, DivergedError, GareError, LockLostError, StoppedError
 from gare.storage.files import exists, read_json
 from gare.storage.run_folder import RunFolder
@@ -106,11 +107,13 @@ def train_worker(task: dict[str, Any]) -> GareError | None:
     source = input_of_run(config, places, task["settings"])
     splits = _begun_splits(source, places.manifest, folder, task["clips"])
     worker_batches = _batches_of_worker(config.train, splits, rank, world_size)
+    validated = bool(splits.val)
+    del splits  # its rows take more memory than all else that is kept of the data
     model = source.worker_model(folder.uri)
     pairs = _pairs_at_once(config, world_size)
     with explain_out_of_memory(*pairs):
         learner = _learner(model, config, world_size, worker_batches.plan.num_steps, device)
-    validated, watch, owned = bool(splits.val), task["watch_preemption"], task["owned"]
+    watch, owned = task["watch_preemption"], task["owned"]
     checkpointing = Checkpointing(
         learner, folder, rank, device, validated=validated, watch=watch, owned=owned
     )
@@ -180,7 +183,8 @@ def _begun_splits(
 def _batches_of_worker(train: TrainConfig, splits: StoredSplits, rank: int, world_size: int) -> WorkerBatches:
     """Returns the batches of a worker, with the ids of their clips."""
     most = max((len(row.captions) for row in splits.val), default=1)
-    return WorkerBatches(plan_of(train, splits, rank=rank, world_size=world_size), splits.ids(), most)
+    ids = {split: Ids.of(of_split) for split, of_split in splits.ids().items()}
+    return WorkerBatches(plan_of(train, splits, rank=rank, world_size=world_size), ids, most)
 
 
 def _learner(model: GARE, config: Config, world_size: int, num_steps: int, device: torch.device) -> Learner:
@@ -203,9 +207,9 @@ def _feed(
 
     from gare.train.input.feed import Feed
 
-    batches, cluster = worker_batches.plan.batches, source.config.cluster.resolved
+    plan, cluster = worker_batches.plan, source.config.cluster.resolved
     loaders = cluster.loaders_per_worker
-    sizes = [len(batch.videos) for batch in batches]
+    sizes = [plan.size(number) for number in range(len(plan.batches))]
     make = source.loader(worker_batches, shared, device, model)
     chunks: Iterator[Any]
     if here := source.local_loader(make):
@@ -214,7 +218,7 @@ def _feed(
     else:
         kinds = {"train": source.row_bytes(), "val": source.row_bytes(worker_batches.most_captions)}
         asked = [
-            BatchRequest(number, sizes[number], kinds[batches[number].kind])
+            BatchRequest(number, sizes[number], kinds[plan.kind(number)])
             for number in range(first, len(sizes))
         ]
         chunks = stream_chunks(
@@ -228,6 +232,6 @@ def _feed(
         chunks,
         sizes[first:],
         device,
-        finish=lambda place, tensors: source.finish_batch(batches[first + place], tensors),
+        finish=lambda place, tensors: source.finish_batch(plan.batches[first + place], tensors),
         loaders=loaders,
     )

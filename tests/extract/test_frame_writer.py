@@ -15,6 +15,8 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -25,10 +27,12 @@ from gare.data.decode.process import DecodeProcess
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.store.contents import Store, frame_schema, part_files, read_columns
 from gare.data.store.frame_reader import FrameReader
+from gare.data.store.part_index import read_entries, read_index
+from gare.data.store.parts import PartEncoder, encode_part, table_of
 from gare.data.store.verify import verify
 from gare.errors import DataError
-from gare.extract.frame_writer import Extractor, cut_into_parts
-from tests.helpers.stores import describe_store, pending_rows, stored_values
+from gare.extract.frame_writer import Extractor, clips_per_part, cut_into_parts
+from tests.helpers.stores import describe_store, pending_rows, random_frames, stored_row, stored_values
 
 EXTRACT = ExtractConfig(num_frames=3, image_size=32, encoding="raw", sample_fps=2.0)
 
@@ -411,3 +415,31 @@ def test_parts_leave_work_for_all(count: int, workers: int, limit: int, rng: np.
     assert lengths[-1] == 1
     order = [row["source_bytes"] or 0 for part in parts for row in part]
     assert order == sorted(order, reverse=True)
+
+
+def test_large_frames_make_parts_of_fewer_clips() -> None:
+    """A writer holds its part in memory, and a thousand clips of raw frames are two gigabytes."""
+    assert clips_per_part(ExtractConfig()) == 1000
+    assert clips_per_part(ExtractConfig(videos_per_part=7)) == 7
+    raw = clips_per_part(ExtractConfig(encoding="raw"))
+    assert 50 < raw < 200
+    assert clips_per_part(ExtractConfig(encoding="raw", image_size=448)) == raw // 4
+    assert clips_per_part(ExtractConfig(encoding="raw", image_size=4000, num_frames=100)) == 1
+
+
+def test_a_part_that_comes_in_pieces_is_the_same(rng: np.random.Generator) -> None:
+    """Frames are encoded while the next clips are decoded, so that they do not wait in memory."""
+    rows = [stored_row(EXTRACT, f"clip {number}", random_frames(EXTRACT, rng, 2)) for number in range(9)]
+    schema = frame_schema(EXTRACT)
+    pieces = PartEncoder("data", schema)
+    for first in (0, 4, 8):
+        pieces.add(table_of(rows[first : first + 4], schema))
+    pieces.add(table_of([], schema))
+    found = pieces.finish("part-a.parquet")
+    whole = encode_part("data", "part-a.parquet", table_of(rows, schema))
+    assert pq.read_table(pa.BufferReader(found)).equals(pq.read_table(pa.BufferReader(whole)))
+    indexes = [read_index(read_entries(pa.BufferReader(data))) for data in (found, whole)]
+    assert indexes[0]
+    assert indexes[1]
+    assert indexes[0].table.equals(indexes[1].table)
+    assert len(indexes[0].table) == 9

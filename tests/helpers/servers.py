@@ -22,6 +22,8 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 
+_METHODS = (b"GET", b"HEAD", b"PUT", b"POST", b"DELETE")
+
 
 @contextmanager
 def s3_server() -> Iterator[tuple[str, int]]:
@@ -53,6 +55,8 @@ class DroppingProxy:
         self._refused_word = b""
         self._watched: tuple[str, Callable[[], None]] | None = None
         self.refused = 0
+        #: First line of each request that was passed on.
+        self.requests: list[str] = []
         self.dropped = {"connect": 0, "body": 0}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.address: tuple[str, int] = self._listener.getsockname()
@@ -78,6 +82,8 @@ class DroppingProxy:
         self._watched = (request, action)
 
     def _watch(self, data: bytes) -> None:
+        if data.split(b" ", 1)[0] in _METHODS:
+            self.requests.append(data.split(b"\r\n", 1)[0].decode("latin-1"))
         if self._watched and re.search(self._watched[0], data.split(b"\r\n", 1)[0].decode("latin-1")):
             action, self._watched = self._watched[1], None
             action()

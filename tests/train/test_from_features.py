@@ -11,18 +11,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gare.config import Config
 from gare.data.manifest import Manifest, ManifestRow, read_manifest, write_manifest
 from gare.data.splits import read_splits
+from gare.data.store import parts as parts_module
 from gare.data.store.compact import compact
 from gare.data.store.contents import Store, frame_schema, part_files, write_part
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.frame_reader import FrameReader
 from gare.data.store.parts import read_columns, read_parts, write_table
 from gare.data.store.verify import verify
+from gare.data.videos import FileVersion
 from gare.errors import CheckpointError, ConfigError, DataError
 from gare.extract.feature_update import FeatureStoreUpdate
 from gare.extract.feature_writer import FeatureMaker
@@ -30,6 +33,7 @@ from gare.model.encoders.clip import ClipTowers, towers_sha256
 from gare.model.encoders.compiled import CompiledBlocks
 from gare.model.gare import GARE
 from gare.retrieval.ranking.encode import Encoder, encode_stored
+from gare.storage.lock import StoreLock
 from gare.train.callback import Callback
 from gare.train.checkpoint.files import check_checkpoint, copy_checkpoint, load_checkpoint, save_checkpoint
 from gare.train.input.feed import Feed
@@ -395,3 +399,77 @@ def test_feature_stores_are_checked_and_compacted(places: Places) -> None:
     Path(part).unlink()
     (fault,) = verify(places.features, schema, wanted)[0]
     assert (fault["video_id"], fault["fault"]) == (rows["video_id"][3].as_py(), "frames is not finite")
+
+
+def test_a_growing_frame_store_is_followed_by_its_new_parts(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both indexes were read anew every five seconds: 9 CPU s each time at 50,000 clips, for nothing."""
+    config = places.config.features.model_copy(update={"videos_per_part": 3})
+    places.config = places.config.model_copy(update={"features": config})
+    model = places.model()
+    # All features are there; since then, all but one part's videos are other files.
+    places.encode(model)
+    (tmp_path / "late").mkdir()
+    files = [Path(part) for part in part_files(places.frames, "data")]
+    for file in files:
+        shutil.move(file, tmp_path / "late" / file.name)
+    job = places.feature_pass(model)
+    assert job.parts(1, whole=True, anew=False) == []
+    read: list[str] = []
+    one = parts_module._read_part
+
+    def counted(location: str, *asked: Any) -> Any:
+        read.append(location)
+        return one(location, *asked)
+
+    monkeypatch.setattr(parts_module, "_read_part", counted)
+    assert job.parts(1, whole=True, anew=False) == []
+    assert read == []
+    handed_out: list[str] = []
+    for number, file in enumerate(files):
+        rows = pq.read_table(tmp_path / "late" / file.name).replace_schema_metadata(None)
+        ids = rows["video_id"].to_pylist()
+        if number:
+            changed = pa.array(["another file"] * len(rows), pa.string())
+            rows = rows.set_column(rows.column_names.index("source_version"), "source_version", changed)
+        write_table(places.frames, "data", rows, [file.name])
+        read.clear()
+        found = [row for part in job.parts(1, whole=True, anew=False) for row in part]
+        assert len(read) == 1
+        assert sorted(row["video_id"] for row in found) == (sorted(ids) if number else [])
+        assert {row["place"] for row in found} <= set(read)
+        handed_out += [row["video_id"] for row in found]
+        assert {key for rows in job.store.read_retired().values() for key in rows} == set(handed_out)
+    assert len(handed_out) == len(set(handed_out)) == 9
+    # What a look at everything finds is the same.
+    assert sorted(row["video_id"] for row in job.compare_with_collection().pending) == sorted(handed_out)
+    assert job.compare_with_collection().retired == job.store.read_retired()
+
+
+def test_files_are_asked_for_their_versions_once_a_pass(places: Places) -> None:
+    """Every file was asked for its size for each block of clips: ten times each at 4,096 clips."""
+    places.encode(places.model())
+    manifest, asked = read_manifest(places.manifest), list[str]()
+
+    def stat(uris: Sequence[str]) -> dict[str, FileVersion | DataError]:
+        asked.extend(uris)
+        return {uri: FileVersion(1, "now") for uri in uris}
+
+    towers = towers_sha256(places.model().towers)
+    job = FeatureStoreUpdate(places.config, manifest, places.frames, places.features, towers, "0", stat)
+    job.compare_with_collection()
+    for anew in (True, False, False):
+        job.parts(1, anew=anew)
+        job.compare_again()
+    assert asked == [row.uri for row in manifest.rows]
+
+
+def test_the_owner_of_a_quiet_store_looks_once(places: Places) -> None:
+    """Where nobody else wrote, a second look at all files of the collection finds the same."""
+    job = places.feature_pass(places.model())
+    assert job.quiet_generation() == 0
+    with StoreLock(places.features, when_locked="refuse", stale_s=60) as lock:
+        assert job.quiet_generation() is None
+        number = lock.held.generation
+    assert job.quiet_generation() == number

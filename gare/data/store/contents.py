@@ -17,11 +17,12 @@ from typing import Any
 import pyarrow as pa
 
 from gare.config import ExtractConfig
+from gare.data.store.clip_places import ClipPlaces
 from gare.data.store.parts import Part, part_files, read_columns, read_parts, write_part
 from gare.errors import DataError
 from gare.storage.exclusive import replace_file
 from gare.storage.files import exists, join, json_bytes, read_json
-from gare.storage.generations import HeldStore, generation_of
+from gare.storage.generations import HeldStore
 
 __all__ = [
     "ADDED_COLUMNS",
@@ -307,7 +308,7 @@ class Store:
             content = json_bytes({"rows": rows, "generation": held.generation})
             replace_file(location, content, held.raise_if_lost)
 
-    def ids(self, *, folder: str = "data") -> dict[str, tuple[str, int]]:
+    def ids(self, *, folder: str = "data") -> ClipPlaces:
         """Finds each video that counts: id → (part, row). Rows that are retired or replaced are left out.
 
         If a job and its successor have both written rows of a video, the newer row counts.
@@ -318,16 +319,15 @@ class Store:
         Raises:
             DataError: for a part that cannot be read, or an id that two parts of one generation hold.
         """
-        return {key: place[:2] for key, place in self.rows((), folder=folder).items()}
+        return self.clips((), folder=folder)
 
-    def rows(
-        self, columns: Sequence[str], added: Sequence[str] = (), *, folder: str = "data"
-    ) -> dict[str, tuple[str, int, dict[str, Any]]]:
-        """Finds videos as ``ids`` does, with some columns of each row beside its place.
+    def clips(self, columns: Sequence[str], added: Sequence[str] = (), *, folder: str = "data") -> ClipPlaces:
+        """Finds videos as ``ids`` does, with some columns of each row.
 
         Args:
-            columns: those to read.
-            added: further columns, which parts of earlier versions lack; their rows have None there.
+            columns: those to read; of ``gare.data.store.part_index.COLUMNS`` they come without a look at the
+                rows.
+            added: further columns, which parts of earlier versions lack; their rows have null there.
             folder: ``data`` or ``failures``.
 
         Raises:
@@ -335,23 +335,27 @@ class Store:
                 generation hold.
         """
         parts, retired = self._parts_and_retired(folder, ["video_id", *columns], added)
-        found: dict[str, tuple[str, int, dict[str, Any]]] = {}
-        for part in parts:
-            left_out = retired.get(part.checksum, {})
-            for row, entry in enumerate(part.rows):
-                video_id: str = entry["video_id"]
-                if video_id in left_out:
-                    continue
-                if video_id in found and generation_of(found[video_id][0]) > part.generation:
-                    continue
-                if video_id in found and generation_of(found[video_id][0]) == part.generation:
-                    raise DataError(
-                        f"{video_id!r} is in two parts, {found[video_id][0]} and {part.location}",
-                        where=self.uri,
-                        accepted="run pipelines/extract.py again, which keeps one of them",
-                    )
-                found[video_id] = (part.location, row, entry)
-        return found
+        return ClipPlaces.of(self.uri, parts, retired, [*columns, *added])
+
+    def rows(
+        self, columns: Sequence[str], added: Sequence[str] = (), *, folder: str = "data"
+    ) -> dict[str, tuple[str, int, dict[str, Any]]]:
+        """Finds videos as ``clips`` does, each with its part, row and columns; takes kilobytes a clip.
+
+        Args:
+            columns: as of ``clips``.
+            added: as of ``clips``.
+            folder: as of ``clips``.
+
+        Raises:
+            DataError: as ``clips``.
+        """
+        found = self.clips(columns, added, folder=folder)
+        rows = found.columns.to_pylist() if found.columns.num_columns else [{} for _ in found]
+        return {
+            key: (*place, row | {"video_id": key})
+            for (key, place), row in zip(found.items(), rows, strict=True)
+        }
 
     def _parts_and_retired(
         self, folder: str, columns: Sequence[str], added: Sequence[str]

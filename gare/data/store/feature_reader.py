@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,12 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.store.contents import Store
+from gare.data.store.part_index import read_footer
 from gare.data.store.parts import FEATURES_PER_GROUP, is_part_gone
+from gare.data.store.recent import Recent
 from gare.errors import DataError
 from gare.storage.files import open_fs
 
-#: Row groups that a process caches of a store larger than ``cache_mb``.
+#: Row groups, and parts, that a process keeps of a store larger than ``cache_mb``.
 OPEN_GROUPS = 256
+#: Bytes of these row groups, and of the parts' footers.
+GROUP_BYTES, FOOTER_BYTES = 256 * 2**20, 64 * 2**20
 
 _Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 _T = TypeVar("_T")
@@ -37,6 +41,12 @@ class _Block:
     text: npt.NDArray[np.float16]
     num_tokens: npt.NDArray[np.int32]
     words: npt.NDArray[np.float16] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory."""
+        words = 0 if self.words is None else self.words.nbytes
+        return int(self.frames.nbytes + self.text.nbytes + words)
 
     @classmethod
     def of(cls, table: pa.Table) -> _Block:
@@ -80,10 +90,14 @@ class FeatureReader:
         self.columns = ["num_frames", "frames", "num_tokens", "text", *(["words"] if words else [])]
         self.places = Store(uri).ids()
         self.whole = self._again_where_moved(self._bytes) <= cache_mb * 10**6
-        self._rows: dict[str, int] = {}
         self._block: _Block | None = None
-        self._group = lru_cache(maxsize=OPEN_GROUPS)(self._read_group)
-        self._open = lru_cache(maxsize=OPEN_GROUPS)(_open_part)
+        self._block_rows: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._group: Recent[tuple[str, int], _Block] = Recent(
+            self._read_group, lambda block: block.num_bytes, OPEN_GROUPS, GROUP_BYTES
+        )
+        self._open: Recent[str, Any] = Recent(
+            _open_part, lambda part: int(part.metadata.serialized_size), OPEN_GROUPS, FOOTER_BYTES
+        )
 
     def read(self, video_ids: Sequence[str], captions: Sequence[int] | None = None) -> _Arrays:
         """Reads the features of clips and of their captions.
@@ -105,7 +119,8 @@ class FeatureReader:
             raise DataError(f"does not hold {unknown[0]!r}", where=self.uri, accepted="one of its videos")
         if self.whole:
             block = self._again_where_moved(self._whole)
-            return self._gather(block, np.array([self._rows[one] for one in video_ids], np.int64), captions)
+            found = [self.places.ids.find(one) for one in video_ids]
+            return self._gather(block, self._block_rows[np.array(found, np.int64)], captions)
         pieces: list[_Arrays] = []
         for number, video_id in enumerate(video_ids):
             block, row = self._again_where_moved(partial(self._block_of, video_id))
@@ -148,11 +163,13 @@ class FeatureReader:
 
     def _whole(self) -> _Block:
         if self._block is None:
-            parts = sorted({part for part, _ in self.places.values()})
+            places = self.places
+            parts = places.used_parts()
             tables = [_read(part, self.columns) for part in parts]
-            starts = dict(zip(parts, np.cumsum([0, *map(len, tables)]).tolist(), strict=False))
+            sizes = dict(zip(parts, map(len, tables), strict=True))
+            starts = np.cumsum([0, *(sizes.get(part, 0) for part in places.parts)], dtype=np.int64)
             # Rows that no longer count are read with the others; nothing points to them.
-            self._rows = {key: starts[part] + row for key, (part, row) in self.places.items()}
+            self._block_rows = starts[places.part] + places.row
             self._block = _Block.of(pa.concat_tables(tables)) if tables else self._nothing()
         return self._block
 
@@ -160,22 +177,25 @@ class FeatureReader:
         if video_id not in self.places:
             raise DataError(f"no longer holds {video_id!r}", where=self.uri)
         part, row = self.places[video_id]
-        return self._group(part, row // FEATURES_PER_GROUP), row % FEATURES_PER_GROUP
+        return self._group((part, row // FEATURES_PER_GROUP)), row % FEATURES_PER_GROUP
 
     def _bytes(self) -> int:
-        """Adds up the bytes that the columns take in memory, from the parts' footers."""
-        total = 0
-        for part in {part for part, _ in self.places.values()}:
-            footer = _open_part(part).metadata
+        """Adds up the bytes that the columns take in memory, from the parts' indexes or footers."""
+        places = self.places
+        found = [places.column_bytes[number] for number in np.unique(places.part)]
+        total = sum(int(known.get(name, 0)) for known in found if known for name in self.columns)
+        lacking = [part for part, known in zip(places.used_parts(), found, strict=True) if known is None]
+        for footer in (_open_part(part).metadata for part in lacking):
             for group in range(footer.num_row_groups):
                 chunks = footer.row_group(group)
                 for number in range(chunks.num_columns):
                     chunk = chunks.column(number)
                     if chunk.path_in_schema.split(".")[0] in self.columns:
                         total += chunk.total_uncompressed_size
-        return total
+        return int(total)
 
-    def _read_group(self, part: str, group: int) -> _Block:
+    def _read_group(self, place: tuple[str, int]) -> _Block:
+        part, group = place
         try:
             return _Block.of(self._open(part).read_row_group(group, columns=self.columns))
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -208,7 +228,11 @@ def _stack(pieces: list[_Arrays]) -> _Arrays:
 def _open_part(part: str) -> Any:
     try:
         filesystem, path = open_fs(part)
-        return pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True)
+        file = filesystem.open_input_file(path)
+        # By as few requests as an object store allows: one for the footer, one for each row group.
+        return pq.ParquetFile(
+            file, metadata=read_footer(file), page_checksum_verification=True, pre_buffer=True
+        )
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"cannot be read: {error}", where=part) from error
 

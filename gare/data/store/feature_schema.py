@@ -27,6 +27,7 @@ from gare.data.store.contents import (
     frame_settings,
     read_columns,
 )
+from gare.data.store.part_index import DIGEST, digest_of
 
 
 def feature_schema(num_frames: int, width: int, num_words: int = 0) -> pa.Schema:
@@ -127,9 +128,10 @@ def with_other_captions(uri: str, rows: Sequence[ManifestRow]) -> set[str]:
     Raises:
         DataError: for a part that cannot be read.
     """
-    wanted = {row.video_id: row.captions for row in rows}
+    stored = Store(uri).clips([DIGEST])
+    digests = stored.taken(DIGEST, [row.video_id for row in rows])
     return {
-        video_id
-        for video_id, (_, _, row) in Store(uri).rows(["captions"]).items()
-        if video_id in wanted and tuple(row["captions"]) != wanted[video_id]
+        row.video_id
+        for row, digest in zip(rows, digests, strict=True)
+        if digest is not None and digest != digest_of(row.captions)
     }

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.images import crop_centre, decode_jpeg, size_fault
+from gare.data.store.clip_places import ClipPlaces
 from gare.data.store.contents import Store
+from gare.data.store.pages import UnknownPageError, byte_arrays, low_bytes
 from gare.data.store.parts import is_part_gone
-from gare.data.store.tensor_pages import UnknownPageError, low_bytes
+from gare.data.store.recent import Recent
 from gare.errors import DataError
 from gare.storage.files import open_fs
 
-#: Open Parquet files that a process keeps: reading a footer costs more than reading a clip.
+#: Files of parts that a process keeps open.
 OPEN_PARTS = 256
+#: Bytes of the footers of parts of earlier versions, which have no index, that a process keeps: reading a
+#: footer costs more than reading a clip.
+FOOTER_BYTES = 64 * 2**20
 
 
 class FrameReader:
@@ -54,8 +60,10 @@ class FrameReader:
         self.crop = str(meta.settings.get("crop", "center"))
         self.encoding = str(meta.settings["encoding"])
         self.fetch_s = self.jpeg_s = 0.0
-        self.places = Store(uri).ids()
-        self._open = lru_cache(maxsize=OPEN_PARTS)(_OpenPart)
+        self.places: ClipPlaces = Store(uri).ids()
+        self._open: Recent[str, OpenPart] = Recent(
+            OpenPart, lambda part: part.footer_bytes, OPEN_PARTS, FOOTER_BYTES
+        )
 
     def read(self, video_ids: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         """Reads frames (M, F, S, S, 3) uint8, zero where padded, cropped if whole, and their mask (M, F).
@@ -84,34 +92,37 @@ class FrameReader:
 
     def _clip(self, video_id: str, out: npt.NDArray[np.uint8] | None) -> tuple[npt.NDArray[np.uint8], int]:
         """Returns a clip's frames and how many are real: centre squares in ``out``, or as they are stored."""
-        if video_id not in self.places:
+        if (place := self.places.ids.find(video_id)) < 0:
             raise DataError(f"does not hold {video_id!r}", where=self.uri, accepted="one of its videos")
-        place = self.places[video_id]
         try:
-            return self._read(video_id, *place, out)
+            return self._read(video_id, place, out)
         except DataError as error:
+            before = self.places[video_id]
             # Parts are merged while they are read.
             self.places = Store(self.uri).ids() if is_part_gone(error) else self.places
-            if self.places.get(video_id) in (None, place):
+            if self.places.get(video_id) in (None, before):
                 raise
-            return self._read(video_id, *self.places[video_id], out)
+            return self._read(video_id, self.places.ids.find(video_id), out)
 
     def _read(
-        self, video_id: str, part: str, position: int, out: npt.NDArray[np.uint8] | None
+        self, video_id: str, place: int, out: npt.NDArray[np.uint8] | None
     ) -> tuple[npt.NDArray[np.uint8], int]:
+        places = self.places
+        part, position = places.parts[places.part[place]], int(places.row[place])
         try:
             started = time.perf_counter()
             opened = self._open(part)
-            count = opened.num_frames[position]
+            where = Where.of(places, place)
+            count = int(places.num_frames[place]) if where.is_known else opened.num_frames[position]
             if not 0 < count <= self.num_frames:
                 raise ValueError(f"{count} frames; accepted: 1 to {self.num_frames}")
             if self.encoding == "raw":
                 if out is None:
                     out = np.empty((self.num_frames, self.size, self.size, 3), dtype=np.uint8)
-                opened.fill(out, position)
+                opened.fill(out, where)
                 self.fetch_s += time.perf_counter() - started
                 return out, count
-            jpegs = opened.read(position, ["frames"])["frames"][0].as_py() or []
+            jpegs = opened.pictures(where)
             fetched = time.perf_counter()
             self.fetch_s += fetched - started
             # Otherwise a missing frame would be read as a black one.
@@ -141,51 +152,109 @@ class FrameReader:
         return out
 
 
-class _OpenPart:
-    """An open part, with one clip in each row group."""
+@dataclass(frozen=True)
+class Where:
+    """The place of a clip in a part.
+
+    Attributes:
+        row: of the part.
+        offset: first byte of its frames in the file; -1 if the part has no index.
+        size: bytes of its frames.
+        shape: of raw frames; None for JPEG files.
+    """
+
+    row: int
+    offset: int
+    size: int
+    shape: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, places: ClipPlaces, place: int) -> Where:
+        """Returns where the clip at this place of the arrays is."""
+        shape = places.shapes[places.part[place]]
+        return cls(int(places.row[place]), int(places.offset[place]), int(places.size[place]), shape)
+
+    @property
+    def is_known(self) -> bool:
+        """True if the part has an index."""
+        return self.offset >= 0
+
+
+class OpenPart:
+    """An open part, with one clip in each row group; its footer is read only if it has to be.
+
+    Args:
+        part: its location.
+    """
 
     def __init__(self, part: str) -> None:
         filesystem, path = open_fs(part)
         self.file: Any = filesystem.open_input_file(path)
-        self.parquet: Any = pq.ParquetFile(self.file, page_checksum_verification=True)
-        names = self.parquet.schema_arrow.names
-        leaves = [self.parquet.schema.column(place).path for place in range(len(self.parquet.schema))]
-        self.leaf = leaves.index("frames.list.element") if "frames" in names else -1
-        kind = self.parquet.schema_arrow.field("frames").type if "frames" in names else None
-        self.shape = tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) else None
+
+    @cached_property
+    def parquet(self) -> Any:
+        """The part as a Parquet file."""
+        return pq.ParquetFile(self.file, page_checksum_verification=True)
+
+    @property
+    def footer_bytes(self) -> int:
+        """Bytes of the footer, if it has been read."""
+        return self.parquet.metadata.serialized_size if "parquet" in self.__dict__ else 0
 
     @cached_property
     def num_frames(self) -> list[int]:
         """Number of real frames of each clip."""
         return [int(count) for count in self.parquet.read(columns=["num_frames"])["num_frames"].to_pylist()]
 
-    def read(self, position: int, columns: list[str]) -> pa.Table:
-        table: pa.Table = self.parquet.read_row_group(position, columns=columns)
-        return table
+    def pictures(self, where: Where) -> list[bytes | None]:
+        """Reads a clip's JPEG files."""
+        if where.is_known:
+            try:
+                return list(byte_arrays(self.file.read_at(where.size, where.offset), "ZSTD"))
+            except UnknownPageError:
+                pass  # a picture that is missing, for one
+        found: list[bytes | None] = self._frames(where.row)[0].as_py() or []
+        return found
 
-    def fill(self, frames: npt.NDArray[np.uint8], position: int) -> None:
+    def fill(self, frames: npt.NDArray[np.uint8], where: Where) -> None:
         """Fills an array with a clip's raw frames (F, H, W, 3), zero where padded.
 
         Raises:
             ValueError: if the frames of this part have another shape.
         """
         # Otherwise NumPy would broadcast an array of one pixel to all of them.
-        if self.shape != frames.shape:
-            raise ValueError(f"its frames have the shape {self.shape}, not {frames.shape}")
-        chunk = self.parquet.metadata.row_group(position).column(self.leaf)
+        shape = where.shape if where.is_known else self._shape
+        if shape != frames.shape:
+            raise ValueError(f"its frames have the shape {shape}, not {frames.shape}")
+        offset, size, codec = where.offset, where.size, "ZSTD"
+        if not where.is_known:
+            chunk = self.parquet.metadata.row_group(where.row).column(self._leaf)
+            offset, size, codec = chunk.data_page_offset, chunk.total_compressed_size, chunk.compression
         try:
-            data = self.file.read_at(chunk.total_compressed_size, chunk.data_page_offset)
-            pages = low_bytes(data, chunk.compression)
+            pages = low_bytes(self.file.read_at(size, offset), codec)
             if sum(map(len, pages)) != frames.size:
                 raise UnknownPageError("another number of values")
         except UnknownPageError:
-            column: Any = self.read(position, ["frames"])["frames"].combine_chunks()
+            column: Any = self._frames(where.row).combine_chunks()
             frames[:] = column.to_numpy_ndarray()[0]
             return
         flat, place = frames.reshape(-1), 0
         for page in pages:
             flat[place : place + len(page)] = page
             place += len(page)
+
+    def _frames(self, row: int) -> Any:
+        return self.parquet.read_row_group(row, columns=["frames"])["frames"]
+
+    @cached_property
+    def _leaf(self) -> int:
+        leaves = [self.parquet.schema.column(place).path for place in range(len(self.parquet.schema))]
+        return leaves.index("frames.list.element")
+
+    @cached_property
+    def _shape(self) -> tuple[int, ...] | None:
+        kind = self.parquet.schema_arrow.field("frames").type
+        return tuple(kind.shape) if isinstance(kind, pa.FixedShapeTensorType) else None
 
 
 class GreyPictures:

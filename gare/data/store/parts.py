@@ -9,6 +9,7 @@ A part's footer holds, as key-value metadata:
     later run writes the same rows again, they must not be taken for those that were replaced.
 ``gare.replaces``: JSON list of the checksums of the parts that this one replaces. They no longer count once
     this part is there, deleted or not.
+``gare.index``, ``gare.places``: see ``gare.data.store.part_index``.
 """
 
 from __future__ import annotations
@@ -16,15 +17,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gare.data.store.tensor_pages import ENCODING, LEVEL
+from gare.data.store.pages import ENCODING, LEVEL
+from gare.data.store.part_index import (
+    COLUMNS,
+    DIGEST,
+    INDEX,
+    PLACES,
+    UNKNOWN,
+    FramePlaces,
+    PartIndex,
+    digest_of,
+    index_table,
+    packed_index,
+    places_of,
+    read_entries,
+    read_index,
+    with_places,
+)
 from gare.errors import DataError
 from gare.storage.files import exists, join, list_files, open_fs, read_bytes, write_atomically
 from gare.storage.generations import generation_of, newest_generation, part_name
@@ -46,13 +66,30 @@ class Part:
         location: location of the file.
         checksum: SHA-256 stated in the footer, by which other parts refer to it.
         replaces: checksums of the parts that it replaces.
-        rows: the requested columns, one mapping a row.
+        table: the requested columns; those that a part of an earlier version lacks are null.
+        places: of its frames, if it has an index of them.
+        column_bytes: bytes of each column of features in memory; None if the part has no index.
     """
 
     location: str
     checksum: str
     replaces: frozenset[str]
-    rows: tuple[dict[str, Any], ...]
+    table: pa.Table
+    places: FramePlaces | None = None
+    column_bytes: Mapping[str, int] | None = None
+
+    @property
+    def is_indexed(self) -> bool:
+        """True if it has an index."""
+        return self.column_bytes is not None
+
+    @cached_property
+    def rows(self) -> tuple[dict[str, Any], ...]:
+        """The requested columns, one mapping a row."""
+        return tuple(self.table.to_pylist())
+
+    def __len__(self) -> int:
+        return len(self.table)
 
     @property
     def generation(self) -> int:
@@ -133,31 +170,67 @@ def put_part(uri: str, folder: str, name: str, data: memoryview) -> str:
 
 def encode_part(folder: str, name: str, table: pa.Table, replaces: Iterable[str] = ()) -> memoryview:
     """Encodes a part of this name, with its checksum; see ``write_table`` for the other arguments."""
-    # Training reads such tensors by their low bytes, see gare.data.store.tensor_pages.
-    raw = [f"{field.name}.list.element" for field in table.schema if _is_tensor(field.type, pa.uint8())]
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(
-        sink,
-        table.schema,
-        compression="zstd",
-        compression_level=dict.fromkeys(raw, LEVEL) or None,
-        use_dictionary=False,
-        column_encoding=dict.fromkeys(raw, ENCODING) or None,
-        write_page_checksum=True,
-    ) as writer:
-        writer.write_table(table, row_group_size=_rows_per_group(folder, table))
-        replaced = json.dumps(sorted(replaces))
-        writer.add_key_value_metadata({NAME: name, REPLACES: replaced, CHECKSUM: _BLANK.decode()})
-    data = bytearray(sink.getvalue())
-    place = data.index(_BLANK, data.rindex(CHECKSUM.encode()))
-    data[place : place + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()
-    return memoryview(data)
+    encoder = PartEncoder(folder, table.schema)
+    encoder.add(table)
+    return encoder.finish(name, replaces)
 
 
-def _rows_per_group(folder: str, table: pa.Table) -> int:
+class PartEncoder:
+    """Encoder of one part, whose rows come piece by piece and are held in compressed form alone.
+
+    Args:
+        folder: ``data`` or ``failures``.
+        schema: of the part.
+    """
+
+    def __init__(self, folder: str, schema: pa.Schema) -> None:
+        self._schema, self._is_indexed = schema, folder == "data" and "video_id" in schema.names
+        self._rows_per_group = _rows_per_group(folder, schema)
+        self._indexes: list[pa.Table] = []
+        # Training reads such tensors by their low bytes, see gare.data.store.pages.
+        raw = [f"{field.name}.list.element" for field in schema if _is_tensor(field.type, pa.uint8())]
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            schema,
+            compression="zstd",
+            compression_level=dict.fromkeys(raw, LEVEL) or None,
+            use_dictionary=False,
+            column_encoding=dict.fromkeys(raw, ENCODING) or None,
+            write_page_checksum=True,
+            # Those of frames would be whole pictures in the footer.
+            write_statistics=[name for name in ("video_id",) if name in schema.names],
+        )
+
+    def add(self, table: pa.Table) -> None:
+        """Adds rows; pieces of features have whole row groups, but for the last one."""
+        self._writer.write_table(table, row_group_size=self._rows_per_group or max(1, len(table)))
+        if self._is_indexed:
+            self._indexes.append(index_table(table))
+
+    def finish(self, name: str, replaces: Iterable[str] = ()) -> memoryview:
+        """Returns the bytes of the part; see ``write_table`` for the arguments."""
+        metadata = {NAME: name, REPLACES: json.dumps(sorted(replaces)), CHECKSUM: _BLANK.decode()}
+        if self._is_indexed:
+            metadata |= {INDEX: packed_index(self._indexes), PLACES: UNKNOWN}
+        self._writer.add_key_value_metadata(metadata)
+        self._writer.close()
+        written = self._sink.getvalue()
+        if self._is_indexed:
+            places = places_of(pq.read_metadata(pa.BufferReader(written)), self._schema)
+            data = with_places(memoryview(written), places)
+        else:
+            data = bytearray(written)
+        place = data.index(_BLANK, data.rindex(CHECKSUM.encode()))
+        data[place : place + len(_BLANK)] = hashlib.sha256(data).hexdigest().encode()
+        return memoryview(data)
+
+
+def _rows_per_group(folder: str, schema: pa.Schema) -> int:
+    """Returns the rows of a row group; 0 for all."""
     if folder != "data":
-        return max(1, len(table))
-    are_features = any(_is_tensor(field.type, pa.float16()) for field in table.schema)
+        return 0
+    are_features = any(_is_tensor(field.type, pa.float16()) for field in schema)
     return FEATURES_PER_GROUP if are_features else 1
 
 
@@ -237,19 +310,32 @@ def read_parts(
     for attempt in range(3):
         try:
             there, locations = _listed(uri, folder)
-            with ThreadPoolExecutor(THREADS) as pool:
-                parts = list(pool.map(lambda location: _read_part(location, columns, added), locations))
+            parts = read_these_parts(locations, columns, added)
             break
         except DataError as error:
             # Merged into another and deleted since they were listed.
             if attempt == 2 or not is_part_gone(error):
                 raise
     replaced = {checksum for part in parts for checksum in part.replaces}
-    void = [Part(location, "", frozenset(), ()) for location in there if location not in set(locations)]
+    void = [
+        Part(location, "", frozenset(), pa.table({})) for location in there if location not in set(locations)
+    ]
     return (
         [part for part in parts if part.checksum not in replaced],
         [part for part in parts if part.checksum in replaced] + void,
     )
+
+
+def read_these_parts(
+    locations: Sequence[str], columns: Sequence[str], added: Sequence[str] = ()
+) -> list[Part]:
+    """Reads parts, whether they count or not; see ``read_parts`` for the other arguments.
+
+    Raises:
+        DataError: for a part that cannot be read.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda location: _read_part(location, columns, added), locations))
 
 
 def _listed(uri: str, folder: str) -> tuple[list[str], list[str]]:
@@ -273,14 +359,63 @@ def _listed(uri: str, folder: str) -> tuple[list[str], list[str]]:
 
 
 def _read_part(location: str, columns: Sequence[str], added: Sequence[str]) -> Part:
-    table = read_columns(location, columns, added)
-    metadata = table.schema.metadata or {}
-    # A part that another program wrote is identified by its name.
-    checksum = metadata.get(CHECKSUM.encode(), location.rsplit("/", 1)[-1].encode()).decode()
-    replaces = frozenset(json.loads(metadata.get(REPLACES.encode(), b"[]")))
-    lacking = dict.fromkeys(name for name in added if name not in table.column_names)
-    rows = [row | lacking for row in table.to_pylist()] if lacking else table.to_pylist()
-    return Part(location, checksum, replaces, tuple(rows))
+    with _opened(location) as file:
+        entries = read_entries(file)
+        if (index := read_index(entries)) and index.holds(columns, added):
+            table = index.table.select(
+                [name for name in (*columns, *added) if name in index.part_columns or name == DIGEST]
+            )
+            # A copy, so that the rest of the index does not stay in memory with it.
+            table = table.replace_schema_metadata(None).take(np.arange(len(table)))
+        else:
+            table = _columns_of(location, file, *_without_digest(columns, added))
+            entries = {key.decode(): value for key, value in (table.schema.metadata or {}).items()}
+            table = table.replace_schema_metadata(None)
+        # A part that another program wrote is identified by its name.
+        checksum = entries.get(CHECKSUM, location.rsplit("/", 1)[-1].encode()).decode()
+        replaces = frozenset(json.loads(entries.get(REPLACES, b"[]")))
+    table = _with_digest(table, columns)
+    for name in added:
+        if name not in table.column_names:
+            nulls: Any = pa.array([None] * len(table), COLUMNS.get(name, pa.null()))
+            table = table.append_column(name, nulls)
+    table = table.select([*dict.fromkeys([*columns, *added])])
+    known = (index.places, index.column_bytes) if index else (None, None)
+    return Part(location, checksum, replaces, table, *known)
+
+
+def _without_digest(columns: Sequence[str], added: Sequence[str]) -> tuple[list[str], Sequence[str]]:
+    return ["captions" if name == DIGEST else name for name in columns], added
+
+
+def _with_digest(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    if DIGEST not in columns or DIGEST in table.column_names:
+        return table
+    digests = [digest_of(captions or ()) for captions in table["captions"].to_pylist()]
+    return table.append_column(DIGEST, pa.array(digests, COLUMNS[DIGEST]))
+
+
+@contextmanager
+def _opened(part: str) -> Iterator[Any]:
+    """Opens a part, and names it if it cannot be read."""
+    try:
+        filesystem, path = open_fs(part)
+        with filesystem.open_input_file(path) as file:
+            yield file
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"cannot be read: {error}", where=part, accepted="a Parquet part of a store"
+        ) from error
+
+
+def read_part_index(part: str) -> PartIndex | None:
+    """Reads the index of a part; None if it has none.
+
+    Raises:
+        DataError: if the part cannot be read, or its index is damaged.
+    """
+    with _opened(part) as file:
+        return read_index(read_entries(file))
 
 
 def read_columns(part: str, columns: Sequence[str] | None, added: Sequence[str] = ()) -> pa.Table:
@@ -294,23 +429,21 @@ def read_columns(part: str, columns: Sequence[str] | None, added: Sequence[str] 
     Raises:
         DataError: if the part is not whole Parquet or lacks a column.
     """
-    filesystem, path = open_fs(part)
-    try:
-        with pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            if missing := [name for name in columns or () if name not in names]:
-                raise DataError(
-                    f"lacks the columns {', '.join(missing)}",
-                    where=part,
-                    accepted="a Parquet part of a store",
-                )
-            some = [*(columns or ()), *(name for name in added if name in names)]
-            table = file.read(columns=None if columns is None else some)
-            return table.replace_schema_metadata(file.metadata.metadata)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    with _opened(part) as file:
+        return _columns_of(part, file, columns, added)
+
+
+def _columns_of(part: str, stream: Any, columns: Sequence[str] | None, added: Sequence[str]) -> pa.Table:
+    # Not as a context: the caller closes the stream.
+    file = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=True)
+    names = file.schema_arrow.names
+    if missing := [name for name in columns or () if name not in names]:
         raise DataError(
-            f"cannot be read: {error}", where=part, accepted="a Parquet part of a store"
-        ) from error
+            f"lacks the columns {', '.join(missing)}", where=part, accepted="a Parquet part of a store"
+        )
+    some = [*(columns or ()), *(name for name in added if name in names)]
+    table: pa.Table = file.read(columns=None if columns is None else some)
+    return table.replace_schema_metadata(file.metadata.metadata)
 
 
 def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array[Any]:

@@ -17,6 +17,15 @@ import pyarrow.parquet as pq
 
 from gare.data.images import decode_jpeg, size_fault
 from gare.data.store.contents import FAILURE_SCHEMA, Store, StoreMeta, fingerprint, without_added_columns
+from gare.data.store.part_index import (
+    INDEX,
+    PLACES,
+    index_table,
+    packed_index,
+    places_of,
+    read_entries,
+    read_index,
+)
 from gare.data.store.parts import checksum_fault, part_files, read_parts
 from gare.errors import DataError
 from gare.storage.files import read_bytes
@@ -146,10 +155,31 @@ def _check_part(location: str, schemas: Sequence[pa.Schema], meta: StoreMeta) ->
                 return faults, len(data)
             for group in range(file.num_row_groups):
                 faults += _check_group(location, file, group, meta)
+            faults += _check_index(location, data, file)
     except (OSError, ValueError, pa.ArrowException) as error:
         if not fault:
             faults.append(_fault(location, "", f"cannot be read: {error}"))
     return faults, len(data)
+
+
+def _check_index(location: str, data: bytes, file: pq.ParquetFile) -> Iterator[Fault]:
+    """Compares the index of a part, if it has one, with its columns and its footer."""
+    index = read_index(read_entries(pa.BufferReader(data)))
+    if not index:
+        return
+    expected = index_table(file.read(columns=[*{*file.schema_arrow.names} - {"frames", "text", "words"}]))
+    names = index.table.column_names
+    if len(expected) != len(index.table) or not expected.select(names).equals(index.table):
+        yield _fault(location, "", "its index does not say what its columns say")
+    places = read_index(
+        {
+            INDEX: packed_index([expected]).encode(),
+            PLACES: places_of(file.metadata, file.schema_arrow).encode(),
+        }
+    )
+    assert places
+    if not places.has_places_of(index):
+        yield _fault(location, "", "its index says that frames lie where they do not")
 
 
 def _difference(found: pa.Schema, expected: pa.Schema) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gare.config import ExtractConfig
@@ -14,7 +17,7 @@ from gare.data.store.compact import compact
 from gare.data.store.contents import FAILURE_SCHEMA, Store, frame_schema, part_files, write_part
 from gare.data.store.feature_reader import FeatureReader
 from gare.data.store.frame_reader import FrameReader
-from gare.data.store.parts import is_part_gone, read_columns
+from gare.data.store.parts import CHECKSUM, is_part_gone, read_columns, read_part_index
 from gare.data.store.verify import verify
 from gare.errors import DataError
 from gare.storage.generations import HeldStore
@@ -214,3 +217,33 @@ def test_where_no_row_is_left_an_empty_part_stands_for_a_while(
     assert [fault for fault in verify(uri, frame_schema(RAW), set())[0] if fault["part"] == empty] == []
     compact(uri, 10**6)
     assert part_files(uri, "data") == []
+
+
+def test_parts_of_earlier_versions_get_an_index(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Else a store that was made before would be slow for ever, however often it is compacted."""
+    uri = str(tmp_path)
+    write_store(uri, RAW, IDS, rng, part=6)
+    before = stored_values(uri)
+    for part in map(Path, part_files(uri, "data")):
+        part.write_bytes(as_before(part))
+    assert not any(map(read_part_index, part_files(uri, "data")))
+    compact(uri, 1)  # so that no two are merged
+    assert len(part_files(uri, "data")) == 2
+    assert all(map(read_part_index, part_files(uri, "data")))
+    assert stored_values(uri) == before
+    files = part_files(uri, "data")
+    compact(uri, 1)
+    assert part_files(uri, "data") == files
+
+
+def as_before(part: Path) -> bytes:
+    """Returns a part as versions without an index wrote it."""
+    sink = pa.BufferOutputStream()
+    table = pq.read_table(part).replace_schema_metadata(None)
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", use_dictionary=False) as writer:
+        writer.write_table(table, row_group_size=1)
+        writer.add_key_value_metadata({"gare.part": part.name, "gare.replaces": "[]", CHECKSUM: "0" * 64})
+    data = bytearray(sink.getvalue())
+    place = data.rindex(b"0" * 64)
+    data[place : place + 64] = hashlib.sha256(data).hexdigest().encode()
+    return bytes(data)

@@ -14,6 +14,7 @@ import pytest
 
 from gare.config import ExtractConfig
 from gare.data.images import encode_jpeg
+from gare.data.store import parts as parts_module
 from gare.data.store.compact import compact
 from gare.data.store.contents import (
     EARLIER_FAILURE_SCHEMA,
@@ -23,6 +24,8 @@ from gare.data.store.contents import (
     part_files,
     write_part,
 )
+from gare.data.store.part_index import index_table, places_of
+from gare.data.store.parts import encode_part, table_of, write_table
 from gare.data.store.verify import verify, verify_or_raise
 from gare.errors import DataError
 from tests.helpers.stores import describe_store, failure_row, random_frames, stored_row, write_store
@@ -226,3 +229,35 @@ def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path) -> None:
     faults, _ = verify(uri, pa.schema(columns), ["sound", "tensor", "nested"])
     found = [(fault["video_id"], fault["fault"]) for fault in faults if fault["video_id"]]
     assert found == [("tensor", "features is not finite"), ("nested", "texts is not finite")]
+
+
+@pytest.mark.parametrize("extract", [RAW, JPEG], ids=["raw", "jpeg"])
+@pytest.mark.parametrize("what", ["ids", "places"])
+def test_an_index_that_lies_is_found(
+    what: str,
+    extract: ExtractConfig,
+    rng: np.random.Generator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Readers go by the index alone; a fault in what wrote it would give a clip another one's frames."""
+    rows = [stored_row(extract, name, random_frames(extract, rng, 2)) for name in IDS]
+    table = table_of(rows, frame_schema(extract))
+    if what == "ids":
+        monkeypatch.setattr(
+            parts_module, "index_table", lambda table: index_table(table.take([1, 0, 2, 3, 4]))
+        )
+    else:
+        other = table_of([rows[0], *rows[:-1]], frame_schema(extract))
+        encoded = encode_part("data", "other", other)
+        lie = places_of(pq.read_metadata(pa.BufferReader(encoded)), other.schema)
+        monkeypatch.setattr(parts_module, "places_of", lambda *unused: lie)
+    part = write_table(str(tmp_path), "data", table, IDS)
+    describe_store(str(tmp_path), extract)
+    faults = {
+        fault["fault"]
+        for fault in verify(str(tmp_path), frame_schema(extract), IDS)[0]
+        if fault["part"] == part
+    }
+    assert len(faults) == 1
+    assert "index" in faults.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from gare.config import ExtractConfig
 from gare.data.store.contents import frame_schema, part_files, write_part
 from gare.data.store.frame_reader import FrameReader
-from gare.data.store.tensor_pages import UnknownPageError, low_bytes
+from gare.data.store.pages import UnknownPageError, byte_arrays, low_bytes
 from gare.errors import DataError
 from tests.helpers.stores import describe_store, random_frames, stored_row
 
@@ -98,3 +99,51 @@ def test_a_damaged_row_is_named(rng: np.random.Generator, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="row 0 cannot be read") as caught:
         reader.read(["a"])
     assert part in str(caught.value)
+
+
+def test_byte_arrays_are_the_values(rng: np.random.Generator) -> None:
+    """Pictures would be cut off, or taken for others, and training go on."""
+    pictures = [rng.bytes(int(size)) for size in rng.integers(0, 300_000, 20)]
+    assert byte_arrays(*chunk_of_bytes([pictures])) == pictures
+    assert byte_arrays(*chunk_of_bytes([pictures], data_page_size=1000)) == pictures
+
+
+@pytest.mark.parametrize("values", [[[b"a", None]], [[]], [None]])
+def test_missing_byte_arrays_are_not_guessed(values: list[list[bytes | None]]) -> None:
+    """The reader of whole columns says which one is missing."""
+    with pytest.raises(UnknownPageError):
+        byte_arrays(*chunk_of_bytes(values))
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "snappy"}, {"data_page_version": "2.0"}, {"use_dictionary": True}]
+)
+def test_byte_arrays_of_other_pages_are_left_to_pyarrow(options: dict[str, Any]) -> None:
+    """Who rewrites a store with another program reads it all the same, more slowly."""
+    with pytest.raises(UnknownPageError):
+        byte_arrays(*chunk_of_bytes([[b"picture"] * 4], **options))
+
+
+def test_changed_bytes_of_a_picture_are_found(rng: np.random.Generator) -> None:
+    """A bit that a disk turned must not become part of a picture."""
+    pictures = [rng.bytes(2000)]
+    chunk, codec = chunk_of_bytes([pictures])
+    for place in rng.integers(0, len(chunk), 50):
+        changed = bytearray(chunk)
+        changed[place] ^= 1 << int(rng.integers(8))
+        try:
+            found = byte_arrays(bytes(changed), codec)
+        except (UnknownPageError, OSError):
+            continue
+        assert found == pictures  # what changed was no part of it
+
+
+def chunk_of_bytes(values: list[Any], **options: Any) -> tuple[bytes, str]:
+    sink = pa.BufferOutputStream()
+    settings = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    array = pa.array(values, pa.list_(pa.binary()))
+    pq.write_table(pa.table({"x": array}), sink, **(settings | options))
+    data = sink.getvalue().to_pybytes()
+    column = pq.read_metadata(pa.BufferReader(data)).row_group(0).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    return data[start : start + column.total_compressed_size], column.compression

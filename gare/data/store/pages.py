@@ -1,15 +1,17 @@
-"""Fast reading of uint8 tensors from Parquet: takes the low bytes of BYTE_STREAM_SPLIT pages directly.
+"""Fast reading of a clip's frames from the bytes of its Parquet pages, without the file's footer.
 
-Parquet has no 8-bit numbers: a uint8 tensor is written as INT32. With BYTE_STREAM_SPLIT the low bytes of a
-page lie together, and they are the tensor; the others are zeros, which zstd compresses to almost nothing. Any
-Parquet reader understands that, but slowly: 12 frames of 224 × 224 take pyarrow 15 ms, plain INT32 40 ms, the
-low bytes alone 2 ms.
+JPEG files are byte arrays in PLAIN pages. Of uint8 tensors, the low bytes of BYTE_STREAM_SPLIT pages are
+taken directly: Parquet has no 8-bit numbers, so that a uint8 tensor is written as INT32. With
+BYTE_STREAM_SPLIT the low bytes of a page lie together, and they are the tensor; the others are zeros, which
+zstd compresses to almost nothing. Any Parquet reader understands that, but slowly: 12 frames of 224 × 224
+take pyarrow 15 ms, plain INT32 40 ms, the low bytes alone 2 ms.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ ENCODING = "BYTE_STREAM_SPLIT"
 #: Largest page size that is accepted.
 MAX_PAGE_BYTES = 2**30
 
-_DATA_PAGE, _BYTE_STREAM_SPLIT = 0, 9
+_DATA_PAGE, _PLAIN, _BYTE_STREAM_SPLIT = 0, 0, 9
 #: Fields of Parquet's PageHeader and DataPageHeader.
 _TYPE, _SIZE, _COMPRESSED_SIZE, _CRC, _DATA_HEADER = 1, 2, 3, 4, 5
 _NUM_VALUES, _ENCODING = 1, 2
@@ -43,37 +45,72 @@ def low_bytes(chunk: bytes, codec: str) -> list[npt.NDArray[np.uint8]]:
         UnknownPageError: for pages that are not BYTE_STREAM_SPLIT data pages of version 1.
         OSError: for a page that does not match its checksum, if it has one.
     """
+    return [_low_bytes_of_page(*page) for page in _data_pages(chunk, codec, _BYTE_STREAM_SPLIT)]
+
+
+def byte_arrays(chunk: bytes, codec: str) -> list[bytes]:
+    """Reads the byte arrays of a column chunk, none of which is null.
+
+    Args:
+        chunk: as of ``low_bytes``.
+        codec: as of ``low_bytes``.
+
+    Raises:
+        UnknownPageError: for pages that are not PLAIN data pages of version 1, or that hold nulls.
+        OSError: as ``low_bytes``.
+    """
+    found: list[bytes] = []
+    for page, size, count in _data_pages(chunk, codec, _PLAIN):
+        values = page.read(size - _skip_levels(page, size))
+        place, before = 0, len(found)
+        while place < len(values):
+            end = place + 4 + int.from_bytes(values[place : place + 4], "little")
+            if end > len(values):
+                raise UnknownPageError("a byte array that is cut off")
+            found.append(values[place + 4 : end])
+            place = end
+        if len(found) - before != count:
+            raise UnknownPageError(f"{len(found) - before} of {count} values")
+    return found
+
+
+def _data_pages(chunk: bytes, codec: str, encoding: int) -> Iterator[tuple[Any, int, int]]:
+    """Yields of each page the stream of its bytes, their number, and the number of its values."""
     if codec != "ZSTD":
         raise UnknownPageError(codec)
-    found = []
     place = 0
     view = memoryview(chunk)  # slices of it are not copies
     try:
         while place < len(chunk):
             header, place = _read_struct(chunk, place)
             end = place + header[_COMPRESSED_SIZE]
-            known = header[_TYPE] == _DATA_PAGE and header[_DATA_HEADER][_ENCODING] == _BYTE_STREAM_SPLIT
+            known = header[_TYPE] == _DATA_PAGE and header[_DATA_HEADER][_ENCODING] == encoding
             if not (known and place < end <= len(chunk) and 0 < header[_SIZE] <= MAX_PAGE_BYTES):
                 raise UnknownPageError(str(header))
             if _CRC in header and zlib.crc32(view[place:end]) != header[_CRC] & 0xFFFFFFFF:
                 raise OSError("a page's bytes have changed since it was written")
             page: Any = pa.CompressedInputStream(pa.BufferReader(view[place:end]), "zstd")
-            found.append(_low_bytes_of_page(page, header[_SIZE], header[_DATA_HEADER][_NUM_VALUES]))
+            yield page, header[_SIZE], header[_DATA_HEADER][_NUM_VALUES]
             place = end
     except (KeyError, IndexError, TypeError, struct.error) as error:
         raise UnknownPageError(str(error)) from error
-    return found
 
 
-def _low_bytes_of_page(page: Any, size: int, count: int) -> npt.NDArray[np.uint8]:
-    """Reads the low bytes, which come first; the rest is not even decompressed."""
+def _skip_levels(page: Any, size: int) -> int:
+    """Reads repetition and definition levels, each after its length; returns their bytes."""
     levels = 0
-    for _ in range(2):  # repetition and definition levels, each after its length
+    for _ in range(2):
         (length,) = struct.unpack("<I", page.read(4))
         if levels + length > size:
             raise UnknownPageError(f"levels of {length} bytes in a page of {size}")
         page.read(length)
         levels += 4 + length
+    return levels
+
+
+def _low_bytes_of_page(page: Any, size: int, count: int) -> npt.NDArray[np.uint8]:
+    """Reads the low bytes, which come first; the rest is not even decompressed."""
+    levels = _skip_levels(page, size)
     if size - levels != 4 * count:
         raise UnknownPageError(f"{size - levels} bytes of {count} values")
     low = page.read_buffer(count)

@@ -28,6 +28,7 @@ INSIDE_GARE = {
     "retrieval": {"config", "errors", "storage", "tensor_group", "data", "model"},
     "report": {"config", "errors", "storage", "tensor_group", "data", "model", "retrieval"},
     "train": {"config", "errors", "storage", "tensor_group", "data", "model", "retrieval", "report"},
+    "study": {"config", "errors", "storage", "retrieval", "report"},
 }
 #: The same for the rooms inside a room: what each may import of those beside it.
 INSIDE_ROOMS = {

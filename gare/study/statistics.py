@@ -77,7 +77,7 @@ def paired_effect(first: ArrayLike, second: ArrayLike, videos: ArrayLike) -> Eff
             accepted="the same seeds and queries for both, of two videos or more",
         )
     moved = other - one
-    num_seeds, num_queries = moved.shape
+    num_seeds = len(moved)
     difference, by_seed, by_query = float(moved.mean()), moved.mean(axis=1), moved.mean(axis=0)
     of_queries = _cluster_variance(by_query, cluster, len(clusters))
     if num_seeds == 1:

@@ -118,7 +118,7 @@ def study_figure(results: StudyResults) -> bytes:
     labels = [drawable(f"{one.cell.name} − {one.reference.name}") for one in results.comparisons]
     right.set_yticks(range(len(labels)), labels)
     right.set_title(
-        f"difference, {100 * LEVEL:.0f} % over seeds and videos; coloured: after Holm's correction",
+        f"difference to the reference, {100 * LEVEL:.0f} % interval",
         size=10,
         color=INK,
     )

@@ -12,6 +12,7 @@ from gare.config.loading import Config, describe_keys, differences, load_config,
 from gare.config.model import ClipConfig, ModelConfig
 from gare.config.section import DemoConfig, Section, StorageConfig, TrackingConfig
 from gare.config.sources import SourcesConfig
+from gare.config.study import StudyConfig
 from gare.config.train import LossConfig, TrainConfig
 from gare.config.upkeep import UpkeepConfig
 
@@ -31,6 +32,7 @@ __all__ = [
     "Section",
     "SourcesConfig",
     "StorageConfig",
+    "StudyConfig",
     "TrackingConfig",
     "TrainConfig",
     "UpkeepConfig",

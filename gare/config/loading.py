@@ -30,6 +30,7 @@ from gare.config.features import FeaturesConfig, feature_faults
 from gare.config.model import SIZES_READ, SIZES_UNKNOWN, ModelConfig
 from gare.config.section import DemoConfig, Mark, Name, Section, StorageConfig, TrackingConfig
 from gare.config.sources import SourcesConfig
+from gare.config.study import StudyConfig
 from gare.config.train import LossConfig, TrainConfig
 from gare.config.typed_values import parse_override, settle_values
 from gare.config.upkeep import UpkeepConfig
@@ -85,6 +86,9 @@ class Config(Section):
     cluster: Annotated[ClusterConfig, Mark.FREE] = Field(default_factory=ClusterConfig, description="Ray")
     demo: Annotated[DemoConfig, Mark.FREE, Mark.UNLOGGED] = Field(
         default_factory=DemoConfig, description="the demo"
+    )
+    study: Annotated[StudyConfig, Mark.FREE, Mark.UNLOGGED] = Field(
+        default_factory=StudyConfig, description="studies"
     )
 
     @model_validator(mode="after")

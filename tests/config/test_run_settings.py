@@ -95,7 +95,7 @@ def test_free_keys_do_not_identify_a_run() -> None:
         "train",
         "augment",
     }
-    assert Config.marked(Mark.UNLOGGED) == {"storage", "tracking", "demo", "evaluate"}
+    assert Config.marked(Mark.UNLOGGED) == {"storage", "tracking", "demo", "evaluate", "study"}
     identity = Config().identity()
     assert identity.keys() == {"name", "model", "loss", "train", "augment"}
     assert {"method", "kernel", "products", "memory_mb"}.isdisjoint(identity["model"])

@@ -1,0 +1,20 @@
+"""The configuration section for studies."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from gare.config.section import CountOrAuto, Section
+
+
+class StudyConfig(Section):
+    """A grid of settings, trained with several seeds."""
+
+    file: str = Field(
+        "", description="the study: a YAML file, or the name of one in conf/studies, such as noise"
+    )
+    seeds: CountOrAuto = Field("auto", description="seeds of each setting; auto: those of the study's file")
+    parallel: CountOrAuto = Field(
+        "auto", description="trainings at a time; auto: as many as the cluster's CPUs, or GPUs, have room for"
+    )
+    dry_run: bool = Field(False, description="only say what would be run, and about how long it takes")

@@ -1,0 +1,1 @@
+"""Studies: grids of settings and seeds, their paired differences with intervals, and their tables."""

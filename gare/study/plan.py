@@ -1,0 +1,276 @@
+"""The plan of a study, from its file: a grid of settings, and the runs for its seeds.
+
+A study file is YAML: ``title``, ``question``, ``factors`` (by name, the levels of each with their settings),
+``reference`` (the factor and level that others are compared with), and optionally ``measure``, ``split``,
+``seeds``, ``common`` settings of all runs, and ``expected`` directions by level.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gare.config import Config, parse_config
+from gare.config.loading import without_idle_keys
+from gare.config.section import Seed
+from gare.config.strict_yaml import load_yaml
+from gare.errors import ConfigError
+
+#: The studies that come with this repository.
+SHIPPED = Path(__file__).resolve().parents[2] / "conf" / "studies"
+#: Sections whose settings change the data, so that such runs have a data set of their own.
+DATA_SECTIONS = ("data", "extract", "features", "sources")
+#: Settings that a study decides itself.
+_OWN = ("name", "train.run", "train.seed", "train.overwrite", "storage", "tracking", "study")
+
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]
+#: Settings by dotted key.
+Settings = dict[str, Any]
+
+
+class Reference(BaseModel):
+    """The level of a factor that its other levels are compared with, other factors being equal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    factor: Word
+    level: Word
+
+
+class StudyFile(BaseModel):
+    """The content of a study file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    question: str = ""
+    factors: Annotated[dict[Word, dict[Word, Settings]], Field(min_length=1)]
+    reference: Reference
+    common: Settings = {}
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    measure: Literal["t2v/R1", "t2v/R5", "t2v/R10", "t2v/MnR", "v2t/R1", "v2t/R5", "v2t/R10", "v2t/MnR"] = (
+        "t2v/R1"
+    )
+    split: Literal["val", "test"] = "test"
+    #: By level of the reference's factor: what the paper reports against the reference.
+    expected: dict[Word, Literal["better", "worse", "level"]] = {}
+
+    @model_validator(mode="after")
+    def _reference_exists(self) -> StudyFile:
+        levels = self.factors.get(self.reference.factor)
+        if levels is None or self.reference.level not in levels:
+            raise ValueError(
+                f"reference {self.reference.factor}: {self.reference.level} is no level of a factor"
+            )
+        if unknown := sorted(set(self.expected) - set(levels)):
+            raise ValueError(f"expected names {', '.join(unknown)}, which are no levels of the reference")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds are given twice")
+        for where, settings in self._settings():
+            if own := [key for key in settings if key.split(".")[0] in _OWN or key in _OWN]:
+                raise ValueError(f"{where} sets {', '.join(own)}, which the study sets itself")
+            if bare := [key for key in settings if "." not in key]:
+                raise ValueError(f"{where} sets {', '.join(bare)}; keys are section.key")
+        return self
+
+    def _settings(self) -> list[tuple[str, Settings]]:
+        by_level = [
+            (f"factors.{factor}.{level}", settings)
+            for factor, levels in self.factors.items()
+            for level, settings in levels.items()
+        ]
+        return [("common", self.common), *by_level]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A combination of levels, which is trained once a seed.
+
+    Attributes:
+        name: its levels, joined by ``-``.
+        levels: level by factor.
+        settings: by dotted key.
+    """
+
+    name: str
+    levels: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @property
+    def changes_data(self) -> bool:
+        """True if its settings change the data that it is trained on."""
+        return any(key.split(".")[0] in DATA_SECTIONS for key in self.settings)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A training and its evaluation.
+
+    Attributes:
+        cell: the combination of levels.
+        seed: of the training.
+        config: complete settings.
+    """
+
+    cell: Cell
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The run's name below its data set."""
+        return self.config.train.run
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all settings that the result depends on."""
+        settings = self.config.identity() | {"data": self.config.data.model_dump(mode="json")}
+        settings["evaluate"] = self.config.evaluate.model_dump(mode="json")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """All runs of a study.
+
+    Attributes:
+        name: of the study.
+        file: its file.
+        seeds: of the trainings.
+        cells: all combinations of levels.
+        runs: one for each cell and seed, seed by seed, so that an interrupted study has whole seeds.
+    """
+
+    name: str
+    file: StudyFile
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    runs: tuple[PlannedRun, ...]
+
+    def comparisons(self) -> list[tuple[Cell, Cell]]:
+        """Returns the pairs of reference and other cell, which differ in the reference's factor alone."""
+        reference = self.file.reference
+        pairs = []
+        for cell in self.cells:
+            if cell.levels[reference.factor] == reference.level:
+                continue
+            levels = {**cell.levels, reference.factor: reference.level}
+            pairs.append((next(one for one in self.cells if one.levels == levels), cell))
+        return pairs
+
+    def data_sets(self) -> dict[str, Config]:
+        """Returns one configuration for each data set that has to be made, by the data set's name."""
+        return {run.config.name: run.config for run in self.runs}
+
+
+def read_study(name: str) -> tuple[str, StudyFile]:
+    """Reads a study file.
+
+    Args:
+        name: a path, or the name of a shipped study, such as noise.
+
+    Returns:
+        The study's name, and the content.
+
+    Raises:
+        ConfigError: for a file that is missing, or with a fault; all faults are in the one message.
+    """
+    path, shipped = Path(name), {one.stem: one for one in sorted(SHIPPED.glob("*.yaml"))}
+    if not path.is_file() and re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        # Looked up, never joined to a path.
+        path = shipped.get(name.removesuffix(".yaml"), path)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, shipped, n=1)
+        raise ConfigError(
+            f"there is no study {name!r}" + (f" (nearest: {near[0]})" if near else ""),
+            where="study.file",
+            accepted=f"a YAML file, or one of {', '.join(shipped)}",
+        )
+    try:
+        tree = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path), accepted="a study file") from error
+    try:
+        return path.stem, StudyFile.model_validate(tree)
+    except ValidationError as error:
+        faults = "\n".join(
+            f"  - {'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_url=False)
+        )
+        raise ConfigError(f"{error.error_count()} fault(s):\n{faults}", where=str(path)) from error
+
+
+def plan_study(config: Config, name: str, file: StudyFile, seeds: int | None = None) -> StudyPlan:
+    """Plans all runs of a study.
+
+    A cell that changes the data has a data set of its own, named after the configuration's and the levels
+    that do so.
+
+    Args:
+        config: settings that the study changes.
+        name: of the study.
+        file: its file.
+        seeds: number of seeds, the file's first ones and then those that follow; None: the file's.
+
+    Raises:
+        ConfigError: for a level with settings that do not fit; all faults are in the one message.
+    """
+    chosen = file.seeds if seeds is None else _first_seeds(file.seeds, seeds)
+    cells = tuple(_cells(file))
+    runs, faults = [], []
+    for seed, cell in itertools.product(chosen, cells):
+        try:
+            runs.append(PlannedRun(cell, seed, _config_of(config, name, file, cell, seed)))
+        except ConfigError as error:
+            if seed == chosen[0]:
+                faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults), where=f"study {name}")
+    return StudyPlan(name, file, chosen, cells, tuple(runs))
+
+
+def _first_seeds(seeds: tuple[int, ...], count: int) -> tuple[int, ...]:
+    following = itertools.count(max(seeds) + 1)
+    return tuple(itertools.islice(itertools.chain(seeds, following), count))
+
+
+def _cells(file: StudyFile) -> list[Cell]:
+    cells = []
+    for levels in itertools.product(*(factor.items() for factor in file.factors.values())):
+        names = dict(zip(file.factors, (level for level, _ in levels), strict=True))
+        settings: Settings = {}
+        for _, some in levels:
+            settings |= some
+        cells.append(Cell("-".join(names.values()), names, settings))
+    return cells
+
+
+def _config_of(config: Config, study: str, file: StudyFile, cell: Cell, seed: int) -> Config:
+    settings = {**file.common, **cell.settings}
+    settings |= {"train.run": f"{study}-{cell.name}-seed{seed}", "train.seed": seed}
+    settings |= {"evaluate.split": file.split, "train.overwrite": False}
+    if own := _own_data(file, cell):
+        settings["name"] = f"{config.name}-{own}"
+    # JSON is YAML: the value arrives as the type that it has.
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    tree = without_idle_keys(config.model_dump(mode="json"))
+    return parse_config(tree, overrides, where=f"study {study}, {cell.name}")
+
+
+def _own_data(file: StudyFile, cell: Cell) -> str:
+    """Names the levels of a cell that change the data."""
+    return "-".join(
+        level
+        for factor, level in cell.levels.items()
+        if any(key.split(".")[0] in DATA_SECTIONS for key in file.factors[factor][level])
+    )

@@ -1,0 +1,183 @@
+"""Results of a study: scores of each setting over the seeds, and differences to the reference.
+
+S seeds, Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gare.retrieval.results.evaluation import Evaluation, why_not_comparable
+from gare.retrieval.results.queries import require_same_queries
+from gare.study.plan import Cell, StudyPlan
+from gare.study.statistics import LEVEL, Effect, holm, mean_and_deviation, paired_effect
+
+#: Measures that are a mean over queries, so that differences have an error over them, too.
+MEASURES = ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MnR", "v2t/R1", "v2t/R5", "v2t/R10", "v2t/MnR")
+#: Evaluations by cell and seed.
+Evaluations = Mapping[tuple[str, int], Evaluation]
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """Scores of a cell's runs.
+
+    Attributes:
+        cell: the combination of levels.
+        by_seed: metrics of each run that is done, by seed.
+    """
+
+    cell: Cell
+    by_seed: dict[int, dict[str, float]]
+
+    def mean(self, metric: str) -> tuple[float, float | None]:
+        """Returns mean and deviation over the seeds; the deviation of one seed is None."""
+        return mean_and_deviation([metrics[metric] for metrics in self.by_seed.values()])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A cell against the reference with the same other levels.
+
+    Attributes:
+        reference: the cell to compare with.
+        cell: the cell.
+        seeds: those that both have.
+        effects: differences by measure; empty if there is no seed or the data differ.
+        corrected: p-value of the study's measure, corrected for the number of comparisons (Holm).
+        reason: why there are no effects.
+        expected: what the paper reports: better, worse, level, or empty.
+    """
+
+    reference: Cell
+    cell: Cell
+    seeds: tuple[int, ...]
+    effects: dict[str, Effect]
+    corrected: float = 1.0
+    reason: str = ""
+    expected: str = ""
+
+    def verdict(self, measure: str) -> str:
+        """Returns better, worse, or no difference found, of the study's measure after the correction."""
+        effect = self.effects.get(measure)
+        if effect is None:
+            return ""
+        if self.corrected >= 1 - LEVEL:
+            return "no difference found"
+        return "better" if (effect.difference > 0) == more_is_better(measure) else "worse"
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """All that a study has found so far.
+
+    Attributes:
+        plan: of the study.
+        scores: by cell, in the plan's order.
+        comparisons: of each cell with its reference.
+        missing: names of the runs that are not done.
+    """
+
+    plan: StudyPlan
+    scores: tuple[CellScores, ...]
+    comparisons: tuple[Comparison, ...]
+    missing: tuple[str, ...] = ()
+
+    def numbers(self) -> dict[str, float]:
+        """Returns all numbers by name, for MLflow."""
+        found: dict[str, float] = {}
+        for scores in self.scores:
+            for metric in _metrics_of(scores):
+                mean, deviation = scores.mean(metric)
+                found[f"{scores.cell.name}/{metric}/mean"] = mean
+                if deviation is not None:
+                    found[f"{scores.cell.name}/{metric}/deviation"] = deviation
+        for comparison in self.comparisons:
+            for metric, effect in comparison.effects.items():
+                found[f"{comparison.cell.name}/{metric}/difference"] = effect.difference
+                found[f"{comparison.cell.name}/{metric}/error"] = effect.error
+                found[f"{comparison.cell.name}/{metric}/p_value"] = effect.p_value
+        return found
+
+
+def _metrics_of(scores: CellScores) -> list[str]:
+    return [] if not scores.by_seed else list(next(iter(scores.by_seed.values())))
+
+
+def more_is_better(measure: str) -> bool:
+    """Returns True for a recall, False for a rank."""
+    return measure.rpartition("/")[2].startswith("R")
+
+
+def summarise(plan: StudyPlan, evaluations: Evaluations) -> StudyResults:
+    """Compares what is done.
+
+    Args:
+        plan: of the study.
+        evaluations: of the runs that are done.
+    """
+    scores = tuple(
+        CellScores(
+            cell,
+            {
+                seed: dict(evaluations[cell.name, seed].metrics)
+                for seed in plan.seeds
+                if (cell.name, seed) in evaluations
+            },
+        )
+        for cell in plan.cells
+    )
+    found = [_compare(plan, reference, cell, evaluations) for reference, cell in plan.comparisons()]
+    measure = plan.file.measure
+    p_values = [one.effects[measure].p_value for one in found if one.effects]
+    corrected = iter(holm(p_values))
+    comparisons = tuple(
+        Comparison(
+            one.reference,
+            one.cell,
+            one.seeds,
+            one.effects,
+            next(corrected) if one.effects else 1.0,
+            one.reason,
+            plan.file.expected.get(one.cell.levels[plan.file.reference.factor], ""),
+        )
+        for one in found
+    )
+    missing = tuple(run.name for run in plan.runs if (run.cell.name, run.seed) not in evaluations)
+    return StudyResults(plan, scores, comparisons, missing)
+
+
+def _compare(plan: StudyPlan, reference: Cell, cell: Cell, evaluations: Evaluations) -> Comparison:
+    seeds = tuple(
+        seed
+        for seed in plan.seeds
+        if (reference.name, seed) in evaluations and (cell.name, seed) in evaluations
+    )
+    if not seeds:
+        return Comparison(reference, cell, seeds, {}, reason="no seed has both runs")
+    pairs = [(evaluations[reference.name, seed], evaluations[cell.name, seed]) for seed in seeds]
+    for first, second in pairs:
+        if reasons := why_not_comparable(first, second):
+            return Comparison(reference, cell, seeds, {}, reason=f"other data: {'; '.join(reasons)}")
+        require_same_queries(first.queries, second.queries)
+    effects = {}
+    for measure in MEASURES:
+        direction = measure.partition("/")[0]
+        table = pairs[0][0].queries.of_direction(direction)
+        if not len(table):
+            continue
+        first, second = (np.stack([_values(pair[side], measure) for pair in pairs]) for side in (0, 1))
+        effects[measure] = paired_effect(first, second, table["video_id"].to_numpy(zero_copy_only=False))
+    return Comparison(reference, cell, seeds, effects)
+
+
+def _values(evaluation: Evaluation, measure: str) -> NDArray[np.float64]:
+    """Returns the value of each query (Q,), whose mean is the measure."""
+    direction, _, name = measure.partition("/")
+    ranks = evaluation.queries.of_direction(direction)["rank"].to_numpy()
+    values: NDArray[np.float64] = ranks if name == "MnR" else 100.0 * (ranks <= int(name[1:]))
+    return values

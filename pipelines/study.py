@@ -1,0 +1,310 @@
+"""study: a grid of settings, trained with several seeds, to one table with intervals and one figure."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cluster.runtime.signals import take_signals
+
+    take_signals()
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.command import Flag, main
+from cluster.layout import layout
+from cluster.runtime.resources import (
+    cpus_of_worker,
+    nodes,
+    num_cpus,
+    num_gpus,
+    resolve,
+    usable_gpus,
+)
+from cluster.runtime.session import ray_session, unwrap_gare_error
+from cluster.runtime.signals import raise_if_asked
+from cluster.tracking import RunHandle, Tracker, connect
+from gare.config import Config
+from gare.errors import ConfigError, GareError
+from gare.retrieval.results.evaluation import Evaluation, read_evaluation
+from gare.storage.files import exists, join, read_json, write_atomically, write_json
+from gare.storage.run_folder import RESULT
+from gare.study.plan import PlannedRun, StudyPlan, plan_study, read_study
+from gare.study.results import StudyResults, summarise
+from pipelines import evaluate, extract, prepare, train
+from pipelines.sizes import sizes_of_weights
+
+logger = logging.getLogger(__name__)
+
+FLAGS = {
+    "--study": Flag("study.file", "the study: a YAML file, or the name of one in conf/studies"),
+    "--seeds": Flag("study.seeds", "seeds of each setting"),
+    "--dry-run": Flag("study.dry_run", "only say what would be run, and about how long it takes", "true"),
+}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Runs what is missing of a study, and writes its table and figure.
+
+    Each run has the name STUDY-SETTING-seedN below its data set, as if it had been trained by itself. Runs
+    that are done are not repeated, also days later; one that was interrupted is continued.
+
+    Raises:
+        ConfigError: for a study with a fault, or whose finished runs have other settings.
+        GareError: if a run failed, after the others have been run and the table written.
+    """
+    if not config.study.file:
+        raise ConfigError("is empty", where="study.file", accepted="--study NAME, such as noise")
+    name, file = read_study(config.study.file)
+    seeds = None if config.study.seeds == "auto" else config.study.seeds
+    plan = plan_study(config, name, file, seeds)
+    records = StudyRecords(join(layout(config).root, "studies", config.name, name))
+    left = [one for one in plan.runs if not records.is_done(one)]
+    if config.study.dry_run:
+        return _say_plan(plan, records, left)
+    started = time.monotonic()
+    failed: dict[str, GareError] = {}
+    if left:
+        with ray_session(config.cluster):
+            for one in {run.config.name: run.config for run in left}.values():
+                _make_data(one)
+            failed = _run_all(config, records, left, len(plan.runs))
+    result = _finish(config, plan, records, time.monotonic() - started)
+    if failed:
+        first = next(iter(failed.values()))
+        raise GareError(
+            f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}; the first: {first}",
+            where=f"study {name}",
+            accepted="the same command again, which continues with what is missing",
+        )
+    return result
+
+
+class StudyRecords:
+    """The finished runs of a study: a small file each, so that any number can end at the same time.
+
+    Args:
+        uri: folder of the study.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def _file(self, run: PlannedRun) -> str:
+        return join(self.uri, "runs", f"{run.cell.name}-seed{run.seed}.json")
+
+    def is_done(self, run: PlannedRun) -> bool:
+        """Returns True if a run's result is there.
+
+        Raises:
+            ConfigError: if it was made with other settings.
+        """
+        if not exists(self._file(run)):
+            return False
+        record = read_json(self._file(run))
+        if record["digest"] != run.digest:
+            raise ConfigError(
+                f"{run.name} was run with other settings",
+                where=self.uri,
+                accepted="a study file of another name, another name of the data set, or this folder deleted",
+            )
+        return exists(join(record["evaluation"], RESULT))
+
+    def add(self, run: PlannedRun, result: dict[str, Any]) -> None:
+        """Records that a run is done."""
+        write_json(self._file(run), {"digest": run.digest, **result})
+
+    def read(self, run: PlannedRun) -> dict[str, Any]:
+        """Returns what ``add`` recorded."""
+        record: dict[str, Any] = read_json(self._file(run))
+        return record
+
+    def seconds(self, runs: Sequence[PlannedRun]) -> list[float]:
+        """Returns the seconds of the runs that are done."""
+        return [self.read(run)["seconds"] for run in runs if exists(self._file(run))]
+
+
+def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]) -> dict[str, Any]:
+    """Prints the settings, and how long what is left takes if runs of the study are done already."""
+    done = records.seconds(plan.runs)
+    each = statistics.median(done) if done else None
+    lines = [
+        f"{plan.file.title}: {len(plan.cells)} settings × {len(plan.seeds)} seeds = {len(plan.runs)} runs, "
+        f"{len(left)} left",
+    ]
+    for cell in plan.cells:
+        settings = ", ".join(f"{key}={value}" for key, value in cell.settings.items()) or "as configured"
+        lines.append(f"  {cell.name}: {settings}")
+    lines.append(
+        f"about {_minutes(each * len(left))} one after the other, from the {len(done)} that are done"
+        if each is not None
+        else "how long a run takes is known after the first one"
+    )
+    sys.stderr.write("\n".join(lines) + "\n")
+    return {
+        "study": plan.name,
+        "runs": len(plan.runs),
+        "left": [run.name for run in left],
+        "seconds_each": each,
+        "seconds": None if each is None else round(each * len(left), 1),
+    }
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _make_data(config: Config) -> None:
+    """Prepares a data set and extracts what is missing of it."""
+    raise_if_asked()
+    logger.info("data set %s", config.name)
+    prepare.run(config)
+    extract.run(config)
+
+
+def _run_all(
+    config: Config, records: StudyRecords, left: Sequence[PlannedRun], total: int
+) -> dict[str, GareError]:
+    """Runs what is left as Ray tasks, several at a time; returns the errors of those that failed."""
+    import ray
+
+    # No resources of their own: the trainings that they start reserve them.
+    task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(_train_and_evaluate)
+    parallel = _parallel(config, left[0].config)
+    logger.info("%d runs, %d at a time", len(left), parallel)
+    waiting, pending, failed = list(left), {}, {}
+    started, done = time.monotonic(), 0
+    try:
+        while waiting or pending:
+            while waiting and len(pending) < parallel:
+                one = waiting.pop(0)
+                pending[task.options(name=one.name).remote(one.config)] = one
+            ready, _ = ray.wait(list(pending), timeout=1.0)
+            raise_if_asked()
+            for reference in ready:
+                one = pending.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except Exception as error:
+                    failed[one.name] = unwrap_gare_error(error) or GareError(
+                        f"{type(error).__name__}: {error}"
+                    )
+                    logger.error("%s failed: %s", one.name, failed[one.name])
+                    continue
+                records.add(one, result)
+                done += 1
+                rest = len(waiting) + len(pending)
+                about = (time.monotonic() - started) / done * rest
+                logger.info(
+                    "%s: %s %.2f after %s; %d of %d left, about %s",
+                    *(one.name, "t2v R@1", result["metrics"]["t2v/R1"], _minutes(result["seconds"])),
+                    *(rest, total, _minutes(about)),
+                )
+    finally:
+        for reference in pending:
+            # As Ctrl-C does: a training then keeps a checkpoint and says so.
+            ray.cancel(reference, force=False, recursive=True)
+    return failed
+
+
+def _parallel(config: Config, one: Config) -> int:
+    """Returns how many trainings run at a time: as many as CPUs or GPUs are there for their workers."""
+    if config.study.parallel != "auto":
+        return config.study.parallel
+    resolved = resolve(one.cluster, one.train.batch_size, nodes())
+    workers = resolved.train_workers
+    if resolved.use_gpu and usable_gpus(config.cluster):
+        return max(1, num_gpus() // workers)
+    return max(1, int(num_cpus() // (workers * cpus_of_worker(resolved))))
+
+
+def _train_and_evaluate(config: Config) -> dict[str, Any]:
+    """Trains and scores one run, in a process of its own."""
+    started = time.monotonic()
+    trained = train.run(config)
+    scored = evaluate.run(config)
+    return {
+        "evaluation": layout(config).evaluation(config.train.run, config.evaluate.split),
+        "metrics": scored["metrics"],
+        "mlflow_run_id": trained["mlflow_run_id"],
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: float) -> dict[str, Any]:
+    """Writes and logs the table and the figure of all that is done."""
+    from gare.study.report import study_figure, study_table
+
+    evaluations: dict[tuple[str, int], Evaluation] = {}
+    children: list[str] = []
+    for one in plan.runs:
+        if records.is_done(one):
+            record = records.read(one)
+            evaluations[one.cell.name, one.seed] = read_evaluation(record["evaluation"])
+            children.append(record["mlflow_run_id"])
+    results = summarise(plan, evaluations)
+    markdown, figure = study_table(results), study_figure(results)
+    write_atomically(join(records.uri, "table.md"), markdown.encode())
+    write_atomically(join(records.uri, "figure.png"), figure)
+    sys.stderr.write(markdown)
+    places = layout(config)
+    run_id = _log(connect(config.tracking, places.root), plan, records, results, (markdown, figure), children)
+    result = {
+        "study": plan.name,
+        "table": join(records.uri, "table.md"),
+        "figure": join(records.uri, "figure.png"),
+        "done": len(evaluations),
+        "missing": list(results.missing),
+        "comparisons": [_comparison(one, plan.file.measure) for one in results.comparisons],
+        "mlflow_run_id": run_id,
+        "seconds": round(seconds, 2),
+    }
+    write_json(join(records.uri, RESULT), result)
+    return result
+
+
+def _comparison(one: Any, measure: str) -> dict[str, Any]:
+    effect = one.effects.get(measure)
+    return {
+        "setting": one.cell.name,
+        "against": one.reference.name,
+        "measure": measure,
+        "difference": effect and effect.difference,
+        "interval": effect and [effect.low, effect.high],
+        "p_value": effect and effect.p_value,
+        "p_corrected": effect and one.corrected,
+        "detectable": effect and effect.detectable,
+        "found": one.verdict(measure),
+        "expected": one.expected,
+    }
+
+
+def _log(
+    tracker: Tracker,
+    plan: StudyPlan,
+    records: StudyRecords,
+    results: StudyResults,
+    pages: tuple[str, bytes],
+    children: Sequence[str],
+) -> str:
+    """Writes one MLflow run for the study, above those of its trainings; returns its id."""
+    markdown, figure = pages
+    record = join(records.uri, RESULT)
+    run_id = read_json(record)["mlflow_run_id"] if exists(record) else None
+    tags = {"kind": "study", "split": plan.file.split, "study": plan.name}
+    handle: RunHandle = tracker.start_run(f"study {plan.name}", run_id=run_id, tags=tags)
+    handle.log_metrics(results.numbers(), 0)
+    handle.log_text("table.md", markdown)
+    handle.describe(markdown)
+    handle.log_figure_bytes("study.png", figure)
+    for child in children:
+        tracker.nest(child, handle)
+    handle.finish()
+    return handle.run_id
+
+
+if __name__ == "__main__":
+    main(run, __doc__, FLAGS, sizes_of_weights)

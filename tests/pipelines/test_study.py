@@ -1,0 +1,121 @@
+"""A study: several settings and seeds by one command, continued where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.layout import Layout
+from cluster.tracking.client import client
+from cluster.tracking.tracker import connect
+from gare.storage.files import delete_tree
+from pipelines import study
+from tests.helpers.pipelines import in_process, tiny
+
+STUDY = {
+    "title": "Increment",
+    "question": "Does it help?",
+    "factors": {"model": {"baseline": {"model.increment": False}, "gare": {}}},
+    "reference": {"factor": "model", "level": "baseline"},
+    "common": {"train.epochs": 1},
+    "seeds": [0, 1],
+    "expected": {"gare": "better"},
+}
+
+
+@pytest.fixture(scope="module")
+def study_yaml(root: Path) -> str:
+    path = root / "increment.yaml"
+    path.write_text(yaml.safe_dump(STUDY))
+    return str(path)
+
+
+def test_a_study_is_run_interrupted_and_continued(
+    benchmark: dict[str, Any],
+    places: Layout,
+    tiny_yaml: str,
+    study_yaml: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It takes days, and what is done must neither be lost nor repeated."""
+    one_worker = ("cluster.train_workers=1", "study.parallel=2")
+
+    def command(*arguments: str) -> Any:
+        arguments = ("--config", tiny_yaml, "--study", study_yaml, *one_worker, *arguments)
+        return in_process(capsys, study.run, *arguments, flags=study.FLAGS)
+
+    planned = command("--dry-run")
+    assert planned.status == 0, planned.stderr
+    assert "2 settings × 2 seeds = 4 runs, 4 left" in planned.stderr
+    assert json.loads(planned.stdout)["seconds"] is None
+    first = command("--seeds", "1")
+    assert first.status == 0, first.stderr
+    begun = json.loads(first.stdout)
+    assert (begun["done"], begun["missing"]) == (2, [])
+    run = Path(places.run("increment-gare-seed0"))
+    before = (run / "result.json").stat().st_mtime_ns
+    planned = command("--dry-run")
+    assert "2 left" in planned.stderr
+    assert json.loads(planned.stdout)["seconds"] > 0
+
+    answer = command()
+    assert answer.status == 0, answer.stderr
+    result = json.loads(answer.stdout)
+    assert (result["done"], result["missing"]) == (4, [])
+    assert (run / "result.json").stat().st_mtime_ns == before
+    (comparison,) = result["comparisons"]
+    assert (comparison["setting"], comparison["against"]) == ("gare", "baseline")
+    low, high = comparison["interval"]
+    assert low <= comparison["difference"] <= high
+    table = Path(result["table"]).read_text()
+    assert table in answer.stderr
+    for words in ("# Increment", "| baseline | 2 |", "| gare | 2 |", "| better |", "over both"):
+        assert words in table
+    assert Path(result["figure"]).read_bytes().startswith(b"\x89PNG")
+
+    stored = client(connect(tiny().tracking, places.root).tracking_uri)
+    parent = stored.get_run(result["mlflow_run_id"])
+    assert result["mlflow_run_id"] == begun["mlflow_run_id"]
+    assert parent.data.metrics["gare/t2v/R1/difference"] == pytest.approx(comparison["difference"])
+    child = json.loads((run / "run.json").read_text())["mlflow_run_id"]
+    assert stored.get_run(child).data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+    refused = command("train.lr=0.1")
+    refused.refused(2, "was run with other settings", "another name")
+    # A run whose evaluation was deleted is made again, and nothing else.
+    delete_tree(str(run / "evaluation-test"))
+    assert json.loads(command("--dry-run").stdout)["left"] == ["increment-gare-seed0"]
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(
+    benchmark: dict[str, Any], tiny_yaml: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One setting that diverges must not cost the night."""
+    path = root / "diverging.yaml"
+    factors = {"rate": {"usual": {}, "huge": {"train.lr": 1e30, "train.clip_lr": 1e30}}}
+    path.write_text(
+        yaml.safe_dump(
+            STUDY
+            | {
+                "factors": factors,
+                "reference": {"factor": "rate", "level": "usual"},
+                "expected": {},
+                "seeds": [0],
+            }
+        )
+    )
+    arguments = ("--config", tiny_yaml, "--study", str(path), "cluster.train_workers=1")
+    answer = in_process(capsys, study.run, *arguments, flags=study.FLAGS)
+    assert answer.status == 4, answer.stderr
+    assert "1 of 2 runs failed: diverging-huge-seed0" in answer.stderr
+    assert "NOT COMPLETE: 1 of 2 runs are missing" in answer.stderr
+    assert "| usual | 1 |" in answer.stderr
+
+
+def test_no_study_is_named(tiny_yaml: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = in_process(capsys, study.run, "--config", tiny_yaml, flags=study.FLAGS)
+    answer.refused(2, "study.file", "--study NAME")

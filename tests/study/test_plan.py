@@ -1,0 +1,128 @@
+"""The plan of a study: every combination, a name for each, and faults said before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gare.config import parse_config
+from gare.errors import ConfigError
+from gare.study.plan import SHIPPED, StudyFile, plan_study, read_study
+from tests.helpers.pipelines import tiny
+
+NOISE = {
+    "title": "Noise",
+    "factors": {
+        "model": {"baseline": {"model.increment": False}, "gare": {}},
+        "pairs": {"clean": {}, "few": {"data.num_train": 12}},
+    },
+    "reference": {"factor": "model", "level": "baseline"},
+    "common": {"train.epochs": 2},
+    "seeds": [3, 4],
+}
+
+
+def file(**changes: object) -> StudyFile:
+    return StudyFile.model_validate(NOISE | changes)
+
+
+def test_a_grid_has_every_combination_once_a_seed() -> None:
+    plan = plan_study(tiny(), "noise", file())
+    assert [cell.name for cell in plan.cells] == ["baseline-clean", "baseline-few", "gare-clean", "gare-few"]
+    assert [(run.cell.name, run.seed) for run in plan.runs[:5]] == [
+        *((cell.name, 3) for cell in plan.cells),
+        ("baseline-clean", 4),
+    ]
+    first, last = plan.runs[0].config, plan.runs[-1].config
+    assert (first.train.run, first.train.seed, first.train.epochs) == ("noise-baseline-clean-seed3", 3, 2)
+    assert (first.model.increment, last.model.increment) == (False, True)
+    assert len({run.name for run in plan.runs}) == len({run.digest for run in plan.runs}) == 8
+
+
+def test_a_level_that_changes_the_data_has_a_data_set_of_its_own() -> None:
+    """Two manifests in one folder would replace each other."""
+    plan = plan_study(tiny(), "noise", file())
+    names = {run.cell.name: run.config.name for run in plan.runs}
+    assert names == {
+        "baseline-clean": "tiny",
+        "gare-clean": "tiny",
+        "baseline-few": "tiny-few",
+        "gare-few": "tiny-few",
+    }
+    assert {name: one.data.num_train for name, one in plan.data_sets().items()} == {
+        "tiny": 24,
+        "tiny-few": 12,
+    }
+
+
+def test_each_setting_is_compared_with_the_reference_beside_it() -> None:
+    pairs = plan_study(tiny(), "noise", file()).comparisons()
+    assert [(one.name, other.name) for one, other in pairs] == [
+        ("baseline-clean", "gare-clean"),
+        ("baseline-few", "gare-few"),
+    ]
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(1, (3,)), (4, (3, 4, 5, 6))])
+def test_number_of_seeds(count: int, seeds: tuple[int, ...]) -> None:
+    """More seeds go on behind those of the file, so that what is done stays."""
+    assert plan_study(tiny(), "noise", file(), count).seeds == seeds
+
+
+def test_a_digest_is_of_what_changes_the_result_alone() -> None:
+    def digest(*overrides: str) -> str:
+        return plan_study(tiny(*overrides), "noise", file()).runs[0].digest
+
+    assert digest() == digest("cluster.train_workers=1", "study.parallel=3", "train.keep_checkpoints=5")
+    assert len({digest(), digest("train.lr=0.5"), digest("data.seed=1"), digest("evaluate.dsl=true")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": {"factor": "model", "level": "nothing"}}, "model: nothing is no level"),
+        ({"expected": {"nothing": "better"}}, "expected names nothing"),
+        ({"seeds": [1, 1]}, "given twice"),
+        ({"seeds": []}, "seeds"),
+        ({"common": {"train.seed": 3}}, "common sets train.seed, which the study sets itself"),
+        ({"common": {"lr": 3}}, "keys are section.key"),
+        ({"factors": {"model": {"a b": {}}}}, "factors"),
+        ({"measure": "t2v/MdR"}, "measure"),
+        ({"tilte": ""}, "tilte"),
+    ],
+    ids=str,
+)
+def test_faults_of_a_file_are_said(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(NOISE | change))
+    with pytest.raises(ConfigError) as raised:
+        read_study(str(path))
+    assert message in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+def test_faults_of_all_levels_are_in_one_message() -> None:
+    factors = {"model": {"baseline": {"model.incremnt": False}, "gare": {"train.lr": -1}}}
+    with pytest.raises(ConfigError) as raised:
+        plan_study(tiny(), "noise", file(factors=factors))
+    assert "model.incremnt" in str(raised.value)
+    assert "train.lr" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["nois", "../noise", "no/such.yaml", ""])
+def test_an_unknown_study_is_refused_with_those_that_ship(name: str) -> None:
+    with pytest.raises(ConfigError, match="there is no study"):
+        read_study(name)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_study_fits_the_paper_and_the_demo(path: Path, repository: Path) -> None:
+    """Its keys must be those of this version."""
+    name, found = read_study(path.stem)
+    assert name == path.stem
+    config = parse_config({"train": {"clip_weights": "weights.pt"}, "name": "own"})
+    plan = plan_study(config, name, found)
+    assert plan.comparisons()
+    assert found.question

@@ -175,7 +175,9 @@ def _run_all(
     task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(_train_and_evaluate)
     parallel = _parallel(config, left[0].config)
     logger.info("%d runs, %d at a time", len(left), parallel)
-    waiting, pending, failed = list(left), {}, {}
+    waiting = list(left)
+    pending: dict[Any, PlannedRun] = {}
+    failed: dict[str, GareError] = {}
     started, done = time.monotonic(), 0
     try:
         while waiting or pending:

@@ -170,8 +170,10 @@ def _compare(plan: StudyPlan, reference: Cell, cell: Cell, evaluations: Evaluati
         table = pairs[0][0].queries.of_direction(direction)
         if not len(table):
             continue
-        first, second = (np.stack([_values(pair[side], measure) for pair in pairs]) for side in (0, 1))
-        effects[measure] = paired_effect(first, second, table["video_id"].to_numpy(zero_copy_only=False))
+        of_reference = np.stack([_values(one, measure) for one, _ in pairs])
+        of_cell = np.stack([_values(other, measure) for _, other in pairs])
+        videos = table["video_id"].to_numpy(zero_copy_only=False)
+        effects[measure] = paired_effect(of_reference, of_cell, videos)
     return Comparison(reference, cell, seeds, effects)
 
 
@@ -179,5 +181,5 @@ def _values(evaluation: Evaluation, measure: str) -> NDArray[np.float64]:
     """Returns the value of each query (Q,), whose mean is the measure."""
     direction, _, name = measure.partition("/")
     ranks = evaluation.queries.of_direction(direction)["rank"].to_numpy()
-    values: NDArray[np.float64] = ranks if name == "MnR" else 100.0 * (ranks <= int(name[1:]))
-    return values
+    values = ranks if name == "MnR" else 100.0 * (ranks <= int(name[1:]))
+    return np.asarray(values, np.float64)

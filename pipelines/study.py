@@ -32,7 +32,7 @@ from gare.errors import ConfigError, GareError
 from gare.retrieval.results.evaluation import Evaluation, read_evaluation
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
 from gare.storage.run_folder import RESULT
-from gare.study.plan import PlannedRun, StudyPlan, plan_study, read_study
+from gare.study.plan import PlannedRun, StudyPlan, as_typed, plan_study, read_study
 from gare.study.results import StudyResults, summarise
 from pipelines import evaluate, extract, prepare, train
 from pipelines.sizes import sizes_of_weights
@@ -136,7 +136,9 @@ def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]
         f"{len(left)} left",
     ]
     for cell in plan.cells:
-        settings = ", ".join(f"{key}={value}" for key, value in cell.settings.items()) or "as configured"
+        settings = (
+            ", ".join(f"{key}={as_typed(value)}" for key, value in cell.settings.items()) or "as configured"
+        )
         lines.append(f"  {cell.name}: {settings}")
     lines.append(
         f"about {_minutes(each * len(left))} one after the other, from the {len(done)} that are done"

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from gare.config import Config, parse_config
 from gare.config.loading import without_idle_keys
 from gare.config.section import Seed
-from gare.config.strict_yaml import load_yaml
+from gare.config.strict_yaml import Typed, load_yaml
 from gare.errors import ConfigError
 
 #: The studies that come with this repository.
@@ -201,13 +201,33 @@ def read_study(name: str) -> tuple[str, StudyFile]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot be read: {error}", where=str(path), accepted="a study file") from error
     try:
-        return path.stem, StudyFile.model_validate(tree)
+        return path.stem, StudyFile.model_validate(_without_types(tree))
     except ValidationError as error:
         faults = "\n".join(
             f"  - {'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors(include_url=False)
         )
         raise ConfigError(f"{error.error_count()} fault(s):\n{faults}", where=str(path)) from error
+
+
+def _without_types(tree: Any, depth: int = 0, *, keep: bool = False) -> Any:
+    """Replaces values as they were typed by their values, but for settings, whose keys decide what they mean.
+
+    Args:
+        tree: of the file, or a part of it.
+        depth: levels below the file's top.
+        keep: whether this is a part with settings: common, or the factors.
+    """
+    if isinstance(tree, Mapping):
+        return {
+            str(key): _without_types(
+                value, depth + 1, keep=keep or (depth == 0 and key in ("common", "factors"))
+            )
+            for key, value in tree.items()
+        }
+    if isinstance(tree, list):
+        return [_without_types(value, depth + 1) for value in tree]
+    return tree.value if isinstance(tree, Typed) and not keep else tree
 
 
 def plan_study(config: Config, name: str, file: StudyFile, seeds: int | None = None) -> StudyPlan:
@@ -261,10 +281,14 @@ def _config_of(config: Config, study: str, file: StudyFile, cell: Cell, seed: in
     settings |= {"evaluate.split": file.split, "train.overwrite": False}
     if own := _own_data(file, cell):
         settings["name"] = f"{config.name}-{own}"
-    # JSON is YAML: the value arrives as the type that it has.
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    overrides = [f"{key}={as_typed(value)}" for key, value in settings.items()]
     tree = without_idle_keys(config.model_dump(mode="json"))
     return parse_config(tree, overrides, where=f"study {study}, {cell.name}")
+
+
+def as_typed(value: Any) -> str:
+    """Returns a setting as it is given on the command line; JSON is YAML, and keeps the type."""
+    return value.text if isinstance(value, Typed) else json.dumps(value)
 
 
 def _own_data(file: StudyFile, cell: Cell) -> str:

@@ -111,6 +111,18 @@ def test_faults_of_all_levels_are_in_one_message() -> None:
     assert "train.lr" in str(raised.value)
 
 
+def test_settings_mean_what_they_mean_on_the_command_line(tmp_path: Path) -> None:
+    """YAML reads 1e-5 as a text, off as false and 010 as 8; the key decides."""
+    text = yaml.safe_dump(NOISE).replace("gare: {}", "gare: {train.lr: 1e-5, train.compile: off}")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    config = plan_study(tiny(), *read_study(str(path))).runs[-1].config
+    assert (config.train.lr, config.train.compile, config.train.epochs) == (1e-5, "off", 2)
+    path.write_text(text.replace("1e-5", "010"))
+    with pytest.raises(ConfigError, match="octal"):
+        plan_study(tiny(), *read_study(str(path)))
+
+
 @pytest.mark.parametrize("name", ["nois", "../noise", "no/such.yaml", ""])
 def test_an_unknown_study_is_refused_with_those_that_ship(name: str) -> None:
     with pytest.raises(ConfigError, match="there is no study"):

@@ -170,9 +170,9 @@ def _replace_local_files(patch: pytest.MonkeyPatch, scheduler: Scheduler) -> Non
 
     replaced = files._replace_local
 
-    def replace_local(path: Path, data: Any) -> None:
+    def replace_local(path: Path, data: Any, private: bool) -> None:
         scheduler.stop("write", str(path))
-        replaced(path, data)
+        replaced(path, data, private)
 
     def fsync(number: int) -> None:
         if stat.S_ISDIR(os.fstat(number).st_mode):

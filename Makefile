@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: help install demo test test-pipelines test-others test-kernels test-cluster faults faults-short interrupts suite screenshots lint bench bench-scaling
+.PHONY: help install demo test test-pipelines test-others test-kernels test-cluster faults faults-short interrupts suite study-short screenshots lint bench bench-scaling
 .PHONY: bench-extract bench-loader bench-reads bench-scale bench-evaluate bench-gpu bench-optimizer bench-prepared fuzz model audit ui clean
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make faults-short  those of them that take less than 10 minutes together"
 	@echo "make interrupts  each step is interrupted at random moments and continued (MINUTES=N: for so long)"
 	@echo "make suite    two benchmarks, two models: the whole way to one table, checked (5 min)"
+	@echo "make study-short  two settings × two seeds by one command, to a table and a figure, checked (4 min)"
 	@echo "make screenshots  the MLflow pages of the suite's runs as pictures (needs Chromium)"
 	@echo "make test-cluster  the same model and store on four nodes (5 min)"
 	@echo "make lint     ruff and mypy"
@@ -77,6 +78,9 @@ interrupts: install
 
 suite: install
 	$(BIN)/python -m tests.scripts.suite
+
+study-short: install
+	$(BIN)/python -m tests.scripts.study_short
 
 screenshots: install
 	$(BIN)/python -m tests.scripts.screenshots

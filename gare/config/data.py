@@ -45,7 +45,14 @@ class DataConfig(Section):
         description="only compare annotations and videos with the published counts and write no manifest "
         "(published benchmarks)",
     )
-    seed: Seed = Field(0, description="seed of the generated benchmark and of a split made here")
+    seed: Seed = Field(0, description="seed of the generated benchmark, of a split made here and of noise")
+    noise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the train captions that change places with those of other train videos, drawn "
+        "with data.seed and marked in the manifest; val and test stay as they are",
+    )
     val_fraction: Fraction = Field(0.1, description="share of the videos for val where no split is given")
     test_fraction: Fraction = Field(0.2, description="share of the videos for test where no split is given")
     num_train: Count = Field(700, description="videos to generate for train (benchmark: synthetic)")
@@ -73,4 +80,6 @@ class DataConfig(Section):
             raise ValueError(f"{', '.join(idle)} would change nothing: benchmark is {self.benchmark}")
         if self.verify and self.allow_missing:
             raise ValueError("allow_missing would change nothing: verify only lists what is missing")
+        if self.verify and self.noise:
+            raise ValueError("noise would change nothing: verify writes no manifest")
         return self

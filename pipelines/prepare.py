@@ -45,6 +45,12 @@ def run(config: Config) -> dict[str, Any]:
     places = layout(config)
     if config.data.verify:
         return _verify(config, places)
+    if config.data.is_imported:
+        raise ConfigError(
+            "is features",
+            where="data.benchmark",
+            accepted="pipelines/import_features.py, which makes manifest and feature store in one step",
+        )
     manifest, extra = _BENCHMARKS[config.data.benchmark](config, places)
     if config.data.noise:
         manifest = with_noise(manifest, config.data.noise, config.data.seed)

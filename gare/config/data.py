@@ -16,15 +16,26 @@ class DataConfig(Section):
     """The data set: videos, captions and splits."""
 
     benchmark: Literal[
-        "synthetic", "folder", "msrvtt", "msvd", "didemo", "activitynet", "lsmdc", "youcook2"
+        "synthetic", "folder", "features", "msrvtt", "msvd", "didemo", "activitynet", "lsmdc", "youcook2"
     ] = Field(
         "folder",
-        description="synthetic: the generated benchmark; folder: your own videos with captions; the others: "
-        "from their published annotation files",
+        description="synthetic: the generated benchmark; folder: your own videos with captions; features: "
+        "features of your own encoders, for pipelines/import_features.py; the others: from their published "
+        "annotation files",
     )
     videos: str = Field("", description="folder of the videos or s3://…; empty: captions hold URIs (folder)")
     captions: str = Field(
         "", description="CSV, JSON Lines or JSON file with their captions (benchmark: folder)"
+    )
+    features: str = Field(
+        "",
+        description="arrays frames (n, D), frame_owner (n,), captions (m, D'), caption_owner (m,): an .npz "
+        "file, or a folder of Parquet files with these columns (benchmark: features)",
+    )
+    records: str = Field(
+        "",
+        description="JSON Lines, plain or gzip-ed, a video a line in the order of the owners: video_id, "
+        "split and, if the texts are known, captions in the order of their rows (benchmark: features)",
     )
     annotations: str = Field(
         "", description="folder of the benchmark's annotation files, plain or gzip-ed (published benchmarks)"
@@ -64,6 +75,11 @@ class DataConfig(Section):
         """True if the benchmark is read from published annotation files."""
         return self.benchmark in PUBLISHED
 
+    @property
+    def is_imported(self) -> bool:
+        """True if the features are imported: there are no videos, and no towers of the model made them."""
+        return self.benchmark == "features"
+
     @model_validator(mode="after")
     def _fractions_leave_train(self) -> DataConfig:
         if self.val_fraction + self.test_fraction >= 1:
@@ -76,6 +92,7 @@ class DataConfig(Section):
         idle = self.non_default(*published) if not self.is_published else self.non_default("captions")
         if self.is_published and self.benchmark != "msrvtt":
             idle += self.non_default("train_list")
+        idle += self.non_default(*(("videos", "captions") if self.is_imported else ("features", "records")))
         if idle:
             raise ValueError(f"{', '.join(idle)} would change nothing: benchmark is {self.benchmark}")
         if self.verify and self.allow_missing:

@@ -107,6 +107,8 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
             accepted="the model settings that it was trained with",
         )
 
+    _require_same_origin(config, trained, checkpoint)
+
     def load(*, quiet: bool = True) -> GARE:
         loaded = load_checkpoint(checkpoint, quiet=quiet)
         loaded.take_compute_settings(config.model)
@@ -115,7 +117,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
     with add_repair_advice(checkpoint == best):
         model = load(quiet=False)
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
-    settings = settings_of(config, model) if kind == "features" else None
+    settings = settings_of(config, model, places.features) if kind == "features" else None
     folder = RunFolder(places.run(config.train.run))
     return Subject(
         config.train.run,
@@ -146,7 +148,9 @@ def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
     features = config.features.model_copy(update={"weights": weights})
     config = config.model_copy(update={"model": config.model.zero_shot(), "features": features})
     model = zero_shot_model(config)
-    settings = settings_of(config, model) if config.evaluate.input == "features" else None
+    settings = None
+    if config.evaluate.input == "features":
+        settings = settings_of(config, model, places.features)
     note = f"the towers of {weights} as they are"
     if fault := fault_of_zero_shot(weights):
         note += f", NOT the zero-shot score of published weights: {fault}"
@@ -165,11 +169,33 @@ def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
     )
 
 
-def settings_of(config: Config, model: GARE) -> dict[str, Any]:
-    """Returns the settings that a feature store must have to hold features of this model's towers."""
-    from gare.data.store.feature_schema import feature_settings
+def _require_same_origin(config: Config, trained: Config, checkpoint: str) -> None:
+    """Refuses a checkpoint of imported features for others, and one of others for imported features."""
+    if trained.has_towers == config.has_towers:
+        return
+    what = (
+        "has towers, which did not make the imported features"
+        if trained.has_towers
+        else "was learned from imported features and has no towers to encode others with"
+    )
+    raise CheckpointError(
+        what, where=checkpoint, accepted=f"data.benchmark={trained.data.benchmark}, as it was trained"
+    )
+
+
+def settings_of(config: Config, model: GARE, store: str) -> dict[str, Any]:
+    """Returns the settings that a feature store must have to hold features of this model's towers.
+
+    Args:
+        config: of the evaluation.
+        model: the model; for one of imported features, the settings are those of the arrays in the store.
+        store: the feature store.
+    """
+    from gare.data.store.feature_schema import feature_settings, settings_of_imported
     from gare.model.encoders.clip import towers_sha256
 
+    if not config.has_towers:
+        return settings_of_imported(store, config.model)
     return feature_settings(config, towers_sha256(model.towers))
 
 

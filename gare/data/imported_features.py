@@ -282,7 +282,7 @@ def _matrix(column: Any) -> _Array:
         column = column.storage
     if column.null_count or not hasattr(column, "flatten") or pa.types.is_struct(column.type):
         raise ValueError("features are not lists of numbers, one a row")
-    flat = column.flatten().to_numpy(zero_copy_only=False)
+    flat: _Array = column.flatten().to_numpy(zero_copy_only=False)
     if pa.types.is_fixed_size_list(column.type):
         return flat.reshape(len(column), column.type.list_size)
     lengths = set(column.value_lengths().to_pylist())

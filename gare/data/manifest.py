@@ -100,7 +100,13 @@ class Manifest:
         """
         digest = hashlib.sha256()
         for row in sorted(self.rows, key=lambda row: row.video_id):
-            content = [row.video_id, _number(row.start_s), _number(row.end_s), row.split, list(row.captions)]
+            content: list[Any] = [
+                row.video_id,
+                _number(row.start_s),
+                _number(row.end_s),
+                row.split,
+                list(row.captions),
+            ]
             content += [list(row.noisy)] if any(row.noisy) else []
             digest.update(json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
@@ -191,7 +197,7 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def _tupled(row: dict[str, Any]) -> dict[str, Any]:
-    lists = {name: tuple(row[name] or ()) for name in ("captions", "noisy") if name in row}
+    lists: dict[str, Any] = {name: tuple(row[name] or ()) for name in ("captions", "noisy") if name in row}
     return {**row, **lists}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from cluster.layout import Layout, absolute
 from cluster.tracking import RunHandle, connect
 from gare.config import Config, differences
 from gare.data.manifest import SPLITS
-from gare.errors import CheckpointError, ConfigError
+from gare.errors import CheckpointError, ConfigError, DataError
 from gare.retrieval.results.evaluation import ZERO_SHOT
 from gare.retrieval.results.files import delete_results
 from gare.storage.files import delete_file, exists, join, read_json, write_json
@@ -84,6 +84,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         CheckpointError: for a checkpoint that is missing or belongs to another model.
         DamagedError: for a checkpoint with a damaged file.
         ConfigError: for a run name that is not allowed.
+        DataError: for imported features other than those that the run learned from.
     """
     from gare.train.checkpoint.files import load_checkpoint, read_config
 
@@ -119,6 +120,9 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
     settings = settings_of(config, model, places.features) if kind == "features" else None
     folder = RunFolder(places.run(config.train.run))
+    is_of_run = checkpoint == best and folder.has_begun
+    if is_of_run and settings and not config.has_towers:
+        _require_learned_arrays(folder, places.features, settings)
     return Subject(
         config.train.run,
         checkpoint,
@@ -126,7 +130,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         load,
         places.frames if settings is None else places.features,
         settings,
-        folder.record if checkpoint == best and folder.has_begun else "",
+        folder.record if is_of_run else "",
         trained,
     )
 
@@ -181,6 +185,18 @@ def _require_same_origin(config: Config, trained: Config, checkpoint: str) -> No
     raise CheckpointError(
         what, where=checkpoint, accepted=f"data.benchmark={trained.data.benchmark}, as it was trained"
     )
+
+
+def _require_learned_arrays(folder: RunFolder, store: str, settings: Mapping[str, Any]) -> None:
+    """Refuses imported features other than the run's own: no hash of towers tells encoders apart."""
+    from gare.data.store.contents import fingerprint
+
+    if folder.read_record()["store_fingerprint"] != fingerprint(settings):
+        raise DataError(
+            f"holds other features than those that {folder.name} learned from",
+            where=store,
+            accepted="the features that it was trained on, or a training on these",
+        )
 
 
 def settings_of(config: Config, model: GARE, store: str) -> dict[str, Any]:

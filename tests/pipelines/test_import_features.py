@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ def test_its_model_encodes_nothing_new(learned: dict[str, Any]) -> None:
 
 
 def test_a_checkpoint_is_evaluated_where_it_belongs(
-    learned: dict[str, Any], tmp_path: Path, rng: np.random.Generator
+    learned: dict[str, Any], places: Layout, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """A score of a model on features of other encoders is a number that means nothing."""
     sizes = own().model.clip.model_dump()
@@ -256,6 +257,11 @@ def test_a_checkpoint_is_evaluated_where_it_belongs(
     )
     with pytest.raises(CheckpointError, match=r"was learned from imported features.*data.benchmark=features"):
         evaluate.run(of_videos)
+    swapped = layout(own("name=swapped"))
+    shutil.copytree(places.run("own"), swapped.run("own"))
+    import_features.run(own(*paths_of(tmp_path, rng), "name=swapped"))
+    with pytest.raises(DataError, match="holds other features than those that swapped/own learned from"):
+        evaluate.run(own("name=swapped"))
     import_features.run(own(*paths_of(tmp_path, rng), "name=elsewhere", "model.max_frames=5"))
     with pytest.raises(DataError, match="num_frames is 5 in the store and 4"):
         evaluate.run(own("name=elsewhere", f"evaluate.checkpoint={learned['checkpoint']}"))

@@ -32,6 +32,7 @@ from gare.data.manifest import Manifest, read_manifest
 from gare.data.store.compact import compact
 from gare.data.store.contents import Store
 from gare.data.store.verify import verify_or_raise
+from gare.errors import ConfigError
 from gare.extract.comparison import Comparison
 from gare.extract.inventory import Inventory
 from gare.extract.update import StoreUpdate
@@ -73,10 +74,17 @@ def run(config: Config) -> dict[str, Any]:
     """Brings the stores up to date with the manifest, or checks or compacts them, by ``upkeep.task``.
 
     Raises:
+        ConfigError: for imported features, which are not extracted.
         DataError: for a missing manifest, a store made with other settings, faults found by a check, or more
             failed or vanished videos than ``extract.max_failed_fraction``; extracted clips stay.
         GareError: if MLflow cannot be reached, before anything is extracted.
     """
+    if config.data.is_imported:
+        raise ConfigError(
+            "is features, and there is nothing to extract",
+            where="data.benchmark",
+            accepted="pipelines/import_features.py, which makes the feature store",
+        )
     places, task = layout(config), config.upkeep.task
     manifest = read_manifest(places.manifest)
     decoders = Decoders(config)

@@ -24,6 +24,7 @@ from gare.config import Config
 from gare.data.benchmarks.own_videos import read_folder, read_videos
 from gare.data.benchmarks.registry import READERS, Benchmark, format_table, read_benchmark
 from gare.data.manifest import Manifest, ManifestRow, write_manifest
+from gare.data.noise import count_noisy, with_noise
 from gare.data.synthetic import generate_benchmark
 from gare.data.videos import LocalVideos
 from gare.errors import ConfigError
@@ -37,18 +38,28 @@ logger = logging.getLogger(__name__)
 def run(config: Config) -> dict[str, Any]:
     """Writes the manifest of the configured benchmark; also generates the videos of the embedded one.
 
+    With ``data.noise``, a share of the train captions changes places between videos.
     With ``data.verify``, writes no manifest and only reports how annotations and videos compare with the
     published ones.
 
     Raises:
-        ConfigError: if the benchmark needs a setting that is missing.
+        ConfigError: if the benchmark needs a setting that is missing, or noise cannot be drawn.
         DataError: if videos and captions do not belong together.
     """
     started = time.monotonic()
     places = layout(config)
     if config.data.verify:
         return _verify(config, places)
+    if config.data.is_imported:
+        raise ConfigError(
+            "is features",
+            where="data.benchmark",
+            accepted="pipelines/import_features.py, which makes manifest and feature store in one step",
+        )
     manifest, extra = _BENCHMARKS[config.data.benchmark](config, places)
+    if config.data.noise:
+        manifest = with_noise(manifest, config.data.noise, config.data.seed)
+        extra = extra | {"noisy_captions": count_noisy(manifest.rows)}
     write_manifest(manifest, places.manifest)
     result = {
         "manifest": places.manifest,
@@ -62,6 +73,9 @@ def run(config: Config) -> dict[str, Any]:
     write_json(join(places.step("prepare"), RESULT), result)
     counts = ", ".join(f"{split} {count['videos']}" for split, count in manifest.counts.items())
     logger.info("prepared %s: %s videos in %s", places.manifest, counts, f"{result['seconds']:.1f} s")
+    if config.data.noise:
+        total = manifest.counts["train"]["captions"]
+        logger.info("%d of %d train captions are another video's", extra["noisy_captions"], total)
     return result
 
 

@@ -9,8 +9,8 @@ from gare.config import Config
 
 
 def benchmark_name(config: Config, benchmark: str) -> str:
-    """Returns a benchmark's display name; folders of one's own are named by their data set."""
-    return config.name if benchmark == "folder" else benchmark
+    """Returns a benchmark's display name; folders and features of one's own are named by their data set."""
+    return config.name if benchmark in ("folder", "features") else benchmark
 
 
 def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def run_tags(config: Config, benchmark: str, protocol: str) -> dict[str, Any]:
     return tags | {
         "benchmark": benchmark_name(config, benchmark),
         "protocol": protocol,
-        "decoder": config.extract.decoder,
-        "frames": config.extract.num_frames,
+        "decoder": config.extract.decoder if config.has_towers else "none",
+        "frames": config.model.max_frames,
         "batch": config.train.batch_size,
         "seed": config.train.seed,
         "ray.job": job_id() or "none",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gare.config.augment import AugmentConfig
+from gare.config.data import DataConfig
 from gare.config.evaluate import EvaluateConfig
 from gare.config.model import ModelConfig
 from gare.config.section import Count, CountOrAuto, Mark, Section
@@ -78,4 +79,31 @@ def feature_faults(
         )
     if model.increment and model.context == "words" and not features.words:
         faults.append("model.context words needs features.words=true with train.input features")
+    return faults
+
+
+def imported_faults(
+    data: DataConfig,
+    train: TrainConfig,
+    model: ModelConfig,
+    features: FeaturesConfig,
+    evaluate: EvaluateConfig,
+) -> list[str]:
+    """Lists settings that imported features cannot work with: they have no frames, no words and no towers."""
+    if not data.is_imported:
+        return []
+    faults = []
+    if train.input != "features":
+        faults.append("data.benchmark features has no frames to learn from: set train.input=features")
+    if evaluate.input == "frames":
+        faults.append("data.benchmark features has no frames to score: set evaluate.input auto or features")
+    if evaluate.zero_shot:
+        faults.append("evaluate.zero_shot scores towers as they are, and data.benchmark features has none")
+    if evaluate.qbnorm:
+        faults.append("evaluate.qbnorm encodes captions with towers, and data.benchmark features has none")
+    if model.increment and model.context == "words":
+        faults.append("model.context words needs features of words, and data.benchmark features has none")
+    idle = [f"features.{key}" for key in features.non_default("weights", "words")]
+    if idle := [*idle, *(f"train.{key}" for key in train.non_default("clip_weights"))]:
+        faults.append(f"{', '.join(idle)} would change nothing: data.benchmark features has no towers")
     return faults

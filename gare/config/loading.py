@@ -26,7 +26,7 @@ from gare.config.cluster import ClusterConfig
 from gare.config.data import DataConfig
 from gare.config.evaluate import EvaluateConfig
 from gare.config.extract import ExtractConfig
-from gare.config.features import FeaturesConfig, feature_faults
+from gare.config.features import FeaturesConfig, feature_faults, imported_faults
 from gare.config.model import SIZES_READ, SIZES_UNKNOWN, ModelConfig
 from gare.config.section import DemoConfig, Mark, Name, Section, StorageConfig, TrackingConfig
 from gare.config.sources import SourcesConfig
@@ -94,12 +94,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _store_fits_model(self, info: ValidationInfo) -> Config:
         faults = feature_faults(self.train, self.model, self.augment, self.features, self.evaluate)
+        faults += imported_faults(self.data, self.train, self.model, self.features, self.evaluate)
         if self.train.freeze == "towers" and not self.model.learns_without_towers:
             faults.append(
                 "train.freeze towers would leave nothing to learn: model.temporal is none, and "
                 "model.increment and model.adapters are off"
             )
-        differs = self.extract.image_size != self.model.clip.image_size
+        has_frames = not self.data.is_imported
+        differs = has_frames and self.extract.image_size != self.model.clip.image_size
         if differs and info.context != SIZES_UNKNOWN:
             way_out = ", which model.clip=auto read from the weights: give no extract.image_size"
             faults.append(
@@ -107,7 +109,7 @@ class Config(Section):
                 f"model.clip.image_size {self.model.clip.image_size}"
                 + (way_out if info.context == SIZES_READ else "")
             )
-        if self.extract.num_frames != self.model.max_frames:
+        if has_frames and self.extract.num_frames != self.model.max_frames:
             faults.append(
                 f"extract.num_frames {self.extract.num_frames} differs from "
                 f"model.max_frames {self.model.max_frames}"
@@ -132,6 +134,11 @@ class Config(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def has_towers(self) -> bool:
+        """False if the model has no towers: it learns from imported features, which others made."""
+        return not self.data.is_imported
 
     def to_yaml(self) -> str:
         """Returns the resolved configuration as YAML, which ``load_config`` reads back to the same values."""

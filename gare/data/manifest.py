@@ -34,6 +34,8 @@ _COLUMNS: list[pa.Field[Any]] = [
 SCHEMA = pa.schema(_COLUMNS)
 #: Rows that are read as Python objects at once.
 _ROWS_AT_ONCE = 10_000
+#: Column of manifests with noise alone.
+NOISY = pa.field("noisy", pa.list_(pa.bool_()))
 _METADATA = (
     "schema_version",
     "benchmark",
@@ -56,6 +58,7 @@ class ManifestRow:
         end_s: seconds into the file at which it ends; None for the end.
         split: train, val or test.
         captions: at least one text; none where no clip of the manifest has one.
+        noisy: for each caption, True if it is another video's (``gare.data.noise``); empty without noise.
     """
 
     video_id: str
@@ -64,6 +67,7 @@ class ManifestRow:
     end_s: float | None
     split: str
     captions: tuple[str, ...]
+    noisy: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,20 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all that a result depends on: ids, start, end, split and captions of every clip.
+        """SHA-256 of all that a result depends on: ids, start, end, split, captions and noise of every clip.
 
         URIs and the order of the rows do not count, so that moving the folder changes nothing.
         """
         digest = hashlib.sha256()
         for row in sorted(self.rows, key=lambda row: row.video_id):
-            content = [row.video_id, _number(row.start_s), _number(row.end_s), row.split, list(row.captions)]
+            content: list[Any] = [
+                row.video_id,
+                _number(row.start_s),
+                _number(row.end_s),
+                row.split,
+                list(row.captions),
+            ]
+            content += [list(row.noisy)] if any(row.noisy) else []
             digest.update(json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
 
@@ -130,7 +141,8 @@ def write_manifest(manifest: Manifest, uri: str) -> None:
     Raises:
         DataError: if it cannot be written.
     """
-    columns = {name: [getattr(row, name) for row in manifest.rows] for name in SCHEMA.names}
+    schema = SCHEMA.append(NOISY) if any(row.noisy for row in manifest.rows) else SCHEMA
+    columns = {name: [getattr(row, name) for row in manifest.rows] for name in schema.names}
     metadata = {
         "schema_version": str(SCHEMA_VERSION),
         "benchmark": manifest.benchmark,
@@ -141,7 +153,7 @@ def write_manifest(manifest: Manifest, uri: str) -> None:
         "left_out": json.dumps(manifest.left_out),
         "deviations": json.dumps(manifest.deviations),
     }
-    table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
+    table = pa.table(columns, schema=schema).replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     # The query of a link may be a signature, with which anybody could read the video until it expires.
@@ -216,16 +228,27 @@ def _rows_of(table: pa.Table) -> Iterator[ManifestRow]:
     """Yields the rows; a split is one string for all of its rows."""
     for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
         columns = [batch.column(name).to_pylist() for name in SCHEMA.names]
-        for video_id, uri, start_s, end_s, split, captions in zip(*columns, strict=True):
-            yield ManifestRow(video_id, uri, start_s, end_s, sys.intern(split or ""), tuple(captions or ()))
+        has_noise = NOISY.name in table.column_names
+        columns.append(batch.column(NOISY.name).to_pylist() if has_noise else [None] * len(batch))
+        for video_id, uri, start_s, end_s, split, captions, noisy in zip(*columns, strict=True):
+            yield ManifestRow(
+                video_id,
+                uri,
+                start_s,
+                end_s,
+                sys.intern(split or ""),
+                tuple(captions or ()),
+                tuple(noisy or ()),
+            )
 
 
 def _with_our_columns(table: pa.Table, uri: str) -> pa.Table:
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    unknown = [name for name in table.column_names if name not in SCHEMA.names]
+    schema = SCHEMA.append(NOISY) if NOISY.name in table.column_names else SCHEMA
+    missing = [name for name in schema.names if name not in table.column_names]
+    unknown = [name for name in table.column_names if name not in schema.names]
     mistyped = []
     columns = []
-    for column in SCHEMA:
+    for column in schema:
         if column.name in missing:
             continue
         try:
@@ -245,7 +268,7 @@ def _with_our_columns(table: pa.Table, uri: str) -> pa.Table:
             where=uri,
             accepted="columns " + ", ".join(f"{column.name}: {column.type}" for column in SCHEMA),
         )
-    return pa.table(columns, names=SCHEMA.names).replace_schema_metadata(table.schema.metadata)
+    return pa.table(columns, names=schema.names).replace_schema_metadata(table.schema.metadata)
 
 
 def _metadata(table: pa.Table, uri: str) -> dict[str, Any]:
@@ -299,6 +322,10 @@ def _check_row(row: ManifestRow, name: str, faults: CollectedErrors) -> None:
         faults.add(f"split is not one of {', '.join(SPLITS)}", f"{name}: {row.split!r}")
     if any(not caption or not caption.strip() for caption in row.captions):
         faults.add("blank caption", name)
+    if row.noisy and len(row.noisy) != len(row.captions):
+        faults.add("noisy is not of the captions", name)
+    if any(row.noisy) and row.split != "train":
+        faults.add("noise outside of train", name)
     if not all(_is_text(text) for text in (row.video_id, row.uri, *row.captions)):
         faults.add("text that cannot be written in UTF-8", name)
     clip = f"{name}: start {row.start_s}, end {row.end_s}"

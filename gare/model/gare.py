@@ -73,9 +73,13 @@ class GARE(nn.Module):
         """
         self.config = self.scorer.config = self.config.computed_as(config)
 
-    def drop_towers(self) -> None:
-        """Removes CLIP except for the logit scale, for a model that learns from stored features."""
-        self.towers = NoTowers(self.logit_scale)
+    def drop_towers(self, *, imported: bool = False) -> None:
+        """Removes CLIP except for the logit scale, for a model that learns from stored features.
+
+        Args:
+            imported: whether the features are imported, so that there are no towers at all.
+        """
+        self.towers = NoTowers(self.logit_scale, imported=imported)
 
     @property
     def logit_scale(self) -> nn.Parameter:

@@ -44,8 +44,16 @@ def write_and_register(
         features: ``video/frames`` and ``video/mask`` of the gallery.
 
     Returns:
-        NAME/VERSION; empty if the training has no result or MLflow was lost.
+        NAME/VERSION; empty if the training has no result, MLflow was lost, or the model has no towers, for
+        which no gallery is written either.
     """
+    if not config.has_towers:
+        logger.info(
+            "%s is not registered: it was learned from imported features, and without towers it answers no "
+            "query",
+            config.train.run,
+        )
+        return ""
     from gare.train.checkpoint.files import TRAINER, copy_checkpoint
     from gare.train.checkpoint.sums import add_file
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from cluster.layout import Layout, absolute
 from cluster.tracking import RunHandle, connect
 from gare.config import Config, differences
 from gare.data.manifest import SPLITS
-from gare.errors import CheckpointError, ConfigError
+from gare.errors import CheckpointError, ConfigError, DataError
 from gare.retrieval.results.evaluation import ZERO_SHOT
 from gare.retrieval.results.files import delete_results
 from gare.storage.files import delete_file, exists, join, read_json, write_json
@@ -84,6 +84,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         CheckpointError: for a checkpoint that is missing or belongs to another model.
         DamagedError: for a checkpoint with a damaged file.
         ConfigError: for a run name that is not allowed.
+        DataError: for imported features other than those that the run learned from.
     """
     from gare.train.checkpoint.files import load_checkpoint, read_config
 
@@ -107,6 +108,8 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
             accepted="the model settings that it was trained with",
         )
 
+    _require_same_origin(config, trained, checkpoint)
+
     def load(*, quiet: bool = True) -> GARE:
         loaded = load_checkpoint(checkpoint, quiet=quiet)
         loaded.take_compute_settings(config.model)
@@ -115,8 +118,11 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
     with add_repair_advice(checkpoint == best):
         model = load(quiet=False)
     kind = trained.train.input if config.evaluate.input == "auto" else config.evaluate.input
-    settings = settings_of(config, model) if kind == "features" else None
+    settings = settings_of(config, model, places.features) if kind == "features" else None
     folder = RunFolder(places.run(config.train.run))
+    is_of_run = checkpoint == best and folder.has_begun
+    if is_of_run and settings and not config.has_towers:
+        _require_learned_arrays(folder, places.features, settings)
     return Subject(
         config.train.run,
         checkpoint,
@@ -124,7 +130,7 @@ def checkpoint_subject(config: Config, places: Layout) -> Subject:
         load,
         places.frames if settings is None else places.features,
         settings,
-        folder.record if checkpoint == best and folder.has_begun else "",
+        folder.record if is_of_run else "",
         trained,
     )
 
@@ -146,7 +152,9 @@ def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
     features = config.features.model_copy(update={"weights": weights})
     config = config.model_copy(update={"model": config.model.zero_shot(), "features": features})
     model = zero_shot_model(config)
-    settings = settings_of(config, model) if config.evaluate.input == "features" else None
+    settings = None
+    if config.evaluate.input == "features":
+        settings = settings_of(config, model, places.features)
     note = f"the towers of {weights} as they are"
     if fault := fault_of_zero_shot(weights):
         note += f", NOT the zero-shot score of published weights: {fault}"
@@ -165,11 +173,45 @@ def zero_shot_subject(config: Config, places: Layout) -> tuple[Config, Subject]:
     )
 
 
-def settings_of(config: Config, model: GARE) -> dict[str, Any]:
-    """Returns the settings that a feature store must have to hold features of this model's towers."""
-    from gare.data.store.feature_schema import feature_settings
+def _require_same_origin(config: Config, trained: Config, checkpoint: str) -> None:
+    """Refuses a checkpoint of imported features for others, and one of others for imported features."""
+    if trained.has_towers == config.has_towers:
+        return
+    what = (
+        "has towers, which did not make the imported features"
+        if trained.has_towers
+        else "was learned from imported features and has no towers to encode others with"
+    )
+    raise CheckpointError(
+        what, where=checkpoint, accepted=f"data.benchmark={trained.data.benchmark}, as it was trained"
+    )
+
+
+def _require_learned_arrays(folder: RunFolder, store: str, settings: Mapping[str, Any]) -> None:
+    """Refuses imported features other than the run's own: no hash of towers tells encoders apart."""
+    from gare.data.store.contents import fingerprint
+
+    if folder.read_record()["store_fingerprint"] != fingerprint(settings):
+        raise DataError(
+            f"holds other features than those that {folder.name} learned from",
+            where=store,
+            accepted="the features that it was trained on, or a training on these",
+        )
+
+
+def settings_of(config: Config, model: GARE, store: str) -> dict[str, Any]:
+    """Returns the settings that a feature store must have to hold features of this model's towers.
+
+    Args:
+        config: of the evaluation.
+        model: the model; for one of imported features, the settings are those of the arrays in the store.
+        store: the feature store.
+    """
+    from gare.data.store.feature_schema import feature_settings, settings_of_imported
     from gare.model.encoders.clip import towers_sha256
 
+    if not config.has_towers:
+        return settings_of_imported(store, config.model)
     return feature_settings(config, towers_sha256(model.towers))
 
 

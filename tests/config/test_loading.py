@@ -153,6 +153,8 @@ def test_unknown_keys(tree: Any, overrides: list[str], parts: list[str]) -> None
         ("extract.max_failed_fraction=1.5", ["got 1.5", "less than or equal to 1"]),
         ("extract.encoding=png", ["extract.encoding: got 'png'", "'jpeg' or 'raw'"]),
         ("extract.crop=left", ["extract.crop: got 'left'", "'center' or 'none'"]),
+        ("data.noise=1", ["data.noise: got 1", "less than 1"]),
+        ("data.noise=.nan", ["data.noise: got nan"]),
         ("evaluate.split=validate", ["evaluate.split: got 'validate'", "'train', 'val' or 'test'"]),
         ("evaluate.dsl_scale=50", ["evaluate: dsl_scale would change nothing: dsl is off"]),
         ("evaluate.qbnorm_bank=9", ["evaluate: qbnorm_bank would change nothing: qbnorm is off"]),

@@ -84,14 +84,34 @@ DOCUMENTED = [
 ]
 
 
-@pytest.mark.parametrize("name", shipped_files())
-@pytest.mark.parametrize("command", DOCUMENTED)
+#: The file without towers, for which commands that name weights are refused.
+IMPORTED = "msrvtt-features"
+OF_TOWERS = [command for command in DOCUMENTED if "weights=" in command]
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        (name, command)
+        for command in DOCUMENTED
+        for name in shipped_files()
+        if (name, command) not in {(IMPORTED, one) for one in OF_TOWERS}
+    ],
+)
 def test_documented_commands_work_with_every_shipped_file(name: str, command: str) -> None:
     """A baseline that is refused for a key of the file is a table without its first row."""
     config = load_config(name, command.split())
     if "model.increment=false" in command:
         assert not config.model.increment
         assert config.model.corrected_side == "text"
+
+
+@pytest.mark.parametrize("command", OF_TOWERS)
+def test_weights_are_refused_where_there_are_no_towers(command: str) -> None:
+    """Weights that nothing reads would be taken for those of the result."""
+    assert not load_config(IMPORTED).has_towers
+    with pytest.raises(ConfigError, match=r"data\.benchmark features has no towers|has none"):
+        load_config(IMPORTED, command.split())
 
 
 def test_adamw_says_what_the_papers_files_need_beside_it() -> None:

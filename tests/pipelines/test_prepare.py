@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.command import Flag
-from gare.data.manifest import read_manifest
+from gare.config import parse_config
+from gare.data.manifest import Manifest, read_manifest
 from pipelines import prepare
 from tests.helpers.annotation_copies import text_of
 from tests.helpers.pipelines import command, in_process
@@ -92,3 +93,32 @@ def test_paths_that_are_not_given(settings: str, shared: Path, capsys: pytest.Ca
     run("data.videos=/tmp").refused(2, "data.annotations", "lsmdc's annotation files")
     run(f"data.annotations={shared}/data/annotations/lsmdc").refused(2, "data.videos", "--verify")
     run("data.annotations=/nowhere", "--verify").refused(3, "/nowhere", "is missing")
+
+
+def test_noise_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study of robustness compares models on the same exchanged captions, in a manifest that says so."""
+    monkeypatch.setenv("GARE_ROOT", str(tmp_path / "root"))
+    (tmp_path / "videos").mkdir()
+    lines = ["video,caption,split"]
+    for number, split in enumerate(["train"] * 20 + ["val"] * 3 + ["test"] * 3):
+        (tmp_path / "videos" / f"v{number}.mp4").write_bytes(b"video")
+        lines += [f"v{number}.mp4,{word} {number},{split}" for word in ("one", "two")]
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    keys = (f"data.videos={tmp_path}/videos", f"data.captions={tmp_path}/captions.csv")
+
+    def prepared(*overrides: str) -> tuple[dict[str, object], Manifest]:
+        result = prepare.run(parse_config({"name": "noisy"}, [*keys, *overrides]))
+        return result, read_manifest(str(result["manifest"]))
+
+    clean, before = prepared()
+    assert "noisy_captions" not in clean
+    noisy, after = prepared("data.noise=0.4", "data.seed=3")
+    assert (noisy["noisy_captions"], noisy["protocol"]) == (16, "own split; 40 % noise, seed 3")
+    assert noisy["fingerprint"] != clean["fingerprint"]
+    assert sum(sum(row.noisy) for row in after.of_split("train")) == 16
+    for split in ("val", "test"):
+        assert [row.captions for row in after.of_split(split)] == [
+            row.captions for row in before.of_split(split)
+        ]
+    assert prepared("data.noise=0.4", "data.seed=3")[0]["fingerprint"] == noisy["fingerprint"]
+    assert prepared("data.seed=3")[0]["fingerprint"] == clean["fingerprint"]

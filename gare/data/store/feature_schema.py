@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gare.config import Config
+from gare.config import Config, ModelConfig
 from gare.data.manifest import ManifestRow
 from gare.data.store.contents import (
     ADDED_COLUMNS,
@@ -28,6 +28,7 @@ from gare.data.store.contents import (
     read_columns,
 )
 from gare.data.store.part_index import DIGEST, digest_of
+from gare.errors import DataError
 
 
 def feature_schema(num_frames: int, width: int, num_words: int = 0) -> pa.Schema:
@@ -76,6 +77,46 @@ def feature_settings(config: Config, towers_sha256: str) -> dict[str, Any]:
         "words": config.features.words,
         "precision": config.features.precision,
     }
+
+
+def imported_settings(model: ModelConfig, arrays_sha256: str, widths: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the same as ``feature_settings`` for a store of imported features, which no towers made.
+
+    Args:
+        model: the model that it is for.
+        arrays_sha256: of the features.
+        widths: of ``frames`` and ``captions``, before they are padded.
+    """
+    return {
+        "kind": "features",
+        "schema_version": SCHEMA_VERSION,
+        "arrays_sha256": arrays_sha256,
+        "widths": dict(widths),
+        "num_frames": model.max_frames,
+        "embed_dim": model.clip.embed_dim,
+        "max_words": model.max_words,
+        "words": False,
+    }
+
+
+def settings_of_imported(uri: str, model: ModelConfig) -> dict[str, Any]:
+    """Returns the settings that a store of imported features must have for a model, of the arrays in it.
+
+    Raises:
+        DataError: if there is no store, or one that an extraction made.
+    """
+    if not (store := Store(uri)).exists:
+        raise DataError(
+            "there is no store here", where=uri, accepted="run pipelines/import_features.py first"
+        )
+    stored = store.read_meta().settings
+    if "arrays_sha256" not in stored:
+        raise DataError(
+            "is a store that an extraction made, and data.benchmark is features",
+            where=uri,
+            accepted="another name for imported features, or the benchmark of the extraction",
+        )
+    return imported_settings(model, stored["arrays_sha256"], stored["widths"])
 
 
 def feature_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -99,10 +99,12 @@ class NoTowers(nn.Module):
 
     Args:
         logit_scale: of the towers that were left out; by default a new one.
+        imported: whether there never were towers, since the features that the model learns from are imported.
     """
 
-    def __init__(self, logit_scale: nn.Parameter | None = None) -> None:
+    def __init__(self, logit_scale: nn.Parameter | None = None, *, imported: bool = False) -> None:
         super().__init__()
+        self.imported = imported
         self.clip = nn.Module()
         self.clip.logit_scale = logit_scale or nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
 
@@ -202,6 +204,13 @@ def tower_frames(
 
 
 def _present(towers: ClipTowers | NoTowers) -> ClipTowers:
+    if isinstance(towers, NoTowers) and towers.imported:
+        raise ConfigError(
+            "the model has no towers: it was learned from imported features",
+            where="encode",
+            accepted="features by the same encoders, imported by pipelines/import_features.py, or a model "
+            "that learned from videos",
+        )
     if isinstance(towers, NoTowers):
         raise ConfigError(
             "the model has no towers: it learned from stored features",

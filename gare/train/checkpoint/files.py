@@ -136,11 +136,19 @@ def load_checkpoint(uri: str | Path, *, sums: Mapping[str, str] | None = None, q
     """
     folder = SummedFolder(str(uri), expected=sums)
     config = _config_of(folder)
-    model = GARE(config.model)
+    model = new_model(config)
     if not quiet:
         note_without_sums(folder)
     _load_model(folder, model, features=config.train.input == "features")
     return model.eval()
+
+
+def new_model(config: Config) -> GARE:
+    """Builds a new model, without towers if it learns from imported features."""
+    model = GARE(config.model, towers=config.has_towers)
+    if not config.has_towers:
+        model.drop_towers(imported=True)
+    return model
 
 
 def read_config(uri: str) -> Config:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch
 
 from gare.config import Config, ModelConfig
-from gare.errors import ConfigError
+from gare.errors import CheckpointError, ConfigError
+from gare.model.encoders.clip import ClipTowers
 from gare.model.gare import GARE
 from gare.model.importing.weights import import_clip, published_sizes
 from gare.storage.files import exists, join
-from gare.train.checkpoint.files import CONFIG, load_checkpoint, load_model, read_config
+from gare.train.checkpoint.files import CONFIG, load_checkpoint, load_model, new_model, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +21,15 @@ logger = logging.getLogger(__name__)
 def initial_model(config: Config) -> GARE:
     """Builds a new model with the run's seed, and towers from ``train.clip_weights`` if that is set.
 
-    A run that learns from features starts with the towers that made them.
+    A run that learns from features starts with the towers that made them; imported ones have none.
 
     Raises:
         CheckpointError: for weights that cannot be used.
         ConfigError: where ``model.clip`` has other sizes than they.
     """
+    if not config.has_towers:
+        torch.manual_seed(config.train.seed)
+        return new_model(config)
     if config.train.input == "features":
         return feature_model(config)
     return _start(config, config.train.clip_weights)
@@ -129,6 +133,12 @@ def _start(config: Config, weights: str) -> GARE:
         return GARE(config.model)
     if _is_checkpoint(weights):
         source = load_checkpoint(weights)
+        if not isinstance(source.towers, ClipTowers):
+            raise CheckpointError(
+                "was learned from imported features and has no towers",
+                where=weights,
+                accepted="CLIP, or a checkpoint of a run on videos",
+            )
         _require_sizes(config, source, weights)
         model = GARE(config.model)
         model.towers.load_state_dict(source.towers.state_dict())

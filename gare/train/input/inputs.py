@@ -1,4 +1,4 @@
-"""The two kinds of training input, frames and stored features, with all steps in which runs differ.
+"""The kinds of training input, frames, stored and imported features, with all steps in which runs differ.
 
 A run chooses one of them at its start. The driver gets the store's settings and the initial model from it;
 the workers get their model, loader and batches.
@@ -21,7 +21,7 @@ from gare.data.images import crop_centre
 from gare.data.splits import StoredSplits
 from gare.data.store.contents import Store
 from gare.data.store.feature_reader import FeatureReader
-from gare.data.store.feature_schema import feature_settings
+from gare.data.store.feature_schema import feature_settings, settings_of_imported
 from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.storage.files import join
@@ -350,6 +350,35 @@ class FeatureInput(TrainInput):
         copy_checkpoint(checkpoint, best, sums=sums, start=self.initial_model)
 
 
+class ImportedInput(FeatureInput):
+    """Input of imported features, which no towers of ours made.
+
+    Args:
+        config: of the run.
+        store: the feature store.
+        settings: that the store must have been made with, if known; otherwise those of the arrays in it.
+    """
+
+    def check_store(self) -> None:
+        """Checks, before the first step, that the store holds imported features of the model's sizes.
+
+        Raises:
+            DataError: where there is no such store, with each setting that differs.
+        """
+        Store(self.store).read_meta_of(self.store_settings)
+
+    @property
+    def store_settings(self) -> dict[str, Any]:
+        """Returns the settings of the store, including the hash of the arrays."""
+        if self._settings is None:
+            self._settings = settings_of_imported(self.store, self.config.model)
+        return self._settings
+
+    def copy_best(self, checkpoint: str, best: str, sums: Mapping[str, str]) -> None:
+        """Copies the checkpoint, which has no towers to be added."""
+        copy_checkpoint(checkpoint, best, sums=sums)
+
+
 def input_of(
     config: Config, frames: str, features: str, settings: dict[str, Any] | None = None
 ) -> TrainInput:
@@ -361,6 +390,8 @@ def input_of(
         features: the feature store.
         settings: of the feature store, if known.
     """
+    if not config.has_towers:
+        return ImportedInput(config, features, settings)
     if config.train.input == "features":
         return FeatureInput(config, features, settings)
     return FrameInput(config, frames)

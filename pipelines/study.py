@@ -34,7 +34,7 @@ from gare.storage.files import exists, join, read_json, write_atomically, write_
 from gare.storage.run_folder import RESULT
 from gare.study.plan import PlannedRun, StudyPlan, as_typed, plan_study, read_study
 from gare.study.results import StudyResults, summarise
-from pipelines import evaluate, extract, prepare, train
+from pipelines import evaluate, extract, import_features, prepare, train
 from pipelines.sizes import sizes_of_weights
 
 logger = logging.getLogger(__name__)
@@ -160,9 +160,12 @@ def _minutes(seconds: float) -> str:
 
 
 def _make_data(config: Config) -> None:
-    """Prepares a data set and extracts what is missing of it."""
+    """Prepares a data set and extracts what is missing of it, or imports its features."""
     raise_if_asked()
     logger.info("data set %s", config.name)
+    if config.data.is_imported:
+        import_features.run(config)
+        return
     prepare.run(config)
     extract.run(config)
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gare.data.benchmarks.formats.captions_file import SPLIT_NAMES
-from gare.data.benchmarks.formats.records import decode_text
+from gare.data.benchmarks.formats.texts import decode_text
 from gare.data.collected_errors import CollectedErrors, join_first
 from gare.data.manifest import Manifest, ManifestRow
 from gare.data.noise import describe_noise, draw_exchange, exchange_captions

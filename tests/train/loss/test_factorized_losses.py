@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -64,6 +64,24 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
     )
 
 
+def rounding_of_small_deviations(
+    model: GARE, text: TextFeatures, video: VideoFeatures, config: LossConfig, draws: StepRandomness
+) -> float:
+    """Returns float64's relative error of the smallest σ² that is a quadratic form of the coefficients.
+
+    Its terms are as large as the largest deviations of the same owner, and the gradient of log σ is 1/σ. Two
+    texts can have nearly the same number in one of 32 dimensions: with seed 348188921 σ is 6e-8 beside 1e-3,
+    and the error 4e-8. The direct form subtracts the numbers themselves and loses half as many digits.
+    """
+    with torch.no_grad():
+        deltas = model.scorer.deltas(text, video, draws.keep)
+    if deltas is None or not config.bottleneck_weight:
+        return 0.0
+    spread = deltas.std(dim=0 if config.bottleneck_anchor == "video" else 1)
+    share = spread / spread.square().mean(dim=-1, keepdim=True).sqrt()
+    return float(torch.finfo(torch.float64).eps / share.amin().square())
+
+
 MODELS: list[dict[str, Any]] = [
     {"corrected_side": side, "context": context, "gap_sign": sign, "increment_heads": heads}
     for side, context, sign, heads in itertools.product(
@@ -74,6 +92,27 @@ MODELS += [{"query": "text", "corrected_side": side} for side in ("text", "video
 MODELS += [{"increment": False}, {"increment": False, "pooling": "mean"}]
 
 
+#: Where σ of one dimension is 6e-8, see ``rounding_of_small_deviations``.
+SMALL_DEVIATION: dict[str, Any] = {
+    "variant": MODELS[0],
+    "switches": {
+        "kl_reduction": "sum",
+        "kl_normalised": False,
+        "bottleneck_anchor": "video",
+        "prior_std": 1.0,
+        "radii_bound_form": "hard",
+        "direction_form": "log_mean_exp",
+        "direction_over": "all",
+        "positives": "diagonal",
+    },
+    "dropout": 0.3,
+    "memory_mb": 1.0,
+    "num_pairs": 2,
+    "seed": 348188921,
+}
+
+
+@example(**SMALL_DEVIATION)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     variant=st.sampled_from(MODELS),
@@ -122,7 +161,9 @@ def test_losses_and_gradients_equal_the_direct_form(
         text = replace(text, embedding=text.embedding * (1 + 1e-12 * torch.randn_like(text.embedding)))
         video = replace(video, frames=video.frames * (1 + 1e-12 * torch.randn_like(video.frames)))
         _, beside = gradients("direct", model, text, video, config, draws, video_ids)
-        bound = worst(beside, expected)[0]
+        bound = max(
+            worst(beside, expected)[0], rounding_of_small_deviations(model, text, video, config, draws)
+        )
     assert difference < bound, name
 
 

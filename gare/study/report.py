@@ -7,7 +7,8 @@ import textwrap
 from matplotlib.figure import Figure
 
 from gare.report.pictures import FAINT, INK, LINES, RIGHT, WRONG, as_png, drawable
-from gare.study.results import Comparison, StudyResults, more_is_better
+from gare.retrieval.results.table import more_is_better
+from gare.study.results import Comparison, StudyResults
 from gare.study.statistics import LEVEL, POWER
 
 #: Columns of scores.

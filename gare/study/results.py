@@ -6,13 +6,14 @@ S seeds, Q queries.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gare.retrieval.results.evaluation import Evaluation, why_not_comparable
-from gare.retrieval.results.queries import require_same_queries
+from gare.retrieval.results.queries import DIRECTIONS, require_same_queries
+from gare.retrieval.results.table import more_is_better
 from gare.study.plan import Cell, StudyPlan
 from gare.study.statistics import LEVEL, Effect, holm, mean_and_deviation, paired_effect
 
@@ -108,11 +109,6 @@ def _metrics_of(scores: CellScores) -> list[str]:
     return [] if not scores.by_seed else list(next(iter(scores.by_seed.values())))
 
 
-def more_is_better(measure: str) -> bool:
-    """Returns True for a recall, False for a rank."""
-    return measure.rpartition("/")[2].startswith("R")
-
-
 def summarise(plan: StudyPlan, evaluations: Evaluations) -> StudyResults:
     """Compares what is done.
 
@@ -136,14 +132,10 @@ def summarise(plan: StudyPlan, evaluations: Evaluations) -> StudyResults:
     p_values = [one.effects[measure].p_value for one in found if one.effects]
     corrected = iter(holm(p_values))
     comparisons = tuple(
-        Comparison(
-            one.reference,
-            one.cell,
-            one.seeds,
-            one.effects,
-            next(corrected) if one.effects else 1.0,
-            one.reason,
-            plan.file.expected.get(one.cell.levels[plan.file.reference.factor], ""),
+        replace(
+            one,
+            corrected=next(corrected) if one.effects else 1.0,
+            expected=plan.file.expected.get(one.cell.levels[plan.file.reference.factor], ""),
         )
         for one in found
     )
@@ -165,21 +157,21 @@ def _compare(plan: StudyPlan, reference: Cell, cell: Cell, evaluations: Evaluati
             return Comparison(reference, cell, seeds, {}, reason=f"other data: {'; '.join(reasons)}")
         require_same_queries(first.queries, second.queries)
     effects = {}
-    for measure in MEASURES:
-        direction = measure.partition("/")[0]
-        table = pairs[0][0].queries.of_direction(direction)
-        if not len(table):
+    for direction in DIRECTIONS:
+        tables = [[one.queries.of_direction(direction) for one in pair] for pair in pairs]
+        if not len(tables[0][0]):
             continue
-        of_reference = np.stack([_values(one, measure) for one, _ in pairs])
-        of_cell = np.stack([_values(other, measure) for _, other in pairs])
-        videos = table["video_id"].to_numpy(zero_copy_only=False)
-        effects[measure] = paired_effect(of_reference, of_cell, videos)
+        # (2, S, Q), the reference first.
+        ranks = np.stack([[table["rank"].to_numpy() for table in pair] for pair in tables], axis=1)
+        videos = tables[0][0]["video_id"].to_numpy(zero_copy_only=False)
+        for measure in (one for one in MEASURES if one.startswith(direction)):
+            of_reference, of_cell = _values(ranks, measure)
+            effects[measure] = paired_effect(of_reference, of_cell, videos)
     return Comparison(reference, cell, seeds, effects)
 
 
-def _values(evaluation: Evaluation, measure: str) -> NDArray[np.float64]:
-    """Returns the value of each query (Q,), whose mean is the measure."""
-    direction, _, name = measure.partition("/")
-    ranks = evaluation.queries.of_direction(direction)["rank"].to_numpy()
+def _values(ranks: NDArray[np.float64], measure: str) -> NDArray[np.float64]:
+    """Returns the value of each query, whose mean is the measure."""
+    name = measure.rpartition("/")[2]
     values = ranks if name == "MnR" else 100.0 * (ranks <= int(name[1:]))
     return np.asarray(values, np.float64)

@@ -106,7 +106,7 @@ def test_in_an_extended_file_and_a_list_they_are_refused_too(tmp_path: Path) -> 
     [("8", 8), ("08", 8), ("09", 9), ("+8", 8), ("1_000", 1000), ("0", None), ("'8'", 8), ("0o10", None)],
 )
 def test_decimal_numbers_are_taken(text: str, value: int | None, tmp_path: Path) -> None:
-    """What can only be read in one way needs no refusal."""
+    """A value with one reading needs no refusal."""
     if value is None:
         assert f"train.epochs: got {text}" in message_of(tmp_path, "", f"train.epochs={text}").replace(
             "'", ""

@@ -149,7 +149,7 @@ def test_empty_manifest_is_refused() -> None:
 
 
 def test_videos_may_all_be_without_captions(manifest: Manifest, tmp_path: Path) -> None:
-    """Who only wants to search has none; training has to say so, whatever reads the manifest first."""
+    """People who only want to search have none; training has to say so, whatever reads the manifest first."""
     rows = tuple(replace(row, captions=()) for row in ROWS)
     silent, said = str(tmp_path / "silent.parquet"), str(tmp_path / "said.parquet")
     write_manifest(Manifest(rows, "folder", "own split"), silent)

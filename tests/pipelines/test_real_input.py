@@ -49,7 +49,7 @@ def test_real_clips_go_the_whole_way(ray_local: None, shared: Path) -> None:
 
 
 def test_videos_alone_are_extracted(trained: dict[str, Any], shared: Path, tmp_path: Path) -> None:
-    """Who only wants to search has no captions; frames and features are made all the same."""
+    """People who only want to search have no captions; frames and features are made all the same."""
     for video in ("red", "green", "blue"):
         (tmp_path / f"{video}.mp4").symlink_to(shared / "data" / "faults" / "videos" / f"{video}.mp4")
     config = tiny(

@@ -142,7 +142,7 @@ def _read_struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, Any
         elif kind == _STRUCT:
             fields[number], place = _read_struct(data, place, depth + 1)
         elif kind == _BINARY:
-            size, place = _read_varint(data, place)
+            size, place = read_varint(data, place)
             place += size
         elif kind == _BYTE:
             place += 1
@@ -151,7 +151,8 @@ def _read_struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, Any
     return fields, place + 1
 
 
-def _read_varint(data: bytes, place: int) -> tuple[int, int]:
+def read_varint(data: bytes, place: int) -> tuple[int, int]:
+    """Reads a Thrift number of any length; returns it and the place behind it."""
     value = shift = 0
     while True:
         byte = data[place]
@@ -162,5 +163,5 @@ def _read_varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _read_integer(data: bytes, place: int) -> tuple[int, int]:
-    value, place = _read_varint(data, place)
+    value, place = read_varint(data, place)
     return (value >> 1) ^ -(value & 1), place

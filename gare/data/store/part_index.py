@@ -31,6 +31,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gare.data.store.pages import read_varint
+
 INDEX, PLACES = "gare.index", "gare.places"
 #: Bytes that are read from the end of a part. An index of 1,000 clips takes about half of it.
 TAIL_BYTES = 160 * 1024
@@ -322,7 +324,7 @@ def _walk(footer: bytes, place: int) -> Iterator[tuple[str, bytes]]:
     if footer[place] == _LIST:
         count, after = footer[place + 1] >> 4, place + 2
         if count == 15:
-            count, after = _read_varint(footer, place + 2)
+            count, after = read_varint(footer, place + 2)
     if footer[after:] != _ORDER * count + b"\0":
         raise ValueError("not the end of the footer")
 
@@ -330,17 +332,7 @@ def _walk(footer: bytes, place: int) -> Iterator[tuple[str, bytes]]:
 def _read_binary(data: bytes, place: int) -> tuple[bytes, int]:
     if data[place] != _BINARY:
         raise ValueError("not text")
-    size, place = _read_varint(data, place + 1)
+    size, place = read_varint(data, place + 1)
     if place + size > len(data):
         raise ValueError("longer than the footer")
     return data[place : place + size], place + size
-
-
-def _read_varint(data: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[place]
-        value |= (byte & 127) << shift
-        place, shift = place + 1, shift + 7
-        if byte < 128:
-            return value, place

@@ -212,12 +212,12 @@ def _difference_row(differences: dict[str, Difference]) -> Row:
         low, high = (found.interval.low, found.interval.high) if found else (0.0, 0.0)
         cells.append(f"{found.difference:+.1f} [{low:+.1f}, {high:+.1f}]" if found else "")
         if low > 0 or high < 0:
-            (better if (low > 0) == _more_is_better(metric) else worse).add(column)
+            (better if (low > 0) == more_is_better(metric) else worse).add(column)
     cells = ["second − first, 95 % interval", *cells]
     return Row("difference", tuple(cells), frozenset(better), frozenset(worse))
 
 
-def _more_is_better(metric: str) -> bool:
+def more_is_better(metric: str) -> bool:
     """Returns True for a recall, False for a rank."""
     return metric.rpartition("/")[2].startswith("R")
 
@@ -252,7 +252,7 @@ def _mean_row(label: str, means: Means, others: Sequence[Means]) -> Row:
         mean, deviation = means.get(metric, (None, None))
         cells.append(_number(mean) + ("" if deviation is None else f" ± {deviation:.1f}"))
         known = [one[metric][0] for one in others if metric in one]
-        best = (max if _more_is_better(metric) else min)(known, default=None)
+        best = (max if more_is_better(metric) else min)(known, default=None)
         # If all are the same, none is the best.
         if mean is not None and mean == best and len(set(known)) > 1:
             better.add(column)

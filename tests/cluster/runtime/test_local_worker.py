@@ -1,4 +1,4 @@
-"""What the processes of a local Ray are told, so that Ray's own threads find it and nothing else."""
+"""Setup of the processes of a local Ray, so that Ray's own threads find it and nothing else."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_the_database_lies_in_the_root_whatever_its_name(name: str, tmp_path: Pa
 
 
 def test_a_location_given_as_a_uri_is_encoded_already() -> None:
-    """What a person encodes is not encoded once more."""
+    """A person's own encoding is not encoded once more."""
     uri = resolve_tracking_uri("sqlite:///my%20runs.db", "/a%b")
     assert uri == "sqlite+pysqlite:////a%25b/my%20runs.db"
     assert sqlite_file(uri) == Path("/a%b/my runs.db")
@@ -37,7 +37,7 @@ def test_a_location_given_as_a_uri_is_encoded_already() -> None:
 def test_the_variable_of_mlflow_is_said_not_to_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who has set it looks for the runs there."""
+    """A person who has set it looks for the runs there."""
     tracking = parse_config({}).tracking
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@elsewhere:5000")
     connect(tracking, str(tmp_path))

@@ -261,7 +261,7 @@ def test_a_table_that_may_be_cut_off_is_said(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nasty_captions_come_back(form: str, rng: np.random.Generator) -> None:
-    """Whatever a caption holds, in any form and encoding, it is the one that was written."""
+    """A caption is the one that was written, in any form and encoding."""
     expected = draw_captions(rng, 200)
     for name, content in layouts(form, expected):
         found = read(name, content)

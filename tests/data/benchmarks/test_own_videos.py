@@ -265,7 +265,7 @@ def test_a_file_that_no_caption_names_renames_no_clip(case: Case) -> None:
 
 
 def test_videos_without_captions(case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Who only wants to search has a folder; captions that come later find the same clips."""
+    """People who only want to search have a folder; captions that come later find the same clips."""
     case.add("a.mp4", "sub/b.mkv", "c.avi", "c.mp4", "notes.txt", "._a.mp4")
     (case.videos / "broken.mp4").symlink_to(tmp_path / "nowhere")
     with caplog.at_level(logging.WARNING):

@@ -119,7 +119,7 @@ def test_missing_byte_arrays_are_not_guessed(values: list[list[bytes | None]]) -
     "options", [{"compression": "snappy"}, {"data_page_version": "2.0"}, {"use_dictionary": True}]
 )
 def test_byte_arrays_of_other_pages_are_left_to_pyarrow(options: dict[str, Any]) -> None:
-    """Who rewrites a store with another program reads it all the same, more slowly."""
+    """A store that another program rewrote is read all the same, more slowly."""
     with pytest.raises(UnknownPageError):
         byte_arrays(*chunk_of_bytes([[b"picture"] * 4], **options))
 

@@ -31,7 +31,7 @@ from gare.config import Config
 from gare.errors import ConfigError, GareError
 from gare.retrieval.results.evaluation import Evaluation, read_evaluation
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
-from gare.storage.run_folder import RESULT
+from gare.storage.run_folder import RESULT, RunFolder
 from gare.study.plan import PlannedRun, StudyPlan, as_typed, plan_study, read_study
 from gare.study.results import StudyResults, summarise
 from pipelines import evaluate, extract, import_features, prepare, train
@@ -60,9 +60,9 @@ def run(config: Config) -> dict[str, Any]:
         raise ConfigError("is empty", where="study.file", accepted="--study NAME, such as noise")
     name, file = read_study(config.study.file)
     seeds = None if config.study.seeds == "auto" else config.study.seeds
-    plan = plan_study(config, name, file, seeds)
+    plan = plan_study(config, name, file, seeds, checkpoint_of=_best_of)
     records = StudyRecords(join(layout(config).root, "studies", config.name, name))
-    left = [one for one in plan.runs if not records.is_done(one)]
+    left = [one for one in (*plan.starts, *plan.runs) if not records.is_done(one)]
     if config.study.dry_run:
         return _say_plan(plan, records, left)
     started = time.monotonic()
@@ -71,7 +71,11 @@ def run(config: Config) -> dict[str, Any]:
         with ray_session(config.cluster):
             for one in {run.config.name: run.config for run in left}.values():
                 _make_data(one)
-            failed = _run_all(config, records, left, len(plan.runs))
+            # What others start from comes first; where it failed, they are left.
+            failed = _run_all(config, records, [one for one in left if one in plan.starts])
+            ready = [one for one in left if one not in plan.starts]
+            ready = [one for one in ready if one.start is None or one.start.name not in failed]
+            failed |= _run_all(config, records, ready)
     result = _finish(config, plan, records, time.monotonic() - started)
     if failed:
         first = next(iter(failed.values()))
@@ -129,11 +133,12 @@ class StudyRecords:
 
 def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]) -> dict[str, Any]:
     """Prints the settings, and how long what is left takes if runs of the study are done already."""
-    done = records.seconds(plan.runs)
+    done = records.seconds([*plan.starts, *plan.runs])
     each = statistics.median(done) if done else None
     lines = [
         f"{plan.file.title}: {len(plan.cells)} settings × {len(plan.seeds)} seeds = {len(plan.runs)} runs, "
-        f"{len(left)} left",
+        + (f"after {len(plan.starts)} that they start from, " if plan.starts else "")
+        + f"{len(left)} left",
     ]
     for cell in plan.cells:
         settings = (
@@ -148,7 +153,7 @@ def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]
     sys.stderr.write("\n".join(lines) + "\n")
     return {
         "study": plan.name,
-        "runs": len(plan.runs),
+        "runs": len(plan.starts) + len(plan.runs),
         "left": [run.name for run in left],
         "seconds_each": each,
         "seconds": None if each is None else round(each * len(left), 1),
@@ -170,11 +175,12 @@ def _make_data(config: Config) -> None:
     extract.run(config)
 
 
-def _run_all(
-    config: Config, records: StudyRecords, left: Sequence[PlannedRun], total: int
-) -> dict[str, GareError]:
-    """Runs what is left as Ray tasks, several at a time; returns the errors of those that failed."""
+def _run_all(config: Config, records: StudyRecords, left: Sequence[PlannedRun]) -> dict[str, GareError]:
+    """Runs what is left as Ray tasks, several at a time; returns the errors of those that failed, by run."""
     import ray
+
+    if not left:
+        return {}
 
     # No resources of their own: the trainings that they start reserve them.
     task: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(_train_and_evaluate)
@@ -208,13 +214,18 @@ def _run_all(
                 logger.info(
                     "%s: %s %.2f after %s; %d of %d left, about %s",
                     *(one.name, "t2v R@1", result["metrics"]["t2v/R1"], _minutes(result["seconds"])),
-                    *(rest, total, _minutes(about)),
+                    *(rest, len(left), _minutes(about)),
                 )
     finally:
         for reference in pending:
             # As Ctrl-C does: a training then keeps a checkpoint and says so.
             ray.cancel(reference, force=False, recursive=True)
     return failed
+
+
+def _best_of(config: Config) -> str:
+    """Returns the folder of the best checkpoint that a run has or will have."""
+    return RunFolder(layout(config).run(config.train.run)).best
 
 
 def _parallel(config: Config, one: Config) -> int:
@@ -247,11 +258,13 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
 
     evaluations: dict[tuple[str, int], Evaluation] = {}
     children: list[str] = []
-    for one in plan.runs:
-        if records.is_done(one):
-            record = records.read(one)
+    for one in (*plan.starts, *plan.runs):
+        if not records.is_done(one):
+            continue
+        record = records.read(one)
+        children.append(record["mlflow_run_id"])
+        if one not in plan.starts:
             evaluations[one.cell.name, one.seed] = read_evaluation(record["evaluation"])
-            children.append(record["mlflow_run_id"])
     results = summarise(plan, evaluations)
     markdown, figure = study_table(results), study_figure(results)
     write_atomically(join(records.uri, "table.md"), markdown.encode())

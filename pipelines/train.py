@@ -116,7 +116,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         mend_best(checkpoints, folder.best, source, finished)
         return finished
     # Validate everything that can fail before deleting or writing.
-    if config.train.clip_weights and not earlier:
+    if (config.train.clip_weights or config.train.start_from) and not earlier:
         source.check_weights()
     tracker = connect(config.tracking, places.root)
     with ray_session(config.cluster):
@@ -149,7 +149,8 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    train = config.train.model_copy(update={"clip_weights": absolute(config.train.clip_weights)})
+    named = {key: absolute(getattr(config.train, key)) for key in ("clip_weights", "start_from")}
+    train = config.train.model_copy(update=named)
     features = config.features.model_copy(update={"weights": absolute(config.features.weights)})
     return config.model_copy(update={"train": train, "features": features})
 

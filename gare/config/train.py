@@ -142,9 +142,23 @@ class TrainConfig(Section):
         "",
         description="CLIP to start from: OpenAI's .pt, a state dict or a Hugging Face folder; empty: none",
     )
-    freeze: Literal["auto", "none", "patch_conv", "image", "text", "towers"] = Field(
+    start_from: str = Field(
+        "",
+        description="checkpoint of a run whose weights this one starts from, such as its best/; parts that "
+        "only this model has, such as ψ, start new; empty: none",
+    )
+    increment_start: Literal["random", "zero"] = Field(
+        "random",
+        description="ψ's output layer at the start; random: as released; zero: no increment, so that the "
+        "first step is the baseline's",
+    )
+    freeze: Literal["auto", "none", "patch_conv", "image", "text", "towers", "encoders"] = Field(
         "auto",
-        description="what of CLIP does not learn; auto: patch_conv with clip_weights, as released, else none",
+        description="what of CLIP does not learn; encoders: towers and adapters; auto: patch_conv with "
+        "clip_weights or start_from, as released, else none",
+    )
+    encoder_lr_factor: Positive = Field(
+        1.0, description="factor on the learning rates of CLIP's towers (clip_lr) and of adapters (lr)"
     )
     precision: Literal["auto", "float32", "bf16", "fp16_released"] = Field(
         "auto",
@@ -209,7 +223,7 @@ class TrainConfig(Section):
     @property
     def towers_learn(self) -> bool:
         """True if training changes the towers, apart from their logit scale, which no ranking depends on."""
-        return self.input == "frames" and self.freeze != "towers" and self.clip_lr > 0
+        return self.input == "frames" and self.freeze not in ("towers", "encoders") and self.clip_lr > 0
 
     @model_validator(mode="after")
     def _fp16_is_the_released_recipe(self) -> TrainConfig:
@@ -223,6 +237,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _frozen_parts_know_something(self) -> TrainConfig:
-        if self.freeze in ("image", "text", "towers") and not self.clip_weights:
-            raise ValueError(f"freeze {self.freeze} would keep random weights: set clip_weights")
+        trained = self.clip_weights or self.start_from
+        if self.freeze in ("image", "text", "towers", "encoders") and not trained:
+            raise ValueError(
+                f"freeze {self.freeze} would keep random weights: set clip_weights or start_from"
+            )
         return self

@@ -73,6 +73,12 @@ class Increment(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    @torch.no_grad()
+    def start_at_zero(self) -> None:
+        """Sets the output layer to zero: no increment, until it has learned one."""
+        self.mean.weight.zero_()
+        self.mean.bias.zero_()
+
     @property
     def first(self) -> IncrementLayer:
         """The first layer, the only one in the factorised form."""

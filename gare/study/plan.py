@@ -2,7 +2,9 @@
 
 A study file is YAML: ``title``, ``question``, ``factors`` (by name, the levels of each with their settings),
 ``reference`` (the factor and level that others are compared with), and optionally ``measure``, ``split``,
-``seeds``, ``common`` settings of all runs, and ``expected`` directions by level.
+``seeds``, ``common`` settings of all runs, ``start``, and ``expected`` directions by level. Where there is a
+``start``, a run with its settings is trained first for each seed and data set, and the others start from its
+weights, but for levels with a ``train.start_from`` of their own, such as an empty one.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +34,9 @@ SHIPPED = Path(__file__).resolve().parents[2] / "conf" / "studies"
 DATA_SECTIONS = ("data", "extract", "features", "sources")
 #: Settings that a study decides itself.
 _OWN = ("name", "train.run", "train.seed", "train.overwrite", "storage", "tracking", "study")
+
+#: Name of the runs that others start from, and the key for their weights.
+START, _START_KEY = "start", "train.start_from"
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]
 #: Settings by dotted key.
@@ -57,6 +62,8 @@ class StudyFile(BaseModel):
     factors: Annotated[dict[Word, dict[Word, Settings]], Field(min_length=1)]
     reference: Reference
     common: Settings = {}
+    #: Settings of the runs that the others start from; None: they start from nothing.
+    start: Settings | None = None
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     measure: Literal["t2v/R1", "t2v/R5", "t2v/R10", "t2v/MnR", "v2t/R1", "v2t/R5", "v2t/R10", "v2t/MnR"] = (
         "t2v/R1"
@@ -74,6 +81,8 @@ class StudyFile(BaseModel):
             )
         if unknown := sorted(set(self.expected) - set(levels)):
             raise ValueError(f"expected names {', '.join(unknown)}, which are no levels of the reference")
+        if self.start is not None and START in next(iter(self.factors.values())):
+            raise ValueError(f"a level has the name {START}, as have the runs that others start from")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds are given twice")
         for where, settings in self._settings():
@@ -89,7 +98,7 @@ class StudyFile(BaseModel):
             for factor, levels in self.factors.items()
             for level, settings in levels.items()
         ]
-        return [("common", self.common), *by_level]
+        return [("common", self.common), ("start", self.start or {}), *by_level]
 
 
 @dataclass(frozen=True)
@@ -120,11 +129,13 @@ class PlannedRun:
         cell: the combination of levels.
         seed: of the training.
         config: complete settings.
+        start: the run that it starts from; None: it starts from nothing, or from what its settings name.
     """
 
     cell: Cell
     seed: int
     config: Config
+    start: PlannedRun | None = None
 
     @property
     def name(self) -> str:
@@ -149,6 +160,7 @@ class StudyPlan:
         seeds: of the trainings.
         cells: all combinations of levels.
         runs: one for each cell and seed, seed by seed, so that an interrupted study has whole seeds.
+        starts: the runs that others start from, which are not compared.
     """
 
     name: str
@@ -156,6 +168,7 @@ class StudyPlan:
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     runs: tuple[PlannedRun, ...]
+    starts: tuple[PlannedRun, ...] = ()
 
     def comparisons(self) -> list[tuple[Cell, Cell]]:
         """Returns the pairs of reference and other cell, which differ in the reference's factor alone."""
@@ -230,7 +243,14 @@ def _without_types(tree: Any, depth: int = 0, *, keep: bool = False) -> Any:
     return tree.value if isinstance(tree, Typed) and not keep else tree
 
 
-def plan_study(config: Config, name: str, file: StudyFile, seeds: int | None = None) -> StudyPlan:
+def plan_study(
+    config: Config,
+    name: str,
+    file: StudyFile,
+    seeds: int | None = None,
+    *,
+    checkpoint_of: Callable[[Config], str],
+) -> StudyPlan:
     """Plans all runs of a study.
 
     A cell that changes the data has a data set of its own, named after the configuration's and the levels
@@ -241,6 +261,7 @@ def plan_study(config: Config, name: str, file: StudyFile, seeds: int | None = N
         name: of the study.
         file: its file.
         seeds: number of seeds, the file's first ones and then those that follow; None: the file's.
+        checkpoint_of: returns the folder of a run's best checkpoint.
 
     Raises:
         ConfigError: for a level with settings that do not fit; all faults are in the one message.
@@ -248,15 +269,35 @@ def plan_study(config: Config, name: str, file: StudyFile, seeds: int | None = N
     chosen = file.seeds if seeds is None else _first_seeds(file.seeds, seeds)
     cells = tuple(_cells(file))
     runs, faults = [], []
+    starts: dict[tuple[str, int], PlannedRun] = {}
     for seed, cell in itertools.product(chosen, cells):
         try:
-            runs.append(PlannedRun(cell, seed, _config_of(config, name, file, cell, seed)))
+            start = _start_of(config, name, file, cell, seed)
+            if start is not None:
+                start = starts.setdefault((start.config.name, seed), start)
+                cell_with_start = {_START_KEY: checkpoint_of(start.config), **cell.settings}
+            else:
+                cell_with_start = dict(cell.settings)
+            planned = _config_of(config, name, file, replace(cell, settings=cell_with_start), seed)
+            runs.append(PlannedRun(cell, seed, planned, start))
         except ConfigError as error:
             if seed == chosen[0]:
                 faults.append(str(error))
     if faults:
-        raise ConfigError("\n".join(faults), where=f"study {name}")
-    return StudyPlan(name, file, chosen, cells, tuple(runs))
+        raise ConfigError("\n".join(dict.fromkeys(faults)), where=f"study {name}")
+    return StudyPlan(name, file, chosen, cells, tuple(runs), tuple(starts.values()))
+
+
+def _start_of(config: Config, study: str, file: StudyFile, cell: Cell, seed: int) -> PlannedRun | None:
+    """Returns the run that those of a cell start from, on the same data; None if there is none."""
+    if file.start is None or _START_KEY in cell.settings:
+        return None
+    levels = {factor: level for factor, level in cell.levels.items() if _changes_data(file, factor, level)}
+    settings: Settings = {}
+    for factor, level in levels.items():
+        settings |= file.factors[factor][level]
+    start = Cell("-".join([START, *levels.values()]), levels, settings | file.start)
+    return PlannedRun(start, seed, _config_of(config, study, file, start, seed))
 
 
 def _first_seeds(seeds: tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -293,8 +334,8 @@ def as_typed(value: Any) -> str:
 
 def _own_data(file: StudyFile, cell: Cell) -> str:
     """Names the levels of a cell that change the data."""
-    return "-".join(
-        level
-        for factor, level in cell.levels.items()
-        if any(key.split(".")[0] in DATA_SECTIONS for key in file.factors[factor][level])
-    )
+    return "-".join(level for factor, level in cell.levels.items() if _changes_data(file, factor, level))
+
+
+def _changes_data(file: StudyFile, factor: str, level: str) -> bool:
+    return any(key.split(".")[0] in DATA_SECTIONS for key in file.factors[factor][level])

@@ -13,6 +13,7 @@ from cluster.layout import Layout
 from cluster.tracking.client import client
 from cluster.tracking.tracker import connect
 from gare.storage.files import delete_tree
+from gare.train.checkpoint.files import read_config
 from pipelines import study
 from tests.helpers.pipelines import in_process, tiny
 
@@ -92,11 +93,16 @@ def test_a_study_is_run_interrupted_and_continued(
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(
-    benchmark: dict[str, Any], tiny_yaml: str, root: Path, capsys: pytest.CaptureFixture[str]
+    benchmark: dict[str, Any],
+    places: Layout,
+    tiny_yaml: str,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One setting that diverges must not cost the night."""
     path = root / "diverging.yaml"
-    factors = {"rate": {"usual": {}, "huge": {"train.lr": 1e30, "train.clip_lr": 1e30}}}
+    huge = {"train.lr": 1e30, "train.clip_lr": 1e30, "train.start_from": ""}
+    factors = {"rate": {"usual": {}, "huge": huge}}
     path.write_text(
         yaml.safe_dump(
             STUDY
@@ -105,15 +111,18 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
                 "reference": {"factor": "rate", "level": "usual"},
                 "expected": {},
                 "seeds": [0],
+                "start": {"model.increment": False},
             }
         )
     )
     arguments = ("--config", tiny_yaml, "--study", str(path), "cluster.train_workers=1")
     answer = in_process(capsys, study.run, *arguments, flags=study.FLAGS)
     assert answer.status == 4, answer.stderr
-    assert "1 of 2 runs failed: diverging-huge-seed0" in answer.stderr
+    assert "1 of 3 runs failed: diverging-huge-seed0" in answer.stderr
     assert "NOT COMPLETE: 1 of 2 runs are missing" in answer.stderr
     assert "| usual | 1 |" in answer.stderr
+    begun = read_config(places.run("diverging-usual-seed0") + "/best")
+    assert begun.train.start_from == places.run("diverging-start-seed0") + "/best"
 
 
 def test_no_study_is_named(tiny_yaml: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gare.config import parse_config
+from gare.config import Config, parse_config
 from gare.errors import ConfigError
-from gare.study.plan import SHIPPED, StudyFile, plan_study, read_study
+from gare.study.plan import SHIPPED, StudyFile, StudyPlan, read_study
+from gare.study.plan import plan_study as plan_with_starts
 from tests.helpers.pipelines import tiny
 
 NOISE = {
@@ -26,6 +27,14 @@ NOISE = {
 
 def file(**changes: object) -> StudyFile:
     return StudyFile.model_validate(NOISE | changes)
+
+
+def plan_study(config: Config, name: str, found: StudyFile, seeds: int | None = None) -> StudyPlan:
+    return plan_with_starts(config, name, found, seeds, checkpoint_of=checkpoint_of)
+
+
+def checkpoint_of(config: Config) -> str:
+    return f"/runs/{config.name}/{config.train.run}/best"
 
 
 def test_a_grid_has_every_combination_once_a_seed() -> None:
@@ -65,6 +74,30 @@ def test_each_setting_is_compared_with_the_reference_beside_it() -> None:
     ]
 
 
+def test_runs_start_from_one_run_for_each_seed_and_data_set() -> None:
+    """Models that are compared must begin with the same encoders, learned from the same pairs."""
+    factors = NOISE["factors"] | {
+        "encoders": {"scratch": {"train.start_from": ""}, "slow": {"train.lr": 0.1}}
+    }
+    plan = plan_study(tiny(), "noise", file(factors=factors, start={"model.increment": False}))
+    assert [(one.config.name, one.name) for one in plan.starts] == [
+        ("tiny", "noise-start-seed3"),
+        ("tiny-few", "noise-start-few-seed3"),
+        ("tiny", "noise-start-seed4"),
+        ("tiny-few", "noise-start-few-seed4"),
+    ]
+    assert {one.config.model.increment for one in plan.starts} == {False}
+    assert {one.config.train.epochs for one in plan.starts} == {2}
+    for run in plan.runs:
+        if run.cell.levels["encoders"] == "scratch":
+            assert (run.start, run.config.train.start_from) == (None, "")
+        else:
+            assert run.start in plan.starts
+            assert (run.start.seed, run.start.config.data) == (run.seed, run.config.data)
+            assert run.config.train.start_from == checkpoint_of(run.start.config)
+    assert len({run.digest for run in (*plan.starts, *plan.runs)}) == 20
+
+
 @pytest.mark.parametrize(("count", "seeds"), [(1, (3,)), (4, (3, 4, 5, 6))])
 def test_number_of_seeds(count: int, seeds: tuple[int, ...]) -> None:
     """More seeds go on behind those of the file, so that what is done stays."""
@@ -91,6 +124,8 @@ def test_a_digest_is_of_what_changes_the_result_alone() -> None:
         ({"factors": {"model": {"a b": {}}}}, "factors"),
         ({"measure": "t2v/MdR"}, "measure"),
         ({"tilte": ""}, "tilte"),
+        ({"start": {"train.run": "mine"}}, "start sets train.run, which the study sets itself"),
+        ({"start": {}, "factors": {"model": {"start": {}, "baseline": {}}}}, "a level has the name start"),
     ],
     ids=str,
 )

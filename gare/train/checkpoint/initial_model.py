@@ -19,20 +19,71 @@ logger = logging.getLogger(__name__)
 
 
 def initial_model(config: Config) -> GARE:
-    """Builds a new model with the run's seed, and towers from ``train.clip_weights`` if that is set.
+    """Builds a new model with the run's seed, with the weights that ``train`` names to start from.
 
     A run that learns from features starts with the towers that made them; imported ones have none.
 
     Raises:
         CheckpointError: for weights that cannot be used.
-        ConfigError: where ``model.clip`` has other sizes than they.
+        ConfigError: where ``model.clip`` has other sizes than they, or ``train.start_from`` another part.
     """
+    model = _new_model(config)
+    if config.train.start_from:
+        made_features = config.has_towers and config.train.input == "features"
+        _take_weights(model, config.train.start_from, towers=not made_features)
+    if config.train.increment_start == "zero" and model.increment is not None:
+        model.increment.start_at_zero()
+    return model
+
+
+def _new_model(config: Config) -> GARE:
     if not config.has_towers:
         torch.manual_seed(config.train.seed)
         return new_model(config)
     if config.train.input == "features":
         return feature_model(config)
     return _start(config, config.train.clip_weights)
+
+
+def _take_weights(model: GARE, uri: str, *, towers: bool) -> None:
+    """Copies the parts that a checkpoint shares with a model: towers, temporal transformer, adapters, ψ.
+
+    Args:
+        model: to copy into.
+        uri: checkpoint folder.
+        towers: whether to take the towers too; the logit scale is taken in any case.
+
+    Raises:
+        CheckpointError: for a checkpoint that cannot be read.
+        ConfigError: if a part has other sizes, or none is shared.
+    """
+    source = load_checkpoint(uri)
+    taken, new = [], []
+    for name, part in model.named_children():
+        if name == "towers" and not (towers and isinstance(part, ClipTowers)):
+            continue
+        given = getattr(source, name)
+        if given is None or (name == "towers" and not isinstance(given, ClipTowers)):
+            new.append(name)
+            continue
+        mine, theirs = part.state_dict(), given.state_dict()
+        if {key: one.shape for key, one in mine.items()} != {key: one.shape for key, one in theirs.items()}:
+            raise ConfigError(
+                f"{name} has other sizes than that of train.start_from",
+                where=uri,
+                accepted="the model settings of that run",
+            )
+        part.load_state_dict(theirs)
+        taken.append(name)
+    if not taken:
+        raise ConfigError(
+            "shares no part with this model",
+            where=uri,
+            accepted="a checkpoint with towers, a temporal transformer, adapters or an increment",
+        )
+    with torch.no_grad():
+        model.logit_scale.copy_(source.logit_scale)
+    logger.info("start from %s: %s%s", uri, ", ".join(taken), f"; new: {', '.join(new)}" if new else "")
 
 
 def feature_model(config: Config) -> GARE:
@@ -107,7 +158,7 @@ def fault_of_zero_shot(weights: str) -> str:
         train, name = trained.train, f"the training {trained.name}/{trained.train.run}"
         if train.towers_learn:
             return f"{name} changed them"
-        weights = train.clip_weights
+        weights = train.start_from or train.clip_weights
         if train.input == "features":
             weights = trained.features.weights or weights
         if not weights:

@@ -18,13 +18,13 @@ EPS = 1e-6
 
 
 def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
-    """Builds AdamW or BertAdam with groups by tower: one rate for CLIP, one for the rest, no decay on biases.
+    """Builds AdamW or BertAdam with groups by part: one rate for CLIP, one for the rest, no decay on biases.
 
     β₁ 0.9, β₂ 0.98, ε 1e-6 as in the released training; the groups hold their peak rate as ``peak_lr``.
     """
     groups: list[dict[str, object]] = []
-    for name, parameters in _parameter_groups(model):
-        peak = config.lr if name.startswith("head/") else config.clip_lr
+    for name, parameters in _parameter_groups(model, config):
+        peak = _peak_rate(name.split("/")[0], config)
         decay = 0.0 if name.endswith("bias") else config.weight_decay
         groups.append(
             {"name": name, "params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
@@ -36,11 +36,16 @@ def build_optimizer(model: GARE, config: TrainConfig) -> Optimizer:
     return AdamW(groups, betas=(0.9, 0.98), eps=EPS, fused=True)
 
 
+def _peak_rate(part: str, config: TrainConfig) -> float:
+    rate = config.lr if part in ("head", "adapters") else config.clip_lr
+    return rate if part in ("head", "scale") else rate * config.encoder_lr_factor
+
+
 def freeze(model: GARE, config: TrainConfig) -> None:
-    """Turns off gradients in the parts of CLIP that ``train.freeze`` names; the logit scale always learns."""
+    """Turns off gradients in the parts that ``train.freeze`` names; the logit scale always learns."""
     what = config.freeze
     if what == "auto":
-        what = "patch_conv" if config.clip_weights else "none"
+        what = "patch_conv" if config.clip_weights or config.start_from else "none"
     for name, parameter in model.named_parameters():
         tower = _tower(name)
         frozen = {
@@ -49,26 +54,33 @@ def freeze(model: GARE, config: TrainConfig) -> None:
             "image": tower == "image",
             "text": tower == "text",
             "towers": tower in ("image", "text"),
+            "encoders": tower in ("image", "text", "adapters"),
         }
         if frozen[what]:
             parameter.requires_grad_(False)
 
 
 def _tower(name: str) -> str:
-    """Returns image, text, scale or head for the name of a parameter of ``GARE``."""
+    """Returns image, text, scale, adapters or head for the name of a parameter of ``GARE``."""
+    if name.startswith("adapters."):
+        return "adapters"
     if not name.startswith("towers.clip."):
         return "head"
     part = name.removeprefix("towers.clip.").split(".")[0]
     return "scale" if part == "logit_scale" else "text" if part.startswith("text") else "image"
 
 
-def _parameter_groups(model: GARE) -> Iterator[tuple[str, list[nn.Parameter]]]:
+def _parameter_groups(model: GARE, config: TrainConfig) -> Iterator[tuple[str, list[nn.Parameter]]]:
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         kind = "bias" if name.endswith("bias") else "weight"
-        groups.setdefault(f"{_tower(name)}/{kind}", []).append(parameter)
+        part = _tower(name)
+        if part == "adapters" and config.encoder_lr_factor == 1:
+            # One group, as in checkpoints of versions without the factor.
+            part = "head"
+        groups.setdefault(f"{part}/{kind}", []).append(parameter)
     yield from groups.items()
 
 
@@ -122,9 +134,10 @@ def rate_factor_released(step: int, num_steps: float, warmup_fraction: float) ->
 def reach_of_towers(config: TrainConfig, num_steps: int) -> float:
     """Estimates the farthest that a weight of the towers can move in a run.
 
-    It is clip_lr times the sum of the schedule's factors: an update of Adam is hardly longer than 1.
+    It is their rate times the sum of the schedule's factors: an update of Adam is hardly longer than 1.
     """
-    return config.clip_lr * sum(_rate_factor_of_run(step, num_steps, config) for step in range(num_steps))
+    factors = (_rate_factor_of_run(step, num_steps, config) for step in range(num_steps))
+    return _peak_rate("image", config) * sum(factors)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

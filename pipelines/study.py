@@ -11,7 +11,7 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.command import Flag, main
@@ -33,7 +33,8 @@ from gare.retrieval.results.evaluation import Evaluation, read_evaluation
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
 from gare.storage.run_folder import RESULT, RunFolder
 from gare.study.plan import PlannedRun, StudyPlan, as_typed, plan_study, read_study
-from gare.study.results import StudyResults, summarise
+from gare.study.results import StudyResults, at_end, summarise
+from gare.train.checkpoint.history import History
 from pipelines import evaluate, extract, import_features, prepare, train
 from pipelines.sizes import sizes_of_weights
 
@@ -254,9 +255,10 @@ def _train_and_evaluate(config: Config) -> dict[str, Any]:
 
 def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: float) -> dict[str, Any]:
     """Writes and logs the table and the figure of all that is done."""
-    from gare.study.report import study_figure, study_table
+    from gare.study.report import diagnostics_figure, study_figure, study_table
 
     evaluations: dict[tuple[str, int], Evaluation] = {}
+    diagnostics: dict[tuple[str, int], dict[str, float]] = {}
     children: list[str] = []
     for one in (*plan.starts, *plan.runs):
         if not records.is_done(one):
@@ -265,17 +267,23 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
         children.append(record["mlflow_run_id"])
         if one not in plan.starts:
             evaluations[one.cell.name, one.seed] = read_evaluation(record["evaluation"])
-    results = summarise(plan, evaluations)
-    markdown, figure = study_table(results), study_figure(results)
+            history = RunFolder(layout(one.config).run(one.name)).history
+            if exists(history):
+                diagnostics[one.cell.name, one.seed] = at_end(History.read(history).steps)
+    results = summarise(plan, evaluations, diagnostics)
+    markdown = study_table(results)
+    pictures = {"study.png": study_figure(results), "diagnostics.png": diagnostics_figure(results)}
+    drawn = {name: picture for name, picture in pictures.items() if picture}
     write_atomically(join(records.uri, "table.md"), markdown.encode())
-    write_atomically(join(records.uri, "figure.png"), figure)
+    for name, picture in drawn.items():
+        write_atomically(join(records.uri, name), picture)
     sys.stderr.write(markdown)
     places = layout(config)
-    run_id = _log(connect(config.tracking, places.root), plan, records, results, (markdown, figure), children)
+    run_id = _log(connect(config.tracking, places.root), plan, records, results, (markdown, drawn), children)
     result = {
         "study": plan.name,
         "table": join(records.uri, "table.md"),
-        "figure": join(records.uri, "figure.png"),
+        "figure": join(records.uri, "study.png"),
         "done": len(evaluations),
         "missing": list(results.missing),
         "comparisons": [_comparison(one, plan.file.measure) for one in results.comparisons],
@@ -307,11 +315,11 @@ def _log(
     plan: StudyPlan,
     records: StudyRecords,
     results: StudyResults,
-    pages: tuple[str, bytes],
+    pages: tuple[str, Mapping[str, bytes]],
     children: Sequence[str],
 ) -> str:
     """Writes one MLflow run for the study, above those of its trainings; returns its id."""
-    markdown, figure = pages
+    markdown, pictures = pages
     record = join(records.uri, RESULT)
     run_id = read_json(record)["mlflow_run_id"] if exists(record) else None
     tags = {"kind": "study", "split": plan.file.split, "study": plan.name}
@@ -319,7 +327,8 @@ def _log(
     handle.log_metrics(results.numbers(), 0)
     handle.log_text("table.md", markdown)
     handle.describe(markdown)
-    handle.log_figure_bytes("study.png", figure)
+    for name, picture in pictures.items():
+        handle.log_figure_bytes(name, picture)
     for child in children:
         tracker.nest(child, handle)
     handle.finish()

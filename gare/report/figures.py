@@ -88,11 +88,13 @@ def increments_picture(steps: Mapping[str, Sequence[tuple[int, float]]], title: 
         return None
     angles = {name: points for name, points in delta.items() if "cos" in name or "angle" in name}
     distances = {name: points for name, points in delta.items() if name.startswith("distance")}
-    norms = {name: points for name, points in delta.items() if name not in angles | distances}
+    spread = {name: points for name, points in delta.items() if name == "sigma"}
+    norms = {name: points for name, points in delta.items() if name not in angles | distances | spread}
     panels = [
         (norms, "Lengths", "length"),
         (distances, "Distances of text and video", "distance"),
         (angles, "Angles of Δ", "cosine"),
+        (spread, "Spread of Δ over the texts of a video", "σ"),
         (gap, "Modality gap", "value"),
     ]
     panels = [panel for panel in panels if panel[0]]

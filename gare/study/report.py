@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gare.report.pictures import FAINT, INK, LINES, RIGHT, WRONG, as_png, drawable
 from gare.retrieval.results.table import more_is_better
-from gare.study.results import Comparison, StudyResults
+from gare.study.results import DIAGNOSTICS, CellScores, Comparison, StudyResults
 from gare.study.statistics import LEVEL, POWER
 
 #: Columns of scores.
@@ -42,7 +45,58 @@ def study_table(results: StudyResults) -> str:
     ]
     lines += [_comparison_row(one, file.measure) for one in results.comparisons]
     lines += ["", *(f"- {note}" for note in _notes(results)), ""]
+    lines += _diagnostics_table(results)
     return "\n".join(lines)
+
+
+#: Diagnostics as they are called in the table and the figure.
+_DIAGNOSTICS = {
+    "tension/cancelled_before": "cancelled, without Δ",
+    "tension/cancelled": "cancelled",
+    "gap/modality": "modality gap",
+    "gap/alignment": "alignment",
+    "delta/cos_gap_positive": "cos(Δ, gap), own",
+    "delta/cos_gap_negative": "cos(Δ, gap), others",
+    "delta/norm_positive": "‖Δ‖, own",
+    "delta/norm_negative": "‖Δ‖, others",
+    "delta/text_norm_before": "‖t‖",
+    "delta/sigma": "σ",
+}
+
+
+def _measured(results: StudyResults) -> list[str]:
+    """Returns the diagnostics that any run has."""
+    return [name for name in DIAGNOSTICS if any(one.diagnostic(name) for one in results.scores)]
+
+
+def _diagnostics_table(results: StudyResults) -> list[str]:
+    names = _measured(results)
+    if not names:
+        return []
+    lines = [
+        "## Measures of the training, at its end",
+        "",
+        f"| setting | {' | '.join(_DIAGNOSTICS[name] for name in names)} |",
+        "| --- |" + " ---: |" * len(names),
+    ]
+    for scores in results.scores:
+        cells = [_measure(scores.diagnostic(name)) for name in names]
+        lines.append(f"| {scores.cell.name} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "- Cancelled: share of the gradients at a text that cancel each other, with Δ unless said. Own: a "
+        "text and its video; others: a text and another video of the batch. Modality gap: distance of the "
+        "means of texts and videos. σ: spread of a video's increments over texts.",
+        "",
+    ]
+
+
+def _measure(found: tuple[float, float | None] | None) -> str:
+    if found is None:
+        return ""
+    mean, deviation = found
+    return f"{mean:.3g}" + ("" if deviation is None else f" ± {deviation:.1g}")
 
 
 def _comparison_row(one: Comparison, measure: str) -> str:
@@ -99,12 +153,8 @@ def study_figure(results: StudyResults) -> bytes:
     figure.suptitle(drawable("\n".join(textwrap.wrap(file.title, 100))), color=INK, weight="bold", size=13)
     widths = (1.0 + longest / 60, 1.0 + longest / 60)
     left, right = figure.subplots(1, 2, width_ratios=widths)
-    for at, scores in enumerate(results.scores):
-        values = [metrics[file.measure] for metrics in scores.by_seed.values()]
-        left.plot(values, [at] * len(values), "o", color=LINES[0], alpha=0.45, markersize=5)
-        if values:
-            left.plot([sum(values) / len(values)], [at], "|", color=INK, markersize=16, markeredgewidth=2.2)
-    left.set_yticks(range(len(results.scores)), [drawable(one.cell.name) for one in results.scores])
+    values = [_values_of(results, scores) for scores in results.scores]
+    _draw_dots(left, [one.cell.name for one in results.scores], values)
     left.set_title(f"{file.measure} on {file.split}: a dot a seed, the mean as a line", size=10, color=INK)
     right.axvline(0, color=FAINT, linewidth=1)
     for at, one in enumerate(results.comparisons):
@@ -123,11 +173,57 @@ def study_figure(results: StudyResults) -> bytes:
         size=10,
         color=INK,
     )
-    for axes, count in ((left, len(results.scores)), (right, len(labels))):
-        axes.set_ylim(max(count, 1) - 0.5, -0.5)
-        axes.tick_params(labelsize=9, colors=INK)
-        axes.grid(axis="x", color="#e6e8ec", linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+    _style(right, len(labels))
     return as_png(figure)
+
+
+def diagnostics_figure(results: StudyResults) -> bytes | None:
+    """Draws the measures of the trainings beside the score, a panel each.
+
+    Returns:
+        A PNG; None if nothing was measured.
+    """
+    names = _measured(results)
+    if not names:
+        return None
+    panels: dict[str, list[list[float]]] = {}
+    panels[results.plan.file.measure] = [_values_of(results, one) for one in results.scores]
+    for name in names:
+        panels[_DIAGNOSTICS[name]] = [
+            [found[name] for found in one.diagnostics.values() if name in found] for one in results.scores
+        ]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (4.0 * columns, (1.0 + 0.26 * len(results.scores)) * rows)
+    figure = Figure(figsize=size, dpi=100, facecolor="white", layout="constrained")
+    every = np.atleast_1d(figure.subplots(rows, columns, sharey=True)).ravel()
+    for axes, (heading, values) in zip(every, panels.items(), strict=False):
+        _draw_dots(axes, [one.cell.name for one in results.scores], values)
+        axes.set_title(drawable(heading), size=10, color=INK)
+        axes.locator_params(axis="x", nbins=4)
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
+    return as_png(figure)
+
+
+def _values_of(results: StudyResults, scores: CellScores) -> list[float]:
+    return [metrics[results.plan.file.measure] for metrics in scores.by_seed.values()]
+
+
+def _draw_dots(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]]) -> None:
+    """Draws a row for each setting: a dot a seed, and their mean as a line."""
+    for at, some in enumerate(values):
+        axes.plot(some, [at] * len(some), "o", color=LINES[0], alpha=0.45, markersize=5)
+        if some:
+            axes.plot([sum(some) / len(some)], [at], "|", color=INK, markersize=14, markeredgewidth=2.2)
+    axes.set_yticks(range(len(names)), [drawable(name) for name in names])
+    _style(axes, len(names))
+
+
+def _style(axes: Axes, rows: int) -> None:
+    axes.set_ylim(max(rows, 1) - 0.5, -0.5)
+    axes.tick_params(labelsize=9, colors=INK)
+    axes.grid(axis="x", color="#e6e8ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -5,8 +5,8 @@ S seeds, Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,22 @@ from gare.study.statistics import LEVEL, Effect, holm, mean_and_deviation, paire
 
 #: Measures that are a mean over queries, so that differences have an error over them, too.
 MEASURES = ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MnR", "v2t/R1", "v2t/R5", "v2t/R10", "v2t/MnR")
+#: What the paper argues with, of a training: how much of the gradient at a text cancels, without and with Δ;
+#: the distance of the modalities; angles and lengths of Δ; the spread that the bottleneck holds.
+DIAGNOSTICS = (
+    "tension/cancelled_before",
+    "tension/cancelled",
+    "gap/modality",
+    "gap/alignment",
+    "delta/cos_gap_positive",
+    "delta/cos_gap_negative",
+    "delta/norm_positive",
+    "delta/norm_negative",
+    "delta/text_norm_before",
+    "delta/sigma",
+)
+#: Points of a training that are taken for its end.
+LAST = 3
 #: Evaluations by cell and seed.
 Evaluations = Mapping[tuple[str, int], Evaluation]
 
@@ -30,14 +46,32 @@ class CellScores:
     Attributes:
         cell: the combination of levels.
         by_seed: metrics of each run that is done, by seed.
+        diagnostics: measures of each run's training at its end, by seed; see ``at_end``.
     """
 
     cell: Cell
     by_seed: dict[int, dict[str, float]]
+    diagnostics: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def mean(self, metric: str) -> tuple[float, float | None]:
         """Returns mean and deviation over the seeds; the deviation of one seed is None."""
         return mean_and_deviation([metrics[metric] for metrics in self.by_seed.values()])
+
+    def diagnostic(self, name: str) -> tuple[float, float | None] | None:
+        """Returns mean and deviation of a diagnostic over the seeds; None where no run has it."""
+        values = [found[name] for found in self.diagnostics.values() if name in found]
+        return mean_and_deviation(values) if values else None
+
+
+def at_end(points: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, float]:
+    """Returns each measure of a training as it was at the end: the mean of its last points.
+
+    Args:
+        points: (step, value) by name.
+    """
+    return {
+        name: float(np.mean([value for _, value in some[-LAST:]])) for name, some in points.items() if some
+    }
 
 
 @dataclass(frozen=True)
@@ -97,6 +131,9 @@ class StudyResults:
                 found[f"{scores.cell.name}/{metric}/mean"] = mean
                 if deviation is not None:
                     found[f"{scores.cell.name}/{metric}/deviation"] = deviation
+            for name in DIAGNOSTICS:
+                if measured := scores.diagnostic(name):
+                    found[f"{scores.cell.name}/{name}/mean"] = measured[0]
         for comparison in self.comparisons:
             for metric, effect in comparison.effects.items():
                 found[f"{comparison.cell.name}/{metric}/difference"] = effect.difference
@@ -109,13 +146,19 @@ def _metrics_of(scores: CellScores) -> list[str]:
     return [] if not scores.by_seed else list(next(iter(scores.by_seed.values())))
 
 
-def summarise(plan: StudyPlan, evaluations: Evaluations) -> StudyResults:
+def summarise(
+    plan: StudyPlan,
+    evaluations: Evaluations,
+    diagnostics: Mapping[tuple[str, int], dict[str, float]] | None = None,
+) -> StudyResults:
     """Compares what is done.
 
     Args:
         plan: of the study.
         evaluations: of the runs that are done.
+        diagnostics: of their trainings' ends, by cell and seed.
     """
+    diagnostics = diagnostics or {}
     scores = tuple(
         CellScores(
             cell,
@@ -124,6 +167,7 @@ def summarise(plan: StudyPlan, evaluations: Evaluations) -> StudyResults:
                 for seed in plan.seeds
                 if (cell.name, seed) in evaluations
             },
+            {seed: diagnostics[cell.name, seed] for seed in plan.seeds if (cell.name, seed) in diagnostics},
         )
         for cell in plan.cells
     )

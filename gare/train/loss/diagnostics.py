@@ -68,6 +68,20 @@ class _Rows:
             return (self.pairs.weights * products_ML1).sum(dim=1).T
         return (self.pairs.weights * (self.basis @ self.video.mean.T)).sum(dim=1)
 
+    def deltas(self, num_videos: int) -> Tensor:
+        """Builds Δ_ij (S, V, D) of at most a number of videos, evenly chosen."""
+        assert self.pairs.weights is not None
+        assert self.basis is not None
+        count = self.video.mean.shape[0]
+        chosen = torch.linspace(0, count - 1, min(num_videos, count)).long().to(self.text.device)
+        if self.by_video:
+            return torch.einsum("vls,vld->svd", self.pairs.weights[chosen], self.basis[chosen])
+        return torch.einsum("slv,sld->svd", self.pairs.weights[:, :, chosen], self.basis)
+
+
+#: Videos whose increments are built to measure their spread over texts.
+SPREAD_VIDEOS = 32
+
 
 @torch.no_grad()
 def diagnose(scorer: PairScorer, seen: StepObservations, num_texts: int) -> dict[str, float]:
@@ -76,7 +90,8 @@ def diagnose(scorer: PairScorer, seen: StepObservations, num_texts: int) -> dict
     ``tension/``: for each text the gradient of the diagonal's InfoNCE at its (corrected) embedding, summed
     over videos: its length (net), the sum of lengths (gross) and the share that cancels, with Δ and before it
     (the paper's Figures 2, 4, 7). ``delta/``: angles of Δ to the gap and to the text, lengths and distances,
-    of positive and negative pairs (Figures 3, 8). ``gap/``: distance of the modalities' means, alignment and
+    of positive and negative pairs (Figures 3, 8); ``delta/sigma``, the bottleneck's σ_j over these texts, its
+    mean over dimensions and some videos. ``gap/``: distance of the modalities' means, alignment and
     uniformity (Wang & Isola, arXiv 2005.10242) of unit embeddings.
 
     Args:
@@ -183,6 +198,8 @@ def _delta(scorer: PairScorer, rows: _Rows) -> dict[str, Tensor]:
     for name, values in numbers.items():
         measures[f"delta/{name}_positive"] = values[positive].mean()
         measures[f"delta/{name}_negative"] = values[~positive].mean()
+    if len(rows.text) > 1:  # a single row has no spread
+        measures["delta/sigma"] = rows.deltas(SPREAD_VIDEOS).std(dim=0).mean()
     return measures
 
 

@@ -89,6 +89,7 @@ def test_measures_are_those_of_the_increments(variant: dict[str, Any], seed: int
     for name, values in numbers.items():
         expected[f"delta/{name}_positive"] = values[positive].mean()
         expected[f"delta/{name}_negative"] = values[~positive].mean()
+    expected["delta/sigma"] = delta.std(dim=0).mean()
     expected["gap/modality"] = (t.mean(0) - mean.mean(0)).norm()
     unit_t, unit_v = functional.normalize(t, dim=1), functional.normalize(mean, dim=1)
     expected["gap/alignment"] = (unit_t - unit_v).norm(dim=1).square().mean()
@@ -140,7 +141,7 @@ def test_a_worker_of_one_pair_measures_no_spread(seed: int) -> None:
     sides = replace(seen.sides, others=seen.sides.others[torch.tensor([2])], own=slice(2, 3))
     found = diagnose(model.scorer, replace(seen, sides=sides), N)
     assert "gap/alignment" in found
-    assert not any(name.startswith("gap/uniformity") for name in found)
+    assert not any(name.startswith("gap/uniformity") or name == "delta/sigma" for name in found)
     assert np.isfinite(list(found.values())).all()
 
 

@@ -1,0 +1,66 @@
+"""The table and the figures of a study, from results that were made up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gare.study.plan import StudyFile, plan_study
+from gare.study.report import diagnostics_figure, study_figure, study_table
+from gare.study.results import CellScores, StudyResults, at_end
+from tests.helpers.pictures import pixels_of
+from tests.helpers.pipelines import tiny
+
+FILE = StudyFile.model_validate(
+    {
+        "title": "Increment | or none",
+        "factors": {"model": {"baseline": {"model.increment": False}, "gare": {}}},
+        "reference": {"factor": "model", "level": "baseline"},
+        "seeds": [0, 1],
+    }
+)
+SCORES = {f"{way}/{name}": 10.0 for way in ("t2v", "v2t") for name in ("R1", "R5", "R10", "MdR", "MnR")}
+
+
+@pytest.fixture
+def results() -> StudyResults:
+    plan = plan_study(tiny(), "made-up", FILE, checkpoint_of=lambda config: "/best")
+    baseline, gare = (
+        CellScores(cell, {seed: SCORES | {"t2v/R1": 10.0 + seed} for seed in plan.seeds})
+        for cell in plan.cells
+    )
+    measured = {
+        0: {"tension/cancelled": 0.5, "delta/sigma": 0.01},
+        1: {"tension/cancelled": 0.7, "delta/sigma": 0.03},
+    }
+    return StudyResults(plan, (baseline, replace(gare, diagnostics=measured)), ())
+
+
+def test_measures_of_the_training_stand_beside_the_scores(results: StudyResults) -> None:
+    table = study_table(results)
+    assert "# Increment \\| or none" in table
+    assert "| baseline | 2 | 10.50 ± 0.71 |" in table
+    head, rule, *rows = table[table.index("| setting | cancelled") :].splitlines()[:4]
+    assert head == "| setting | cancelled | σ |"
+    assert rule == "| --- | ---: | ---: |"
+    assert rows == ["| baseline |  |  |", "| gare | 0.6 ± 0.1 | 0.02 ± 0.01 |"]
+    assert results.numbers()["gare/delta/sigma/mean"] == pytest.approx(0.02)
+
+
+def test_figures_have_a_panel_for_each_measure(results: StudyResults) -> None:
+    picture = diagnostics_figure(results)
+    assert picture is not None
+    assert pixels_of(picture).shape[1] == 3 * 400  # the score, and two measures
+    assert pixels_of(study_figure(results)).shape[1] == 1300
+
+
+def test_nothing_measured_is_nothing_drawn(results: StudyResults) -> None:
+    bare = replace(results, scores=tuple(replace(one, diagnostics={}) for one in results.scores))
+    assert diagnostics_figure(bare) is None
+    assert "Measures of the training" not in study_table(bare)
+
+
+def test_the_end_of_a_training_is_its_last_points() -> None:
+    points = {"gap/modality": [(50, 9.0), (100, 1.0), (150, 2.0), (200, 3.0)], "delta/norm": []}
+    assert at_end(points) == {"gap/modality": 2.0}

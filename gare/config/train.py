@@ -66,6 +66,11 @@ class LossConfig(Section):
         description="what a text's positives are in a batch: its own clip, as in the paper; or every clip of "
         "its video",
     )
+    false_negatives: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="τ⁺: share of a text's negatives taken to be right as well; above 0 the negatives of "
+        "InfoNCE are debiased (arXiv 2007.00224), with the diagonal as positives",
+    )
 
     def samples_texts(self, num_pairs: int, width: int) -> bool:
         """True if the directional diversity of a batch is computed on a sample of its texts.
@@ -77,6 +82,12 @@ class LossConfig(Section):
         else:
             sampled = self.direction_over == "sample"
         return sampled and bool(self.direction_weight) and self.direction_texts < num_pairs
+
+    @model_validator(mode="after")
+    def _false_negatives_are_known_or_guessed(self) -> LossConfig:
+        if self.false_negatives and self.positives == "video":
+            raise ValueError("false_negatives has no form with positives video: take positives=diagonal")
+        return self
 
     @model_validator(mode="after")
     def _radii_bound_leaves_the_term(self) -> LossConfig:

@@ -5,6 +5,7 @@ N texts, M videos, D embedding width. Every term is a scalar.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -19,7 +20,9 @@ DIRECTION_FLOOR = 1e-8
 NOISE_ULPS = 16
 
 
-def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def info_nce(
+    scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None, false_negatives: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Computes InfoNCE over rows (text→video) and columns (video→text), means over the batch.
 
     CE_rows(κS) = mean_i −log softmax_j(κ s_ij) at j = i; the other direction on Sᵀ.
@@ -30,8 +33,20 @@ def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None
         video_ids_N: the video of each pair; all pairs of a video are then each other's positives, and a row's
             term is the mean of −log softmax over them (SupCon's "out" form, arXiv 2004.11362). None for the
             paper's diagonal.
+        false_negatives: τ⁺ of ``debiased_nce``, with the diagonal as positives; 0 for the paper's.
     """
     logits_NN = scale * scores_NN
+    if false_negatives:
+        positive_N = logits_NN.diagonal()
+        eye_NN = torch.eye(len(logits_NN), dtype=torch.bool, device=logits_NN.device)
+        negative_NN = logits_NN.masked_fill(eye_NN, -torch.inf)
+        of_rows, of_columns = (
+            debiased_nce(
+                positive_N, negative_NN.logsumexp(dim), len(logits_NN), scale, false_negatives
+            ).mean()
+            for dim in (1, 0)
+        )
+        return of_rows, of_columns
     if video_ids_N is None:
         target_N = torch.arange(len(logits_NN), device=logits_NN.device)
         return functional.cross_entropy(logits_NN, target_N), functional.cross_entropy(logits_NN.T, target_N)
@@ -40,6 +55,34 @@ def info_nce(scores_NN: Tensor, scale: Tensor, video_ids_N: Tensor | None = None
         -(share_NN * logits.log_softmax(dim=1)).sum(dim=1).mean() for logits in (logits_NN, logits_NN.T)
     )
     return rows, columns
+
+
+def debiased_nce(
+    positive_n: Tensor, negatives_n: Tensor, num_pairs: int, scale: Tensor, rate: float
+) -> Tensor:
+    """Computes −log( e^p / (e^p + (N−1)·G) ) with G = max( (mean_neg e^l − τ⁺ e^p) / (1 − τ⁺), e^{−κ} ).
+
+    A share τ⁺ of the negatives is taken to be false, as near to the anchor as its positive; e^{−κ} is the
+    least that a negative can give.
+
+    Args:
+        positive_n: p, logits of the positives.
+        negatives_n: log Σ e^l over the N − 1 others of each anchor.
+        num_pairs: N, at least two.
+        scale: κ.
+        rate: τ⁺.
+
+    Source: Chuang et al., arXiv 2007.00224, with one positive.
+    """
+    least_n = -scale - positive_n
+    apart_n = negatives_n - math.log(num_pairs - 1) - positive_n
+    lowest_n = torch.logaddexp(math.log1p(-rate) + least_n, least_n.new_tensor(math.log(rate)))
+    # Near the bound the difference of both is lost in rounding.
+    above_n = (apart_n > lowest_n) & (math.log(rate) - apart_n < -1e-6)
+    safe_n = torch.where(above_n, apart_n, 0.0)
+    debiased_n = safe_n + torch.log1p(-rate * (-safe_n).exp()) - math.log1p(-rate)
+    ratio_n = torch.where(above_n, debiased_n, least_n)
+    return functional.softplus(ratio_n + math.log(num_pairs - 1))
 
 
 def positive_shares(own_n: Tensor, all_N: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,7 +125,7 @@ def loss_terms(
     draws = draws or StepRandomness()
     pairs = model.scorer.pairs(text, video, draws.keep)
     scale = model.logit_scale.exp()
-    nce = info_nce(pairs.scores, scale, video_ids)
+    nce = info_nce(pairs.scores, scale, video_ids, config.false_negatives)
     zero = torch.zeros_like(nce[0])
     if pairs.delta is None:
         return _weighted(config, nce, (zero, zero, zero), scale)

@@ -33,7 +33,14 @@ from gare.train.loss.blocks import (
 )
 from gare.train.loss.direction import factorized_direction
 from gare.train.loss.gather import Rows, max_over_workers, sum_over_workers, world_size
-from gare.train.loss.losses import NOISE_ULPS, bounded, divergence, positive_shares, rounding_noise
+from gare.train.loss.losses import (
+    NOISE_ULPS,
+    bounded,
+    debiased_nce,
+    divergence,
+    positive_shares,
+    rounding_noise,
+)
 
 #: Bytes, on a CPU, of a chunk of texts whose cosines are computed together.
 CHUNK_BYTES = 32 * MEGABYTE
@@ -118,7 +125,11 @@ def loss_shares(
     blocks = list(blocks_of(scorer, sides, wanted, reference))
     logits = scale * _join(sides, [block.scores for block in blocks])
     columns = _columns(logits)
-    nce = _info_nce(logits, columns, own, video_ids)
+    nce = (
+        _debiased_nce(logits, scale, own, config.false_negatives)
+        if config.false_negatives
+        else _info_nce(logits, columns, own, video_ids)
+    )
     seen = None
     if watched:
         plain = _join(sides, [block.plain for block in blocks if block.plain is not None])
@@ -176,6 +187,20 @@ def _info_nce(logits: Tensor, columns: Tensor, own: slice, video_ids: Tensor | N
     # If a video has several captions, some may be other workers' rows; summed over all workers, rows and
     # columns have the same positives.
     return (logits.logsumexp(dim=1).sum() - positive) / num_pairs, (columns[own].sum() - positive) / num_pairs
+
+
+def _debiased_nce(logits: Tensor, scale: Tensor, own: slice, rate: float) -> tuple[Tensor, Tensor]:
+    """Sums the debiased rows of its texts and columns of its videos, over N; logits (n, N)."""
+    num_pairs = logits.shape[1]
+    positive = logits[:, own].diagonal()
+    is_own = torch.zeros_like(logits, dtype=torch.bool)
+    is_own[:, own].fill_diagonal_(True)
+    negative = logits.masked_fill(is_own, -torch.inf)
+    rows, columns = (
+        debiased_nce(positive, sums, num_pairs, scale, rate).sum() / num_pairs
+        for sums in (negative.logsumexp(dim=1), _columns(negative)[own])
+    )
+    return rows, columns
 
 
 def _owners_bottleneck(sides: PairSides, blocks: list[Block], config: LossConfig) -> Tensor:

@@ -103,8 +103,8 @@ SMALL_DEVIATION: dict[str, Any] = {
         "radii_bound_form": "hard",
         "direction_form": "log_mean_exp",
         "direction_over": "all",
-        "positives": "diagonal",
     },
+    "pairs": {},
     "dropout": 0.3,
     "memory_mb": 1.0,
     "num_pairs": 2,
@@ -125,9 +125,9 @@ SMALL_DEVIATION: dict[str, Any] = {
             "radii_bound_form": st.sampled_from(["hard", "smooth"]),
             "direction_form": st.sampled_from(["log_mean_exp", "orthogonality"]),
             "direction_over": st.sampled_from(["all", "sample"]),
-            "positives": st.sampled_from(["diagonal", "video"]),
         }
     ),
+    pairs=st.sampled_from([{}, {"positives": "video"}, {"false_negatives": 0.1}]),
     dropout=st.sampled_from([0.0, 0.3]),
     memory_mb=st.sampled_from([1.0, 256.0]),
     num_pairs=st.integers(2, 9),
@@ -136,6 +136,7 @@ SMALL_DEVIATION: dict[str, Any] = {
 def test_losses_and_gradients_equal_the_direct_form(
     variant: dict[str, Any],
     switches: dict[str, Any],
+    pairs: dict[str, Any],
     dropout: float,
     memory_mb: float,
     num_pairs: int,
@@ -145,7 +146,7 @@ def test_losses_and_gradients_equal_the_direct_form(
     torch.manual_seed(seed)
     model = head(32, increment_dropout=dropout, memory_mb=memory_mb, **variant).train()
     text, video = features(num_pairs, num_pairs, 4, 5, 32, torch.float64)
-    config = LossConfig(**LOUD, direction_texts=2, **switches)
+    config = LossConfig(**LOUD, direction_texts=2, **switches, **pairs)
     video_ids = torch.randint(0, num_pairs, (num_pairs,)) if config.positives == "video" else None
     draws = StepRandomness.of_step(model.scorer, config, num_pairs, seed)
     direct, expected = gradients("direct", model, text, video, config, draws, video_ids)

@@ -32,6 +32,34 @@ def test_info_nce_by_hand() -> None:
     assert float(columns) == pytest.approx((math.log(2) + math.log(1 + math.exp(-1))) / 2)
 
 
+def test_debiased_negatives_by_hand(seed: int) -> None:
+    """The formula as it is written, at scores where no exponential is lost."""
+    torch.manual_seed(seed)
+    scores, scale, rate = torch.rand(6, 6, dtype=torch.float64) * 2 - 1, torch.tensor(3.0), 0.1
+    expected = []
+    for one in (scores, scores.T):
+        e = (scale * one).exp()
+        positive = e.diagonal()
+        negatives = (e.sum(dim=1) - positive) / 5
+        least = math.exp(-float(scale))
+        guessed = ((negatives - rate * positive) / (1 - rate)).clamp(min=least)
+        expected.append((-(positive / (positive + 5 * guessed)).log()).mean())
+    found = info_nce(scores, scale, None, rate)
+    torch.testing.assert_close(found, tuple(expected))
+    # A share near zero is the paper's loss.
+    torch.testing.assert_close(info_nce(scores, scale, None, 1e-12), info_nce(scores, scale))
+
+
+def test_debiased_negatives_are_finite_at_any_score() -> None:
+    """κ reaches 100, and the exponential of 200 is no float32."""
+    scores = torch.tensor([[1.0, -1.0], [1.0, -1.0]], requires_grad=True)
+    for rate in (1e-3, 0.1, 0.9):
+        loss = torch.stack(info_nce(scores, torch.tensor(100.0), None, rate)).sum()
+        (gradient,) = torch.autograd.grad(loss, scores)
+        assert torch.isfinite(loss)
+        assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("prior", [0.1, 1.0, 10.0])
 def test_bottleneck_by_hand(prior: float) -> None:
     """β weighs it against InfoNCE, so a wrong factor would move every result of Tables 3 and 6."""
@@ -139,3 +167,5 @@ def test_info_nce_gradient_equals_finite_differences(seed: int) -> None:
     scores = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
     scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(info_nce, (scores, scale))
+    # Away from the bound, where the debiased form has a corner.
+    assert torch.autograd.gradcheck(lambda *given: info_nce(*given, None, 0.01), (0.1 * scores, scale))

@@ -43,7 +43,7 @@ AUTO = "auto"
 _PLACES = {
     "storage": ("root",),
     "features": ("weights",),
-    "train": ("run", "clip_weights"),
+    "train": ("run", "clip_weights", "start_from"),
     "evaluate": ("checkpoint", "compare", "suite", "sync", "zero_shot"),
 }
 
@@ -95,11 +95,13 @@ class Config(Section):
     def _store_fits_model(self, info: ValidationInfo) -> Config:
         faults = feature_faults(self.train, self.model, self.augment, self.features, self.evaluate)
         faults += imported_faults(self.data, self.train, self.model, self.features, self.evaluate)
-        if self.train.freeze == "towers" and not self.model.learns_without_towers:
+        if self.train.freeze in ("towers", "encoders") and not self._has_unfrozen_part():
             faults.append(
-                "train.freeze towers would leave nothing to learn: model.temporal is none, and "
-                "model.increment and model.adapters are off"
+                f"train.freeze {self.train.freeze} would leave nothing to learn: model.temporal is none, and "
+                "model.increment and model.adapters are off or frozen"
             )
+        if self.loss.dropout_spread and (reason := self.model.why_no_dropout_spread):
+            faults.append(f"loss.dropout_spread has no form with {reason}")
         has_frames = not self.data.is_imported
         differs = has_frames and self.extract.image_size != self.model.clip.image_size
         if differs and info.context != SIZES_UNKNOWN:
@@ -134,6 +136,11 @@ class Config(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _has_unfrozen_part(self) -> bool:
+        if self.train.freeze == "encoders":
+            return self.model.learns_without_encoders
+        return self.model.learns_without_towers
 
     @property
     def has_towers(self) -> bool:

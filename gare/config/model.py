@@ -168,7 +168,26 @@ class ModelConfig(Section):
     @property
     def learns_without_towers(self) -> bool:
         """True if the model has weights beside the towers'."""
-        return self.temporal == "transformer" or self.increment or self.adapters
+        return self.learns_without_encoders or self.adapters
+
+    @property
+    def learns_without_encoders(self) -> bool:
+        """True if the model has weights beside the towers' and adapters'."""
+        return self.temporal == "transformer" or self.increment
+
+    @property
+    def why_no_dropout_spread(self) -> str:
+        """The setting that leaves the spread by dropout of each pair without a closed form, or empty."""
+        per_pair = self.increment_dropout > 0 and self.increment_dropout_per == "pair"
+        settings = {
+            "model.method direct": self.method == "direct",
+            "model.padding released": self.padding == "released",
+            "model.context words": self.context == "words",
+            "model.query text": self.query == "text",
+            f"model.increment_layers {self.increment_layers}": self.increment_layers > 1,
+            "model.increment_dropout_per pair": per_pair,
+        }
+        return next((name for name, is_set in settings.items() if self.increment and is_set), "")
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that define the model, without those of how it is computed."""

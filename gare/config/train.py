@@ -39,6 +39,11 @@ class LossConfig(Section):
         "video",
         description="μ and σ of the bottleneck are of each video over texts, or of each text over videos",
     )
+    dropout_spread: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="p: adds to σ_j² what dropout of each pair with probability p would, in closed form and "
+        "to first order: the paper's regulariser in the factorised form, without its noise in the scores",
+    )
     radii_weight: NonNegative = Field(0.01, description="λ_ε, weight of the trust-region radii term L_ε")
     radii_bound: NonNegative = Field(0.5, description="λ: L_ε is held at −λ from below")
     radii_bound_form: Literal["hard", "smooth"] = Field(
@@ -87,6 +92,14 @@ class LossConfig(Section):
     def _false_negatives_are_known_or_guessed(self) -> LossConfig:
         if self.false_negatives and self.positives == "video":
             raise ValueError("false_negatives has no form with positives video: take positives=diagonal")
+        return self
+
+    @model_validator(mode="after")
+    def _dropout_spread_has_a_form(self) -> LossConfig:
+        if self.dropout_spread and (self.kl_normalised or self.bottleneck_anchor == "text"):
+            raise ValueError(
+                "dropout_spread has no form with kl_normalised or bottleneck_anchor text: set it to 0"
+            )
         return self
 
     @model_validator(mode="after")

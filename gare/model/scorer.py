@@ -259,7 +259,13 @@ class PairScorer:
         return Embeddings.of(embedding_XD, turned_HXD)
 
     def with_basis(
-        self, video: VideoFeatures, maps: BasisMaps | None, keep_MD: Tensor | None, *, lean: bool = False
+        self,
+        video: VideoFeatures,
+        maps: BasisMaps | None,
+        keep_MD: Tensor | None,
+        *,
+        lean: bool = False,
+        with_dropped: bool = False,
     ) -> PreparedVideo:
         """Prepares videos, with the basis of their frames if frames are the context.
 
@@ -268,6 +274,7 @@ class PairScorer:
             maps: from ``basis_maps``.
             keep_MD: dropout of each video, or None.
             lean: whether videos keep the inputs of their basis in place of it; impossible with dropout.
+            with_dropped: whether the basis must hold what dropout acts on.
         """
         if self.config.pooling == "mean":
             # A clip becomes one unit vector, as if it had a single frame.
@@ -288,6 +295,7 @@ class PairScorer:
             own_sign=0 if asks_text else self.config.gap_sign,
             goal_OD=video.mean if asks_text else None,
             keep_OD=keep_MD,
+            with_dropped=with_dropped,
         )
         return PreparedVideo.lean(video, basis) if lean else PreparedVideo.of(video, basis)
 

@@ -56,6 +56,7 @@ OPTIONS = (
     "train.micro_batch=1 model.memory_mb=1",
     "model.increment=false loss.positives=video",
     "model.increment=false loss.false_negatives=0.1",
+    "loss.dropout_spread=0.3",
     "model.increment=false model.pooling=mean train.micro_batch=1",
     "model.temporal=none model.temporal_layers=4 model.temporal_heads=0",
     "model.padding=released train.micro_batch=1",

@@ -48,6 +48,8 @@ class Basis(TensorGroup):
             None.
         gram: (O, L, L) Gram matrix of B.
         heads: H.
+        dropped: (O, L, D) vectors whose combination with a pair's coefficients is what ψ's dropout acts on,
+            over LN3's deviation; None unless asked for.
     """
 
     context: Tensor | None
@@ -62,6 +64,7 @@ class Basis(TensorGroup):
     spanning: Tensor | None
     gram: Tensor
     heads: int = field(metadata=SHARED)
+    dropped: Tensor | None = None
 
     @property
     def vectors(self) -> Tensor:
@@ -159,6 +162,7 @@ def build_basis(
     own_sign: int,
     goal_OD: Tensor | None = None,
     keep_OD: Tensor | None = None,
+    with_dropped: bool = False,
 ) -> Basis:
     """Computes the bases of O owners: three products with a D×D matrix for each context position and head.
 
@@ -171,6 +175,7 @@ def build_basis(
         own_sign: sign of the owner's embedding in the query; 0 if the query does not contain it.
         goal_OD: v̄, if Δ points from ψ's output towards it.
         keep_OD: dropout of each owner as factors, 0 or 1/(1 − p); None for no dropout.
+        with_dropped: whether ``Basis.dropped`` is wanted; not if Δ points towards v̄.
 
     Source: docs/design/factorized.md, points 1 to 4.
     """
@@ -188,6 +193,7 @@ def build_basis(
     attended_OKD = torch.cat([attended_OKD.flatten(1, 2), mean_O1D.sum(dim=1) + maps.attended_bias], dim=1)
     attended = Length.deviation(attended_OKD)
     hidden_OKD = attended_OKD @ maps.hidden.T
+    residual_OKD = hidden_OKD - layer.norm2.weight * attended_OKD if maps.whole else hidden_OKD
     constant = maps.residual_constant
     if keep_OD is not None:
         assert not maps.whole
@@ -201,6 +207,11 @@ def build_basis(
     hidden = Length.deviation(hidden_OKD)
     along_OKD, base_O1D = _but_last(hidden_OKD @ maps.to_vectors.T)
     even_O1D = hidden.at_base.rsqrt().reshape(-1, 1, 1) * base_O1D + maps.constant
+    dropped = None
+    if with_dropped:
+        first_O1D = second_O11 * residual_OKD[:, -1:] + maps.residual_constant
+        parts = [residual_OKD, first_O1D, hidden.at_base.rsqrt().reshape(-1, 1, 1) * first_O1D]
+        dropped = torch.cat(parts, dim=1)
     vectors, aimed = [along_OKD, base_O1D, even_O1D], None
     if goal_OD is not None:
         distance_O1D = goal_OD.unsqueeze(1) - even_O1D
@@ -223,6 +234,7 @@ def build_basis(
         spanning=vectors_OLD,
         gram=gram(vectors_OLD),
         heads=heads,
+        dropped=dropped,
     )
 
 

@@ -99,7 +99,13 @@ class Block:
 
 
 def sides_of(
-    scorer: PairScorer, text: TextFeatures, video: VideoFeatures, keep: Tensor | None, own: slice
+    scorer: PairScorer,
+    text: TextFeatures,
+    video: VideoFeatures,
+    keep: Tensor | None,
+    own: slice,
+    *,
+    with_dropped: bool = False,
 ) -> PairSides:
     """Prepares this worker's texts and all workers' videos for the model's variant, with dropout ``keep``."""
     maps = scorer.basis_maps()
@@ -107,7 +113,7 @@ def sides_of(
     if scorer.context_of == "text" and maps is not None:
         texts = scorer.prepare_text(text, maps, None if keep is None else keep[own])
         return PairSides("text", texts, scorer.with_basis(video, maps, None), own, positions)
-    owners = scorer.with_basis(video, maps, keep)
+    owners = scorer.with_basis(video, maps, keep, with_dropped=with_dropped)
     return PairSides(scorer.context_of, owners, scorer.query_embeddings(text.embedding), own, positions)
 
 

@@ -249,7 +249,9 @@ class Objective(nn.Module):
         video = VideoFeatures(frames.wait(), mask.wait())
         draws = StepRandomness.of_step(scorer, self.config, len(video), seed)
         path = scorer.path()
-        if world_size() == 1:  # several workers must not choose by their own devices
+        if self.config.dropout_spread and scorer.increment is not None:
+            path = "factorized"
+        elif world_size() == 1:  # several workers must not choose by their own devices
             path = scorer.path_of_step(video.frames, why_not_fused(scorer, self.config))
         if path == "factorized":
             with stage("head"):

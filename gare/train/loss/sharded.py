@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gare.config import LossConfig
 from gare.model.budget import MEGABYTE, Budget
+from gare.model.factorized.basis import BasisMaps, centred
 from gare.model.factorized.prepared import PreparedVideo
 from gare.model.factorized.quadratic_forms import quadratic_form
 from gare.model.features import TextFeatures, VideoFeatures
@@ -118,7 +119,8 @@ def loss_shares(
     """
     num_pairs = len(video)
     own = (rows or Rows((num_pairs,))).own
-    sides = sides_of(scorer, text, video, keep, own)
+    dropout = config.dropout_spread if config.bottleneck_weight and scorer.increment is not None else 0.0
+    sides = sides_of(scorer, text, video, keep, own, with_dropped=bool(dropout))
     own_sample = None if sample is None else sample[(sample >= own.start) & (sample < own.stop)] - own.start
     wanted = _wanted(sides, config, own_sample, watched)
     reference = reference_of(scorer, sides, wanted) if wanted.sums else None
@@ -144,7 +146,8 @@ def loss_shares(
         spread = sum_over_workers(_join(sides, norms).var(dim=1).sum()) / num_pairs
         radii = bounded(spread, config.radii_bound, config.radii_bound_form) / world_size()
     if wanted.moments:
-        bottleneck = _owners_bottleneck(sides, blocks, config) / num_pairs
+        maps = scorer.basis_maps() if dropout else None
+        bottleneck = _owners_bottleneck(sides, blocks, config, maps) / num_pairs
     elif reference is not None:
         bottleneck = _others_bottleneck(sides, blocks, reference, config) / num_pairs
     if wanted.sample[0]:
@@ -203,8 +206,17 @@ def _debiased_nce(logits: Tensor, scale: Tensor, own: slice, rate: float) -> tup
     return rows, columns
 
 
-def _owners_bottleneck(sides: PairSides, blocks: list[Block], config: LossConfig) -> Tensor:
-    """Sums the KL of this worker's anchors, which own the basis."""
+def _owners_bottleneck(
+    sides: PairSides, blocks: list[Block], config: LossConfig, maps: BasisMaps | None
+) -> Tensor:
+    """Sums the KL of this worker's anchors, which own the basis.
+
+    Args:
+        sides: of the pairs.
+        blocks: of all pairs.
+        config: of the loss.
+        maps: ψ's, to add the spread that dropout of each pair would make; None: not.
+    """
     assert sides.owners.basis is not None
     moments = [block.moments for block in blocks if block.moments is not None]
     mean, scatter = (torch.cat(parts) for parts in zip(*moments, strict=True))
@@ -233,8 +245,40 @@ def _owners_bottleneck(sides: PairSides, blocks: list[Block], config: LossConfig
             diagonal = covariance.diagonal(dim1=1, dim2=2)
             noise += 2 * NOISE_ULPS * eps * (diagonal.unsqueeze(1) @ squares).squeeze(1)
         noise = noise.masked_fill(_others_are_alike(sides), torch.inf)
+    if maps is not None:
+        spread = spread_by_dropout(sides, maps, mean, scatter / count, config.dropout_spread)
+        variance = variance + spread
     mean = (mean.unsqueeze(1) @ vectors).squeeze(1)
     return divergence(mean, variance, noise, config.prior_std, config.kl_reduction).sum()
+
+
+def spread_by_dropout(
+    sides: PairSides, maps: BasisMaps, mean: Tensor, covariance: Tensor, dropout: float
+) -> Tensor:
+    """Computes the variance (A, D) that dropout of each pair would add to an anchor's increments.
+
+    Dropout multiplies each number h_d of W_1 y + b_1 by a factor of mean 1 and variance v = p/(1 − p), so that
+    Δ_e varies by Σ_d (W_μ γ3 P)²_ed · v h_d² / s², with LN3's deviation s. Of its square, dropout is a part
+    too: s² + v·mean_d h_d² on average. h/s is a combination with the coefficients of Δ, so that its mean
+    square over the others follows from their moments. What is left out, changes of s by single numbers and the
+    mean of a quotient, is smaller by 1/D.
+
+    Args:
+        sides: of the pairs, with what dropout acts on.
+        maps: of ψ.
+        mean: (A, L) of the coefficients over the others.
+        covariance: (A, L, L) of the coefficients about it.
+        dropout: p.
+    """
+    assert sides.owners.basis is not None
+    dropped = sides.owners.basis.dropped
+    assert dropped is not None
+    dropped = dropped[sides.own]
+    square = quadratic_form(covariance, dropped) + (mean.unsqueeze(1) @ dropped).squeeze(1).square()
+    noise = dropout / (1 - dropout) * square
+    noise = noise / (1 + noise.mean(dim=1, keepdim=True))
+    spread: Tensor = noise @ centred(maps.to_vectors).square().T
+    return spread
 
 
 @torch.no_grad()

@@ -16,9 +16,11 @@ from torch import Tensor
 from gare.config import LossConfig
 from gare.model.features import TextFeatures, VideoFeatures
 from gare.model.gare import GARE
+from gare.train.loss.blocks import BlockRequest, blocks_of, sides_of
 from gare.train.loss.direction import factorized_direction
 from gare.train.loss.losses import direction, orthogonality
 from gare.train.loss.objective import LossTerms, StepRandomness, loss_terms, sharded_terms
+from gare.train.loss.sharded import spread_by_dropout
 from tests.helpers.heads import clip_like, features, head
 
 #: Weights at which no term drowns in another, and a bound that radii do not reach.
@@ -203,8 +205,8 @@ def test_float32_is_near_float64(variant: dict[str, Any], spread: float, seed: i
         assert float(rough.named()[name]) == pytest.approx(float(value), rel=1e-4), name
     difference, name = worst(found, expected)
     if difference >= 1e-4:
-        # One clip in some thousands has three frames whose increments hardly differ in one dimension: 1.0001e-4
-        # with seed 591781672, where the direct form is off by 0.1.
+        # One clip in some thousands has three frames whose increments hardly differ in one dimension:
+        # 1.0001e-4 with seed 591781672, where the direct form is off by 0.1.
         _, direct = gradients("direct", model, text, video, config, draws)
         assert difference < worst(direct, expected)[0] / 100, name
 
@@ -328,3 +330,51 @@ def test_still_videos_have_no_spread(seed: int) -> None:
         assert float(terms.bottleneck.detach()) > 64 * 10  # −log 1e-6 for each dimension
         assert all(value.isfinite().all() for value in found.values())
         assert max(float(value.abs().max()) for value in found.values()) < 1e2
+
+
+@pytest.mark.parametrize("variant", [{}, {"increment_heads": 2, "corrected_side": "video"}])
+def test_the_spread_by_dropout_is_that_of_many_draws(variant: dict[str, Any], seed: int) -> None:
+    """The paper's dropout of each pair widens σ_j; the closed form must widen it as much."""
+    torch.manual_seed(seed)
+    drop, draws = 0.3, 400
+    model = head(128, increment_dropout=drop, increment_dropout_per="pair", **variant).train()
+    text, video = features(6, 6, 4, 5, 128, torch.float64)
+    with torch.no_grad():
+        found = [model.scorer.deltas(text, video) for _ in range(draws)]
+        expected = torch.stack([one for one in found if one is not None]).var(dim=0).mean(dim=0)
+    model.eval()
+    sides = sides_of(model.scorer, text, video, None, slice(0, 6), with_dropped=True)
+    (block,) = blocks_of(model.scorer, sides, BlockRequest(True, False, False, (False, None), False), None)
+    maps = model.scorer.basis_maps()
+    assert block.moments is not None
+    assert maps is not None
+    mean, scatter = block.moments
+    with torch.no_grad():
+        spread = spread_by_dropout(sides, maps, mean, scatter / 6, drop)
+    assert float((spread / expected).mean()) == pytest.approx(1, abs=0.03)
+    # Each number has an error of the draws, √(2/2400), and one of first order.
+    assert float((spread / expected - 1).abs().mean()) < 0.1
+
+
+def test_the_spread_by_dropout_has_its_own_gradient(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = head(8, increment_dropout=0.0)
+    text, video = features(4, 4, 3, 2, 8, torch.float64)
+    config = LossConfig(dropout_spread=0.3, bottleneck_weight=1, radii_weight=0, direction_weight=0)
+
+    def term(embedding: Tensor, frames: Tensor, *weights: Tensor) -> Tensor:
+        parameters = dict(zip(names, weights, strict=True))
+        given = (
+            model,
+            TextFeatures(embedding, text.words, text.mask),
+            VideoFeatures(frames, video.mask),
+            config,
+            StepRandomness(),
+        )
+        with torch.nn.utils.stateless._reparametrize_module(model, parameters):
+            return sharded_terms(*given).objective
+
+    names = [name for name, _ in model.named_parameters() if "residual" in name or ".mean.weight" in name]
+    weights = [model.get_parameter(name).detach().clone().requires_grad_() for name in names]
+    inputs = (text.embedding.clone().requires_grad_(), video.frames.clone().requires_grad_(), *weights)
+    assert torch.autograd.gradcheck(term, inputs, rtol=1e-4)

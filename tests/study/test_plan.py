@@ -173,3 +173,13 @@ def test_every_shipped_study_fits_the_paper_and_the_demo(path: Path, repository:
     plan = plan_study(config, name, found)
     assert plan.comparisons()
     assert found.question
+
+
+def test_the_studies_of_the_documentation_ship(repository: Path) -> None:
+    """A name in the README that is no file costs a newcomer the first try."""
+    tables = {f"paper-table-{number}" for number in range(3, 10)}
+    names = {"noise", "dropout", "frozen", "start", "batch", "rates", "short"}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} == tables | names
+    readme = (repository / "README.md").read_text()
+    section = readme[readme.index("\n## Studies") :]
+    assert not [name for name in names if f"`{name}`" not in section[: section.index("\n## ", 5)]]

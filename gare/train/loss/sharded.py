@@ -257,11 +257,11 @@ def spread_by_dropout(
 ) -> Tensor:
     """Computes the variance (A, D) that dropout of each pair would add to an anchor's increments.
 
-    Dropout multiplies each number h_d of W_1 y + b_1 by a factor of mean 1 and variance v = p/(1 − p), so that
-    Δ_e varies by Σ_d (W_μ γ3 P)²_ed · v h_d² / s², with LN3's deviation s. Of its square, dropout is a part
-    too: s² + v·mean_d h_d² on average. h/s is a combination with the coefficients of Δ, so that its mean
-    square over the others follows from their moments. What is left out, changes of s by single numbers and the
-    mean of a quotient, is smaller by 1/D.
+    Dropout multiplies each number h_d of W_1 y + b_1 by a factor of mean 1 and variance v = p/(1 − p), so
+    that Δ_e varies by Σ_d (W_μ γ3 P)²_ed · v h_d² / s², with LN3's deviation s. Of its square, dropout is a
+    part too: s² + v·mean_d h_d² on average. h/s is a combination with the coefficients of Δ, so that its mean
+    square over the others follows from their moments. What is left out, changes of s by single numbers and
+    the mean of a quotient, is smaller by 1/D.
 
     Args:
         sides: of the pairs, with what dropout acts on.

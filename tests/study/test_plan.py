@@ -181,5 +181,5 @@ def test_the_studies_of_the_documentation_ship(repository: Path) -> None:
     names = {"noise", "dropout", "frozen", "start", "batch", "rates", "short"}
     assert {path.stem for path in SHIPPED.glob("*.yaml")} == tables | names
     readme = (repository / "README.md").read_text()
-    section = readme[readme.index("\n## Studies") :]
-    assert not [name for name in names if f"`{name}`" not in section[: section.index("\n## ", 5)]]
+    section = readme[readme.index("\n### Studies") :]
+    assert not [name for name in names if f"`{name}`" not in section[: section.index("\n## ")]]

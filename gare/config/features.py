@@ -68,7 +68,8 @@ def feature_faults(
     faults = []
     if augment.is_on:
         faults.append("augment changes pictures, and train.input features has none: set it off")
-    if train.freeze not in ("auto", "towers") and not (train.freeze == "encoders" and model.adapters):
+    has_effect = {"auto": True, "towers": True, "encoders": model.adapters, "baseline": True}
+    if not has_effect.get(train.freeze, False):
         faults.append(
             f"train.freeze {train.freeze} would change nothing: with train.input features no tower learns"
         )

@@ -95,10 +95,15 @@ class Config(Section):
     def _store_fits_model(self, info: ValidationInfo) -> Config:
         faults = feature_faults(self.train, self.model, self.augment, self.features, self.evaluate)
         faults += imported_faults(self.data, self.train, self.model, self.features, self.evaluate)
-        if self.train.freeze in ("towers", "encoders") and not self._has_unfrozen_part():
+        learns = {
+            "towers": self.model.learns_without_towers,
+            "encoders": self.model.learns_without_encoders,
+            "baseline": self.model.increment,
+        }
+        if not learns.get(self.train.freeze, True):
             faults.append(
-                f"train.freeze {self.train.freeze} would leave nothing to learn: model.temporal is none, and "
-                "model.increment and model.adapters are off or frozen"
+                f"train.freeze {self.train.freeze} would leave nothing to learn: model.temporal is none or "
+                "frozen, and model.increment and model.adapters are off or frozen"
             )
         if self.loss.dropout_spread and (reason := self.model.why_no_dropout_spread):
             faults.append(f"loss.dropout_spread has no form with {reason}")
@@ -136,11 +141,6 @@ class Config(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
-
-    def _has_unfrozen_part(self) -> bool:
-        if self.train.freeze == "encoders":
-            return self.model.learns_without_encoders
-        return self.model.learns_without_towers
 
     @property
     def has_towers(self) -> bool:

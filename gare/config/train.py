@@ -176,10 +176,11 @@ class TrainConfig(Section):
         description="ψ's output layer at the start; random: as released; zero: no increment, so that the "
         "first step is the baseline's",
     )
-    freeze: Literal["auto", "none", "patch_conv", "image", "text", "towers", "encoders"] = Field(
+    freeze: Literal["auto", "none", "patch_conv", "image", "text", "towers", "encoders", "baseline"] = Field(
         "auto",
-        description="what of CLIP does not learn; encoders: towers and adapters; auto: patch_conv with "
-        "clip_weights or start_from, as released, else none",
+        description="what does not learn: of CLIP, patch_conv, image, text or towers; encoders: towers and "
+        "adapters; baseline: all but ψ; auto: patch_conv with clip_weights or start_from, as released, else "
+        "none",
     )
     encoder_lr_factor: Positive = Field(
         1.0, description="factor on the learning rates of CLIP's towers (clip_lr) and of adapters (lr)"
@@ -247,7 +248,11 @@ class TrainConfig(Section):
     @property
     def towers_learn(self) -> bool:
         """True if training changes the towers, apart from their logit scale, which no ranking depends on."""
-        return self.input == "frames" and self.freeze not in ("towers", "encoders") and self.clip_lr > 0
+        return (
+            self.input == "frames"
+            and self.freeze not in ("towers", "encoders", "baseline")
+            and self.clip_lr > 0
+        )
 
     @model_validator(mode="after")
     def _fp16_is_the_released_recipe(self) -> TrainConfig:
@@ -262,7 +267,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _frozen_parts_know_something(self) -> TrainConfig:
         trained = self.clip_weights or self.start_from
-        if self.freeze in ("image", "text", "towers", "encoders") and not trained:
+        if self.freeze not in ("auto", "none", "patch_conv") and not trained:
             raise ValueError(
                 f"freeze {self.freeze} would keep random weights: set clip_weights or start_from"
             )

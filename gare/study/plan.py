@@ -109,16 +109,13 @@ class Cell:
         name: its levels, joined by ``-``.
         levels: level by factor.
         settings: by dotted key.
+        is_start: whether others start from its runs.
     """
 
     name: str
     levels: Mapping[str, str]
     settings: Mapping[str, Any]
-
-    @property
-    def changes_data(self) -> bool:
-        """True if its settings change the data that it is trained on."""
-        return any(key.split(".")[0] in DATA_SECTIONS for key in self.settings)
+    is_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -292,11 +289,13 @@ def _start_of(config: Config, study: str, file: StudyFile, cell: Cell, seed: int
     """Returns the run that those of a cell start from, on the same data; None if there is none."""
     if file.start is None or _START_KEY in cell.settings:
         return None
-    levels = {factor: level for factor, level in cell.levels.items() if _changes_data(file, factor, level)}
+    levels = {
+        factor: level for factor, level in cell.levels.items() if _changes_data(file.factors[factor][level])
+    }
     settings: Settings = {}
     for factor, level in levels.items():
         settings |= file.factors[factor][level]
-    start = Cell("-".join([START, *levels.values()]), levels, settings | file.start)
+    start = Cell("-".join([START, *levels.values()]), levels, settings | file.start, is_start=True)
     return PlannedRun(start, seed, _config_of(config, study, file, start, seed))
 
 
@@ -333,9 +332,12 @@ def as_typed(value: Any) -> str:
 
 
 def _own_data(file: StudyFile, cell: Cell) -> str:
-    """Names the levels of a cell that change the data."""
-    return "-".join(level for factor, level in cell.levels.items() if _changes_data(file, factor, level))
+    """Names what of a cell changes the data: its levels, and the start where that is on data of its own."""
+    own = [level for factor, level in cell.levels.items() if _changes_data(file.factors[factor][level])]
+    if cell.is_start and _changes_data(file.start or {}):
+        own.append(START)
+    return "-".join(own)
 
 
-def _changes_data(file: StudyFile, factor: str, level: str) -> bool:
-    return any(key.split(".")[0] in DATA_SECTIONS for key in file.factors[factor][level])
+def _changes_data(settings: Mapping[str, Any]) -> bool:
+    return any(key.split(".")[0] in DATA_SECTIONS for key in settings)

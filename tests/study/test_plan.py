@@ -98,6 +98,17 @@ def test_runs_start_from_one_run_for_each_seed_and_data_set() -> None:
     assert len({run.digest for run in (*plan.starts, *plan.runs)}) == 20
 
 
+def test_a_start_on_other_data_has_a_data_set_of_its_own() -> None:
+    """As towers have that were trained on other videos than those that are retrieved."""
+    start = {"model.increment": False, "data.seed": 7}
+    plan = plan_study(tiny(), "noise", file(factors={"model": NOISE["factors"]["model"]}, start=start))
+    assert {(one.config.name, one.config.data.seed) for one in plan.starts} == {("tiny-start", 7)}
+    assert {(one.config.name, one.config.data.seed) for one in plan.runs} == {("tiny", 0)}
+    assert {one.config.train.start_from for one in plan.runs} == {
+        f"/runs/tiny-start/noise-start-seed{seed}/best" for seed in (3, 4)
+    }
+
+
 @pytest.mark.parametrize(("count", "seeds"), [(1, (3,)), (4, (3, 4, 5, 6))])
 def test_number_of_seeds(count: int, seeds: tuple[int, ...]) -> None:
     """More seeds go on behind those of the file, so that what is done stays."""
@@ -178,7 +189,7 @@ def test_every_shipped_study_fits_the_paper_and_the_demo(path: Path, repository:
 def test_the_studies_of_the_documentation_ship(repository: Path) -> None:
     """A name in the README that is no file costs a newcomer the first try."""
     tables = {f"paper-table-{number}" for number in range(3, 10)}
-    names = {"noise", "dropout", "frozen", "start", "batch", "rates", "short"}
+    names = {"noise", "dropout", "frozen", "start", "pretrained", "candidates", "batch", "rates", "short"}
     assert {path.stem for path in SHIPPED.glob("*.yaml")} == tables | names
     readme = (repository / "README.md").read_text()
     section = readme[readme.index("\n### Studies") :]

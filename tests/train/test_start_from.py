@@ -108,6 +108,31 @@ def test_encoders_that_are_frozen_stay(baseline: str, rng: np.random.Generator) 
     assert {name for name in moved if name.startswith("towers")} == {"towers.clip.logit_scale"}
 
 
+def test_the_increment_can_learn_alone(baseline: str, rng: np.random.Generator) -> None:
+    """Then whatever it adds to the score is its own."""
+    config = tiny_config("model.adapters=true", f"train.start_from={baseline}", "train.freeze=baseline")
+    learner = learner_of(config)
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    for _ in range(2):
+        train_step(learner, tiny_batch(config, rng), list("abcdef"))
+    after = learner.model.state_dict()
+    stayed = {name for name, value in after.items() if torch.equal(value, before[name])}
+    psi = {name for name in before if name.startswith("increment.")}
+    assert set(before) - stayed == (psi | {"towers.clip.logit_scale"}) - {"increment.layers.0.key.bias"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.freeze=baseline", "model.increment=false"),
+        ("train.freeze=encoders", "model.increment=false", "model.temporal=none"),
+    ],
+)
+def test_something_must_learn(settings: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="would leave nothing to learn"):
+        tiny_config("train.start_from=/a", *settings)
+
+
 def test_encoders_learn_at_a_rate_of_their_own() -> None:
     config = tiny_config("model.adapters=true", "train.encoder_lr_factor=0.1", "train.lr=0.5")
     rates = {

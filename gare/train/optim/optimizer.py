@@ -54,6 +54,7 @@ def freeze(model: GARE, config: TrainConfig) -> None:
             "image": tower == "image",
             "text": tower == "text",
             "towers": tower in ("image", "text"),
+            "baseline": tower != "scale" and not name.startswith(("increment.", "radius.")),
             "encoders": tower in ("image", "text", "adapters"),
         }
         if frozen[what]:

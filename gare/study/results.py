@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from gare.retrieval.results.evaluation import Evaluation, why_not_comparable
 from gare.retrieval.results.queries import DIRECTIONS, require_same_queries
-from gare.retrieval.results.table import more_is_better
+from gare.retrieval.results.table import mean_and_deviation, more_is_better
 from gare.study.plan import Cell, StudyPlan
-from gare.study.statistics import LEVEL, Effect, holm, mean_and_deviation, paired_effect
+from gare.study.statistics import LEVEL, Effect, holm, paired_effect
 
 #: Measures that are a mean over queries, so that differences have an error over them, too.
 MEASURES = ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MnR", "v2t/R1", "v2t/R5", "v2t/R10", "v2t/MnR")

@@ -131,12 +131,6 @@ def _found_with_power(freedom: float) -> float:
     return float(found)
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean and the sample deviation, which a single value does not have."""
-    array = np.asarray(values, np.float64)
-    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Corrects p-values for their number, by Holm's method.
 

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from gare.errors import DataError
-from gare.study.statistics import LEVEL, POWER, holm, mean_and_deviation, paired_effect
+from gare.retrieval.results.table import mean_and_deviation
+from gare.study.statistics import LEVEL, POWER, holm, paired_effect
 
 SEEDS, VIDEOS, CAPTIONS = 5, 120, 3
 STUDIES = 200

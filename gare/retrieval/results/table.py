@@ -157,7 +157,11 @@ def suite_table(runs: Sequence[Evaluation], *, title: str) -> ScoreTable:
         said = []
         models = [seeds[0].model for seeds in by_settings.values()]
         all_means = [
-            {metric: _mean_of(seeds, metric) for metric in seeds[0].metrics} for seeds in by_settings.values()
+            {
+                metric: mean_and_deviation([run.metrics[metric] for run in seeds if metric in run.metrics])
+                for metric in seeds[0].metrics
+            }
+            for seeds in by_settings.values()
         ]
         for (settings, seeds), means in zip(by_settings.items(), all_means, strict=True):
             section.rows += [run_row(run) for run in seeds]
@@ -230,8 +234,8 @@ def _verdict(first: Evaluation, second: Evaluation, found: Difference) -> str:
     return f"no difference in text → video R@1 that these queries can show (p = {found.p_value:.2g})"
 
 
-def _mean_of(seeds: Sequence[Evaluation], metric: str) -> tuple[float, float | None]:
-    values = [run.metrics[metric] for run in seeds if metric in run.metrics]
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean and the sample deviation, which a single value does not have."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 

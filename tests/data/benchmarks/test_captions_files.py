@@ -116,6 +116,7 @@ def test_lists_as_pandas_writes_them(faulty: Path) -> None:
             "('a dog', 'a cat')",
             "['a do",
         ),
+        *("[{'caption': 'a dog'}]", "[['a dog'], ['a cat']]", "[('a dog', 1)]"),
         *("array(['a dog'], dtype=object)", "{'a dog'}", "[1, 2]", "[None]", "[r'a dog']", "['a\\d', 'b']"),
     ],
 )
@@ -206,7 +207,13 @@ def test_characters_without_width_around_names_and_texts() -> None:
     ("text", "encoding"),
     [
         (text, encoding)
-        for text in ("a café in Zürich", "they’re here", "a “big” dog", "he won’t – it’s John’s")
+        for text in (
+            "a café in Zürich",
+            "a château with a café",
+            "they’re here",
+            "a “big” dog",
+            "he won’t – it’s John’s",
+        )
         for encoding in ("utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252")
     ],
 )
@@ -222,6 +229,7 @@ def test_encodings_of_spreadsheets(text: str, encoding: str, caplog: pytest.LogC
     [
         *(("très bien", "cp1252"), ("koń", "cp1250"), ("café", "mac-roman"), ("schön", "cp850")),
         *(("кот спит", "cp1251"), ("país", "mac-roman"), ("řeka café", "cp1250"), ("猫がいる", "shift-jis")),
+        *(("māte un vīrs", "cp1257"), ("Straße", "cp850"), ("ein café, Straße", "cp850")),
         *(("狗在跑", "gbk"), ("sjö", "cp850"), ("Éva", "cp1252"), ("mañana", "mac-roman")),
     ],
 )

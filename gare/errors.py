@@ -123,8 +123,8 @@ _ENCODED_USER = (
     r"(?i)((?::|%(?:25)*3A)(?:/|%(?:25)*2F){2})(?:(?!%(?:25)*2F)[^/?#&\s'\"])*?(@|%(?:25)*40)"
     r"(?!(?:(?!%(?:25)*2F)[^/?#&\s'\"])*(?:@|%(?:25)*40))"
 )
-#: A query's key with the equals sign, plain or percent-encoded; and its value. Tokens of some servers have keys
-#: of their own, after '~'.
+#: A query's key with the equals sign, plain or percent-encoded; and its value. Tokens of some servers have
+#: keys of their own, after '~'.
 _KEY = re.compile(
     r"(?i)(?:[?&;#~]|%(?:25)*(?:3F|26|3B|23|7E))((?:(?!%(?:25)*(?:3F|26|3B|23|3D))[^=?&;#\s'\"])+)"
     r"(?:=|%(?:25)*3D)(?=[^&\s'\"])"

@@ -239,6 +239,13 @@ def test_encodings_that_are_not_sure_are_refused(text: str, encoding: str) -> No
         read("c.csv", f"video,caption\na.mp4,{text}\nb.mp4,x\n".encode(encoding))
 
 
+def test_a_doubled_key_among_many_is_named() -> None:
+    """To count each key among all others takes hours for a million videos."""
+    pairs = ",".join(f'"{number}": "a dog"' for number in range(300_000))
+    with pytest.raises(DataError, match=r"key used more than once in one object \(1\): '7' \(file\)"):
+        read("c.json", f'{{{pairs}, "7": "a cat"}}')
+
+
 def test_limit_of_unpacked_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of a few kilobytes must not take all memory of the machine."""
     monkeypatch.setattr(texts, "MAX_UNPACKED_BYTES", 3_000_000)

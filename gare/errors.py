@@ -123,14 +123,16 @@ _ENCODED_USER = (
     r"(?i)((?::|%(?:25)*3A)(?:/|%(?:25)*2F){2})(?:(?!%(?:25)*2F)[^/?#&\s'\"])*?(@|%(?:25)*40)"
     r"(?!(?:(?!%(?:25)*2F)[^/?#&\s'\"])*(?:@|%(?:25)*40))"
 )
-#: A query's key with the equals sign, plain or percent-encoded; and its value.
+#: A query's key with the equals sign, plain or percent-encoded; and its value. Tokens of some servers have
+#: keys of their own, after '~'.
 _KEY = re.compile(
-    r"(?i)(?:[?&;#]|%(?:25)*(?:3F|26|3B|23))((?:(?!%(?:25)*(?:3F|26|3B|23|3D))[^=?&;#\s'\"])+)"
+    r"(?i)(?:[?&;#~]|%(?:25)*(?:3F|26|3B|23|7E))((?:(?!%(?:25)*(?:3F|26|3B|23|3D))[^=?&;#\s'\"])+)"
     r"(?:=|%(?:25)*3D)(?=[^&\s'\"])"
 )
 _VALUE = re.compile(r"[^&\s'\"]+")
 _SECRET_WORDS = re.compile(
     r"token|secret|passw|passphrase|pwd|key|sig|auth|credential|hmac|jwt|bearer|cookie"
+    r"|^(?:pass|pw|sas|j?sessionid)$"
 )
 #: Words that hold one of these and are none; they are taken out of a key first.
 _INNOCENT_WORDS = re.compile(

@@ -47,8 +47,12 @@ def check_cluster(config: ClusterConfig) -> None:
     host, port = _parts(address, name)
     try:
         is_ray = _greets(host, port)
-    except OSError as error:
-        reason = "no answer in time" if isinstance(error, TimeoutError) else error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # the latter for "a..b", which is no name of a host
+        reason = (
+            "no answer in time"
+            if isinstance(error, TimeoutError)
+            else getattr(error, "strerror", "") or str(error)
+        )
         raise GareError(f"no Ray answers at {address}: {reason}", where=name, accepted=_ACCEPTED) from error
     if not is_ray:
         raise GareError(f"what listens at {address} is no Ray cluster", where=name, accepted=_ACCEPTED)

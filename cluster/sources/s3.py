@@ -82,11 +82,12 @@ class S3Server:
         prefix = "".join(keys[0].rpartition("/")[:2])
         found: dict[str, RemoteVersion] = {}
         wanted, place = set(keys), 0
-        order = [key.encode() for key in keys]
+        order, last = [key.encode() for key in keys], ""
         # Where other objects lie between them, one request for each is less than a list of all.
         for _ in range(len(keys) // KEYS_A_REQUEST + 1):
-            # The last character is left out, since the list begins behind what it starts after.
-            start = keys[place][:-1]
+            # The last character is left out, since the list begins behind what it starts after; what came
+            # already may lie behind that, and would come again.
+            start = max(keys[place][:-1], last, key=str.encode)
             page = call(partial(self._page, bucket, prefix, start))
             entries = page.get("Contents", ())
             for entry in entries:
@@ -94,7 +95,8 @@ class S3Server:
                     found[entry["Key"]] = RemoteVersion(entry["Size"], _etag(entry))
             if not entries or not page.get("IsTruncated"):
                 break
-            place = bisect.bisect_right(order, entries[-1]["Key"].encode())
+            last = entries[-1]["Key"]
+            place = bisect.bisect_right(order, last.encode())
             if place == len(keys):
                 break
         return found

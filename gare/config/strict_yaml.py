@@ -83,6 +83,9 @@ def load_yaml(text: str) -> Any:
     """Parses a YAML document; numbers, switches and dates without quotes come as ``Typed``.
 
     Raises:
-        yaml.YAMLError: for text that is not YAML, or a key that is given twice.
+        yaml.YAMLError: for text that is not YAML, nested too deeply, or with a key that is given twice.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error

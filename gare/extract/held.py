@@ -106,8 +106,7 @@ class HeldRows:
 
     def places(self, video_ids: Sequence[str]) -> npt.NDArray[np.int64]:
         """Returns the place of each id; -1 for those without a row."""
-        found = pc.index_in(pa.array(video_ids, pa.large_string()), value_set=self.ids.array)
-        return cast("npt.NDArray[np.int64]", found.fill_null(-1).to_numpy().astype(np.int64))
+        return self.ids.places(pa.array(video_ids, pa.large_string()))
 
     def rows(self, place: int) -> list[Held]:
         """Returns the rows of the clip at a place."""

@@ -375,6 +375,8 @@ SECRET_URIS = (
         )
     ),
     *("https://host/http://me:hush@other/a", "https://host/a?to=https%3A%2F%2Fhush%40other"),
+    *("https://host/a?hdnts=exp=1~acl=/*~hmac=hush", "https://host/a?x=1%7Ehmac%3Dhush"),
+    *(f"https://host/a?{key}=hush" for key in ("pass", "pw", "sas", "jsessionid")),
     "mssql+pyodbc:///?odbc_connect=DRIVER%3D%7BODBC%7D%3BUID%3Dme%3BPWD%3Dhush",
 )
 

@@ -133,10 +133,17 @@ def test_messages_show_what_was_typed(override: str, said: str, tmp_path: Path) 
     assert said in message_of(tmp_path, f"{section}:\n  {name}: {value}\n")
 
 
-@pytest.mark.parametrize("text", ["{[1]: 2}", "{{a: 1}: 2}", "train: {010: 1}", "1: {2: 3}", "!!bool maybe"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{[1]: 2}", "{{a: 1}: 2}", "train: {010: 1}", "1: {2: 3}", "!!bool maybe"),
+        *(f"train: {'[' * 5_000}", f"train: {'{a: ' * 5_000}"),
+    ],
+)
 def test_odd_yaml_is_one_message(text: str, tmp_path: Path) -> None:
     """No slip in a file may end in a traceback."""
     assert "own.yaml" in message_of(tmp_path, text)
+    assert "own.yaml" in message_of(tmp_path, "", f"train={text}")
 
 
 def test_switches_in_files_still_switch(tmp_path: Path) -> None:

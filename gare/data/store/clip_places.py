@@ -76,6 +76,27 @@ class SortedIds(Ids):
         if not isinstance(one, str):
             return -1
         wanted = one.encode("utf-8", "surrogatepass")
+        place = self._first_from(wanted)
+        return place if place < len(self) and self._bytes(place) == wanted else -1
+
+    def places(self, ids: pa.Array[Any] | pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
+        """Returns the place of each id; -1 for those that are not there.
+
+        It looks at those between the first and the last of them alone: clips that are compared piece by piece
+        in their order cost as much as there are of them.
+        """
+        wanted = ids.cast(pa.large_string())
+        bounds: Any = pc.min_max(wanted)
+        if not bounds["min"].is_valid:
+            return np.full(len(wanted), -1, np.int64)
+        first, last = (self._first_from(bounds[name].as_py().encode()) for name in ("min", "max"))
+        found: Any = pc.index_in(wanted, value_set=self.array.slice(first, last + 1 - first))
+        places = found.fill_null(-1).to_numpy().astype(np.int64)
+        places[places >= 0] += first
+        return cast("npt.NDArray[np.int64]", places)
+
+    def _first_from(self, wanted: bytes) -> int:
+        """Returns the place of the first id that is not before these bytes."""
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
@@ -83,7 +104,7 @@ class SortedIds(Ids):
                 low = middle + 1
             else:
                 high = middle
-        return low if low < len(self) and self._bytes(low) == wanted else -1
+        return low
 
     def __contains__(self, one: object) -> bool:
         return self.find(one) >= 0
@@ -183,8 +204,7 @@ class ClipPlaces(Mapping[str, tuple[str, int]]):
 
     def find(self, video_ids: pa.Array[Any] | pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
         """Returns the place of each id in the arrays; -1 for those that are not there."""
-        found: Any = pc.index_in(video_ids.cast(pa.large_string()), value_set=self.ids.array)
-        return cast("npt.NDArray[np.int64]", found.fill_null(-1).to_numpy().astype(np.int64))
+        return self.ids.places(video_ids)
 
     def taken(self, column: str, video_ids: Sequence[str]) -> list[Any]:
         """Returns a column's values of clips; None for those that are not there."""

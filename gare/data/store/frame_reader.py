@@ -228,7 +228,7 @@ class OpenPart:
             raise ValueError(f"its frames have the shape {shape}, not {frames.shape}")
         offset, size, codec = where.offset, where.size, "ZSTD"
         if not where.is_known:
-            chunk = self.parquet.metadata.row_group(where.row).column(self._leaf)
+            chunk = self._group(where.row).column(self._leaf)
             offset, size, codec = chunk.data_page_offset, chunk.total_compressed_size, chunk.compression
         try:
             pages = low_bytes(self.file.read_at(size, offset), codec)
@@ -243,7 +243,19 @@ class OpenPart:
             flat[place : place + len(page)] = page
             place += len(page)
 
+    def _group(self, row: int) -> Any:
+        """Returns the description of the row group that holds one clip.
+
+        Raises:
+            ValueError: if other clips are in it, as another program may have written them.
+        """
+        footer = self.parquet.metadata
+        if row >= footer.num_row_groups or footer.row_group(row).num_rows != 1:
+            raise ValueError("its row groups are not of one clip each, as this program writes them")
+        return footer.row_group(row)
+
     def _frames(self, row: int) -> Any:
+        self._group(row)
         return self.parquet.read_row_group(row, columns=["frames"])["frames"]
 
     @cached_property

@@ -203,8 +203,9 @@ class PartEncoder:
         )
 
     def add(self, table: pa.Table) -> None:
-        """Adds rows; pieces of features have whole row groups, but for the last one."""
-        self._writer.write_table(table, row_group_size=self._rows_per_group or max(1, len(table)))
+        """Adds rows, perhaps none; pieces of features have whole row groups, but for the last one."""
+        if len(table):  # Parquet would get a row group without rows, and the clips no places
+            self._writer.write_table(table, row_group_size=self._rows_per_group or len(table))
         if self._is_indexed:
             self._indexes.append(index_table(table))
 

@@ -70,6 +70,14 @@ def fault(config: ClusterConfig) -> GareError:
     return caught.value
 
 
+@pytest.mark.parametrize("host", ["no..host", "h" * 70])
+def test_what_is_no_name_of_a_host_is_one_message(host: str) -> None:
+    """Python has an error of its own for such names, before anything is asked."""
+    assert str(fault(ClusterConfig(address=f"{host}:6379"))).startswith(
+        f"cluster.address: no Ray answers at {host}:6379: "
+    )
+
+
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_that_is_gone_is_one_message(
     scheme: str, closed: str, monkeypatch: pytest.MonkeyPatch

@@ -462,6 +462,19 @@ def test_a_folder_of_other_objects_is_not_listed_to_its_end(
     assert len(s3_proxy.requests) <= len(wanted) + 5
 
 
+def test_a_list_goes_on_behind_what_it_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a name is short, and many before it begin alike, the same page came again until the last try."""
+    names = [*(f"in/v1{number:03d}" for number in range(100)), *(f"in/v{number}" for number in range(2, 10))]
+
+    def page(server: S3Server, bucket: str, prefix: str, start: str, timeout_s: float) -> dict[str, Any]:
+        entries = [{"Key": name, "Size": 1, "ETag": '"a"'} for name in names if name > start]
+        return _shortened({"Contents": entries}, 10)
+
+    monkeypatch.setattr(S3Server, "_page", page)
+    found = S3Server(SourcesConfig(), 1).listed("videos", names, lambda request: request(1.0))
+    assert list(found) == names
+
+
 def _shortened(page: dict[str, Any], length: int) -> dict[str, Any]:
     """Returns a page as a server gives it that lists fewer objects at once."""
     return {"Contents": page["Contents"][:length], "IsTruncated": True}

@@ -116,6 +116,7 @@ def test_lists_as_pandas_writes_them(faulty: Path) -> None:
             "('a dog', 'a cat')",
             "['a do",
         ),
+        *("[{'caption': 'a dog'}]", "[['a dog'], ['a cat']]", "[('a dog', 1)]"),
         *("array(['a dog'], dtype=object)", "{'a dog'}", "[1, 2]", "[None]", "[r'a dog']", "['a\\d', 'b']"),
     ],
 )
@@ -206,7 +207,13 @@ def test_characters_without_width_around_names_and_texts() -> None:
     ("text", "encoding"),
     [
         (text, encoding)
-        for text in ("a café in Zürich", "they’re here", "a “big” dog", "he won’t – it’s John’s")
+        for text in (
+            "a café in Zürich",
+            "a château with a café",
+            "they’re here",
+            "a “big” dog",
+            "he won’t – it’s John’s",
+        )
         for encoding in ("utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252")
     ],
 )
@@ -222,6 +229,7 @@ def test_encodings_of_spreadsheets(text: str, encoding: str, caplog: pytest.LogC
     [
         *(("très bien", "cp1252"), ("koń", "cp1250"), ("café", "mac-roman"), ("schön", "cp850")),
         *(("кот спит", "cp1251"), ("país", "mac-roman"), ("řeka café", "cp1250"), ("猫がいる", "shift-jis")),
+        *(("māte un vīrs", "cp1257"), ("Straße", "cp850"), ("ein café, Straße", "cp850")),
         *(("狗在跑", "gbk"), ("sjö", "cp850"), ("Éva", "cp1252"), ("mañana", "mac-roman")),
     ],
 )
@@ -229,6 +237,13 @@ def test_encodings_that_are_not_sure_are_refused(text: str, encoding: str) -> No
     """The same byte is è in Paris and č in Prague: another word, in every caption."""
     with pytest.raises(DataError, match=r"is not UTF-8: byte 0x\w\w in line 2"):
         read("c.csv", f"video,caption\na.mp4,{text}\nb.mp4,x\n".encode(encoding))
+
+
+def test_a_doubled_key_among_many_is_named() -> None:
+    """To count each key among all others takes hours for a million videos."""
+    pairs = ",".join(f'"{number}": "a dog"' for number in range(300_000))
+    with pytest.raises(DataError, match=r"key used more than once in one object \(1\): '7' \(file\)"):
+        read("c.json", f'{{{pairs}, "7": "a cat"}}')
 
 
 def test_limit_of_unpacked_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

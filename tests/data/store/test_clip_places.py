@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from gare.data.store import clip_places
 from gare.data.store.clip_places import ClipPlaces, SortedIds
 from gare.data.store.parts import Part
 from gare.errors import DataError
@@ -104,3 +106,24 @@ def test_places_of_a_large_store_are_the_same_after_a_move(tmp_path: Path) -> No
     one = ClipPlaces.of(str(tmp_path), [part_of("part-a", NASTY)], {})
     other = ClipPlaces.of("/elsewhere", [part_of("part-a", NASTY)], {})
     assert one == other
+
+
+def test_pieces_of_clips_are_found_among_those_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of all ids for each piece takes half an hour for ten million clips."""
+    ids = SortedIds(pa.array(sorted(f"é {number:05d}" for number in range(0, 3000, 3)), pa.string()))
+    looked_at: list[int] = []
+    index_in = clip_places.pc.index_in
+
+    def counting(wanted: Any, value_set: Any) -> Any:
+        looked_at.append(len(value_set))
+        return index_in(wanted, value_set=value_set)
+
+    monkeypatch.setattr(clip_places.pc, "index_in", counting)
+    for first in range(0, 3000, 300):
+        some = [f"é {number:05d}" for number in range(first, first + 300)]
+        assert ids.places(pa.array(some)).tolist() == [ids.find(one) for one in some]
+    assert sum(looked_at) <= 1010
+    for some in ([], ["a"], ["zz", "é 00003", "a"], ["é 02997", "é 03000"]):
+        assert ids.places(pa.array(some, pa.string())).tolist() == [ids.find(one) for one in some]
+    nothing = SortedIds(pa.array([], pa.string()))
+    assert nothing.places(pa.array(["a"])).tolist() == [-1]

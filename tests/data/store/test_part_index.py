@@ -25,7 +25,15 @@ from gare.data.store.part_index import (
     index_table,
     read_entries,
 )
-from gare.data.store.parts import CHECKSUM, checksum_fault, read_columns, read_part_index
+from gare.data.store.parts import (
+    CHECKSUM,
+    PartEncoder,
+    checksum_fault,
+    put_part,
+    read_columns,
+    read_part_index,
+    table_of,
+)
 from gare.errors import DataError
 from tests.helpers.features import write_feature_store
 from tests.helpers.servers import DroppingProxy
@@ -68,6 +76,42 @@ def test_the_index_says_what_the_columns_say(
     assert index.places.size.tolist() == [chunk.total_compressed_size for chunk in chunks]
     assert index.places.num_frames.tolist() == [2] * 50
     assert index.places.shape == ((4, 16, 16, 3) if extract is RAW else None)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 0), (4, 3), (0, 4), (0,)])
+def test_pieces_without_rows_cost_no_clip_its_place(
+    sizes: tuple[int, ...], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Extraction adds what is left at the end, perhaps nothing; readers then read footers clip by clip."""
+    schema, encoder = frame_schema(JPEG), PartEncoder("data", frame_schema(JPEG))
+    frames = {one: random_frames(JPEG, rng, 2) for one in clips(sum(sizes))}
+    rows = iter([stored_row(JPEG, one, found) for one, found in frames.items()])
+    for size in sizes:
+        encoder.add(table_of([next(rows) for _ in range(size)], schema))
+    describe_store(str(tmp_path), JPEG)
+    put_part(str(tmp_path), "data", "part-a.parquet", encoder.finish("part-a.parquet"))
+    index = read_part_index(part_files(str(tmp_path), "data")[0])
+    assert index
+    assert index.places
+    assert len(index.places.size) == sum(sizes)
+    reader = FrameReader(str(tmp_path))
+    assert list(reader.places) == list(frames)
+    for one in frames:
+        reader.read([one])
+
+
+@pytest.mark.parametrize("extract", [JPEG, RAW], ids=["jpeg", "raw"])
+@pytest.mark.parametrize("size", [2, 100])
+def test_a_part_that_another_program_wrote_anew_gives_no_other_clip(
+    extract: ExtractConfig, size: int, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """The second row group is that of the third clip."""
+    part = small_part(str(tmp_path), rng, clips(6), extract)
+    pq.write_table(pq.read_table(part), part, row_group_size=size)
+    reader = FrameReader(str(tmp_path))
+    for one in clips(6):
+        with pytest.raises(DataError, match=r"its row groups are not of one clip each"):
+            reader.read([one])
 
 
 def test_features_are_indexed_with_a_digest_of_their_captions(

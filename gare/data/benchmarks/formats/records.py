@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -239,9 +240,8 @@ def parse_json(text: str, where: str, faults: CollectedErrors) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entry = dict(pairs)
         if len(entry) < len(pairs):  # json would silently keep the last one
-            keys = [key for key, _ in pairs]
-            for key in entry:
-                if keys.count(key) > 1:
+            for key, times in Counter(key for key, _ in pairs).items():
+                if times > 1:
                     faults.add("key used more than once in one object", f"{key!r} ({where})")
         return entry
 

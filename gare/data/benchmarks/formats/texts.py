@@ -37,6 +37,8 @@ _SURE_WORD = re.compile(
     rb"[A-Za-z]?(?:[a-z]|[\xe1\xe2\xe4\xe7\xe9\xeb\xed\xee\xf3\xf4\xf6\xfa\xfc\xdf])+"
     rb"|[A-Za-z]+n\x92t|[A-Za-z]+\x92(?:re|ve|ll)"
 )
+# Of these letters, Windows-1257 (Baltic) has only ä é ó ö ü ß at the same bytes: its ā is â, its ī is î.
+_SURE_BYTE = re.compile(rb"[\xe4\xe9\xf3\xf6\xfc\xdf\x92]")
 # In other encodings the apostrophe is a letter that may stand there: the rest of the file has to be sure.
 _LIKELY_WORD = re.compile(rb"[A-Za-z]+\x92[sdm]?|[\x96\x97]")
 _QUOTED = re.compile(rb"(?<![A-Za-z\x80-\xff])\x93([\x20-\x7e]+)\x94(?![A-Za-z\x80-\xff])")
@@ -49,7 +51,8 @@ _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _STRING_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,\s*{_STRING})*\s*,?\s*\]", re.DOTALL)
 _LIKE_A_LIST = re.compile(
-    r"""\[\s*(?:[bfru]?['"]|None\b|nan\b).*|[({]\s*[bfru]?['"].*[)}]|array\(\[.*""", re.IGNORECASE | re.DOTALL
+    r"""\[\s*(?:[\[({]\s*)?(?:[bfru]?['"]|None\b|nan\b).*|[({]\s*[bfru]?['"].*[)}]|array\(\[.*""",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -131,7 +134,7 @@ def _first_unsure(data: bytes) -> int | None:
     for word in _WORD.finditer(plain):
         num_ascii = len(_ASCII.findall(word[0]))
         if _SURE_WORD.fullmatch(word[0]) and num_ascii >= max(2, len(word[0]) - num_ascii):
-            is_sure = True
+            is_sure = is_sure or bool(_SURE_BYTE.search(word[0]))
         elif not _LIKELY_WORD.fullmatch(word[0]):
             first, is_sure = word.start(), False
             break

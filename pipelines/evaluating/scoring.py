@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Number of pairs below which actors would take longer to load than to score.
 PAIRS_ALONE = 1_000_000
+#: Number of encoding tasks up to which the same holds on CPUs: one of clips, a short one of captions.
+TASKS_ALONE = 2
 
 
 def encode(
@@ -80,19 +82,21 @@ def _encode_stored(
 def _encode_frames(
     config: Config, subject: Subject, rows: Sequence[ManifestRow], bank: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    from gare.retrieval.ranking.encode import encoding_tasks, join_encoded
+    from gare.retrieval.ranking.encode import Encoder, encoding_tasks, join_encoded
 
     load_model, store, device = subject.load, subject.store, device_of(config)
 
-    def load() -> Any:
-        from gare.retrieval.ranking.encode import Encoder
-
+    def load() -> Encoder:
         return Encoder(load_model(), store, device)
 
     captions = [caption for row in rows for caption in row.captions]
     tasks = encoding_tasks([row.video_id for row in rows], captions, bank)
+    names = [name for name, *_ in tasks]
+    if device == "cpu" and len(tasks) <= TASKS_ALONE:
+        here = Encoder(subject.model, store)
+        return join_encoded(names, (getattr(here, method)(items) for _, method, items in tasks))
     with pool_of(config, load) as pool:
-        return join_encoded((name for name, *_ in tasks), pool.map(task[1:] for task in tasks))
+        return join_encoded(names, pool.map(task[1:] for task in tasks))
 
 
 def device_of(config: Config) -> str:

@@ -59,6 +59,8 @@ TINY: dict[str, Any] = {
     "tracking": {"system_metrics": False},
 }
 STEPS = 24  # 8 epochs of 3
+#: Data set of the run ``first`` on poisoned labels of test.
+POISONED = "name=poisoned"
 
 
 def tiny(*overrides: str) -> Config:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,22 @@ import yaml
 
 from cluster.layout import Layout, layout
 from cluster.runtime.session import ray_session
+from gare.data.manifest import read_manifest, write_manifest
 from pipelines import evaluate, extract, prepare, train
-from tests.helpers.pipelines import TINY, tiny
+from tests.helpers.pipelines import POISONED, TINY, tiny
 from tests.helpers.recovery import SECONDS, recovering
 
 #: Warnings that Ray and MLflow give about themselves; all others are errors.
 LIBRARY_WARNINGS = ("ignore::DeprecationWarning:ray.data.context",)
+WATCHED = (
+    "train.run=watched",
+    "train.profile=true",
+    "tracking.system_metrics=true",
+    "tracking.system_metrics_every_s=0.2",
+    "cluster.train_workers=auto",
+    "cluster.cpus_per_worker=auto",
+    "cluster.use_gpu=auto",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,6 +95,32 @@ def trained(benchmark: dict[str, Any]) -> dict[str, Any]:
     """The result of the run ``first``: two workers, never disturbed, and evaluated."""
     result = train.run(tiny())
     return result | {"evaluation": evaluate.run(tiny())}
+
+
+@pytest.fixture(scope="session")
+def watched(trained: dict[str, Any]) -> dict[str, Any]:
+    """The result of the run ``watched``: as ``first``, by one worker, with its profile and system metrics."""
+    return train.run(tiny(*WATCHED))
+
+
+@pytest.fixture(scope="session")
+def poisoned(trained: dict[str, Any], watched: dict[str, Any], places: Layout) -> dict[str, Any]:
+    """The run ``first`` again, on a manifest whose test videos have each other's captions.
+
+    It is trained over a run of that name that one worker trained.
+    """
+    manifest = read_manifest(places.manifest)
+    test = manifest.of_split("test")
+    captions = {row.video_id: other.captions for row, other in zip(test, [*test[1:], test[0]], strict=True)}
+    rows = tuple(
+        dataclasses.replace(row, captions=captions.get(row.video_id, row.captions)) for row in manifest.rows
+    )
+    there = layout(tiny(POISONED))
+    write_manifest(dataclasses.replace(manifest, rows=rows), there.manifest)
+    shutil.copytree(places.frames, there.frames)
+    shutil.copytree(places.run("watched"), there.run("first"))
+    # More checkpoints than the other run keeps, of which none may matter either.
+    return train.run(tiny(POISONED, "train.keep_checkpoints=all", "train.overwrite=true"))
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ def test_demo_compares_both_models(
         "--seeds",
         "1",
         "train.epochs=1",
+        "cluster.train_workers=1",
         flags={"--seeds": Flag("demo.seeds", "")},
     )
     assert answer.status == 0, answer.stderr

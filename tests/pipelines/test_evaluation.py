@@ -27,6 +27,7 @@ def test_actors_rank_as_one_process_does(
     plain = trained["evaluation"]
     table = read_queries(plain["ranks"]["plain"])
     monkeypatch.setattr(scoring, "PAIRS_ALONE", 0)
+    monkeypatch.setattr(scoring, "TASKS_ALONE", 0)
     switches = ("evaluate.dsl=true", "evaluate.qbnorm=true", "evaluate.qbnorm_bank=30")
     spread = evaluate.run(tiny(*switches, "cluster.num_cpus=2"))
     again = read_queries(spread["ranks"]["plain"])
@@ -37,12 +38,16 @@ def test_actors_rank_as_one_process_does(
     names = ("R1", "R5", "R10", "R50", "MdR", "MnR")
     assert others == {f"{way}/{name}" for way in ("dsl/t2v", "dsl/v2t", "qbnorm/t2v") for name in names}
     monkeypatch.undo()
+    monkeypatch.setattr(scoring, "TASKS_ALONE", 3)  # the bank's as well
+    monkeypatch.setattr(scoring, "pool_of", pytest.fail)
     alone = evaluate.run(tiny(*switches))
     assert alone["metrics"] == spread["metrics"]
     for variant in ("plain", "dsl", "qbnorm"):
         tables = [read_queries(run["ranks"][variant]).table for run in (alone, spread)]
         assert tables[0].equals(tables[1]), variant
-    # The shared result of the other tests is the plain one.
+    # The shared result of the other tests is the plain one: a split this small starts no actor.
+    monkeypatch.undo()
+    monkeypatch.setattr(scoring, "pool_of", pytest.fail)
     assert evaluate.run(tiny())["metrics"] == plain["metrics"]
 
 

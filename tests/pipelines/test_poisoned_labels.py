@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,30 +14,12 @@ from safetensors.torch import load_file
 from cluster.layout import Layout, layout
 from cluster.tracking.client import client
 from cluster.tracking.tracker import connect
-from gare.data.manifest import read_manifest, write_manifest
+from gare.data.manifest import read_manifest
 from gare.storage.run_folder import RunFolder
 from gare.train.checkpoint.files import MODEL
-from pipelines import evaluate, train
+from pipelines import evaluate
 from pipelines.training.checkpointing import checkpoints_of
-from tests.helpers.pipelines import in_process, losses, snapshot, tiny
-
-POISONED = "name=poisoned"
-
-
-@pytest.fixture(scope="module")
-def poisoned(trained: dict[str, Any], places: Layout) -> dict[str, Any]:
-    """The run ``first`` again, on a manifest whose test videos have each other's captions."""
-    manifest = read_manifest(places.manifest)
-    test = manifest.of_split("test")
-    captions = {row.video_id: other.captions for row, other in zip(test, [*test[1:], test[0]], strict=True)}
-    rows = tuple(
-        dataclasses.replace(row, captions=captions.get(row.video_id, row.captions)) for row in manifest.rows
-    )
-    there = layout(tiny(POISONED))
-    write_manifest(dataclasses.replace(manifest, rows=rows), there.manifest)
-    shutil.copytree(places.frames, there.frames)
-    # More checkpoints than the other run keeps, of which none may matter either.
-    return train.run(tiny(POISONED, "train.keep_checkpoints=all"))
+from tests.helpers.pipelines import POISONED, in_process, losses, snapshot, tiny
 
 
 def test_poisoned_test_labels_change_nothing_that_is_kept(

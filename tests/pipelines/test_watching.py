@@ -16,29 +16,13 @@ import pytest
 from cluster.layout import Layout
 from cluster.tracking import connect, resolve_tracking_uri, system_metrics
 from gare.report.pictures import LINES
-from pipelines import train
 from tests.helpers.pictures import count_colour, pixels_of
 from tests.helpers.pipelines import losses, tiny
-
-WATCHED = (
-    "train.run=watched",
-    "train.profile=true",
-    "tracking.system_metrics=true",
-    "tracking.system_metrics_every_s=0.2",
-    "cluster.train_workers=auto",
-    "cluster.cpus_per_worker=auto",
-    "cluster.use_gpu=auto",
-)
 
 
 @pytest.fixture(scope="module")
 def store(root: Path, trained: dict[str, Any]) -> Any:
     return mlflow.MlflowClient(resolve_tracking_uri("sqlite:///mlflow.db", str(root)))
-
-
-@pytest.fixture(scope="module")
-def watched(trained: dict[str, Any]) -> dict[str, Any]:
-    return train.run(tiny(*WATCHED))
 
 
 def test_a_profile_is_among_the_artifacts(watched: dict[str, Any], store: Any, tmp_path: Path) -> None:

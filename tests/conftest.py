@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.servers import CREDENTIALS, DroppingProxy, Site, s3_server, web_server
+from tests.helpers.servers import CREDENTIALS, DroppingProxy, Site, empty_bucket, s3_server, web_server
 
 # Tensors here are tiny: threads would spend their time waiting for each other, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The compiler's pool of processes would import torch once more, for a few small kernels.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -87,9 +89,7 @@ def s3(s3_environment: None, s3_proxy: DroppingProxy) -> Iterator[Any]:
     client.create_bucket(Bucket="videos")
     yield client
     s3_proxy.disturb(0)
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket="videos"):
-        for entry in page.get("Contents", ()):
-            client.delete_object(Bucket="videos", Key=entry["Key"])
+    empty_bucket(client, "videos")
     client.delete_bucket(Bucket="videos")
 
 

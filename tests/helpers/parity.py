@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Outcome:
     Attributes:
         terms: loss terms by name.
         gradients: gradients by parameter name, after ``compute_gradients``.
-        weights: weights by parameter name, after ``STEPS`` train steps from the start.
+        weights: weights by parameter name, after all train steps from the start.
         moved: weights minus the initial weights.
         losses: total loss of each train step.
         strided: True for each tensor that entered a gather, and each gradient returned, in transposed layout.
@@ -88,6 +89,7 @@ class Outcome:
     strided: list[bool]
 
 
+@cache
 def config(*overrides: str) -> Config:
     return tiny_config(*overrides)
 
@@ -97,9 +99,10 @@ def run(
     dtype: torch.dtype = torch.float32,
     gatherer: Callable[[Tensor, Rows], Tensor] = gather,
     *overrides: str,
+    steps: int = STEPS,
     moved_by: int | None = None,
 ) -> Outcome:
-    """Computes this worker's gradients of one batch, then its weights after two steps.
+    """Computes this worker's gradients of one batch, then its weights after some steps.
 
     Features enter the gather transposed in memory, and their gradients return so, as a fused kernel may leave
     them.
@@ -109,11 +112,12 @@ def run(
         dtype: of weights, frames and all that follows.
         gatherer: in place of the gather of the loss.
         overrides: settings.
+        steps: number of train steps.
         moved_by: a seed by which the first weights are moved by up to float32's rounding; None: they are not.
     """
     rng = np.random.default_rng(seed)
     draw = tiny_batch if config(*overrides).train.input == "frames" else tiny_feature_batch
-    batches = [share(draw(config(), rng), rank(), world_size()) for _ in range(STEPS)]
+    batches = [share(draw(config(), rng), rank(), world_size()) for _ in range(max(steps, 1))]
     batches = [replace(batch, frames=batch.frames.to(dtype)) for batch in batches]
     seen: list[bool] = []
 
@@ -145,15 +149,15 @@ def run(
         learner = _learner(seed, dtype, *overrides)
         if moved_by is not None:
             _move_by_rounding(learner.model, moved_by)
+        start = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
         terms = compute_gradients(learner, batches[0]).named()
         gradients = {
             name: parameter.grad.clone()
             for name, parameter in learner.model.named_parameters()
             if parameter.grad is not None
         }
-        learner = _learner(seed, dtype, *overrides)
-        start = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
-        losses = [train_step(learner, batch)["loss/total"] for batch in batches]
+        # The gradients have changed no weights, and draws depend on the step alone.
+        losses = [train_step(learner, batch)["loss/total"] for batch in batches[:steps]]
     finally:
         gare.train.loss.objective.gather, gare.train.loss.objective.start_gather = original
     weights = {name: parameter.detach() for name, parameter in learner.model.named_parameters()}
@@ -360,8 +364,8 @@ def main() -> None:
             "float64": vars(run(seed, torch.float64)),
             "options": {
                 option: {
-                    str(dtype).removeprefix("torch."): vars(run(seed, dtype, gather, *option.split()))
-                    for dtype in (torch.float32, torch.float64)
+                    "float32": vars(run(seed, torch.float32, gather, *option.split(), steps=1)),
+                    "float64": vars(run(seed, torch.float64, gather, *option.split(), steps=0)),
                 }
                 for option in OPTIONS + UNEVEN
             },

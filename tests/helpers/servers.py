@@ -9,9 +9,10 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -30,12 +31,37 @@ def s3_server() -> Iterator[tuple[str, int]]:
     """Yields host and port of an S3 server, moto over real HTTP."""
     from moto.server import ThreadedMotoServer
 
+    _remember_services()
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
         yield server.get_host_and_port()
     finally:
         server.stop()
+
+
+def fill_bucket(bucket: str, objects: Mapping[str, bytes]) -> None:
+    """Puts objects into a bucket of this process's S3 server, without a request for each."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    for key, body in objects.items():
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(bucket, key, body)
+
+
+def empty_bucket(client: Any, bucket: str) -> None:
+    """Deletes all objects of a bucket, a thousand by a request."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        if keys := [{"Key": entry["Key"]} for entry in page.get("Contents", ())]:
+            client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+
+
+def _remember_services() -> None:
+    """Has moto look up once which service answers a host: it searches its own folder at each request."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication as Dispatcher
+
+    if not hasattr(Dispatcher.get_backend_for_host, "cache_info"):
+        Dispatcher.get_backend_for_host = cache(Dispatcher.get_backend_for_host)  # type: ignore[method-assign]
 
 
 class DroppingProxy:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.deploy.support import compose
+from tests.helpers.servers import s3_server
 from tests.helpers.waiting import answers, wait_until
 
 #: PostgreSQL refuses to run as root.
@@ -111,17 +112,11 @@ def _make_database(port: int, password: str, server: subprocess.Popen[bytes], lo
 @contextmanager
 def s3() -> Iterator[str]:
     """Starts moto's S3 server with the bucket ``gare``; yields its address."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    try:
+    with s3_server() as (host, port):
+        address = f"http://{host}:{port}"
         request = urllib.request.Request(f"{address}/gare", method="PUT")
         urllib.request.urlopen(request, timeout=30).close()
         yield address
-    finally:
-        server.stop()
 
 
 class MlflowServer:

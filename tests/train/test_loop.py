@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -58,11 +58,12 @@ def places(tmp_path: Path, rng: np.random.Generator, seed: int) -> Places:
 
 @dataclass
 class Seen(Callback):
-    """Follower that keeps what the loop reported, and saves a checkpoint a step and an epoch."""
+    """Follower that keeps what the loop reported, and saves the checkpoints that are wanted."""
 
     learner: Learner
     folder: Path
     first_epoch: int
+    wanted: frozenset[str] = frozenset()
     losses: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     epochs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -71,11 +72,15 @@ class Seen(Callback):
         assert {"time/step_s", "time/data_wait_s", "time/data_jpeg_s", "train/grad_norm"} <= values.keys()
         self.steps.append(step)
         self.losses.append(values["loss/total"])
-        save_checkpoint(str(self.folder / f"step{step}"), self.learner, self.first_epoch + len(self.epochs))
+        self.save(f"step{step}", self.first_epoch + len(self.epochs))
 
     def on_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         self.epochs.append((epoch, metrics))
-        save_checkpoint(str(self.folder / str(epoch)), self.learner, epoch)
+        self.save(str(epoch), epoch)
+
+    def save(self, name: str, epoch: int) -> None:
+        if name in self.wanted:
+            save_checkpoint(str(self.folder / name), self.learner, epoch)
 
 
 class Ordered(Callback):
@@ -105,8 +110,9 @@ def train(
     start: str = "",
     clips: int | None = None,
     more: Sequence[Callback] = (),
+    saved: Iterable[str] = (),
 ) -> Seen:
-    """Runs the loop; saves a checkpoint a step and an epoch; starts from one, or stops the stream early."""
+    """Runs the loop; saves the named checkpoints; starts from one, or stops the stream early."""
     splits, config = places.splits(), places.config
     rows = {"train": splits.train, "val": splits.val}
     plan = plan_run([len(row.captions) for row in splits.train], 3, config.train, rank=0, world_size=1)
@@ -118,7 +124,7 @@ def train(
     source, device = FrameInput(config, places.store), torch.device("cpu")
     loader = source.loader(listed, source.shared_data(splits), device, learner.model)()
     sizes = [len(batch.videos) for batch in plan.batches]
-    seen = Seen(learner, folder, epoch)
+    seen = Seen(learner, folder, epoch, frozenset(saved))
 
     def stream() -> Iterator[dict[str, np.ndarray]]:
         for number in range(first, len(sizes))[:clips]:
@@ -133,7 +139,7 @@ def train(
 
 def test_a_run_and_its_continuation(places: Places, seed: int, tmp_path: Path) -> None:
     """A preempted job that goes on from its last epoch must end as if nothing had happened, to the bit."""
-    whole = train(places, seed, tmp_path / "whole")
+    whole = train(places, seed, tmp_path / "whole", saved=["1"])
     # 18 captions in batches of 6, three epochs.
     assert whole.steps == list(range(1, 10))
     assert [done for done, _ in whole.epochs] == [1, 2, 3]
@@ -151,8 +157,9 @@ def test_a_continuation_within_an_epoch(
     places: Places, seed: int, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """Epochs take hours: a job preempted within one goes on from the batch that comes next, to the bit."""
-    whole = train(places, seed, tmp_path / "whole")
-    for step in sorted(rng.choice(np.arange(1, 9), 3, replace=False)):
+    steps = sorted(rng.choice(np.arange(1, 9), 3, replace=False))
+    whole = train(places, seed, tmp_path / "whole", saved=[f"step{step}" for step in steps])
+    for step in steps:
         start = str(tmp_path / "whole" / f"step{step}")
         continued = train(places, seed + 1, tmp_path / "continued", start=start)
         assert continued.steps == whole.steps[step:], step

@@ -54,6 +54,15 @@ def validated_alone(seed: int, num_videos: int) -> dict[str, float]:
     return parity.validate(seed, num_videos)
 
 
+@cache
+def option_alone(seed: int, option: str) -> tuple[parity.Outcome, parity.Outcome]:
+    """Returns what one worker finds in float64, and in float32."""
+    return (
+        parity.run(seed, torch.float64, gather, *option.split(), steps=0),
+        parity.run(seed, torch.float32, gather, *option.split(), steps=1),
+    )
+
+
 def relative_differences(
     found: dict[str, Tensor], expected: dict[str, Tensor], *, any_may_vanish: bool = False
 ) -> dict[str, float]:
@@ -117,7 +126,9 @@ def _moved(seed: int, overrides: tuple[str, ...]) -> list[dict[str, Tensor]]:
     One result can be near the exact one by chance: with seed 1139684322 and a dropout of 0.5 one worker is
     2e-6 off, and 2e-6 to 1.3e-5 if its weights are moved by a rounding, which itself changes 5e-7.
     """
-    runs = [parity.run(seed, torch.float32, gather, *overrides, moved_by=number) for number in range(8)]
+    runs = [
+        parity.run(seed, torch.float32, gather, *overrides, steps=0, moved_by=number) for number in range(8)
+    ]
     return [run.gradients for run in runs]
 
 
@@ -166,8 +177,7 @@ def test_every_option_is_that_of_one_worker(world: int, option: str, found: Foun
 
     Parameter by parameter in float64, part by part in float32.
     """
-    exact = parity.run(session_seed, torch.float64, gather, *option.split())
-    rough = parity.run(session_seed, torch.float32, gather, *option.split())
+    exact, rough = option_alone(session_seed, option)
     for rank in range(world):
         outcome = found[world, rank]["options"][option]
         # Where the radius is learned its gradient is so large that others vanish beside it.
@@ -182,6 +192,8 @@ def test_every_option_is_that_of_one_worker(world: int, option: str, found: Foun
             torch.testing.assert_close(
                 outcome["float32"]["terms"][name], value, rtol=1e-5, atol=atol, msg=name
             )
+        # The whole step, with its diagnostics, computes the same loss.
+        assert outcome["float32"]["losses"] == pytest.approx(rough.losses, rel=1e-4)
         absent = ("towers",) if "input=features" in option else ()
         absent += ("increment",) if "increment=false" in option else ()
         absent += ("temporal",) if "temporal=none" in option else ()

@@ -25,7 +25,7 @@ from pyarrow import fs as pafs
 
 from gare.data.store import parts
 from gare.storage import claims, conditional, exclusive, files, lock, object_store
-from tests.helpers.servers import CREDENTIALS, s3_server
+from tests.helpers.servers import CREDENTIALS, empty_bucket, s3_server
 from tests.writers.scheduling import Process, Scheduler
 
 EPOCH_S = 1.7e9
@@ -231,9 +231,7 @@ class S3Server:
 
     def empty(self, bucket: str) -> None:
         """Deletes all objects."""
-        for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
-            for entry in page.get("Contents", ()):
-                self.client.delete_object(Bucket=bucket, Key=entry["Key"])
+        empty_bucket(self.client, bucket)
 
     def install(self, patch: pytest.MonkeyPatch, scheduler: Scheduler) -> None:
         """Installs the server, as the function ``install`` does."""

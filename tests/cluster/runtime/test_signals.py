@@ -42,7 +42,7 @@ sys.exit(status)
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "any.yaml"
-    path.write_text("name: any\n")
+    path.write_text("name: any\ncluster: {num_cpus: 1}\n")  # Ray starts a worker for each of its CPUs
     return path
 
 

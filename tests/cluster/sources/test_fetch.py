@@ -20,7 +20,7 @@ from cluster.sources.s3 import S3Server
 from gare.config import SourcesConfig
 from gare.data.videos import FileVersion, LocalVideos
 from gare.errors import FetchError, GoneError
-from tests.helpers.servers import DroppingProxy, Site
+from tests.helpers.servers import DroppingProxy, Site, fill_bucket
 
 QUICK = {"backoff_s": 0.0, "timeout_s": 10.0}
 
@@ -430,8 +430,7 @@ def test_versions_of_many_objects_are_listed(count: int, s3: Any, s3_proxy: Drop
     """One request a video, three times a run, takes a day for ten million."""
     names = [f"é {number:04d}.mp4" for number in range(count)]
     others = [f"{name}.txt" for name in names] + ["sub/0001.mp4", "sub/é 0001.mp4"]
-    for name in names + others:
-        s3.put_object(Bucket="videos", Key=f"in/{name}", Body=b"x" * len(name))
+    fill_bucket("videos", {f"in/{name}": b"x" * len(name) for name in names + others})
     uris = [f"s3://videos/in/{name.replace('é ', '%C3%A9%20')}" for name in reversed(names)]
     s3_proxy.requests.clear()
     found = videos().stat([*uris, "s3://videos/in/none.mp4", "s3://videos/in/none.mp4"])
@@ -439,9 +438,10 @@ def test_versions_of_many_objects_are_listed(count: int, s3: Any, s3_proxy: Drop
     assert len(s3_proxy.requests) == (count + 1 if count < 16 else 2)
     assert list(found) == [*uris, "s3://videos/in/none.mp4"]
     assert isinstance(found.pop("s3://videos/in/none.mp4"), GoneError)
+    single = videos()
     for uri, version in found.items():
         name = uri.rsplit("/", 1)[-1]
-        assert videos().stat([uri])[uri] == version
+        assert single.stat([uri])[uri] == version
         assert version.size_bytes == len(name.replace("%C3%A9%20", "é "))
 
 
@@ -450,8 +450,7 @@ def test_a_folder_of_other_objects_is_not_listed_to_its_end(
 ) -> None:
     """A hundred videos of a bucket of millions need no list of them all."""
     names = [f"{number:05d}.mp4" for number in range(1200)]
-    for name in names:
-        s3.put_object(Bucket="videos", Key=name, Body=b"x")
+    fill_bucket("videos", dict.fromkeys(names, b"x"))
     wanted = [f"s3://videos/{name}" for name in names[::40]]
     page = S3Server._page
     monkeypatch.setattr(S3Server, "_page", lambda *asked: _shortened(page(*asked), 10))
@@ -482,8 +481,7 @@ def _shortened(page: dict[str, Any], length: int) -> dict[str, Any]:
 
 def test_who_may_not_list_asks_for_each(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some keys may read objects and not list the bucket."""
-    for number in range(20):
-        s3.put_object(Bucket="videos", Key=f"{number}.mp4", Body=b"x")
+    fill_bucket("videos", {f"{number}.mp4": b"x" for number in range(20)})
 
     def refused(*unused: Any) -> Any:
         raise FetchError("access is denied", where="s3://videos")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -77,9 +79,14 @@ def head(root: Path) -> Iterator[Head]:
         wait_for(address, environment["RAY_AUTH_TOKEN"], process, log)
         yield Head(environment | {"RAY_API_SERVER_ADDRESS": address}, temporary)
     finally:
-        # Never `ray stop`: it ends every Ray of this machine.
-        process.terminate()
+        # Never `ray stop`: it ends every Ray of this machine. Asked to end, ours waits half a minute for its
+        # own processes, of which nothing is wanted any more.
+        ours = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for one in ours:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait(60)
+        psutil.wait_procs(ours, 60)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

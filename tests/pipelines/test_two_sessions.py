@@ -26,7 +26,7 @@ def test_two_trainings_side_by_side_print_no_trace(
         name: subprocess.Popen(
             [
                 *(sys.executable, "pipelines/train.py", "--config", tiny_yaml, f"train.run={name}"),
-                *("train.epochs=4", "cluster.loaders_per_worker=1"),
+                *("train.epochs=4", "cluster.train_workers=1", "cluster.loaders_per_worker=1"),
             ],
             cwd=repository,
             env=environment,

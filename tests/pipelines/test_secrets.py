@@ -84,6 +84,7 @@ def settings(shared: Path, site: Site, tmp_path: Path) -> tuple[str, ...]:
         *("name=secrets", "data.benchmark=folder", f"data.captions={captions}"),
         *("sources.private_addresses=true", "sources.retries=1", "sources.backoff_s=0"),
         *("extract.max_failed_fraction=0.5", "train.batch_size=4", "train.epochs=1"),
+        *("cluster.train_workers=1", "extract.workers=1"),
     )
 
 

@@ -71,6 +71,7 @@ def on_s3(root: str, root_folder: Path, captions: Path, *more: str) -> Config:
         "train.batch_size=4",
         "train.epochs=2",
         "train.diagnostics_every=0",
+        "cluster.train_workers=1",
         *more,
     )
 
@@ -129,7 +130,9 @@ def test_a_bad_night_is_made_up_for_by_the_next(
     ray_local: None, root: Path, s3: Any, site: Site, captions: Path
 ) -> None:
     """Five minutes of 503 must not keep clips out of the store for good, while every night ends well."""
-    config = on_s3("night", root, captions, "sources.retries=1", "extract.max_failed_fraction=1")
+    config = on_s3(
+        "night", root, captions, "sources.retries=1", "extract.max_failed_fraction=1", "extract.workers=1"
+    )
     prepare.run(config)
 
     def busy() -> None:
@@ -156,7 +159,7 @@ def test_outputs_on_s3_go_the_whole_way(
     ray_local: None, root: Path, s3: Any, captions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A cluster without a shared disk has nothing else; each step must find there what the last one left."""
-    config = on_s3("whole", root, captions)
+    config = on_s3("whole", root, captions, "extract.workers=1")
     prepare.run(config)
     places = layout(config)
     assert extract.run(config)["attempted"] == len(CLIPS)
@@ -195,7 +198,7 @@ def test_videos_that_are_gone_are_failures_with_a_reason(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Links rot; each must be named with its reason, without the signature that somebody paid for."""
-    config = on_s3("gone", root, captions, "extract.max_failed_fraction=1")
+    config = on_s3("gone", root, captions, "extract.max_failed_fraction=1", "extract.workers=1")
     prepare.run(config)
     s3.delete_object(Bucket="videos", Key="more/asl_book.mkv")
     del site.files["/newtonscradle.gif"]

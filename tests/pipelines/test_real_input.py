@@ -30,6 +30,7 @@ def test_real_clips_go_the_whole_way(ray_local: None, shared: Path) -> None:
         f"data.captions={folder / 'captions.json'}",
         "train.epochs=1",
         "train.max_steps=3",
+        "cluster.train_workers=1",
         *JPEG,
     )
     config = tiny(*settings)
@@ -57,6 +58,7 @@ def test_videos_alone_are_extracted(trained: dict[str, Any], shared: Path, tmp_p
         "data.benchmark=folder",
         f"data.videos={tmp_path}",
         "extract.store=both",
+        "extract.workers=1",
         f"features.weights={trained['checkpoint']}",
     )
     assert prepare.run(config)["counts"]["train"] == {"videos": 1, "captions": 0}

@@ -46,8 +46,8 @@ def features(benchmark: dict[str, Any], weights: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def learned(features: dict[str, Any], weights: str) -> dict[str, Any]:
-    """A run on the features, by two workers."""
-    return train.run(tiny(*RUN, weights))
+    """A run on the features, by one worker; those of test_import_features.py are learned by two."""
+    return train.run(tiny(*RUN, weights, "cluster.train_workers=1"))
 
 
 def test_a_run_leaves_a_whole_checkpoint(
@@ -129,6 +129,7 @@ def test_features_without_frames(features: dict[str, Any], weights: str, places:
     bad = replace(manifest.rows[0], video_id="bad", uri="/nowhere/bad.mp4")
     write_manifest(replace(manifest, rows=(*manifest.rows[:5], bad)), alone.manifest)
     settings = ("name=alone", "extract.store=features", "extract.max_failed_fraction=0.5", weights)
+    settings += ("extract.workers=1",)
     # Two windows of frames, one after the other.
     result = extract.run(tiny(*settings, "features.videos_per_part=3", "features.workers=1"))
     assert (result["videos"], set(result["failed"])) == (5, {"bad"})
@@ -182,7 +183,13 @@ def test_a_changed_file_is_encoded_again(
         shutil.copyfile(row.uri, file)
     rows = tuple(replace(source.rows[0], video_id=file.stem, uri=str(file)) for file in files)
     write_manifest(replace(source, rows=rows), own.manifest)
-    settings = ("name=followed", "extract.store=both", "extract.videos_per_part=1", weights)
+    settings = (
+        "name=followed",
+        "extract.store=both",
+        "extract.videos_per_part=1",
+        "extract.workers=1",
+        weights,
+    )
 
     def counts(result: dict[str, Any]) -> list[int]:
         return [result[key] for key in ("new", "changed", "unchanged", "gone", "attempted", "videos")]
@@ -274,6 +281,7 @@ def test_features_on_s3(features: dict[str, Any], weights: str, places: Layout, 
     copy_files(f"{places.frames}/data", f"{own.frames}/data")
     settings = (
         *("name=both", "storage.root=s3://videos/root", "extract.store=features", weights),
+        "features.workers=1",
         *(f"tracking.uri=sqlite:///{root / 'mlflow-features.db'}", "features.videos_per_part=16"),
     )
     result = extract.run(tiny(*settings))

@@ -143,7 +143,7 @@ def test_a_grown_and_changed_collection(
     clips = [ManifestRow(file.stem, str(file), None, None, "train", ("one",)) for file in files]
     for file, row in zip(files, rows, strict=False):
         shutil.copyfile(row.uri, file)
-    arguments = ["--config", tiny_yaml, "name=grown", "extract.max_failed_fraction=0.5"]
+    arguments = ["--config", tiny_yaml, "name=grown", "extract.max_failed_fraction=0.5", "extract.workers=1"]
 
     def counts(answer: Answer) -> tuple[int, ...]:
         assert answer.status == 0, answer.stderr
@@ -220,7 +220,8 @@ def test_whole_pictures_go_the_whole_way(
     crops = "crop is 'none' in the store and 'center' in the configuration"
     command().refused(3, crops)
     command("extract.crop=none", "extract.encoding=raw").refused(2, "crop none needs encoding jpeg")
-    trained = train.run(tiny(*jpeg, "extract.crop=none", "train.epochs=1", "train.max_steps=2"))
+    short = ("train.epochs=1", "train.max_steps=2", "cluster.train_workers=1")
+    trained = train.run(tiny(*jpeg, "extract.crop=none", *short))
     assert trained["steps"] == 2
 
 

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import psutil
 import pytest
 import yaml
 
 from cluster.tracking import resolve_tracking_uri
+from cluster.tracking.client import client
 from gare.config import Config, parse_config
 from gare.data.manifest import read_manifest
 from gare.data.store.contents import Store
@@ -80,9 +80,9 @@ class Written:
         """The content of a JSON file."""
         return json.loads((self.root / name).read_text())
 
-    def tracking(self) -> mlflow.MlflowClient:
+    def tracking(self) -> Any:
         """A client of the database."""
-        return mlflow.MlflowClient(resolve_tracking_uri("sqlite:///mlflow.db", str(self.root)))
+        return client(resolve_tracking_uri("sqlite:///mlflow.db", str(self.root)))
 
 
 @pytest.fixture

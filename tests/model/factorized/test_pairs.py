@@ -142,14 +142,14 @@ def test_dropout_of_a_context_is_the_same_in_both_forms(context: str, seed: int)
 
 
 def test_memory_keeps_to_its_budget(repository: Path) -> None:
-    """A gallery of any size is scored beside what else the machine does; N·M·D numbers would be 1 GB here."""
+    """A gallery of any size is scored beside what else the machine does; N·M·D numbers would be 2 GB here."""
     code = """
 import torch
 from tests.helpers.heads import features, head
 from tests.helpers.memory import peak_mb, reset_peak
 torch.set_num_threads(1)
 for context, heads, memory_mb, texts, videos, words in (
-    ("frames", 1, 50, 2100, 1700, 2), ("words", 1, 50, 1060, 990, 8), ("frames", 8, 20, 5000, 50, 2),
+    ("frames", 1, 100, 3000, 2400, 2), ("words", 1, 100, 1500, 1400, 8), ("frames", 8, 40, 10000, 50, 2),
     ("words", 8, 100, 60, 60, 48),
 ):
     model = head(64, dtype=torch.float32, memory_mb=memory_mb, context=context, increment_heads=heads)

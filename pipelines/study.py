@@ -73,8 +73,8 @@ def run(config: Config) -> dict[str, Any]:
             for one in {run.config.name: run.config for run in left}.values():
                 _make_data(one)
             # What others start from comes first; where it failed, they are left.
-            failed = _run_all(config, records, [one for one in left if one in plan.starts])
-            ready = [one for one in left if one not in plan.starts]
+            failed = _run_all(config, records, [one for one in left if one.cell.is_start])
+            ready = [one for one in left if not one.cell.is_start]
             ready = [one for one in ready if one.start is None or one.start.name not in failed]
             failed |= _run_all(config, records, ready)
     result = _finish(config, plan, records, time.monotonic() - started)
@@ -265,7 +265,7 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
             continue
         record = records.read(one)
         children.append(record["mlflow_run_id"])
-        if one not in plan.starts:
+        if not one.cell.is_start:
             evaluations[one.cell.name, one.seed] = read_evaluation(record["evaluation"])
             history = RunFolder(layout(one.config).run(one.name)).history
             if exists(history):

@@ -106,7 +106,7 @@ class Config(Section):
                 "frozen, and model.increment and model.adapters are off or frozen"
             )
         if self.loss.dropout_spread and (reason := self.model.why_no_dropout_spread):
-            faults.append(f"loss.dropout_spread has no form with {reason}")
+            faults.append(f"loss.dropout_spread has no form with model.{reason}")
         has_frames = not self.data.is_imported
         differs = has_frames and self.extract.image_size != self.model.clip.image_size
         if differs and info.context != SIZES_UNKNOWN:

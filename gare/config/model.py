@@ -146,16 +146,9 @@ class ModelConfig(Section):
     def _variant_makes_sense(self) -> ModelConfig:
         if self.pooling == "mean" and self.increment:
             raise ValueError("pooling mean has no increment: set increment=false")
-        if self.method == "factorized" and self.padding == "released":
-            raise ValueError("method factorized has no form for padding released: take auto or direct")
-        if self.method == "factorized" and self.increment_layers > 1:
+        if self.method == "factorized" and self.why_not_factorized:
             raise ValueError(
-                "method factorized has no form for increment_layers above 1: take auto or direct"
-            )
-        per_pair = self.increment_dropout > 0 and self.increment_dropout_per == "pair"
-        if self.method == "factorized" and self.increment and per_pair:
-            raise ValueError(
-                "method factorized has no form for increment_dropout_per pair: take auto or direct"
+                f"method factorized has no form for {self.why_not_factorized}: take auto or direct"
             )
         if self.kernel == "triton" and self.method == "direct":
             raise ValueError("kernel triton computes the factorised form: take method auto or factorized")
@@ -176,18 +169,26 @@ class ModelConfig(Section):
         return self.temporal == "transformer" or self.increment
 
     @property
+    def why_not_factorized(self) -> str:
+        """The setting for which pairs have no factorised form in training; empty if they have one."""
+        if self.padding == "released":
+            return "padding released"
+        if self.increment_layers > 1:
+            return "increment_layers above 1"
+        if self.increment and self.increment_dropout > 0 and self.increment_dropout_per == "pair":
+            return "increment_dropout_per pair"
+        return ""
+
+    @property
     def why_no_dropout_spread(self) -> str:
         """The setting that leaves the spread by dropout of each pair without a closed form, or empty."""
-        per_pair = self.increment_dropout > 0 and self.increment_dropout_per == "pair"
         settings = {
-            "model.method direct": self.method == "direct",
-            "model.padding released": self.padding == "released",
-            "model.context words": self.context == "words",
-            "model.query text": self.query == "text",
-            f"model.increment_layers {self.increment_layers}": self.increment_layers > 1,
-            "model.increment_dropout_per pair": per_pair,
+            "method direct": self.method == "direct",
+            "context words": self.context == "words",
+            "query text": self.query == "text",
         }
-        return next((name for name, is_set in settings.items() if self.increment and is_set), "")
+        found = next((name for name, is_set in settings.items() if is_set), self.why_not_factorized)
+        return found if self.increment else ""
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that define the model, without those of how it is computed."""

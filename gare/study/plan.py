@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -269,14 +269,11 @@ def plan_study(
     starts: dict[tuple[str, int], PlannedRun] = {}
     for seed, cell in itertools.product(chosen, cells):
         try:
-            start = _start_of(config, name, file, cell, seed)
+            start, checkpoint = _start_of(config, name, file, cell, seed), ""
             if start is not None:
                 start = starts.setdefault((start.config.name, seed), start)
-                cell_with_start = {_START_KEY: checkpoint_of(start.config), **cell.settings}
-            else:
-                cell_with_start = dict(cell.settings)
-            planned = _config_of(config, name, file, replace(cell, settings=cell_with_start), seed)
-            runs.append(PlannedRun(cell, seed, planned, start))
+                checkpoint = checkpoint_of(start.config)
+            runs.append(PlannedRun(cell, seed, _config_of(config, name, file, cell, seed, checkpoint), start))
         except ConfigError as error:
             if seed == chosen[0]:
                 faults.append(str(error))
@@ -315,8 +312,11 @@ def _cells(file: StudyFile) -> list[Cell]:
     return cells
 
 
-def _config_of(config: Config, study: str, file: StudyFile, cell: Cell, seed: int) -> Config:
-    settings = {**file.common, **cell.settings}
+def _config_of(
+    config: Config, study: str, file: StudyFile, cell: Cell, seed: int, checkpoint: str = ""
+) -> Config:
+    """Returns the settings of a run; ``checkpoint`` is that of the run that it starts from, if any."""
+    settings = {**file.common, **cell.settings} | ({_START_KEY: checkpoint} if checkpoint else {})
     settings |= {"train.run": f"{study}-{cell.name}-seed{seed}", "train.seed": seed}
     settings |= {"evaluate.split": file.split, "train.overwrite": False}
     if own := _own_data(file, cell):

@@ -49,21 +49,6 @@ def study_table(results: StudyResults) -> str:
     return "\n".join(lines)
 
 
-#: Diagnostics as they are called in the table and the figure.
-_DIAGNOSTICS = {
-    "tension/cancelled_before": "cancelled, without Δ",
-    "tension/cancelled": "cancelled",
-    "gap/modality": "modality gap",
-    "gap/alignment": "alignment",
-    "delta/cos_gap_positive": "cos(Δ, gap), own",
-    "delta/cos_gap_negative": "cos(Δ, gap), others",
-    "delta/norm_positive": "‖Δ‖, own",
-    "delta/norm_negative": "‖Δ‖, others",
-    "delta/text_norm_before": "‖t‖",
-    "delta/sigma": "σ",
-}
-
-
 def _measured(results: StudyResults) -> list[str]:
     """Returns the diagnostics that any run has."""
     return [name for name in DIAGNOSTICS if any(one.diagnostic(name) for one in results.scores)]
@@ -76,7 +61,7 @@ def _diagnostics_table(results: StudyResults) -> list[str]:
     lines = [
         "## Measures of the training, at its end",
         "",
-        f"| setting | {' | '.join(_DIAGNOSTICS[name] for name in names)} |",
+        f"| setting | {' | '.join(DIAGNOSTICS[name] for name in names)} |",
         "| --- |" + " ---: |" * len(names),
     ]
     for scores in results.scores:
@@ -189,7 +174,7 @@ def diagnostics_figure(results: StudyResults) -> bytes | None:
     panels: dict[str, list[list[float]]] = {}
     panels[results.plan.file.measure] = [_values_of(results, one) for one in results.scores]
     for name in names:
-        panels[_DIAGNOSTICS[name]] = [
+        panels[DIAGNOSTICS[name]] = [
             [found[name] for found in one.diagnostics.values() if name in found] for one in results.scores
         ]
     columns = min(4, len(panels))

@@ -19,20 +19,20 @@ from gare.study.statistics import LEVEL, Effect, holm, paired_effect
 
 #: Measures that are a mean over queries, so that differences have an error over them, too.
 MEASURES = ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MnR", "v2t/R1", "v2t/R5", "v2t/R10", "v2t/MnR")
-#: What the paper argues with, of a training: how much of the gradient at a text cancels, without and with Δ;
-#: the distance of the modalities; angles and lengths of Δ; the spread that the bottleneck holds.
-DIAGNOSTICS = (
-    "tension/cancelled_before",
-    "tension/cancelled",
-    "gap/modality",
-    "gap/alignment",
-    "delta/cos_gap_positive",
-    "delta/cos_gap_negative",
-    "delta/norm_positive",
-    "delta/norm_negative",
-    "delta/text_norm_before",
-    "delta/sigma",
-)
+#: Measures of a training that the paper argues with, and their headings: the share of the gradient at a text
+#: that cancels, the modalities' distance, angles and lengths of Δ, and the spread that the bottleneck holds.
+DIAGNOSTICS = {
+    "tension/cancelled_before": "cancelled, without Δ",
+    "tension/cancelled": "cancelled",
+    "gap/modality": "modality gap",
+    "gap/alignment": "alignment",
+    "delta/cos_gap_positive": "cos(Δ, gap), own",
+    "delta/cos_gap_negative": "cos(Δ, gap), others",
+    "delta/norm_positive": "‖Δ‖, own",
+    "delta/norm_negative": "‖Δ‖, others",
+    "delta/text_norm_before": "‖t‖",
+    "delta/sigma": "σ",
+}
 #: Points of a training that are taken for its end.
 LAST = 3
 #: Evaluations by cell and seed.

@@ -193,8 +193,7 @@ def build_basis(
     attended_OKD = torch.cat([attended_OKD.flatten(1, 2), mean_O1D.sum(dim=1) + maps.attended_bias], dim=1)
     attended = Length.deviation(attended_OKD)
     hidden_OKD = attended_OKD @ maps.hidden.T
-    residual_OKD = hidden_OKD - layer.norm2.weight * attended_OKD if maps.whole else hidden_OKD
-    constant = maps.residual_constant
+    unmasked_OKD, constant = hidden_OKD, maps.residual_constant
     if keep_OD is not None:
         assert not maps.whole
         hidden_OKD = torch.addcmul(layer.norm2.weight * attended_OKD, hidden_OKD, keep_OD.unsqueeze(1))
@@ -209,6 +208,7 @@ def build_basis(
     even_O1D = hidden.at_base.rsqrt().reshape(-1, 1, 1) * base_O1D + maps.constant
     dropped = None
     if with_dropped:
+        residual_OKD = unmasked_OKD - layer.norm2.weight * attended_OKD if maps.whole else unmasked_OKD
         first_O1D = second_O11 * residual_OKD[:, -1:] + maps.residual_constant
         parts = [residual_OKD, first_O1D, hidden.at_base.rsqrt().reshape(-1, 1, 1) * first_O1D]
         dropped = torch.cat(parts, dim=1)

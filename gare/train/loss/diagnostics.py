@@ -72,8 +72,7 @@ class _Rows:
         """Builds Δ_ij (S, V, D) of at most a number of videos, evenly chosen."""
         assert self.pairs.weights is not None
         assert self.basis is not None
-        count = self.video.mean.shape[0]
-        chosen = torch.linspace(0, count - 1, min(num_videos, count)).long().to(self.text.device)
+        chosen = _evenly_chosen(self.video.mean.shape[0], num_videos, self.text.device)
         if self.by_video:
             return torch.einsum("vls,vld->svd", self.pairs.weights[chosen], self.basis[chosen])
         return torch.einsum("slv,sld->svd", self.pairs.weights[:, :, chosen], self.basis)
@@ -109,7 +108,7 @@ def diagnose(scorer: PairScorer, seen: StepObservations, num_texts: int) -> dict
 def _rows(scorer: PairScorer, seen: StepObservations, num_texts: int) -> _Rows:
     sides = seen.sides
     count = sides.own.stop - sides.own.start
-    chosen = torch.linspace(0, count - 1, min(num_texts, count)).long().to(seen.scale.device)
+    chosen = _evenly_chosen(count, num_texts, seen.scale.device)
     if isinstance(sides.owners, PreparedText):
         assert isinstance(sides.others, PreparedVideo)
         owners, video = sides.owners[chosen], sides.others
@@ -122,6 +121,11 @@ def _rows(scorer: PairScorer, seen: StepObservations, num_texts: int) -> _Rows:
     return _Rows(
         scorer.pair_numbers(video, texts), texts.vectors, video, held, True, chosen + sides.own.start
     )
+
+
+def _evenly_chosen(count: int, most: int, device: torch.device) -> Tensor:
+    """Returns the indices of at most a number of rows, evenly spread over all."""
+    return torch.linspace(0, count - 1, min(most, count)).long().to(device)
 
 
 def _tension(scorer: PairScorer, seen: StepObservations, rows: _Rows) -> dict[str, Tensor]:

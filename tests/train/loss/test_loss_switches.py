@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gare.errors import ConfigError
 from gare.model.gare import GARE
 from gare.train.loss.losses import bottleneck, orthogonality, radii
 from gare.train.loss.objective import loss_terms
@@ -114,3 +115,34 @@ def test_each_switch_reaches_its_term_alone(override: str, seed: int, rng: np.ra
         + weights.direction_weight * after.direction
     )
     torch.testing.assert_close(after.total, expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        *(
+            (f"loss.dropout_spread=0.3 {setting}", "dropout_spread has no form with")
+            for setting in (
+                "model.method=direct",
+                "model.context=words",
+                "model.query=text",
+                "model.increment_layers=2",
+                "model.increment_dropout_per=pair",
+                "model.padding=released",
+                "loss.kl_normalised=true",
+                "loss.bottleneck_anchor=text",
+            )
+        ),
+        ("loss.false_negatives=0.1 loss.positives=video", "has no form with positives video"),
+    ],
+)
+def test_switches_without_a_common_form_are_refused(override: str, words: str) -> None:
+    """A term that is silently left out makes an ablation a fiction."""
+    with pytest.raises(ConfigError, match=words):
+        tiny_config(*override.split())
+
+
+def test_a_baseline_beside_it_needs_no_such_form() -> None:
+    """A study gives all its levels the same settings."""
+    config = tiny_config("loss.dropout_spread=0.3", "model.increment=false", "model.method=direct")
+    assert config.loss.dropout_spread == 0.3

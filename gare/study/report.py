@@ -59,7 +59,7 @@ def _diagnostics_table(results: StudyResults) -> list[str]:
     if not names:
         return []
     lines = [
-        "## Measures of the training, at its end",
+        "## Measures of the training, at its end, and of the negatives",
         "",
         f"| setting | {' | '.join(DIAGNOSTICS[name] for name in names)} |",
         "| --- |" + " ---: |" * len(names),
@@ -72,7 +72,8 @@ def _diagnostics_table(results: StudyResults) -> list[str]:
         "",
         "- Cancelled: share of the gradients at a text that cancel each other, with Δ unless said. Own: a "
         "text and its video; others: a text and another video of the batch. Modality gap: distance of the "
-        "means of texts and videos. σ: spread of a video's increments over texts.",
+        "means of texts and videos. σ: spread of a video's increments over texts. False negatives: other "
+        "videos that have the text's own caption, word for word, among all and among each text's hardest.",
         "",
     ]
 

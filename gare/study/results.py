@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gare.retrieval.results.evaluation import Evaluation, why_not_comparable
-from gare.retrieval.results.queries import DIRECTIONS, require_same_queries
+from gare.retrieval.results.queries import DIRECTIONS, false_negative_shares, require_same_queries
 from gare.retrieval.results.table import mean_and_deviation, more_is_better
 from gare.study.plan import Cell, StudyPlan
 from gare.study.statistics import LEVEL, Effect, holm, paired_effect
 
 #: Measures that are a mean over queries, so that differences have an error over them, too.
 MEASURES = ("t2v/R1", "t2v/R5", "t2v/R10", "t2v/MnR", "v2t/R1", "v2t/R5", "v2t/R10", "v2t/MnR")
-#: Measures of a training that the paper argues with, and their headings: the share of the gradient at a text
-#: that cancels, the modalities' distance, angles and lengths of Δ, and the spread that the bottleneck holds.
+#: Measures that the paper argues with, and their headings: of a training the share of the gradient at a text
+#: that cancels, the modalities' distance, angles and lengths of Δ, and the spread that the bottleneck holds;
+#: of an evaluation the negatives that are known to be false.
 DIAGNOSTICS = {
     "tension/cancelled_before": "cancelled, without Δ",
     "tension/cancelled": "cancelled",
@@ -32,6 +33,8 @@ DIAGNOSTICS = {
     "delta/norm_negative": "‖Δ‖, others",
     "delta/text_norm_before": "‖t‖",
     "delta/sigma": "σ",
+    "negatives/false": "false negatives, %",
+    "negatives/false_hardest": "false, hardest, %",
 }
 #: Points of a training that are taken for its end.
 LAST = 3
@@ -46,7 +49,8 @@ class CellScores:
     Attributes:
         cell: the combination of levels.
         by_seed: metrics of each run that is done, by seed.
-        diagnostics: measures of each run's training at its end, by seed; see ``at_end``.
+        diagnostics: measures of each run by seed: of its training at its end (see ``at_end``), and of its
+            evaluation's negatives.
     """
 
     cell: Cell
@@ -167,7 +171,11 @@ def summarise(
                 for seed in plan.seeds
                 if (cell.name, seed) in evaluations
             },
-            {seed: diagnostics[cell.name, seed] for seed in plan.seeds if (cell.name, seed) in diagnostics},
+            {
+                seed: diagnostics.get((cell.name, seed), {}) | _negatives(evaluations[cell.name, seed])
+                for seed in plan.seeds
+                if (cell.name, seed) in evaluations
+            },
         )
         for cell in plan.cells
     )
@@ -185,6 +193,11 @@ def summarise(
     )
     missing = tuple(run.name for run in plan.runs if (run.cell.name, run.seed) not in evaluations)
     return StudyResults(plan, scores, comparisons, missing)
+
+
+def _negatives(evaluation: Evaluation) -> dict[str, float]:
+    shares = false_negative_shares(evaluation.queries.of_direction("t2v"))
+    return {f"negatives/{name}": value for name, value in shares.items()}
 
 
 def _compare(plan: StudyPlan, reference: Cell, cell: Cell, evaluations: Evaluations) -> Comparison:

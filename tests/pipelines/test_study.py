@@ -74,13 +74,14 @@ def test_a_study_is_run_interrupted_and_continued(
     assert low <= comparison["difference"] <= high
     table = Path(result["table"]).read_text()
     assert table in answer.stderr
-    for words in ("# Increment", "| baseline | 2 |", "| gare | 2 |", "| better |", "over both"):
+    for words in ("# Increment", "| baseline | 2 |", "| gare | 2 |", "| better |", "over both", "| false, hardest, % |"):
         assert words in table
     assert Path(result["figure"]).read_bytes().startswith(b"\x89PNG")
 
     stored = client(connect(tiny().tracking, places.root).tracking_uri)
     parent = stored.get_run(result["mlflow_run_id"])
     assert result["mlflow_run_id"] == begun["mlflow_run_id"]
+    assert 0 <= parent.data.metrics["gare/negatives/false_hardest/mean"] <= 100
     assert parent.data.metrics["gare/t2v/R1/difference"] == pytest.approx(comparison["difference"])
     child = json.loads((run / "run.json").read_text())["mlflow_run_id"]
     assert stored.get_run(child).data.tags["mlflow.parentRunId"] == parent.info.run_id

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,39 @@ class QueryTable:
         """Returns the rows of t2v or of v2t, in the order of the queries' names."""
         kept = self.table.filter(pc.field("direction") == direction)
         return kept.sort_by([("video_id", "ascending"), ("caption_index", "ascending")])
+
+
+def false_negative_shares(queries: pa.Table) -> dict[str, float]:
+    """Measures how many negatives are known to be false: other videos that have the query's own caption.
+
+    Captions are compared word for word, without case and punctuation, so that the shares are lower bounds.
+
+    Args:
+        queries: t2v rows of an evaluation; all captions of the gallery are among them.
+
+    Returns:
+        Percent of all negatives as ``false``, and of each text's hardest negative, the best wrong video, as
+        ``false_hardest``; nothing if the captions are not known.
+    """
+    columns = (queries[name].to_pylist() for name in ("video_id", "caption", "top_video_ids"))
+    rows = [
+        (video, " ".join(re.findall(r"\w+", caption.casefold())), best)
+        for video, caption, best in zip(*columns, strict=True)
+        if caption and caption.strip()
+    ]
+    videos_with: dict[str, set[str]] = {}
+    for video, words, _ in rows:
+        videos_with.setdefault(words, set()).add(video)
+    others = len({video for video, _, _ in rows}) - 1
+    if others < 1:
+        return {}
+    false = sum(len(videos_with[words]) - 1 for _, words, _ in rows)
+    hardest = [next((one for one in best if one != video), None) for video, _, best in rows]
+    false_hardest = sum(one in videos_with[words] for one, (_, words, _) in zip(hardest, rows, strict=True))
+    return {
+        "false": 100 * false / (len(rows) * others),
+        "false_hardest": 100 * false_hardest / len(rows),
+    }
 
 
 def owners_of(rows: Sequence[ManifestRow]) -> torch.Tensor:

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 FLAGS = {
     "--study": Flag("study.file", "the study: a YAML file, or the name of one in conf/studies"),
     "--seeds": Flag("study.seeds", "seeds of each setting"),
+    "--only": Flag("study.only", "settings to run now, by the names that --dry-run prints, A,B"),
     "--dry-run": Flag("study.dry_run", "only say what would be run, and about how long it takes", "true"),
 }
 
@@ -63,7 +64,7 @@ def run(config: Config) -> dict[str, Any]:
     seeds = None if config.study.seeds == "auto" else config.study.seeds
     plan = plan_study(config, name, file, seeds, checkpoint_of=_best_of)
     records = StudyRecords(join(layout(config).root, "studies", config.name, name))
-    left = [one for one in (*plan.starts, *plan.runs) if not records.is_done(one)]
+    left = [one for one in plan.select(config.study.only) if not records.is_done(one)]
     if config.study.dry_run:
         return _say_plan(plan, records, left)
     started = time.monotonic()

@@ -14,6 +14,11 @@ class StudyConfig(Section):
         "", description="the study: a YAML file, or the name of one in conf/studies, such as noise"
     )
     seeds: CountOrAuto = Field("auto", description="seeds of each setting; auto: those of the study's file")
+    only: str = Field(
+        "",
+        description="settings to run now, by their names in --dry-run, separated by commas; empty: all; "
+        "the table has all that are done",
+    )
     parallel: CountOrAuto = Field(
         "auto", description="trainings at a time; auto: as many as the cluster's CPUs, or GPUs, have room for"
     )

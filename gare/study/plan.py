@@ -167,6 +167,26 @@ class StudyPlan:
     runs: tuple[PlannedRun, ...]
     starts: tuple[PlannedRun, ...] = ()
 
+    def select(self, only: str) -> tuple[PlannedRun, ...]:
+        """Returns the runs of some settings, after those that they start from.
+
+        Args:
+            only: names of settings, separated by commas; empty: all.
+
+        Raises:
+            ConfigError: for a name that no setting has.
+        """
+        names = [name for part in only.split(",") if (name := part.strip())]
+        known = [cell.name for cell in self.cells]
+        if unknown := [name for name in names if name not in known]:
+            raise ConfigError(
+                f"no setting {', '.join(unknown)} in study {self.name}",
+                where="study.only",
+                accepted=", ".join(known),
+            )
+        runs = tuple(run for run in self.runs if not names or run.cell.name in names)
+        return (*(one for one in self.starts if any(run.start is one for run in runs)), *runs)
+
     def comparisons(self) -> list[tuple[Cell, Cell]]:
         """Returns the pairs of reference and other cell, which differ in the reference's factor alone."""
         reference = self.file.reference

@@ -74,7 +74,14 @@ def test_a_study_is_run_interrupted_and_continued(
     assert low <= comparison["difference"] <= high
     table = Path(result["table"]).read_text()
     assert table in answer.stderr
-    for words in ("# Increment", "| baseline | 2 |", "| gare | 2 |", "| better |", "over both", "| false, hardest, % |"):
+    for words in (
+        "# Increment",
+        "| baseline | 2 |",
+        "| gare | 2 |",
+        "| better |",
+        "over both",
+        "| false, hardest, % |",
+    ):
         assert words in table
     assert Path(result["figure"]).read_bytes().startswith(b"\x89PNG")
 

@@ -98,6 +98,25 @@ def test_runs_start_from_one_run_for_each_seed_and_data_set() -> None:
     assert len({run.digest for run in (*plan.starts, *plan.runs)}) == 20
 
 
+def test_some_settings_are_selected_with_what_they_start_from() -> None:
+    factors = {
+        "model": NOISE["factors"]["model"],
+        "encoders": {"scratch": {"train.start_from": ""}, "slow": {"train.lr": 0.1}},
+    }
+    plan = plan_study(tiny(), "noise", file(factors=factors, start={"model.increment": False}))
+    assert plan.select("") == (*plan.starts, *plan.runs)
+    chosen = [one.name for one in plan.select("gare-slow, baseline-scratch")]
+    assert chosen == [
+        *(f"noise-start-seed{seed}" for seed in (3, 4)),
+        *(f"noise-{cell}-seed{seed}" for seed in (3, 4) for cell in ("baseline-scratch", "gare-slow")),
+    ]
+    assert all(one.start is None for one in plan.select("gare-scratch,baseline-scratch"))
+    with pytest.raises(
+        ConfigError, match=r"no setting gare, x in study noise.*baseline-scratch, baseline-slow"
+    ):
+        plan.select("gare,x,gare-slow")
+
+
 def test_a_start_on_other_data_has_a_data_set_of_its_own() -> None:
     """As towers have that were trained on other videos than those that are retrieved."""
     start = {"model.increment": False, "data.seed": 7}

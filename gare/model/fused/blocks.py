@@ -19,7 +19,8 @@ from gare.model.factorized.pair_products import video_products
 from gare.model.factorized.pairs import COSINE_EPS, ScoringRule
 from gare.model.factorized.prepared import Embeddings, PreparedVideo
 from gare.model.factorized.quadratic_forms import NORM_EPS, SHORTEST
-from gare.model.fused.tile_sizes import block_of, on_device_of, tile_rows
+from gare.model.fused import tile_sizes
+from gare.model.fused.tile_sizes import on_device_of, tile_rows
 from gare.model.products import product
 
 
@@ -149,7 +150,7 @@ class _Shape:
 
     def texts_per_program(self, device: torch.device) -> int:
         """Returns the texts of a program, in whole blocks, that give all processors of the device work."""
-        block = block_of(self.heads * self.num_frames)
+        block = tile_sizes.tiles_of(self.heads * self.num_frames).texts
         blocks = -(-self.num_texts // block)
         programs = 1
         if device.type == "cuda":
@@ -169,6 +170,7 @@ def constants_of(
 ) -> dict[str, Any]:
     """Returns the compile-time arguments of both kernels."""
     weights = heads * num_frames
+    tiles = tile_sizes.tiles_of(weights)
     double = dtype == torch.float64
     return {
         "WIDTH": width,
@@ -178,7 +180,7 @@ def constants_of(
         "H": heads,
         "LP": tile_rows(weights),
         "FP": tile_rows(num_frames),
-        "BN": block_of(weights),
+        "BN": tiles.texts,
         "HAS_NORMS": request.norms,
         "HAS_SAMPLE": has_sample,
         "HAS_MOMENTS": request.moments,
@@ -189,7 +191,7 @@ def constants_of(
         "COSINE_EPS_SQUARE": COSINE_EPS**2,
         "TINY": torch.finfo(dtype).tiny,
         "SHORTEST": SHORTEST,
-        "num_warps": 8,
+        "num_warps": tiles.warps,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,9 +62,21 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def block_of(num_weights: int) -> int:
-    """Returns the texts that a program takes at a time, so that its tiles (almost) fit in registers."""
-    return 32 if num_weights <= 32 else 16
+class Tiles(NamedTuple):
+    """Size of a program of the kernels.
+
+    Attributes:
+        texts: texts that it takes at a time, a power of two, 16 at least.
+        warps: warps that work on them.
+    """
+
+    texts: int
+    warps: int
+
+
+def tiles_of(num_weights: int) -> Tiles:
+    """Returns the size of a program, such that its tiles (almost) fit in registers."""
+    return Tiles(32 if num_weights <= 32 else 16, 8)
 
 
 def tile_rows(count: int) -> int:

@@ -31,7 +31,7 @@ FAILED, REFUSED = 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the requested parts; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     parts = [part for part in PARTS if part.name in options.parts]
     if reason := _refusal(options, parts):
         sys.stderr.write(f"error: {reason}\n")
@@ -46,15 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return FAILED if any("error" in found for found in result["parts"].values()) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of the command line."""
     width = max(len(part.name) for part in PARTS)
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="parts:\n" + "\n".join(f"  {part.name:<{width}}  {part.about}" for part in PARTS),
+        epilog="parts:\n"
+        + "\n".join(
+            f"  {part.name:<{width}}  {part.about}{' (only if named)' * part.on_request}" for part in PARTS
+        ),
     )
-    parser.add_argument("--parts", type=_names, default=[part.name for part in PARTS], metavar="A,B")
+    parser.add_argument("--parts", type=_names, default=_usual(), metavar="A,B")
     parser.add_argument("--minutes", type=_positive, default=6.0, help="for all parts together (default 6)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --tiny alone")
     parser.add_argument("--tiny", action="store_true", help="sizes of a test, whose numbers mean nothing")
@@ -67,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         help="changes a key of conf/msrvtt.yaml, such as train.batch_size=64; may be given again",
     )
     return parser
+
+
+def _usual() -> list[str]:
+    return [part.name for part in PARTS if not part.on_request]
 
 
 def _names(text: str) -> list[str]:

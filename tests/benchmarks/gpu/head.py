@@ -82,9 +82,9 @@ def measure(bench: Bench) -> Row:
     few, many = (TINY_SCORES if bench.tiny else SCORES)[0], (TINY_SCORES if bench.tiny else SCORES)[1:]
     sizes = TINY_STEPS if bench.tiny else STEPS
     # The largest scores come last, since they take longest in the direct form.
-    found["scores"] = _series(bench, "scores of", (few,), SCORE_FORMS, _scores)
+    found["scores"] = _series(bench, "scores of", (few,), SCORE_FORMS, scores_of)
     found["steps"] = _series(bench, "step of", sizes, STEP_FORMS, make_step)
-    found["scores"] += _series(bench, "scores of", many, SCORE_FORMS, _scores, found["scores"])
+    found["scores"] += _series(bench, "scores of", many, SCORE_FORMS, scores_of, found["scores"])
     return found
 
 
@@ -113,7 +113,7 @@ def features(bench: Bench, size: int) -> tuple[TextFeatures, VideoFeatures]:
 def _errors(bench: Bench) -> dict[str, float]:
     size = 8 if bench.tiny else COMPARED
     text, video = features(bench, size)
-    found = {form.name: _scores(bench, size, form)().double() for form in SCORE_FORMS}
+    found = {form.name: scores_of(bench, size, form)().double() for form in SCORE_FORMS}
     model = build_head(bench, bench.config.model).eval()
     with torch.inference_mode():
         exact = model.double().score(
@@ -127,15 +127,16 @@ def _errors(bench: Bench) -> dict[str, float]:
 def _gradient_errors(bench: Bench) -> dict[str, float]:
     """Returns errors of the frames' gradients, without the direct form, which has other dropout masks."""
     size = 8 if bench.tiny else COMPARED
-    exact = _frame_gradients(bench, size, PLAIN, torch.float64)
+    exact = frame_gradients(bench, size, PLAIN, torch.float64)
     found = {}
     for form in STEP_FORMS:
         if form.method == "factorized" and form.increments and not form.graph:
-            found[form.name] = _frame_gradients(bench, size, form, torch.float32)
+            found[form.name] = frame_gradients(bench, size, form, torch.float32)
     return {form: float((one - exact).norm() / exact.norm()) for form, one in found.items()}
 
 
-def _frame_gradients(bench: Bench, size: int, form: Form, dtype: torch.dtype) -> torch.Tensor:
+def frame_gradients(bench: Bench, size: int, form: Form, dtype: torch.dtype) -> torch.Tensor:
+    """Computes the gradient of a step's loss by the frames, (size, F, D) float64."""
     config = _configured(bench, form, increment_dropout_per="context")
     model = build_head(bench, config).train().to(dtype)
     text, video = features(bench, size)
@@ -154,7 +155,8 @@ def _configured(bench: Bench, form: Form, **settings: object) -> ModelConfig:
     return bench.config.model.model_copy(update=settings)
 
 
-def _scores(bench: Bench, size: int, form: Form) -> Callable[[], torch.Tensor]:
+def scores_of(bench: Bench, size: int, form: Form) -> Callable[[], torch.Tensor]:
+    """Returns a function that scores as many texts as videos with each other, (size, size)."""
     model = build_head(bench, _configured(bench, form)).eval()
     text, video = features(bench, size)
     with torch.inference_mode():

@@ -24,6 +24,7 @@ class Part:
         module: module of this package with ``measure(bench)``, which returns the part's JSON.
         needs: packages, besides torch, without which the part is skipped.
         partly: packages without which some of the part is left out.
+        on_request: True if the part is measured only when it is named.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Part:
     module: str
     needs: tuple[str, ...]
     partly: tuple[str, ...] = ()
+    on_request: bool = False
 
     @property
     def needs_configuration(self) -> bool:
@@ -110,6 +112,22 @@ PARTS = (
             *(*CONFIGURATION, "numpy", "PIL", "pyarrow", "simplejpeg", "transformers", "safetensors"),
             *("ftfy", "instant_clip_tokenizer", "cv2", "matplotlib", "psutil", "mlflow", "ray"),
         ),
+    ),
+    Part(
+        "tiles",
+        "scores and steps of the head by the tile size of the fused kernels, with their errors (ms)",
+        60,
+        "tiles",
+        (*CONFIGURATION, "numpy"),
+        on_request=True,
+    ),
+    Part(
+        "kernels",
+        "scores and steps of the head, by kernel: the device's and the host's time (ms)",
+        20,
+        "kernel_times",
+        (*CONFIGURATION, "numpy"),
+        on_request=True,
     ),
 )
 

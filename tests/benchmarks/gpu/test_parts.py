@@ -18,10 +18,13 @@ from PIL import Image
 
 from gare.config import Config
 from gare.data.batch import Batch
+from gare.model.factorized.pairs import ScoringRule
+from gare.model.fused.blocks import FusedRequest, constants_of
+from gare.model.fused.tile_sizes import Tiles, tiles_of
 from gare.model.gare import GARE
 from gare.train.optim.optimizer import build_optimizer
-from tests.benchmarks.gpu import figure, head, step
-from tests.benchmarks.gpu.__main__ import main
+from tests.benchmarks.gpu import figure, head, step, tiles
+from tests.benchmarks.gpu.__main__ import build_parser, main
 from tests.benchmarks.gpu.bench import Bench, Row
 from tests.benchmarks.gpu.figure import FORMS
 from tests.benchmarks.gpu.parts import PARTS
@@ -36,7 +39,17 @@ LIKELY_ABSENT = (
     *("av", "boto3", "decord", "ftfy", "instant_clip_tokenizer", "cv2", "mlflow", "ray", "simplejpeg"),
 )
 #: Numbers that may be 0: a remainder, an error, a choice.
-MAY_BE_ZERO = {"other", "direct", "plain", "fused", "fused, prepared", "fused, tf32", "fused, bf16", "seed"}
+MAY_BE_ZERO = {
+    "device_ms",
+    "other",
+    "direct",
+    "plain",
+    "fused",
+    "fused, prepared",
+    "fused, tf32",
+    "fused, bf16",
+    "seed",
+}
 
 WITHOUT = """
 import sys
@@ -129,6 +142,26 @@ def test_all_parts_measure_something(repository: Path, seed: int) -> None:
     assert parts["loader"]["clips_per_s"].keys() == {"plain", "augmented"}
     assert all(rates["all_cpus"] for rates in parts["loader"]["clips_per_s"].values())
     assert "uint8_copy_and_normalise" in parts["transfer"]["ms_per_clip"]
+    assert "Triton" in parts["tiles"]["left_out"]
+    assert all(row["operations"] for name, row in parts["kernels"].items() if name != "seconds")
+
+
+def test_parts_on_request_are_measured_if_they_are_named() -> None:
+    usual = build_parser().parse_args([]).parts
+    assert usual == [part.name for part in PARTS if part.name not in ("tiles", "kernels")]
+    assert build_parser().parse_args(["--parts", "tiles"]).parts == ["tiles"]
+
+
+def test_another_tile_size_reaches_the_kernels() -> None:
+    """Otherwise all rows would be of the same kernel."""
+    rule, request = ScoringRule("text", 3.0, None), FusedRequest()
+    arguments = (rule, request, 512, 12, 1, torch.float32, False)
+    before = constants_of(*arguments)
+    with tiles.using(Tiles(64, 4)):
+        found = constants_of(*arguments)
+    assert (found["BN"], found["num_warps"]) == (64, 4)
+    assert constants_of(*arguments) == before
+    assert tiles.TILES[0] == tiles_of(12) == Tiles(before["BN"], before["num_warps"])
 
 
 def test_missing_packages_cost_their_parts_alone(repository: Path) -> None:

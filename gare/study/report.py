@@ -164,20 +164,21 @@ def study_figure(results: StudyResults) -> bytes:
 
 
 def diagnostics_figure(results: StudyResults) -> bytes | None:
-    """Draws the measures of the trainings beside the score, a panel each.
+    """Draws the measures of the trainings beside the score, a panel each, but for those that never differ.
 
     Returns:
         A PNG; None if nothing was measured.
     """
-    names = _measured(results)
-    if not names:
-        return None
     panels: dict[str, list[list[float]]] = {}
     panels[results.plan.file.measure] = [_values_of(results, one) for one in results.scores]
-    for name in names:
-        panels[DIAGNOSTICS[name]] = [
+    for name in _measured(results):
+        values = [
             [found[name] for found in one.diagnostics.values() if name in found] for one in results.scores
         ]
+        if len({value for some in values for value in some}) > 1:
+            panels[DIAGNOSTICS[name]] = values
+    if len(panels) == 1:
+        return None
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     size = (4.0 * columns, (1.0 + 0.26 * len(results.scores)) * rows)

@@ -31,8 +31,8 @@ def results() -> StudyResults:
         for cell in plan.cells
     )
     measured = {
-        0: {"tension/cancelled": 0.5, "delta/sigma": 0.01},
-        1: {"tension/cancelled": 0.7, "delta/sigma": 0.03},
+        0: {"tension/cancelled": 0.5, "delta/sigma": 0.01, "negatives/false": 0.2},
+        1: {"tension/cancelled": 0.7, "delta/sigma": 0.03, "negatives/false": 0.2},
     }
     return StudyResults(plan, (baseline, replace(gare, diagnostics=measured)), ())
 
@@ -42,16 +42,16 @@ def test_measures_of_the_training_stand_beside_the_scores(results: StudyResults)
     assert "# Increment \\| or none" in table
     assert "| baseline | 2 | 10.50 ± 0.71 |" in table
     head, rule, *rows = table[table.index("| setting | cancelled") :].splitlines()[:4]
-    assert head == "| setting | cancelled | σ |"
-    assert rule == "| --- | ---: | ---: |"
-    assert rows == ["| baseline |  |  |", "| gare | 0.6 ± 0.1 | 0.02 ± 0.01 |"]
+    assert head == "| setting | cancelled | σ | false negatives, % |"
+    assert rule == "| --- | ---: | ---: | ---: |"
+    assert rows == ["| baseline |  |  |  |", "| gare | 0.6 ± 0.1 | 0.02 ± 0.01 | 0.2 ± 0 |"]
     assert results.numbers()["gare/delta/sigma/mean"] == pytest.approx(0.02)
 
 
 def test_figures_have_a_panel_for_each_measure(results: StudyResults) -> None:
     picture = diagnostics_figure(results)
     assert picture is not None
-    assert pixels_of(picture).shape[1] == 3 * 400  # the score, and two measures
+    assert pixels_of(picture).shape[1] == 3 * 400  # the score, and two measures that differ
     assert pixels_of(study_figure(results)).shape[1] == 1300
 
 

@@ -57,10 +57,13 @@ GRAPHED_PAIRS = 512
 DIRECT, PLAIN, FUSED = Form("direct", "direct"), Form("plain", kernel="plain"), Form("fused")
 TF32 = Form("fused, tf32", products="tf32", prepared=True)
 BF16 = Form("fused, bf16", products="bf16", prepared=True)
-SCORE_FORMS = (DIRECT, PLAIN, FUSED, Form("fused, prepared", prepared=True), TF32, BF16)
+PREPARED = Form("fused, prepared", prepared=True)
+SCORE_FORMS = (DIRECT, PLAIN, FUSED, PREPARED, TF32, BF16)
 DOT = Form("dot products", increments=False)
 STEP_FORMS = (DIRECT, PLAIN, FUSED, Form("fused, graph", graph=True), TF32, BF16, DOT)
 SCORES, STEPS = (1000, 10_000), (128, 256, 512, 1024, 4096, 16_384)
+#: Of these, those that are looked at more closely, by ``tiles`` and ``kernel_times``.
+MANY_SCORES, FEW_STEPS = SCORES[-1], (128, 1024, 4096)
 TINY_SCORES, TINY_STEPS = (8, 16), (4, 8)
 #: Number of texts and videos whose scores are compared with float64.
 COMPARED = 64
@@ -121,7 +124,7 @@ def _errors(bench: Bench) -> dict[str, float]:
             VideoFeatures(video.frames.double(), video.mask),
             "direct",
         )
-    return {form: float((scores - exact).norm() / exact.norm()) for form, scores in found.items()}
+    return {form: relative_error(scores, exact) for form, scores in found.items()}
 
 
 def _gradient_errors(bench: Bench) -> dict[str, float]:
@@ -132,7 +135,12 @@ def _gradient_errors(bench: Bench) -> dict[str, float]:
     for form in STEP_FORMS:
         if form.method == "factorized" and form.increments and not form.graph:
             found[form.name] = frame_gradients(bench, size, form, torch.float32)
-    return {form: float((one - exact).norm() / exact.norm()) for form, one in found.items()}
+    return {form: relative_error(one, exact) for form, one in found.items()}
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Returns ‖found − exact‖ / ‖exact‖."""
+    return float((found - exact).norm() / exact.norm())
 
 
 def frame_gradients(bench: Bench, size: int, form: Form, dtype: torch.dtype) -> torch.Tensor:

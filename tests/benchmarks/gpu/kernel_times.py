@@ -11,18 +11,16 @@ from torch.profiler import ProfilerActivity, profile
 from tests.benchmarks.gpu import head
 from tests.benchmarks.gpu.bench import Bench, Row, say
 
-PREPARED = head.Form("fused, prepared", prepared=True)
-SCORES, STEPS = 10_000, (128, 1024, 4096)
-TINY_SCORES, TINY_STEPS = 16, (8,)
 #: Numbers of kernels and of operations that are shown.
 KERNELS, OPERATIONS = 12, 6
 
 
 def measure(bench: Bench) -> Row:
     """Measures one call of each, after one that loads the kernels; the profiler slows the host down."""
-    scores, steps = (TINY_SCORES, TINY_STEPS) if bench.tiny else (SCORES, STEPS)
+    scores = head.TINY_SCORES[-1] if bench.tiny else head.MANY_SCORES
+    steps = head.TINY_STEPS if bench.tiny else head.FEW_STEPS
     calls: dict[str, Callable[[], object]] = {
-        f"scores of {scores:,}": head.scores_of(bench, scores, PREPARED),
+        f"scores of {scores:,}": head.scores_of(bench, scores, head.PREPARED),
         f"scores of {scores:,}, tf32": head.scores_of(bench, scores, head.TF32),
     }
     calls |= {f"step of {size:,}": head.make_step(bench, size, head.FUSED) for size in steps}

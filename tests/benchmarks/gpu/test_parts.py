@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from gare.config import Config
 from gare.data.batch import Batch
 from gare.model.factorized.pairs import ScoringRule
+from gare.model.fused import tile_sizes
 from gare.model.fused.blocks import FusedRequest, constants_of
 from gare.model.fused.tile_sizes import Tiles, tiles_of
 from gare.model.gare import GARE
@@ -162,6 +163,29 @@ def test_another_tile_size_reaches_the_kernels() -> None:
     assert (found["BN"], found["num_warps"]) == (64, 4)
     assert constants_of(*arguments) == before
     assert tiles.TILES[0] == tiles_of(12) == Tiles(before["BN"], before["num_warps"])
+
+
+def test_a_tile_size_that_fails_costs_itself_alone(
+    seed: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A size may take more shared memory than a card has, and the time on it is lent."""
+    score = head.scores_of
+
+    def fail_for_one(run: Bench, size: int, form: head.Form) -> Callable[[], torch.Tensor]:
+        if tile_sizes.tiles_of(12) == Tiles(16, 2):
+            raise RuntimeError("out of resource: shared memory")
+        return score(run, size, form)
+
+    monkeypatch.setattr(head, "scores_of", fail_for_one)
+    monkeypatch.setattr(head, "MANY_SCORES", 4)
+    monkeypatch.setattr(head, "FEW_STEPS", (4,))
+    monkeypatch.setattr(tiles, "TILES", (Tiles(32, 8), Tiles(16, 2), Tiles(32, 4)))
+    monkeypatch.setattr(tiles, "why_unavailable", lambda *about: "")
+    monkeypatch.setattr(tiles, "compile_all", lambda: None)
+    first, failed, last = tiles.measure(Bench(torch.device("cpu"), True, seed, tiny_config()))["rows"]
+    assert failed == {"texts": 16, "warps": 2, "left_out": "RuntimeError: out of resource: shared memory"}
+    assert first.keys() == last.keys() >= {"score_error", "gradient_error", "scores_4_ms", "step_4_ms"}
+    assert "shared memory" in capsys.readouterr().err
 
 
 def test_missing_packages_cost_their_parts_alone(repository: Path) -> None:

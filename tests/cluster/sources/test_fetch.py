@@ -462,7 +462,7 @@ def test_a_folder_of_other_objects_is_not_listed_to_its_end(
 
 
 def test_a_list_goes_on_behind_what_it_brought(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a short name with many like it before, the same page came again until the last try."""
+    """The same page came again until the last try, for a short name with many like it before."""
     names = [*(f"in/v1{number:03d}" for number in range(100)), *(f"in/v{number}" for number in range(2, 10))]
 
     def page(server: S3Server, bucket: str, prefix: str, start: str, timeout_s: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def table_of(rows: list[tuple[str, str | None, list[str]]]) -> pa.Table:
 
 
 def test_other_videos_with_the_same_caption_are_false_negatives() -> None:
-    """Of 4 texts × 2 other videos two are false ("a dog", each way), and one is a text's hardest negative."""
+    """Two of the 8 negatives are false ("a dog", each way), and one of these is its text's hardest."""
     found = false_negative_shares(
         table_of(
             [

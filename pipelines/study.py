@@ -32,11 +32,12 @@ from gare.errors import ConfigError, GareError
 from gare.retrieval.results.evaluation import Evaluation, read_evaluation
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
 from gare.storage.run_folder import RESULT, RunFolder
-from gare.study.plan import PlannedRun, StudyPlan, as_typed, plan_study, read_study
+from gare.study.plan import PlannedRun, StudyFile, StudyPlan, as_typed, plan_study, read_study
 from gare.study.results import StudyResults, at_end, summarise
 from gare.train.checkpoint.history import History
 from pipelines import evaluate, extract, import_features, prepare, train
 from pipelines.sizes import sizes_of_weights
+from pipelines.training.identity import FinishedTrainings, renamed
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def run(config: Config) -> dict[str, Any]:
     """Runs what is missing of a study, and writes its table and figure.
 
     Each run has the name STUDY-SETTING-seedN below its data set, as if it had been trained by itself. Runs
-    that are done are not repeated, also days later; one that was interrupted is continued.
+    that are done are not repeated, also days later; one that was interrupted is continued. Where a training
+    of another name, such as another study's, has the same settings and data, it is taken instead.
 
     Raises:
         ConfigError: for a study with a fault, or whose finished runs have other settings.
@@ -61,10 +63,9 @@ def run(config: Config) -> dict[str, Any]:
     if not config.study.file:
         raise ConfigError("is empty", where="study.file", accepted="--study NAME, such as noise")
     name, file = read_study(config.study.file)
-    seeds = None if config.study.seeds == "auto" else config.study.seeds
-    plan = plan_study(config, name, file, seeds, checkpoint_of=_best_of)
     records = StudyRecords(join(layout(config).root, "studies", config.name, name))
-    left = [one for one in plan.select(config.study.only) if not records.is_done(one)]
+    plan = _plan(config, name, file, records)
+    left = records.left_of(plan.select(config.study.only))
     if config.study.dry_run:
         return _say_plan(plan, records, left)
     started = time.monotonic()
@@ -74,10 +75,15 @@ def run(config: Config) -> dict[str, Any]:
             for one in {run.config.name: run.config for run in left}.values():
                 _make_data(one)
             # What others start from comes first; where it failed, they are left.
-            failed = _run_all(config, records, [one for one in left if one.cell.is_start])
-            ready = [one for one in left if not one.cell.is_start]
-            ready = [one for one in ready if one.start is None or one.start.name not in failed]
-            failed |= _run_all(config, records, ready)
+            for is_start in (True, False):
+                # Which finished trainings are the same is sure only with the data, and a start may be one.
+                plan = _plan(config, name, file, records)
+                ready = [
+                    one
+                    for one in records.left_of(plan.select(config.study.only))
+                    if one.cell.is_start == is_start and (one.start is None or one.start.name not in failed)
+                ]
+                failed |= _run_all(config, records, ready)
     result = _finish(config, plan, records, time.monotonic() - started)
     if failed:
         first = next(iter(failed.values()))
@@ -87,6 +93,20 @@ def run(config: Config) -> dict[str, Any]:
             accepted="the same command again, which continues with what is missing",
         )
     return result
+
+
+def _plan(config: Config, name: str, file: StudyFile, records: StudyRecords) -> StudyPlan:
+    """Plans the runs, with finished trainings of other names in place of those with the same settings."""
+    finished = FinishedTrainings()
+
+    def trained_as(run: PlannedRun) -> Config | None:
+        own = RunFolder(layout(run.config).run(run.name))
+        if recorded := records.training_of(run):
+            return None if recorded.uri == own.uri else renamed(run.config, recorded)
+        return finished.find(run.config) if config.study.reuse and not own.has_begun else None
+
+    seeds = None if config.study.seeds == "auto" else config.study.seeds
+    return plan_study(config, name, file, seeds, checkpoint_of=_best_of, trained_as=trained_as)
 
 
 class StudyRecords:
@@ -108,16 +128,29 @@ class StudyRecords:
         Raises:
             ConfigError: if it was made with other settings.
         """
-        if not exists(self._file(run)):
+        if not (record := self._read(run)):
             return False
-        record = read_json(self._file(run))
         if record["digest"] != run.digest:
             raise ConfigError(
                 f"{run.name} was run with other settings",
                 where=self.uri,
                 accepted="a study file of another name, another name of the data set, or this folder deleted",
             )
-        return exists(join(record["evaluation"], RESULT))
+        return True
+
+    def left_of(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+        """Returns the runs that are not done."""
+        return [run for run in runs if not self.is_done(run)]
+
+    def training_of(self, run: PlannedRun) -> RunFolder | None:
+        """Returns the training that a run's result is of; None if there is no result."""
+        record = self._read(run)
+        return RunFolder.of_evaluation(record["evaluation"]) if record else None
+
+    def _read(self, run: PlannedRun) -> dict[str, Any]:
+        """Reads a run's record; empty if it, or the evaluation that it is of, is missing."""
+        record: dict[str, Any] = read_json(self._file(run)) if exists(self._file(run)) else {}
+        return record if record and exists(join(record["evaluation"], RESULT)) else {}
 
     def add(self, run: PlannedRun, result: dict[str, Any]) -> None:
         """Records that a run is done."""
@@ -135,12 +168,15 @@ class StudyRecords:
 
 def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]) -> dict[str, Any]:
     """Prints the settings, and how long what is left takes if runs of the study are done already."""
-    done = records.seconds([*plan.starts, *plan.runs])
+    done = records.seconds([run for run in (*plan.starts, *plan.runs) if not run.is_reused])
     each = statistics.median(done) if done else None
+    reused = sum(run.is_reused for run in left)
+    seconds = None if each is None else each * (len(left) - reused)
     lines = [
         f"{plan.file.title}: {len(plan.cells)} settings × {len(plan.seeds)} seeds = {len(plan.runs)} runs, "
         + (f"after {len(plan.starts)} that they start from, " if plan.starts else "")
-        + f"{len(left)} left",
+        + f"{len(left)} left"
+        + (f", {reused} of them trained already under other names" if reused else ""),
     ]
     for cell in plan.cells:
         settings = (
@@ -148,8 +184,8 @@ def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]
         )
         lines.append(f"  {cell.name}: {settings}")
     lines.append(
-        f"about {_minutes(each * len(left))} one after the other, from the {len(done)} that are done"
-        if each is not None
+        f"about {_minutes(seconds)} one after the other, from the {len(done)} that are done"
+        if seconds is not None
         else "how long a run takes is known after the first one"
     )
     sys.stderr.write("\n".join(lines) + "\n")
@@ -157,8 +193,9 @@ def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]
         "study": plan.name,
         "runs": len(plan.starts) + len(plan.runs),
         "left": [run.name for run in left],
+        "reused": [run.name for run in left if run.is_reused],
         "seconds_each": each,
-        "seconds": None if each is None else round(each * len(left), 1),
+        "seconds": None if seconds is None else round(seconds, 1),
     }
 
 
@@ -261,11 +298,15 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
     evaluations: dict[tuple[str, int], Evaluation] = {}
     diagnostics: dict[tuple[str, int], dict[str, float]] = {}
     children: list[str] = []
+    reused: dict[str, str] = {}
     for one in (*plan.starts, *plan.runs):
         if not records.is_done(one):
             continue
         record = records.read(one)
-        children.append(record["mlflow_run_id"])
+        if one.is_reused:
+            reused[f"{one.cell.name}-seed{one.seed}"] = one.name
+        else:  # a run in MLflow has one parent, so another study's stays below that
+            children.append(record["mlflow_run_id"])
         if not one.cell.is_start:
             evaluations[one.cell.name, one.seed] = read_evaluation(record["evaluation"])
             history = RunFolder(layout(one.config).run(one.name)).history
@@ -287,6 +328,7 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
         "figure": join(records.uri, "study.png"),
         "done": len(evaluations),
         "missing": list(results.missing),
+        "reused": reused,
         "comparisons": [_comparison(one, plan.file.measure) for one in results.comparisons],
         "mlflow_run_id": run_id,
         "seconds": round(seconds, 2),

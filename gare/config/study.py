@@ -22,4 +22,9 @@ class StudyConfig(Section):
     parallel: CountOrAuto = Field(
         "auto", description="trainings at a time; auto: as many as the cluster's CPUs, or GPUs, have room for"
     )
+    reuse: bool = Field(
+        True,
+        description="take a finished training of another name, such as another study's, in place of one "
+        "with the same settings, seed, start and data",
+    )
     dry_run: bool = Field(False, description="only say what would be run, and about how long it takes")

@@ -110,12 +110,21 @@ def _notes(results: StudyResults) -> list[str]:
         effect and not effect.over_seeds for one in results.comparisons for effect in one.effects.values()
     ):
         notes.append("One seed: the intervals are over videos alone and say nothing about other seeds.")
-    if results.missing:
-        shown = ", ".join(results.missing[:5]) + (", …" if len(results.missing) > 5 else "")
+    if reused := [run.name for run in results.plan.runs if run.is_reused and run.name not in results.missing]:
         notes.append(
-            f"NOT COMPLETE: {len(results.missing)} of {len(results.plan.runs)} runs are missing: {shown}"
+            f"{len(reused)} of {len(results.plan.runs)} trainings are of other names, with the same settings "
+            f"and data: {_first_of(reused)}"
+        )
+    if results.missing:
+        notes.append(
+            f"NOT COMPLETE: {len(results.missing)} of {len(results.plan.runs)} runs are missing: "
+            f"{_first_of(results.missing)}"
         )
     return notes
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _cell(text: str) -> str:

@@ -100,6 +100,63 @@ def test_a_study_is_run_interrupted_and_continued(
     assert json.loads(command("--dry-run").stdout)["left"] == ["increment-gare-seed0"]
 
 
+def test_trainings_of_another_study_are_taken(
+    benchmark: dict[str, Any],
+    places: Layout,
+    tiny_yaml: str,
+    study_yaml: str,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Many studies have the same baseline, and a training may take a day."""
+    path = root / "again.yaml"
+    levels = {"none": {"model.increment": False}, "own": {"train.batch_size": 4}, "late": {}}
+    path.write_text(
+        yaml.safe_dump(
+            STUDY
+            | {
+                "factors": {"increment": levels},
+                "reference": {"factor": "increment", "level": "none"},
+                "expected": {},
+                "seeds": [0],
+            }
+        )
+    )
+
+    def command(file: str, *arguments: str) -> Any:
+        arguments = ("--config", tiny_yaml, "--study", file, "cluster.train_workers=1", *arguments)
+        return in_process(capsys, study.run, *arguments, flags=study.FLAGS)
+
+    assert command(study_yaml, "--seeds", "1").status == 0
+    taken = {level: f"increment-{name}-seed0" for level, name in (("none", "baseline"), ("late", "gare"))}
+    before = {name: Path(places.run(name), "result.json").stat().st_mtime_ns for name in taken.values()}
+    alone = command(str(path), "--dry-run", "study.reuse=false")
+    assert json.loads(alone.stdout)["reused"] == []
+    planned = command(str(path), "--dry-run")
+    assert "3 left, 2 of them trained already under other names" in planned.stderr
+    assert sorted(json.loads(planned.stdout)["reused"]) == sorted(taken.values())
+
+    answer = command(str(path))
+    assert answer.status == 0, answer.stderr
+    result = json.loads(answer.stdout)
+    assert (result["done"], result["missing"]) == (3, [])
+    assert result["reused"] == {f"{level}-seed0": name for level, name in taken.items()}
+    table = Path(result["table"]).read_text()
+    assert "2 of 3 trainings are of other names, with the same settings and data: increment-" in table
+    assert not Path(places.run("again-none-seed0")).exists()
+    for name, time_of in before.items():
+        assert Path(places.run(name), "result.json").stat().st_mtime_ns == time_of
+    # They stay below the study that trained them, and this one is done, with or without other studies.
+    stored = client(connect(tiny().tracking, places.root).tracking_uri)
+    children = {
+        name: stored.get_run(json.loads(Path(places.run(name), "run.json").read_text())["mlflow_run_id"])
+        for name in (taken["none"], "again-own-seed0")
+    }
+    parents = {name: child.data.tags["mlflow.parentRunId"] for name, child in children.items()}
+    assert parents["again-own-seed0"] == result["mlflow_run_id"] != parents[taken["none"]]
+    assert json.loads(command(str(path), "--dry-run", "study.reuse=false").stdout)["left"] == []
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_kept(
     benchmark: dict[str, Any],
     places: Layout,
@@ -110,7 +167,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
     """One setting that diverges must not cost the night."""
     path = root / "diverging.yaml"
     huge = {"train.lr": 1e30, "train.clip_lr": 1e30, "train.start_from": ""}
-    factors = {"rate": {"usual": {}, "huge": huge}}
+    # The last is trained as what the others start from.
+    factors = {
+        "rate": {"usual": {}, "huge": huge, "first": {"model.increment": False, "train.start_from": ""}}
+    }
     path.write_text(
         yaml.safe_dump(
             STUDY
@@ -119,6 +179,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
                 "reference": {"factor": "rate", "level": "usual"},
                 "expected": {},
                 "seeds": [0],
+                "common": {"train.epochs": 1, "train.weight_decay": 0.1},
                 "start": {"model.increment": False},
             }
         )
@@ -126,11 +187,12 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
     arguments = ("--config", tiny_yaml, "--study", str(path), "cluster.train_workers=1")
     answer = in_process(capsys, study.run, *arguments, flags=study.FLAGS)
     assert answer.status == 4, answer.stderr
-    assert "1 of 3 runs failed: diverging-huge-seed0" in answer.stderr
-    assert "NOT COMPLETE: 1 of 2 runs are missing" in answer.stderr
+    assert "1 of 4 runs failed: diverging-huge-seed0" in answer.stderr
+    assert "NOT COMPLETE: 1 of 3 runs are missing" in answer.stderr
     assert "| usual | 1 |" in answer.stderr
     begun = read_config(places.run("diverging-usual-seed0") + "/best")
     assert begun.train.start_from == places.run("diverging-start-seed0") + "/best"
+    assert not Path(places.run("diverging-first-seed0")).exists()
 
 
 def test_no_study_is_named(tiny_yaml: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.command import Flag, main
 from cluster.layout import layout
+from cluster.runtime.devices import require_usable_gpus
 from cluster.runtime.resources import (
     cpus_of_worker,
     nodes,
@@ -32,12 +33,13 @@ from gare.errors import ConfigError, GareError
 from gare.retrieval.results.evaluation import Evaluation, read_evaluation
 from gare.storage.files import exists, join, read_json, write_atomically, write_json
 from gare.storage.run_folder import RESULT, RunFolder
-from gare.study.plan import PlannedRun, StudyFile, StudyPlan, as_typed, plan_study, read_study
+from gare.study.plan import PlannedRun, StudyPlan, as_typed, plan_study, read_study
 from gare.study.results import StudyResults, at_end, summarise
 from gare.train.checkpoint.history import History
 from pipelines import evaluate, extract, import_features, prepare, train
 from pipelines.sizes import sizes_of_weights
-from pipelines.training.identity import FinishedTrainings, renamed
+from pipelines.study_records import StudyRecords
+from pipelines.training.precision import with_precision
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,8 @@ def run(config: Config) -> dict[str, Any]:
     """Runs what is missing of a study, and writes its table and figure.
 
     Each run has the name STUDY-SETTING-seedN below its data set, as if it had been trained by itself. Runs
-    that are done are not repeated, also days later; one that was interrupted is continued. Where a training
-    of another name, such as another study's, has the same settings and data, it is taken instead.
+    that are done are not repeated, also days later; one that was interrupted is continued. A training that
+    another study has made already, with the same settings and data, is taken from there.
 
     Raises:
         ConfigError: for a study with a fault, or whose finished runs have other settings.
@@ -63,11 +65,12 @@ def run(config: Config) -> dict[str, Any]:
     if not config.study.file:
         raise ConfigError("is empty", where="study.file", accepted="--study NAME, such as noise")
     name, file = read_study(config.study.file)
-    records = StudyRecords(join(layout(config).root, "studies", config.name, name))
-    plan = _plan(config, name, file, records)
+    seeds = None if config.study.seeds == "auto" else config.study.seeds
+    plan = plan_study(config, name, file, seeds, checkpoint_of=_best_of)
+    records = StudyRecords(join(layout(config).root, "studies", config.name), name)
     left = records.left_of(plan.select(config.study.only))
     if config.study.dry_run:
-        return _say_plan(plan, records, left)
+        return _say_plan(plan, records, left, reuse=config.study.reuse)
     started = time.monotonic()
     failed: dict[str, GareError] = {}
     if left:
@@ -75,15 +78,11 @@ def run(config: Config) -> dict[str, Any]:
             for one in {run.config.name: run.config for run in left}.values():
                 _make_data(one)
             # What others start from comes first; where it failed, they are left.
-            for is_start in (True, False):
-                # Which finished trainings are the same is sure only with the data, and a start may be one.
-                plan = _plan(config, name, file, records)
-                ready = [
-                    one
-                    for one in records.left_of(plan.select(config.study.only))
-                    if one.cell.is_start == is_start and (one.start is None or one.start.name not in failed)
-                ]
-                failed |= _run_all(config, records, ready)
+            starts = [one for one in left if one.cell.is_start]
+            failed = _run_all(config, records, starts)
+            ready = [one for one in left if not one.cell.is_start]
+            ready = [one for one in ready if one.start is None or one.start.name not in failed]
+            failed |= _run_all(config, records, ready)
     result = _finish(config, plan, records, time.monotonic() - started)
     if failed:
         first = next(iter(failed.values()))
@@ -95,88 +94,19 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def _plan(config: Config, name: str, file: StudyFile, records: StudyRecords) -> StudyPlan:
-    """Plans the runs, with finished trainings of other names in place of those with the same settings."""
-    finished = FinishedTrainings()
-
-    def trained_as(run: PlannedRun) -> Config | None:
-        own = RunFolder(layout(run.config).run(run.name))
-        if recorded := records.training_of(run):
-            return None if recorded.uri == own.uri else renamed(run.config, recorded)
-        return finished.find(run.config) if config.study.reuse and not own.has_begun else None
-
-    seeds = None if config.study.seeds == "auto" else config.study.seeds
-    return plan_study(config, name, file, seeds, checkpoint_of=_best_of, trained_as=trained_as)
-
-
-class StudyRecords:
-    """The finished runs of a study: a small file each, so that any number can end at the same time.
-
-    Args:
-        uri: folder of the study.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-
-    def _file(self, run: PlannedRun) -> str:
-        return join(self.uri, "runs", f"{run.cell.name}-seed{run.seed}.json")
-
-    def is_done(self, run: PlannedRun) -> bool:
-        """Returns True if a run's result is there.
-
-        Raises:
-            ConfigError: if it was made with other settings.
-        """
-        if not (record := self._read(run)):
-            return False
-        if record["digest"] != run.digest:
-            raise ConfigError(
-                f"{run.name} was run with other settings",
-                where=self.uri,
-                accepted="a study file of another name, another name of the data set, or this folder deleted",
-            )
-        return True
-
-    def left_of(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-        """Returns the runs that are not done."""
-        return [run for run in runs if not self.is_done(run)]
-
-    def training_of(self, run: PlannedRun) -> RunFolder | None:
-        """Returns the training that a run's result is of; None if there is no result."""
-        record = self._read(run)
-        return RunFolder.of_evaluation(record["evaluation"]) if record else None
-
-    def _read(self, run: PlannedRun) -> dict[str, Any]:
-        """Reads a run's record; empty if it, or the evaluation that it is of, is missing."""
-        record: dict[str, Any] = read_json(self._file(run)) if exists(self._file(run)) else {}
-        return record if record and exists(join(record["evaluation"], RESULT)) else {}
-
-    def add(self, run: PlannedRun, result: dict[str, Any]) -> None:
-        """Records that a run is done."""
-        write_json(self._file(run), {"digest": run.digest, **result})
-
-    def read(self, run: PlannedRun) -> dict[str, Any]:
-        """Returns what ``add`` recorded."""
-        record: dict[str, Any] = read_json(self._file(run))
-        return record
-
-    def seconds(self, runs: Sequence[PlannedRun]) -> list[float]:
-        """Returns the seconds of the runs that are done."""
-        return [self.read(run)["seconds"] for run in runs if exists(self._file(run))]
-
-
-def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]) -> dict[str, Any]:
+def _say_plan(
+    plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun], *, reuse: bool
+) -> dict[str, Any]:
     """Prints the settings, and how long what is left takes if runs of the study are done already."""
-    done = records.seconds([run for run in (*plan.starts, *plan.runs) if not run.is_reused])
+    done = records.seconds([*plan.starts, *plan.runs])
     each = statistics.median(done) if done else None
-    reused = sum(run.is_reused for run in left)
-    seconds = None if each is None else each * (len(left) - reused)
+    same = [run.name for run, _ in records.find_same(left, lambda _: "")] if reuse else []
+    seconds = None if each is None else each * (len(left) - len(same))
     lines = [
         f"{plan.file.title}: {len(plan.cells)} settings × {len(plan.seeds)} seeds = {len(plan.runs)} runs, "
         + (f"after {len(plan.starts)} that they start from, " if plan.starts else "")
         + f"{len(left)} left"
-        + (f", {reused} of them trained already under other names" if reused else ""),
+        + (f", {len(same)} of them trained already by other studies" if same else ""),
     ]
     for cell in plan.cells:
         settings = (
@@ -193,7 +123,7 @@ def _say_plan(plan: StudyPlan, records: StudyRecords, left: Sequence[PlannedRun]
         "study": plan.name,
         "runs": len(plan.starts) + len(plan.runs),
         "left": [run.name for run in left],
-        "reused": [run.name for run in left if run.is_reused],
+        "same": same,
         "seconds_each": each,
         "seconds": None if seconds is None else round(seconds, 1),
     }
@@ -218,6 +148,8 @@ def _run_all(config: Config, records: StudyRecords, left: Sequence[PlannedRun]) 
     """Runs what is left as Ray tasks, several at a time; returns the errors of those that failed, by run."""
     import ray
 
+    if config.study.reuse:
+        left = _take_same(records, left)
     if not left:
         return {}
 
@@ -233,7 +165,7 @@ def _run_all(config: Config, records: StudyRecords, left: Sequence[PlannedRun]) 
         while waiting or pending:
             while waiting and len(pending) < parallel:
                 one = waiting.pop(0)
-                pending[task.options(name=one.name).remote(one.config)] = one
+                pending[task.options(name=one.name).remote(_with_start(one, records))] = one
             ready, _ = ray.wait(list(pending), timeout=1.0)
             raise_if_asked()
             for reference in ready:
@@ -260,6 +192,34 @@ def _run_all(config: Config, records: StudyRecords, left: Sequence[PlannedRun]) 
             # As Ctrl-C does: a training then keeps a checkpoint and says so.
             ray.cancel(reference, force=False, recursive=True)
     return failed
+
+
+def _take_same(records: StudyRecords, left: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Records the trainings that other studies have made already; returns the runs that are left."""
+    precisions: dict[str, str] = {}
+
+    def precision_of(one: Config) -> str:
+        key = one.cluster.model_dump_json()
+        if key not in precisions:  # GPUs are asked once
+            cluster = resolve(one.cluster, one.train.batch_size, nodes())
+            resolved = one.model_copy(update={"cluster": cluster})
+            precisions[key] = with_precision(resolved, have_bf16=require_usable_gpus(cluster)).train.precision
+        return precisions[key]
+
+    found = records.find_same(left, precision_of)
+    for run, record in found:
+        records.take(run, record)
+        logger.info("%s: taken from %s, which is the same training", run.name, records.taken_from(run))
+    taken = {run.name for run, _ in found}
+    return [run for run in left if run.name not in taken]
+
+
+def _with_start(run: PlannedRun, records: StudyRecords) -> Config:
+    """Returns a run's settings, with the place of the weights that it starts from if they were taken."""
+    if run.start is None:
+        return run.config
+    train = run.config.train.model_copy(update={"start_from": records.training_of(run.start).best})
+    return run.config.model_copy(update={"train": train})
 
 
 def _best_of(config: Config) -> str:
@@ -298,21 +258,21 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
     evaluations: dict[tuple[str, int], Evaluation] = {}
     diagnostics: dict[tuple[str, int], dict[str, float]] = {}
     children: list[str] = []
-    reused: dict[str, str] = {}
+    taken: dict[str, str] = {}
     for one in (*plan.starts, *plan.runs):
         if not records.is_done(one):
             continue
         record = records.read(one)
-        if one.is_reused:
-            reused[f"{one.cell.name}-seed{one.seed}"] = one.name
-        else:  # a run in MLflow has one parent, so another study's stays below that
+        if taken_from := records.taken_from(one):
+            taken[one.name] = taken_from
+        else:  # a run has one parent in MLflow, so another study's stays where it is
             children.append(record["mlflow_run_id"])
         if not one.cell.is_start:
             evaluations[one.cell.name, one.seed] = read_evaluation(record["evaluation"])
-            history = RunFolder(layout(one.config).run(one.name)).history
+            history = records.training_of(one).history
             if exists(history):
                 diagnostics[one.cell.name, one.seed] = at_end(History.read(history).steps)
-    results = summarise(plan, evaluations, diagnostics)
+    results = summarise(plan, evaluations, diagnostics, taken)
     markdown = study_table(results)
     pictures = {"study.png": study_figure(results), "diagnostics.png": diagnostics_figure(results)}
     drawn = {name: picture for name, picture in pictures.items() if picture}
@@ -328,7 +288,7 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
         "figure": join(records.uri, "study.png"),
         "done": len(evaluations),
         "missing": list(results.missing),
-        "reused": reused,
+        "taken": taken,
         "comparisons": [_comparison(one, plan.file.measure) for one in results.comparisons],
         "mlflow_run_id": run_id,
         "seconds": round(seconds, 2),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.command import main
-from cluster.layout import Layout, layout
+from cluster.layout import Layout, absolute, layout
 from cluster.runtime.devices import require_usable_gpus
 from cluster.runtime.resources import (
     require_train_resources,
@@ -40,7 +40,8 @@ from cluster.tracking import (
     status_after,
     system_metrics,
 )
-from gare.config import ClipConfig, Config
+from gare.config import ClipConfig, Config, differences
+from gare.config.run_settings import completed_settings
 from gare.data.manifest import require_captions
 from gare.data.splits import StoredSplits, split_hash_of
 from gare.errors import ConfigError, DivergedError, GareError
@@ -51,18 +52,13 @@ from gare.storage.run_folder import RunFolder
 from gare.storage.uris import is_uri
 from gare.train.checkpoint.history import History
 from gare.train.checkpoint.index import Checkpoints, Entry
+from gare.train.input.randaugment import POLICY
 from pipelines.evaluating.subject import require_name_of_a_run
 from pipelines.locks import run_lock
 from pipelines.sizes import sizes_of_weights
 from pipelines.stored_outbox import pending_of
 from pipelines.training.best import copy_best, mend_best
 from pipelines.training.checkpointing import SELECTION, StopRequest, checkpoints_of
-from pipelines.training.identity import (
-    identity_differences,
-    identity_of,
-    read_identity,
-    with_absolute_paths,
-)
 from pipelines.training.outputs import log_outputs
 from pipelines.training.precision import warn_of_towers_that_stay, with_precision, with_saved_precision
 from pipelines.training.worker import input_of_run, plan_of, splits_of, train_worker
@@ -84,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
         GareError: if MLflow cannot be reached at the start, or training fails.
     """
     require_name_of_a_run(config)
-    config = with_absolute_paths(config)
+    config = _with_absolute_paths(config)
     places = layout(config)
     require_captions(places.manifest)
     with _lock(config, places) as lock:
@@ -137,7 +133,7 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
         handle = _start_run(tracker, config, places, splits, earlier.get("mlflow_run_id"))
         try:
             write_json(folder.clips, splits.ids())
-            folder.write_record(identity_of(config, splits) | {"mlflow_run_id": handle.run_id})
+            folder.write_record(_identity(config, splits) | {"mlflow_run_id": handle.run_id})
             with system_metrics(handle, config.tracking):
                 checkpoints = _fit(config, folder, handle, source, splits, lock)
             if lock:
@@ -152,9 +148,36 @@ def _run(config: Config, places: Layout, lock: StoreLock | None) -> dict[str, An
     return result
 
 
+def _with_absolute_paths(config: Config) -> Config:
+    named = {key: absolute(getattr(config.train, key)) for key in ("clip_weights", "start_from")}
+    train = config.train.model_copy(update=named)
+    features = config.features.model_copy(update={"weights": absolute(config.features.weights)})
+    return config.model_copy(update={"train": train, "features": features})
+
+
+def _identity(config: Config, splits: StoredSplits) -> dict[str, Any]:
+    """Returns the settings and data that identify a run."""
+    settings = config.identity()
+    # Sampling or not is part of the identity, whichever key decides it: in earlier versions auto depended on
+    # a memory setting.
+    sampled = config.loss.samples_texts(config.train.batch_size, config.model.clip.embed_dim)
+    del settings["loss"]["direction_over"]
+    settings["loss"]["direction_is_sampled"] = sampled
+    if config.augment.is_on:
+        # Earlier versions used another library's policy under the same settings.
+        settings["augment"]["policy"] = POLICY
+    return {"settings": settings, **splits.identity()}
+
+
 def _earlier_run(config: Config, folder: RunFolder, splits: StoredSplits) -> dict[str, Any]:
-    earlier = read_identity(folder)
-    differing = identity_differences(earlier, identity_of(config, splits))
+    earlier = folder.read_record()
+    now = _identity(config, splits)
+    earlier["settings"] = completed_settings(earlier.get("settings", {}))
+    if isinstance(loss := earlier["settings"].get("loss"), dict):
+        loss.pop("direction_over", None)
+    differing = [
+        line.removeprefix("settings.") for line in differences({key: earlier.get(key) for key in now}, now)
+    ]
     if differing or not config.train.resume:
         reason = (
             f"a run of this name has other settings or clips: {'; '.join(differing[:8])}"

@@ -24,7 +24,7 @@ class StudyConfig(Section):
     )
     reuse: bool = Field(
         True,
-        description="take a finished training of another name, such as another study's, in place of one "
-        "with the same settings, seed, start and data",
+        description="take a training that another study has made, in place of one with the same settings, "
+        "seed, start and data",
     )
     dry_run: bool = Field(False, description="only say what would be run, and about how long it takes")

@@ -60,6 +60,14 @@ class StoredSplits:
         """Returns SHA-256 of the clips of train and val with their captions."""
         return {split: split_hash_of(self.of_split(split)) for split in ("train", "val")}
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what identifies the data of a run: fingerprints, and the clips that it begins with."""
+        return {
+            "manifest_fingerprint": self.manifest_fingerprint,
+            "store_fingerprint": self.store_fingerprint,
+            "clips": self.hashes(),
+        }
+
     def of_split(self, split: str) -> tuple[ManifestRow, ...]:
         """Returns the rows of train, val or test."""
         rows: tuple[ManifestRow, ...] = getattr(self, split)

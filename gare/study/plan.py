@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,14 +127,12 @@ class PlannedRun:
         seed: of the training.
         config: complete settings.
         start: the run that it starts from; None: it starts from nothing, or from what its settings name.
-        is_reused: whether it is a training that was made under another name.
     """
 
     cell: Cell
     seed: int
     config: Config
     start: PlannedRun | None = None
-    is_reused: bool = False
 
     @property
     def name(self) -> str:
@@ -269,7 +267,6 @@ def plan_study(
     seeds: int | None = None,
     *,
     checkpoint_of: Callable[[Config], str],
-    trained_as: Callable[[PlannedRun], Config | None] | None = None,
 ) -> StudyPlan:
     """Plans all runs of a study.
 
@@ -282,7 +279,6 @@ def plan_study(
         file: its file.
         seeds: number of seeds, the file's first ones and then those that follow; None: the file's.
         checkpoint_of: returns the folder of a run's best checkpoint.
-        trained_as: returns the settings, with its names, of a training to take for a run; None: its own.
 
     Raises:
         ConfigError: for a level with settings that do not fit; all faults are in the one message.
@@ -291,20 +287,13 @@ def plan_study(
     cells = tuple(_cells(file))
     runs, faults = [], []
     starts: dict[tuple[str, int], PlannedRun] = {}
-
-    def taken(run: PlannedRun) -> PlannedRun:
-        other = trained_as(run) if trained_as else None
-        return replace(run, config=other, is_reused=True) if other else run
-
     for seed, cell in itertools.product(chosen, cells):
         try:
             start, checkpoint = _start_of(config, name, file, cell, seed), ""
             if start is not None:
-                key = start.config.name, seed
-                start = starts[key] if key in starts else starts.setdefault(key, taken(start))
+                start = starts.setdefault((start.config.name, seed), start)
                 checkpoint = checkpoint_of(start.config)
-            one = PlannedRun(cell, seed, _config_of(config, name, file, cell, seed, checkpoint), start)
-            runs.append(taken(one))
+            runs.append(PlannedRun(cell, seed, _config_of(config, name, file, cell, seed, checkpoint), start))
         except ConfigError as error:
             if seed == chosen[0]:
                 faults.append(str(error))

@@ -110,10 +110,10 @@ def _notes(results: StudyResults) -> list[str]:
         effect and not effect.over_seeds for one in results.comparisons for effect in one.effects.values()
     ):
         notes.append("One seed: the intervals are over videos alone and say nothing about other seeds.")
-    if reused := [run.name for run in results.plan.runs if run.is_reused and run.name not in results.missing]:
+    if results.taken:
         notes.append(
-            f"{len(reused)} of {len(results.plan.runs)} trainings are of other names, with the same settings "
-            f"and data: {_first_of(reused)}"
+            f"{len(results.taken)} trainings with the same settings and data are other studies': "
+            f"{_first_of(sorted(set(results.taken.values())))}"
         )
     if results.missing:
         notes.append(

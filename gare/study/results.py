@@ -119,12 +119,14 @@ class StudyResults:
         scores: by cell, in the plan's order.
         comparisons: of each cell with its reference.
         missing: names of the runs that are not done.
+        taken: names of trainings that other studies made, by the run that each is taken for.
     """
 
     plan: StudyPlan
     scores: tuple[CellScores, ...]
     comparisons: tuple[Comparison, ...]
     missing: tuple[str, ...] = ()
+    taken: Mapping[str, str] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
         """Returns all numbers by name, for MLflow."""
@@ -154,6 +156,7 @@ def summarise(
     plan: StudyPlan,
     evaluations: Evaluations,
     diagnostics: Mapping[tuple[str, int], dict[str, float]] | None = None,
+    taken: Mapping[str, str] | None = None,
 ) -> StudyResults:
     """Compares what is done.
 
@@ -161,6 +164,7 @@ def summarise(
         plan: of the study.
         evaluations: of the runs that are done.
         diagnostics: of their trainings' ends, by cell and seed.
+        taken: names of trainings that other studies made, by run.
     """
     diagnostics = diagnostics or {}
     scores = tuple(
@@ -192,7 +196,7 @@ def summarise(
         for one in found
     )
     missing = tuple(run.name for run in plan.runs if (run.cell.name, run.seed) not in evaluations)
-    return StudyResults(plan, scores, comparisons, missing)
+    return StudyResults(plan, scores, comparisons, missing, taken or {})
 
 
 def _negatives(evaluation: Evaluation) -> dict[str, float]:

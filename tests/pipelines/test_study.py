@@ -131,18 +131,19 @@ def test_trainings_of_another_study_are_taken(
     taken = {level: f"increment-{name}-seed0" for level, name in (("none", "baseline"), ("late", "gare"))}
     before = {name: Path(places.run(name), "result.json").stat().st_mtime_ns for name in taken.values()}
     alone = command(str(path), "--dry-run", "study.reuse=false")
-    assert json.loads(alone.stdout)["reused"] == []
+    assert json.loads(alone.stdout)["same"] == []
     planned = command(str(path), "--dry-run")
-    assert "3 left, 2 of them trained already under other names" in planned.stderr
-    assert sorted(json.loads(planned.stdout)["reused"]) == sorted(taken.values())
+    assert "3 left, 2 of them trained already by other studies" in planned.stderr
+    assert sorted(json.loads(planned.stdout)["same"]) == [f"again-{level}-seed0" for level in sorted(taken)]
 
     answer = command(str(path))
     assert answer.status == 0, answer.stderr
     result = json.loads(answer.stdout)
     assert (result["done"], result["missing"]) == (3, [])
-    assert result["reused"] == {f"{level}-seed0": name for level, name in taken.items()}
+    assert result["taken"] == {f"again-{level}-seed0": name for level, name in taken.items()}
     table = Path(result["table"]).read_text()
-    assert "2 of 3 trainings are of other names, with the same settings and data: increment-" in table
+    assert "2 trainings with the same settings and data are other studies': increment-baseline-seed0" in table
+    assert "| late | 1 |" in table
     assert not Path(places.run("again-none-seed0")).exists()
     for name, time_of in before.items():
         assert Path(places.run(name), "result.json").stat().st_mtime_ns == time_of

@@ -9,7 +9,7 @@ import yaml
 
 from gare.config import Config, parse_config
 from gare.errors import ConfigError
-from gare.study.plan import SHIPPED, PlannedRun, StudyFile, StudyPlan, read_study
+from gare.study.plan import SHIPPED, StudyFile, StudyPlan, read_study
 from gare.study.plan import plan_study as plan_with_starts
 from tests.helpers.pipelines import tiny
 
@@ -126,24 +126,6 @@ def test_a_start_on_other_data_has_a_data_set_of_its_own() -> None:
     assert {one.config.train.start_from for one in plan.runs} == {
         f"/runs/tiny-start/noise-start-seed{seed}/best" for seed in (3, 4)
     }
-
-
-def test_trainings_of_other_names_are_taken_with_what_starts_from_them() -> None:
-    def trained_as(run: PlannedRun) -> Config | None:
-        train = run.config.train.model_copy(update={"run": "other"})
-        return run.config.model_copy(update={"train": train}) if run.cell.is_start and run.seed == 3 else None
-
-    found = file(factors={"model": NOISE["factors"]["model"]}, start={"model.increment": False})
-    plan = plan_with_starts(tiny(), "noise", found, checkpoint_of=checkpoint_of, trained_as=trained_as)
-    assert [(one.name, one.is_reused) for one in plan.starts] == [
-        ("other", True),
-        ("noise-start-seed4", False),
-    ]
-    assert [run.config.train.start_from for run in plan.runs] == [
-        *["/runs/tiny/other/best"] * 2,
-        *["/runs/tiny/noise-start-seed4/best"] * 2,
-    ]
-    assert all(run.start in plan.starts and not run.is_reused for run in plan.runs)
 
 
 @pytest.mark.parametrize(("count", "seeds"), [(1, (3,)), (4, (3, 4, 5, 6))])

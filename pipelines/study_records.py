@@ -27,6 +27,8 @@ _SECTIONS = ("name", "data", "extract", "features", "model", "loss", "train", "a
 _NOT_COMPARED = ("run", "overwrite", "resume", "start_from")
 #: Keys of a training's own record that identify its data.
 _DATA = ("manifest_fingerprint", "store_fingerprint", "clips")
+#: Keys of a run's record by which other studies can take it; records of earlier versions lack some.
+_COMPARABLE = {"evaluation", "training", "trained", "scoring", "precision"}
 #: Records read at a time, since an object store answers each in tens of milliseconds.
 _READS = 16
 
@@ -70,12 +72,15 @@ class StudyRecords:
     def add(self, run: PlannedRun, result: dict[str, Any]) -> None:
         """Records that a run is done, with what other studies must know to take it."""
         trained = RunFolder.of_evaluation(result["evaluation"]).read_record()
-        about = {
-            "training": self._digest_of_training(run, trained),
-            "trained": _digest_of(trained),
-            "scoring": _digest_of_scoring(run),
-            "precision": trained["settings"]["train"]["precision"],
-        }
+        precision = trained.get("settings", {}).get("train", {}).get("precision")
+        about = {}
+        if precision and trained.keys() >= set(_DATA):  # else of an earlier version, and never taken
+            about = {
+                "training": self._digest_of_training(run, trained),
+                "trained": _digest_of(trained),
+                "scoring": _digest_of_scoring(run),
+                "precision": precision,
+            }
         write_json(self._file(run), {"digest": run.digest, **about, **result})
 
     def read(self, run: PlannedRun) -> Record:
@@ -145,7 +150,7 @@ class StudyRecords:
             records = list(pool.map(read, files))
         found: dict[str, list[Record]] = {}
         for record in records:
-            if isinstance(record, dict) and record.keys() >= {"training", "trained", "scoring", "precision"}:
+            if isinstance(record, dict) and record.keys() >= _COMPARABLE:
                 found.setdefault(record["training"], []).append(record)
         return found
 
@@ -191,7 +196,12 @@ def _digest_of(content: Any) -> str:
 
 def _is_whole(record: Record) -> bool:
     """Returns True if the training and the evaluation of a record are there, and were not made anew since."""
-    folder = RunFolder.of_evaluation(record["evaluation"])
     if not exists(join(record["evaluation"], RESULT)):
         return False
-    return "trained" not in record or record["trained"] == _digest_of(folder.read_record())
+    if "trained" not in record:
+        return True
+    with suppress(DataError):  # a damaged one; a training of that name says so
+        return bool(
+            record["trained"] == _digest_of(RunFolder.of_evaluation(record["evaluation"]).read_record())
+        )
+    return False

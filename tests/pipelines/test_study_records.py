@@ -141,7 +141,11 @@ def scored_no_more(folder: RunFolder, evaluation: str) -> None:
     delete_file(f"{evaluation}/result.json")
 
 
-@pytest.mark.parametrize("change", [trained_anew, scored_no_more])
+def damaged(folder: RunFolder, evaluation: str) -> None:
+    Path(folder.record).write_bytes(b"{")
+
+
+@pytest.mark.parametrize("change", [trained_anew, scored_no_more, damaged])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_was_trained_anew_or_is_gone_is_not_taken(
     records: StudyRecords, studies: str, change: Any, when: str

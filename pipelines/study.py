@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from cluster.command import Flag, main
@@ -106,7 +107,7 @@ def _say_plan(
         f"{plan.file.title}: {len(plan.cells)} settings × {len(plan.seeds)} seeds = {len(plan.runs)} runs, "
         + (f"after {len(plan.starts)} that they start from, " if plan.starts else "")
         + f"{len(left)} left"
-        + (f", {len(same)} of them trained already by other studies" if same else ""),
+        + (f", {len(same)} of them trained already in other studies" if same else ""),
     ]
     for cell in plan.cells:
         settings = (
@@ -201,24 +202,34 @@ def _take_same(records: StudyRecords, left: Sequence[PlannedRun]) -> list[Planne
     def precision_of(one: Config) -> str:
         key = one.cluster.model_dump_json()
         if key not in precisions:  # GPUs are asked once
-            cluster = resolve(one.cluster, one.train.batch_size, nodes())
-            resolved = one.model_copy(update={"cluster": cluster})
-            precisions[key] = with_precision(resolved, have_bf16=require_usable_gpus(cluster)).train.precision
+            precisions[key] = "unknown"
+            # If others hold the GPUs, nothing is the same; a training waits for them.
+            with suppress(GareError):
+                cluster = resolve(one.cluster, one.train.batch_size, nodes())
+                resolved = one.model_copy(update={"cluster": cluster})
+                resolved = with_precision(resolved, have_bf16=require_usable_gpus(cluster))
+                precisions[key] = resolved.train.precision
         return precisions[key]
 
     found = records.find_same(left, precision_of)
     for run, record in found:
         records.take(run, record)
-        logger.info("%s: taken from %s, which is the same training", run.name, records.taken_from(run))
+        logger.info(
+            "%s: taken from %s, which has the same settings and data", run.name, records.taken_from(run)
+        )
     taken = {run.name for run, _ in found}
     return [run for run in left if run.name not in taken]
 
 
 def _with_start(run: PlannedRun, records: StudyRecords) -> Config:
-    """Returns a run's settings, with the place of the weights that it starts from if they were taken."""
+    """Returns a run's settings, with the place of the weights that it starts from, or has started from."""
     if run.start is None:
         return run.config
-    train = run.config.train.model_copy(update={"start_from": records.training_of(run.start).best})
+    own = RunFolder(layout(run.config).run(run.name))
+    checkpoint = records.training_of(run.start).best
+    if own.has_begun:
+        checkpoint = own.read_record()["settings"]["train"]["start_from"]
+    train = run.config.train.model_copy(update={"start_from": checkpoint})
     return run.config.model_copy(update={"train": train})
 
 
@@ -264,7 +275,7 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
             continue
         record = records.read(one)
         if taken_from := records.taken_from(one):
-            taken[one.name] = taken_from
+            taken |= {} if one.cell.is_start else {one.name: taken_from}
         else:  # a run has one parent in MLflow, so another study's stays where it is
             children.append(record["mlflow_run_id"])
         if not one.cell.is_start:

@@ -11,24 +11,24 @@ from typing import Any
 
 from cluster.layout import absolute, layout
 from gare.config import Config
-from gare.data.splits import read_splits
+from gare.data.splits import StoredSplits, read_splits, split_hash_of
 from gare.data.store.contents import Store
 from gare.errors import ConfigError, DataError
-from gare.storage.files import exists, join, list_files, read_json, write_json
+from gare.storage.files import exists, join, list_files, read_json, stat_file, write_json
 from gare.storage.run_folder import RESULT, RunFolder
-from gare.study.plan import PlannedRun
+from gare.study.plan import PlannedRun, as_typed
 
 #: A finished run: digest, evaluation, metrics, MLflow run and seconds, and what other studies must know.
 Record = dict[str, Any]
 
 #: Sections of settings that a training depends on in any way.
 _SECTIONS = ("name", "data", "extract", "features", "model", "loss", "train", "augment")
-#: But for names, what to do with a run of that name, and the start, which is compared by its own digest.
+#: But for the run's name, what to do with a run of that name, and the start, which is compared by itself.
 _NOT_COMPARED = ("run", "overwrite", "resume", "start_from")
 #: Keys of a training's own record that identify its data.
 _DATA = ("manifest_fingerprint", "store_fingerprint", "clips")
 #: Keys of a run's record by which other studies can take it; records of earlier versions lack some.
-_COMPARABLE = {"evaluation", "training", "trained", "scoring", "precision"}
+_COMPARABLE = {"evaluation", "metrics", "training_digest", "run_digest", "scoring_digest", "precision"}
 #: Records read at a time, since an object store answers each in tens of milliseconds.
 _READS = 16
 
@@ -44,7 +44,7 @@ class StudyRecords:
     def __init__(self, studies: str, name: str) -> None:
         self._studies = studies
         self.uri = join(studies, name)
-        self._data: dict[str, dict[str, Any]] = {}
+        self._splits: dict[str, StoredSplits | None] = {}
 
     def _file(self, run: PlannedRun) -> str:
         return join(self.uri, "runs", f"{run.cell.name}-seed{run.seed}.json")
@@ -73,12 +73,13 @@ class StudyRecords:
         """Records that a run is done, with what other studies must know to take it."""
         trained = RunFolder.of_evaluation(result["evaluation"]).read_record()
         precision = trained.get("settings", {}).get("train", {}).get("precision")
+        split_hash = read_json(join(result["evaluation"], RESULT)).get("split_hash")
         about = {}
-        if precision and trained.keys() >= set(_DATA):  # else of an earlier version, and never taken
+        if precision and split_hash and trained.keys() >= set(_DATA):  # else of an earlier version
             about = {
-                "training": self._digest_of_training(run, trained),
-                "trained": _digest_of(trained),
-                "scoring": _digest_of_scoring(run),
+                "training_digest": self._digest_of_training(run, {key: trained[key] for key in _DATA}),
+                "run_digest": _digest_of(trained),
+                "scoring_digest": _digest_of_scoring(run, split_hash),
                 "precision": precision,
             }
         write_json(self._file(run), {"digest": run.digest, **about, **result})
@@ -105,25 +106,29 @@ class StudyRecords:
     def find_same(
         self, runs: Sequence[PlannedRun], precision_of: Callable[[Config], str]
     ) -> list[tuple[PlannedRun, Record]]:
-        """Finds trainings of other names with the same settings, seeds, starts and data.
+        """Finds trainings of other runs with the same settings, seeds, starts and data.
 
         They were scored as the runs would be, which does not matter for runs that others start from.
 
         Args:
-            runs: those that are not done; for one that has begun under its own name nothing is found.
+            runs: those that are not done, after those that they start from; for one that has begun under its
+                own name nothing is found.
             precision_of: returns the precision that auto stands for; empty: any is the same.
 
         Returns:
             The runs for which there is one, with the first record by name.
         """
         others = self._read_comparable()
-        found = []
+        found: list[tuple[PlannedRun, Record]] = []
         for run in runs if others else ():
-            if RunFolder(layout(run.config).run(run.name)).has_begun:
+            splits = self._splits_of(run.config)
+            if splits is None or RunFolder(layout(run.config).run(run.name)).has_begun:
                 continue
-            training, scoring = self._digest_of_training(run), _digest_of_scoring(run)
+            starts = {one.name: record for one, record in found}
+            training = self._digest_of_training(run, splits.identity(), starts)
+            scoring = _digest_of_scoring(run, split_hash_of(splits.of_split(run.config.evaluate.split)))
             for record in others.get(training, ()):
-                is_scored = run.cell.is_start or record["scoring"] == scoring
+                is_scored = run.cell.is_start or record["scoring_digest"] == scoring
                 precision = precision_of(run.config) if run.config.train.precision == "auto" else ""
                 if is_scored and precision in ("", record["precision"]) and _is_whole(record):
                     found.append((run, record))
@@ -131,7 +136,7 @@ class StudyRecords:
         return found
 
     def take(self, run: PlannedRun, record: Record) -> None:
-        """Records a training of another name as a run's."""
+        """Records the training of another run as a run's."""
         name = RunFolder.of_evaluation(record["evaluation"]).name.partition("/")[2]
         write_json(self._file(run), {**record, "digest": run.digest, "taken_from": name})
 
@@ -151,43 +156,62 @@ class StudyRecords:
         found: dict[str, list[Record]] = {}
         for record in records:
             if isinstance(record, dict) and record.keys() >= _COMPARABLE:
-                found.setdefault(record["training"], []).append(record)
+                found.setdefault(str(record["training_digest"]), []).append(record)
         return found
 
-    def _data_of(self, config: Config) -> dict[str, Any]:
-        """Returns what identifies the data of a training; empty while they are missing or not complete."""
+    def _splits_of(self, config: Config) -> StoredSplits | None:
+        """Returns the data of a training; None while they are missing or not complete."""
         places, of_features = layout(config), config.train.input == "features"
         store = places.features if of_features else places.frames
-        if store not in self._data:
-            self._data[store] = {}
+        if store not in self._splits:
+            self._splits[store] = None
             with suppress(DataError):  # prepare and extract say what is wrong
                 # A training checks a feature store's settings, of which one is the hash of the towers.
                 settings = Store(store).read_meta().settings if of_features else None
-                splits = read_splits(places.manifest, store, config.extract, settings)
-                self._data[store] = splits.identity()
-        return self._data[store]
+                self._splits[store] = read_splits(places.manifest, store, config.extract, settings)
+        return self._splits[store]
 
-    def _digest_of_training(self, run: PlannedRun, trained: Mapping[str, Any] | None = None) -> str:
+    def _digest_of_training(
+        self, run: PlannedRun, data: Mapping[str, Any], starts: Mapping[str, Record] | None = None
+    ) -> str:
         """Hashes all that a training depends on in any way: settings, its start, and its data.
 
         Args:
             run: planned or done.
-            trained: record of the training that was done; None: the data as they are now.
+            data: what identifies the data.
+            starts: records, by run, of starts that this study has not taken yet.
         """
-        settings = run.config.model_dump(mode="json", include=set(_SECTIONS))
-        train = {key: value for key, value in settings["train"].items() if key not in _NOT_COMPARED}
-        settings["train"] = train | {"clip_weights": absolute(run.config.train.clip_weights)}
-        settings["features"]["weights"] = absolute(run.config.features.weights)
+        config = run.config
+        content: dict[str, Any] = config.model_dump(mode="json", include=set(_SECTIONS))
+        # A study may be about any setting, such as the number of workers.
+        content["cell"] = {
+            key: as_typed(value)
+            for key, value in run.cell.settings.items()
+            if key.partition(".")[0] not in (*_SECTIONS, "evaluate")
+        }
+        for key in _NOT_COMPARED:
+            del content["train"][key]
+        del content["train"]["clip_weights"], content["features"]["weights"]
+        content["weights"] = [_files_of(config.train.clip_weights), _files_of(config.features.weights)]
         if run.start is None:
-            settings["start"] = absolute(run.config.train.start_from)
+            content["start"] = _files_of(config.train.start_from)
         else:
-            settings["start"] = self._read(run.start).get("training") or self._digest_of_training(run.start)
-        data = self._data_of(run.config) if trained is None else {key: trained[key] for key in _DATA}
-        return _digest_of(settings | data)
+            start = self._read(run.start) or (starts or {}).get(run.start.name, {})
+            # Of one that is not made yet nothing is the same.
+            content["start"] = [start.get(key, run.start.name) for key in ("training_digest", "precision")]
+        return _digest_of({**content, **data})
 
 
-def _digest_of_scoring(run: PlannedRun) -> str:
-    return _digest_of(run.config.evaluate.model_dump(mode="json"))
+def _files_of(uri: str) -> list[Any]:
+    """Returns the files of weights with their sizes and times, which change where they are replaced."""
+    if not uri:
+        return []
+    place = absolute(uri)
+    return [(file, stat_file(file)) for file in list_files(place, recursive=True) or [place]]
+
+
+def _digest_of_scoring(run: PlannedRun, split_hash: str) -> str:
+    return _digest_of([run.config.evaluate.model_dump(mode="json"), split_hash])
 
 
 def _digest_of(content: Any) -> str:
@@ -195,13 +219,15 @@ def _digest_of(content: Any) -> str:
 
 
 def _is_whole(record: Record) -> bool:
-    """Returns True if the training and the evaluation of a record are there, and were not made anew since."""
-    if not exists(join(record["evaluation"], RESULT)):
+    """Returns True if a record's run is there, and was neither trained anew nor scored otherwise since."""
+    result = join(record["evaluation"], RESULT)
+    if not exists(result):
         return False
-    if "trained" not in record:
+    if not record.keys() >= _COMPARABLE:
         return True
-    with suppress(DataError):  # a damaged one; a training of that name says so
-        return bool(
-            record["trained"] == _digest_of(RunFolder.of_evaluation(record["evaluation"]).read_record())
-        )
+    with suppress(DataError, TypeError, ValueError, AttributeError):  # a damaged file
+        trained = RunFolder.of_evaluation(record["evaluation"]).read_record()
+        scores = read_json(result)["metrics"]
+        same_scores = all(scores.get(name) == value for name, value in record["metrics"].items())
+        return same_scores and record["run_digest"] == _digest_of(trained)
     return False

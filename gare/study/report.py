@@ -112,8 +112,8 @@ def _notes(results: StudyResults) -> list[str]:
         notes.append("One seed: the intervals are over videos alone and say nothing about other seeds.")
     if results.taken:
         notes.append(
-            f"{len(results.taken)} trainings with the same settings and data are other studies': "
-            f"{_first_of(sorted(set(results.taken.values())))}"
+            f"{len(results.taken)} of {len(results.plan.runs)} trainings were taken from other runs with the "
+            f"same settings and data: {_first_of(sorted(set(results.taken.values())))}"
         )
     if results.missing:
         notes.append(

@@ -119,7 +119,7 @@ class StudyResults:
         scores: by cell, in the plan's order.
         comparisons: of each cell with its reference.
         missing: names of the runs that are not done.
-        taken: names of trainings that other studies made, by the run that each is taken for.
+        taken: names of other runs, by the run whose training was taken from each.
     """
 
     plan: StudyPlan
@@ -164,7 +164,7 @@ def summarise(
         plan: of the study.
         evaluations: of the runs that are done.
         diagnostics: of their trainings' ends, by cell and seed.
-        taken: names of trainings that other studies made, by run.
+        taken: names of other runs, by the run whose training was taken from each.
     """
     diagnostics = diagnostics or {}
     scores = tuple(

@@ -133,7 +133,7 @@ def test_trainings_of_another_study_are_taken(
     alone = command(str(path), "--dry-run", "study.reuse=false")
     assert json.loads(alone.stdout)["same"] == []
     planned = command(str(path), "--dry-run")
-    assert "3 left, 2 of them trained already by other studies" in planned.stderr
+    assert "3 left, 2 of them trained already in other studies" in planned.stderr
     assert sorted(json.loads(planned.stdout)["same"]) == [f"again-{level}-seed0" for level in sorted(taken)]
 
     answer = command(str(path))
@@ -142,7 +142,7 @@ def test_trainings_of_another_study_are_taken(
     assert (result["done"], result["missing"]) == (3, [])
     assert result["taken"] == {f"again-{level}-seed0": name for level, name in taken.items()}
     table = Path(result["table"]).read_text()
-    assert "2 trainings with the same settings and data are other studies': increment-baseline-seed0" in table
+    assert "2 of 3 trainings were taken from other runs with the same settings and data: increment-b" in table
     assert "| late | 1 |" in table
     assert not Path(places.run("again-none-seed0")).exists()
     for name, time_of in before.items():

@@ -10,10 +10,11 @@ import pytest
 
 from cluster.layout import Layout, layout
 from gare.config import Config
-from gare.data.splits import read_splits
+from gare.data.splits import read_splits, split_hash_of
 from gare.storage.files import delete_file, write_json
 from gare.storage.run_folder import RunFolder
 from gare.study.plan import StudyFile, StudyPlan, plan_study
+from pipelines import study_records
 from pipelines.study_records import StudyRecords
 from tests.helpers.pipelines import tiny
 
@@ -56,14 +57,17 @@ def records(studies: str) -> StudyRecords:
     """The first study, all of whose runs are done."""
     records, copy = StudyRecords(studies, "first"), layout(tiny())
     splits = read_splits(copy.manifest, copy.frames, tiny().extract)
+    split_hash = split_hash_of(splits.test)
     for number, run in enumerate((*(first := plan("first")).starts, *first.runs)):
         folder = folder_of(run.config)
         settings = {"train": {"precision": "float32"}}
         record = {"settings": settings, "mlflow_run_id": str(number), **splits.identity()}
         write_json(folder.record, record)
         evaluation = layout(run.config).evaluation(run.name, "test")
-        write_json(f"{evaluation}/result.json", {})
-        records.add(run, {"evaluation": evaluation, "seconds": 1.0, "mlflow_run_id": str(number)})
+        metrics = {"t2v/R1": float(number)}
+        write_json(f"{evaluation}/result.json", {"metrics": metrics, "split_hash": split_hash})
+        result = {"evaluation": evaluation, "metrics": metrics, "seconds": 1.0, "mlflow_run_id": str(number)}
+        records.add(run, result)
     return records
 
 
@@ -128,6 +132,36 @@ def test_what_is_scored_otherwise_is_taken_as_a_start_alone(records: StudyRecord
     assert found == {f"second-start-seed{seed}": f"first-start-seed{seed}" for seed in (0, 1)}
 
 
+def test_a_factor_of_any_section_makes_other_trainings(records: StudyRecords, studies: str) -> None:
+    workers = {"one": {"cluster.train_workers": 1}, "two": {"cluster.train_workers": 2}}
+    other = {"factors": {"workers": workers}, "reference": {"factor": "workers", "level": "one"}}
+    assert set(taken(studies, plan("second", **other))) == {f"second-start-seed{seed}" for seed in (0, 1)}
+
+
+def test_weights_that_were_replaced_are_other_weights(
+    records: StudyRecords, studies: str, tmp_path: Path
+) -> None:
+    """Their path is the same, and so are all settings."""
+    weights = tmp_path / "mine" / "model.safetensors"
+    write_json(str(weights), {"weights": 1})
+    override = f"train.start_from={weights.parent}"
+    done = StudyRecords(studies, "third")
+    for run in plan("third", override, start=None).runs:
+        source = records.read(plan("first").runs[0])
+        done.add(run, {key: source[key] for key in ("evaluation", "metrics", "seconds", "mlflow_run_id")})
+    assert len(taken(studies, plan("fourth", override, start=None))) == 4
+    write_json(str(weights), {"weights": 22})
+    assert taken(studies, plan("fifth", override, start=None)) == {}
+
+
+def test_another_split_is_scored_anew(
+    records: StudyRecords, studies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when clips of test that had failed were extracted since."""
+    monkeypatch.setattr(study_records, "split_hash_of", lambda rows: "other")
+    assert set(taken(studies, plan("second"))) == {f"second-start-seed{seed}" for seed in (0, 1)}
+
+
 def test_auto_is_the_precision_that_it_stands_for(records: StudyRecords, studies: str) -> None:
     assert taken(studies, plan("second"), "bf16") == {}
     assert len(taken(studies, plan("second"), "float32")) == 6
@@ -145,7 +179,15 @@ def damaged(folder: RunFolder, evaluation: str) -> None:
     Path(folder.record).write_bytes(b"{")
 
 
-@pytest.mark.parametrize("change", [trained_anew, scored_no_more, damaged])
+def damaged_in_form(folder: RunFolder, evaluation: str) -> None:
+    write_json(folder.record, [1])
+
+
+def scored_otherwise(folder: RunFolder, evaluation: str) -> None:
+    write_json(f"{evaluation}/result.json", {"metrics": {"t2v/R1": 99.0}})
+
+
+@pytest.mark.parametrize("change", [trained_anew, scored_no_more, damaged, damaged_in_form, scored_otherwise])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_was_trained_anew_or_is_gone_is_not_taken(
     records: StudyRecords, studies: str, change: Any, when: str

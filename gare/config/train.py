@@ -140,7 +140,10 @@ class TrainConfig(Section):
         "time), which changes rounding alone; auto: on a GPU with Triton, and without where that fails",
     )
     diagnostics_every: Annotated[int, Mark.FREE] = Field(
-        50, ge=0, description="steps between measures of tension, increments and modality gap; 0: never"
+        50,
+        ge=0,
+        description="steps between measures of tension, increments and modality gap; the last step has them, "
+        "too; 0: never",
     )
     diagnostics_texts: Annotated[Count, Mark.FREE] = Field(
         16, description="texts of a worker that such measures look at"

@@ -36,8 +36,8 @@ DIAGNOSTICS = {
     "negatives/false": "false negatives, %",
     "negatives/false_hardest": "false, hardest, %",
 }
-#: Points of a training that are taken for its end.
-LAST = 3
+#: A training's end is its last points, as many as this, and none before this share of its steps.
+LAST, END_FROM = 3, 0.7
 #: Evaluations by cell and seed.
 Evaluations = Mapping[tuple[str, int], Evaluation]
 
@@ -71,11 +71,14 @@ def at_end(points: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, float
     """Returns each measure of a training as it was at the end: the mean of its last points.
 
     Args:
-        points: (step, value) by name.
+        points: (step, value) by name; a name without points at the end is left out.
     """
-    return {
-        name: float(np.mean([value for _, value in some[-LAST:]])) for name, some in points.items() if some
+    steps = max((some[-1][0] for some in points.values() if some), default=0)
+    ends = {
+        name: [value for step, value in some[-LAST:] if step > END_FROM * steps]
+        for name, some in points.items()
     }
+    return {name: float(np.mean(values)) for name, values in ends.items() if values}
 
 
 @dataclass(frozen=True)

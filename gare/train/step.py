@@ -123,7 +123,8 @@ def train_step(
     train = learner.config.train
     learner.model.train()
     factor = set_learning_rate(learner.optimizer, learner.step, learner.num_steps, train)
-    watched = bool(train.diagnostics_every) and learner.step % train.diagnostics_every == 0
+    is_last = learner.step == learner.num_steps - 1
+    watched = bool(train.diagnostics_every) and (is_last or learner.step % train.diagnostics_every == 0)
     terms = compute_gradients(learner, batch, video_ids, watched=watched)
     with stage("optimizer"):
         norm = clip_gradients(learner.model, train.max_grad_norm)

@@ -62,5 +62,12 @@ def test_nothing_measured_is_nothing_drawn(results: StudyResults) -> None:
 
 
 def test_the_end_of_a_training_is_its_last_points() -> None:
-    points = {"gap/modality": [(50, 9.0), (100, 1.0), (150, 2.0), (200, 3.0)], "delta/norm": []}
+    points = {"gap/modality": [(150, 9.0), (151, 1.0), (175, 2.0), (200, 3.0)], "delta/norm": []}
     assert at_end(points) == {"gap/modality": 2.0}
+    # Few steps, or measures far apart: those of the beginning are not the end's.
+    points = {
+        "loss/total": [(1, 5.0), (122, 2.0)],
+        "delta/sigma": [(1, 0.0), (51, 0.1), (101, 0.3)],
+        "early": [(1, 1)],
+    }
+    assert at_end(points) == {"loss/total": 2.0, "delta/sigma": 0.3}

@@ -207,6 +207,14 @@ def test_training_logs_them_when_asked(rng: np.random.Generator) -> None:
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
+def test_the_last_step_is_measured(rng: np.random.Generator) -> None:
+    """A training of few steps has no other measure of its end."""
+    config = tiny_config("train.diagnostics_every=50")
+    learner = build_learner(initial_model(config), config, 3, torch.device("cpu"))
+    steps = [train_step(learner, tiny_batch(config, rng)) for _ in range(3)]
+    assert ["delta/sigma" in values for values in steps] == [True, False, True]
+
+
 def test_the_direct_form_is_measured_too(rng: np.random.Generator, caplog: pytest.LogCaptureFixture) -> None:
     """The paper's files drop out pair by pair, which only the direct form can; their runs need the curves."""
     batch = tiny_batch(tiny_config(), rng)

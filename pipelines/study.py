@@ -39,7 +39,7 @@ from gare.study.results import StudyResults, at_end, summarise
 from gare.train.checkpoint.history import History
 from pipelines import evaluate, extract, import_features, prepare, train
 from pipelines.sizes import sizes_of_weights
-from pipelines.study_records import StudyRecords
+from pipelines.study_records import StudyRecords, training_of
 from pipelines.training.precision import with_precision
 
 logger = logging.getLogger(__name__)
@@ -213,10 +213,8 @@ def _take_same(records: StudyRecords, left: Sequence[PlannedRun]) -> list[Planne
 
     found = records.find_same(left, precision_of)
     for run, record in found:
-        records.take(run, record)
-        logger.info(
-            "%s: taken from %s, which has the same settings and data", run.name, records.taken_from(run)
-        )
+        other = records.take(run, record)
+        logger.info("%s: taken from %s, which has the same settings and data", run.name, other)
     taken = {run.name for run, _ in found}
     return [run for run in left if run.name not in taken]
 
@@ -226,7 +224,7 @@ def _with_start(run: PlannedRun, records: StudyRecords) -> Config:
     if run.start is None:
         return run.config
     own = RunFolder(layout(run.config).run(run.name))
-    checkpoint = records.training_of(run.start).best
+    checkpoint = training_of(records.read(run.start)).best
     if own.has_begun:
         checkpoint = own.read_record()["settings"]["train"]["start_from"]
     train = run.config.train.model_copy(update={"start_from": checkpoint})
@@ -274,13 +272,13 @@ def _finish(config: Config, plan: StudyPlan, records: StudyRecords, seconds: flo
         if not records.is_done(one):
             continue
         record = records.read(one)
-        if taken_from := records.taken_from(one):
-            taken |= {} if one.cell.is_start else {one.name: taken_from}
-        else:  # a run has one parent in MLflow, so another study's stays where it is
+        other = record.get("taken_from")
+        if not other:  # a run has one parent in MLflow, so another study's stays where it is
             children.append(record["mlflow_run_id"])
         if not one.cell.is_start:
+            taken |= {one.name: other} if other else {}
             evaluations[one.cell.name, one.seed] = read_evaluation(record["evaluation"])
-            history = records.training_of(one).history
+            history = training_of(record).history
             if exists(history):
                 diagnostics[one.cell.name, one.seed] = at_end(History.read(history).steps)
     results = summarise(plan, evaluations, diagnostics, taken)

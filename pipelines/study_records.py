@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.layout import absolute, layout
 from gare.config import Config
-from gare.data.splits import StoredSplits, read_splits, split_hash_of
+from gare.data.splits import read_splits, split_hash_of
 from gare.data.store.contents import Store
 from gare.errors import ConfigError, DataError
-from gare.storage.files import exists, join, list_files, read_json, stat_file, write_json
+from gare.storage.files import exists, join, json_sha256, list_files, read_json, stat_file, write_json
 from gare.storage.run_folder import RESULT, RunFolder
 from gare.study.plan import PlannedRun, as_typed
 
@@ -23,14 +22,22 @@ Record = dict[str, Any]
 
 #: Sections of settings that a training depends on in any way.
 _SECTIONS = ("name", "data", "extract", "features", "model", "loss", "train", "augment")
-#: But for the run's name, what to do with a run of that name, and the start, which is compared by itself.
-_NOT_COMPARED = ("run", "overwrite", "resume", "start_from")
+#: But for the run's name, what to do with a run of that name, and paths, whose files are compared.
+_NOT_COMPARED = ("run", "overwrite", "resume", "start_from", "clip_weights")
 #: Keys of a training's own record that identify its data.
 _DATA = ("manifest_fingerprint", "store_fingerprint", "clips")
 #: Keys of a run's record by which other studies can take it; records of earlier versions lack some.
 _COMPARABLE = {"evaluation", "metrics", "training_digest", "run_digest", "scoring_digest", "precision"}
 #: Records read at a time, since an object store answers each in tens of milliseconds.
 _READS = 16
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Identity of the data of trainings, and hashes of the splits that they are scored on."""
+
+    identity: dict[str, Any]
+    split_hashes: dict[str, str]
 
 
 class StudyRecords:
@@ -44,7 +51,7 @@ class StudyRecords:
     def __init__(self, studies: str, name: str) -> None:
         self._studies = studies
         self.uri = join(studies, name)
-        self._splits: dict[str, StoredSplits | None] = {}
+        self._data: dict[str, _Data | None] = {}
 
     def _file(self, run: PlannedRun) -> str:
         return join(self.uri, "runs", f"{run.cell.name}-seed{run.seed}.json")
@@ -55,7 +62,7 @@ class StudyRecords:
         Raises:
             ConfigError: if it was made with other settings.
         """
-        if not (record := self._read(run)):
+        if not (record := self.read(run)):
             return False
         if record["digest"] != run.digest:
             raise ConfigError(
@@ -71,36 +78,26 @@ class StudyRecords:
 
     def add(self, run: PlannedRun, result: dict[str, Any]) -> None:
         """Records that a run is done, with what other studies must know to take it."""
-        trained = RunFolder.of_evaluation(result["evaluation"]).read_record()
+        trained = training_of(result).read_record()
         precision = trained.get("settings", {}).get("train", {}).get("precision")
         split_hash = read_json(join(result["evaluation"], RESULT)).get("split_hash")
         about = {}
         if precision and split_hash and trained.keys() >= set(_DATA):  # else of an earlier version
             about = {
                 "training_digest": self._digest_of_training(run, {key: trained[key] for key in _DATA}),
-                "run_digest": _digest_of(trained),
+                "run_digest": json_sha256(trained),
                 "scoring_digest": _digest_of_scoring(run, split_hash),
                 "precision": precision,
             }
         write_json(self._file(run), {"digest": run.digest, **about, **result})
 
     def read(self, run: PlannedRun) -> Record:
-        """Returns what is recorded of a run."""
-        return dict(read_json(self._file(run)))
-
-    def training_of(self, run: PlannedRun) -> RunFolder:
-        """Returns the folder of a run's training: another study's if the run was taken from there."""
-        record = self._read(run)
-        own = RunFolder(layout(run.config).run(run.name))
-        return RunFolder.of_evaluation(record["evaluation"]) if record.get("taken_from") else own
-
-    def taken_from(self, run: PlannedRun) -> str:
-        """Returns the name of the training that a run was taken from; empty if it is its own."""
-        return str(self._read(run).get("taken_from", ""))
+        """Returns a run's record, with ``taken_from`` if its training is another's; empty if none."""
+        return dict(read_json(self._file(run))) if exists(self._file(run)) else {}
 
     def seconds(self, runs: Sequence[PlannedRun]) -> list[float]:
         """Returns the seconds of the runs that are done, but for those that were taken."""
-        records = [self._read(run) for run in runs]
+        records = [self.read(run) for run in runs]
         return [record["seconds"] for record in records if record and not record.get("taken_from")]
 
     def find_same(
@@ -121,12 +118,12 @@ class StudyRecords:
         others = self._read_comparable()
         found: list[tuple[PlannedRun, Record]] = []
         for run in runs if others else ():
-            splits = self._splits_of(run.config)
-            if splits is None or RunFolder(layout(run.config).run(run.name)).has_begun:
+            data = self._data_of(run.config)
+            if data is None or RunFolder(layout(run.config).run(run.name)).has_begun:
                 continue
             starts = {one.name: record for one, record in found}
-            training = self._digest_of_training(run, splits.identity(), starts)
-            scoring = _digest_of_scoring(run, split_hash_of(splits.of_split(run.config.evaluate.split)))
+            training = self._digest_of_training(run, data.identity, starts)
+            scoring = _digest_of_scoring(run, data.split_hashes[run.config.evaluate.split])
             for record in others.get(training, ()):
                 is_scored = run.cell.is_start or record["scoring_digest"] == scoring
                 precision = precision_of(run.config) if run.config.train.precision == "auto" else ""
@@ -135,13 +132,11 @@ class StudyRecords:
                     break
         return found
 
-    def take(self, run: PlannedRun, record: Record) -> None:
-        """Records the training of another run as a run's."""
-        name = RunFolder.of_evaluation(record["evaluation"]).name.partition("/")[2]
+    def take(self, run: PlannedRun, record: Record) -> str:
+        """Records the training of another run as a run's; returns the other's name."""
+        name = training_of(record).name.partition("/")[2]
         write_json(self._file(run), {**record, "digest": run.digest, "taken_from": name})
-
-    def _read(self, run: PlannedRun) -> Record:
-        return dict(read_json(self._file(run))) if exists(self._file(run)) else {}
+        return name
 
     def _read_comparable(self) -> dict[str, list[Record]]:
         """Reads the records of all studies of the data set by training; leaves out damaged and older ones."""
@@ -159,17 +154,19 @@ class StudyRecords:
                 found.setdefault(str(record["training_digest"]), []).append(record)
         return found
 
-    def _splits_of(self, config: Config) -> StoredSplits | None:
-        """Returns the data of a training; None while they are missing or not complete."""
+    def _data_of(self, config: Config) -> _Data | None:
+        """Returns what identifies the data of a training; None while they are missing or not complete."""
         places, of_features = layout(config), config.train.input == "features"
         store = places.features if of_features else places.frames
-        if store not in self._splits:
-            self._splits[store] = None
+        if store not in self._data:
+            self._data[store] = None
             with suppress(DataError):  # prepare and extract say what is wrong
                 # A training checks a feature store's settings, of which one is the hash of the towers.
                 settings = Store(store).read_meta().settings if of_features else None
-                self._splits[store] = read_splits(places.manifest, store, config.extract, settings)
-        return self._splits[store]
+                splits = read_splits(places.manifest, store, config.extract, settings)
+                hashes = splits.hashes() | {"test": split_hash_of(splits.test)}
+                self._data[store] = _Data(splits.identity(), hashes)
+        return self._data[store]
 
     def _digest_of_training(
         self, run: PlannedRun, data: Mapping[str, Any], starts: Mapping[str, Record] | None = None
@@ -191,15 +188,20 @@ class StudyRecords:
         }
         for key in _NOT_COMPARED:
             del content["train"][key]
-        del content["train"]["clip_weights"], content["features"]["weights"]
+        del content["features"]["weights"]
         content["weights"] = [_files_of(config.train.clip_weights), _files_of(config.features.weights)]
         if run.start is None:
             content["start"] = _files_of(config.train.start_from)
         else:
-            start = self._read(run.start) or (starts or {}).get(run.start.name, {})
+            start = self.read(run.start) or (starts or {}).get(run.start.name, {})
             # Of one that is not made yet nothing is the same.
             content["start"] = [start.get(key, run.start.name) for key in ("training_digest", "precision")]
-        return _digest_of({**content, **data})
+        return json_sha256({**content, **data})
+
+
+def training_of(record: Record) -> RunFolder:
+    """Returns the folder of the training that a record is of: another run's if it was taken from there."""
+    return RunFolder.of_evaluation(record["evaluation"])
 
 
 def _files_of(uri: str) -> list[Any]:
@@ -211,11 +213,7 @@ def _files_of(uri: str) -> list[Any]:
 
 
 def _digest_of_scoring(run: PlannedRun, split_hash: str) -> str:
-    return _digest_of([run.config.evaluate.model_dump(mode="json"), split_hash])
-
-
-def _digest_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return json_sha256([run.config.evaluate.model_dump(mode="json"), split_hash])
 
 
 def _is_whole(record: Record) -> bool:
@@ -226,8 +224,8 @@ def _is_whole(record: Record) -> bool:
     if not record.keys() >= _COMPARABLE:
         return True
     with suppress(DataError, TypeError, ValueError, AttributeError):  # a damaged file
-        trained = RunFolder.of_evaluation(record["evaluation"]).read_record()
+        trained = training_of(record).read_record()
         scores = read_json(result)["metrics"]
         same_scores = all(scores.get(name) == value for name, value in record["metrics"].items())
-        return same_scores and record["run_digest"] == _digest_of(trained)
+        return same_scores and record["run_digest"] == json_sha256(trained)
     return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import urllib.parse
@@ -311,6 +312,11 @@ def write_json(uri: str, content: object) -> None:
 def json_bytes(content: object) -> bytes:
     """Returns JSON as ``write_json`` writes it."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode()
+
+
+def json_sha256(content: object) -> str:
+    """Returns the SHA-256 of content as JSON with sorted keys; what JSON does not have counts as its text."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_json(uri: str) -> Any:

@@ -10,7 +10,6 @@ weights, but for levels with a ``train.start_from`` of their own, such as an emp
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import json
 import re
@@ -27,6 +26,7 @@ from gare.config.loading import without_idle_keys
 from gare.config.section import Seed
 from gare.config.strict_yaml import Typed, load_yaml
 from gare.errors import ConfigError
+from gare.storage.files import json_sha256
 
 #: The studies that come with this repository.
 SHIPPED = Path(__file__).resolve().parents[2] / "conf" / "studies"
@@ -144,7 +144,7 @@ class PlannedRun:
         """SHA-256 of all settings that the result depends on."""
         settings = self.config.identity() | {"data": self.config.data.model_dump(mode="json")}
         settings["evaluate"] = self.config.evaluate.model_dump(mode="json")
-        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        return json_sha256(settings)
 
 
 @dataclass(frozen=True)

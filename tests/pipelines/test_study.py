@@ -28,11 +28,14 @@ STUDY = {
 }
 
 
+def write_study(path: Path, **changes: object) -> str:
+    path.write_text(yaml.safe_dump(STUDY | changes))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def study_yaml(root: Path) -> str:
-    path = root / "increment.yaml"
-    path.write_text(yaml.safe_dump(STUDY))
-    return str(path)
+    return write_study(root / "increment.yaml")
 
 
 def test_a_study_is_run_interrupted_and_continued(
@@ -109,18 +112,14 @@ def test_trainings_of_another_study_are_taken(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Many studies have the same baseline, and a training may take a day."""
-    path = root / "again.yaml"
-    levels = {"none": {"model.increment": False}, "own": {"train.batch_size": 4}, "late": {}}
-    path.write_text(
-        yaml.safe_dump(
-            STUDY
-            | {
-                "factors": {"increment": levels},
-                "reference": {"factor": "increment", "level": "none"},
-                "expected": {},
-                "seeds": [0],
-            }
-        )
+    again_yaml = write_study(
+        root / "again.yaml",
+        factors={
+            "increment": {"none": {"model.increment": False}, "own": {"train.batch_size": 4}, "late": {}}
+        },
+        reference={"factor": "increment", "level": "none"},
+        expected={},
+        seeds=[0],
     )
 
     def command(file: str, *arguments: str) -> Any:
@@ -130,13 +129,13 @@ def test_trainings_of_another_study_are_taken(
     assert command(study_yaml, "--seeds", "1").status == 0
     taken = {level: f"increment-{name}-seed0" for level, name in (("none", "baseline"), ("late", "gare"))}
     before = {name: Path(places.run(name), "result.json").stat().st_mtime_ns for name in taken.values()}
-    alone = command(str(path), "--dry-run", "study.reuse=false")
+    alone = command(again_yaml, "--dry-run", "study.reuse=false")
     assert json.loads(alone.stdout)["same"] == []
-    planned = command(str(path), "--dry-run")
+    planned = command(again_yaml, "--dry-run")
     assert "3 left, 2 of them trained already in other studies" in planned.stderr
     assert sorted(json.loads(planned.stdout)["same"]) == [f"again-{level}-seed0" for level in sorted(taken)]
 
-    answer = command(str(path))
+    answer = command(again_yaml)
     assert answer.status == 0, answer.stderr
     result = json.loads(answer.stdout)
     assert (result["done"], result["missing"]) == (3, [])
@@ -155,7 +154,7 @@ def test_trainings_of_another_study_are_taken(
     }
     parents = {name: child.data.tags["mlflow.parentRunId"] for name, child in children.items()}
     assert parents["again-own-seed0"] == result["mlflow_run_id"] != parents[taken["none"]]
-    assert json.loads(command(str(path), "--dry-run", "study.reuse=false").stdout)["left"] == []
+    assert json.loads(command(again_yaml, "--dry-run", "study.reuse=false").stdout)["left"] == []
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(
@@ -166,26 +165,21 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One setting that diverges must not cost the night."""
-    path = root / "diverging.yaml"
     huge = {"train.lr": 1e30, "train.clip_lr": 1e30, "train.start_from": ""}
     # The last is trained as what the others start from.
     factors = {
         "rate": {"usual": {}, "huge": huge, "first": {"model.increment": False, "train.start_from": ""}}
     }
-    path.write_text(
-        yaml.safe_dump(
-            STUDY
-            | {
-                "factors": factors,
-                "reference": {"factor": "rate", "level": "usual"},
-                "expected": {},
-                "seeds": [0],
-                "common": {"train.epochs": 1, "train.weight_decay": 0.1},
-                "start": {"model.increment": False},
-            }
-        )
+    path = write_study(
+        root / "diverging.yaml",
+        factors=factors,
+        reference={"factor": "rate", "level": "usual"},
+        expected={},
+        seeds=[0],
+        common={"train.epochs": 1, "train.weight_decay": 0.1},
+        start={"model.increment": False},
     )
-    arguments = ("--config", tiny_yaml, "--study", str(path), "cluster.train_workers=1")
+    arguments = ("--config", tiny_yaml, "--study", path, "cluster.train_workers=1")
     answer = in_process(capsys, study.run, *arguments, flags=study.FLAGS)
     assert answer.status == 4, answer.stderr
     assert "1 of 4 runs failed: diverging-huge-seed0" in answer.stderr

@@ -15,7 +15,7 @@ from gare.storage.files import delete_file, write_json
 from gare.storage.run_folder import RunFolder
 from gare.study.plan import StudyFile, StudyPlan, plan_study
 from pipelines import study_records
-from pipelines.study_records import StudyRecords
+from pipelines.study_records import StudyRecords, training_of
 from tests.helpers.pipelines import tiny
 
 FILE = {
@@ -78,7 +78,7 @@ def taken(studies: str, planned: StudyPlan, precision: str = "") -> dict[str, st
         for run, record in others.find_same(runs, lambda _: precision):
             others.take(run, record)
     done = [run for run in (*planned.starts, *planned.runs) if others.is_done(run)]
-    return {run.name: others.taken_from(run) for run in done}
+    return {run.name: others.read(run)["taken_from"] for run in done}
 
 
 def test_the_same_settings_under_other_names_are_taken_with_their_start(
@@ -91,10 +91,10 @@ def test_the_same_settings_under_other_names_are_taken_with_their_start(
     others = StudyRecords(studies, "second")
     start = planned.runs[0].start
     assert start is not None
-    assert others.training_of(start).uri == folder_of(plan("first").starts[0].config).uri
+    assert training_of(others.read(start)).uri == folder_of(plan("first").starts[0].config).uri
     assert others.left_of(planned.runs) == []
     assert others.seconds(planned.runs) == []  # they say nothing of how long a training takes
-    assert records.taken_from(plan("first").runs[0]) == ""
+    assert "taken_from" not in records.read(plan("first").runs[0])
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +12,7 @@ from gare.config.run_settings import completed_settings
 from gare.data.splits import split_hash
 from gare.errors import DataError
 from gare.retrieval.results.queries import QueryTable, read_queries
-from gare.storage.files import exists, join, open_fs, read_json
+from gare.storage.files import exists, join, json_sha256, open_fs, read_json
 from gare.storage.run_folder import RESULT, RunFolder
 
 #: Name of the run of an evaluation without training, and of its model.
@@ -128,7 +126,7 @@ def _hash_of(settings: Mapping[str, Any]) -> str:
     """Hashes a run's settings; the same for a run of an earlier version that had fewer keys."""
     kept = {key: value for key, value in settings.items() if key not in ("train", "name")}
     kept["train"] = {k: v for k, v in settings.get("train", {}).items() if k not in ("seed", "run")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return json_sha256(kept)
 
 
 def why_not_comparable(first: Evaluation, second: Evaluation) -> list[str]:

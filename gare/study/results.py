@@ -230,7 +230,7 @@ def _compare(plan: StudyPlan, reference: Cell, cell: Cell, evaluations: Evaluati
         videos = tables[0][0]["video_id"].to_numpy(zero_copy_only=False)
         for measure in (one for one in MEASURES if one.startswith(direction)):
             of_reference, of_cell = _values(ranks, measure)
-            effects[measure] = paired_effect(of_reference, of_cell, videos)
+            effects[measure] = paired_effect(of_reference, of_cell, videos, len(plan.comparisons()))
     return Comparison(reference, cell, seeds, effects)
 
 

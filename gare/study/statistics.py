@@ -41,7 +41,8 @@ class Effect:
         low: lower end of the interval.
         high: upper end of the interval.
         p_value: two-sided, of no difference.
-        detectable: smallest true difference that a study of this error finds with probability ``POWER``.
+        detectable: smallest true difference that a study of this error finds with probability ``POWER``, its
+            p-value corrected for the number of comparisons.
         over_seeds: False for a single seed: interval and p-value then hold for this seed's two trainings and
             say nothing about others.
     """
@@ -57,13 +58,15 @@ class Effect:
     over_seeds: bool
 
 
-def paired_effect(first: ArrayLike, second: ArrayLike, videos: ArrayLike) -> Effect:
+def paired_effect(first: ArrayLike, second: ArrayLike, videos: ArrayLike, comparisons: int = 1) -> Effect:
     """Computes the difference of two settings' mean values, with its error over seeds and queries.
 
     Args:
         first: (S, Q) a value of each query by seed, such as 100 for a hit and 0 for a miss, or a rank.
         second: (S, Q) those of the other setting, for the same queries and seeds.
         videos: (Q,) the video of each query, as any values that identify videos.
+        comparisons: number of comparisons of the study, on which ``detectable`` alone depends: p-values are
+            corrected together, by ``holm``.
 
     Raises:
         DataError: for shapes that do not fit, or queries of fewer than two videos.
@@ -81,7 +84,7 @@ def paired_effect(first: ArrayLike, second: ArrayLike, videos: ArrayLike) -> Eff
     difference, by_seed, by_query = float(moved.mean()), moved.mean(axis=1), moved.mean(axis=0)
     of_queries = _cluster_variance(by_query, cluster, len(clusters))
     if num_seeds == 1:
-        return _effect(difference, by_seed, of_queries, len(clusters) - 1)
+        return _effect(difference, by_seed, of_queries, len(clusters) - 1, comparisons)
     of_seeds = float(by_seed.var(ddof=1)) / num_seeds
     rest = moved - by_query - by_seed[:, None] + difference
     of_rest = sum(_cluster_variance(row, cluster, len(clusters)) for row in rest)
@@ -90,7 +93,7 @@ def paired_effect(first: ArrayLike, second: ArrayLike, videos: ArrayLike) -> Eff
     # Satterthwaite: the degrees of freedom of a sum of two independent estimates.
     shares = of_seeds**2 / (num_seeds - 1) + of_queries**2 / (len(clusters) - 1)
     freedom = variance**2 / shares if shares > 0 else float(len(clusters) - 1)
-    return _effect(difference, by_seed, variance, freedom)
+    return _effect(difference, by_seed, variance, freedom, comparisons)
 
 
 def _cluster_variance(values: NDArray[np.float64], cluster: NDArray[np.intp], count: int) -> float:
@@ -99,7 +102,9 @@ def _cluster_variance(values: NDArray[np.float64], cluster: NDArray[np.intp], co
     return float(count / (count - 1) * np.square(sums).sum() / len(values) ** 2)
 
 
-def _effect(difference: float, by_seed: NDArray[np.float64], variance: float, freedom: float) -> Effect:
+def _effect(
+    difference: float, by_seed: NDArray[np.float64], variance: float, freedom: float, comparisons: int
+) -> Effect:
     from scipy import stats
 
     error = math.sqrt(variance)
@@ -116,16 +121,20 @@ def _effect(difference: float, by_seed: NDArray[np.float64], variance: float, fr
         difference - reach,
         difference + reach,
         p_value,
-        _found_with_power(freedom) * error,
+        _found_with_power(freedom, comparisons) * error,
         len(by_seed) > 1,
     )
 
 
-def _found_with_power(freedom: float) -> float:
-    """Returns the difference, in errors, that a t-test at ``LEVEL`` finds with probability ``POWER``."""
+def _found_with_power(freedom: float, comparisons: int) -> float:
+    """Returns the difference, in errors, that a t-test finds with probability ``POWER``.
+
+    The p-value has to be below (1 − LEVEL) / comparisons, as Holm's method asks of the smallest one; of the
+    others it asks less.
+    """
     from scipy import optimize, stats
 
-    reach = float(stats.t.ppf(0.5 + LEVEL / 2, freedom))
+    reach = float(stats.t.isf((1 - LEVEL) / (2 * comparisons), freedom))
     # Between half of what is needed for certain and, for one degree of freedom, several times the reach.
     found = optimize.brentq(lambda far: stats.nct.sf(reach, freedom, far) - POWER, 0.5, 4 * reach)
     return float(found)

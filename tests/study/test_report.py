@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from gare.study.plan import StudyFile, plan_study
 from gare.study.report import diagnostics_figure, study_figure, study_table
-from gare.study.results import CellScores, StudyResults, at_end
+from gare.study.results import CellScores, StudyResults, at_end, summarise
 from tests.helpers.pictures import pixels_of
 from tests.helpers.pipelines import tiny
+from tests.retrieval.results.test_table import evaluated
 
 FILE = StudyFile.model_validate(
     {
@@ -46,6 +49,22 @@ def test_measures_of_the_training_stand_beside_the_scores(results: StudyResults)
     assert rule == "| --- | ---: | ---: | ---: |"
     assert rows == ["| baseline |  |  |  |", "| gare | 0.6 ± 0.1 | 0.02 ± 0.01 | 0.2 ± 0 |"]
     assert results.numbers()["gare/delta/sigma/mean"] == pytest.approx(0.02)
+
+
+def test_what_is_detectable_allows_for_all_comparisons(rng: np.random.Generator) -> None:
+    """With four settings a difference has to be larger to be found, and the table would promise too much."""
+    factors = {
+        "model": FILE.factors["model"] | {name: {"loss.prior_std": std} for name, std in (("b", 1), ("c", 2))}
+    }
+    plan = plan_study(tiny(), "made-up", FILE.model_copy(update={"factors": factors}), checkpoint_of=str)
+    found = {(run.cell.name, run.seed): evaluated(run.name, rng, 2.0) for run in plan.runs}
+    comparisons = summarise(plan, found).comparisons
+    assert len(comparisons) == 3
+    for one in comparisons:
+        effect = one.effects["t2v/R1"]
+        reach = float(stats.t.isf(0.05 / 2 / 3, effect.freedom))
+        power = float(stats.nct.sf(reach, effect.freedom, effect.detectable / effect.error))
+        assert power == pytest.approx(0.8, abs=0.01)
 
 
 def test_figures_have_a_panel_for_each_measure(results: StudyResults) -> None:

@@ -103,7 +103,8 @@ def _notes(results: StudyResults) -> list[str]:
         "(with all their captions) would move the mean as far.",
         f"p is corrected by Holm's method for {len(results.comparisons)} comparison"
         f"{'s' * (len(results.comparisons) != 1)}. A true difference as large as the detectable one is found "
-        f"{100 * POWER:.0f} times in 100, also after that.",
+        f"at least {100 * POWER:.0f} times in 100 after this correction, if errors are as estimated. "
+        "Intervals are of each comparison alone.",
         f"{measure}: {'more' if more_is_better(measure) else 'less'} is better.",
     ]
     if any(

@@ -144,10 +144,13 @@ class StudyResults:
                 if measured := scores.diagnostic(name):
                     found[f"{scores.cell.name}/{name}/mean"] = measured[0]
         for comparison in self.comparisons:
+            if comparison.effects:
+                found[f"{comparison.cell.name}/{self.plan.file.measure}/p_corrected"] = comparison.corrected
             for metric, effect in comparison.effects.items():
                 found[f"{comparison.cell.name}/{metric}/difference"] = effect.difference
                 found[f"{comparison.cell.name}/{metric}/error"] = effect.error
                 found[f"{comparison.cell.name}/{metric}/p_value"] = effect.p_value
+                found[f"{comparison.cell.name}/{metric}/detectable"] = effect.detectable
         return found
 
 
@@ -188,15 +191,15 @@ def summarise(
     )
     found = [_compare(plan, reference, cell, evaluations) for reference, cell in plan.comparisons()]
     measure = plan.file.measure
-    p_values = [one.effects[measure].p_value for one in found if one.effects]
-    corrected = iter(holm(p_values))
+    # Those that are not done yet count, too: what is found does not depend on the order of the runs.
+    corrected = holm([one.effects[measure].p_value if one.effects else 1.0 for one in found])
     comparisons = tuple(
         replace(
             one,
-            corrected=next(corrected) if one.effects else 1.0,
+            corrected=p_value,
             expected=plan.file.expected.get(one.cell.levels[plan.file.reference.factor], ""),
         )
-        for one in found
+        for one, p_value in zip(found, corrected, strict=True)
     )
     missing = tuple(run.name for run in plan.runs if (run.cell.name, run.seed) not in evaluations)
     return StudyResults(plan, scores, comparisons, missing, taken or {})

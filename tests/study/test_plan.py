@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gare.config import Config, parse_config
+from gare.config import Config, load_config, parse_config
 from gare.errors import ConfigError
 from gare.study.plan import SHIPPED, StudyFile, StudyPlan, read_study
 from gare.study.plan import plan_study as plan_with_starts
@@ -203,6 +203,19 @@ def test_every_shipped_study_fits_the_paper_and_the_demo(path: Path, repository:
     plan = plan_study(config, name, found)
     assert plan.comparisons()
     assert found.question
+
+
+@pytest.mark.parametrize("path", sorted((SHIPPED.parent).glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_finished_baseline_does_not_learn(path: Path) -> None:
+    """With towers that learn on, what Δ adds would be compared with another model."""
+    plan = plan_study(load_config(str(path)), *read_study("finished"))
+    rates = {
+        run.cell.name: (run.config.train.lr, run.config.train.clip_lr, run.config.train.freeze)
+        for run in plan.runs
+    }
+    assert rates["finished"][:2] == (0, 0)
+    assert min(rates["head"][0], rates["zero-head"][0]) > 0
+    assert rates["head"][2] == rates["zero-head"][2] == "baseline"
 
 
 def test_the_studies_of_the_documentation_ship(repository: Path) -> None:

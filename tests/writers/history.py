@@ -45,8 +45,6 @@ class History:
         #: File that was written late, where no condition can prevent it, and when; see the design page.
         self.late = ""
         self.late_at = 0
-        #: True if one of these files is the record of retired rows.
-        self.is_record_late = False
         #: Changes of videos before the last run.
         self.at_last: dict[str, str] = {}
         #: For each video, if each of its versions can be decoded.
@@ -169,7 +167,7 @@ class History:
 
     def _finished(self, job: Job) -> None:
         if job.began >= self.late_at:
-            self.late, self.is_record_late = "", False
+            self.late = ""
 
     def _mark_late(self, what: str) -> None:
         self.late, self.late_at = what, self.runner.operations
@@ -193,7 +191,7 @@ class History:
             self._changed_late(job, done.where)
         if done.what == "delete" and "/data/" in done.where:
             for reading in self.readings:
-                reading.compactions += 1
+                reading.disturbances += 1
         self._look()
 
     def _changed_late(self, job: Job, where: str) -> None:
@@ -202,7 +200,8 @@ class History:
         assert job.late_changes < 2 or job.process.faults, f"{job.name} has lost the lock and goes on"
         if not self.is_conditional and where.endswith(("/_META.json", "/_RETIRED.json")):
             self._mark_late(f"{where} written late")
-            self.is_record_late |= where.endswith("/_RETIRED.json")
+            for reading in self.readings if where.endswith("/_RETIRED.json") else ():
+                reading.disturbances += 1
 
     def _ended(self, actor: Actor) -> None:
         if actor.name in ("reader", "worker"):
@@ -242,26 +241,11 @@ class History:
             writer = self.runner.written[note].job
             if writer.is_over or _claim(writer) in self.taken:
                 self.between.add(note)
-        if self.is_record_late:
-            self._allow_earlier_rows()
         if self.late:
             return
         self._nothing_vanishes(before)
         self._nothing_comes_back(before, seen)
         self._complete_is_complete()
-
-    def _allow_earlier_rows(self) -> None:
-        """Allows readers under way each row that ever counted, after a record of retired rows came late.
-
-        A reader that listed the parts before it does not see the newer rows that count in place of those
-        which the late record brings back.
-        """
-        rows: dict[str, set[str]] = {}
-        for note in self.seen:
-            rows.setdefault(self.runner.written[note].video_id, set()).add(note)
-        for reading in self.readings:
-            if not reading.actor.is_over:
-                reading.allow(rows)
 
     def _nothing_vanishes(self, before: dict[str, str]) -> None:
         """Checks that rows of a video's current version keep counting, unless the owner saw another one."""

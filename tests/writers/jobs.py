@@ -243,7 +243,8 @@ class Reading:
 
     def __init__(self, uri: str, scheduler: Scheduler, process: Process, now: dict[str, str]) -> None:
         self.found: dict[str, str] | None = None
-        self.compactions = 0
+        #: Number of deleted parts and of late records, after each of which it has to look again.
+        self.disturbances = 0
         #: By id, notes of rows that have counted since it began; an empty note if none did for a while.
         self.seen: dict[str, set[str]] = {one: {now.get(one, "")} for one in IDS}
 
@@ -258,11 +259,6 @@ class Reading:
         for one in IDS:
             self.seen[one].add(now.get(one, ""))
 
-    def allow(self, rows: dict[str, set[str]]) -> None:
-        """Allows rows that counted before it began, since a late record may have made them count again."""
-        for one, notes in rows.items():
-            self.seen[one] |= notes
-
     def check(self) -> None:
         """Checks that the rows it has read were there."""
         if self.actor.error:
@@ -270,7 +266,7 @@ class Reading:
                 return
             # A part was merged between listing and reading three times in a row.
             assert isinstance(self.actor.error, DataError), repr(self.actor.error)
-            assert self.compactions >= 3, f"a reader was stopped by {self.actor.error!r}"
+            assert self.disturbances >= 3, f"a reader was stopped by {self.actor.error!r}"
             return
         assert self.found is not None
         for one in IDS:

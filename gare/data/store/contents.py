@@ -49,8 +49,8 @@ __all__ = [
 SCHEMA_VERSION = 2
 META = "_META.json"
 RETIRED = "_RETIRED.json"
-#: Tries to read a store while compactions end.
-_LOOKS = 3
+#: Tries to read a store while compactions end: three, and one for a record that was written late.
+_LOOKS = 4
 NO_LOCK = HeldStore()
 #: Version of the rules by which video files are read, in the column ``rules`` of all rows. It rises when some
 #: files give other frames; ``gare.data.decode.outdated`` recognises them. Rows without it are of version 1.
@@ -286,11 +286,15 @@ class Store:
         Raises:
             DataError: if the record cannot be read.
         """
+        return self._read_record()[0]
+
+    def _read_record(self) -> tuple[dict[str, dict[str, str]], int]:
+        """Reads the retired rows, and the generation that wrote them; 0 if none did."""
         location = join(self.uri, RETIRED)
         if not exists(location):
-            return {}
-        rows: dict[str, dict[str, str]] = read_json(location)["rows"]
-        return rows
+            return {}, 0
+        record = read_json(location)
+        return record["rows"], record.get("generation", 0)
 
     def write_retired(self, rows: Mapping[str, Mapping[str, str]], held: HeldStore = NO_LOCK) -> None:
         """Replaces the record of ``read_retired`` in one step.
@@ -361,15 +365,19 @@ class Store:
         self, folder: str, columns: Sequence[str], added: Sequence[str]
     ) -> tuple[list[Part], dict[str, dict[str, str]]]:
         """Reads the parts that count and their retired rows, as of one moment."""
+        before = self._read_record()[1] if folder == "data" else 0
         for _ in range(_LOOKS):
             parts, _ = read_parts(self.uri, folder, columns, added)
             if folder != "data" or not parts:
                 return parts, {}
             # Read after the parts: a job that starts meanwhile retires rows before it writes their
             # successors.
-            retired = self.read_retired()
+            retired, generation = self._read_record()
+            # An owner that was suspended may put its record over its successor's. Rows count again that were
+            # retired before, and what replaces them may have been written after the parts were listed.
+            is_late, before = generation < before, generation
             # A compaction that ends meanwhile deletes a part before its retired rows.
-            if {part.location for part in parts} <= set(part_files(self.uri, folder)):
+            if not is_late and {part.location for part in parts} <= set(part_files(self.uri, folder)):
                 return parts, retired
         raise DataError(
             "other jobs keep merging its parts while it is read", where=self.uri, accepted="try again later"

@@ -34,6 +34,8 @@ from gare.errors import ConfigError, GareError, StoppedError
 
 logger = logging.getLogger(__name__)
 
+#: File descriptor of stderr.
+_STDERR = 2
 EPILOG = """exit status:
   0 done   2 bad configuration or arguments   3 bad data   4 the run failed, or was ended by SIGTERM or Ctrl-C
 
@@ -97,6 +99,20 @@ def execute(
             return _execute(run, description, arguments, flags, sizes_of)
         except KeyboardInterrupt:
             return _say_interrupted()
+        finally:
+            _drop_unwritable_stderr()
+
+
+def _drop_unwritable_stderr() -> None:
+    """Sends what stderr still holds nowhere if it cannot be written: Python would end with status 120."""
+    try:
+        with contextlib.suppress(ValueError, AttributeError):
+            sys.stderr.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != _STDERR:
+            os.dup2(nowhere, _STDERR)
+            os.close(nowhere)
 
 
 def _execute(

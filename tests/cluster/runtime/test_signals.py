@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -55,6 +56,8 @@ def end_of(
     return subprocess.run(
         [sys.executable, "-c", script],
         cwd=repository,
+        # With buffers, as at most users: what is left in them is written when Python ends.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -373,11 +376,24 @@ sys.stdout = Stream()
     assert (done.returncode, done.stdout) == (0, '{"done": true}\n'), done.stderr
 
 
-@pytest.mark.parametrize("how", ["sys.stderr = None", "os.close(2)", "os.dup2(os.pipe()[1], 2)"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "sys.stderr = None",
+        "os.close(2)",
+        "os.dup2(os.pipe()[1], 2)",
+        "read, write = os.pipe(); os.dup2(write, 2); os.close(read)",
+    ],
+    ids=["none", "closed", "pipe", "broken pipe"],
+)
 def test_nobody_reads_the_message(repository: Path, config: Path, how: str) -> None:
     """A scheduler that has closed the log's pipe still needs the status."""
     done = end_of(repository, config, signal.SIGTERM, f"{how}\nhit()")
     assert (done.returncode, done.stdout) == (STATUS, "")
+    done = end_of(
+        repository, config, signal.SIGTERM, f"{how}\nif sys.stderr: stopping.logger.warning('read')"
+    )
+    assert (done.returncode, done.stdout) == (0, '{"done": true}\n')
     assert end_of(repository, config, signal.SIGTERM, "pass", before=f"{how}\nhit()").returncode == STATUS
 
 

@@ -106,8 +106,9 @@ def execute(
 def _drop_unwritable_stderr() -> None:
     """Sends what stderr still holds nowhere if it cannot be written: Python would end with status 120."""
     try:
-        with contextlib.suppress(ValueError, AttributeError):
-            sys.stderr.flush()
+        sys.stderr.flush()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         if nowhere != _STDERR:

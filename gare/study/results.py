@@ -189,7 +189,8 @@ def summarise(
         )
         for cell in plan.cells
     )
-    found = [_compare(plan, reference, cell, evaluations) for reference, cell in plan.comparisons()]
+    pairs = plan.comparisons()
+    found = [_compare(plan, *pair, evaluations, len(pairs)) for pair in pairs]
     measure = plan.file.measure
     # Those that are not done yet count, too: what is found does not depend on the order of the runs.
     corrected = holm([one.effects[measure].p_value if one.effects else 1.0 for one in found])
@@ -210,7 +211,9 @@ def _negatives(evaluation: Evaluation) -> dict[str, float]:
     return {f"negatives/{name}": value for name, value in shares.items()}
 
 
-def _compare(plan: StudyPlan, reference: Cell, cell: Cell, evaluations: Evaluations) -> Comparison:
+def _compare(
+    plan: StudyPlan, reference: Cell, cell: Cell, evaluations: Evaluations, comparisons: int
+) -> Comparison:
     seeds = tuple(
         seed
         for seed in plan.seeds
@@ -233,7 +236,7 @@ def _compare(plan: StudyPlan, reference: Cell, cell: Cell, evaluations: Evaluati
         videos = tables[0][0]["video_id"].to_numpy(zero_copy_only=False)
         for measure in (one for one in MEASURES if one.startswith(direction)):
             of_reference, of_cell = _values(ranks, measure)
-            effects[measure] = paired_effect(of_reference, of_cell, videos, len(plan.comparisons()))
+            effects[measure] = paired_effect(of_reference, of_cell, videos, comparisons)
     return Comparison(reference, cell, seeds, effects)
 
 

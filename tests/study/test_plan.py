@@ -205,7 +205,7 @@ def test_every_shipped_study_fits_the_paper_and_the_demo(path: Path, repository:
     assert found.question
 
 
-@pytest.mark.parametrize("path", sorted((SHIPPED.parent).glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SHIPPED.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_finished_baseline_does_not_learn(path: Path) -> None:
     """With towers that learn on, what Δ adds would be compared with another model."""
     plan = plan_study(load_config(str(path)), *read_study("finished"))

@@ -306,11 +306,9 @@ class Store:
         Raises:
             GareError: if the store is no longer held; then nothing is written.
         """
-        location = join(self.uri, RETIRED)
-        found: dict[str, Any] = read_json(location) if exists(location) else {}
-        if found.get("rows", {}) != rows or found.get("generation", 0) != held.generation:
+        if self._read_record() != (rows, held.generation):
             content = json_bytes({"rows": rows, "generation": held.generation})
-            replace_file(location, content, held.raise_if_lost)
+            replace_file(join(self.uri, RETIRED), content, held.raise_if_lost)
 
     def ids(self, *, folder: str = "data") -> ClipPlaces:
         """Finds each video that counts: id → (part, row). Rows that are retired or replaced are left out.
@@ -365,11 +363,13 @@ class Store:
         self, folder: str, columns: Sequence[str], added: Sequence[str]
     ) -> tuple[list[Part], dict[str, dict[str, str]]]:
         """Reads the parts that count and their retired rows, as of one moment."""
-        before = self._read_record()[1] if folder == "data" else 0
+        if folder != "data":
+            return read_parts(self.uri, folder, columns, added)[0], {}
+        _, before = self._read_record()
         for _ in range(_LOOKS):
             parts, _ = read_parts(self.uri, folder, columns, added)
-            if folder != "data" or not parts:
-                return parts, {}
+            if not parts:
+                return [], {}
             # Read after the parts: a job that starts meanwhile retires rows before it writes their
             # successors.
             retired, generation = self._read_record()
